@@ -1,0 +1,262 @@
+"""What the networks are: UNet, first stage, conditionings. Torch-free, frozen, one docstring per field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoiser. Input channels, context width and class count are derived, never written here."""
+
+    model_channels: int = 320
+    """Channels of the first level; level i has model_channels * channel_multipliers[i]."""
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    """One entry per resolution level."""
+    num_res_blocks: int = 2
+    """Residual blocks per level on the way down (one more on the way up)."""
+    attention_factors: tuple[int, ...] = (4, 2, 1)
+    """Downsampling factors (not feature-map sizes) at which attention blocks follow residual blocks."""
+    attention: Literal["transformer", "plain"] = "transformer"
+    """transformer: self- and cross-attention with a feed-forward part; plain: one self-attention (ADM)."""
+    num_heads: int | None = None
+    """Attention heads, the same at every level; exactly one of num_heads and head_dim is set."""
+    head_dim: int | None = 64
+    """Channels per attention head; exactly one of num_heads and head_dim is set."""
+    transformer_depth: tuple[int, ...] = (1,)
+    """Transformer blocks per attention layer: one number for all levels, or one per level."""
+    middle_transformer_depth: int | None = None
+    """Transformer blocks in the middle; unset: the depth of the last level."""
+    projection: Literal["conv", "linear"] = "linear"
+    """How a transformer projects its input: 1x1 convolution (SD1) or linear layer (SD2)."""
+    cross_attention_only: tuple[bool, ...] = ()
+    """Per level, replace self-attention by a second cross-attention (x4 upscaler); empty: nowhere."""
+    scale_shift_norm: bool = False
+    """The timestep embedding scales and shifts the normalised features instead of being added."""
+    resblock_updown: bool = False
+    """Resample inside residual blocks instead of with a strided or nearest+3x3 convolution."""
+    num_groups: int = 32
+    """Groups of every group normalisation."""
+    res_block_groups: int | None = None
+    """Groups inside residual blocks where they differ (MLPerf uses 16); unset: num_groups."""
+    dropout: float = 0.0
+    """Dropout inside residual blocks and feed-forward parts."""
+    activation_checkpointing: bool = False
+    """Recompute residual and attention blocks in backward: less memory, about a quarter slower."""
+
+
+@dataclass(frozen=True)
+class FirstStageConfig:
+    """The autoencoder between pixels and latents (LDM paper, section 3.1)."""
+
+    name: Literal["kl", "vq", "identity"] = "kl"
+    """KL-regularised, vector-quantised, or none at all (pixel space)."""
+    weights: str | None = None
+    """URL of exported weights (safetensors file or `ldm export` folder); needed to train a second stage."""
+    base_channels: int = 128
+    """Channels of the first encoder level."""
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    """One entry per level; the downsampling factor is 2 ** (levels - 1)."""
+    num_res_blocks: int = 2
+    """Residual blocks per encoder level (one more per decoder level)."""
+    latent_channels: int = 4
+    """z: channels of the latent."""
+    attention_factors: tuple[int, ...] = ()
+    """Downsampling factors of levels with attention (CompVis lists feature-map sizes at 256 px)."""
+    middle_attention: bool = True
+    """Attention in the middle of encoder and decoder."""
+    codebook_size: int = 8192
+    """Entries of the codebook (vq)."""
+    dropout: float = 0.0
+    """Dropout inside residual blocks."""
+    latent_scale: float | None = None
+    """Multiplies latents before diffusion (SD: 0.18215); unset: the value stored with the weights."""
+    tile_pixels: int = 0
+    """Encode and decode in overlapping tiles of this edge length; 0: whole images."""
+    encode_chunk: int = 0
+    """Images per encoder call inside a micro-batch, to bound memory; 0: all at once."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell along one edge: f in the paper."""
+        return 1 if self.name == "identity" else 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Channels that the UNet sees."""
+        return 3 if self.name == "identity" else self.latent_channels
+
+
+@dataclass(frozen=True)
+class OpenCLIPConfig:
+    """Frozen OpenCLIP text tower (cross-attention context)."""
+
+    model: str = "ViT-H-14"
+    """Any architecture name of open_clip."""
+    pretrained: str | None = None
+    """A tag of open_clip, or a local weights file; unset: seeded random weights, said so in the log."""
+    layer: Literal["last", "penultimate"] = "penultimate"
+    """Which hidden states become the context (SD2: penultimate, then the final layer norm)."""
+    width: int | None = None
+    """Shrink the tower: text width (with `layers` and `heads`), for small offline runs; no pretrained then."""
+    layers: int | None = None
+    """Shrink the tower: number of transformer layers."""
+    heads: int | None = None
+    """Shrink the tower: number of heads."""
+    pooled: bool = False
+    """Also pass the pooled text embedding on as a vector condition (SDXL)."""
+    null: Literal["empty", "zeros"] = "empty"
+    """The unconditional form: the encoded empty prompt (SD) or zeros; sampling uses the same."""
+    drop_probability: float = 0.1
+    """Probability of replacing a sample's condition by its null form in training."""
+
+
+@dataclass(frozen=True)
+class TextTransformerConfig:
+    """Text transformer trained jointly with the UNet (the paper's tau, appendix E.2.1)."""
+
+    width: int = 1280
+    """Token width, and the context width."""
+    layers: int = 32
+    """Transformer layers."""
+    heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Channels per head."""
+    max_tokens: int = 77
+    """Tokens per caption."""
+    tokenizer: Literal["wordpiece", "clip"] = "clip"
+    """wordpiece: a BERT vocabulary file (`vocabulary`); clip: open_clip's byte-pair encoding."""
+    vocabulary: str | None = None
+    """URL of the WordPiece vocabulary file (one token per line)."""
+    drop_probability: float = 0.1
+    """Probability of the empty caption in training."""
+
+
+@dataclass(frozen=True)
+class ClassLabelConfig:
+    """A class index, as one context token (LDM) or added to the timestep embedding (ADM, DiT)."""
+
+    num_classes: int = 1000
+    """Number of real classes; one more index is the null class."""
+    width: int = 512
+    """Embedding width."""
+    inject: Literal["context", "timestep"] = "context"
+    """Where the embedding enters the UNet."""
+    drop_probability: float = 0.1
+    """Probability of the null class in training."""
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Bounding boxes with labels as tokens of a jointly trained transformer (paper, section 4.3.1)."""
+
+    num_labels: int = 600
+    """Object labels."""
+    max_boxes: int = 30
+    """Boxes per image; each is one label token and two corner tokens."""
+    grid: int = 64
+    """Corners are quantised to grid x grid cells."""
+    width: int = 512
+    """Token width, and the context width."""
+    layers: int = 16
+    """Transformer layers."""
+    heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Channels per head."""
+    dropout: float = 0.0
+    """Dropout inside the transformer."""
+    drop_probability: float = 0.1
+    """Probability of the empty layout in training."""
+
+
+@dataclass(frozen=True)
+class SemanticMapConfig:
+    """A label map, one-hot, reduced to latent resolution and concatenated (paper, section 4.3.2)."""
+
+    num_labels: int = 182
+    """Labels; the map holds indices 0 .. num_labels - 1, and 255 for unlabelled."""
+    channels: int = 3
+    """Channels after the learned 1x1 reduction."""
+    drop_probability: float = 0.0
+    """Probability of the null (all-zero) map in training."""
+
+
+@dataclass(frozen=True)
+class LowResolutionConfig:
+    """Super-resolution: the low-resolution image is concatenated (paper, section 4.4)."""
+
+    factor: int = 4
+    """Edge-length ratio of high to low resolution; must match the first stage's downsampling."""
+    degradation: Literal["bicubic", "bsr_light"] = "bicubic"
+    """How the low-resolution image is made from the original."""
+    max_noise_level: int = 0
+    """Noise augmentation of the condition up to this timestep (x4 upscaler: 350); 0: none."""
+    noise_num_timesteps: int = 1000
+    """Length of the noise-level schedule and number of noise-level classes."""
+    noise_beta_start: float = 1e-4
+    """First beta of the (linear) noise-level schedule."""
+    noise_beta_end: float = 2e-2
+    """Last beta of the noise-level schedule."""
+    drop_probability: float = 0.0
+    """Probability of the null (all-zero) image in training."""
+
+
+@dataclass(frozen=True)
+class MaskedImageConfig:
+    """Inpainting: mask and encoded masked image are concatenated (paper, section 4.5; SD2 inpainting)."""
+
+    mask_channels: int = 1
+    """Channels of the mask: 1 (SD, big-lama style)."""
+    full_mask_probability: float = 0.25
+    """Probability of hiding everything, so that the model stays a generator (SD2 inpainting: 0.25)."""
+    drop_probability: float = 0.0
+    """Probability of the null (all-zero) condition in training."""
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """An extra image-like condition with one channel, normalised to [-1, 1] (SD2 depth)."""
+
+    channels: int = 1
+    """Channels of the condition."""
+    drop_probability: float = 0.0
+    """Probability of the null (all-zero) condition in training."""
+
+
+@dataclass(frozen=True)
+class ImageSizeConfig:
+    """Original size, crop corner and target size as Fourier features in the vector condition (SDXL)."""
+
+    width: int = 256
+    """Fourier features per number; six numbers."""
+    drop_probability: float = 0.0
+    """Probability of zeros in training."""
+
+
+@dataclass(frozen=True)
+class ConditioningConfig:
+    """Each section that is present is one condition; any combination may be present."""
+
+    openclip: OpenCLIPConfig | None = None
+    """Frozen OpenCLIP text tower."""
+    openclip_second: OpenCLIPConfig | None = None
+    """A second text tower, concatenated along the context width (SDXL)."""
+    text_transformer: TextTransformerConfig | None = None
+    """Jointly trained text transformer."""
+    class_label: ClassLabelConfig | None = None
+    """Class index."""
+    layout: LayoutConfig | None = None
+    """Bounding boxes with labels."""
+    semantic_map: SemanticMapConfig | None = None
+    """Label map."""
+    low_resolution: LowResolutionConfig | None = None
+    """Low-resolution image."""
+    masked_image: MaskedImageConfig | None = None
+    """Mask and masked image."""
+    depth: DepthConfig | None = None
+    """Depth-like extra channels."""
+    image_size: ImageSizeConfig | None = None
+    """Size and crop numbers (SDXL)."""

@@ -1,0 +1,82 @@
+"""The root of a run's configuration, and the checks that need more than one section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_pipeline.config import DataConfig
+from trainer.config.models import ConditioningConfig, FirstStageConfig, UNetConfig
+from trainer.config.training import (
+    AutoencoderLossConfig,
+    CheckpointConfig,
+    DiffusionConfig,
+    DistributedConfig,
+    EMAConfig,
+    HealingConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    SamplingConfig,
+)
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a configuration: one sentence with the key and the remedy."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about one run."""
+
+    stage: Literal["diffusion", "autoencoder"] = "diffusion"
+    """What is trained: the UNet on latents, or the first stage itself."""
+    run_dir: str = "runs/default"
+    """Folder or URL of checkpoints, logs and samples; running again with the same one resumes."""
+    steps: int = 1_000_000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 2048
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: int = 8
+    """Samples per rank and forward pass; gradient accumulation is derived."""
+    seed: int = 0
+    """Seeds the initial weights, the order of samples and every random draw."""
+    init_from: str | None = None
+    """Start from these weights (an exported file or a run folder) instead of random ones."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Shards and what is read from them."""
+    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
+    """Autoencoder between pixels and latents."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    """Denoiser."""
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    """What the denoiser is told."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Noise schedule and objective of the second stage."""
+    autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    """Objective of the first stage."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    """Averages of the weights."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Ranks, ZeRO, precision."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save."""
+    healing: HealingConfig = field(default_factory=HealingConfig)
+    """NaN and spike policy."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Console, JSONL, W&B."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Preview pictures."""
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per optimizer step on each of `world_size` ranks."""
+        per_pass = self.micro_batch_size * world_size
+        if self.global_batch_size % per_pass:
+            valid = [n for n in range(1, 4097) if self.global_batch_size % (self.micro_batch_size * n) == 0]
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
+                f"{self.micro_batch_size} x {world_size} ranks; with this micro-batch the number of ranks "
+                f"can be {', '.join(map(str, valid[:40])) or 'nothing'}."
+            )
+        return self.global_batch_size // per_pass

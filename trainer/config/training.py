@@ -1,0 +1,206 @@
+"""How a run trains: objective, losses, optimizer, EMA, distribution, checkpoints, logging. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SamplerName = Literal[
+    "ddpm", "ddim", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde", "unipc"
+]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Forward process and objective (Ho et al. 2020; LDM paper, section 3.2)."""
+
+    num_timesteps: int = 1000
+    """T: number of discrete noise levels."""
+    beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    """scaled_linear is linear in sqrt(beta), which CompVis configs call "linear"."""
+    beta_start: float = 0.00085
+    """First beta."""
+    beta_end: float = 0.012
+    """Last beta."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that the last step is pure noise (Lin et al. 2023); needs v prediction."""
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    """What the UNet predicts."""
+    loss: Literal["l2", "l1", "huber"] = "l2"
+    """Distance between prediction and target, averaged per sample."""
+    huber_delta: float = 0.1
+    """Where huber turns from quadratic to linear."""
+    min_snr_gamma: float | None = None
+    """Min-SNR loss weighting (Hang et al. 2023) with this gamma; unset: unweighted."""
+    offset_noise: float = 0.0
+    """Strength of a per-channel constant added to the noise."""
+    timesteps: Literal["uniform", "stratified"] = "uniform"
+    """stratified: the timesteps of one global batch are spread evenly over [0, T)."""
+
+
+@dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """First-stage objective (LDM paper, section G; Esser et al. 2021)."""
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    """Pixel distance."""
+    perceptual_weight: float = 1.0
+    """Weight of LPIPS; 0 switches it off."""
+    perceptual_weights: str | None = None
+    """LPIPS VGG16 weights: a file, or unset for torchvision's cache, else a named random-feature network."""
+    kl_weight: float = 1e-6
+    """Weight of the KL term, summed per sample (kl)."""
+    codebook_weight: float = 1.0
+    """Weight of the codebook loss (vq)."""
+    commitment_beta: float = 0.25
+    """Relative weight of the commitment part (vq)."""
+    learned_logvar: bool = False
+    """Learn one log variance of the reconstruction error, with the generator's optimizer."""
+    logvar_init: float = 0.0
+    """Initial (or constant) log variance."""
+    discriminator_weight: float = 0.5
+    """Weight of the adversarial term; 0 trains without a discriminator."""
+    discriminator_start: int = 50_001
+    """Generator steps before the discriminator takes part."""
+    discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
+    """Adversarial loss."""
+    discriminator_channels: int = 64
+    """Channels of the first PatchGAN layer."""
+    discriminator_layers: int = 3
+    """Strided layers of the PatchGAN."""
+    adaptive_weight: bool = True
+    """Scale the adversarial term by the ratio of last-layer gradient norms (VQGAN, equation 7)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up. Rates are final rates: nothing is multiplied by batch or GPU count."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam moment decay rates."""
+    eps: float = 1e-8
+    """Adam epsilon."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on every parameter as in the SD recipes."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0."""
+    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
+    """Rate after warm-up; cosine and linear fall to final_fraction at the last step."""
+    final_fraction: float = 0.0
+    """Fraction of the peak rate at the end of cosine and linear."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm clip; 0 switches it off."""
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Exponential moving averages of the trained weights, in fp32, beside the optimizer's partition."""
+
+    decay: float = 0.9999
+    """Per-step decay of the profile named `decay`; 0 keeps no average."""
+    warmup: bool = True
+    """Use min(decay, (1 + n) / (10 + n)) at update n."""
+    power_stds: tuple[float, ...] = ()
+    """Relative widths of extra power-function profiles (EDM2, equation 123), e.g. 0.05, 0.10."""
+    snapshot_every: int = 0
+    """Steps between stored snapshots of the power-function profiles, for `ldm ema`; 0: none."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Ranks and precision. Under torchrun, SLURM or Ray the ranks are taken as given."""
+
+    ranks: int = 0
+    """Local ranks that `ldm train` starts by itself; 0: one per visible GPU, or one on a CPU."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed: ZeRO; torch: plain data parallel, for debugging and as the reference in tests."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute precision; master weights, Adam state and EMA are always fp32."""
+    channels_last: bool = True
+    """Keep activations in channels-last memory layout."""
+    compile: bool = False
+    """torch.compile the trained network."""
+    reduce_bucket_elements: int = 50_000_000
+    """Gradients per communication bucket (DeepSpeed's 5e8 hardly overlaps at this model size)."""
+    overlap_communication: bool = False
+    """Overlap gradient reduction with backward."""
+    timeout_s: float = 600.0
+    """Collective timeout."""
+    max_restarts: int = 3
+    """How often `ldm train` restarts its local ranks after a retryable fault."""
+    watchdog_s: float = 15.0
+    """Seconds beyond the expected step time after which a silent rank counts as hung; 0: no watchdog."""
+    doctor: bool = False
+    """Run the checks of `ldm doctor` before training."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep; checkpoints live under run_dir/checkpoints."""
+
+    every: int = 5_000
+    """Steps between checkpoints (the last step is always saved); 0: only the last."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Also keep, for ever, checkpoints whose step is a multiple of this; 0: none."""
+    asynchronous: bool = True
+    """Write from a separate process while training goes on; only the copy to host memory blocks."""
+
+
+@dataclass(frozen=True)
+class HealingConfig:
+    """What to do about NaN, Inf and loss spikes."""
+
+    enabled: bool = True
+    """Rewind to the last good checkpoint and skip the offending samples instead of stopping."""
+    spike_zscore: float = 0.0
+    """Robust z-score of the loss that counts as a spike; 0: only NaN and Inf count."""
+    spike_window: int = 256
+    """Steps in the running median and deviation."""
+    max_rewinds: int = 5
+    """Rewinds before the run stops."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Console, JSONL and W&B."""
+
+    every: int = 10
+    """Steps between log records."""
+    wandb: Literal["online", "offline", "disabled"] = "offline"
+    """online needs WANDB_API_KEY in the environment; offline writes files for `wandb sync`."""
+    wandb_project: str = "latent-diffusion"
+    """W&B project."""
+    wandb_entity: str | None = None
+    """W&B team or user."""
+    progress_bar: bool = True
+    """Console progress bar on rank 0."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Preview pictures during training, and the defaults of `ldm sample`."""
+
+    every: int = 0
+    """Steps between preview grids; 0: none."""
+    prompts: tuple[str, ...] = ()
+    """Preview prompts."""
+    num_previews: int = 16
+    """Pictures per grid (reconstructions for a first stage)."""
+    sampler: SamplerName = "ddim"
+    """Sampler."""
+    steps: int = 50
+    """Sampler steps."""
+    eta: float = 0.0
+    """DDIM stochasticity: 0 deterministic, 1 DDPM-like."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance; 1 switches it off."""
+    guidance_rescale: float = 0.0
+    """Rescale the guided prediction's deviation (Lin et al. 2023, section 3.4)."""
+    spacing: Literal["leading", "trailing", "karras"] = "leading"
+    """Which timesteps the sampler visits."""
