@@ -1,0 +1,77 @@
+"""What the training loop needs from whatever holds the weights and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of consecutive elements of one parameter that this rank owns, as views, not copies.
+
+    Over all ranks the fragments of one engine cover every trained parameter exactly once, at any
+    world size and ZeRO stage. Writing into the views changes the engine's state; call
+    `Engine.refresh` afterwards so that the compute weights follow.
+    """
+
+    name: str
+    """Parameter name in the module's state dict."""
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    start: int
+    """First element, in the flattened parameter."""
+    master: Tensor
+    """fp32 [n]: master weights."""
+    moments: dict[str, Tensor]
+    """fp32 [n] each: exp_avg and exp_avg_sq (zeros before the first step)."""
+
+
+class Engine(Protocol):
+    """One trained network with its optimizer, on this rank. All methods are collective."""
+
+    module: nn.Module
+    """The network; call the engine, not the module, in a training forward."""
+    device: torch.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Training forward."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch's mean loss; the engine averages micro-batches and ranks."""
+        ...
+
+    def step(self, learning_rate: float) -> Tensor | None:
+        """After each backward: at the accumulation boundary clip, update, and return the global
+        gradient norm before clipping (a 0-d tensor, not synchronised); otherwise None."""
+        ...
+
+    def fragments(self) -> list[Fragment]:
+        """The fp32 state that this rank owns; the same views at every call."""
+        ...
+
+    def refresh(self) -> None:
+        """Carry the master weights into the compute weights of every rank."""
+        ...
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps made (Adam's bias correction depends on it)."""
+        ...
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, value: int) -> None: ...
+
+    def gathered(self) -> AbstractContextManager[nn.Module]:
+        """The module with whole compute weights on every rank, for sampling (ZeRO-3 gathers)."""
+        ...
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trained parameter whole, fp32, on the CPU of rank 0, one at a time (others: empty)."""
+        ...

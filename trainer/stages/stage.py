@@ -1,0 +1,52 @@
+"""What the loop needs from whatever computes one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from trainer.distributed.engine import Engine
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A grid of pictures for people."""
+
+    pixels: Tensor
+    """uint8 [N, 3, H, W]"""
+    captions: tuple[str, ...]
+    """N captions"""
+    columns: int
+    """Pictures per row of the grid."""
+
+
+class Stage(Protocol):
+    """One trainable stage: its engines and the computation of one optimizer step."""
+
+    engines: dict[str, Engine]
+    """By name: {"unet": ...} or {"autoencoder": ..., "discriminator": ...}."""
+    averaged: str
+    """Name of the engine whose weights are averaged (EMA), sampled and exported."""
+
+    def train_step(self, batch: Batch, step: int, learning_rate: float) -> dict[str, Tensor]:
+        """Forward, backward and update over this rank's micro-batches of optimizer step `step`.
+
+        Returns 0-d tensors on the device, unsynchronised: means over this rank's samples ("loss" is
+        always there), and "grad_norm", which is global.
+        """
+        ...
+
+    def preview(self, batch: Batch) -> Preview:
+        """Pictures with the weights as they are now; collective, the same on every rank."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Small tensors beside the trained weights that belong into checkpoints and exports."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        ...
