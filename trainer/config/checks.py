@@ -1,0 +1,142 @@
+"""Combinations of settings that cannot work, refused before any process starts or model is built."""
+
+from __future__ import annotations
+
+import math
+
+from trainer.config.run import Config, ConfigError
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError, with the remedy, for the first impossible combination found."""
+    _check_sizes(config)
+    _check_unet(config)
+    _check_stage(config)
+    _check_conditioning(config)
+    _check_sampling(config)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_sizes(config: Config) -> None:
+    for name in ("steps", "global_batch_size", "micro_batch_size"):
+        _require(getattr(config, name) >= 1, f"{name} must be at least 1.")
+    for name in ("checkpoint.every", "sampling.every", "logging.every"):
+        section, key = name.split(".")
+        _require(getattr(getattr(config, section), key) >= 0, f"{name} must not be negative.")
+    _require(config.logging.every >= 1, "logging.every must be at least 1.")
+    if config.distributed.ranks:
+        config.accumulation(config.distributed.ranks)
+    else:
+        _require(
+            config.global_batch_size % config.micro_batch_size == 0,
+            f"global_batch_size={config.global_batch_size} must be a multiple of "
+            f"micro_batch_size={config.micro_batch_size}.",
+        )
+    factor = config.first_stage.downsampling
+    _require(
+        config.data.image_size % factor == 0,
+        f"data.image_size={config.data.image_size} must be a multiple of the first stage's downsampling "
+        f"factor {factor}.",
+    )
+    optimizer = config.optimizer
+    _require(optimizer.learning_rate > 0, "optimizer.learning_rate must be positive.")
+    _require(all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas must lie in [0, 1).")
+    _require(
+        not (config.data.shards and config.data.sources),
+        "give either data.shards or data.sources, not both.",
+    )
+
+
+def _check_unet(config: Config) -> None:
+    unet = config.unet
+    levels = len(unet.channel_multipliers)
+    _require(
+        (unet.num_heads is None) != (unet.head_dim is None),
+        "set exactly one of unet.num_heads and unet.head_dim (set the other one to null).",
+    )
+    _require(
+        len(unet.transformer_depth) in (1, levels),
+        f"unet.transformer_depth needs 1 or {levels} entries, one per level of unet.channel_multipliers.",
+    )
+    for i, multiplier in enumerate(unet.channel_multipliers):
+        channels = unet.model_channels * multiplier
+        groups = math.lcm(unet.num_groups, unet.res_block_groups or unet.num_groups)
+        _require(
+            channels % groups == 0,
+            f"unet level {i} has {channels} channels, not a multiple of num_groups {groups}; change "
+            "unet.model_channels or unet.num_groups.",
+        )
+        if 2**i in unet.attention_factors:
+            divisor, key = (
+                (unet.num_heads, "num_heads") if unet.num_heads else (unet.head_dim, "head_dim")
+            )
+            _require(
+                channels % (divisor or 1) == 0,
+                f"unet level {i} has {channels} channels, not a multiple of unet.{key} {divisor}.",
+            )
+    if config.stage == "diffusion":
+        cells = config.data.image_size // config.first_stage.downsampling
+        _require(
+            cells % 2 ** (levels - 1) == 0,
+            f"latents of {cells} x {cells} cells cannot be halved {levels - 1} times; change data.image_size "
+            "or unet.channel_multipliers.",
+        )
+
+
+def _check_stage(config: Config) -> None:
+    if config.stage == "diffusion":
+        return
+    _require(
+        config.first_stage.name != "identity",
+        "first_stage.name=identity has nothing to train; choose kl or vq for stage=autoencoder.",
+    )
+    _require(
+        config.distributed.zero_stage < 3,
+        "stage=autoencoder needs whole last-layer weights for its adaptive GAN weight; set "
+        "distributed.zero_stage to 0, 1 or 2.",
+    )
+
+
+def _check_conditioning(config: Config) -> None:
+    conditioning = config.conditioning
+    needed = {
+        name
+        for name in ("class_label", "layout", "semantic_map", "depth")
+        if getattr(conditioning, name) is not None
+    }
+    if config.stage == "diffusion":
+        missing = sorted(needed - set(config.data.conditions))
+        _require(
+            not missing,
+            f"conditioning.{missing[0] if missing else ''} needs its field in the batch; add it to "
+            f"data.conditions, e.g. data.conditions=[{', '.join(sorted(needed))}].",
+        )
+    low = conditioning.low_resolution
+    if low is not None:
+        _require(
+            config.first_stage.downsampling == low.factor,
+            f"conditioning.low_resolution.factor={low.factor} must equal the first stage's downsampling "
+            f"factor {config.first_stage.downsampling}, since the image is concatenated to the latents.",
+        )
+    for name in ("openclip", "openclip_second"):
+        tower = getattr(conditioning, name)
+        shrunk = tower is not None and any(
+            value is not None for value in (tower.width, tower.layers, tower.heads)
+        )
+        _require(
+            not (shrunk and tower.pretrained),
+            f"conditioning.{name}: width, layers and heads shrink the tower, so pretrained weights cannot "
+            "fit; remove one or the other.",
+        )
+
+
+def _check_sampling(config: Config) -> None:
+    _require(config.sampling.steps >= 1, "sampling.steps must be at least 1.")
+    _require(
+        config.sampling.steps <= config.diffusion.num_timesteps,
+        "sampling.steps must not exceed diffusion.num_timesteps.",
+    )

@@ -1,0 +1,278 @@
+"""YAML and `a.b=c` overrides into frozen dataclasses, strictly, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config.checks import check
+from trainer.config.run import Config, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A value somebody wrote, and where."""
+
+    value: Any
+    origin: str
+
+
+_Tree = dict[str, "_Tree | _Given"]
+
+
+def load_config(path: str | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Defaults < YAML file < overrides (`section.key=value`), checked as a whole.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible combination, naming file and line.
+    """
+    tree: _Tree = {}
+    if path is not None:
+        tree = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    config: Config = _build(Config, tree, "")
+    check(config)
+    return config
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `config_to_dict`."""
+    config: Config = _build(Config, _tree_of(values, "stored configuration"), "")
+    return config
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionaries and lists, as YAML and JSON want them."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return typing.cast(dict[str, Any], plain(config))
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, width=110)
+
+
+def _read_yaml(path: str) -> _Tree:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        known = sorted(str(p) for p in Path("configs").rglob("*.yaml"))
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(f"there is no configuration file {path}{hint}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}.") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}."
+        ) from error
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:1 must be a mapping of keys to values.")
+    return _from_mapping(node, path)
+
+
+def _from_mapping(node: yaml.MappingNode, path: str) -> _Tree:
+    tree: _Tree = {}
+    for key_node, value_node in node.value:
+        origin = f"{path}:{key_node.start_mark.line + 1}"
+        key = str(key_node.value)
+        if key in tree:
+            raise ConfigError(f"{origin}: `{key}` is given twice.")
+        if isinstance(value_node, yaml.MappingNode):
+            tree[key] = _from_mapping(value_node, path)
+        else:
+            tree[key] = _Given(_python_value(value_node), origin)
+    return tree
+
+
+def _python_value(node: yaml.Node) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
+
+
+def _tree_of(values: dict[str, Any], origin: str) -> _Tree:
+    return {
+        key: _tree_of(value, origin) if isinstance(value, dict) else _Given(value, origin)
+        for key, value in values.items()
+    }
+
+
+def _apply_override(tree: _Tree, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"`{override}` is not an override; write section.key=value.")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the value of `{dotted}` on the command line is not valid YAML."
+        ) from error
+    origin = "command line"
+    *parents, leaf = dotted.split(".")
+    for name in parents:
+        child = tree.get(name)
+        if not isinstance(child, dict):
+            child = tree[name] = {}
+        tree = child
+    tree[leaf] = _tree_of(value, origin) if isinstance(value, dict) else _Given(value, origin)
+
+
+def _build(cls: type, tree: _Tree, prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    arguments = {}
+    for key, given in tree.items():
+        if key not in names:
+            raise ConfigError(_unknown_key(prefix + key, key, names, _origin(given), prefix))
+        arguments[key] = _value(hints[key], given, prefix + key)
+    return cls(**arguments)
+
+
+def _origin(given: _Tree | _Given) -> str:
+    while isinstance(given, dict):
+        if not given:
+            return "configuration"
+        given = next(iter(given.values()))
+    return given.origin
+
+
+def _unknown_key(dotted: str, key: str, names: list[str], origin: str, prefix: str) -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if near:
+        return f"{origin}: unknown key `{dotted}`; did you mean `{prefix}{near[0]}`?"
+    everywhere = {path.rpartition(".")[2]: path for path in reversed(_all_keys(Config, ""))}
+    elsewhere = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
+    if elsewhere:
+        return f"{origin}: unknown key `{dotted}`; did you mean `{everywhere[elsewhere[0]]}`?"
+    where = f"`{prefix[:-1]}`" if prefix else "the top level"
+    return f"{origin}: unknown key `{dotted}`; {where} has {', '.join(names)}."
+
+
+def _all_keys(cls: type, prefix: str) -> list[str]:
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        section = _section_of(hint)
+        keys.append(prefix + name)
+        if section is not None:
+            keys += _all_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _section_of(hint: Any) -> type | None:
+    """The dataclass behind `Section` or `Section | None`."""
+    for option in typing.get_args(hint) if _is_union(hint) else (hint,):
+        if dataclasses.is_dataclass(option):
+            return typing.cast(type, option)
+    return None
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _value(hint: Any, given: _Tree | _Given, dotted: str) -> Any:
+    section = _section_of(hint)
+    if section is not None:
+        if isinstance(given, dict):
+            return _build(section, given, f"{dotted}.")
+        if given.value is None and _is_union(hint):
+            return None
+        if given.value is None or given.value == {}:
+            return section()
+        raise ConfigError(f"{given.origin}: `{dotted}` is a section; give it keys, not a value.")
+    if isinstance(given, dict):
+        raise ConfigError(f"{_origin(given)}: `{dotted}` is {_words(hint)}, not a section.")
+    found, value = _coerce(hint, given.value, given.origin, dotted)
+    if not found:
+        raise ConfigError(
+            f"{given.origin}: `{dotted}` must be {_words(hint)}, not {given.value!r}"
+            f"{_nearest_choice(hint, given.value)}."
+        )
+    return value
+
+
+def _coerce(hint: Any, value: Any, origin: str, dotted: str) -> tuple[bool, Any]:
+    """(fits, converted): ints become floats, `1e-4` (a YAML string) too, lists become tuples."""
+    if _is_union(hint):
+        for option in typing.get_args(hint):
+            fits, converted = _coerce(option, value, origin, dotted)
+            if fits:
+                return True, converted
+        return False, None
+    kind = typing.get_origin(hint)
+    if kind is typing.Literal:
+        return value in typing.get_args(hint) and not isinstance(value, bool), value
+    if kind is tuple:
+        return _coerce_tuple(typing.get_args(hint), value, origin, dotted)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return True, _build(typing.cast(type, hint), _tree_of(value, origin), f"{dotted}.")
+        return False, None
+    if hint is type(None):
+        return value is None, None
+    if hint is float and not isinstance(value, bool):
+        try:
+            return isinstance(value, (int, float, str)), float(value)
+        except (TypeError, ValueError):
+            return False, None
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return True, str(value)
+    return type(value) is hint, value
+
+
+def _coerce_tuple(
+    item_hints: tuple[Any, ...], value: Any, origin: str, dotted: str
+) -> tuple[bool, Any]:
+    if not isinstance(value, (list, tuple)):
+        return False, None
+    variadic = len(item_hints) == 2 and item_hints[1] is Ellipsis
+    hints = [item_hints[0]] * len(value) if variadic else list(item_hints)
+    if len(hints) != len(value):
+        return False, None
+    pairs = [_coerce(h, v, origin, dotted) for h, v in zip(hints, value, strict=True)]
+    return all(fits for fits, _ in pairs), tuple(converted for _, converted in pairs)
+
+
+def _nearest_choice(hint: Any, value: Any) -> str:
+    options = [
+        str(choice)
+        for option in (typing.get_args(hint) if _is_union(hint) else (hint,))
+        if typing.get_origin(option) is typing.Literal
+        for choice in typing.get_args(option)
+    ]
+    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _words(hint: Any) -> str:
+    if _is_union(hint):
+        return " or ".join(_words(option) for option in typing.get_args(hint))
+    kind = typing.get_origin(hint)
+    if kind is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if kind is tuple:
+        items = typing.get_args(hint)
+        if len(items) == 2 and items[1] is Ellipsis:
+            return f"a list, each item {_words(items[0])}"
+        return "a list of " + " and ".join(_words(item) for item in items)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(hint, "null" if hint is type(None) else str(getattr(hint, "__name__", hint)))
