@@ -1,0 +1,172 @@
+"""Counter-based random numbers: every draw is a function of (seed, sample ordinal, purpose, element)."""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+# Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", table 2).
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+MASK = 0xFFFFFFFF
+
+
+class Purpose(IntEnum):
+    """What a draw is for: one 32-bit word of the counter. Any integer in a range below may be used."""
+
+    TIMESTEP = 1
+    NOISE = 2
+    POSTERIOR = 3
+    OFFSET_NOISE = 4
+    LOW_RESOLUTION_NOISE = 5
+    LOW_RESOLUTION_LEVEL = 6
+    MASK = 7
+    DEGRADATION = 8
+    STRATUM = 9
+    VALIDATION_TIMESTEP = 10
+    VALIDATION_NOISE = 11
+    PREVIEW = 12
+    INITIAL = 13
+    """Starting noise of a sampled picture."""
+    DROP = 0x100
+    """DROP + index of the condition, 256 values."""
+    CONDITION = 0x200
+    """CONDITION + index: anything else that one condition draws, 256 values."""
+    SAMPLER = 0x10000
+    """SAMPLER + step index: noise that a stochastic sampler adds, 65536 values."""
+
+
+def philox(counter: tuple[Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Philox4x32-10 of 128-bit counters under a 64-bit key.
+
+    `counter` is (even, odd): int64 [2, ...], words (0, 2) and (1, 3), each in [0, 2**32). The result has
+    the same layout. Words are paired so that one tensor operation serves both halves of a round.
+    """
+    even, odd = counter
+    shape = (2, *(1 for _ in even.shape[1:]))
+    row = torch.arange(2, device=even.device).view(shape)  # built on the device: no copy, no synchronisation
+    # With the multiplier taken as signed, M - 2**32, the product of M and a word never overflows int64:
+    # M * x = (M - 2**32) * x + 2**32 * x, so the high word is the shifted product plus x.
+    multiplier = _pair(row, MULTIPLIERS[0] - MASK - 1, MULTIPLIERS[1] - MASK - 1)
+    round_key = _pair(row, *key)
+    increment = _pair(row, *KEY_INCREMENTS)
+    for index in range(ROUNDS):
+        if index:
+            round_key = (round_key + increment) & MASK
+        product = even * multiplier
+        high = (product >> 32).add_(even)
+        # A round exchanges the halves: words 0 and 1 come from the product of word 2, and the reverse.
+        even = high.flip(0).bitwise_xor_(odd).bitwise_xor_(round_key)
+        odd = product.bitwise_and_(MASK).flip(0)
+    return even, odd
+
+
+def words(seed: int, ordinals: Tensor, purpose: int, count: int) -> tuple[Tensor, Tensor]:
+    """Random 32-bit words in `philox`'s layout: two int64 [2, B, ceil(count / 4)].
+
+    Word 0 of the counter is the block of four elements, word 1 the purpose, words 2 and 3 the ordinal;
+    the key is the seed. So the first elements of a larger draw equal those of a smaller one.
+    """
+    blocks = -(-count // 4)
+    assert blocks <= MASK, "a draw holds at most 2**34 elements per sample"
+    ordinals = ordinals.to(torch.int64).view(-1, 1)
+    size = (ordinals.shape[0], blocks)
+    block = torch.arange(blocks, device=ordinals.device).expand(size)
+    even = torch.stack([block, (ordinals & MASK).expand(size)])
+    odd = torch.stack([torch.full_like(block, purpose), ((ordinals >> 32) & MASK).expand(size)])
+    return philox((even, odd), (seed & MASK, (seed >> 32) & MASK))
+
+
+def uniform(seed: int, ordinals: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniform float32 [B, *shape] in [0, 1), multiples of 2**-24, for int64 `ordinals` [B]."""
+    count = math.prod(shape)
+    even, odd = words(seed, ordinals, purpose, count)
+    flat = _in_element_order(even >> 8, odd >> 8, count)
+    return (flat.to(torch.float32) * 2.0**-24).view(-1, *shape)
+
+
+def normal(seed: int, ordinals: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 [B, *shape] for int64 `ordinals` [B], by Box and Muller (1958).
+
+    Radius sqrt(-2 ln u) with u = (word + 1) / 2**32 in (0, 1], angle 2 pi (word / 2**32 - 1/2), so
+    |value| <= 6.67. Logarithm, sine and cosine are float64 polynomials made of correctly rounded
+    operations only (library versions differ between devices), then rounded once to float32: the same
+    bits on every device. Under torch.compile fused multiply-adds may move a float64 by 1e-15, which
+    changes the float32 with a probability of about 1e-8 per value.
+    """
+    count = math.prod(shape)
+    even, odd = words(seed, ordinals, purpose, count)
+    radius = torch.sqrt(-2.0 * _log((even + 1).to(torch.float64) * 2.0**-32))
+    sine, cosine = _sincos_of_turn(odd.to(torch.float64) * 2.0**-32 - 0.5)
+    flat = _in_element_order((radius * cosine).float(), (radius * sine).float(), count)
+    return flat.view(-1, *shape)
+
+
+def randint(seed: int, ordinals: Tensor, purpose: int, high: int) -> Tensor:
+    """Integers int64 [B] in [0, high): a 63-bit word modulo high, bias below high / 2**63."""
+    return _integers(seed, ordinals, purpose, 2)[:, 0] % high
+
+
+def permutation(
+    seed: int, ordinal: int, purpose: int, size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A permutation of range(size), int64 [size], keyed by one ordinal (say, the step)."""
+    keys = _integers(seed, torch.tensor([ordinal], device=device), purpose, 2 * size)
+    return torch.argsort(keys[0], stable=True)
+
+
+def _integers(seed: int, ordinals: Tensor, purpose: int, count: int) -> Tensor:
+    """63-bit integers, int64 [B, count / 2], each from two consecutive words."""
+    even, odd = words(seed, ordinals, purpose, count)
+    joined = ((even >> 1) << 32) | odd  # [2, B, blocks]
+    return joined.permute(1, 2, 0).reshape(joined.shape[1], -1)[:, : count // 2]
+
+
+def _in_element_order(even: Tensor, odd: Tensor, count: int) -> Tensor:
+    """Two [2, B, blocks] -> [B, count], elements 4k .. 4k+3 from words 0 .. 3 of block k."""
+    stacked = torch.stack([even, odd], dim=-1)  # [2, B, blocks, 2]
+    return stacked.permute(1, 2, 0, 3).reshape(even.shape[1], -1)[:, :count]
+
+
+def _pair(row: Tensor, first: int, second: int) -> Tensor:
+    return row * (second - first) + first
+
+
+def _log(u: Tensor) -> Tensor:
+    """Natural logarithm of float64 in (0, 1], absolute error below 1e-13.
+
+    u = m 2**e with m in [0.5, 1); with c = sqrt(1/2) and f = (m - c) / (m + c), ln m = ln c + 2 artanh f.
+    """
+    mantissa, exponent = torch.frexp(u)
+    centre = math.sqrt(0.5)
+    f = (mantissa - centre) / (mantissa + centre)  # |f| <= 0.172
+    z = f * f
+    series = _horner(z, [1.0 / (2 * k + 1) for k in range(8)])
+    # Clamped: at u = 1 the three terms cancel up to rounding, and the square root needs -ln u >= 0.
+    return (2.0 * f * series + (exponent.to(u.dtype) - 0.5) * math.log(2.0)).clamp(max=0.0)
+
+
+def _sincos_of_turn(turn: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of 2 pi `turn` for float64 in [-1/2, 1/2], absolute error below 1e-12.
+
+    Taylor series at a quarter of the angle (at most pi / 4), then twice the double-angle formulas.
+    """
+    angle = turn * (math.pi / 2)
+    z = angle * angle
+    sine = angle * _horner(z, [(-1.0) ** k / math.factorial(2 * k + 1) for k in range(8)])
+    cosine = _horner(z, [(-1.0) ** k / math.factorial(2 * k) for k in range(8)])
+    for _ in range(2):
+        sine, cosine = 2.0 * sine * cosine, 1.0 - 2.0 * (sine * sine)
+    return sine, cosine
+
+
+def _horner(z: Tensor, coefficients: list[float]) -> Tensor:
+    """Sum of coefficients[k] z**k: multiply, then add, never fused, so that every device rounds alike."""
+    value = torch.full_like(z, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * z + coefficient
+    return value
