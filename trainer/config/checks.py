@@ -71,9 +71,7 @@ def _check_unet(config: Config) -> None:
             "unet.model_channels or unet.num_groups.",
         )
         if 2**i in unet.attention_factors:
-            divisor, key = (
-                (unet.num_heads, "num_heads") if unet.num_heads else (unet.head_dim, "head_dim")
-            )
+            divisor, key = (unet.num_heads, "num_heads") if unet.num_heads else (unet.head_dim, "head_dim")
             _require(
                 channels % (divisor or 1) == 0,
                 f"unet level {i} has {channels} channels, not a multiple of unet.{key} {divisor}.",

@@ -77,9 +77,7 @@ def _read_yaml(path: str) -> _Tree:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}."
-        ) from error
+        raise ConfigError(f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}.") from error
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -123,9 +121,7 @@ def _apply_override(tree: _Tree, override: str) -> None:
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"the value of `{dotted}` on the command line is not valid YAML."
-        ) from error
+        raise ConfigError(f"the value of `{dotted}` on the command line is not valid YAML.") from error
     origin = "command line"
     *parents, leaf = dotted.split(".")
     for name in parents:
@@ -205,7 +201,7 @@ def _value(hint: Any, given: _Tree | _Given, dotted: str) -> Any:
     if not found:
         raise ConfigError(
             f"{given.origin}: `{dotted}` must be {_words(hint)}, not {given.value!r}"
-            f"{_nearest_choice(hint, given.value)}."
+            f"{_nearest_choice(hint, given.value)}"
         )
     return value
 
@@ -239,9 +235,7 @@ def _coerce(hint: Any, value: Any, origin: str, dotted: str) -> tuple[bool, Any]
     return type(value) is hint, value
 
 
-def _coerce_tuple(
-    item_hints: tuple[Any, ...], value: Any, origin: str, dotted: str
-) -> tuple[bool, Any]:
+def _coerce_tuple(item_hints: tuple[Any, ...], value: Any, origin: str, dotted: str) -> tuple[bool, Any]:
     if not isinstance(value, (list, tuple)):
         return False, None
     variadic = len(item_hints) == 2 and item_hints[1] is Ellipsis
@@ -260,7 +254,7 @@ def _nearest_choice(hint: Any, value: Any) -> str:
         for choice in typing.get_args(option)
     ]
     near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _words(hint: Any) -> str:

@@ -99,7 +99,7 @@ class OpenCLIPConfig:
     layer: Literal["last", "penultimate"] = "penultimate"
     """Which hidden states become the context (SD2: penultimate, then the final layer norm)."""
     width: int | None = None
-    """Shrink the tower: text width (with `layers` and `heads`), for small offline runs; no pretrained then."""
+    """Shrink the tower: text width (with `layers` and `heads`), for small offline runs without `pretrained`."""
     layers: int | None = None
     """Shrink the tower: number of transformer layers."""
     heads: int | None = None

@@ -73,11 +73,7 @@ class Config:
         """Micro-batches per optimizer step on each of `world_size` ranks."""
         per_pass = self.micro_batch_size * world_size
         if self.global_batch_size % per_pass:
-            valid = [
-                n
-                for n in range(1, 4097)
-                if self.global_batch_size % (self.micro_batch_size * n) == 0
-            ]
+            valid = [n for n in range(1, 4097) if self.global_batch_size % (self.micro_batch_size * n) == 0]
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
                 f"{self.micro_batch_size} x {world_size} ranks; with this micro-batch the number of ranks "

@@ -1,0 +1,32 @@
+"""Grids of pictures with their captions, for people."""
+
+from __future__ import annotations
+
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+def grid(pixels: Tensor, captions: tuple[str, ...], columns: int, min_cell: int = 128) -> Image.Image:
+    """uint8 [N, 3, H, W] and N captions -> one picture; small images are enlarged to `min_cell`."""
+    n, _, height, width = pixels.shape
+    enlarge = max(1, -(-min_cell // min(height, width)))
+    cell_w, cell_h = width * enlarge, height * enlarge
+    font = ImageFont.load_default(size=12)
+    line_chars = max(8, cell_w // 7)
+    lines = [textwrap.wrap(caption, line_chars)[:4] for caption in captions]
+    text_h = 15 * max((len(item) for item in lines), default=0) + (4 if any(lines) else 0)
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * (cell_w + 4) + 4, rows * (cell_h + text_h + 4) + 4), "white")
+    draw = ImageDraw.Draw(sheet)
+    arrays = pixels.cpu().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    for i, array in enumerate(arrays):
+        left = 4 + (i % columns) * (cell_w + 4)
+        top = 4 + (i // columns) * (cell_h + text_h + 4)
+        picture = Image.fromarray(array).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+        sheet.paste(picture, (left, top))
+        for j, line in enumerate(lines[i] if i < len(lines) else []):
+            draw.text((left, top + cell_h + 2 + 15 * j), line, fill="black", font=font)
+    return sheet

@@ -1,0 +1,108 @@
+"""Where records go: console bar, JSONL and W&B, on rank 0 only."""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+import fsspec
+from PIL import Image
+from tqdm import tqdm
+
+from trainer.config.run import Config
+from trainer.metrics.jsonl import JSONLWriter
+from trainer.metrics.wandb_sink import WandbSink
+
+
+class Sinks:
+    """Fans records out. On other ranks than 0 it does nothing."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        main_rank: bool,
+        start_step: int,
+        run_id: str | None,
+        resolved: dict[str, Any],
+    ) -> None:
+        self._run_dir = config.run_dir.rstrip("/")
+        self._jsonl = JSONLWriter(config.run_dir, start_step) if main_rank else None
+        self._wandb = None
+        if main_rank and config.logging.wandb != "disabled":
+            self._wandb = WandbSink(config.logging, config.run_dir, resolved, run_id)
+        self._bar = None
+        if main_rank:
+            self._bar = tqdm(
+                total=config.steps,
+                initial=start_step,
+                unit="step",
+                desc=config.stage,
+                smoothing=0.1,
+                dynamic_ncols=True,
+                mininterval=0.5,
+                disable=not config.logging.progress_bar,
+            )
+
+    @property
+    def run_id(self) -> str | None:
+        """W&B run id, None when W&B is disabled."""
+        return self._wandb.run_id if self._wandb else None
+
+    @property
+    def wandb_folder(self) -> str | None:
+        """Local W&B folder, None when W&B is disabled."""
+        return self._wandb.folder if self._wandb else None
+
+    def advance(self, step: int) -> None:
+        """Move the console bar."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def log(self, step: int, samples_seen: int, record: dict[str, float]) -> None:
+        """Scalars of one log interval."""
+        if self._jsonl is None:
+            return
+        self._jsonl.write({"step": step, "samples_seen": samples_seen, "time": time.time(), **record})
+        if self._wandb:
+            self._wandb.log(samples_seen, {"step": step, **record})
+        if self._bar is not None:
+            shown = {
+                "loss": f"{record['loss']:.4f}" if "loss" in record else "-",
+                "img/s": f"{record.get('images_per_s', 0):.1f}",
+                "data wait": f"{100 * record.get('data_wait', 0):.0f}%",
+            }
+            self._bar.set_postfix(shown, refresh=False)
+
+    def event(self, step: int, samples_seen: int, name: str, **details: Any) -> None:
+        """Something that happened once: a rewind, a resume, a slow rank."""
+        if self._jsonl is None:
+            return
+        self._jsonl.write({"step": step, "samples_seen": samples_seen, "event": name, **details})
+        if self._wandb:
+            self._wandb.log(samples_seen, {"event": name, **{f"event/{k}": v for k, v in details.items()}})
+
+    def picture(self, step: int, samples_seen: int, name: str, picture: Image.Image) -> None:
+        """A grid: into the run folder and W&B."""
+        if self._jsonl is None:
+            return
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        with fsspec.open(f"{self._run_dir}/samples/{name}-{step:08d}.png", "wb", auto_mkdir=True) as file:
+            file.write(buffer.getvalue())
+        if self._wandb:
+            self._wandb.image(samples_seen, name, picture)
+
+    def flush(self) -> None:
+        """Make the JSONL durable (called at checkpoints)."""
+        if self._jsonl:
+            self._jsonl.flush()
+
+    def close(self) -> None:
+        """Finish all of them."""
+        self.flush()
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb:
+            self._wandb.close()

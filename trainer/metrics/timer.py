@@ -1,0 +1,44 @@
+"""Where a step's time goes: data, encode, unet, optimizer ... measured without stopping the device."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StepTimer:
+    """Adds up seconds per phase. On CUDA by events, read only in `take`; on the CPU by the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the enclosed work as part of `phase`."""
+        if not self._cuda or phase == "data":  # waiting for data happens on the host
+            started = time.perf_counter()
+            yield
+            self._seconds[phase] += time.perf_counter() - started
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()  # type: ignore[no-untyped-call]
+        yield
+        end.record()  # type: ignore[no-untyped-call]
+        self._events.append((phase, begin, end))
+
+    def take(self) -> dict[str, float]:
+        """Seconds per phase since the last call; on CUDA this waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+        for phase, begin, end in self._events:
+            self._seconds[phase] += begin.elapsed_time(end) / 1000
+        taken = dict(self._seconds)
+        self._events.clear()
+        self._seconds.clear()
+        return taken

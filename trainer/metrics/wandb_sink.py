@@ -1,0 +1,98 @@
+"""W&B: sole importer of wandb. Everything is logged against samples_seen, so a rewind drops nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from typing import Any
+
+from PIL import Image
+
+from trainer.config.run import ConfigError
+from trainer.config.training import LoggingConfig
+
+logger = logging.getLogger(__name__)
+
+_INIT_TIMEOUT_S = 30
+
+
+class WandbSink:
+    """A run that restarts continue under the same id; online without a network falls back to offline."""
+
+    def __init__(
+        self, config: LoggingConfig, run_dir: str, resolved: dict[str, Any], run_id: str | None
+    ) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        folder = run_dir if "://" not in run_dir else os.path.join(tempfile.gettempdir(), "ldm-wandb")
+        os.makedirs(folder, exist_ok=True)
+        self._wandb = wandb
+        mode = config.wandb
+        if mode == "online":
+            _check_key()
+        arguments: dict[str, Any] = {
+            "project": config.wandb_project,
+            "entity": config.wandb_entity,
+            "dir": folder,
+            "config": resolved,
+            "id": run_id,
+            "resume": "allow" if run_id else None,
+        }
+        settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off", silent=True)
+        try:
+            self._run = wandb.init(mode=mode, settings=settings, **arguments)
+        except wandb.errors.AuthenticationError as error:
+            raise ConfigError(_wrong_key(error)) from error
+        except wandb.errors.CommError as error:
+            if "401" in str(error) or "permission" in str(error).lower():
+                raise ConfigError(_wrong_key(error)) from error
+            logger.warning("W&B cannot be reached (%s); this run is logged offline.", error)
+            self._run = wandb.init(mode="offline", settings=settings, **arguments)
+        self._run.define_metric("samples_seen")
+        self._run.define_metric("*", step_metric="samples_seen")
+
+    @property
+    def run_id(self) -> str:
+        """Stored in checkpoints, so that a restart goes on with the same run."""
+        return str(self._run.id)
+
+    @property
+    def folder(self) -> str:
+        """Local folder for `wandb sync`."""
+        return os.path.dirname(str(self._run.dir))
+
+    def log(self, samples_seen: int, record: dict[str, Any]) -> None:
+        """Scalars of one log interval."""
+        self._run.log({**record, "samples_seen": samples_seen})
+
+    def image(self, samples_seen: int, name: str, picture: Image.Image) -> None:
+        """One grid, captions drawn in."""
+        self._run.log({name: self._wandb.Image(picture), "samples_seen": samples_seen})
+
+    def close(self) -> None:
+        """Finish without waiting for a network that is not there."""
+        self._run.finish()
+
+
+def _check_key() -> None:
+    key = os.environ.get("WANDB_API_KEY", "")
+    has_netrc = os.path.exists(os.path.expanduser(os.environ.get("NETRC", "~/.netrc")))
+    if not key and not has_netrc:
+        raise ConfigError(
+            "logging.wandb=online needs WANDB_API_KEY in the environment (or `wandb login`); set it, or use "
+            "logging.wandb=offline."
+        )
+    if key and len(key.rpartition("-")[2]) < 40:
+        raise ConfigError(
+            f"WANDB_API_KEY has {len(key)} characters where W&B keys have at least 40; copy it again from "
+            "wandb.ai/authorize, or use logging.wandb=offline."
+        )
+
+
+def _wrong_key(error: Exception) -> str:
+    return (
+        f"W&B refused the key in WANDB_API_KEY ({type(error).__name__}); copy it again from "
+        "wandb.ai/authorize, or use logging.wandb=offline."
+    )
