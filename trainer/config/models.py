@@ -70,6 +70,8 @@ class FirstStageConfig:
     """Entries of the codebook (vq)."""
     dropout: float = 0.0
     """Dropout inside residual blocks."""
+    num_groups: int | None = None
+    """Groups of every group normalisation; unset: 32, or base_channels / 4 where that is fewer."""
     latent_scale: float | None = None
     """Multiplies latents before diffusion (SD: 0.18215); unset: the value stored with the weights."""
     tile_pixels: int = 0
@@ -99,7 +101,7 @@ class OpenCLIPConfig:
     layer: Literal["last", "penultimate"] = "penultimate"
     """Which hidden states become the context (SD2: penultimate, then the final layer norm)."""
     width: int | None = None
-    """Shrink the tower: text width (with `layers` and `heads`), for small offline runs without `pretrained`."""
+    """Shrink the tower: text width (with `layers` and `heads`), for small runs without `pretrained`."""
     layers: int | None = None
     """Shrink the tower: number of transformer layers."""
     heads: int | None = None

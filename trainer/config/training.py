@@ -70,6 +70,8 @@ class AutoencoderLossConfig:
     """Strided layers of the PatchGAN."""
     adaptive_weight: bool = True
     """Scale the adversarial term by the ratio of last-layer gradient norms (VQGAN, equation 7)."""
+    latent_statistics: Literal["global", "channel"] = "global"
+    """What is stored with the weights: one scale (1 / std over everything), or per-channel mean and std."""
 
 
 @dataclass(frozen=True)
