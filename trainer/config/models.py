@@ -100,6 +100,10 @@ class OpenCLIPConfig:
     """A tag of open_clip, or a local weights file; unset: seeded random weights, said so in the log."""
     layer: Literal["last", "penultimate"] = "penultimate"
     """Which hidden states become the context (SD2: penultimate, then the final layer norm)."""
+    final_norm: bool = True
+    """Apply the tower's final layer norm to the penultimate layer (SD2: yes; SDXL: no)."""
+    padding: Literal["zero", "end"] = "zero"
+    """Token after the end of a caption: 0 (open_clip, SD2) or the end token again (SD1's CLIP ViT-L)."""
     width: int | None = None
     """Shrink the tower: text width (with `layers` and `heads`), for small runs without `pretrained`."""
     layers: int | None = None
