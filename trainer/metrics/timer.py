@@ -27,9 +27,9 @@ class StepTimer:
             self._seconds[phase] += time.perf_counter() - started
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()  # type: ignore[no-untyped-call]
+        begin.record()
         yield
-        end.record()  # type: ignore[no-untyped-call]
+        end.record()
         self._events.append((phase, begin, end))
 
     def take(self) -> dict[str, float]:

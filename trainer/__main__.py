@@ -1,0 +1,73 @@
+"""The `ldm` command: one verb per line, no logic."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "train": "train a first stage or a diffusion model; the same command again resumes",
+    "sample": "draw pictures from a run or from exported weights",
+    "demo": "train both stages on a laptop against a real S3 server and look at the pictures",
+    "data": "synthesize, inspect and index shards",
+    "config": "print the resolved configuration and the DeepSpeed dictionary",
+    "params": "count parameters per module, without building the model",
+    "export": "write a run's weights as one safetensors file",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of one verb; a user's mistake is one sentence on stderr and 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in VERBS:
+        return _overview(argv)
+    logging.basicConfig(level=os.environ.get("LDM_LOG_LEVEL", "INFO"), format="%(levelname)s %(message)s")
+    for noisy in ("DeepSpeed", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    verb = importlib.import_module(f"trainer.cli.{argv[0]}")
+    parser = argparse.ArgumentParser(
+        prog=f"ldm {argv[0]}",
+        description=verb.__doc__,
+        epilog=verb.EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_arguments(parser)
+    try:
+        return int(verb.run(parser.parse_args(argv[1:])))
+    except ValueError as error:  # ConfigError and DataError are ValueErrors made for people
+        if type(error).__name__ not in ("ConfigError", "DataError"):
+            raise
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        return _refuse(f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another.")
+    except KeyboardInterrupt:
+        return 130
+
+
+def _refuse(message: str) -> int:
+    print(f"ldm: {message}", file=sys.stderr)
+    return 2
+
+
+def _overview(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ldm",
+        description="Train latent diffusion models. Verbs:\n"
+        + "\n".join(f"  {verb:8} {summary}" for verb, summary in VERBS.items()),
+        epilog="example: ldm train configs/demo_text_to_image.yaml steps=100\n`ldm VERB --help` explains a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the above")
+    parser.parse_args(argv or ["--help"])
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Train what a configuration describes; the same command again resumes the run in its run_dir.
+
+Under torchrun, SLURM or Ray the ranks are taken as given; otherwise distributed.ranks processes are started.
+Exit codes: 0 done, 2 a mistake in the configuration or data, others in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from trainer.config.io import load_config
+from trainer.launch.local import launch
+
+EXAMPLE = "example: ldm train configs/sd/sd2_base_256.yaml run_dir=s3://bucket/run optimizer.learning_rate=5e-5"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and overrides."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file with differences from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that can be checked without torch, then start the ranks."""
+    return launch(load_config(args.config, args.overrides))
