@@ -1,0 +1,149 @@
+"""Healing: decide from the agreed loss of each step whether to go on, rewind and skip, or give up."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from trainer.config.training import HealingConfig
+
+# Scales the median absolute deviation to the standard deviation of a Gaussian.
+_MAD_TO_SIGMA = 1.4826
+_MIN_HISTORY = 16
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A rewind, as it goes into the ledger, JSONL and W&B."""
+
+    step: int
+    """The offending step."""
+    kind: Literal["nan", "inf", "spike", "gradient"]
+    """What was seen there."""
+    value: str
+    """Loss or gradient norm, as text (JSON has no NaN)."""
+    zscore: float | None
+    """Robust z-score of the loss (spike)."""
+    ordinals: tuple[int, ...]
+    """Samples of that step, never to be used again."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do after a step."""
+
+    action: Literal["continue", "rewind", "stop"]
+    incident: Incident | None = None
+    message: str = ""
+
+
+def robust_zscore(value: float, history: Sequence[float]) -> float:
+    """Distance of `value` from the median of `history` in robust standard deviations (MAD).
+
+    A floor of a thousandth of the median keeps a flat history from making any change a spike.
+    """
+    median = statistics.median(history)
+    deviation = _MAD_TO_SIGMA * statistics.median(abs(v - median) for v in history)
+    return (value - median) / max(deviation, 1e-3 * abs(median), 1e-12)
+
+
+class Healer:
+    """Judges each step's loss and gradient norm, and keeps the list of samples to skip.
+
+    Give it values that are the same on every rank (the mean loss over all ranks, the global gradient
+    norm): the verdict is a pure function of them, so all ranks decide alike without another
+    collective. The state travels in every checkpoint, and the skip list is stored again the moment
+    it grows (see `journal`), since a rewind goes back to a checkpoint that does not know it yet.
+    """
+
+    def __init__(self, config: HealingConfig) -> None:
+        self._config = config
+        self._losses: deque[float] = deque(maxlen=config.spike_window)
+        self._incidents: list[Incident] = []
+
+    @property
+    def skipped(self) -> frozenset[int]:
+        """Ordinals that the loader must leave out."""
+        return frozenset(o for incident in self._incidents for o in incident.ordinals)
+
+    @property
+    def incidents(self) -> tuple[Incident, ...]:
+        """Every rewind of this run, oldest first."""
+        return tuple(self._incidents)
+
+    def check(self, step: int, loss: float, grad_norm: float | None, ordinals: Iterable[int]) -> Verdict:
+        """The verdict on optimizer step `step`, whose global batch was `ordinals`."""
+        kind, value, zscore = self._symptom(loss, grad_norm)
+        if kind is None:
+            self._losses.append(loss)
+            return Verdict("continue")
+        incident = Incident(step, kind, repr(value), zscore, tuple(sorted(ordinals)))
+        what = f"{_DESCRIPTIONS[kind]} ({value:.6g}) at step {step}"
+        if not self._config.enabled:
+            return Verdict(
+                "stop", incident, f"{what}; healing.enabled=true would rewind and skip its samples."
+            )
+        if len(self._incidents) >= self._config.max_rewinds:
+            return Verdict(
+                "stop",
+                incident,
+                f"{what}, after {len(self._incidents)} rewinds already (healing.max_rewinds="
+                f"{self._config.max_rewinds}); lower optimizer.learning_rate or look at the samples "
+                "of the incidents in the run's ledger.",
+            )
+        self._incidents.append(incident)
+        return Verdict("rewind", incident, f"{what}; rewinding and skipping {len(incident.ordinals)} samples")
+
+    def rewound(self, state: dict[str, Any]) -> None:
+        """Take over the loss history of the checkpoint that was rewound to; keep the incidents."""
+        self._losses = deque(state["losses"], maxlen=self._config.spike_window)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; goes into the checkpoint."""
+        return {"losses": list(self._losses), "incidents": self.journal()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`; incidents known already are kept."""
+        self.rewound(state)
+        self.merge(state["incidents"])
+
+    def journal(self) -> list[dict[str, Any]]:
+        """The incidents alone, JSON-able, to be stored durably before a rewind."""
+        return [asdict(incident) for incident in self._incidents]
+
+    def merge(self, journal: list[dict[str, Any]]) -> None:
+        """Add stored incidents that are not known yet (a restart after a rewind)."""
+        known = {(i.step, i.ordinals) for i in self._incidents}
+        for record in journal:
+            incident = Incident(**{**record, "ordinals": tuple(record["ordinals"])})
+            if (incident.step, incident.ordinals) not in known:
+                self._incidents.append(incident)
+
+    def _symptom(
+        self, loss: float, grad_norm: float | None
+    ) -> tuple[Literal["nan", "inf", "spike", "gradient"] | None, float, float | None]:
+        if math.isnan(loss):
+            return "nan", loss, None
+        if math.isinf(loss):
+            return "inf", loss, None
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            return "gradient", grad_norm, None
+        if self._config.spike_zscore > 0 and len(self._losses) >= min(
+            _MIN_HISTORY, self._config.spike_window
+        ):
+            zscore = robust_zscore(loss, self._losses)
+            if zscore > self._config.spike_zscore:
+                return "spike", loss, zscore
+        return None, loss, None
+
+
+_DESCRIPTIONS = {
+    "nan": "loss is NaN",
+    "inf": "loss is infinite",
+    "spike": "loss spike",
+    "gradient": "gradient norm is not finite",
+}

@@ -1,0 +1,138 @@
+"""Stop requests: signals and the stop file set a flag that the loop reads at step boundaries."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from enum import IntEnum
+from types import FrameType, TracebackType
+from typing import Self
+
+import fsspec
+
+from trainer.exit_codes import ExitCode
+
+logger = logging.getLogger(__name__)
+
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest(IntEnum):
+    """What was asked for. Ordered, so that the maximum over ranks is the agreed request."""
+
+    NONE = 0
+    PREEMPTED = 1
+    """The machine is wanted back: save, exit, and be started again."""
+    STOPPED = 2
+    """A person wants the run to stop: save, exit, and stay stopped."""
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The exit code of a run that honoured this request."""
+        assert self is not StopRequest.NONE
+        return ExitCode.PREEMPTED if self is StopRequest.PREEMPTED else ExitCode.STOPPED
+
+
+class Preemption:
+    """Watches SIGTERM, SIGUSR1, SIGUSR2, SIGINT and a stop file while used as a context manager.
+
+    The loop reads `request` once a step, takes the maximum over ranks and saves when it is not NONE:
+    a signal that reached one rank only stops all of them at the same step. The first SIGINT asks for
+    a saved stop, the second raises KeyboardInterrupt. Outside the main thread (Ray Train workers)
+    Python cannot install handlers; the stop file still works there.
+
+    stop_file: path or URL whose appearance asks for a saved stop (poll it on one rank only); it is
+    removed by `acknowledge` once the state is saved, so that the same command resumes the run.
+    poll_s: seconds between looks at the stop file, in a thread of its own since it may be remote.
+    """
+
+    def __init__(self, stop_file: str | None = None, *, poll_s: float = 1.0) -> None:
+        self._stop_file = stop_file
+        self._poll_s = poll_s
+        self._request = StopRequest.NONE
+        self._interrupts = 0
+        self._owner = os.getpid()
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+        self._closing = threading.Event()
+        self._poller: threading.Thread | None = None
+
+    @property
+    def request(self) -> StopRequest:
+        """The strongest request so far on this rank."""
+        return self._request
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._request is not StopRequest.NONE
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in PREEMPTION_SIGNALS:
+                self._previous[number] = signal.signal(number, self._on_preemption)
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
+        else:
+            logger.info("not in the main thread: only the stop file can stop this rank early")
+        if self._stop_file is not None:
+            self._poller = threading.Thread(target=self._poll, name="stop-file", daemon=True)
+            self._poller.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closing.set()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+        if self._poller is not None:
+            # Bounded: a look at remote storage may hang, and the thread is a daemon anyway.
+            self._poller.join(timeout=5.0)
+
+    def acknowledge(self) -> None:
+        """The state is saved: remove the stop file, if there is one. Call on the polling rank."""
+        if self._stop_file is None:
+            return
+        filesystem, path = fsspec.core.url_to_fs(self._stop_file)
+        try:
+            if filesystem.exists(path):
+                filesystem.rm_file(path)
+        except OSError as error:
+            logger.warning("could not remove the stop file %s: %s", self._stop_file, error)
+
+    def _ask(self, request: StopRequest, reason: str) -> None:
+        if request > self._request:
+            self._request = request
+            logger.warning("%s: saving at the next step boundary, then leaving", reason)
+
+    def _on_preemption(self, number: int, frame: FrameType | None) -> None:
+        # A forked loader worker inherits this handler; a signal to the whole group is not for it.
+        if os.getpid() == self._owner:
+            self._ask(StopRequest.PREEMPTED, signal.Signals(number).name)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            return
+        self._interrupts += 1
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        self._ask(StopRequest.STOPPED, "SIGINT (once more aborts without saving)")
+
+    def _poll(self) -> None:
+        assert self._stop_file is not None
+        filesystem, path = fsspec.core.url_to_fs(self._stop_file)
+        while not self._closing.is_set():
+            try:
+                # Object stores list directories from a cache unless told otherwise.
+                filesystem.invalidate_cache(path)
+                if filesystem.exists(path):
+                    self._ask(StopRequest.STOPPED, f"stop file {self._stop_file}")
+                    return
+            except OSError as error:
+                logger.debug("could not look for the stop file: %s", error)
+            self._closing.wait(self._poll_s)

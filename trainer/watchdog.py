@@ -1,0 +1,167 @@
+"""The watchdog of one rank: notices that its loop went silent, dumps stacks and gives up the process."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Literal, Self
+
+from trainer.exit_codes import ExitCode
+from trainer.heartbeat import Board
+
+logger = logging.getLogger(__name__)
+
+Phase = Literal["start", "data", "step", "checkpoint", "preview", "finish"]
+
+GRACE_S: Mapping[Phase, float] = {
+    "start": 900.0,
+    "data": 0.0,
+    "step": 0.0,
+    "checkpoint": 600.0,
+    "preview": 300.0,
+    "finish": 900.0,
+}
+"""Seconds that a phase may take whatever it took before; storage and samplers set their own pace."""
+
+STACKS_SIGNAL = signal.SIGQUIT
+"""Makes a rank write the stacks of all its threads to stderr, also when the GIL is stuck."""
+
+# The descriptor, not sys.stderr: it may be replaced, closed or buffered.
+_STDERR = 2
+_LEARNING_BEATS = 3
+_LEARNING_GRACE_S = 600.0
+_TICK_S = 0.25
+_SUPERVISED_DELAY_S = 3.0
+
+
+class Watchdog:
+    """Expects a beat from the training loop at every phase of every step.
+
+    A phase may last `timeout_s` beyond what is expected of it: twice its slowest recent duration, at
+    least its grace, and ten minutes until it has been seen three times (kernels are tuned and graphs
+    compiled then). Past that, the stacks of all threads go to stderr and the process exits with
+    ExitCode.RETRYABLE, long before a collective's own timeout.
+
+    A thread cannot see that its own process is frozen (SIGSTOP) or that the GIL is stuck. So every
+    beat and every tick of the thread is also written to the `board`, which the local launcher reads;
+    the thread then waits a little longer, to let the launcher collect the stacks of every rank.
+
+    timeout_s: 0 switches the watchdog off. grace_s: overrides of GRACE_S, e.g. how long storage may
+    be unreachable while waiting for data. on_hang: replaces the exit, in tests.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        *,
+        local_rank: int = 0,
+        board: Board | None = None,
+        grace_s: Mapping[Phase, float] | None = None,
+        on_hang: Callable[[], None] | None = None,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._local_rank = local_rank
+        self._board = board
+        self._grace_s: dict[Phase, float] = {**GRACE_S, **(grace_s or {})}
+        self._on_hang = on_hang or _exit_retryable
+        self._durations: dict[Phase, deque[float]] = defaultdict(lambda: deque(maxlen=32))
+        self._phase: Phase = "start"
+        self._step = 0
+        self._since = time.monotonic()
+        self._deadline = float("inf")
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self._timeout_s <= 0:
+            return self
+        faulthandler.register(STACKS_SIGNAL, file=_STDERR, all_threads=True)
+        self.beat(0, "start")
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._thread is None:
+            return
+        self._closing.set()
+        self._thread.join()
+        self._thread = None
+        if self._board is not None:
+            # From here on only the process's own end counts.
+            self._board.write(self._local_rank, deadline=0.0, step=self._step, phase="finish")
+        faulthandler.unregister(STACKS_SIGNAL)
+
+    def beat(self, step: int, phase: Phase = "step") -> None:
+        """The loop is alive, at this step, and begins this phase. Costs microseconds."""
+        now = time.monotonic()
+        self._durations[self._phase].append(now - self._since)
+        self._phase, self._step, self._since = phase, step, now
+        if self._timeout_s <= 0:
+            return
+        self._deadline = now + self.allowance_s(phase)
+        if self._board is not None:
+            self._board.write(self._local_rank, deadline=self._deadline, step=step, phase=phase)
+
+    def allowance_s(self, phase: Phase) -> float:
+        """Seconds of silence after which this phase counts as hung."""
+        seen = self._durations[phase]
+        expected = 2 * max(seen) if len(seen) >= _LEARNING_BEATS else _LEARNING_GRACE_S
+        return self._timeout_s + max(expected, self._grace_s[phase])
+
+    def _watch(self) -> None:
+        delay = 0.0 if self._board is None else _SUPERVISED_DELAY_S
+        while not self._closing.wait(min(_TICK_S, self._timeout_s / 4)):
+            if self._board is not None:
+                self._board.tick(self._local_rank)
+            if time.monotonic() > self._deadline + delay:
+                logger.error(
+                    "no progress for %.1f s in phase %s of step %d; stacks of all threads follow",
+                    time.monotonic() - self._since,
+                    self._phase,
+                    self._step,
+                )
+                faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+                self._on_hang()
+                return
+
+
+class SlowRanks:
+    """Finds ranks that do their own work slower than the others, again and again.
+
+    Feed it, at each log interval, every rank's seconds of work that waits for no other rank (data,
+    encoding); step time itself is the same on all ranks, since everyone waits for the slowest.
+    A rank is reported once it took `ratio` times the median in `patience` reports running.
+    """
+
+    def __init__(self, *, ratio: float = 1.5, patience: int = 3) -> None:
+        self._ratio = ratio
+        self._patience = patience
+        self._strikes: dict[int, int] = defaultdict(int)
+
+    def observe(self, seconds: Sequence[float]) -> list[int]:
+        """Ranks that are slow as of this report; `seconds` holds one figure per rank."""
+        limit = self._ratio * statistics.median(seconds)
+        for rank, value in enumerate(seconds):
+            self._strikes[rank] = self._strikes[rank] + 1 if value > limit > 0 else 0
+        return [rank for rank in range(len(seconds)) if self._strikes[rank] >= self._patience]
+
+
+def _exit_retryable() -> None:
+    # The main thread is stuck, perhaps inside a collective: no clean-up can be waited for.
+    sys.stderr.flush()
+    os._exit(ExitCode.RETRYABLE)
