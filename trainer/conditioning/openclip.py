@@ -1,0 +1,278 @@
+"""Frozen OpenCLIP text tower as cross-attention context; the only importer of open_clip."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import open_clip
+import open_clip.model
+import safetensors
+import torch
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+
+from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart, freeze, replace_dropped
+from trainer.config.models import FirstStageConfig, OpenCLIPConfig
+from trainer.config.run import ConfigError
+from trainer.weights import read_weights
+
+logger = logging.getLogger(__name__)
+
+Tokenizer = Callable[[Sequence[str]], Tensor]
+"""Captions -> int64 [B, L], on the CPU."""
+
+# What the text tower is called inside the files that carry it, most specific first.
+PREFIXES = ("cond_stage_model.model.", "text_encoder.", "text.", "module.text.", "module.", "")
+# Parts of such files that are no weights of a text tower.
+FOREIGN = ("visual.", "logit_scale", "logit_bias", "attn_mask", "position_ids")
+
+
+class OpenCLIP(Condition):
+    """Hidden states of the text tower, [B, 77, width], and its pooled embedding if asked for (SDXL)."""
+
+    joins_width: ClassVar[bool] = True
+
+    def __init__(self, config: OpenCLIPConfig, first_stage: FirstStageConfig, index: int) -> None:
+        self.config = config
+        model = architecture(config)
+        self.tower = build_tower(config, model, seed=index)
+        self.frozen = freeze(self.tower)
+        self.tokenize = clip_tokenizer(self.tower.context_length, padding=config.padding)
+        self.trained = DroppedText()
+        self.drop_probability = config.drop_probability
+        self.context_dim = self.tower.width
+        self.vector_dim = _pooled_width(self.tower) if config.pooled else 0
+        self._empty: dict[str, Tensor] | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Move the tower, and forget the empty prompt encoded before."""
+        super().to(device, dtype)
+        self._empty = None
+
+    def prepare(self, source: Source) -> dict[str, Tensor]:
+        """Encode each different caption once, and pass the null form along as a view, without memory."""
+        distinct = list(dict.fromkeys(source.captions))
+        inputs = self.encode(distinct)
+        if len(distinct) < len(source):
+            row = {caption: i for i, caption in enumerate(distinct)}
+            rows = torch.tensor([row[caption] for caption in source.captions], device=source.device)
+            inputs = {name: value[rows] for name, value in inputs.items()}
+        for name, value in self.null().items():
+            inputs[f"null_{name}"] = value.expand(len(source), *value.shape[1:])
+        return inputs
+
+    def null(self) -> dict[str, Tensor]:
+        """The unconditional form, first axis 1."""
+        if self._empty is None:
+            empty = self.encode([""])
+            if self.config.null == "zeros":
+                empty = {name: torch.zeros_like(value) for name, value in empty.items()}
+            self._empty = empty
+        return self._empty
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Captions -> {"context": [B, L, D], and with config.pooled "pooled": [B, V]}."""
+        device = self.tower.positional_embedding.device
+        return self.encode_tokens(self.tokenize(captions).to(device, non_blocking=True))
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tensor) -> dict[str, Tensor]:
+        """The same from token ids, int64 [B, L]."""
+        output = self.tower.forward_intermediates(
+            tokens,
+            indices=[_context_layer(self.config, self.tower)],
+            intermediates_only=not self.config.pooled,
+            output_fmt="NLC",
+        )
+        context = output["text_intermediates"][0]
+        if self.config.layer == "last" or self.config.final_norm:
+            context = self.tower.ln_final(context)
+        if not self.config.pooled:
+            return {"context": context}
+        return {"context": context, "pooled": output["text_features"]}
+
+
+class DroppedText(TrainedPart):
+    """Frozen text features with dropped rows replaced; nothing to train."""
+
+    def forward(self, inputs: dict[str, Tensor], drop: Tensor) -> Conditioning:
+        """See TrainedPart."""
+        context = replace_dropped(inputs["context"], inputs["null_context"], drop)
+        vector = None
+        if "pooled" in inputs:
+            vector = replace_dropped(inputs["pooled"], inputs["null_pooled"], drop)
+        return Conditioning(context=context, vector=vector)
+
+
+def clip_tokenizer(max_tokens: int, padding: str = "zero") -> Tokenizer:
+    """CLIP's byte-pair encoding, from the vocabulary that open_clip ships: start, pieces, end, padding."""
+    tokenizer = open_clip.SimpleTokenizer(context_length=max_tokens)
+
+    def tokenize(captions: Sequence[str]) -> Tensor:
+        tokens: Tensor = tokenizer(list(captions))
+        if padding == "end":
+            # By position, not by value: id 0 is also the piece "!".
+            position = torch.arange(max_tokens)
+            end = (position * (tokens == tokenizer.eot_token_id)).amax(dim=1, keepdim=True)
+            tokens = tokens.masked_fill(position > end, tokenizer.eot_token_id)
+        return tokens
+
+    return tokenize
+
+
+def clip_vocabulary_size() -> int:
+    """Entries of CLIP's byte-pair vocabulary, start and end token included."""
+    return int(open_clip.SimpleTokenizer().vocab_size)
+
+
+def architecture(config: OpenCLIPConfig) -> dict[str, Any]:
+    """open_clip's model configuration with the overrides for small towers applied.
+
+    Raises:
+        ConfigError: no such model, a text tower that is not open_clip's own, or sizes that do not fit.
+    """
+    names = open_clip.list_models()
+    if config.model not in names:
+        near = difflib.get_close_matches(config.model, names, n=3, cutoff=0.4)
+        raise ConfigError(
+            f"open_clip has no model {config.model!r}; did you mean {', '.join(near) or 'ViT-H-14'}?"
+        )
+    model: dict[str, Any] = open_clip.get_model_config(config.model)
+    text = model["text_cfg"]
+    foreign = text.get("hf_model_name") or text.get("hf_tokenizer_name")
+    if foreign:
+        raise ConfigError(
+            f"the text tower of {config.model} needs {foreign} from the Hugging Face hub; choose a model "
+            "with CLIP's own tokenizer, such as ViT-H-14, ViT-bigG-14 or ViT-L-14."
+        )
+    for name in ("width", "layers", "heads"):
+        value = getattr(config, name)
+        if value is not None:
+            text[name] = value
+            if name == "width":
+                model["embed_dim"] = value
+    if text["width"] % text["heads"]:
+        raise ConfigError(
+            f"a text tower of width {text['width']} cannot have {text['heads']} heads; set the tower's "
+            "heads to a divisor of its width."
+        )
+    if config.layer == "penultimate" and text["layers"] < 2:
+        raise ConfigError("the penultimate layer needs a text tower of at least 2 layers; use layer=last.")
+    return model
+
+
+def build_tower(config: OpenCLIPConfig, model: Mapping[str, Any], seed: int) -> TextTransformer:
+    """open_clip's text tower without its image tower, with its weights.
+
+    Under `torch.device("meta")` no memory is used and no weights are read. What the chosen output never
+    reads (last layer, projection) is left out.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # A frozen random tower is part of the model: the same for every run, resume and sampling.
+        torch.manual_seed(seed)
+        tower = open_clip.model._build_text_tower(
+            model["embed_dim"], dict(model["text_cfg"]), quick_gelu=model.get("quick_gelu", False)
+        )
+    if not config.pooled:
+        tower.text_projection = None
+        if config.layer == "penultimate":
+            tower.transformer.resblocks = tower.transformer.resblocks[:-1]
+    if tower.positional_embedding.is_meta:
+        return tower
+    if config.pretrained is None:
+        logger.warning(
+            "text tower %s: no pretrained weights are named, so it has seeded RANDOM weights", config.model
+        )
+    else:
+        load_tower(tower, weights_file(config.model, config.pretrained))
+    return tower
+
+
+def weights_file(model: str, pretrained: str) -> str:
+    """Where the weights lie: a file or URL as given, or open_clip's (downloaded) file for a tag.
+
+    Raises:
+        ConfigError: neither a file nor a tag, or the tag cannot be downloaded.
+    """
+    if "://" in pretrained or Path(pretrained).is_file():
+        return pretrained
+    if pretrained not in open_clip.list_pretrained_tags_by_model(model):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise ConfigError(
+            f"pretrained={pretrained!r} is neither a file nor one of open_clip's tags for {model} ({tags})."
+        )
+    try:
+        path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"cannot download {model} {pretrained} ({error}); fetch the file elsewhere and name its path as "
+            "pretrained."
+        ) from error
+    return str(path)
+
+
+def load_tower(tower: TextTransformer, url: str) -> None:
+    """Load the text tower's weights out of a file that may hold a whole CLIP model or SD checkpoint.
+
+    Raises:
+        ConfigError: tensors are missing or have other shapes; nothing is loaded then.
+    """
+    wanted = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+    found = _read_text_weights(url, wanted)
+    missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in found]
+    other = [
+        f"{name} {tuple(value.shape)} instead of {wanted[name]}"
+        for name, value in found.items()
+        if tuple(value.shape) != wanted[name]
+    ]
+    if missing or other:
+        listed = "; ".join([f"missing {name}" for name in missing[:8]] + other[:8])
+        raise ConfigError(
+            f"{url} does not fit this text tower ({len(missing)} tensors missing, {len(other)} of another "
+            f"shape: {listed}); name a file in open_clip's layout for this model."
+        )
+    tower.load_state_dict(found, strict=True)
+
+
+def _read_text_weights(url: str, wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The wanted tensors of a safetensors or torch file, whatever prefix the tower has in there."""
+    if url.endswith(".safetensors") and "://" not in url:
+        with safetensors.safe_open(url, framework="pt") as file:
+            names = _names_in_file(list(file.keys()), wanted)
+            return {name: file.get_tensor(stored) for name, stored in names.items()}
+    if "://" in url:
+        stored_weights, _ = read_weights(url)
+    else:
+        try:
+            content = torch.load(url, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"{url} cannot be read as a weights file ({error}).") from error
+        stored_weights = content.get("state_dict", content) if isinstance(content, dict) else {}
+    names = _names_in_file(list(stored_weights), wanted)
+    return {name: stored_weights[stored] for name, stored in names.items()}
+
+
+def _names_in_file(stored: Sequence[str], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """Tower name -> name in the file, under the prefix that covers most of the tower."""
+    present = set(stored)
+    candidates = [{name: prefix + name for name in wanted if prefix + name in present} for prefix in PREFIXES]
+    return max(candidates, key=len)
+
+
+def _context_layer(config: OpenCLIPConfig, tower: TextTransformer) -> int:
+    """Index of the block whose output becomes the context."""
+    blocks = len(tower.transformer.resblocks)
+    # Without pooling the tower was cut behind the penultimate block, so its last one is the right one.
+    return blocks - 2 if config.layer == "penultimate" and config.pooled else blocks - 1
+
+
+def _pooled_width(tower: TextTransformer) -> int:
+    projection = tower.text_projection
+    if projection is None:
+        return int(tower.width)
+    return int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
