@@ -1,0 +1,123 @@
+"""Autoencoder with a vector-quantised latent (van den Oord et al. 2017; LDM paper, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config.models import FirstStageConfig
+from trainer.first_stage.base import FirstStage
+from trainer.first_stage.networks import Decoder, Encoder, match_parameters
+
+DISTANCES_AT_ONCE = 2**26
+
+
+class Quantised(NamedTuple):
+    """Result of a codebook look-up."""
+
+    latents: Tensor
+    """[B, z, h, w]: nearest entries; the gradient passes straight through to the input."""
+    codebook_loss: Tensor
+    """0-d: mean squared distance, moving the entries only."""
+    commitment_loss: Tensor
+    """0-d: mean squared distance, moving the encoder only."""
+    indices: Tensor
+    """int64 [B, h, w]"""
+
+
+class Codebook(nn.Module):
+    """`size` entries with `channels` numbers each. It owns its weight, so sharding engines gather it."""
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-1.0 / size, 1.0 / size))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z [B, z, h, w] -> nearest entries [B, z, h, w] and their indices, int64 [B, h, w]."""
+        points = z.detach().float().permute(0, 2, 3, 1).flatten(0, 2)  # [B*h*w, z]
+        entries = self.weight.detach().float()
+        squares = entries.square().sum(dim=1)
+        # |p - e|^2 without |p|^2, which does not change the order; in slices, because the table of
+        # distances would otherwise be the largest tensor of the whole training step.
+        nearest = [
+            torch.addmm(squares, part, entries.t(), alpha=-2.0).argmin(dim=1)
+            for part in points.split(max(1, DISTANCES_AT_ONCE // len(entries)))
+        ]
+        indices = torch.cat(nearest).view(z.shape[0], *z.shape[2:])
+        return F.embedding(indices, self.weight).permute(0, 3, 1, 2), indices
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-entry look-up with a straight-through gradient."""
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = Codebook(size, channels)
+
+    def forward(self, z: Tensor) -> Quantised:
+        """z [B, z, h, w]; both losses in float32."""
+        entries, indices = self.embedding(z)
+        return Quantised(
+            latents=z + (entries - z).detach(),
+            codebook_loss=F.mse_loss(entries.float(), z.detach().float()),
+            commitment_loss=F.mse_loss(z.float(), entries.detach().float()),
+            indices=indices,
+        )
+
+
+class AutoencoderVQ(FirstStage):
+    """Encoder, codebook, decoder. For diffusion the codebook belongs to the decoder."""
+
+    def __init__(self, config: FirstStageConfig, *, logvar: float | None = None) -> None:
+        """`logvar` adds a trainable log variance of the reconstruction error with this initial value."""
+        super().__init__(config)
+        z = config.latent_channels
+        self.encoder = Encoder(config, out_channels=z)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(z, z, 1)
+        self.quantize = VectorQuantizer(config.codebook_size, z)
+        self.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.logvar = None if logvar is None else nn.Parameter(torch.tensor(logvar))
+
+    def encode_whole(self, pixels: Tensor) -> Tensor:
+        """Latents before quantisation, [B, z, h, w]."""
+        return self.quant_conv(self.encoder(match_parameters(pixels, self.encoder)))
+
+    def decode_whole(self, z: Tensor) -> Tensor:
+        """Quantise, then decode."""
+        quantised = self.quantize(z).latents
+        return self.decoder(self.post_quant_conv(match_parameters(quantised, self.decoder)))
+
+    def sample(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
+        """The latents themselves: the posterior is a point."""
+        return encoded.float()
+
+    def second_moment(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """z and z**2."""
+        return encoded.float(), encoded.float().square()
+
+    def forward(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """Training forward: "reconstruction", "features", "codebook", "commitment", "indices"."""
+        quantised = self.quantize(self.encode_whole(pixels))
+        latents = match_parameters(quantised.latents, self.decoder)
+        features = self.decoder.features(self.post_quant_conv(latents))
+        outputs = {
+            "reconstruction": self.decoder.conv_out(features),
+            "features": features.detach(),
+            "codebook": quantised.codebook_loss,
+            "commitment": quantised.commitment_loss,
+            "indices": quantised.indices,
+        }
+        if self.logvar is not None:
+            outputs["logvar"] = self.logvar.float()
+        return outputs
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the decoder's last convolution, [3, base_channels, 3, 3]."""
+        weight = self.decoder.conv_out.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight

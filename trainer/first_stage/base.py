@@ -1,0 +1,120 @@
+"""What every first stage has in common: latent normalisation, tiles, chunks and the training forward."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.models import FirstStageConfig
+from trainer.first_stage.tiling import apply_in_chunks, apply_in_tiles
+
+LATENT_BUFFERS = ("latent_shift", "latent_scale")
+
+
+class FirstStage(nn.Module, ABC):
+    """An autoencoder between pixels in -1 .. 1 and normalised latents.
+
+    Latents of the second stage are (z - latent_shift) * latent_scale. Both are buffers that stay
+    float32 whatever the weights are cast to, because bf16 would round the scale by up to 0.4 %.
+    """
+
+    latent_shift: Tensor
+    """float32 [z], the mean to take away"""
+    latent_scale: Tensor
+    """float32 [z], one over the standard deviation"""
+
+    def __init__(self, config: FirstStageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("latent_shift", torch.zeros(config.channels))
+        self.register_buffer("latent_scale", torch.ones(config.channels))
+
+    @abstractmethod
+    def encode_whole(self, pixels: Tensor) -> Tensor:
+        """`encode` of whole images, all at once."""
+
+    @abstractmethod
+    def decode_whole(self, z: Tensor) -> Tensor:
+        """Pixels of unnormalised latents, whole images, all at once."""
+
+    @abstractmethod
+    def sample(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
+        """Unnormalised latents z [B, z, h, w], float32, from `encode`'s result.
+
+        `noise` is standard normal [B, z, h, w]; None gives the mode.
+        """
+
+    @abstractmethod
+    def second_moment(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """E[z] and E[z**2] per element over the posterior, float32 [B, z, h, w] each."""
+
+    @abstractmethod
+    def forward(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """Training forward: "reconstruction", "features" (input of the last layer), regulariser terms."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the decoder's last convolution."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, H, W] in -1 .. 1 -> what the encoder knows about z.
+
+        The KL stage gives mean and log variance, [B, 2z, h, w]; the others give z, [B, z, h, w],
+        which for the VQ stage is not yet quantised.
+        """
+        factor = self.config.downsampling
+        assert pixels.shape[-2] % factor == 0, (pixels.shape, factor)
+        assert pixels.shape[-1] % factor == 0, (pixels.shape, factor)
+        return self._apply_bounded(self.encode_whole, pixels, divide=True)
+
+    def latents(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """Normalised latents for the second stage, float32 [B, z, h, w]; noise None gives the mode."""
+        return self.normalise(self.sample(self.encode(pixels), noise))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, z, h, w] -> pixels [B, 3, H, W], float32, about -1 .. 1."""
+        z = self.denormalise(latents)
+        return self._apply_bounded(self.decode_whole, z, divide=False).float()
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """(z - shift) * scale, in float32."""
+        shift, scale = self.latent_shift, self.latent_scale
+        return (z.float() - shift.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`, in float32."""
+        shift, scale = self.latent_shift, self.latent_scale
+        return latents.float() / scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+    def set_latent_statistics(self, shift: Tensor, scale: Tensor) -> None:
+        """Store the normalisation; both [z]."""
+        assert shift.shape == scale.shape == self.latent_shift.shape, (shift.shape, scale.shape)
+        self.latent_shift.copy_(shift)
+        self.latent_scale.copy_(scale)
+
+    def _apply_bounded(self, function: Callable[[Tensor], Tensor], x: Tensor, *, divide: bool) -> Tensor:
+        """Bound memory as configured: at most `encode_chunk` images and `tile_pixels` edges per call."""
+        factor, tile = self.config.downsampling, self.config.tile_pixels // self.config.downsampling
+        limit = tile * factor if divide else tile
+        if tile == 0 or max(x.shape[-2:]) <= limit:
+            return apply_in_chunks(function, x, self.config.encode_chunk)
+        return apply_in_chunks(
+            lambda part: apply_in_tiles(function, part, tile=tile, scale=factor, divide=divide),
+            x,
+            self.config.encode_chunk,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FirstStage:
+        """Move and cast as usual, but keep the latent statistics in float32 (see the class)."""
+        kept = {name: getattr(self, name) for name in LATENT_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            device = getattr(self, name).device
+            if value.is_meta and device.type != "meta":  # materialised by to_empty: back to identity
+                value = torch.full(value.shape, float(name == "latent_scale"))
+            setattr(self, name, value.to(device))
+        return self

@@ -1,0 +1,40 @@
+"""No first stage at all: diffusion in pixel space (f = 1 in the paper's tables)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trainer.config.models import FirstStageConfig
+from trainer.first_stage.base import FirstStage
+
+
+class Identity(FirstStage):
+    """Latents are the pixels."""
+
+    def __init__(self, config: FirstStageConfig) -> None:
+        super().__init__(config)
+
+    def encode_whole(self, pixels: Tensor) -> Tensor:
+        """The pixels."""
+        return pixels
+
+    def decode_whole(self, z: Tensor) -> Tensor:
+        """The pixels."""
+        return z
+
+    def sample(self, encoded: Tensor, noise: Tensor | None) -> Tensor:
+        """The pixels; there is nothing to draw."""
+        return encoded.float()
+
+    def second_moment(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """The pixels and their squares."""
+        return encoded.float(), encoded.float().square()
+
+    def forward(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """There is nothing to train."""
+        raise NotImplementedError("the identity first stage has no weights to train")
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """There is none."""
+        raise NotImplementedError("the identity first stage has no layers")

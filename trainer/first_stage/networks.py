@@ -1,0 +1,238 @@
+"""Convolutional encoder and decoder that the KL and VQ autoencoders share (LDM paper, appendix G).
+
+Parameter names follow diffusers. Legend: B batch, C channels, H W height and width in pixels,
+h w height and width of the latent, z latent channels, f downsampling factor.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config.models import FirstStageConfig
+from trainer.config.run import ConfigError
+
+NORM_EPS = 1e-6
+
+
+def norm_groups(config: FirstStageConfig) -> int:
+    """Groups of every group normalisation in the network.
+
+    Small networks keep at least four channels per group: with one channel per group the
+    normalisation would erase the mean of every feature map, and flat colours with it.
+
+    Raises:
+        ConfigError: `num_groups` does not divide the channels of some level.
+    """
+    groups = config.num_groups or min(32, max(1, config.base_channels // 4))
+    for multiplier in config.channel_multipliers:
+        if (config.base_channels * multiplier) % groups:
+            raise ConfigError(
+                f"first_stage.base_channels={config.base_channels} times multiplier {multiplier} is not "
+                f"a multiple of {groups} groups; set first_stage.num_groups to a divisor."
+            )
+    return groups
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a shortcut: [B, in, H, W] -> [B, out, H, W]."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, groups: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features after the block."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return shortcut + hidden
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions, with a shortcut."""
+
+    def __init__(self, channels: int, *, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]"""
+        batch, channels, height, width = x.shape
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+        query, key, value = (
+            layer(tokens).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v)
+        )  # [B, 1, HW, C]
+        mixed = F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        mixed = self.to_out[0](mixed)
+        return x + mixed.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class Downsample(nn.Module):
+    """Strided 3x3 convolution, padded at the right and bottom edge only: halves H and W."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2]"""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W]"""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where asked, then resampling."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_blocks: int,
+        attention: bool,
+        groups: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(
+                in_channels if j == 0 else out_channels, out_channels, groups=groups, dropout=dropout
+            )
+            for j in range(num_blocks)
+        )
+        if attention:
+            self.attentions = nn.ModuleList(
+                SpatialAttention(out_channels, groups=groups) for _ in range(num_blocks)
+            )
+        self.attends = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features after the blocks and, where there is one, the resampling layer."""
+        for j, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            if self.attends:
+                x = self.attentions[j](x)
+        for name in ("downsamplers", "upsamplers"):
+            for layer in getattr(self, name, ()):
+                x = layer(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Residual block, attention (unless switched off), residual block, at the lowest resolution."""
+
+    def __init__(self, channels: int, *, attention: bool, groups: int, dropout: float) -> None:
+        super().__init__()
+        if attention:
+            self.attentions = nn.ModuleList([SpatialAttention(channels, groups=groups)])
+        self.attends = attention
+        self.resnets = nn.ModuleList(
+            ResidualBlock(channels, channels, groups=groups, dropout=dropout) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]"""
+        x = self.resnets[0](x)
+        if self.attends:
+            x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class Encoder(nn.Module):
+    """Pixels to features of the latent grid: [B, 3, H, W] -> [B, out_channels, H/f, W/f]."""
+
+    def __init__(self, config: FirstStageConfig, *, out_channels: int) -> None:
+        super().__init__()
+        groups = norm_groups(config)
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(
+                widths[max(i - 1, 0)],
+                width,
+                num_blocks=config.num_res_blocks,
+                attention=2**i in config.attention_factors,
+                groups=groups,
+                dropout=config.dropout,
+            )
+            if i < len(widths) - 1:
+                level.downsamplers = nn.ModuleList([Downsample(width)])
+            self.down_blocks.append(level)
+        self.mid_block = Middle(
+            widths[-1], attention=config.middle_attention, groups=groups, dropout=config.dropout
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features for the quantisation convolution."""
+        x = self.conv_in(pixels)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels: [B, z, h, w] -> [B, 3, h*f, w*f]; not clipped."""
+
+    def __init__(self, config: FirstStageConfig) -> None:
+        super().__init__()
+        groups = norm_groups(config)
+        widths = [config.base_channels * m for m in reversed(config.channel_multipliers)]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = Middle(
+            widths[0], attention=config.middle_attention, groups=groups, dropout=config.dropout
+        )
+        self.up_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(
+                widths[max(i - 1, 0)],
+                width,
+                num_blocks=config.num_res_blocks + 1,
+                attention=2 ** (len(widths) - 1 - i) in config.attention_factors,
+                groups=groups,
+                dropout=config.dropout,
+            )
+            if i < len(widths) - 1:
+                level.upsamplers = nn.ModuleList([Upsample(width)])
+            self.up_blocks.append(level)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def features(self, latents: Tensor) -> Tensor:
+        """What the last layer sees, [B, base_channels, H, W]; the adaptive weight is made from it."""
+        x = self.mid_block(self.conv_in(latents))
+        for level in self.up_blocks:
+            x = level(x)
+        return F.silu(self.conv_norm_out(x))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Pixels, about -1 .. 1."""
+        return self.conv_out(self.features(latents))
+
+
+def match_parameters(x: Tensor, module: nn.Module) -> Tensor:
+    """`x` in the dtype of the module's parameters (bf16 engines hold bf16 weights)."""
+    return x.to(next(module.parameters()).dtype)

@@ -1,0 +1,173 @@
+"""LPIPS with gradient (Zhang et al. 2018), and its offline twin made of random features."""
+
+from __future__ import annotations
+
+import logging
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config.run import ConfigError
+
+LOG = logging.getLogger(__name__)
+LAYERS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+"""Output channels of the convolutions of VGG16, by stage; a stage ends in a feature that is compared."""
+CACHE_NAME = "vgg16-397923af.pth"
+RANDOM_WIDTH = 16
+RANDOM_SEED = 0
+# Normalisation of pixels in -1 .. 1 for an ImageNet network.
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+
+class VGG16Features(nn.Module):
+    """The five feature maps of VGG16's convolutional part that LPIPS compares."""
+
+    def __init__(self, width: int = 64) -> None:
+        """`width` channels in the first stage; 64 is VGG16."""
+        super().__init__()
+        self.stages = nn.ModuleList()
+        channels = 3
+        for stage in LAYERS:
+            convolutions = nn.ModuleList()
+            for out_channels in stage:
+                out_channels = out_channels * width // 64
+                convolutions.append(nn.Conv2d(channels, out_channels, 3, padding=1))
+                channels = out_channels
+            self.stages.append(convolutions)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features after each stage, [B, C_i, H / 2**i, W / 2**i]."""
+        features = []
+        for i, stage in enumerate(self.stages):
+            if i > 0:
+                x = F.max_pool2d(x, 2)
+            for convolution in stage:  # type: ignore[attr-defined]
+                x = F.relu(convolution(x))
+            features.append(x)
+        return features
+
+
+class PerceptualDistance(nn.Module):
+    """Distance between pictures in the feature space of a frozen network, [B]."""
+
+    name: str
+    """Which features these are, for the log, the run's configuration and W&B."""
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, network: VGG16Features, layer_weights: list[Tensor], name: str) -> None:
+        """`layer_weights`: one non-negative weight per channel, [C_i], for each of the five stages."""
+        super().__init__()
+        self.network = network
+        self.name = name
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
+        for i, weights in enumerate(layer_weights):
+            self.register_buffer(f"weights_{i}", weights.view(1, -1, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Distance of [B, 3, H, W] in -1 .. 1, both at least 16 x 16 pixels; differentiable in both."""
+        assert min(first.shape[-2:]) >= 16, first.shape
+        total = first.new_zeros(first.shape[0], dtype=torch.float32)
+        pairs = zip(self.features(first), self.features(second), strict=True)
+        for i, (a, b) in enumerate(pairs):
+            weighted = (a - b).square() * getattr(self, f"weights_{i}")
+            total = total + weighted.sum(dim=1).mean(dim=(1, 2))
+        return total
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """Feature maps with unit length along the channels."""
+        x = (pixels.float() - self.shift) / self.scale
+        # normalize, unlike a written-out square root, has a finite gradient where all channels are 0.
+        return [F.normalize(f, dim=1, eps=1e-10) for f in self.network(x)]
+
+
+def build_perceptual(weights: str | None) -> PerceptualDistance:
+    """LPIPS with the VGG16 weights at `weights`, or in torchvision's cache, or random features.
+
+    Nothing is ever downloaded. Which of the three it became is in `name` and in the log.
+
+    Raises:
+        ConfigError: `weights` names a file that is not there or does not hold VGG16.
+    """
+    source = weights
+    if source is None:
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / CACHE_NAME
+        source = str(cached) if cached.is_file() else None
+    if source is None:
+        return _random_features()
+    network = VGG16Features()
+    _load_vgg16(network, _read_tensors(source), source)
+    LOG.info("Perceptual distance: LPIPS with VGG16 weights from %s.", source)
+    return PerceptualDistance(network, _lpips_weights(), "lpips-vgg16")
+
+
+def _random_features() -> PerceptualDistance:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        network = VGG16Features(RANDOM_WIDTH)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+    # LPIPS' channel weights belong to trained channels, so random channels count equally; a stage
+    # then weighs about what it does in LPIPS, whose weights also sum to a few units.
+    weights = [torch.ones(stage[-1] * RANDOM_WIDTH // 64) for stage in LAYERS]
+    name = f"random-features (VGG16 shape, width {RANDOM_WIDTH}, seed {RANDOM_SEED}; not LPIPS)"
+    LOG.warning(
+        "Perceptual distance: no VGG16 weights in autoencoder_loss.perceptual_weights or torchvision's "
+        "cache, so %s stands in for LPIPS.",
+        name,
+    )
+    return PerceptualDistance(network, weights, name)
+
+
+def _lpips_weights() -> list[Tensor]:
+    """The channel weights that the lpips package ships, [C_i] each."""
+    with resources.as_file(resources.files("lpips") / "weights" / "v0.1" / "vgg.pth") as path:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(len(LAYERS))]
+
+
+def _read_tensors(url: str) -> dict[str, Any]:
+    try:
+        with fsspec.open(url, "rb") as file:
+            if url.endswith(".safetensors"):
+                return safetensors.torch.load(file.read())
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"autoencoder_loss.perceptual_weights={url} does not exist; give a VGG16 file or unset it."
+        ) from error
+    except (safetensors.SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise ConfigError(f"autoencoder_loss.perceptual_weights={url} is not readable: {error}") from error
+
+
+def _load_vgg16(network: VGG16Features, tensors: dict[str, Any], url: str) -> None:
+    """Copy torchvision's `features.N.weight` and `.bias`; N counts convolutions, ReLUs and poolings."""
+    index = 0
+    for stage in network.stages:
+        for convolution in stage:  # type: ignore[attr-defined]
+            for part in ("weight", "bias"):
+                name = f"features.{index}.{part}"
+                target = getattr(convolution, part)
+                source = tensors.get(name)
+                if not isinstance(source, Tensor) or source.shape != target.shape:
+                    raise ConfigError(
+                        f"autoencoder_loss.perceptual_weights={url} has no {name} of shape "
+                        f"{tuple(target.shape)}; it must be torchvision's VGG16."
+                    )
+                with torch.no_grad():
+                    target.copy_(source)
+            index += 2  # convolution and ReLU
+        index += 1  # pooling
