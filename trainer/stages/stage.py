@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +42,11 @@ class Stage(Protocol):
 
     def preview(self, batch: Batch) -> Preview:
         """Pictures with the weights as they are now; collective, the same on every rank."""
+        ...
+
+    def finish(self, batches: Iterator[Batch]) -> None:
+        """Called once, after the last step and before the last checkpoint, with the averaged weights
+        swapped in: measure on data what exported weights must carry (latent statistics). Collective."""
         ...
 
     def state(self) -> dict[str, Tensor]:

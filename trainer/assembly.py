@@ -1,0 +1,201 @@
+"""From a configuration to the parts of a run, in the order in which mistakes are cheapest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from data_pipeline.loader import build_loader, merge_positions
+
+from data_pipeline.batch import Batch
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.conditioning.build import build_conditioner
+from trainer.config.io import config_to_dict
+from trainer.config.run import Config, ConfigError
+from trainer.distributed import collectives
+from trainer.distributed.build import build_engine
+from trainer.distributed.engine import Engine
+from trainer.distributed.env import DistributedEnv
+from trainer.ema import EMA
+from trainer.exit_codes import FatalFault
+from trainer.first_stage.build import load_first_stage
+from trainer.first_stage.perceptual import build_perceptual
+from trainer.healing import Healer, Incident
+from trainer.metrics.sinks import Sinks
+from trainer.metrics.timer import StepTimer
+from trainer.stages import autoencoder, diffusion
+from trainer.stages.stage import Stage
+from trainer.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything the loop touches."""
+
+    config: Config
+    env: DistributedEnv
+    stage: Stage
+    ema: EMA
+    checkpoints: CheckpointManager
+    state: TrainState
+    healer: Healer
+    timer: StepTimer
+    sinks: Sinks
+
+    def open_loader(self) -> Generator[Batch]:
+        """Batches from the current position on, without the samples that healing skips."""
+        return build_loader(
+            self.config.data,
+            seed=self.config.seed,
+            global_batch_size=self.config.global_batch_size,
+            rank=self.env.rank,
+            world_size=self.env.world_size,
+            position=self.state.position,
+            skip_ordinals=self.healer.skipped,
+        )
+
+    def save(self) -> None:
+        """Checkpoint where the run stands. Collective."""
+        position = merge_positions(collectives.all_gather_object(self.state.position))
+        self.checkpoints.save(
+            self.state.step,
+            self.stage.engines,
+            self.ema,
+            state={"train": self.state.state_dict(position), "healer": self.healer.state()},
+            tensors=self.stage.state(),
+        )
+        self.sinks.flush()
+
+    def restore(self) -> bool:
+        """Take over the newest good checkpoint; False when there is none. Collective."""
+        handle = self.checkpoints.latest_good()
+        if handle is None:
+            return False
+        loaded = self.checkpoints.load(handle, self.stage.engines, self.ema)
+        self.stage.load_state(loaded.tensors)
+        self.state.load_state_dict(loaded.state["train"])
+        self.healer.load_state(loaded.state["healer"])
+        return True
+
+    def rewind(self, incident: Incident) -> None:
+        """Back to the newest good checkpoint, never to see the incident's samples again. Collective."""
+        if self.env.is_main:
+            write_journal(self.config.run_dir, self.healer.journal())
+        details = {"kind": incident.kind, "value": incident.value, "skipped": list(incident.ordinals)}
+        self.sinks.event(incident.step, self.state.samples_seen, "rewind", **details)
+        self.checkpoints.wait()
+        if not self.restore():
+            raise FatalFault(f"{incident.kind} at step {incident.step}, and no checkpoint to go back to.")
+        logger.warning("rewound to step %d", self.state.step)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """The averaged weights in place of the trained ones, for pictures. Collective."""
+        if not self.config.ema.decay:
+            return nullcontext()
+        return self.ema.swapped(self.stage.engines[self.stage.averaged], "decay")
+
+    def close(self) -> None:
+        """Let go of writers and sinks."""
+        self.checkpoints.close()
+        self.sinks.close()
+
+
+def build_run(config: Config, env: DistributedEnv) -> Run:
+    """Models, engines, averages and the newest checkpoint. Collective.
+
+    Raises:
+        ConfigError, DataError: a mistake of the user's; nothing has been written.
+    """
+    accumulation = config.accumulation(env.world_size)
+    timer = StepTimer(env.device)
+    torch.manual_seed(config.seed)
+    make = _build_autoencoder if config.stage == "autoencoder" else _build_diffusion
+    stage, facts = make(config, env, timer)
+    ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
+    state, healer = TrainState(), Healer(config.healing)
+    checkpoints = CheckpointManager(config, env)
+    resolved = {
+        **config_to_dict(config),
+        "world_size": env.world_size,
+        "accumulation": accumulation,
+        "git_commit": git_commit(),
+        **facts,
+    }
+    run = Run(config, env, stage, ema, checkpoints, state, healer, timer, sinks=None)  # type: ignore[arg-type]
+    resumed = run.restore()
+    healer.merge(read_journal(config.run_dir))
+    if resumed:
+        logger.info("resuming from step %d (%d samples)", state.step, state.samples_seen)
+    run.sinks = Sinks(
+        config,
+        main_rank=env.is_main,
+        start_step=state.step,
+        run_id=state.wandb_run_id,
+        resolved=resolved,
+    )
+    state.wandb_run_id = collectives.broadcast_object(run.sinks.run_id)
+    if resumed:
+        run.sinks.event(state.step, state.samples_seen, "resume", world_size=env.world_size)
+    return run
+
+
+def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
+    if config.first_stage.name != "identity" and config.first_stage.weights is None:
+        raise ConfigError(
+            "first_stage.weights is not set: a diffusion run needs a trained first stage; name an exported "
+            "file, or train one with stage=autoencoder first."
+        )
+    first_stage = load_first_stage(config.first_stage).to(env.device)
+    conditioner = build_conditioner(config.conditioning, config.first_stage)
+    frozen_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
+    first_stage.to(frozen_dtype)
+    conditioner.frozen.to(env.device, frozen_dtype)
+    network = diffusion.build_network(config, conditioner)
+    engines: dict[str, Engine] = {"unet": build_engine(network, config, env)}
+    return diffusion.DiffusionStage(config, engines, conditioner, first_stage, timer), {}
+
+
+def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
+    networks = autoencoder.build_networks(config)
+    engines = {name: build_engine(network, config, env) for name, network in networks.items()}
+    perceptual = build_perceptual(config.autoencoder_loss, env.device)
+    facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
+    return autoencoder.AutoencoderStage(config, engines, perceptual, timer), facts
+
+
+def write_journal(run_dir: str, journal: list[dict[str, Any]]) -> None:
+    """Store the incidents beside the checkpoints, since older checkpoints do not know them."""
+    with fsspec.open(f"{run_dir.rstrip('/')}/healing.json", "w", auto_mkdir=True) as file:
+        json.dump(journal, file)
+
+
+def read_journal(run_dir: str) -> list[dict[str, Any]]:
+    """Stored incidents; none when there is no file."""
+    try:
+        with fsspec.open(f"{run_dir.rstrip('/')}/healing.json", "r") as file:
+            journal: list[dict[str, Any]] = json.load(file)
+    except FileNotFoundError:
+        return []
+    return journal
+
+
+def git_commit() -> str:
+    """Commit of the code that runs, `unknown` outside a checkout."""
+    try:
+        root = Path(__file__).resolve().parent
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()

@@ -1,0 +1,182 @@
+"""The second stage: latents, conditions, noise, UNet, loss. One engine, any combination of conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch
+from trainer.conditioning.build import Conditioner, TrainedConditions
+from trainer.config.run import Config, ConfigError
+from trainer.diffusion.objective import add_noise, draw_timesteps, loss_per_sample, offset_noise
+from trainer.diffusion.schedule import make_schedule
+from trainer.distributed.engine import Engine
+from trainer.first_stage.base import FirstStage
+from trainer.metrics.timer import StepTimer
+from trainer.models.unet import UNet
+from trainer.rng import Purpose, normal, uniform
+from trainer.sample import generate
+from trainer.stages.stage import Preview
+
+
+class ConditionedUNet(nn.Module):
+    """The trained network: the UNet and whatever conditions are learned with it."""
+
+    def __init__(self, unet: UNet, conditions: TrainedConditions) -> None:
+        super().__init__()
+        self.unet = unet
+        self.conditions = conditions
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, inputs: dict[str, Tensor], drop: dict[str, Tensor]
+    ) -> Tensor:
+        """[B, C, H, W], [B], prepared conditions and their drop masks -> prediction [B, C, H, W]."""
+        dtype = self.unet.conv_in.weight.dtype
+        condition = self.conditions(inputs, drop).to(dtype)
+        x = noisy.to(dtype)
+        if condition.concat is not None:
+            x = torch.cat([x, condition.concat], dim=1)
+        return self.unet(
+            x,
+            timesteps,
+            context=condition.context,
+            vector=condition.vector,
+            class_labels=condition.class_labels,
+        )
+
+
+def build_network(config: Config, conditioner: Conditioner) -> ConditionedUNet:
+    """The network with weights drawn from torch's global generator, in the configured memory layout."""
+    channels = config.first_stage.channels
+    unet = UNet(
+        config.unet,
+        in_channels=channels + conditioner.concat_channels,
+        out_channels=channels,
+        context_dim=conditioner.context_dim,
+        vector_dim=conditioner.vector_dim,
+        num_classes=conditioner.num_classes,
+    )
+    network = ConditionedUNet(unet, conditioner.trained)
+    return network.to(memory_format=torch.channels_last) if config.distributed.channels_last else network
+
+
+class DiffusionStage:
+    """Implements `Stage` for text, class, layout, image-to-image and unconditional training alike."""
+
+    averaged = "unet"
+
+    def __init__(
+        self,
+        config: Config,
+        engines: dict[str, Engine],
+        conditioner: Conditioner,
+        first_stage: FirstStage,
+        timer: StepTimer,
+    ) -> None:
+        self.engines = engines
+        self._config = config
+        self._engine = engines["unet"]
+        self._conditioner = conditioner
+        self._first_stage = first_stage
+        self._timer = timer
+        self._schedule = make_schedule(config.diffusion).to(self._engine.device)
+
+    def train_step(self, batch: Batch, step: int, learning_rate: float) -> dict[str, Tensor]:
+        """One optimizer step over this rank's micro-batches (see `Stage`)."""
+        micro_batches = batch.micro_batches(self._config.micro_batch_size)
+        total = torch.zeros((), device=self._engine.device)
+        grad_norm = None
+        for micro in micro_batches:
+            with self._timer("encode"):
+                latents, inputs = self._encode(micro)
+            with self._timer("unet"):
+                loss = self._loss(micro, latents, inputs)
+                self._engine.backward(loss)
+            with self._timer("optimizer"):
+                grad_norm = self._engine.step(learning_rate)
+            total += loss.detach()
+        assert grad_norm is not None, "the engine did not step at the accumulation boundary"
+        return {"loss": total / len(micro_batches), "grad_norm": grad_norm}
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Frozen work: latents [B, z, h, w] and prepared conditions."""
+        config = self._config
+        pixels = batch.pixels.float().div(127.5).sub(1)  # uint8 -> [-1, 1]
+        factor = config.first_stage.downsampling
+        shape = (config.first_stage.channels, pixels.shape[2] // factor, pixels.shape[3] // factor)
+        noise = normal(config.seed, batch.ordinals, Purpose.POSTERIOR, shape)
+        latents = self._first_stage.latents(pixels, noise)
+        inputs = self._conditioner.frozen.prepare(
+            batch.captions,
+            batch.conditions,
+            pixels,
+            first_stage=self._first_stage,
+            seed=config.seed,
+            ordinals=batch.ordinals,
+        )
+        return latents.float(), inputs
+
+    def _loss(self, batch: Batch, latents: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        config, seed, ordinals = self._config, self._config.seed, batch.ordinals
+        uniforms = uniform(seed, ordinals, Purpose.TIMESTEP, ())
+        timesteps = draw_timesteps(config.diffusion, uniforms, batch.slots, config.global_batch_size)
+        noise = normal(seed, ordinals, Purpose.NOISE, tuple(latents.shape[1:]))
+        if config.diffusion.offset_noise:
+            shift = normal(seed, ordinals, Purpose.OFFSET_NOISE, (latents.shape[1], 1, 1))
+            noise = offset_noise(noise, shift, config.diffusion.offset_noise)
+        noisy = add_noise(self._schedule, latents, noise, timesteps)
+        drop = self._conditioner.drop_masks(seed, ordinals)
+        prediction = self._engine(noisy, timesteps, inputs, drop)
+        return loss_per_sample(
+            config.diffusion, self._schedule, prediction.float(), latents, noise, timesteps
+        ).mean()
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> Preview:
+        """Pictures for the configured prompts, or for the batch's own conditions where there are none."""
+        config, sampling = self._config, self._config.sampling
+        n = min(sampling.num_previews, len(sampling.prompts) * 64 or len(batch))
+        if sampling.prompts:
+            captions = tuple(sampling.prompts[i % len(sampling.prompts)] for i in range(n))
+            conditions: dict[str, Tensor] = {}
+            pixels = None
+        else:
+            captions = batch.captions[:n]
+            conditions = {name: value[:n] for name, value in batch.conditions.items()}
+            pixels = batch.pixels[:n].float().div(127.5).sub(1)
+        with self._engine.gathered() as network:
+            made = generate(
+                config,
+                network,
+                self._conditioner,
+                self._first_stage,
+                captions,
+                seed=config.seed,
+                conditions=conditions,
+                pixels=pixels,
+            )
+        return Preview(made.cpu(), captions, columns=min(n, 6))
+
+    def finish(self, batches: Iterator[Batch]) -> None:
+        """Nothing is measured after training."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The latent statistics, so that exported weights know the scale they were trained at."""
+        return {
+            "latent_shift": self._first_stage.latent_shift.detach().cpu(),
+            "latent_scale": self._first_stage.latent_scale.detach().cpu(),
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Refuse to go on with another first stage: its latents would mean something else."""
+        for name, stored in state.items():
+            now = getattr(self._first_stage, name).detach().cpu()
+            if now.shape != stored.shape or not torch.allclose(now, stored, rtol=1e-5, atol=0):
+                raise ConfigError(
+                    f"the checkpoint was trained with {name}={stored.flatten().tolist()[:4]} and "
+                    f"first_stage.weights has {now.flatten().tolist()[:4]}; name the first stage that the run "
+                    "began with, or another run_dir."
+                )

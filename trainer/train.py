@@ -1,0 +1,185 @@
+"""The training loop, top to bottom, for both stages and every task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import closing
+
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from data_pipeline.errors import StorageOutage
+from trainer.agreement import Agreed, Delayed, agree
+from trainer.assembly import Run, build_run
+from trainer.config.run import Config
+from trainer.distributed import collectives
+from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.exit_codes import ExitCode, FatalFault
+from trainer.healing import Incident
+from trainer.heartbeat import board_from_environment
+from trainer.metrics.meters import Meters
+from trainer.metrics.pictures import grid
+from trainer.metrics.throughput import Throughput
+from trainer.optim import learning_rate
+from trainer.preemption import Preemption, StopRequest
+from trainer.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, env: DistributedEnv) -> ExitCode:
+    """Train on this rank until done or told to stop. The entry point of every launcher.
+
+    Raises:
+        ConfigError, DataError: a mistake of the user's.
+        FatalFault: the loss does not recover.
+    """
+    watchdog = Watchdog(
+        config.distributed.watchdog_s,
+        local_rank=env.local_rank,
+        board=board_from_environment(env.local_rank),
+        grace_s={"data": config.data.patience_s},
+    )
+    stop_file = f"{config.run_dir.rstrip('/')}/STOP" if env.is_main else None
+    with watchdog, Preemption(stop_file) as preemption:
+        initialise(env, config.distributed.timeout_s)
+        try:
+            parts = build_run(config, env)
+            try:
+                return train(parts, preemption, watchdog)
+            finally:
+                parts.close()
+        finally:
+            shutdown()
+
+
+def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
+    """The loop. One turn is one optimizer step; every rank takes the same turns."""
+    config, state, stage, timer = run.config, run.state, run.stage, run.timer
+    meters, delayed, throughput = Meters(), Delayed(), Throughput(config.global_batch_size)
+    batches = run.open_loader()
+    batch = next(batches) if state.step < config.steps else None
+    if state.step == 0:
+        run.save()  # what a rewind of the first steps goes back to
+
+    while state.step < config.steps:
+        assert batch is not None
+        watchdog.beat(state.step, "step")
+        rate = learning_rate(config.optimizer, state.step, config.steps)
+        metrics = stage.train_step(batch.to(run.env.device), state.step, rate)
+        state.advance(config.global_batch_size, batch.position)
+        with timer("optimizer"):
+            run.ema.update(state.step)
+        meters.add(metrics)
+        delayed.push(state.step, metrics, batch.ordinals)
+        last_step = state.step == config.steps
+
+        # While the device works: the next batch, then what all ranks must agree on.
+        watchdog.beat(state.step, "data")
+        with timer("data"):
+            upcoming, data_lost = (None, False) if last_step else fetch(batches)
+        watchdog.beat(state.step, "step")
+        saving = last_step or due(state.step, config.checkpoint.every)
+        incident, agreed = judge(run, delayed, preemption.request, data_lost, everything=saving)
+        if incident is not None:
+            batches.close()
+            run.rewind(incident)
+            batches = run.open_loader()
+            batch, delayed, meters = next(batches), Delayed(), Meters()
+            continue
+
+        run.sinks.advance(state.step)
+        if due(state.step, config.logging.every) or last_step:
+            record = {**meters.reduce(), **throughput.read(state.step, timer), "learning_rate": rate}
+            run.sinks.log(state.step, state.samples_seen, record)
+        if due(state.step, config.sampling.every):
+            watchdog.beat(state.step, "preview")
+            preview(run, batch)
+        stopping = agreed.request is not StopRequest.NONE or agreed.data_lost
+        if last_step:
+            watchdog.beat(state.step, "finish")
+            finish(run)
+        if saving or stopping:
+            watchdog.beat(state.step, "checkpoint")
+            run.save()
+        if stopping and not last_step:
+            return leave(run, preemption, agreed)
+        batch = upcoming
+
+    watchdog.beat(state.step, "finish")
+    run.checkpoints.wait()
+    logger.info("done: %d steps, %d samples", state.step, state.samples_seen)
+    return ExitCode.DONE
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something with this interval happens after this step; 0 means never."""
+    return every > 0 and step % every == 0
+
+
+def fetch(batches: Iterator[Batch]) -> tuple[Batch | None, bool]:
+    """(next batch, whether storage has been unreachable for longer than the configured patience)."""
+    try:
+        return next(batches), False
+    except StorageOutage as outage:
+        logger.error("%s", outage)
+        return None, True
+
+
+def judge(
+    run: Run, delayed: Delayed, request: StopRequest, data_lost: bool, *, everything: bool
+) -> tuple[Incident | None, Agreed]:
+    """Agree with the other ranks, and judge the losses that may be read by now. Collective.
+
+    The newest step stays unread until the next turn, unless a checkpoint must know it to be good.
+
+    Raises:
+        FatalFault: too many rewinds.
+    """
+    ready = delayed.pop(everything=everything)
+    losses = [float(metrics["loss"]) for _, metrics, _ in ready]
+    agreed = agree(request, data_lost=data_lost, losses=losses)
+    for (step, metrics, ordinals), loss in zip(ready, agreed.losses, strict=True):
+        verdict = run.healer.check(step, loss, float(metrics["grad_norm"]), of_all_ranks(ordinals))
+        if verdict.action == "stop":
+            raise FatalFault(verdict.message)
+        if verdict.action == "rewind":
+            logger.warning("%s", verdict.message)
+            return verdict.incident, agreed
+    return None, agreed
+
+
+def of_all_ranks(ordinals: Tensor) -> Iterator[int]:
+    """Gathered only when somebody looks; verdicts are alike on all ranks, so all of them look or none."""
+    for part in collectives.all_gather_object(ordinals.tolist()):
+        yield from part
+
+
+def preview(run: Run, batch: Batch) -> None:
+    """A grid with the averaged weights, into the run folder and W&B. Collective."""
+    state = run.state
+    with run.averaged_weights():
+        made = run.stage.preview(batch.to(run.env.device))
+    run.sinks.picture(
+        state.step, state.samples_seen, "preview", grid(made.pixels, made.captions, made.columns)
+    )
+
+
+def finish(run: Run) -> None:
+    """Measure on data what the exported weights must carry. Collective."""
+    batches = run.open_loader()
+    with run.averaged_weights(), closing(batches):
+        run.stage.finish(batch.to(run.env.device) for batch in batches)
+
+
+def leave(run: Run, preemption: Preemption, agreed: Agreed) -> ExitCode:
+    """The state is saved: say why the run stops."""
+    run.checkpoints.wait()
+    if agreed.data_lost:
+        run.sinks.event(run.state.step, run.state.samples_seen, "storage outage")
+        return ExitCode.RETRYABLE
+    if run.env.is_main:
+        preemption.acknowledge()
+    run.sinks.event(run.state.step, run.state.samples_seen, agreed.request.name.lower())
+    return agreed.request.exit_code
