@@ -1,0 +1,63 @@
+"""Counter-based draws of the pipeline: functions of (seed, ordinal, purpose), never of a process."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MASK = (1 << 64) - 1
+
+
+class Draw(IntEnum):
+    """What a number is drawn for; values are part of the reproducible stream, so never reuse one."""
+
+    SHARD_ORDER = 1
+    WINDOW_ORDER = 2
+    CROP_X = 3
+    CROP_Y = 4
+    FLIP = 5
+    CAPTION = 6
+    BUCKET = 7
+    SCENE = 8
+
+
+def mix(x: int) -> int:
+    """Finaliser of SplitMix64 (Steele et al. 2014): a bijection of 64-bit integers."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def fold(*values: int) -> int:
+    """64-bit key of a tuple of integers."""
+    key = 0
+    for value in values:
+        key = mix(key ^ mix(value & _MASK))
+    return key
+
+
+def mix_array(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`mix` on every element."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniform(seed: int, ordinal: int, draw: Draw) -> float:
+    """Number in [0, 1) for one sample and purpose."""
+    return (fold(seed, ordinal, int(draw)) >> 11) * 2.0**-53
+
+
+def below(seed: int, ordinal: int, draw: Draw, high: int) -> int:
+    """Integer in [0, high) for one sample and purpose."""
+    return int(uniform(seed, ordinal, draw) * high)
+
+
+def permutation(key: int, n: int) -> NDArray[np.int64]:
+    """Permutation of range(n) that is a function of `key` alone, on every platform and version."""
+    hashes = mix_array(np.arange(n, dtype=np.uint64) ^ np.uint64(mix(key)))
+    return np.argsort(hashes, kind="stable").astype(np.int64)
