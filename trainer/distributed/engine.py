@@ -16,8 +16,9 @@ class Fragment:
     """A run of consecutive elements of one parameter that this rank owns, as views, not copies.
 
     Over all ranks the fragments of one engine cover every trained parameter exactly once, at any
-    world size and ZeRO stage. Writing into the views changes the engine's state; call
-    `Engine.refresh` afterwards so that the compute weights follow.
+    world size and ZeRO stage. Where every rank holds all elements (stage 0, the torch engine),
+    each owns an equal share of them. Writing into the views changes the engine's state; call
+    `Engine.refresh` afterwards so that the compute weights and the other ranks' replicas follow.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Engine(Protocol):
     module: nn.Module
     """The network; call the engine, not the module, in a training forward."""
     device: torch.device
+    compute_dtype: torch.dtype
+    """dtype of the compute weights (float32 or bfloat16). The engine casts no inputs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Training forward."""
@@ -49,15 +52,20 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float) -> Tensor | None:
         """After each backward: at the accumulation boundary clip, update, and return the global
-        gradient norm before clipping (a 0-d tensor, not synchronised); otherwise None."""
+        gradient norm before clipping (a 0-d fp32 tensor); otherwise None. With a gradient
+        that is not finite, the norm is not finite either and nothing is updated."""
         ...
 
     def fragments(self) -> list[Fragment]:
         """The fp32 state that this rank owns; the same views at every call."""
         ...
 
-    def refresh(self) -> None:
-        """Carry the master weights into the compute weights of every rank."""
+    def refresh(self, *, moments: bool = False) -> None:
+        """Carry the owners' master weights into the compute weights (and replicas) of every rank.
+
+        Args:
+            moments: carry the owners' moments into replicas, too: after loading a checkpoint.
+        """
         ...
 
     @property

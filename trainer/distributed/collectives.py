@@ -1,0 +1,69 @@
+"""The few collectives that the trainer needs; all do nothing with one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Ranks in the process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over ranks of a floating-point tensor, on every rank, as a new tensor."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, on every rank, as a new tensor."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank. Does not wait for a GPU."""
+    if world_size() == 1:
+        return flag
+    count = torch.tensor([int(flag)])
+    dist.all_reduce(count)
+    return bool(count.item() > 0)
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The value that rank `source` passed, on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=source)
+    return values[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here. Goes through the CPU, so it does not wait for a GPU."""
+    any_rank(False)

@@ -1,0 +1,65 @@
+"""The DeepSpeed dictionary, derived from our configuration; needs neither torch nor DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config.run import Config
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given.
+
+    Everything that decides numerics is written out, because DeepSpeed's defaults change between
+    releases (gradient_clipping went from 0 to 1.0 in June 2026). The optimizer is not named here:
+    the engine passes torch's AdamW as a client optimizer, and the rate with every step.
+
+    Raises:
+        ConfigError: the batch sizes do not fit this number of ranks.
+    """
+    distributed = config.distributed
+    bf16 = distributed.precision == "bf16"
+    stage = distributed.zero_stage
+    # DeepSpeed accumulates in the compute precision at stage 0, in fp32 wherever it can.
+    accumulation = "bf16" if bf16 and stage == 0 else "fp32"
+    return {
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation(world_size),
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": accumulation},
+        "communication_data_type": accumulation,
+        "prescale_gradients": False,
+        "zero_optimization": _zero_optimization(config),
+        "zero_allow_untested_optimizer": False,
+        "wall_clock_breakdown": False,
+        "steps_per_print": None,
+    }
+
+
+def _zero_optimization(config: Config) -> dict[str, Any]:
+    distributed = config.distributed
+    zero: dict[str, Any] = {
+        "stage": distributed.zero_stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": distributed.reduce_bucket_elements,
+        "allgather_partitions": True,
+        "allgather_bucket_size": distributed.reduce_bucket_elements,
+        "overlap_comm": distributed.overlap_communication,
+        # Reordered partitions would break the rule that fragments follow parameter order.
+        "round_robin_gradients": False,
+        # A network whose loss did not reach a parameter still gets its weight decay.
+        "ignore_unused_parameters": True,
+    }
+    if distributed.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": distributed.reduce_bucket_elements,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "sub_group_size": 1_000_000_000,
+        }
+    return zero

@@ -1,0 +1,261 @@
+"""ZeRO through DeepSpeed, behind the engine protocol: the only file that imports deepspeed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.config.run import Config
+from trainer.distributed import adamw
+from trainer.distributed.deepspeed_config import deepspeed_config
+from trainer.distributed.engine import Fragment
+from trainer.distributed.env import DistributedEnv
+from trainer.distributed.full_state import gather_full
+from trainer.distributed.replicas import replicated_fragments, synchronise
+
+logger = logging.getLogger(__name__)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import it for our device, without its remarks and without compiling anything."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    with _quiet():
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls two collectives by names that torch has renamed.
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+_tensor` is deprecated")
+    if device.type == "cpu":
+        # Its shared-memory collectives would take a compiler and most of a minute at the first
+        # run, and add in another order than gloo.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what DeepSpeed prints to the debug log."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        yield
+    for line in printed.getvalue().splitlines():
+        logger.debug("deepspeed: %s", line)
+
+
+class DeepSpeedEngine:
+    """A network whose optimizer state (1), gradients (2) and weights (3) are spread over ranks."""
+
+    def __init__(self, module: nn.Module, config: Config, env: DistributedEnv) -> None:
+        deepspeed = _import_deepspeed(env.device)
+        self._deepspeed = deepspeed
+        self.module = module
+        self.device = env.device
+        self.compute_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
+        self._env = env
+        self._max_grad_norm = config.optimizer.max_grad_norm
+        self._stage = config.distributed.zero_stage
+        module.to(env.device)
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        for parameter in trained.values():
+            parameter.data = parameter.data.contiguous()
+        initial = self._initial_weights(trained)
+        self._optimizer = adamw.build_adamw(trained.values(), config.optimizer, env.device)
+        with _quiet():
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=self._optimizer,
+                model_parameters=list(trained.values()),
+                config=deepspeed_config(config, env.world_size),
+                dist_init_required=False if deepspeed.comm.is_initialized() else None,
+            )
+        adamw.initialise_state(self._optimizer, self._masters())
+        self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._fragments = self._make_fragments()
+        self._load_initial_weights(initial)
+        if config.distributed.compile:
+            self._engine.compile()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Training forward.
+
+        Calls the module, not DeepSpeed's forward: that one hooks the outputs, and a second
+        torch.autograd.grad through them (adaptive weights, penalties) would count as a backward.
+        """
+        if self._stage > 0:
+            self._zero.clear_backward_seen_flag()
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`."""
+        # Runs first inside the backward pass, where DeepSpeed's own output hooks would run.
+        handle = loss.register_hook(lambda _: self._engine._backward_prologue())
+        self._engine.backward(loss)
+        handle.remove()
+
+    def step(self, learning_rate: float) -> Tensor | None:
+        """See `Engine.step`."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        adamw.set_learning_rate(self._optimizer, learning_rate)
+        if boundary and self._zero is self._optimizer:
+            return self._step_without_wrapper()
+        self._engine.step()
+        if not boundary:
+            return None
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+        # DeepSpeed reports some overflows as -1.
+        return torch.where(norm < 0, torch.inf, norm).to(torch.float32).detach()
+
+    def fragments(self) -> list[Fragment]:
+        """See `Engine.fragments`."""
+        return self._fragments
+
+    @torch.no_grad()
+    def refresh(self, *, moments: bool = False) -> None:
+        """See `Engine.refresh`."""
+        if self._stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self._stage == 3:
+            # Small parameters stay whole between steps and would not be gathered again.
+            self._zero._partition_all_parameters()
+            for group in range(len(self._zero.fp16_groups)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            if self._zero.persistent_parameters:
+                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+        else:
+            ranks = {"rank": self._env.rank, "world_size": self._env.world_size}
+            masters = self._masters()
+            synchronise(masters, **ranks)
+            if moments:
+                for key in adamw.MOMENTS:
+                    synchronise([self._optimizer.state[m][key] for m in masters], **ranks)
+            if self._zero is not self._optimizer:
+                torch._foreach_copy_(list(self._parameters.values()), masters)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """See `Engine.optimizer_steps`."""
+        return adamw.steps_made(self._optimizer)
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, value: int) -> None:
+        adamw.set_steps_made(self._optimizer, value)
+        self._engine.global_steps = value
+        self._engine.micro_steps = value * self._engine.gradient_accumulation_steps()
+        self._engine.global_samples = value * self._engine.train_batch_size()
+
+    @contextmanager
+    def _gathered(self) -> Iterator[nn.Module]:
+        if self._stage < 3:
+            yield self.module
+            return
+        with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            yield self.module
+
+    def gathered(self) -> AbstractContextManager[nn.Module]:
+        """See `Engine.gathered`."""
+        return self._gathered()
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.full_state`."""
+        return gather_full(self._shapes, self._fragments, self.device)
+
+    def _masters(self) -> list[Tensor]:
+        """The fp32 tensors that AdamW updates: flat partitions, or parameters at stage 0."""
+        if self._stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return [master for group in self._optimizer.param_groups for master in group["params"]]
+
+    def _make_fragments(self) -> list[Fragment]:
+        if self._stage == 3:
+            return [f for name in self._shapes for f in self._zero3_fragment(name)]
+        if self._stage > 0:
+            return [f for name in self._shapes for f in self._zero12_fragment(name)]
+        masters = self._masters()
+        return replicated_fragments(
+            list(self._shapes),
+            masters,
+            [{key: self._optimizer.state[m][key] for key in adamw.MOMENTS} for m in masters],
+            rank=self._env.rank,
+            world_size=self._env.world_size,
+        )
+
+    def _zero12_fragment(self, name: str) -> Iterator[Fragment]:
+        mapping = getattr(self._parameters[name], "_hp_mapping", None)
+        if mapping is None:
+            return
+        flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+        address = mapping.get_hp_fragment_address()
+        yield Fragment(
+            name=name,
+            shape=self._shapes[name],
+            start=mapping.lp_fragment_address.start,
+            master=flat.detach().narrow(0, address.start, address.numel),
+            moments={
+                key: self._optimizer.state[flat][key].narrow(0, address.start, address.numel)
+                for key in adamw.MOMENTS
+            },
+        )
+
+    def _zero3_fragment(self, name: str) -> Iterator[Fragment]:
+        parameter: Any = self._parameters[name]  # with DeepSpeed's ds_* attributes
+        local, _ = self._zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
+        # Every rank holds the same number of elements; the last ones hold padding, too.
+        stride = parameter.ds_tensor.ds_numel
+        start = self._env.rank * stride
+        length = max(0, min(stride, parameter.ds_numel - start))
+        if length == 0:
+            return
+        moments = {
+            key: self._zero._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=True, optim_state_key=key
+            )[0]
+            for key in adamw.MOMENTS
+        }
+        yield Fragment(
+            name=name,
+            shape=self._shapes[name],
+            start=start,
+            master=local.detach()[:length],
+            moments={key: value[:length] for key, value in moments.items()},
+        )
+
+    def _step_without_wrapper(self) -> Tensor:
+        """Boundary of stage 0 in fp32, where DeepSpeed neither reports the norm nor checks it."""
+        parameters = list(self._parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if torch.isfinite(grad_norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1
+        return grad_norm.detach()
+
+    def _initial_weights(self, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Rank 0's fp32 weights, because DeepSpeed makes its masters from the bf16 weights."""
+        if self.compute_dtype == torch.float32:
+            return {}
+        for parameter in trained.values():
+            dist.broadcast(parameter.data, src=0)
+        return {name: p.detach().float().flatten().cpu() for name, p in trained.items()}
+
+    @torch.no_grad()
+    def _load_initial_weights(self, initial: dict[str, Tensor]) -> None:
+        if not initial:
+            return
+        for fragment in self._fragments:
+            stop = fragment.start + fragment.master.numel()
+            fragment.master.copy_(initial[fragment.name][fragment.start : stop])
+        self.refresh()

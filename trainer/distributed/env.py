@@ -1,0 +1,176 @@
+"""Which rank this process is: read once from torchrun, SLURM, Ray or nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from trainer.config.run import ConfigError
+
+Launcher = Literal["torchrun", "slurm", "single"]
+
+
+@dataclass(frozen=True)
+class DistributedEnv:
+    """The place of this process among its peers. Ray Train sets the same variables as torchrun."""
+
+    rank: int
+    """0 .. world_size - 1."""
+    local_rank: int
+    """0 .. local_world_size - 1."""
+    world_size: int
+    """Ranks of the job."""
+    local_world_size: int
+    """Ranks on this node."""
+    master_addr: str
+    """Host of rank 0."""
+    master_port: int
+    """Rendezvous port on that host."""
+    launcher: Launcher
+    """Where the facts come from."""
+    device: torch.device
+    """cuda:N or cpu."""
+
+    @classmethod
+    def detect(cls, environ: Mapping[str, str] | None = None) -> DistributedEnv:
+        """Read the facts from `environ` (the process environment when unset).
+
+        Raises:
+            ConfigError: a launcher set only part of its variables, or more ranks than GPUs.
+        """
+        environ = os.environ if environ is None else environ
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            return _from_torchrun(environ)
+        if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+            return _from_slurm(environ)
+        return cls(0, 0, 1, 1, "127.0.0.1", 29500, "single", choose_device(0, 1))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs and writes for all."""
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the job, taken as equally filled."""
+        return max(1, self.world_size // self.local_world_size)
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> DistributedEnv:
+    world_size = _integer(environ, "WORLD_SIZE", "torchrun")
+    local_rank = _integer(environ, "LOCAL_RANK", "torchrun")
+    local_world_size = int(environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    return DistributedEnv(
+        rank=_integer(environ, "RANK", "torchrun"),
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=int(environ.get("MASTER_PORT", "29500")),
+        launcher="torchrun",
+        device=choose_device(local_rank, local_world_size),
+    )
+
+
+def _from_slurm(environ: Mapping[str, str]) -> DistributedEnv:
+    world_size = _integer(environ, "SLURM_NTASKS", "srun")
+    local_rank = _integer(environ, "SLURM_LOCALID", "srun")
+    num_nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
+    nodelist = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    local_world_size = -(-world_size // num_nodes)
+    return DistributedEnv(
+        rank=_integer(environ, "SLURM_PROCID", "srun"),
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        master_addr=environ.get("MASTER_ADDR", first_host(nodelist)),
+        # Jobs that share a node must not share a port, and all ranks must agree without talking.
+        master_port=int(environ.get("MASTER_PORT", 20_000 + int(environ.get("SLURM_JOB_ID", "0")) % 20_000)),
+        launcher="slurm",
+        device=choose_device(local_rank, local_world_size, one_visible_each=True),
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: "gpu[003-007,012],cpu1" -> "gpu003"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,\[]*))?", nodelist)
+    if match is None:
+        raise ConfigError(f"cannot read the SLURM node list {nodelist!r}; set MASTER_ADDR.")
+    prefix, ranges, suffix = match.groups()
+    if ranges is None:
+        return prefix
+    return prefix + re.split(r"[-,]", ranges)[0] + (suffix or "")
+
+
+def choose_device(local_rank: int, local_world_size: int, *, one_visible_each: bool = False) -> torch.device:
+    """cuda:local_rank when there are GPUs, else cpu.
+
+    Args:
+        one_visible_each: SLURM may bind one GPU to each task, which then is cuda:0 everywhere.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1 and one_visible_each:
+        return torch.device("cuda:0")
+    if local_world_size > count:
+        raise ConfigError(
+            f"{local_world_size} ranks on a node with {count} visible GPUs; start one per GPU, "
+            'or set CUDA_VISIBLE_DEVICES="" to train on the CPU.'
+        )
+    return torch.device(f"cuda:{local_rank}")
+
+
+def initialise(env: DistributedEnv, timeout_s: float) -> None:
+    """Join the process group (also with one rank: DeepSpeed wants one) and set up the device.
+
+    GPU tensors go through NCCL and CPU tensors through gloo, so flags can be agreed on without
+    waiting for the GPU.
+    """
+    assert not dist.is_initialized()
+    os.environ.update(
+        RANK=str(env.rank),
+        LOCAL_RANK=str(env.local_rank),
+        WORLD_SIZE=str(env.world_size),
+        LOCAL_WORLD_SIZE=str(env.local_world_size),
+        MASTER_ADDR=env.master_addr,
+        MASTER_PORT=str(env.master_port),
+    )
+    if env.device.type == "cuda":
+        torch.cuda.set_device(env.device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // env.local_world_size))
+    dist.init_process_group(
+        backend,
+        store=dist.HashStore() if env.world_size == 1 else None,  # type: ignore[attr-defined]  # not in the stubs
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group; does nothing without one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _integer(environ: Mapping[str, str], name: str, launcher: str) -> int:
+    value = environ.get(name, "")
+    if not value.isdigit():
+        raise ConfigError(
+            f"this looks like a process started by {launcher}, but {name} is {value!r}; "
+            f"start the run with {launcher}, or unset its variables."
+        )
+    return int(value)
