@@ -129,14 +129,14 @@ def measure_latent_statistics(
         sum_over_ranks: sums a float64 tensor over all ranks (the identity function on one).
         per_channel: mean and std of each channel; otherwise shift 0 and one global std.
     """
-    sums = torch.zeros(3, first_stage.config.channels, dtype=torch.float64)  # count, z, z**2
+    device = first_stage.latent_shift.device
+    # Rows: number of elements, sum of z, sum of z**2.
+    sums = torch.zeros(3, first_stage.config.channels, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in pixels:
             first, second = first_stage.second_moment(first_stage.encode(batch))
-            size = first.numel() // first.shape[1]
-            counted = torch.full((first.shape[1],), float(size), dtype=torch.float64)
-            totals = [x.double().sum(dim=(0, 2, 3)).cpu() for x in (first, second)]
-            sums += torch.stack([counted, *totals])
+            terms = (torch.ones_like(first), first, second)
+            sums += torch.stack([x.sum(dim=(0, 2, 3), dtype=torch.float64) for x in terms])
     count, first, second = sum_over_ranks(sums).unbind()
     assert bool((count > 0).all()), "no pictures to measure latent statistics on"
     if not per_channel:

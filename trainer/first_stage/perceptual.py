@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config.run import ConfigError
+from trainer.config.training import AutoencoderLossConfig
 
 LOG = logging.getLogger(__name__)
 LAYERS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -91,14 +92,22 @@ class PerceptualDistance(nn.Module):
         return [F.normalize(f, dim=1, eps=1e-10) for f in self.network(x)]
 
 
-def build_perceptual(weights: str | None) -> PerceptualDistance:
-    """LPIPS with the VGG16 weights at `weights`, or in torchvision's cache, or random features.
+def build_perceptual(
+    config: AutoencoderLossConfig, device: torch.device | str = "cpu"
+) -> PerceptualDistance | None:
+    """LPIPS with the configured VGG16 weights, or torchvision's cached ones, or random features.
 
-    Nothing is ever downloaded. Which of the three it became is in `name` and in the log.
+    Nothing is ever downloaded. Which of the three it became is in `name` and in the log. None where
+    the perceptual weight is 0.
 
     Raises:
-        ConfigError: `weights` names a file that is not there or does not hold VGG16.
+        ConfigError: `perceptual_weights` names a file that is not there or does not hold VGG16.
     """
+    return load_perceptual(config.perceptual_weights).to(device) if config.perceptual_weight else None
+
+
+def load_perceptual(weights: str | None) -> PerceptualDistance:
+    """The same from a URL alone, on the CPU."""
     source = weights
     if source is None:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / CACHE_NAME

@@ -1,0 +1,270 @@
+"""The first stage: reconstruct, regularise, and from a certain step on fool a discriminator. Two engines."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch
+from trainer.config.run import Config, ConfigError
+from trainer.distributed import collectives
+from trainer.distributed.engine import Engine
+from trainer.first_stage import losses
+from trainer.first_stage.autoencoder_kl import AutoencoderKL
+from trainer.first_stage.autoencoder_vq import AutoencoderVQ
+from trainer.first_stage.base import FirstStage
+from trainer.first_stage.build import measure_latent_statistics
+from trainer.first_stage.discriminator import PatchDiscriminator
+from trainer.first_stage.perceptual import PerceptualDistance
+from trainer.metrics.timer import StepTimer
+from trainer.rng import Purpose, normal
+from trainer.stages.stage import Preview
+
+PREVIEW_COLUMNS = 8
+STATISTICS_BATCHES = 32
+"""Batches per rank over which the latent statistics are measured at the end."""
+
+
+def build_networks(config: Config) -> dict[str, nn.Module]:
+    """The trained networks, by the name of their engine, with weights drawn from the run's seed.
+
+    Raises:
+        ConfigError: the first stage has nothing to train.
+    """
+    first_stage, loss = config.first_stage, config.autoencoder_loss
+    if first_stage.name == "identity":
+        raise ConfigError("first_stage.name=identity has nothing to train; stage=autoencoder needs kl or vq.")
+    logvar = loss.logvar_init if loss.learned_logvar else None
+    networks: dict[str, nn.Module] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        stage = AutoencoderKL if first_stage.name == "kl" else AutoencoderVQ
+        networks["autoencoder"] = stage(first_stage, logvar=logvar)
+        if loss.discriminator_weight:
+            networks["discriminator"] = PatchDiscriminator(
+                channels=loss.discriminator_channels, num_layers=loss.discriminator_layers
+            )
+    if config.distributed.channels_last:
+        for network in networks.values():
+            network.to(memory_format=torch.channels_last)
+    return networks
+
+
+class AutoencoderStage:
+    """Implements `Stage` for the KL and the VQ autoencoder."""
+
+    averaged = "autoencoder"
+
+    def __init__(
+        self,
+        config: Config,
+        engines: dict[str, Engine],
+        perceptual: PerceptualDistance | None,
+        timer: StepTimer,
+    ) -> None:
+        """`perceptual` lies on the engines' device; None where its weight is 0."""
+        assert (perceptual is None) == (config.autoencoder_loss.perceptual_weight == 0)
+        assert ("discriminator" in engines) == (config.autoencoder_loss.discriminator_weight > 0)
+        self.engines = engines
+        self._config = config
+        self._loss = config.autoencoder_loss
+        self._autoencoder = engines["autoencoder"]
+        self._discriminator = engines.get("discriminator")
+        self._perceptual = perceptual
+        self._timer = timer
+        self._reduction: Literal["sum", "mean"] = "sum" if config.first_stage.name == "kl" else "mean"
+        self._constant_logvar = torch.tensor(self._loss.logvar_init, device=self._autoencoder.device)
+
+    @property
+    def module(self) -> FirstStage:
+        """The autoencoder inside its engine."""
+        module = self._autoencoder.module
+        assert isinstance(module, FirstStage)
+        return module
+
+    def train_step(self, batch: Batch, step: int, learning_rate: float) -> dict[str, Tensor]:
+        """One generator step, then one discriminator step on the same reconstructions (see `Stage`).
+
+        The start of the discriminator is counted in generator steps, which the generator's own engine
+        knows: neither the discriminator's steps nor a restart shift it.
+        """
+        started = self._autoencoder.optimizer_steps >= self._loss.discriminator_start
+        adversary = self._discriminator if started else None
+        micro_batches = batch.micro_batches(self._config.micro_batch_size)
+        totals: dict[str, Tensor] = {}
+        counts: Tensor | None = None
+        norms: dict[str, Tensor | None] = {}
+        for micro in micro_batches:
+            pixels = to_unit_range(micro.pixels)
+            with self._timer("autoencoder"):
+                metrics, reconstruction, indices = self._generator_backward(micro, pixels, adversary)
+            with self._timer("optimizer"):
+                norms["grad_norm"] = self._autoencoder.step(learning_rate)
+            if adversary is not None:
+                with self._timer("discriminator"):
+                    metrics |= self._discriminator_backward(adversary, pixels, reconstruction)
+                with self._timer("optimizer"):
+                    norms["discriminator_grad_norm"] = adversary.step(learning_rate)
+            for name, value in metrics.items():
+                totals[name] = totals[name] + value if name in totals else value
+            if indices is not None:
+                if counts is None:
+                    counts = indices.new_zeros(self._config.first_stage.codebook_size)
+                flat = indices.flatten()  # not bincount, which waits for the device
+                counts.scatter_add_(0, flat, torch.ones_like(flat))
+        means = {name: value / len(micro_batches) for name, value in totals.items()}
+        for name, norm in norms.items():
+            assert norm is not None, f"no {name}: the engine did not step at the accumulation boundary"
+            means[name] = norm
+        if counts is not None:
+            usage = losses.codebook_usage(collectives.reduce_sum(counts))
+            means |= dict(zip(("codebook_usage", "codebook_perplexity"), usage, strict=True))
+        return means
+
+    def _generator_backward(
+        self, batch: Batch, pixels: Tensor, adversary: Engine | None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """Metrics, detached reconstruction, codebook indices (vq).
+
+        Every loss on the picture is differentiated by the reconstruction first, and the autoencoder
+        receives the weighted sum of those gradients. So perceptual network and discriminator are
+        walked once although the adaptive weight needs their gradients apart, and neither collects
+        gradients of its own.
+        """
+        outputs = self._autoencoder(pixels, self._posterior_noise(batch))
+        reconstruction = outputs["reconstruction"].float()
+        logvar = outputs.get("logvar", self._constant_logvar)
+        leaf = reconstruction.detach().requires_grad_()
+        error = losses.reconstruction_error(pixels, leaf, self._loss.reconstruction)
+        perceptual = error.new_zeros(len(batch))
+        if self._perceptual is not None:
+            perceptual = self._perceptual(pixels, leaf)
+        weighted = self._loss.perceptual_weight * perceptual
+        nll = losses.negative_log_likelihood(error, weighted, logvar.detach(), reduction=self._reduction)
+        (gradient,) = torch.autograd.grad(nll, leaf)
+        metrics = {"reconstruction": error.mean(), "perceptual": perceptual.mean(), "nll": nll}
+        added = torch.zeros((), device=pixels.device)
+        if adversary is not None:
+            fooling = losses.generator_loss(adversary.module(leaf))
+            (push,) = torch.autograd.grad(fooling, leaf)
+            weight = torch.ones_like(added)
+            if self._loss.adaptive_weight:
+                weight = losses.adaptive_weight(outputs["features"], gradient, push)
+            gradient = gradient + self._loss.discriminator_weight * weight * push
+            added = self._loss.discriminator_weight * weight * fooling.detach()
+            metrics |= {"generator": fooling, "adaptive_weight": weight}
+        # The same value as nll, but its only gradient is that by a learned log variance.
+        value = losses.negative_log_likelihood(
+            error.detach(), weighted.detach(), logvar, reduction=self._reduction
+        )
+        carrier = (reconstruction * gradient).sum()
+        regulariser, terms = self._regulariser(outputs)
+        loss = value + regulariser + added + carrier - carrier.detach()
+        self._autoencoder.backward(loss)
+        metrics |= {"loss": loss, **terms}
+        if self._loss.learned_logvar:
+            metrics["logvar"] = logvar
+        return (
+            {name: metric.detach() for name, metric in metrics.items()},
+            leaf.detach(),
+            outputs.get("indices"),
+        )
+
+    def _regulariser(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What keeps the latents in bounds, and its parts for the log."""
+        if "kl" in outputs:
+            kl = outputs["kl"].mean()
+            return self._loss.kl_weight * kl, {"kl": kl}
+        codebook, commitment = outputs["codebook"], outputs["commitment"]
+        weighted = codebook + self._loss.commitment_beta * commitment
+        return self._loss.codebook_weight * weighted, {"codebook": codebook, "commitment": commitment}
+
+    def _discriminator_backward(
+        self, adversary: Engine, pixels: Tensor, reconstruction: Tensor
+    ) -> dict[str, Tensor]:
+        logits = adversary(torch.cat([pixels, reconstruction]), parts=2)
+        real, fake = logits.chunk(2)
+        loss = losses.discriminator_loss(real, fake, self._loss.discriminator_loss)
+        adversary.backward(loss)
+        return {
+            "discriminator": loss.detach(),
+            "logits_real": real.detach().mean(),
+            "logits_fake": fake.detach().mean(),
+        }
+
+    def _posterior_noise(self, batch: Batch) -> Tensor | None:
+        """Standard normal [B, z, h, w], keyed by the samples; None where the posterior is a point."""
+        first_stage = self._config.first_stage
+        if first_stage.name != "kl":
+            return None
+        height, width = (edge // first_stage.downsampling for edge in batch.pixels.shape[2:])
+        shape = (first_stage.latent_channels, height, width)
+        return normal(self._config.seed, batch.ordinals, Purpose.POSTERIOR, shape)
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> Preview:
+        """Originals, and under each row of them their reconstructions (rank 0's pictures everywhere)."""
+        count = min(self._config.sampling.num_previews, len(batch))
+        columns = min(count, PREVIEW_COLUMNS)
+        count -= count % columns
+        originals = batch.pixels[:count]
+        made = []
+        with self._autoencoder.gathered() as module:
+            assert isinstance(module, FirstStage)
+            module.eval()
+            for part in to_unit_range(originals).split(self._config.micro_batch_size):
+                made.append(to_bytes(module.decode(module.latents(part, None))))
+            module.train()
+        rows = zip(originals.split(columns), torch.cat(made).split(columns), strict=True)
+        pixels = torch.cat([picture for row in rows for picture in row]).cpu()
+        starts = range(0, count, columns)
+        captions = [batch.captions[i : i + columns] + ("reconstruction",) * columns for i in starts]
+        shown = (pixels, tuple(itertools.chain.from_iterable(captions)), columns)
+        return Preview(*collectives.broadcast_object(shown))
+
+    def finish(self, batches: Iterator[Batch]) -> None:
+        """Measure shift and scale of the latents over all ranks, for the second stage. Collective."""
+        device = self._autoencoder.device
+        size = self._config.micro_batch_size
+        pixels = (
+            to_unit_range(micro.pixels.to(device))
+            for batch in itertools.islice(batches, STATISTICS_BATCHES)
+            for micro in batch.micro_batches(size)
+        )
+        with self._autoencoder.gathered() as module:
+            assert isinstance(module, FirstStage)
+            module.eval()
+            statistics = measure_latent_statistics(
+                module,
+                pixels,
+                collectives.reduce_sum,
+                per_channel=self._loss.latent_statistics == "channel",
+            )
+            module.set_latent_statistics(*statistics)
+            module.train()
+
+    def state(self) -> dict[str, Tensor]:
+        """The latent statistics."""
+        module = self.module
+        return {
+            "latent_shift": module.latent_shift.detach().cpu(),
+            "latent_scale": module.latent_scale.detach().cpu(),
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.module.set_latent_statistics(state["latent_shift"], state["latent_scale"])
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in -1 .. 1."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """-1 .. 1 -> uint8, rounded and clipped."""
+    return pixels.float().add(1.0).mul(127.5).round().clamp_(0, 255).to(torch.uint8)
