@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Iterable
 from enum import IntEnum
@@ -56,6 +57,10 @@ _PROGRAMMING_ERRORS = (
 )
 
 
+# No retry makes room on a disk or grants a permission; a person has to.
+_USER_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+
+
 def normalize(status: int) -> ExitCode:
     """The exit code that a process status stands for.
 
@@ -104,7 +109,10 @@ def classify(error: BaseException) -> ExitCode:
         return normalize(error.code if isinstance(error.code, int) else 0 if not error.code else 1)
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.ABORTED
-    if isinstance(error, ConfigError):
+    # data_pipeline's errors for people are ValueErrors named DataError; see also trainer/__main__.py.
+    if isinstance(error, ConfigError) or type(error).__name__ == "DataError":
+        return ExitCode.USER_ERROR
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
         return ExitCode.USER_ERROR
     if isinstance(error, RetryableFault):
         return ExitCode.RETRYABLE

@@ -39,6 +39,7 @@ STACKS_SIGNAL = signal.SIGQUIT
 _STDERR = 2
 _LEARNING_BEATS = 3
 _LEARNING_GRACE_S = 600.0
+_EXIT_GRACE_S = 60.0
 _TICK_S = 0.25
 _SUPERVISED_DELAY_S = 3.0
 
@@ -102,8 +103,9 @@ class Watchdog:
         self._thread.join()
         self._thread = None
         if self._board is not None:
-            # From here on only the process's own end counts.
-            self._board.write(self._local_rank, deadline=0.0, step=self._step, phase="finish")
+            # The thread ticks no more; the process still has to end in time.
+            deadline = time.monotonic() + self._timeout_s + _EXIT_GRACE_S
+            self._board.write(self._local_rank, deadline=deadline, step=self._step, phase="exit")
         faulthandler.unregister(STACKS_SIGNAL)
 
     def beat(self, step: int, phase: Phase = "step") -> None:

@@ -1,0 +1,92 @@
+"""Exit codes are distinct, and restarts follow from them."""
+
+import errno
+import signal
+
+import pytest
+
+from trainer.config.run import ConfigError
+from trainer.exit_codes import (
+    ExitCode,
+    FatalFault,
+    RetryableFault,
+    classify,
+    combine,
+    normalize,
+    should_restart,
+)
+
+
+def test_codes_are_distinct_and_fit_a_process_status() -> None:
+    values = [int(code) for code in ExitCode]
+    assert len(values) == len(set(values)) == 7
+    assert all(0 <= value < 128 or value == 130 for value in values)
+
+
+@pytest.mark.parametrize(
+    ("status", "restart"),
+    [
+        (0, False),
+        (2, False),
+        (75, True),
+        (76, True),
+        (77, False),
+        (78, False),
+        (130, False),
+        (-signal.SIGINT, False),
+        (-signal.SIGKILL, True),
+        (128 + signal.SIGKILL, True),
+        (-signal.SIGSEGV, True),
+        (1, True),
+    ],
+)
+def test_restart_follows_from_status(status: int, restart: bool) -> None:
+    assert should_restart(status) is restart
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        ([0, 0], ExitCode.DONE),
+        ([75, 0], ExitCode.PREEMPTED),
+        ([75, -9], ExitCode.RETRYABLE),
+        ([75, 77], ExitCode.STOPPED),
+        ([76, 2, 78], ExitCode.USER_ERROR),
+        ([76, 78], ExitCode.FATAL),
+    ],
+)
+def test_what_forbids_a_restart_wins(statuses: list[int], code: ExitCode) -> None:
+    assert combine(statuses) is code
+    assert combine(reversed(statuses)) is code
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("steps must be at least 1."), ExitCode.USER_ERROR),
+        (OSError(errno.ENOSPC, "No space left on device"), ExitCode.USER_ERROR),
+        (OSError(errno.EROFS, "Read-only file system"), ExitCode.USER_ERROR),
+        (ConnectionResetError("peer"), ExitCode.RETRYABLE),
+        (RuntimeError("NCCL error: unhandled system error"), ExitCode.RETRYABLE),
+        (RetryableFault("storage"), ExitCode.RETRYABLE),
+        (FatalFault("five rewinds"), ExitCode.FATAL),
+        (OutOfMemoryError("CUDA out of memory"), ExitCode.FATAL),
+        (MemoryError(), ExitCode.FATAL),
+        (TypeError("wrong"), ExitCode.FATAL),
+        (AssertionError(), ExitCode.FATAL),
+        (KeyboardInterrupt(), ExitCode.ABORTED),
+        (SystemExit(75), ExitCode.PREEMPTED),
+        (SystemExit(None), ExitCode.DONE),
+        (SystemExit("message"), ExitCode.RETRYABLE),
+    ],
+)
+def test_exceptions_map_to_codes(error: BaseException, code: ExitCode) -> None:
+    assert classify(error) is code
+
+
+def test_unknown_status_is_a_retryable_fault() -> None:
+    assert normalize(99) is ExitCode.RETRYABLE

@@ -1,0 +1,123 @@
+"""Healing decisions: symptoms, skip lists, limits, and their journey through checkpoints."""
+
+import json
+import math
+import random
+
+import pytest
+
+from trainer.config.training import HealingConfig
+from trainer.healing import Healer, robust_zscore
+
+
+def gaussian_losses(count: int, seed: int = 0) -> list[float]:
+    draw = random.Random(seed)
+    return [draw.gauss(0.5, 0.05) for _ in range(count)]
+
+
+def test_zscore_of_a_gaussian_is_its_sigma_distance() -> None:
+    history = gaussian_losses(4001)
+    assert robust_zscore(0.5 + 4 * 0.05, history) == pytest.approx(4.0, abs=0.25)
+    assert robust_zscore(0.5, history) == pytest.approx(0.0, abs=0.1)
+
+
+def test_zscore_is_not_moved_by_outliers_in_the_history() -> None:
+    history = gaussian_losses(1001)
+    polluted = history + [1e6] * 20
+    assert robust_zscore(1.0, polluted) == pytest.approx(robust_zscore(1.0, history), rel=0.1)
+
+
+def test_zscore_of_a_flat_history_is_finite() -> None:
+    assert robust_zscore(1.0, [0.5] * 20) == pytest.approx(1000.0)
+    assert math.isfinite(robust_zscore(1.0, [0.0] * 20))
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "kind"),
+    [
+        (math.nan, 1.0, "nan"),
+        (math.inf, 1.0, "inf"),
+        (0.5, math.nan, "gradient"),
+        (0.5, math.inf, "gradient"),
+    ],
+)
+def test_nan_and_inf_rewind_and_skip_that_steps_samples(loss: float, grad_norm: float, kind: str) -> None:
+    healer = Healer(HealingConfig())
+    assert healer.check(1, 0.4, 1.0, [0, 1]).action == "continue"
+    verdict = healer.check(2, loss, grad_norm, [3, 2])
+    assert verdict.action == "rewind"
+    assert verdict.incident is not None
+    assert (verdict.incident.kind, verdict.incident.step) == (kind, 2)
+    assert healer.skipped == {2, 3}
+    assert "step 2" in verdict.message
+
+
+def test_spikes_count_only_when_configured_and_after_some_history() -> None:
+    losses = gaussian_losses(64)
+    silent, alert = Healer(HealingConfig()), Healer(HealingConfig(spike_zscore=8.0))
+    assert alert.check(0, 100.0, 1.0, [0]).action == "continue"
+    for step, loss in enumerate(losses):
+        assert silent.check(step, loss, 1.0, [step]).action == "continue"
+        assert alert.check(step, loss, 1.0, [step]).action == "continue"
+    assert silent.check(64, 5.0, 1.0, [64]).action == "continue"
+    verdict = alert.check(64, 5.0, 1.0, [64])
+    assert verdict.action == "rewind"
+    assert verdict.incident is not None
+    assert verdict.incident.kind == "spike"
+    assert verdict.incident.zscore is not None
+    assert verdict.incident.zscore > 8
+    # A sudden fall is no spike.
+    assert alert.check(65, 0.01, 1.0, [65]).action == "continue"
+
+
+def test_it_gives_up_after_the_configured_number_of_rewinds() -> None:
+    healer = Healer(HealingConfig(max_rewinds=2))
+    for step in (1, 2):
+        assert healer.check(step, math.nan, None, [step]).action == "rewind"
+    verdict = healer.check(3, math.nan, None, [3])
+    assert verdict.action == "stop"
+    assert "healing.max_rewinds=2" in verdict.message
+
+
+def test_switched_off_it_stops_at_once() -> None:
+    verdict = Healer(HealingConfig(enabled=False)).check(1, math.nan, None, [1])
+    assert verdict.action == "stop"
+    assert "healing.enabled" in verdict.message
+
+
+def test_state_makes_the_same_decisions_after_a_restart() -> None:
+    config = HealingConfig(spike_zscore=6.0, spike_window=32)
+    unbroken = Healer(config)
+    losses = gaussian_losses(80, seed=3)
+    for step, loss in enumerate(losses[:40]):
+        unbroken.check(step, loss, 1.0, [step])
+    unbroken.check(40, math.nan, 1.0, [400, 401])
+    resumed = Healer(config)
+    resumed.load_state(json.loads(json.dumps(unbroken.state())))
+    for step, loss in enumerate([*losses[40:], 9.0]):
+        assert unbroken.check(step, loss, 1.0, [step]) == resumed.check(step, loss, 1.0, [step])
+    assert unbroken.state() == resumed.state()
+    assert resumed.skipped >= {400, 401}
+
+
+def test_a_rewind_keeps_incidents_and_restores_the_history() -> None:
+    healer = Healer(HealingConfig(spike_zscore=6.0))
+    for step in range(10):
+        healer.check(step, 0.5 + step / 100, 1.0, [step])
+    saved = json.loads(json.dumps(healer.state()))
+    for step in range(10, 20):
+        healer.check(step, 0.6, 1.0, [step])
+    healer.check(20, math.inf, 1.0, [77])
+    healer.rewound(saved)
+    assert healer.skipped == {77}
+    assert healer.state()["losses"] == saved["losses"]
+
+
+def test_journal_is_merged_once() -> None:
+    first = Healer(HealingConfig())
+    first.check(5, math.nan, None, [8, 9])
+    journal = json.loads(json.dumps(first.journal()))
+    second = Healer(HealingConfig())
+    second.merge(journal)
+    second.merge(journal)
+    assert second.incidents == first.incidents

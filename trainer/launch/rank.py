@@ -1,0 +1,75 @@
+"""One rank as a process: `python -m trainer.launch.rank CONFIG_JSON`, started by the local launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from trainer.config.io import config_from_dict
+from trainer.config.run import Config
+from trainer.exit_codes import ExitCode, classify
+
+LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
+"""Environment variable with the launcher's process id; a rank does not outlive it."""
+
+_PR_SET_PDEATHSIG = 1
+_QUIET = ("DeepSpeed", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx")
+
+logger = logging.getLogger(__name__)
+
+
+def run_rank(config: Config) -> ExitCode:
+    """Train in this process, as the rank that the environment says it is."""
+    # Here, not at the top: the launcher imports this module and must stay small and quick.
+    from trainer.distributed.env import DistributedEnv
+    from trainer.train import run
+
+    try:
+        return ExitCode(run(config, DistributedEnv.detect()))
+    except (Exception, KeyboardInterrupt) as error:
+        code = classify(error)
+        if code is ExitCode.USER_ERROR:
+            logger.error("%s", error)
+        elif code is ExitCode.ABORTED:
+            logger.error("aborted; nothing was saved beyond the last checkpoint")
+        else:
+            logger.exception("this rank ends with exit code %d (%s)", code, code.name)
+        return code
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of a spawned rank."""
+    _die_with_launcher()
+    rank = os.environ["RANK"]
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    logging.basicConfig(
+        level=os.environ.get("LDM_LOG_LEVEL", "INFO"), format=f"{prefix}%(levelname)s %(message)s"
+    )
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    (path,) = arguments
+    config = config_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    code = run_rank(config)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _die_with_launcher() -> None:
+    """Ask Linux for SIGKILL when the launcher ends, however it ends."""
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have ended before the request was in place.
+    if os.getppid() != int(launcher):
+        sys.exit(ExitCode.RETRYABLE)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
