@@ -1,0 +1,103 @@
+"""Links between our tensors and those of another dialect, applied in both directions, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.config.run import ConfigError
+
+MAX_LISTED = 40
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor of ours, and how a dialect stores it. Values are moved, never computed with."""
+
+    ours: str
+    """Our name."""
+    theirs: tuple[str, ...]
+    """Names in the dialect; several are stacked along the first axis of ours."""
+    ones: int = 0
+    """Axes of length one that the dialect appends: 2 for a 1x1 convolution where ours is linear."""
+    heads: int = 0
+    """Heads of an ADM attention, which stores q, k and v head by head; 0 where this does not apply."""
+    transposed: bool = False
+    """Whether the dialect stores the transpose."""
+
+    def to_theirs(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Our tensor as the dialect stores it."""
+        if self.heads:  # [3 * C, ...] as (q | k | v) -> per head (q, k, v)
+            tensor = tensor.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
+        if self.transposed:
+            tensor = tensor.t()
+        tensor = tensor.reshape(tensor.shape + (1,) * self.ones)
+        return dict(zip(self.theirs, tensor.chunk(len(self.theirs)), strict=True))
+
+    def to_ours(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse; `tensors` holds every name of `theirs`, with the right shapes."""
+        parts = [tensors[name] for name in self.theirs]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = whole.reshape(whole.shape[: whole.dim() - self.ones])
+        if self.transposed:
+            whole = whole.t()
+        if self.heads:
+            whole = whole.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        return whole.contiguous()
+
+
+def export_tensors(links: Iterable[Link], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors in the dialect; also works on meta tensors, to learn the dialect's shapes."""
+    exported: dict[str, Tensor] = {}
+    for link in links:
+        exported.update(link.to_theirs(tensors[link.ours]))
+    return exported
+
+
+def import_tensors(
+    links: Sequence[Link], expected: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """The dialect's tensors under our names and in our shapes.
+
+    Args:
+        links: one per tensor of ours.
+        expected: our tensors, of which only the shapes matter (meta tensors will do).
+        theirs: the dialect's tensors, exactly those that belong to the network.
+        source: where they come from, named in errors.
+
+    Raises:
+        ConfigError: names or shapes differ; all of them are listed, and nothing is converted.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in export_tensors(links, expected).items()}
+    check_names_and_shapes(shapes, {name: tuple(value.shape) for name, value in theirs.items()}, source)
+    return {link.ours: link.to_ours(theirs) for link in links}
+
+
+def check_names_and_shapes(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Refuse unless both have the same names with the same shapes.
+
+    Raises:
+        ConfigError: every missing and unexpected name with its shape, and every differing shape.
+    """
+    missing = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
+    unexpected = [f"unexpected {name} {shape}" for name, shape in found.items() if name not in wanted]
+    different = [
+        f"{name} is {found[name]} and should be {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    problems = missing + unexpected + different
+    if not problems:
+        return
+    listed = "\n  ".join(problems[:MAX_LISTED])
+    more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    raise ConfigError(
+        f"{source} does not fit the configured structure: {len(missing)} tensors missing, {len(unexpected)} "
+        f"unexpected, {len(different)} of another shape; nothing was loaded. Change the configuration or "
+        f"name another file.\n  {listed}{more}"
+    )

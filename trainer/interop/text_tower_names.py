@@ -1,0 +1,57 @@
+"""Text-tower parameter names: ours are open_clip's, the other dialect is the CLIP of transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from trainer.interop.links import Link
+
+LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+ENDS = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+NO_WEIGHTS = ("attn_mask", "logit_scale", "logit_bias", "text_model.embeddings.position_ids")
+"""Names in such files that belong to no text tower of ours."""
+
+
+def text_tower_links(names: Iterable[str]) -> list[Link]:
+    """One link per tensor of open_clip's text tower to the names of transformers' CLIPTextModel."""
+    return [_link(name) for name in names if name not in NO_WEIGHTS]
+
+
+def open_clip_names(theirs: Mapping[str, Tensor]) -> list[str]:
+    """The names that a CLIPTextModel's tensors have in open_clip, by which links can be made."""
+    layers = [int(m[1]) for name in theirs if (m := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))]
+    names = list(ENDS)
+    for i in range(max(layers, default=-1) + 1):
+        block = f"transformer.resblocks.{i}"
+        names += [f"{block}.attn.in_proj_weight", f"{block}.attn.in_proj_bias"]
+        names += [f"{block}.{layer}.{kind}" for layer in LAYER for kind in ("weight", "bias")]
+    return [*names, "text_projection"] if "text_projection.weight" in theirs else names
+
+
+def _link(name: str) -> Link:
+    if name in ENDS:
+        return Link(name, (ENDS[name],))
+    if name == "text_projection":
+        return Link(name, ("text_projection.weight",), transposed=True)
+    match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
+    assert match is not None, name
+    layer = f"text_model.encoder.layers.{match[1]}"
+    if match[2].startswith("attn.in_proj_"):
+        kind = match[2].removeprefix("attn.in_proj_")
+        return Link(name, tuple(f"{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"))
+    inner, _, kind = match[2].rpartition(".")
+    return Link(name, (f"{layer}.{LAYER[inner]}.{kind}",))
