@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from trainer.config.checks_diffusion import check_diffusion, check_sampling
 from trainer.config.run import Config, ConfigError
 
 
@@ -13,7 +14,9 @@ def check(config: Config) -> None:
     _check_unet(config)
     _check_stage(config)
     _check_conditioning(config)
-    _check_sampling(config)
+    if config.stage == "diffusion":
+        check_diffusion(config.diffusion)
+        check_sampling(config.diffusion, config.sampling)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -130,11 +133,3 @@ def _check_conditioning(config: Config) -> None:
             f"conditioning.{name}: width, layers and heads shrink the tower, so pretrained weights cannot "
             "fit; remove one or the other.",
         )
-
-
-def _check_sampling(config: Config) -> None:
-    _require(config.sampling.steps >= 1, "sampling.steps must be at least 1.")
-    _require(
-        config.sampling.steps <= config.diffusion.num_timesteps,
-        "sampling.steps must not exceed diffusion.num_timesteps.",
-    )

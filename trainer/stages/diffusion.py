@@ -125,7 +125,7 @@ class DiffusionStage:
         timesteps = draw_timesteps(config.diffusion, uniforms, batch.slots, config.global_batch_size)
         noise = normal(seed, ordinals, Purpose.NOISE, tuple(latents.shape[1:]))
         if config.diffusion.offset_noise:
-            shift = normal(seed, ordinals, Purpose.OFFSET_NOISE, (latents.shape[1], 1, 1))
+            shift = normal(seed, ordinals, Purpose.OFFSET_NOISE, (latents.shape[1],))
             noise = offset_noise(noise, shift, config.diffusion.offset_noise)
         noisy = add_noise(self._schedule, latents, noise, timesteps)
         drop = self._conditioner.drop_masks(seed, ordinals)

@@ -1,0 +1,79 @@
+"""Meters, throughput, grids and the JSONL writer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config.run import ConfigError
+from trainer.config.training import LoggingConfig
+from trainer.metrics.jsonl import JSONLWriter
+from trainer.metrics.meters import Meters
+from trainer.metrics.pictures import grid
+from trainer.metrics.throughput import Throughput
+from trainer.metrics.timer import StepTimer
+from trainer.metrics.wandb_sink import WandbSink
+
+
+def test_meters_average_and_reset() -> None:
+    meters = Meters()
+    for value in (1.0, 2.0, 6.0):
+        meters.add({"loss": torch.tensor(value)})
+    assert meters.reduce() == {"loss": 3.0}
+    assert meters.reduce() == {}
+
+
+def test_throughput_counts_images_of_the_interval_only() -> None:
+    throughput, timer = Throughput(global_batch_size=10), StepTimer(torch.device("cpu"))
+    assert "images_per_s" not in throughput.read(0, timer)
+    with timer("data"):
+        sum(range(100_000))
+    record = throughput.read(4, timer)
+    assert record["images_per_s"] == pytest.approx(10 / record["step_s"])
+    assert 0 < record["data_wait"] <= 1
+    assert record["time/data_s"] * 4 == pytest.approx(record["data_wait"] * record["step_s"] * 4)
+
+
+def test_jsonl_appends_over_restarts(tmp_path: Path) -> None:
+    for step in (1, 2):
+        writer = JSONLWriter(str(tmp_path), start_step=step)
+        writer.write({"step": step})
+        writer.flush()
+    lines = (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_grid_holds_every_picture() -> None:
+    pixels = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    pixels[4, 0] = 255
+    sheet = grid(pixels, ("a caption",) * 5, columns=2)
+    assert sheet.width == 2 * (128 + 4) + 4
+    colours = sheet.convert("RGB").getcolors(maxcolors=1_000_000)
+    assert any(colour == (255, 0, 0) for _, colour in colours or [])
+
+
+@pytest.mark.parametrize("key", [None, "too-short"])
+def test_online_without_a_usable_key_is_refused(
+    key: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    with pytest.raises(ConfigError, match="WANDB_API_KEY"):
+        WandbSink(LoggingConfig(wandb="online"), str(tmp_path), {}, None)
+
+
+def test_offline_run_is_written_and_keeps_its_id(tmp_path: Path) -> None:
+    sink = WandbSink(LoggingConfig(wandb="offline"), str(tmp_path), {"a": 1}, None)
+    run_id = sink.run_id
+    sink.log(64, {"loss": 1.0})
+    sink.close()
+    again = WandbSink(LoggingConfig(wandb="offline"), str(tmp_path), {"a": 1}, run_id)
+    assert again.run_id == run_id
+    again.log(32, {"loss": 2.0})  # a rewind: fewer samples than before must not be refused
+    again.close()
+    assert list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))
