@@ -10,6 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.errors import DataError
+from trainer.config.run import ConfigError
+
 VERBS = {
     "train": "train a first stage or a diffusion model; the same command again resumes",
     "sample": "draw pictures from a run or from exported weights",
@@ -39,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb.add_arguments(parser)
     try:
         return int(verb.run(parser.parse_args(argv[1:])))
-    except ValueError as error:  # ConfigError and DataError are ValueErrors made for people
-        if type(error).__name__ not in ("ConfigError", "DataError"):
-            raise
+    except (ConfigError, DataError) as error:
         return _refuse(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
-        return _refuse(f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another.")
+        return _refuse(
+            f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another."
+        )
     except KeyboardInterrupt:
         return 130
 

@@ -168,7 +168,9 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> t
 def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
     networks = autoencoder.build_networks(config)
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
-    perceptual = build_perceptual(config.autoencoder_loss, env.device)
+    perceptual = build_perceptual(config.autoencoder_loss)
+    if perceptual is not None:
+        perceptual.to(env.device)
     facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
     return autoencoder.AutoencoderStage(config, engines, perceptual, timer), facts
 

@@ -1,0 +1,133 @@
+"""From captions and conditions to pictures. A picture depends on (seed, its index), never on its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.conditioning.build import Conditioner
+from trainer.config.run import Config
+from trainer.diffusion.denoiser import Denoiser
+from trainer.diffusion.guidance import ClassifierFreeGuidance
+from trainer.diffusion.parameterization import Prediction
+from trainer.diffusion.sampling import sample
+from trainer.diffusion.schedule import NoiseSchedule, make_schedule
+from trainer.first_stage.base import FirstStage
+from trainer.rng import Purpose, normal
+
+
+@dataclass(frozen=True)
+class ConditionedDenoiser:
+    """A network with its prepared conditions, as samplers want it."""
+
+    network: nn.Module
+    schedule: NoiseSchedule
+    prediction: Prediction
+    inputs: dict[str, Tensor]
+    """First axis B, or 2 B under guidance."""
+    drop: dict[str, Tensor]
+    """bool [B] or [2 B] per condition: which rows take the null form."""
+
+    def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Prediction, float32, of the shape of x."""
+        prediction: Tensor = self.network(x, timesteps, self.inputs, self.drop)
+        return prediction.float()
+
+
+@torch.no_grad()
+def generate(
+    config: Config,
+    network: nn.Module,
+    conditioner: Conditioner,
+    first_stage: FirstStage,
+    captions: Sequence[str],
+    *,
+    seed: int,
+    first_index: int = 0,
+    conditions: dict[str, Tensor] | None = None,
+    pixels: Tensor | None = None,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Pictures uint8 [N, 3, H, W] for N captions, on the network's device.
+
+    Args:
+        config: `sampling` names sampler, steps, spacing, guidance; the rest describes the model.
+        network: called as (x, timesteps, inputs, drop); put into evaluation mode meanwhile.
+        seed: picture i starts from noise keyed by (seed, first_index + i).
+        conditions: task fields by name, first axis N.
+        pixels: [N, 3, H, W] in [-1, 1], for conditions that derive from a picture.
+        size: (height, width) in pixels; default: the training size.
+        batch_size: pictures at a time.
+        progress: called with the number of pictures done.
+    """
+    device = next(network.parameters()).device
+    height, width = size or (config.data.image_size, config.data.image_size)
+    factor = config.first_stage.downsampling
+    shape = (config.first_stage.channels, height // factor, width // factor)
+    schedule = make_schedule(config.diffusion).to(device)
+    was_training = network.training
+    network.eval()
+    pictures = []
+    for start in range(0, len(captions), batch_size):
+        part = slice(start, min(start + batch_size, len(captions)))
+        ordinals = torch.arange(part.start, part.stop, device=device) + first_index
+        inputs = conditioner.frozen.prepare(
+            captions[part],
+            {name: value[part].to(device) for name, value in (conditions or {}).items()},
+            None if pixels is None else pixels[part].to(device),
+            first_stage=first_stage,
+            seed=seed,
+            ordinals=ordinals,
+        )
+        denoiser = _denoiser(config, network, conditioner, schedule, inputs, len(ordinals))
+        latents = _latents(config, denoiser, seed, ordinals, shape)
+        decoded = first_stage.decode(latents)
+        pictures.append(decoded.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
+        if progress is not None:
+            progress(part.stop)
+    network.train(was_training)
+    return torch.cat(pictures)
+
+
+def _denoiser(
+    config: Config,
+    network: nn.Module,
+    conditioner: Conditioner,
+    schedule: NoiseSchedule,
+    inputs: dict[str, Tensor],
+    n: int,
+) -> Denoiser:
+    sampling, prediction = config.sampling, config.diffusion.prediction
+    device = next(network.parameters()).device
+    keep = conditioner.keep_masks(n, device)
+    if sampling.guidance_scale == 1.0 or not keep:
+        return ConditionedDenoiser(network, schedule, prediction, inputs, keep)
+    null = conditioner.null_masks(n, device)
+    both = ConditionedDenoiser(
+        network,
+        schedule,
+        prediction,
+        {name: torch.cat([value, value]) for name, value in inputs.items()},
+        {name: torch.cat([keep[name], null[name]]) for name in keep},
+    )
+    return ClassifierFreeGuidance(both, sampling.guidance_scale, sampling.guidance_rescale)
+
+
+def _latents(
+    config: Config, denoiser: Denoiser, seed: int, ordinals: Tensor, shape: tuple[int, int, int]
+) -> Tensor:
+    sampling = config.sampling
+    return sample(
+        sampling.sampler,
+        denoiser,
+        normal(seed, ordinals, Purpose.INITIAL, shape),
+        num_steps=sampling.steps,
+        spacing=sampling.spacing,
+        eta=sampling.eta,
+        noise=lambda index: normal(seed, ordinals, Purpose.SAMPLER + index, shape),
+    )
