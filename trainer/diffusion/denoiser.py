@@ -1,0 +1,79 @@
+"""What a sampler is given: a denoiser, a source of noise, a callback; and one evaluation of the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.diffusion.levels import NoiseLevels
+from trainer.diffusion.parameterization import Prediction, to_eps, to_x0
+from trainer.diffusion.schedule import NoiseSchedule
+
+
+class Denoiser(Protocol):
+    """A trained network together with its conditioning: (x [B, C, H, W], timesteps [B]) -> prediction."""
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The schedule that it was trained on."""
+        ...
+
+    @property
+    def prediction(self) -> Prediction:
+        """What it predicts."""
+        ...
+
+    def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Prediction [B, C, H, W] at x = alpha x0 + sigma eps; timesteps are int64, or float32 (karras)."""
+        ...
+
+
+NoiseSource = Callable[[int], Tensor]
+"""Step index -> standard normal noise of the shape of x; counter-based, so pictures ignore their batch."""
+
+Callback = Callable[[int, int, Tensor], None]
+"""(step index, number of steps, current estimate of x0), after each step."""
+
+
+class Sampler(Protocol):
+    """Every sampler: from x at levels 0 to x at the last level, usually clean latents."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        levels: NoiseLevels,
+        *,
+        noise: NoiseSource,
+        eta: float,
+        callback: Callback,
+    ) -> Tensor:
+        """x [B, C, H, W] has variance about 1 at every level; `eta` is read by DDIM only."""
+        ...
+
+
+def no_noise(index: int) -> Tensor:
+    """Noise source of deterministic samplers."""
+    raise ValueError(f"this sampler is stochastic: pass a noise source (asked for at step {index})")
+
+
+def ignore(index: int, num_steps: int, x0: Tensor) -> None:
+    """Callback that does nothing."""
+
+
+def evaluate(denoiser: Denoiser, x: Tensor, levels: NoiseLevels, index: int) -> tuple[Tensor, Tensor]:
+    """(x0, eps) that the denoiser sees in x at level `index`."""
+    timestep = levels.timesteps[index]
+    if timestep.is_integer():
+        timesteps = torch.full((len(x),), int(timestep), dtype=torch.int64, device=x.device)
+    else:
+        timesteps = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
+    output = denoiser(x, timesteps).to(x.dtype)
+    alpha, sigma = levels.alphas[index], levels.sigmas[index]
+    return (
+        to_x0(denoiser.prediction, output, x, alpha, sigma),
+        to_eps(denoiser.prediction, output, x, alpha, sigma),
+    )
