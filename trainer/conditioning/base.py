@@ -130,6 +130,9 @@ class Condition(ABC):
     """Weights that are never trained and never stored in checkpoints."""
     drop_probability: float = 0.0
     """Probability of the null form in training."""
+    guided: bool = True
+    """Classifier-free guidance drops it in the unconditional branch. False for conditions whose null form
+    was never trained, such as the picture to be upscaled or inpainted: both branches need them."""
     context_dim: int | None = None
     """Width of its context tokens, if it has some."""
     vector_dim: int = 0

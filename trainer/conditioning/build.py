@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from trainer.conditioning.base import Condition, Conditioning, Encoder, Source
 from trainer.conditioning.class_label import ClassLabel
+from trainer.conditioning.image_size import ImageSize
+from trainer.conditioning.layout import Layout
+from trainer.conditioning.low_resolution import LowResolution
+from trainer.conditioning.masked_image import MaskedImage
 from trainer.conditioning.openclip import OpenCLIP
+from trainer.conditioning.spatial import Depth, SemanticMap
+from trainer.conditioning.text_transformer import TextTransformer
 from trainer.config.models import ConditioningConfig, FirstStageConfig
 from trainer.config.run import ConfigError
 from trainer.rng import Purpose, uniform
@@ -18,7 +24,14 @@ from trainer.rng import Purpose, uniform
 CONDITIONERS: dict[str, Callable[[Any, FirstStageConfig, int], Condition]] = {
     "openclip": OpenCLIP,
     "openclip_second": OpenCLIP,
+    "text_transformer": TextTransformer,
     "class_label": ClassLabel,
+    "layout": Layout,
+    "semantic_map": SemanticMap,
+    "low_resolution": LowResolution,
+    "masked_image": MaskedImage,
+    "depth": Depth,
+    "image_size": ImageSize,
 }
 """Section of ConditioningConfig -> its class, called with (section, first stage, index). The index is the
 section's position in ConditioningConfig: random draws and seeded weights are keyed by it."""
@@ -127,8 +140,12 @@ class Conditioner:
         return {name: torch.zeros(n, dtype=torch.bool, device=device) for name in self.conditions}
 
     def null_masks(self, n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Everything dropped: the unconditional branch of classifier-free guidance."""
-        return {name: torch.ones(n, dtype=torch.bool, device=device) for name in self.conditions}
+        """The unconditional branch of classifier-free guidance: every condition with a trained null form
+        dropped (`Condition.guided`)."""
+        return {
+            name: torch.full((n,), condition.guided, device=device)
+            for name, condition in self.conditions.items()
+        }
 
 
 def build_conditioner(config: ConditioningConfig, first_stage: FirstStageConfig) -> Conditioner:
