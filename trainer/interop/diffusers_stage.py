@@ -1,0 +1,104 @@
+"""First stage and noise schedule as diffusers' config files say them, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from trainer.config.models import FirstStageConfig
+from trainer.config.run import ConfigError
+from trainer.config.training import DiffusionConfig
+from trainer.interop.diffusers_unet import Json, factors_of, require_fixed, require_known
+
+BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+def first_stage_to_diffusers(
+    config: FirstStageConfig, shift: list[float], scale: list[float], sample_size: int, num_groups: int
+) -> Json:
+    """config.json of the equal AutoencoderKL or VQModel.
+
+    A scale common to all channels becomes `scaling_factor`, anything else latents_mean and latents_std.
+    """
+    levels = len(config.channel_multipliers)
+    attends = [2**i in config.attention_factors for i in range(levels)]
+    down = ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends]
+    json: Json = {
+        "_class_name": "AutoencoderKL" if config.name == "kl" else "VQModel",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": down,
+        "up_block_types": [n.replace("DownEncoder", "UpDecoder") for n in reversed(down)],
+        "block_out_channels": [config.base_channels * m for m in config.channel_multipliers],
+        "layers_per_block": config.num_res_blocks,
+        "act_fn": "silu",
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": num_groups,
+        "sample_size": sample_size,
+        "mid_block_add_attention": config.middle_attention,
+        "scaling_factor": 1.0,
+    }
+    if config.name == "vq":
+        json["num_vq_embeddings"] = config.codebook_size
+        json["vq_embed_dim"] = config.latent_channels
+    if len(set(scale)) == 1 and not any(shift):
+        json["scaling_factor"] = scale[0]
+    elif config.name == "kl":
+        json["latents_mean"] = shift
+        json["latents_std"] = [1.0 / s for s in scale]
+    else:
+        raise ConfigError("diffusers' VQModel has one scaling_factor and no per-channel latent statistics.")
+    return json
+
+
+def first_stage_from_diffusers(json: Mapping[str, Any]) -> tuple[FirstStageConfig, list[float], list[float]]:
+    """Configuration, latent shift and latent scale (per channel) of an AutoencoderKL or VQModel.
+
+    Raises:
+        ConfigError: a setting that our autoencoders do not have; it is named.
+    """
+    name: Literal["kl", "vq"] = "vq" if json.get("_class_name") == "VQModel" else "kl"
+    z = json.get("latent_channels", 4)
+    fixed: Json = {
+        "act_fn": "silu",
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "norm_type": "group",
+    }
+    fixed |= {"vq_embed_dim": (None, z), "in_channels": 3, "out_channels": 3}
+    require_fixed(json, fixed)
+    require_known(json["down_block_types"], {"AttnDownEncoderBlock2D", "DownEncoderBlock2D"})
+    channels = json["block_out_channels"]
+    config = FirstStageConfig(
+        name=name,
+        base_channels=channels[0],
+        channel_multipliers=tuple(c // channels[0] for c in channels),
+        num_res_blocks=json.get("layers_per_block", 2),
+        latent_channels=z,
+        attention_factors=factors_of(json["down_block_types"], "Attn"),
+        middle_attention=json.get("mid_block_add_attention", True),
+        codebook_size=json.get("num_vq_embeddings", 8192),
+        num_groups=json.get("norm_num_groups", 32),
+    )
+    scaling = float(json.get("scaling_factor", 0.18215))
+    shift = json.get("latents_mean") or [json.get("shift_factor") or 0.0] * z
+    std = json.get("latents_std") or [1.0] * z
+    return config, list(shift), [scaling / s for s in std]
+
+
+def scheduler_to_diffusers(config: DiffusionConfig) -> Json:
+    """scheduler_config.json (DDIMScheduler) of our noise schedule, with the settings of the SD family."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": config.num_timesteps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": BETA_SCHEDULES[config.beta_schedule],
+        "prediction_type": PREDICTIONS[config.prediction],
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
+        "timestep_spacing": "trailing" if config.zero_terminal_snr else "leading",
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+    }
