@@ -1,0 +1,232 @@
+"""Per-shard index (keys, member offsets and sizes, filter columns) and the manifest of a shard set."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline import storage
+from data_pipeline.errors import DataError
+from data_pipeline.tars import BLOCK
+
+VERSION = 1
+ABSENT = np.uint32(0xFFFFFFFF)
+DEFECTS = ("", "duplicate_key", "no_image", "too_large")
+"""Reasons an index row is rejected for without being read; the array holds positions in here."""
+MANIFEST = "manifest.jsonl.gz"
+
+
+@dataclass
+class ShardIndex:
+    """Everything known about the n samples of one shard without reading their pixels."""
+
+    shard: str
+    """URL of the tar."""
+    size: int
+    """Bytes of the tar."""
+    version: str
+    """ETag or modification time of the tar that was indexed."""
+    keys: NDArray[np.bytes_]
+    """[n] sample keys."""
+    extensions: tuple[str, ...]
+    """Members that occur, one row of offsets and sizes each."""
+    offsets: NDArray[np.uint32]
+    """[extensions, n] first data byte in blocks of 512; ABSENT where there is no such member."""
+    sizes: NDArray[np.uint32]
+    """[extensions, n] bytes."""
+    defects: NDArray[np.uint8]
+    """[n] position in DEFECTS."""
+    numbers: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Numeric columns [n]; NaN is missing."""
+    codes: dict[str, NDArray[np.int16]] = field(default_factory=dict)
+    """Low-cardinality text columns [n]: position in `words`, -1 is missing."""
+    words: dict[str, list[str]] = field(default_factory=dict)
+    """Values of the text columns."""
+    hashes: dict[str, NDArray[np.uint64]] = field(default_factory=dict)
+    """64-bit hashes of identifying columns (url, sha256, ...) for removal lists; 0 is missing."""
+    omitted: tuple[str, ...] = ()
+    """Columns that exist in the json but are not kept here."""
+    problems: tuple[str, ...] = ()
+    """Defects of the tar."""
+    missing_rows: int = 0
+    """Rows of the parquet without tar members (failed downloads)."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def extents(self, extension: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First byte and size of one member of every sample; -1 where absent."""
+        row = self.extensions.index(extension)
+        offsets = self.offsets[row].astype(np.int64) * BLOCK
+        offsets[self.offsets[row] == ABSENT] = -1
+        return offsets, self.sizes[row].astype(np.int64)
+
+    def column(self, name: str) -> NDArray[Any] | None:
+        """One filter column: float64 with NaN, or objects with None; None when it is not kept."""
+        if name in self.numbers:
+            return self.numbers[name].astype(np.float64)
+        if name in self.codes:
+            words = np.asarray([*self.words[name], None], dtype=object)
+            return words[self.codes[name]]
+        if name in self.omitted:
+            return None
+        return np.full(len(self), np.nan)
+
+    def encode(self) -> bytes:
+        """Compact bytes: a zip of .npy arrays, no pickle."""
+        header = {
+            "format": VERSION,
+            "shard": self.shard,
+            "size": self.size,
+            "version": self.version,
+            "extensions": self.extensions,
+            "words": self.words,
+            "omitted": self.omitted,
+            "problems": self.problems,
+            "missing_rows": self.missing_rows,
+        }
+        arrays: dict[str, NDArray[Any]] = {
+            "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+            "keys": self.keys,
+            "offsets": self.offsets,
+            "sizes": self.sizes,
+            "defects": self.defects,
+        }
+        arrays |= {f"n:{k}": _narrow(v) for k, v in self.numbers.items()}
+        arrays |= {f"c:{k}": v for k, v in self.codes.items()}
+        arrays |= {f"h:{k}": v for k, v in self.hashes.items()}
+        out = io.BytesIO()
+        np.savez_compressed(out, allow_pickle=False, **arrays)
+        return out.getvalue()
+
+
+def decode_index(data: bytes, where: str) -> ShardIndex:
+    """Inverse of ShardIndex.encode. Raises DataError for anything else."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+            if header["format"] != VERSION:
+                raise ValueError(f"format {header['format']}")
+            return ShardIndex(
+                shard=header["shard"],
+                size=header["size"],
+                version=header["version"],
+                keys=arrays["keys"],
+                extensions=tuple(header["extensions"]),
+                offsets=arrays["offsets"],
+                sizes=arrays["sizes"],
+                defects=arrays["defects"],
+                numbers={k[2:]: arrays[k] for k in arrays if k.startswith("n:")},
+                codes={k[2:]: arrays[k] for k in arrays if k.startswith("c:")},
+                words=header["words"],
+                hashes={k[2:]: arrays[k] for k in arrays if k.startswith("h:")},
+                omitted=tuple(header["omitted"]),
+                problems=tuple(header["problems"]),
+                missing_rows=header["missing_rows"],
+            )
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"The index {where} is damaged or of another version ({error}); delete it and run "
+            "`ldm data index` again."
+        ) from error
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One indexed shard."""
+
+    shard: str
+    """URL of the tar."""
+    size: int
+    version: str
+    """ETag or modification time when it was indexed."""
+    samples: int
+    """Raw samples."""
+    bytes: int
+    """Bytes of all members."""
+    index: str
+    """Name of the index file in the index folder."""
+    checksum: str
+    """SHA-256 of the index file."""
+    problems: tuple[str, ...] = ()
+    missing_rows: int = 0
+
+
+def index_name(shard: str) -> str:
+    """File name of the index of a shard."""
+    digest = hashlib.sha256(shard.encode()).hexdigest()[:10]
+    return f"{storage.name_of(shard).removesuffix('.tar')}-{digest}.npz"
+
+
+def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
+    """Manifest row of an index and its encoded form."""
+    return ManifestRow(
+        shard=index.shard,
+        size=index.size,
+        version=index.version,
+        samples=len(index),
+        bytes=int(index.sizes.sum(dtype=np.int64)),
+        index=index_name(index.shard),
+        checksum=hashlib.sha256(encoded).hexdigest(),
+        problems=index.problems,
+        missing_rows=index.missing_rows,
+    )
+
+
+def read_manifest(folder: str) -> dict[str, ManifestRow]:
+    """Manifest rows by shard URL; empty when there is none. Raises DataError when damaged."""
+    url = storage.join(folder, MANIFEST)
+    try:
+        raw = storage.read_bytes(url)
+    except DataError as error:
+        if "does not exist" in str(error):
+            return {}
+        raise
+    try:
+        lines = gzip.decompress(raw).decode().splitlines()
+        head = json.loads(lines[0])
+        if head["format"] != VERSION:
+            raise ValueError(f"format {head['format']}")
+        body = "\n".join(lines[1:])
+        if hashlib.sha256(body.encode()).hexdigest() != head["checksum"]:
+            raise ValueError("checksum")
+        rows = [json.loads(line) for line in lines[1:]]
+        return {r["shard"]: ManifestRow(**{**r, "problems": tuple(r["problems"])}) for r in rows}
+    except (ValueError, KeyError, TypeError, IndexError, OSError, EOFError) as error:
+        raise DataError(
+            f"The manifest {url} is damaged or of another version ({error}); delete it and run "
+            "`ldm data index` again."
+        ) from error
+
+
+def write_manifest(folder: str, rows: dict[str, ManifestRow]) -> None:
+    """Write the manifest, with a checksum over its rows."""
+    lines = [
+        json.dumps({**vars(rows[shard]), "problems": list(rows[shard].problems)}) for shard in sorted(rows)
+    ]
+    body = "\n".join(lines)
+    head = {"format": VERSION, "shards": len(rows), "checksum": hashlib.sha256(body.encode()).hexdigest()}
+    data = gzip.compress((json.dumps(head) + "\n" + body).encode(), mtime=0)
+    storage.write_bytes(storage.join(folder, MANIFEST), data)
+
+
+def hash_text(text: str) -> int:
+    """64-bit hash under which keys, URLs and digests are compared with removal lists."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") or 1
+
+
+def _narrow(values: NDArray[np.float64]) -> NDArray[Any]:
+    """float32 where nothing is lost beyond its rounding of measured scores; float64 for large integers."""
+    finite = values[np.isfinite(values)]
+    whole = bool((finite == np.floor(finite)).all())
+    if whole and finite.size and np.abs(finite).max() > 1 << 24:
+        return values
+    return values.astype(np.float32)

@@ -1,0 +1,264 @@
+"""Builds the index of a shard set: in parallel, resumable, only what is new or changed."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import storage
+from data_pipeline.errors import DataError, NotATar
+from data_pipeline.index import (
+    ABSENT,
+    DEFECTS,
+    ManifestRow,
+    ShardIndex,
+    hash_text,
+    index_name,
+    read_manifest,
+    row_of,
+    write_manifest,
+)
+from data_pipeline.retry import ShortBody, with_retries
+from data_pipeline.storage import StoredFile
+from data_pipeline.tars import BLOCK, IMAGE_EXTENSIONS, Member, TarScan, samples_of, scan
+
+logger = logging.getLogger(__name__)
+
+_IDENTITIES = ("url", "sha256", "md5", "hash")
+_MAX_WORDS = 256
+_MAX_WORD = 64
+_SAVE_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """Outcome of one `build_index`."""
+
+    rows: dict[str, ManifestRow]
+    """Manifest rows of the asked shards."""
+    read: int
+    """Shards that had to be read."""
+    failed: dict[str, str]
+    """Shards that could not be indexed, with the reason."""
+
+
+def build_index(
+    shards: Sequence[StoredFile],
+    folder: str,
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    timeout_s: float = 30.0,
+    tries: int = 8,
+) -> IndexReport:
+    """Index what is new or changed and write the manifest to `folder`.
+
+    The manifest is saved every 30 s, so an interrupted build goes on where it was. workers=0 uses
+    threads of this process. A shard that is no tar is reported in `failed`, not raised.
+    """
+    known = read_manifest(folder)
+    stale = [s for s in shards if not _is_current(s, known.get(s.url))]
+    progress(len(shards) - len(stale), len(shards))
+    failed: dict[str, str] = {}
+    saved = time.monotonic()
+    for done, (shard, outcome) in enumerate(_index_all(stale, folder, workers, timeout_s, tries), 1):
+        if isinstance(outcome, ManifestRow):
+            known[shard.url] = outcome
+        else:
+            failed[shard.url] = outcome
+            known.pop(shard.url, None)
+        progress(len(shards) - len(stale) + done, len(shards))
+        if time.monotonic() - saved > _SAVE_EVERY_S:
+            write_manifest(folder, known)
+            saved = time.monotonic()
+    if stale:
+        write_manifest(folder, known)
+    rows = {s.url: known[s.url] for s in shards if s.url in known}
+    return IndexReport(rows, len(stale), failed)
+
+
+def _is_current(shard: StoredFile, row: ManifestRow | None) -> bool:
+    return row is not None and row.size == shard.size and row.version == shard.version
+
+
+def _index_all(
+    shards: Sequence[StoredFile], folder: str, workers: int, timeout_s: float, tries: int
+) -> Iterator[tuple[StoredFile, ManifestRow | str]]:
+    pool: Executor
+    if workers > 0:
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    else:
+        pool = ThreadPoolExecutor(4)
+    with pool:
+        futures: dict[Future[ManifestRow], StoredFile] = {
+            pool.submit(index_one, shard, folder, timeout_s, tries): shard for shard in shards
+        }
+        try:
+            for future in as_completed(futures):
+                shard = futures[future]
+                try:
+                    yield shard, future.result()
+                except NotATar as error:
+                    yield shard, str(error)
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def index_one(shard: StoredFile, folder: str, timeout_s: float = 30.0, tries: int = 8) -> ManifestRow:
+    """Read one shard and write its index file. Raises NotATar or another DataError."""
+    index = read_index(shard, timeout_s=timeout_s, tries=tries)
+    encoded = index.encode()
+    storage.write_bytes(storage.join(folder, index_name(shard.url)), encoded)
+    return row_of(index, encoded)
+
+
+def read_index(shard: StoredFile, *, timeout_s: float = 30.0, tries: int = 8) -> ShardIndex:
+    """Index of one shard from its tar headers and json members, or the parquet beside it."""
+    fs, path = storage.filesystem(shard.url, timeout_s=timeout_s)
+
+    def read(start: int, stop: int) -> bytes:
+        def once() -> bytes:
+            data = bytes(fs.cat_file(path, start=start, end=stop))
+            if len(data) != stop - start:
+                raise ShortBody(f"short body: {len(data)} of {stop - start} bytes of {shard.url}")
+            return data
+
+        try:
+            return with_retries(once, tries=tries)
+        except Exception as error:  # noqa: BLE001 - the libraries' exceptions have no common base
+            raise storage.explain(error, shard.url) from error
+
+    found = scan(read, shard.size, wanted=lambda name: name.lower().endswith(".json"))
+    if not found.is_tar:
+        raise NotATar(
+            f"{shard.url} is not a tar archive ({'; '.join(found.problems) or 'it is empty'}); remove it "
+            "or correct data.shards."
+        )
+    index = _assemble(shard, found)
+    _add_parquet(index, shard)
+    return index
+
+
+def _assemble(shard: StoredFile, found: TarScan) -> ShardIndex:
+    texts = {found.members[i].offset: body for i, body in found.contents.items()}
+    groups = list(samples_of(found.members))
+    extensions = tuple(sorted({e for _, group, _ in groups for e in group}))
+    offsets = np.full((len(extensions), len(groups)), ABSENT, np.uint32)
+    sizes = np.zeros((len(extensions), len(groups)), np.uint32)
+    defects = np.zeros(len(groups), np.uint8)
+    problems = list(found.problems)
+    seen: set[str] = set()
+    records: list[dict[str, Any]] = []
+    for i, (key, group, notes) in enumerate(groups):
+        problems += notes
+        for extension, member in group.items():
+            row = extensions.index(extension)
+            if member.size >= ABSENT:
+                defects[i] = DEFECTS.index("too_large")
+                continue
+            offsets[row, i], sizes[row, i] = member.offset // BLOCK, member.size
+        if not any(e in group for e in IMAGE_EXTENSIONS):
+            defects[i] = DEFECTS.index("no_image")
+        if key in seen:
+            defects[i] = DEFECTS.index("duplicate_key")
+            problems.append(f"duplicate key {key[:80]!r}")
+        seen.add(key)
+        records.append(_record(group.get("json"), texts))
+    index = ShardIndex(
+        shard=shard.url,
+        size=shard.size,
+        version=shard.version,
+        keys=np.asarray([key.encode() for key, _, _ in groups], dtype=np.bytes_),
+        extensions=extensions,
+        offsets=offsets,
+        sizes=sizes,
+        defects=defects,
+        problems=tuple(problems[:100]),
+    )
+    if any(records):
+        _add_columns(index, records)
+    return index
+
+
+def _record(member: Member | None, texts: dict[int, bytes]) -> dict[str, Any]:
+    body = texts.get(member.offset) if member else None
+    if body is None:
+        return {}
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]]) -> None:
+    """Sort the fields of the json (or parquet) into numeric, text, identity and omitted columns."""
+    names = sorted({name for record in records for name in record})
+    omitted = list(index.omitted)
+    for name in names:
+        values = [record.get(name) for record in records]
+        present = [v for v in values if v is not None]
+        if name in _IDENTITIES:
+            hashed = [0 if v is None else hash_text(str(v)) for v in values]
+            index.hashes[name] = np.asarray(hashed, np.uint64)
+        if present and all(isinstance(v, (int, float)) for v in present):
+            index.numbers[name] = np.asarray([_number(v) for v in values], np.float64)
+        elif present and all(isinstance(v, str) and len(v) <= _MAX_WORD for v in present):
+            words = sorted(set(present))
+            if len(words) > min(_MAX_WORDS, max(8, len(present) // 4)) or name in _IDENTITIES:
+                omitted.append(name)
+                continue
+            place = {word: i for i, word in enumerate(words)}
+            index.words[name] = words
+            index.codes[name] = np.asarray([place.get(v, -1) if v else place.get("", -1) for v in values], np.int16)
+        elif present:
+            omitted.append(name)
+    index.omitted = tuple(omitted)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, (int, float)):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    return math.nan
+
+
+def _add_parquet(index: ShardIndex, shard: StoredFile) -> None:
+    """Use the parquet beside the tar: columns the json lacks, and rows without members."""
+    url = shard.url.removesuffix(".tar") + ".parquet"
+    try:
+        raw = storage.read_bytes(url)
+    except DataError:
+        return  # plain webdataset shards have none
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(io.BytesIO(raw)).to_pydict()
+        rows = {str(key): i for i, key in enumerate(table["key"])}
+    except Exception as error:  # noqa: BLE001 - pyarrow raises many types for damaged files
+        index.problems += (f"parquet {storage.name_of(url)} is not readable: {str(error)[:120]}",)
+        return
+    keys = [key.decode() for key in index.keys]
+    index.missing_rows = len(rows.keys() - set(keys))
+    strangers = sum(key not in rows for key in keys)
+    if strangers:
+        index.problems += (f"{strangers} samples have no row in {storage.name_of(url)}",)
+    have = {*index.numbers, *index.codes, *index.hashes, *index.omitted, "key", "caption"}
+    extra = [name for name in table if name not in have]
+    if not extra or not keys:
+        return
+    records = [{n: table[n][rows[k]] for n in extra} if k in rows else {} for k in keys]
+    _add_columns(index, [{n: v for n, v in r.items() if v is not None} for r in records])
