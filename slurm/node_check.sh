@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# One node's answer before ranks start: "NODE fit", or "NODE " and the first reason why not.
+#
+# A site adds its own test (fabric, mounts, temperatures) as an executable named by LDM_NODE_CHECK; what
+# it prints is the reason when it fails.
+set -uo pipefail
+
+node=${SLURMD_NODENAME:-$(hostname)}
+unfit() {
+  printf '%s %s\n' "$node" "$*"
+  exit 0
+}
+free_gib() { df --output=avail --block-size=1G "$1" 2>/dev/null | tail -n 1 | tr -d ' '; }
+
+[[ -r $LDM_JOB_DIR/config.yaml ]] || unfit "cannot read $LDM_JOB_DIR: is the shared file system mounted?"
+
+tmp=${TMPDIR:-/tmp}
+probe=$(mktemp "$tmp/ldm-node-check.XXXXXX" 2>/dev/null) || unfit "cannot write to $tmp"
+rm -f "$probe"
+(($(free_gib "$tmp") >= ${LDM_MIN_TMP_GIB:-5})) || unfit "less than ${LDM_MIN_TMP_GIB:-5} GiB free in $tmp"
+(($(free_gib /dev/shm) >= ${LDM_MIN_SHM_GIB:-4})) || unfit "less than ${LDM_MIN_SHM_GIB:-4} GiB free in /dev/shm"
+
+gpus=${SLURM_GPUS_ON_NODE:-0}
+if ((gpus)); then
+  seen=$(timeout 60 nvidia-smi --list-gpus | grep -c '^GPU') || true
+  ((seen >= gpus)) || unfit "nvidia-smi sees $seen of $gpus GPUs"
+  # An uncorrected error or a pending row remap means wrong results or a crash within hours.
+  errors=$(timeout 60 nvidia-smi --format=csv,noheader,nounits \
+    --query-gpu=index,ecc.errors.uncorrected.volatile.total,retired_pages.pending |
+    awk -F', ' '($2 + 0) > 0 || $3 == "Yes" { printf "%sGPU %s", sep, $1; sep = ", " }')
+  [[ -z $errors ]] || unfit "uncorrected memory errors on $errors"
+  strangers=$(timeout 60 nvidia-smi --query-compute-apps=pid --format=csv,noheader | wc -l)
+  ((strangers == 0)) || unfit "$strangers foreign processes on the GPUs"
+fi
+
+# Every device multiplies a matrix, and every import the ranks need works here.
+reason=$(timeout 120 "$LDM_PYTHON" - 2>&1 <<'PYTHON'
+import torch, trainer.train
+devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+for device in devices:
+    a = torch.full((256, 256), 0.5, device=device)
+    assert (a @ a).mean().item() == 64.0, f"{device} multiplies wrongly"
+PYTHON
+) || unfit "python: $(tail -n 1 <<<"$reason")"
+
+if [[ -n ${LDM_NODE_CHECK:-} ]]; then
+  reason=$("$LDM_NODE_CHECK" 2>&1) || unfit "$LDM_NODE_CHECK: $(tail -n 1 <<<"$reason")"
+fi
+printf '%s fit\n' "$node"

@@ -1,0 +1,219 @@
+"""A real SLURM cluster on this machine: munged, slurmctld and three slurmd, without systemd."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+_HOW = (
+    "no SLURM here: `apt-get install slurm-wlm munge` as root (or run .ci/packages.sh), then run "
+    "these tests as root"
+)
+NODES = ("n1", "n2", "n3")
+
+
+def missing_sentence() -> str | None:
+    """Why these tests cannot run, or None."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    if any(shutil.which(program, path=path) is None for program in _PROGRAMS) or os.geteuid() != 0:
+        return _HOW
+    return None
+
+
+class SlurmCluster:
+    """Starts its own daemons in its own folder on its own ports, and ends exactly those."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.environment = {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("SLURM_", "SBATCH_"))
+            },
+            "SLURM_CONF": str(root / "slurm.conf"),
+            "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin",
+        }
+
+    def start(self) -> None:
+        """Munge first, then the controller, then the nodes; returns once all nodes are idle."""
+        for name in ("munge", "state", "log", *(f"spool-{node}" for node in NODES)):
+            (self.root / name).mkdir(parents=True)
+        key = self.root / "munge" / "key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        ports = _free_ports(1 + len(NODES))
+        (self.root / "slurm.conf").write_text(self._configuration(ports), encoding="ascii")
+        munge = self.root / "munge"
+        self._spawn(
+            "munged",
+            ["munged", "--foreground", "--force"]
+            + [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
+            + [f"--socket={munge / 'socket'}"],
+        )
+        self._await(lambda: (munge / "socket").exists(), "munged")
+        self._spawn("slurmctld", ["slurmctld", "-D", "-f", self.environment["SLURM_CONF"]])
+        for node in NODES:
+            self.start_node(node)
+        self._await(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == str(len(NODES)), "nodes")
+
+    def start_node(self, node: str) -> None:
+        """Start (or bring back) one slurmd."""
+        self._spawn(node, ["slurmd", "-D", "-N", node, "-f", self.environment["SLURM_CONF"]])
+
+    def stop(self) -> None:
+        """Cancel jobs so that their processes are gone, then end the daemons."""
+        jobs = self.run("squeue", "-h", "-o", "%A").split()
+        if jobs:
+            self.run("scancel", *jobs)
+            self.run("scancel", "--signal=KILL", "--full", *jobs, check=False)
+            self._await(lambda: not self.run("squeue", "-h", "-o", "%A"), "end of jobs")
+        for daemon in self._daemons.values():
+            daemon.terminate()
+        for daemon in self._daemons.values():
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    def run(self, *command: str, check: bool = True, cwd: Path | None = None, **environment: str) -> str:
+        """Standard output of one command on the login node."""
+        done = subprocess.run(
+            command,
+            env={**self.environment, **environment},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def field(self, job: str, name: str) -> str:
+        """One field of `scontrol show job`."""
+        text = self.run("scontrol", "--oneliner", "show", "job", job)
+        found = re.search(rf"(?:^| ){name}=(\S*)", text)
+        assert found, text
+        return found[1]
+
+    def wait_state(self, job: str, *states: str, timeout_s: float = 120.0) -> str:
+        """Block until the job is in one of these states."""
+        state = ""
+
+        def reached() -> bool:
+            nonlocal state
+            state = self.field(job, "JobState")
+            return state in states
+
+        self._await(reached, f"job {job} to be {' or '.join(states)}", timeout_s, lambda: state)
+        return state
+
+    def _spawn(self, name: str, command: list[str]) -> None:
+        with (self.root / "log" / f"{name}.out").open("ab") as log:
+            self._daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _await(
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        timeout_s: float = 30.0,
+        detail: Callable[[], str] = lambda: "",
+    ) -> None:
+        limit = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < limit, f"waited {timeout_s} s for {what}: {detail()}"
+            time.sleep(0.2)
+
+    def kill_node(self, node: str) -> None:
+        """SIGKILL one slurmd, as when a node loses power."""
+        daemon = self._daemons.pop(node)
+        daemon.send_signal(signal.SIGKILL)
+        daemon.wait()
+
+    def _configuration(self, ports: list[int]) -> str:
+        host = socket.gethostname().partition(".")[0]
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 State=UNKNOWN"
+            for node, port in zip(NODES, ports[1:], strict=True)
+        )
+        return f"""\
+ClusterName=ldmtest
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# cred_expire is also how long a requeued job waits before it is eligible again (default 120 s).
+AuthInfo=socket={self.root}/munge/socket,cred_expire=3
+SlurmctldPidFile={self.root}/slurmctld.pid
+SlurmdPidFile={self.root}/slurmd-%n.pid
+SlurmdSpoolDir={self.root}/spool-%n
+StateSaveLocation={self.root}/state
+SlurmctldLogFile={self.root}/log/slurmctld.log
+SlurmdLogFile={self.root}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000
+SlurmdParameters=config_overrides
+JobRequeue=1
+ReturnToService=2
+KillWait=30
+SlurmdTimeout=20
+MinJobAge=3600
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+JobCompType=jobcomp/none
+SwitchType=switch/none
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """The cluster, up for all tests of this folder."""
+    sentence = missing_sentence()
+    if sentence is not None:
+        pytest.skip(sentence)
+    # Not pytest's temporary folder: munge wants a path that nobody else can write, and short sockets.
+    root = Path(tempfile.mkdtemp(prefix="ldm-slurm-"))
+    root.chmod(0o755)
+    cluster = SlurmCluster(root)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(root, ignore_errors=True)

@@ -1,0 +1,291 @@
+"""What a SLURM job decides: a snapshot of what was submitted, and what an attempt's end means."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from trainer.config.io import config_to_dict, dump_yaml, load_config
+from trainer.config.run import Config, ConfigError
+from trainer.exit_codes import ExitCode, combine, normalize, should_restart
+
+logger = logging.getLogger(__name__)
+
+_SNAPSHOT = ("trainer", "data_pipeline", "configs", "slurm", "pyproject.toml", "constraints.txt")
+_SIGNALLED = {
+    "Killed": 137,
+    "Terminated": 143,
+    "Segmentation fault": 139,
+    "Bus error": 135,
+    "Aborted": 134,
+    "Out Of Memory": 137,
+    "Hangup": 129,
+    "Interrupt": 130,
+}
+_TASK_LINE = re.compile(r"srun: error: (?P<nodes>[^\s:]+): tasks? (?P<tasks>[\d,\-\[\]]+): (?P<what>.+)")
+_EXIT = re.compile(r"Exited with exit code (\d+)")
+_TERMINATING = re.compile(r"Terminating StepId|Force Terminated|Job step aborted|CANCELLED AT")
+_NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
+
+
+@dataclass(frozen=True)
+class TaskEnd:
+    """What srun said about the end of one or several of its tasks."""
+
+    nodes: str
+    """Node, or a SLURM host list such as n[1-2]."""
+    status: int
+    """Exit status in the shell's form (128 + signal number)."""
+    terminated: bool
+    """Ended by srun because another task was gone."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When to give up on a job or a node; from LDM_MAX_FAULTS, LDM_HEALTHY_S and LDM_NODE_STRIKES."""
+
+    max_faults: int = 5
+    """Faults in a row after which the job is not requeued."""
+    healthy_s: float = 1800.0
+    """An attempt that lasted this long starts the count of faults anew."""
+    node_strikes: int = 2
+    """Faults of one node after which it is excluded from this job."""
+
+    @staticmethod
+    def from_environment() -> Policy:
+        """Defaults where a variable is unset."""
+        return Policy(
+            max_faults=int(os.environ.get("LDM_MAX_FAULTS", Policy.max_faults)),
+            healthy_s=float(os.environ.get("LDM_HEALTHY_S", Policy.healthy_s)),
+            node_strikes=int(os.environ.get("LDM_NODE_STRIKES", Policy.node_strikes)),
+        )
+
+
+def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config:
+    """Check the configuration and copy it and the code into `job_dir`; `submission.json` is the commit.
+
+    In a job array, the task's number is added to the seed and the run folder gets `/seed-N`.
+
+    Raises:
+        ConfigError: a mistake in the configuration; nothing was written.
+    """
+    path, overrides = arguments[0], list(arguments[1:])
+    if not Path(path).exists() and (repository / path).exists():
+        path = str(repository / path)  # submitted from outside the repository
+    config = load_config(path, overrides)
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is not None:
+        seed = config.seed + int(task)
+        run_dir = f"{config.run_dir.rstrip('/')}/seed-{seed}"
+        config = dataclasses.replace(config, seed=seed, run_dir=run_dir)
+    job_dir.mkdir(parents=True, exist_ok=True)
+    snapshot(repository, job_dir / "code")
+    (job_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    key = f"{config.run_dir} {job_dir.name} {time.time_ns()}".encode()
+    (job_dir / "wandb_run_id").write_text(hashlib.sha256(key).hexdigest()[:8] + "\n", encoding="utf-8")
+    submission = {
+        "job": job_dir.name,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "arguments": list(arguments),
+        "working_directory": str(Path.cwd()),
+        "commit": _commit(repository),
+        "run_dir": config.run_dir,
+        "config": config_to_dict(config),
+    }
+    _store_in_run(config.run_dir, job_dir, submission)
+    (job_dir / "submission.json").write_text(json.dumps(submission, indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def snapshot(repository: Path, target: Path) -> None:
+    """Copy what a run needs of `repository` to `target`, replacing an unfinished copy."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in _SNAPSHOT:
+        source = repository / name
+        if source.is_dir():
+            shutil.copytree(source, partial / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        elif source.exists():
+            partial.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, partial / name)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def read_attempts(job_dir: Path) -> list[dict[str, Any]]:
+    """Every finished attempt of a job, oldest first."""
+    path = job_dir / "attempts.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def parse_srun(text: str) -> tuple[list[TaskEnd], list[str]]:
+    """(ends of tasks in the order srun reported them, nodes that srun lost) from srun's stderr."""
+    ends: list[TaskEnd] = []
+    lost: list[str] = []
+    terminating = False
+    for line in text.splitlines():
+        failure = _NODE_FAILURE.search(line)
+        task = _TASK_LINE.search(line)
+        if failure:
+            lost += [node for node in failure[1].split(",") if node not in lost]
+        elif task:
+            code = _EXIT.search(task["what"])
+            words = task["what"].partition(" (")[0].strip()
+            status = int(code[1]) if code else _SIGNALLED.get(words, 137)
+            ends.append(TaskEnd(task["nodes"], status, terminating))
+        elif _TERMINATING.search(line):
+            terminating = True
+    return ends, lost
+
+
+def blame(ends: Iterable[TaskEnd], lost: Sequence[str]) -> list[str]:
+    """Nodes at fault: lost ones; else where a signal ended a rank; else where ranks hung to the end.
+
+    Ranks that stopped by themselves with an exit code only noticed a fault: they are witnesses. A line
+    that covers several nodes at once names no culprit.
+    """
+    if lost:
+        return list(lost)
+    ends = [end for end in ends if "[" not in end.nodes and "," not in end.nodes]
+    own = {end.nodes for end in ends if not end.terminated}
+    struck = [end.nodes for end in ends if not end.terminated and end.status > 128]
+    hung = [end.nodes for end in ends if end.terminated and end.nodes not in own]
+    culprits = struck[:1] or (hung if len(set(hung)) == 1 and own else [])
+    return sorted(set(culprits))
+
+
+def exit_code(status: int, ends: Sequence[TaskEnd], lost: Sequence[str]) -> ExitCode:
+    """How the run ended, from srun's own status and what it said about each task."""
+    own = [end.status for end in ends if not end.terminated]
+    if lost:
+        return ExitCode.RETRYABLE
+    if not own:
+        return normalize(status)
+    # SIGTERM before any checkpoint could be saved is a preemption too, not a fault of this node.
+    return combine(ExitCode.PREEMPTED if code == 143 else code for code in own)
+
+
+def decide(attempts: Sequence[dict[str, Any]], policy: Policy) -> tuple[str, list[str]]:
+    """("done" | "stop" | "requeue", nodes to exclude) after the last of `attempts`."""
+    code = ExitCode(attempts[-1]["code"])
+    if code == ExitCode.DONE:
+        return "done", []
+    if not should_restart(code):
+        return "stop", []
+    faults = 0
+    for attempt in attempts:
+        lasting = attempt["ended"] - attempt["started"] >= policy.healthy_s
+        fault = attempt["code"] == ExitCode.RETRYABLE
+        faults = (0 if lasting else faults) + 1 if fault else 0
+    if faults >= policy.max_faults:
+        return "stop", []
+    strikes = Counter(node for attempt in attempts for node in attempt["blamed"])
+    return "requeue", sorted(node for node, count in strikes.items() if count >= policy.node_strikes)
+
+
+def _record_and_decide(args: argparse.Namespace) -> int:
+    ends: list[TaskEnd] = []
+    lost: list[str] = list(args.unfit)
+    if args.srun_log is not None and args.srun_log.exists():
+        ends, lost = parse_srun(args.srun_log.read_text(encoding="utf-8", errors="replace"))
+    code = exit_code(args.status, ends, lost)
+    record = {
+        "attempt": args.attempt,
+        "started": args.started,
+        "ended": time.time(),
+        "nodes": args.nodes,
+        "status": args.status,
+        "code": int(code),
+        "outcome": code.name.lower(),
+        "blamed": blame(ends, lost) if code == ExitCode.RETRYABLE else [],
+    }
+    with (args.job_dir / "attempts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    action, exclude = decide(read_attempts(args.job_dir), Policy.from_environment())
+    sys.stdout.write(f"{action} {','.join(exclude) or '-'}\n")
+    return 0
+
+
+def _commit(repository: Path) -> str | None:
+    """Commit of the working tree, with `+changes` when it is not clean; None outside git."""
+    git = ["git", "-C", str(repository)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def _store_in_run(run_dir: str, job_dir: Path, submission: dict[str, Any]) -> None:
+    """Leave the snapshot in the run folder as well, so that it outlives the job folder."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.add(job_dir / "code", arcname="code")
+    folder = f"{run_dir.rstrip('/')}/launch/slurm-{job_dir.name}"
+    try:
+        for name, content in (
+            ("code.tar.gz", buffer.getvalue()),
+            ("submission.json", json.dumps(submission, indent=2).encode()),
+        ):
+            with fsspec.open(f"{folder}/{name}", "wb", auto_mkdir=True) as file:
+                file.write(content)
+    except OSError as error:
+        # The ranks will say the same with more authority; the job folder has the snapshot anyway.
+        logger.warning("the snapshot could not be stored in %s: %s", folder, error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer.launch.slurm_job", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare_ = commands.add_parser("prepare", help="snapshot configuration and code, once per job")
+    for name in ("job_dir", "repository"):
+        prepare_.add_argument(name, type=Path)
+    prepare_.add_argument("arguments", nargs="+", metavar="CONFIG a.b=c")
+    decide_ = commands.add_parser("decide", help="record an attempt's end; print what follows")
+    decide_.add_argument("job_dir", type=Path)
+    decide_.add_argument("--attempt", type=int, required=True)
+    decide_.add_argument("--started", type=float, required=True)
+    decide_.add_argument("--status", type=int, required=True)
+    decide_.add_argument("--nodes", required=True)
+    decide_.add_argument("--srun-log", type=Path)
+    decide_.add_argument("--unfit", nargs="*", default=[])
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point for slurm/train_ldm.sh."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    args = _parser().parse_args(argv)
+    if args.command == "decide":
+        return _record_and_decide(args)
+    try:
+        prepare(args.job_dir, args.repository, args.arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"ldm: {error}\n")
+        return ExitCode.USER_ERROR
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
