@@ -167,7 +167,7 @@ class AutoencoderStage:
         self._autoencoder.backward(loss)
         metrics |= {"loss": loss, **terms}
         if self._loss.learned_logvar:
-            metrics["logvar"] = logvar
+            metrics["logvar"] = logvar.clone()  # the parameter itself changes in the coming step
         return (
             {name: metric.detach() for name, metric in metrics.items()},
             leaf.detach(),
