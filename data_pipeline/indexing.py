@@ -221,7 +221,9 @@ def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]]) -> None:
                 continue
             place = {word: i for i, word in enumerate(words)}
             index.words[name] = words
-            index.codes[name] = np.asarray([place.get(v, -1) if v else place.get("", -1) for v in values], np.int16)
+            index.codes[name] = np.asarray(
+                [place.get(v, -1) if v else place.get("", -1) for v in values], np.int16
+            )
         elif present:
             omitted.append(name)
     index.omitted = tuple(omitted)

@@ -205,7 +205,8 @@ def explain(error: BaseException, url: str) -> DataError:
     if "NoSuchBucket" in text or "bucket does not exist" in text:
         return _missing_bucket(url.partition("://")[2].split("/", 1)[0])
     if isinstance(error, PermissionError) or re.search(
-        r"NoCredentials|PartialCredentials|InvalidAccessKey|SignatureDoesNotMatch|AccessDenied|Forbidden", text
+        r"NoCredentials|PartialCredentials|InvalidAccessKey|SignatureDoesNotMatch|AccessDenied|Forbidden",
+        text,
     ):
         return AccessDenied(
             f"Access to {url} is denied; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({_short(text)})."

@@ -48,7 +48,9 @@ class SynthesisOptions:
         if not 1 <= self.samples_per_shard <= 10_000:
             raise DataError(f"--samples-per-shard is {self.samples_per_shard}; it must be 1 to 10000.")
         if self.scene.min_edge > self.scene.max_edge or self.scene.min_edge < 16:
-            raise DataError("Picture edges must be at least 16 and the smaller one first, e.g. --size 160:320.")
+            raise DataError(
+                "Picture edges must be at least 16 and the smaller one first, e.g. --size 160:320."
+            )
         if not 1 <= self.scene.min_objects <= self.scene.max_objects <= 8:
             raise DataError("The number of objects must be 1 to 8, the smaller first.")
 
@@ -118,9 +120,7 @@ def _write_shard(task: tuple[str, SynthesisOptions, int]) -> ShardReport:
     return ShardReport(shard, rows, successes, buffer.tell())
 
 
-def draw_sample(
-    options: SynthesisOptions, number: int, key: str
-) -> tuple[dict[str, Any], dict[str, bytes]]:
+def draw_sample(options: SynthesisOptions, number: int, key: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Parquet row and tar members (by extension; empty for a failed row) of sample `number`."""
     rng = random.Random(fold(options.seed, number))
     scene = make_scene(options.scene, rng)
@@ -185,10 +185,7 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
     numbers = {"similarity", "punsafe", "pwatermark", "aesthetic"}
     integers = {"width", "height", "original_width", "original_height"}
     schema = pa.schema(
-        [
-            (n, pa.float64() if n in numbers else pa.int64() if n in integers else pa.string())
-            for n in rows[0]
-        ]
+        [(n, pa.float64() if n in numbers else pa.int64() if n in integers else pa.string()) for n in rows[0]]
     )
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), out)

@@ -77,7 +77,10 @@ def scan(
         header = window.get(position, position + BLOCK)
         if header.count(0) == BLOCK:
             # a single zero block inside (tar -A) is skipped; two end the archive
-            if window.get(position + BLOCK, position + 2 * BLOCK).count(0) == BLOCK or position + BLOCK >= size:
+            if (
+                window.get(position + BLOCK, position + 2 * BLOCK).count(0) == BLOCK
+                or position + BLOCK >= size
+            ):
                 return found
             position += BLOCK
             continue
@@ -101,7 +104,9 @@ def scan(
             length = pax.size(length)
             name = pax.path() or long_name or _name(header)
             if data + length > size:
-                found.problems.append(f"truncated inside {name[:80]!r}: {data + length - size} bytes are missing")
+                found.problems.append(
+                    f"truncated inside {name[:80]!r}: {data + length - size} bytes are missing"
+                )
                 return found
             if kind in (b"0", b"\0", b"7"):
                 if wanted(name) and length <= _MAX_META:

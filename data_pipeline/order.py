@@ -1,0 +1,134 @@
+"""The order of samples: a pure function of (seed, epoch, shard list), cut into lanes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import DataError
+from data_pipeline.keyed import Draw, fold, permutation
+
+_MAX_WINDOW = 2048
+_MIN_WINDOW = 16
+_SHUFFLE_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The endless walk of every lane over an epoch's samples, repeated with new permutations.
+
+    An epoch is one stream: the shards in the permutation of (seed, epoch), their samples in file order.
+    Lane l walks the slice [l N / L, (l + 1) N / L) of it, so lanes differ by at most one sample; inside
+    the slice, windows of `window` samples are shuffled. A raw offset counts every sample of the slice,
+    also those that are rejected later, so no rejection can shift anything.
+    """
+
+    counts: NDArray[np.int64]
+    """[S] raw samples of each shard (a shard of a repeated source occurs several times)."""
+    seed: int
+    lanes: int
+    window: int
+
+    def __post_init__(self) -> None:
+        assert self.window >= 1
+        assert 1 <= self.lanes <= self.total
+
+    @property
+    def total(self) -> int:
+        """Raw samples of an epoch, N."""
+        return int(self.counts.sum())
+
+    def lane_slice(self, lane: int) -> tuple[int, int]:
+        """First and past-the-last stream position of a lane, in every epoch."""
+        total = self.total
+        return lane * total // self.lanes, (lane + 1) * total // self.lanes
+
+    def lane_size(self, lane: int) -> int:
+        """Raw samples of a lane per epoch."""
+        start, stop = self.lane_slice(lane)
+        return stop - start
+
+    def window_of(self, lane: int, offset: int) -> tuple[int, int]:
+        """Raw offsets [first, stop) of the shuffle window that holds `offset`.
+
+        Lanes are staggered, so that not all of them reach a new window at the same step.
+        """
+        shift = lane * self.window // self.lanes
+        start = (offset + shift) // self.window * self.window - shift
+        return max(0, start), min(self.lane_size(lane), start + self.window)
+
+    def visits(
+        self, epoch: int, lane: int, first: int, stop: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Shard and row of the raw offsets [first, stop), which must be whole windows."""
+        positions = []
+        offset = first
+        while offset < stop:
+            low, high = self.window_of(lane, offset)
+            assert low == offset and high <= stop, (lane, low, offset, high, stop)
+            key = fold(self.seed, epoch, lane, low, int(Draw.WINDOW_ORDER))
+            positions.append(low + permutation(key, high - low))
+            offset = high
+        stream = self.lane_slice(lane)[0] + np.concatenate(positions)
+        shards, ends = self._epoch(epoch)
+        place = np.searchsorted(ends, stream, side="right")
+        return shards[place], stream - (ends[place] - self.counts[shards[place]])
+
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return _epoch_shards(self, epoch)
+
+    def ordinal(self, epoch: int, lane: int, offset: int) -> int:
+        """Identity of one visit, unique over all epochs: the epoch's base plus the walk position."""
+        return epoch * self.total + self.lane_slice(lane)[0] + offset
+
+
+@lru_cache(maxsize=4)
+def _epoch_shards(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    shards = permutation(fold(order.seed, epoch, int(Draw.SHARD_ORDER)), len(order.counts))
+    return shards, np.cumsum(order.counts[shards])
+
+
+def choose_lanes(requested: int, global_batch_size: int, total: int) -> int:
+    """Number of lanes: `requested`, or the largest divisor of the batch that the data can fill.
+
+    Raises DataError when it does not divide the global batch or exceeds the number of samples.
+    """
+    if total == 0:
+        raise DataError("The shards hold no samples; check data.shards with `ldm data inspect`.")
+    if requested:
+        if global_batch_size % requested:
+            valid = ", ".join(map(str, divisors(global_batch_size)))
+            raise DataError(
+                f"data.lanes={requested} does not divide global_batch_size={global_batch_size}; choose one "
+                f"of {valid}."
+            )
+        if requested > total:
+            raise DataError(f"data.lanes={requested} exceeds the {total} samples; choose at most {total}.")
+        return requested
+    return max(d for d in divisors(global_batch_size) if d <= total)
+
+
+def choose_window(requested: int, lanes: int, mean_bytes: float) -> int:
+    """Shuffle window per lane: `requested`, or what keeps all windows together near 1 GB."""
+    if requested:
+        return requested
+    fitting = int(_SHUFFLE_BYTES / (lanes * max(1.0, mean_bytes)))
+    return max(_MIN_WINDOW, min(_MAX_WINDOW, fitting // _MIN_WINDOW * _MIN_WINDOW))
+
+
+def deal(lanes: int, parts: int, what: str) -> list[range]:
+    """Deal lanes to `parts` ranks x workers as contiguous blocks. Raises DataError with the valid numbers."""
+    if parts < 1 or lanes % parts:
+        valid = ", ".join(map(str, divisors(lanes)))
+        raise DataError(f"{lanes} lanes cannot be dealt to {what}; ranks x workers can be {valid}.")
+    each = lanes // parts
+    return [range(i * each, (i + 1) * each) for i in range(parts)]
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors, ascending."""
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
