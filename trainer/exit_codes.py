@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterable
 from enum import IntEnum
 
+from data_pipeline.errors import DataError, StorageOutage, WorkerDied
 from trainer.config.run import ConfigError
 
 
@@ -109,8 +110,9 @@ def classify(error: BaseException) -> ExitCode:
         return normalize(error.code if isinstance(error.code, int) else 0 if not error.code else 1)
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.ABORTED
-    # data_pipeline's errors for people are ValueErrors named DataError; see also trainer/__main__.py.
-    if isinstance(error, ConfigError) or type(error).__name__ == "DataError":
+    if isinstance(error, (StorageOutage, WorkerDied)):
+        return ExitCode.RETRYABLE
+    if isinstance(error, (ConfigError, DataError)):
         return ExitCode.USER_ERROR
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
         return ExitCode.USER_ERROR

@@ -10,8 +10,7 @@ from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Self
 
-import fsspec
-
+from data_pipeline.storage import filesystem
 from trainer.exit_codes import ExitCode
 
 logger = logging.getLogger(__name__)
@@ -98,10 +97,10 @@ class Preemption:
         """The state is saved: remove the stop file, if there is one. Call on the polling rank."""
         if self._stop_file is None:
             return
-        filesystem, path = fsspec.core.url_to_fs(self._stop_file)
+        storage, path = filesystem(self._stop_file)
         try:
-            if filesystem.exists(path):
-                filesystem.rm_file(path)
+            if storage.exists(path):
+                storage.rm_file(path)
         except OSError as error:
             logger.warning("could not remove the stop file %s: %s", self._stop_file, error)
 
@@ -125,12 +124,10 @@ class Preemption:
 
     def _poll(self) -> None:
         assert self._stop_file is not None
-        filesystem, path = fsspec.core.url_to_fs(self._stop_file)
+        storage, path = filesystem(self._stop_file)
         while not self._closing.is_set():
             try:
-                # Object stores list directories from a cache unless told otherwise.
-                filesystem.invalidate_cache(path)
-                if filesystem.exists(path):
+                if storage.exists(path):
                     self._ask(StopRequest.STOPPED, f"stop file {self._stop_file}")
                     return
             except OSError as error:

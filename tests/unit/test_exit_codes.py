@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from data_pipeline.errors import NoShards, StorageOutage, WorkerDied
 from trainer.config.run import ConfigError
 from trainer.exit_codes import (
     ExitCode,
@@ -70,6 +71,9 @@ class OutOfMemoryError(RuntimeError):
         (ConfigError("steps must be at least 1."), ExitCode.USER_ERROR),
         (OSError(errno.ENOSPC, "No space left on device"), ExitCode.USER_ERROR),
         (OSError(errno.EROFS, "Read-only file system"), ExitCode.USER_ERROR),
+        (NoShards("No shard matches"), ExitCode.USER_ERROR),
+        (StorageOutage("storage is away"), ExitCode.RETRYABLE),
+        (WorkerDied("a loader process ended"), ExitCode.RETRYABLE),
         (ConnectionResetError("peer"), ExitCode.RETRYABLE),
         (RuntimeError("NCCL error: unhandled system error"), ExitCode.RETRYABLE),
         (RetryableFault("storage"), ExitCode.RETRYABLE),

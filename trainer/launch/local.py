@@ -16,38 +16,35 @@ from types import FrameType
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode, should_restart
-from trainer.launch.rank import run_rank
+from trainer.launch.rank import RESTARTS_VARIABLE, Task, run_rank
 from trainer.launch.supervisor import Attempt, rank_command
 
 # Why not torch.distributed.elastic: its agent restarts after any failure, a mistake in the
 # configuration included, knows no heartbeat (a SIGSTOPped rank lives on until the collective's
 # timeout), sends SIGTERM first and waits, and costs the launcher an import of torch.
 
-RESTARTS_VARIABLE = "LDM_RESTARTS"
-"""Environment variable that tells a rank how often the local launcher has restarted the run."""
-
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 logger = logging.getLogger(__name__)
 
 
-def launch(config: Config) -> int:
-    """Train, and return the exit code of the run (trainer/exit_codes.py).
+def launch(config: Config, task: Task = "train") -> int:
+    """Train, or run the doctor's checks, on all ranks; returns the run's exit code (exit_codes.py).
 
     Raises:
         ConfigError: the batch cannot be divided over the ranks.
     """
     if ranks_are_given(os.environ):
-        return run_rank(config)
+        return run_rank(config, task)
     ranks = config.distributed.ranks or visible_devices(os.environ) or 1
     config.accumulation(ranks)
     with tempfile.TemporaryDirectory(prefix="ldm-launch-") as scratch:
         config_file = Path(scratch) / "config.json"
         config_file.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
         return supervise(
-            rank_command(config_file),
+            rank_command(config_file, task),
             ranks,
-            max_restarts=config.distributed.max_restarts,
+            max_restarts=config.distributed.max_restarts if task == "train" else 0,
             watchdog_s=config.distributed.watchdog_s,
             scratch=Path(scratch),
             log_dir=_log_dir(config, Path(scratch)),

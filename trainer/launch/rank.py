@@ -1,4 +1,4 @@
-"""One rank as a process: `python -m trainer.launch.rank CONFIG_JSON`, started by the local launcher."""
+"""One rank as a process: `python -m trainer.launch.rank CONFIG_JSON TASK`, started by the launcher."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Literal
 
 from trainer.config.io import config_from_dict
 from trainer.config.run import Config
@@ -17,20 +18,33 @@ from trainer.exit_codes import ExitCode, classify
 LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
 """Environment variable with the launcher's process id; a rank does not outlive it."""
 
+RESTARTS_VARIABLE = "LDM_RESTARTS"
+"""Environment variable that tells a rank how often the local launcher has restarted the run."""
+
+Task = Literal["train", "doctor"]
+
 _PR_SET_PDEATHSIG = 1
 _QUIET = ("DeepSpeed", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx")
 
 logger = logging.getLogger(__name__)
 
 
-def run_rank(config: Config) -> ExitCode:
-    """Train in this process, as the rank that the environment says it is."""
+def run_rank(config: Config, task: Task = "train") -> ExitCode:
+    """Do the task in this process, as the rank that the environment says it is."""
     # Here, not at the top: the launcher imports this module and must stay small and quick.
     from trainer.distributed.env import DistributedEnv
-    from trainer.train import run
 
     try:
-        return ExitCode(run(config, DistributedEnv.detect()))
+        env = DistributedEnv.detect()
+        if task == "doctor" or (config.distributed.doctor and os.environ.get(RESTARTS_VARIABLE, "0") == "0"):
+            from trainer.doctor import diagnose
+
+            code = diagnose(config, env)
+            if task == "doctor" or code is not ExitCode.DONE:
+                return code
+        from trainer.train import run
+
+        return run(config, env)
     except (Exception, KeyboardInterrupt) as error:
         code = classify(error)
         if code is ExitCode.USER_ERROR:
@@ -52,9 +66,9 @@ def main(arguments: list[str]) -> int:
     )
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
-    (path,) = arguments
+    path, task = arguments
     config = config_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    code = run_rank(config)
+    code = run_rank(config, "doctor" if task == "doctor" else "train")
     sys.stdout.flush()
     sys.stderr.flush()
     return code

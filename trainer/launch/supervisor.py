@@ -17,7 +17,7 @@ from typing import IO
 
 from trainer.exit_codes import ExitCode, combine, normalize
 from trainer.heartbeat import BOARD_VARIABLE, Board
-from trainer.launch.rank import LAUNCHER_VARIABLE
+from trainer.launch.rank import LAUNCHER_VARIABLE, Task
 from trainer.watchdog import STACKS_SIGNAL
 
 logger = logging.getLogger(__name__)
@@ -206,9 +206,9 @@ def describe(status: int) -> str:
     return f"ended with exit code {status}" + (f" ({known[0]})" if known else "")
 
 
-def rank_command(config_file: Path) -> list[str]:
+def rank_command(config_file: Path, task: Task) -> list[str]:
     """The command line of a rank."""
-    return [sys.executable, "-m", "trainer.launch.rank", str(config_file)]
+    return [sys.executable, "-m", "trainer.launch.rank", str(config_file), task]
 
 
 def free_port() -> int:

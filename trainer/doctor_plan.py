@@ -1,0 +1,145 @@
+"""The doctor on room: what the run will need in memory and on disk, against what is free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainer.conditioning.build import build_conditioner
+from trainer.config.run import Config
+from trainer.distributed.env import DistributedEnv
+from trainer.doctor_check import Check, on_every_rank
+from trainer.first_stage.build import build_first_stage
+from trainer.stages import autoencoder, diffusion
+
+_ADAM_MOMENTS = 2
+_FP32 = 4
+# Activations depend on micro-batch and resolution; without this much left there is no point.
+_RESERVE = 0.2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that one rank holds through the run, before activations."""
+
+    trained_parameters: int
+    frozen_parameters: int
+    device_bytes: int
+    """Weights, gradients, master weights, Adam moments and EMA profiles on the device."""
+    staging_bytes: int
+    """Host memory of a checkpoint on its way to storage."""
+    checkpoint_bytes: int
+    """One checkpoint, over all ranks."""
+
+
+def plan(config: Config, world_size: int) -> Plan:
+    """Parameter counts (on the meta device) times bytes, divided as the ZeRO stage divides them."""
+    trained, frozen = _count_parameters(config)
+    d = config.distributed
+    compute = 2 if d.precision == "bf16" else _FP32
+    profiles = (config.ema.decay > 0) + len(config.ema.power_stds)
+    master = _FP32 if compute != _FP32 or d.zero_stage > 0 else 0
+    zero = d.zero_stage if d.engine == "deepspeed" else 0
+    bytes_each = {
+        "weights": compute / (world_size if zero == 3 else 1),
+        "gradients": _FP32 / (world_size if zero >= 2 else 1),
+        "optimizer": (master + _ADAM_MOMENTS * _FP32) / (world_size if zero >= 1 else 1),
+        # The averages lie beside what each rank owns at every stage.
+        "ema": profiles * _FP32 / world_size,
+    }
+    stored = (1 + _ADAM_MOMENTS + profiles) * _FP32 * trained
+    return Plan(
+        trained_parameters=trained,
+        frozen_parameters=frozen,
+        device_bytes=round(trained * sum(bytes_each.values()) + frozen * compute),
+        staging_bytes=round(stored / world_size),
+        checkpoint_bytes=stored,
+    )
+
+
+def check_memory(config: Config, env: DistributedEnv) -> list[Check]:
+    """Device and host memory on every rank. Collective."""
+    needed = plan(config, env.world_size)
+    parameters = f"{needed.trained_parameters / 1e6:.1f} M trained"
+
+    def examine() -> str:
+        host = _available_host_bytes() / env.local_world_size
+        on_device = needed.device_bytes
+        if env.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(env.device)
+            limit, where = free - _RESERVE * total, "GPU"
+        else:
+            limit, where = host * (1 - _RESERVE), "host"
+            on_device += needed.staging_bytes
+        detail = (
+            f"{parameters}: {on_device / 2**30:.2f} GiB of {limit / 2**30:.1f} GiB {where} memory per rank "
+            "before activations"
+        )
+        if on_device > limit or needed.staging_bytes > host:
+            raise MemoryError(f"{detail}, {needed.staging_bytes / 2**30:.2f} GiB on the host for checkpoints")
+        return detail
+
+    remedy = "raise distributed.zero_stage, use more ranks, or drop EMA profiles (ema.power_stds)."
+    return [on_every_rank("memory", remedy, examine)]
+
+
+def check_disk(config: Config, env: DistributedEnv) -> list[Check]:
+    """Room for the checkpoints that retention keeps, plus the one being written. Collective."""
+    size = plan(config, env.world_size).checkpoint_bytes
+    kept = config.checkpoint.keep_last + 1
+    if config.checkpoint.keep_every:
+        kept += config.steps // config.checkpoint.keep_every
+    wanted = size * kept
+    detail = f"{kept} checkpoints of {size / 2**30:.2f} GiB"
+
+    def examine() -> str:
+        if "://" in config.run_dir:
+            return f"{detail} in object storage"
+        free = shutil.disk_usage(_existing_parent(Path(config.run_dir))).free
+        if free < wanted:
+            raise OSError(f"{detail} need {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+        return f"{detail}, {free / 2**30:.1f} GiB are free"
+
+    remedy = "free space, choose another run_dir, or lower checkpoint.keep_last or keep_every."
+    return [on_every_rank("disk", remedy, examine)]
+
+
+def _count_parameters(config: Config) -> tuple[int, int]:
+    """(trained, frozen)"""
+    with torch.device("meta"):
+        if config.stage == "autoencoder":
+            return sum(_numel(n) for n in autoencoder.build_networks(config).values()), 0
+        conditioner = build_conditioner(config.conditioning, config.first_stage)
+        trained = _numel(diffusion.build_network(config, conditioner))
+        frozen = _numel(build_first_stage(config.first_stage))
+        return trained, frozen + sum(_numel(m) for m in conditioner.frozen.modules().values())
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _available_host_bytes() -> int:
+    """Memory that this container may still use, or that the machine has left."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
