@@ -1,0 +1,377 @@
+"""`python -m trainer.launch.ray CONFIG a.b=c`: the same run on a Ray cluster. Sole importer of ray.
+
+Ray Train places one worker per GPU and watches them; each worker starts its rank as a process of its
+own, since ranks fork loaders and take signals, which threads inside a Ray worker cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.collective
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from data_pipeline.storage import filesystem
+from trainer.config.io import config_from_dict, config_to_dict, load_config
+from trainer.config.run import Config, ConfigError
+from trainer.exit_codes import ExitCode, RetryableFault, combine, normalize, should_restart
+from trainer.launch.progress import latest_record, newest_checkpoint
+from trainer.launch.rank_process import Place, RankProcess
+from trainer.launch.ray_board import Request, RunBoard, forbids_restart, usable_ranks
+from trainer.launch.supervisor import describe, free_port
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_REPORT_S = 10.0
+_GRACE_S = 10.0
+_METRICS = ("loss", "images_per_s", "data_wait", "learning_rate", "grad_norm")
+
+
+class _NoProcessGroup(Backend):
+    """Ray's workers hold no process group: the ranks, their children, do."""
+
+
+@dataclass
+class _RanksOfTheirOwn(TorchConfig):
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _NoProcessGroup
+
+
+class _SaveBeforeResize(ControllerCallback):
+    """Lets the ranks save before Ray Train ends them to start more or fewer of them."""
+
+    def __init__(self, board: Any, patience_s: float) -> None:
+        self._board = board
+        self._patience_s = patience_s
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """In the controller. Its loop waits meanwhile, and so does everything it would do to us."""
+        state = ray.get(self._board.state.remote())
+        if state["ranks"] is None or len(state["codes"]) == state["ranks"] or not self._alive(state):
+            return
+        ray.get(self._board.ask.remote(Request.RESIZE))
+        limit = time.monotonic() + self._patience_s
+        while len(state["codes"]) < state["ranks"] and self._alive(state) and time.monotonic() < limit:
+            time.sleep(_TICK_S / 2)
+            state = ray.get(self._board.state.remote())
+
+    @staticmethod
+    def _alive(state: dict[str, Any]) -> bool:
+        """A group that died is restarted through the same decision; nobody is left to save then."""
+        return bool(state["quiet_s"] < 5 * _TICK_S)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The driver: exit codes are those of `ldm train`."""
+    args = _parser().parse_intermixed_args(argv)
+    logging.basicConfig(level=os.environ.get("LDM_LOG_LEVEL", "INFO"), format="%(levelname)s %(message)s")
+    try:
+        config = load_config(args.config, args.overrides)
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        fewest, most = _worker_range(args.workers, config)
+        return _drive(config, args, fewest, most)
+    except ConfigError as error:
+        sys.stderr.write(f"ldm: {error}\n")
+        return ExitCode.USER_ERROR
+
+
+def _drive(config: Config, args: argparse.Namespace, fewest: int, most: int) -> int:
+    board = _start_board(config)
+    callback = _SaveBeforeResize(board, args.save_limit_s)
+    trainer = _build_trainer(config, args, (fewest, most), board, callback)
+    outcome: list[int] = []
+
+    def fit() -> None:
+        try:
+            outcome.append(int(trainer.fit().return_value))
+        except ray.train.TrainingFailedError as error:
+            logger.error("%s", error)
+            outcome.append(int(ExitCode.RETRYABLE))
+
+    # Ray Train takes over Ctrl-C when it runs in the main thread, and would kill the ranks unsaved.
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: asked.set())
+    thread.start()
+    told = False
+    while thread.is_alive():
+        thread.join(_TICK_S / 2)
+        if asked.is_set() and not told:
+            told = True
+            logger.warning("asked to stop: the ranks save and leave")
+            ray.get(board.ask.remote(Request.PREEMPT))
+    code = ExitCode(outcome[0]) if outcome else ExitCode.RETRYABLE
+    logger.info("the run ends: %s", code.name.lower())
+    return code
+
+
+def train_rank(settings: dict[str, Any]) -> int:
+    """One Ray Train worker: the exit code of the whole run, or an exception for Ray Train to retry.
+
+    Raises:
+        RetryableFault: this rank died, was preempted with its node, or could not go on.
+    """
+    config = config_from_dict(settings["config"])
+    context = ray.train.get_context()
+    rank, board = context.get_world_rank(), settings["board"]
+    ranks = usable_ranks(config, context.get_world_size())
+    offer = None
+    if rank == 0:
+        attempt, give_up = ray.get(board.begin.remote(ranks))
+        offer = (attempt, give_up, ray.util.get_node_ip_address(), free_port())
+    attempt, give_up, address, port = ray.train.collective.broadcast_from_rank_zero(offer)
+    if give_up:
+        logger.error("too many faults in a row without progress (distributed.max_restarts); giving up")
+        return ExitCode.RETRYABLE
+    if rank >= ranks:
+        logger.info("the batch divides over %d ranks: this worker is a spare", ranks)
+        return _Follower(config, rank, ranks, None, board).run()
+    place = Place(
+        rank=rank,
+        local_rank=context.get_local_rank(),
+        world_size=ranks,
+        local_world_size=context.get_local_world_size(),
+        master_addr=address,
+        master_port=port,
+    )
+    log = _log_folder() / f"{context.get_experiment_name()}-attempt-{attempt}-rank-{rank:04d}.log"
+    process = RankProcess(settings["config"], place, log=log, watchdog_s=config.distributed.watchdog_s)
+    logger.info("rank %d of %d is process %d; log: %s", rank, ranks, process.pid, log)
+    try:
+        return _Follower(config, rank, ranks, process, board).run()
+    finally:
+        process.kill()
+
+
+class _Follower:
+    """Follows one rank's process; all workers go through the same rounds, which rank 0 ends."""
+
+    def __init__(
+        self, config: Config, rank: int, ranks: int, process: RankProcess | None, board: Any
+    ) -> None:
+        self._config = config
+        self._rank, self._ranks = rank, ranks
+        self._process = process
+        self._board = board
+        self._asked = False
+        self._code: int | None = None
+        self._doomed_since: float | None = None
+        self._reporter = _Reporter(config, ranks) if rank == 0 else None
+
+    def run(self) -> int:
+        """The run's exit code, once rank 0 says that the round was the last."""
+        while True:
+            time.sleep(_TICK_S)
+            request, codes = ray.get(self._board.tick.remote(self._process.step if self._process else 0))
+            self._watch(Request(request), codes)
+            preemption = ray.train.get_preemption_info()
+            if preemption is not None:
+                self._ask_to_save("this node or another one is to be taken away")
+            message = None
+            if self._reporter is not None:
+                over = self._code is not None and len(codes) >= self._ranks
+                step = self._process.step if self._process else 0
+                message = {
+                    "over": over,
+                    "code": int(combine(codes.values())) if over else 0,
+                    "report": self._reporter.news(step, final=over),
+                }
+            message = ray.train.collective.broadcast_from_rank_zero(message)
+            if message["report"] is not None:
+                _report(message["report"], self._rank)
+            if message["over"]:
+                code = ExitCode(message["code"])
+                if code is ExitCode.PREEMPTED and request == Request.NONE:
+                    raise RetryableFault("preempted with its node; the state is saved")
+                return code
+
+    def _watch(self, request: Request, codes: dict[int, int]) -> None:
+        if self._process is None or self._code is not None:
+            return
+        if request is not Request.NONE:
+            self._ask_to_save(f"request: {request}")
+        if forbids_restart(codes):
+            # The others would wait for that rank until their collectives time out.
+            self._doomed_since = self._doomed_since or time.monotonic()
+            if time.monotonic() - self._doomed_since > _GRACE_S:
+                self._process.kill()
+                self._end(combine(codes.values()))
+                return
+        status = self._process.poll()
+        if status is None:
+            return
+        code = normalize(status)
+        if code is not ExitCode.PREEMPTED and should_restart(code):
+            raise RetryableFault(f"rank {self._rank} {describe(status)}:\n{self._process.tail()}")
+        if code not in (ExitCode.DONE, ExitCode.PREEMPTED):
+            logger.error("rank %d %s:\n%s", self._rank, describe(status), self._process.tail())
+        self._end(code)
+
+    def _end(self, code: ExitCode) -> None:
+        self._code = code
+        ray.get(self._board.ended.remote(self._rank, int(code)))
+
+    def _ask_to_save(self, reason: str) -> None:
+        if self._process is not None and not self._asked:
+            self._asked = True
+            logger.warning("rank %d: %s; saving", self._rank, reason)
+            self._process.signal(signal.SIGUSR1)
+
+
+class _Reporter:
+    """On rank 0: turns the run's own records into Ray metrics and Ray Train reports."""
+
+    def __init__(self, config: Config, ranks: int) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._next = 0.0
+        self._checkpoint: str | None = None
+        tags = {"run": re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run_dir)}
+        self._gauges = {}
+        for name in ("step", "samples_seen", "ranks", *_METRICS):
+            self._gauges[name] = Gauge(f"ldm_{name}", f"{name} of the training run", tag_keys=("run",))
+            self._gauges[name].set_default_tags(tags)
+
+    def news(self, step: int, *, final: bool) -> dict[str, Any] | None:
+        """Something to report every few seconds: numbers, and a checkpoint that was not yet reported."""
+        now = time.monotonic()
+        if now < self._next and not final:
+            return None
+        self._next = now + _REPORT_S
+        record = latest_record(self._config.run_dir) or {}
+        report: dict[str, Any] = {"step": step, "ranks": self._ranks}
+        report["samples_seen"] = step * self._config.global_batch_size
+        report.update({name: record[name] for name in _METRICS if name in record})
+        for name, value in report.items():
+            self._gauges[name].set(float(value))
+        newest = newest_checkpoint(self._config.run_dir)
+        if newest is not None and newest[1] != self._checkpoint:
+            report["checkpoint_step"], self._checkpoint = newest
+            report["checkpoint"] = self._checkpoint
+        return report
+
+
+def _report(report: dict[str, Any], rank: int) -> None:
+    """Collective, as Ray Train wants it. The checkpoint is the run's own: Ray copies and deletes nothing."""
+    url = report.get("checkpoint")
+    checkpoint = None
+    if url is not None and rank == 0:
+        storage, path = filesystem(url)
+        arrow = ray.train.Checkpoint(path, filesystem=_arrow(storage))
+        checkpoint = arrow
+    ray.train.report(
+        report,
+        checkpoint=checkpoint,
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
+def _arrow(storage: Any) -> Any:
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(storage))
+
+
+def _build_trainer(
+    config: Config, args: argparse.Namespace, workers: tuple[int, int], board: Any, callback: Any
+) -> TorchTrainer:
+    storage, path = filesystem(config.run_dir)
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if args.device == "auto" else args.device == "gpu"
+    resources = {"CPU": args.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    return TorchTrainer(
+        train_rank,
+        train_loop_config={"config": config_to_dict(config), "board": board},
+        torch_config=_RanksOfTheirOwn(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers[0] if workers[0] == workers[1] else workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            placement_strategy=args.placement,
+            elastic_resize_monitor_interval_s=args.resize_every_s,
+        ),
+        run_config=ray.train.RunConfig(
+            name=args.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run_dir).strip("-."),
+            storage_path=f"{path.rstrip('/')}/ray",
+            storage_filesystem=_arrow(storage),
+            # Faults in a row are counted on the board, the way the other launchers count them.
+            failure_config=ray.train.FailureConfig(max_failures=-1, preemption_grace_s=args.save_limit_s),
+            callbacks=[callback],
+        ),
+    )
+
+
+def _start_board(config: Config) -> Any:
+    """On the driver's node, which must live anyway."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(RunBoard).options(num_cpus=0, scheduling_strategy=here)
+    return actor.remote(config.distributed.max_restarts)
+
+
+def _worker_range(text: str | None, config: Config) -> tuple[int, int]:
+    """(fewest, most) workers from `N` or `MIN:MAX`; unset: distributed.ranks, else one per GPU."""
+    if text is None:
+        count = config.distributed.ranks or int(ray.cluster_resources().get("GPU", 0)) or 1
+        return count, count
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    fewest = int(match[1]) if match else 0
+    most = int(match[2] or fewest) if match else 0
+    if not 1 <= fewest <= most:
+        raise ConfigError(f"--workers must be N or MIN:MAX with 1 <= MIN <= MAX, not {text!r}.")
+    return fewest, most
+
+
+def _log_folder() -> Path:
+    """Beside Ray's own logs, so that the dashboard lists the ranks' logs under their node."""
+    node = ray._private.worker._global_node  # nothing public knows it when Ray has its own --temp-dir
+    return Path(node.get_logs_dir_path())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.launch.ray",
+        description="Train what a configuration describes on a Ray cluster; the same command resumes it.",
+        epilog="example: ray job submit --working-dir . -- python -m trainer.launch.ray "
+        "configs/sd/sd2_base_256.yaml --workers 64:256 run_dir=s3://bucket/run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file with differences from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
+    parser.add_argument("--workers", metavar="N|MIN:MAX", help="ranks; MIN:MAX follows the cluster's size")
+    parser.add_argument(
+        "--device", choices=("auto", "gpu", "cpu"), default="auto", help="one GPU each, or none"
+    )
+    parser.add_argument("--cpus-per-worker", type=float, default=1.0, help="CPUs reserved for each rank")
+    parser.add_argument(
+        "--placement", choices=("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"), default="PACK"
+    )
+    parser.add_argument("--resize-every-s", type=float, default=60.0, help="how often to look for more nodes")
+    parser.add_argument("--save-limit-s", type=float, default=300.0, help="time for saving before a resize")
+    parser.add_argument("--name", help="name in the Ray dashboard; default: from run_dir")
+    return parser
+
+
+if __name__ == "__main__":
+    # Through the import system, so that Ray pickles functions by name and not by value.
+    from trainer.launch import ray as launcher
+
+    sys.exit(launcher.main())
