@@ -88,6 +88,7 @@ def _look_into(shard: StoredFile, config: Config) -> _Look:
     stop = min(shard.size, _HEAD_BYTES)
     head = guarded(lambda: storage.cat_file(path, start=0, end=stop), shard.url)
     pictures, captions, defects = 0, 0, []
+    keys: set[str] = set()
     target = (config.data.image_size, config.data.image_size)
     try:
         with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as tar:
@@ -95,7 +96,10 @@ def _look_into(shard: StoredFile, config: Config) -> _Look:
                 stream = tar.extractfile(member)
                 if stream is None or member.offset_data + member.size > len(head):
                     continue
-                extension = split_name(member.name)[1]
+                key, extension = split_name(member.name)
+                keys.add(key)
+                if len(keys) > _SAMPLES_PER_SHARD:
+                    break
                 captions += extension == "txt" and member.size > 0
                 if extension not in IMAGE_EXTENSIONS:
                     continue
@@ -104,8 +108,6 @@ def _look_into(shard: StoredFile, config: Config) -> _Look:
                     pictures += 1
                 except Rejected as rejected:
                     defects.append(f"{shard.url} {member.name}: {rejected}")
-                if pictures + len(defects) >= _SAMPLES_PER_SHARD:
-                    break
     except tarfile.TarError as error:
         # The head ends inside a member; that is a defect only if nothing came before it.
         if pictures == 0:
