@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,11 +25,6 @@ logger = logging.getLogger(__name__)
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 """Captions -> int64 [B, L], on the CPU."""
-
-# What the text tower is called inside the files that carry it, most specific first.
-PREFIXES = ("cond_stage_model.model.", "text_encoder.", "text.", "module.text.", "module.", "")
-# Parts of such files that are no weights of a text tower.
-FOREIGN = ("visual.", "logit_scale", "logit_bias", "attn_mask", "position_ids")
 
 
 class OpenCLIP(Condition):
@@ -241,27 +237,35 @@ def load_tower(tower: TextTransformer, url: str) -> None:
 
 def _read_text_weights(url: str, wanted: Mapping[str, Any]) -> dict[str, Tensor]:
     """The wanted tensors of a safetensors or torch file, whatever prefix the tower has in there."""
-    if url.endswith(".safetensors") and "://" not in url:
-        with safetensors.safe_open(url, framework="pt") as file:
-            names = _names_in_file(list(file.keys()), wanted)
-            return {name: file.get_tensor(stored) for name, stored in names.items()}
     if "://" in url:
-        stored_weights, _ = read_weights(url)
-    else:
-        try:
-            content = torch.load(url, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"{url} cannot be read as a weights file ({error}).") from error
-        stored_weights = content.get("state_dict", content) if isinstance(content, dict) else {}
-    names = _names_in_file(list(stored_weights), wanted)
-    return {name: stored_weights[stored] for name, stored in names.items()}
+        return _pick(read_weights(url)[0], wanted)
+    try:
+        if url.endswith(".safetensors"):
+            with safetensors.safe_open(url, framework="pt") as file:
+                names = _names_in_file(list(file.keys()), wanted)
+                return {name: file.get_tensor(stored) for name, stored in names.items()}
+        content = torch.load(url, map_location="cpu", weights_only=True, mmap=True)
+        return _pick(content.get("state_dict", content), wanted)
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{url} cannot be read as a weights file ({error}).") from error
+    except (safetensors.SafetensorError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"{url} is neither a safetensors file nor a torch file of plain tensors, and nothing else is "
+            "loaded; convert it where you trust it."
+        ) from error
+
+
+def _pick(content: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: content[stored] for name, stored in _names_in_file(list(content), wanted).items()}
 
 
 def _names_in_file(stored: Sequence[str], wanted: Mapping[str, Any]) -> dict[str, str]:
     """Tower name -> name in the file, under the prefix that covers most of the tower."""
     present = set(stored)
-    candidates = [{name: prefix + name for name in wanted if prefix + name in present} for prefix in PREFIXES]
-    return max(candidates, key=len)
+    mark = "token_embedding.weight"
+    prefixes = [name.removesuffix(mark) for name in stored if name.endswith(mark)]
+    candidates = [{name: p + name for name in wanted if p + name in present} for p in prefixes]
+    return max(candidates, key=len, default={})
 
 
 def _context_layer(config: OpenCLIPConfig, tower: TextTransformer) -> int:

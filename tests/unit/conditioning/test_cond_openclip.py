@@ -1,0 +1,183 @@
+"""OpenCLIP: what is encoded, how weights are found, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.conditioning.base import Source
+from trainer.conditioning.openclip import OpenCLIP, build_tower, load_tower, weights_file
+from trainer.config.models import FirstStageConfig, OpenCLIPConfig
+from trainer.config.run import ConfigError
+from trainer.weights import write_weights
+
+TOWER = OpenCLIPConfig(model="ViT-B-32", width=32, layers=3, heads=4)
+
+
+def build(seed: int = 0, **changes: Any) -> OpenCLIP:
+    return OpenCLIP(dataclasses.replace(TOWER, **changes), FirstStageConfig(), seed)
+
+
+def source(*captions: str) -> Source:
+    return Source(captions=captions, ordinals=torch.arange(len(captions)), seed=0)
+
+
+def test_random_weights_are_announced_and_the_same_in_every_process(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        first = build().encode(["red"])["context"]
+    assert "RANDOM" in caplog.text
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    torch.testing.assert_close(build().encode(["red"])["context"], first)
+    assert torch.equal(torch.get_rng_state(), state)  # building it disturbs nobody's draws
+    assert not torch.equal(build(seed=1).encode(["red"])["context"], first)
+
+
+def test_each_different_caption_is_encoded_once() -> None:
+    condition = build()
+    rows: list[int] = []
+    real = condition.tower.forward_intermediates
+
+    def counted(tokens: Tensor, **options: Any) -> Any:
+        rows.append(len(tokens))
+        return real(tokens, **options)
+
+    condition.tower.forward_intermediates = counted
+    inputs = condition.prepare(source("red", "blue", "red", "red"))
+    assert rows == [2, 1]  # two captions, and the empty one
+    condition.prepare(source("red", "blue"))
+    assert rows == [2, 1, 2]  # the empty one is remembered
+    context = inputs["context"]
+    assert torch.equal(context[0], context[2])
+    assert not torch.equal(context[0], context[1])
+    torch.testing.assert_close(context[1:2], condition.encode(["blue"])["context"], rtol=1e-4, atol=1e-5)
+
+
+def test_null_is_the_empty_prompt_or_zeros() -> None:
+    empty, zeros = build(pooled=True), build(pooled=True, null="zeros")
+    for name, value in empty.encode([""]).items():
+        assert torch.equal(empty.null()[name], value)
+        assert torch.equal(zeros.null()[name], torch.zeros_like(value))
+    inputs = empty.prepare(source("red", "blue"))
+    assert inputs["null_context"].shape == inputs["context"].shape
+    assert inputs["null_context"].stride(0) == 0  # a view: no memory per sample
+
+
+def test_a_move_renews_the_empty_prompt() -> None:
+    condition = build()
+    assert condition.null()["context"].dtype == torch.float32
+    condition.to("cpu", torch.bfloat16)
+    assert condition.null()["context"].dtype == torch.bfloat16
+    assert condition.prepare(source("red"))["context"].dtype == torch.bfloat16
+
+
+def test_context_comes_from_the_named_layer() -> None:
+    contexts = [
+        build(**changes).encode(["a red circle"])["context"]
+        for changes in ({"layer": "last"}, {"layer": "penultimate"}, {"final_norm": False})
+    ]
+    for i, first in enumerate(contexts):
+        for second in contexts[:i]:
+            assert not torch.allclose(first, second, atol=1e-3)
+    pooled = build(pooled=True)  # keeps the last block, and still gives the penultimate context
+    torch.testing.assert_close(pooled.encode(["a red circle"])["context"], contexts[1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_never_read_is_not_built() -> None:
+    with torch.device("meta"):
+        count = {
+            name: sum(p.numel() for p in OpenCLIP(config, FirstStageConfig(), 0).tower.parameters())
+            for name, config in {
+                "penultimate": OpenCLIPConfig(),
+                "whole": OpenCLIPConfig(pooled=True),
+            }.items()
+        }
+    block, projection = 12_596_224, 1024 * 1024
+    assert count["whole"] == 354_032_640  # SD2's OpenCLIP-H text tower as published, 354.03 M
+    assert count["whole"] - count["penultimate"] == block + projection
+
+
+def stored(tmp_path: Path, prefix: str, extra: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    tower = build_tower(TOWER, _model(), seed=7)
+    weights = {name: torch.randn_like(value) for name, value in tower.state_dict().items()}
+    url = str(tmp_path / "tower.safetensors")
+    write_weights(url, {**{prefix + name: value for name, value in weights.items()}, **extra}, {})
+    return weights, url
+
+
+def _model() -> dict[str, Any]:
+    from trainer.conditioning.openclip import architecture
+
+    return architecture(TOWER)
+
+
+@pytest.mark.parametrize("prefix", ["", "text.", "cond_stage_model.model.", "conditioner.embedders.1.model."])
+@pytest.mark.parametrize("form", ["safetensors", "torch", "url"])
+def test_weights_are_found_in_whole_checkpoints(tmp_path: Path, prefix: str, form: str) -> None:
+    extra = {"visual.conv1.weight": torch.zeros(2), "logit_scale": torch.zeros(1)}
+    weights, url = stored(tmp_path, prefix, extra)
+    if form == "torch":
+        url = str(tmp_path / "tower.pt")
+        torch.save({"state_dict": {prefix + k: v for k, v in weights.items()} | extra, "step": 3}, url)
+    elif form == "url":
+        url = f"file://{url}"
+    tower = build_tower(TOWER, _model(), seed=0)
+    load_tower(tower, url)
+    for name, value in tower.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_misfits_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
+    weights, url = stored(tmp_path, "", {})
+    del weights["ln_final.bias"]
+    weights["token_embedding.weight"] = torch.zeros(9, 32)
+    write_weights(url, weights, {})
+    tower = build_tower(TOWER, _model(), seed=0)
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"1 tensors missing.*1 of another") as error:
+        load_tower(tower, url)
+    assert "ln_final.bias" in str(error.value)
+    assert "token_embedding.weight (9, 32) instead of (49408, 32)" in str(error.value)
+    for name, value in tower.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_file_that_is_no_weights_file_is_refused(tmp_path: Path) -> None:
+    tower = build_tower(TOWER, _model(), seed=0)
+    for name in ("broken.pt", "broken.safetensors"):
+        path = tmp_path / name
+        path.write_bytes(b"not weights at all")
+        with pytest.raises(ConfigError, match=name):
+            load_tower(tower, str(path))
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pt"
+    torch.save({"state_dict": {}, "code": Path}, path)  # a class needs unpickling code
+    with pytest.raises(ConfigError, match=r"evil\.pt"):
+        load_tower(build_tower(TOWER, _model(), seed=0), str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "ViT-H14"}, "ViT-H-14"),
+        ({"model": "ViT-B-16-SigLIP"}, "Hugging Face"),
+        ({"heads": 5}, "divisor"),
+        ({"layers": 1}, "layer=last"),
+    ],
+)
+def test_impossible_towers_are_refused_with_a_remedy(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(**changes)
+
+
+def test_an_unknown_tag_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="laion2b_s32b_b79k"):
+        weights_file("ViT-H-14", "laion_3b")
