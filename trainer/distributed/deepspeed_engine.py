@@ -65,7 +65,7 @@ class DeepSpeedEngine:
         self._stage = config.distributed.zero_stage
         module.to(env.device)
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self._shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        self.parameter_shapes = {name: tuple(p.shape) for name, p in trained.items()}
         for parameter in trained.values():
             parameter.data = parameter.data.contiguous()
         initial = self._initial_weights(trained)
@@ -167,7 +167,7 @@ class DeepSpeedEngine:
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.full_state`."""
-        return gather_full(self._shapes, self._fragments, self.device)
+        return gather_full(self.parameter_shapes, self._fragments, self.device)
 
     def _masters(self) -> list[Tensor]:
         """The fp32 tensors that AdamW updates: flat partitions, or parameters at stage 0."""
@@ -177,12 +177,12 @@ class DeepSpeedEngine:
 
     def _make_fragments(self) -> list[Fragment]:
         if self._stage == 3:
-            return [f for name in self._shapes for f in self._zero3_fragment(name)]
+            return [f for name in self.parameter_shapes for f in self._zero3_fragment(name)]
         if self._stage > 0:
-            return [f for name in self._shapes for f in self._zero12_fragment(name)]
+            return [f for name in self.parameter_shapes for f in self._zero12_fragment(name)]
         masters = self._masters()
         return replicated_fragments(
-            list(self._shapes),
+            list(self.parameter_shapes),
             masters,
             [{key: self._optimizer.state[m][key] for key in adamw.MOMENTS} for m in masters],
             rank=self._env.rank,
@@ -197,7 +197,7 @@ class DeepSpeedEngine:
         address = mapping.get_hp_fragment_address()
         yield Fragment(
             name=name,
-            shape=self._shapes[name],
+            shape=self.parameter_shapes[name],
             start=mapping.lp_fragment_address.start,
             master=flat.detach().narrow(0, address.start, address.numel),
             moments={
@@ -223,7 +223,7 @@ class DeepSpeedEngine:
         }
         yield Fragment(
             name=name,
-            shape=self._shapes[name],
+            shape=self.parameter_shapes[name],
             start=start,
             master=local.detach()[:length],
             moments={key: value[:length] for key, value in moments.items()},

@@ -41,6 +41,8 @@ class Engine(Protocol):
     device: torch.device
     compute_dtype: torch.dtype
     """dtype of the compute weights (float32 or bfloat16). The engine casts no inputs."""
+    parameter_shapes: dict[str, tuple[int, ...]]
+    """Shapes of all trained parameters, in the same order on every rank."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Training forward."""

@@ -35,7 +35,9 @@ class TorchEngine:
         self._bucket_elements = config.distributed.reduce_bucket_elements
         self._micro_step = 0
         module.to(env.device)
-        self._names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.parameter_shapes = {
+            name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad
+        }
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         for parameter in self._parameters:
             parameter.data = parameter.data.contiguous()
@@ -49,7 +51,7 @@ class TorchEngine:
         self._optimizer = adamw.build_adamw(self._masters, config.optimizer, env.device)
         adamw.initialise_state(self._optimizer, self._masters)
         self._fragments = replicated_fragments(
-            self._names,
+            list(self.parameter_shapes),
             list(self._masters),
             [{key: self._optimizer.state[master][key] for key in adamw.MOMENTS} for master in self._masters],
             rank=env.rank,
@@ -124,8 +126,7 @@ class TorchEngine:
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.full_state`."""
-        shapes = {n: tuple(m.shape) for n, m in zip(self._names, self._masters, strict=True)}
-        return gather_full(shapes, self._fragments, self.device)
+        return gather_full(self.parameter_shapes, self._fragments, self.device)
 
     @torch.no_grad()
     def _copy_to_compute_weights(self) -> None:

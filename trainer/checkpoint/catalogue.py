@@ -1,0 +1,103 @@
+"""Which checkpoints a run has, which are whole, and which are kept."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from data_pipeline.storage import exists, join, read_bytes
+from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest, Manifest, StoredFile
+from trainer.checkpoint.storage import list_names, measure, remove
+
+
+@dataclass(frozen=True)
+class CheckpointHandle:
+    """A committed checkpoint."""
+
+    url: str
+    """Its folder."""
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made when it was taken."""
+        return self.manifest.step
+
+
+def checkpoints_url(run_dir: str) -> str:
+    """Folder of a run's checkpoints."""
+    return join(run_dir, "checkpoints")
+
+
+def folder_name(step: int) -> str:
+    """Folder of one checkpoint inside it."""
+    return f"step_{step:09d}"
+
+
+def steps_found(folder: str) -> list[int]:
+    """Steps with a folder, newest first, whether committed or not."""
+    matches = (re.fullmatch(r"step_(\d{9,})", name) for name in list_names(folder))
+    return sorted((int(match.group(1)) for match in matches if match), reverse=True)
+
+
+def is_committed(folder: str, step: int) -> bool:
+    """Whether there is a manifest, good or bad."""
+    return exists(join(folder, folder_name(step), MANIFEST_NAME))
+
+
+def open_checkpoint(url: str) -> CheckpointHandle:
+    """The committed checkpoint in folder `url`. Raises BadManifest."""
+    if not exists(join(url, MANIFEST_NAME)):
+        raise BadManifest("it was never completed (there is no manifest)")
+    return CheckpointHandle(url, Manifest.from_bytes(read_bytes(join(url, MANIFEST_NAME))))
+
+
+def problems(handle: CheckpointHandle, files: tuple[StoredFile, ...]) -> list[str]:
+    """What is wrong with these files of a checkpoint; reads them in full."""
+    found = []
+    for file in files:
+        size, checksum = measure(join(handle.url, file.name), file.size)
+        if size < 0:
+            found.append(f"{file.name} is missing")
+        elif size != file.size:
+            found.append(f"{file.name} has {size} bytes instead of {file.size}")
+        elif checksum != file.checksum:
+            found.append(f"{file.name} does not match its checksum")
+    return found
+
+
+def steps_to_keep(committed: list[int], keep_last: int, keep_every: int) -> set[int]:
+    """The newest `keep_last` (at least one) and, for ever, the multiples of `keep_every`."""
+    newest = sorted(committed, reverse=True)[: max(1, keep_last)]
+    for_ever = [step for step in committed if keep_every and step % keep_every == 0]
+    return {*newest, *for_ever}
+
+
+def retire(folder: str, newest: int, keep_last: int, keep_every: int) -> list[int]:
+    """Remove the checkpoints that are not kept, and what older attempts left half-written.
+
+    Args:
+        newest: step that has just been committed; folders of later steps are left alone.
+
+    Returns:
+        Steps removed.
+    """
+    steps = [step for step in steps_found(folder) if step <= newest]
+    committed = [step for step in steps if is_committed(folder, step)]
+    removed = [step for step in steps if step not in steps_to_keep(committed, keep_last, keep_every)]
+    for step in removed:
+        url = join(folder, folder_name(step))
+        # Without its manifest it no longer counts, whatever happens next.
+        remove(join(url, MANIFEST_NAME))
+        remove(url)
+    _remove_leftovers(join(folder, folder_name(newest)))
+    return removed
+
+
+def _remove_leftovers(url: str) -> None:
+    """Files of earlier attempts at the same step, which the manifest does not name."""
+    manifest = open_checkpoint(url).manifest
+    named = {MANIFEST_NAME, *(file.name for file in manifest.files)}
+    for name in list_names(url):
+        if name not in named:
+            remove(join(url, name))

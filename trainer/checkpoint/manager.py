@@ -1,0 +1,298 @@
+"""Saving and loading the whole state of a run: what the training loop talks to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from data_pipeline.storage import join, read_bytes
+from trainer.checkpoint.catalogue import (
+    CheckpointHandle,
+    checkpoints_url,
+    folder_name,
+    open_checkpoint,
+    problems,
+    steps_found,
+)
+from trainer.checkpoint.host_buffer import HostBuffer
+from trainer.checkpoint.inline import Failure, InlineWriter, Writer
+from trainer.checkpoint.layout import MASTER, ShardPlan, Span
+from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
+from trainer.checkpoint.reader import check_shapes, read_into
+from trainer.checkpoint.storage import check_writable
+from trainer.checkpoint.writer import Commit, Job
+from trainer.config.io import config_to_dict
+from trainer.config.run import Config, ConfigError
+from trainer.distributed import collectives
+from trainer.distributed.adamw import MOMENTS
+from trainer.distributed.engine import Engine
+from trainer.distributed.env import DistributedEnv
+from trainer.ema import EMA
+from trainer.exit_codes import RetryableFault
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 1800.0
+_EMPTY = StoredFile("", 0, "")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `CheckpointManager.save` was given."""
+
+    step: int
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What the last save cost this rank's training."""
+
+    step: int
+    blocked_s: float
+    """Seconds for which training stood still."""
+    waited_s: float
+    """Part of it spent on the previous save: storage is slower than the interval."""
+    num_bytes: int
+    """Bytes of this rank's shard."""
+
+
+class CheckpointManager:
+    """Checkpoints of one run, in run_dir/checkpoints. Methods are collective, but for `close`."""
+
+    def __init__(self, config: Config, env: DistributedEnv) -> None:
+        """Raises ConfigError on all ranks when the folder cannot be written to."""
+        self._config = config
+        self._env = env
+        self._folder = checkpoints_url(config.run_dir)
+        failure: str | None = None
+        if env.is_main:
+            try:
+                check_writable(self._folder)
+            except ConfigError as error:
+                failure = str(error)
+        session, failure = collectives.broadcast_object((uuid.uuid4().hex[:8], failure))
+        if failure is not None:
+            raise ConfigError(failure)
+        self._session: str = session
+        self._attempts = 0
+        self._pending = False
+        self._buffer: HostBuffer | None = None
+        self._template: Manifest | None = None
+        self._plan: ShardPlan | None = None
+        self._writer: Writer = self._make_writer()
+        self.last_save: SaveReport | None = None
+
+    def save(
+        self,
+        step: int,
+        engines: Mapping[str, Engine],
+        ema: EMA,
+        *,
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+    ) -> None:
+        """Take a checkpoint. When writing is asynchronous, returns once the state is copied.
+
+        Args:
+            state: JSON-able; the same on every rank.
+            tensors: small ones beside the weights; rank 0's count.
+
+        Raises:
+            ConfigError, RetryableFault: on all ranks: this save failed, or, when asynchronous, the
+                one before. Earlier checkpoints are intact.
+        """
+        begun = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - begun
+        plan = self._plan_for(engines, ema)
+        if self._buffer is None:
+            self._buffer = HostBuffer(plan.data_bytes, self._env.device)
+        self._buffer.fill(_flat_order(engines, ema, plan))
+        self._attempts += 1
+        job = Job(
+            folder=self._folder,
+            step=step,
+            attempt=f"{self._session}{self._attempts:04x}",
+            rank=self._env.rank,
+            plan=plan,
+            commit=self._commit(step, engines, state, tensors) if self._env.is_main else None,
+        )
+        self._writer.submit(job, self._buffer)
+        self._pending = True
+        if not self._config.checkpoint.asynchronous:
+            self.wait()
+        blocked = time.perf_counter() - begun
+        self.last_save = SaveReport(step, blocked, waited, plan.data_bytes)
+        logger.debug("checkpoint of step %d: blocked %.3f s, %d bytes", step, blocked, plan.data_bytes)
+
+    def wait(self) -> None:
+        """Return when everything submitted is committed. Raises like `save`."""
+        if not self._pending:
+            return
+        self._pending = False
+        _raise_first(collectives.all_gather_object(_described(self._writer.shard_result())))
+        # Now every rank's shard is there, so that the commit waits for nobody.
+        committed = self._writer.commit_result() if self._env.is_main else None
+        _raise_first([collectives.broadcast_object(_described(committed))])
+
+    def latest_good(self) -> CheckpointHandle | None:
+        """The newest checkpoint whose every byte is as written; None when there is none.
+
+        All ranks share the reading. A damaged checkpoint is reported and passed over.
+        """
+        for step in collectives.broadcast_object(steps_found(self._folder) if self._env.is_main else []):
+            url = join(self._folder, folder_name(step))
+            handle, found = self._inspect(url)
+            if handle is not None and not found:
+                return handle
+            if self._env.is_main:
+                logger.warning("checkpoint %s is not used: %s", url, "; ".join(found[:5]))
+        return None
+
+    def load(self, handle: CheckpointHandle, engines: Mapping[str, Engine], ema: EMA) -> Loaded:
+        """Restore engines and averages, whatever the layout of ranks and ZeRO stage that saved them.
+
+        Raises:
+            ConfigError: the networks are not the stored ones.
+        """
+        stored = json.loads(read_bytes(join(handle.url, handle.manifest.state.name)))
+        for name, engine in engines.items():
+            check_shapes(handle, name, engine.parameter_shapes)
+        for name, engine in engines.items():
+            _load_engine(handle, name, engine)
+            engine.optimizer_steps = int(stored["optimizer_steps"][name])
+            if engine.fragments() is ema.fragments:
+                _load_averages(handle, name, ema)
+            engine.refresh(moments=True)
+        tensors = safetensors.torch.load(read_bytes(join(handle.url, handle.manifest.tensors.name)))
+        return Loaded(handle.step, stored["state"], tensors)
+
+    def close(self) -> None:
+        """Let go of the writer and the buffer. Not collective; `wait` first to learn of failures."""
+        self._writer.close()
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
+
+    def _make_writer(self) -> Writer:
+        return InlineWriter()
+
+    def _inspect(self, url: str) -> tuple[CheckpointHandle | None, list[str]]:
+        handle: CheckpointHandle | None = None
+        found: list[str] = []
+        if self._env.is_main:
+            try:
+                handle = open_checkpoint(url)
+            except BadManifest as error:
+                found = [str(error)]
+        handle = collectives.broadcast_object(handle)
+        if handle is not None:
+            found = problems(handle, handle.manifest.files[self._env.rank :: self._env.world_size])
+        return handle, [line for lines in collectives.all_gather_object(found) for line in lines]
+
+    def _plan_for(self, engines: Mapping[str, Engine], ema: EMA) -> ShardPlan:
+        """What this rank writes; made once, since the layout of a run does not change."""
+        if self._plan is not None:
+            return self._plan
+        tables = {name: tuple(_spans(engine)) for name, engine in engines.items()}
+        kinds = {name: _kinds(engine, ema) for name, engine in engines.items()}
+        self._plan = ShardPlan(tables, kinds)
+        all_tables = collectives.all_gather_object(tables)
+        self._template = Manifest(
+            step=0,
+            shards=(),
+            state=_EMPTY,
+            tensors=_EMPTY,
+            tables=tuple(all_tables),
+            kinds=kinds,
+            shapes={name: engine.parameter_shapes for name, engine in engines.items()},
+        )
+        return self._plan
+
+    def _commit(
+        self, step: int, engines: Mapping[str, Engine], state: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> Commit:
+        assert self._template is not None
+        everything = {
+            "step": step,
+            "world_size": self._env.world_size,
+            "optimizer_steps": {name: engine.optimizer_steps for name, engine in engines.items()},
+            "config": config_to_dict(self._config),
+            "versions": {"torch": torch.__version__},
+            "state": state,
+        }
+        small = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        return Commit(
+            manifest=Manifest(**{**vars(self._template), "step": step}),
+            state=json.dumps(everything).encode(),
+            tensors=safetensors.torch.save(small),
+            keep_last=self._config.checkpoint.keep_last,
+            keep_every=self._config.checkpoint.keep_every,
+            patience_s=_PATIENCE_S,
+        )
+
+
+def _spans(engine: Engine) -> list[Span]:
+    return [Span(f.name, f.start, f.master.numel()) for f in engine.fragments()]
+
+
+def _kinds(engine: Engine, ema: EMA) -> tuple[str, ...]:
+    averages = tuple(f"ema.{profile}" for profile in ema.profiles)
+    return (MASTER, *MOMENTS, *(averages if engine.fragments() is ema.fragments else ()))
+
+
+def _flat_order(engines: Mapping[str, Engine], ema: EMA, plan: ShardPlan) -> list[Tensor]:
+    """The vectors of a shard in file order."""
+    vectors: list[Tensor] = []
+    for name, kind, _ in plan.tensors():
+        fragments = engines[name].fragments()
+        if kind == MASTER:
+            vectors += [fragment.master for fragment in fragments]
+        elif kind in MOMENTS:
+            vectors += [fragment.moments[kind] for fragment in fragments]
+        else:
+            vectors += ema.values(kind.removeprefix("ema."))
+    return vectors
+
+
+def _load_engine(handle: CheckpointHandle, name: str, engine: Engine) -> None:
+    fragments = engine.fragments()
+    spans = _spans(engine)
+    read_into(handle, name, MASTER, spans, [fragment.master for fragment in fragments])
+    for key in MOMENTS:
+        read_into(handle, name, key, spans, [fragment.moments[key] for fragment in fragments])
+
+
+@torch.no_grad()
+def _load_averages(handle: CheckpointHandle, name: str, ema: EMA) -> None:
+    spans = [Span(f.name, f.start, f.master.numel()) for f in ema.fragments]
+    for profile in ema.profiles:
+        kind, values = f"ema.{profile}", ema.values(profile)
+        if kind in handle.manifest.kinds[name]:
+            read_into(handle, name, kind, spans, values)
+            continue
+        logger.warning("%s has no average %r: it starts from the trained weights", handle.url, profile)
+        for value, fragment in zip(values, ema.fragments, strict=True):
+            value.copy_(fragment.master)
+
+
+def _described(failure: Failure | None) -> tuple[bool, str] | None:
+    return None if failure is None else (isinstance(failure, ConfigError), str(failure))
+
+
+def _raise_first(failures: list[tuple[bool, str] | None]) -> None:
+    for failure in failures:
+        if failure is not None:
+            users, message = failure
+            raise ConfigError(message) if users else RetryableFault(message)

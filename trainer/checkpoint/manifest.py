@@ -1,0 +1,104 @@
+"""The manifest: the file whose presence makes a checkpoint count."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.checkpoint.layout import ShardPlan, Table, tables_from_json, tables_to_json
+from trainer.checkpoint.storage import checksum_bytes
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class BadManifest(ValueError):
+    """The manifest is torn, changed, or of a format this version does not read."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a checkpoint, as written."""
+
+    name: str
+    size: int
+    """Bytes."""
+    checksum: str
+    """XXH3-128 of the content, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything needed to find an element in a checkpoint, and to know that it is intact."""
+
+    step: int
+    shards: tuple[StoredFile, ...]
+    """One per rank that wrote."""
+    state: StoredFile
+    """JSON: progress, configuration, versions."""
+    tensors: StoredFile
+    """safetensors: small tensors beside the weights."""
+    tables: tuple[dict[str, Table], ...]
+    """What each shard holds, by engine."""
+    kinds: dict[str, tuple[str, ...]]
+    """Flat tensors of each engine, the same in all shards."""
+    shapes: dict[str, dict[str, tuple[int, ...]]]
+    """Whole shape of every parameter, by engine."""
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """All files but the manifest itself."""
+        return (*self.shards, self.state, self.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files but the manifest itself."""
+        return sum(file.size for file in self.files)
+
+    def plan(self, shard: int) -> ShardPlan:
+        """Layout of one shard file."""
+        return ShardPlan(self.tables[shard], self.kinds)
+
+    def to_bytes(self) -> bytes:
+        """JSON with a checksum over itself."""
+        body = {
+            "format": FORMAT,
+            "step": self.step,
+            "shards": [vars(file) for file in self.shards],
+            "state": vars(self.state),
+            "tensors": vars(self.tensors),
+            "tables": [tables_to_json(tables) for tables in self.tables],
+            "kinds": self.kinds,
+            "shapes": self.shapes,
+        }
+        return json.dumps({"checksum": _checksum(body), **body}, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Raises BadManifest."""
+        try:
+            body: dict[str, Any] = json.loads(data)
+            checksum = body.pop("checksum")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise BadManifest("the manifest is torn") from error
+        if checksum != _checksum(body):
+            raise BadManifest("the manifest does not match its checksum")
+        if body["format"] != FORMAT:
+            raise BadManifest(f"the manifest has format {body['format']}, this version reads {FORMAT}")
+        return cls(
+            step=body["step"],
+            shards=tuple(StoredFile(**file) for file in body["shards"]),
+            state=StoredFile(**body["state"]),
+            tensors=StoredFile(**body["tensors"]),
+            tables=tuple(tables_from_json(tables) for tables in body["tables"]),
+            kinds={engine: tuple(kinds) for engine, kinds in body["kinds"].items()},
+            shapes={
+                engine: {name: tuple(shape) for name, shape in shapes.items()}
+                for engine, shapes in body["shapes"].items()
+            },
+        )
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return checksum_bytes(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())

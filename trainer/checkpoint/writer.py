@@ -1,0 +1,170 @@
+"""Writing one checkpoint from one rank: its shard, a receipt, and on rank 0 the commit. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from data_pipeline.storage import join, read_bytes
+from trainer.checkpoint.catalogue import folder_name, retire
+from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
+from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile
+from trainer.checkpoint.storage import list_names, write_stream
+from trainer.exit_codes import RetryableFault
+
+logger = logging.getLogger(__name__)
+
+_FIRST_POLL_S, _LONGEST_POLL_S = 0.02, 2.0
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What rank 0 writes besides its shard."""
+
+    manifest: Manifest
+    """Complete but for checksums and sizes."""
+    state: bytes
+    """JSON."""
+    tensors: bytes
+    """safetensors."""
+    keep_last: int
+    keep_every: int
+    patience_s: float
+    """How long the other ranks may take longer than this one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's part in writing one checkpoint."""
+
+    folder: str
+    """URL of the run's checkpoints."""
+    step: int
+    attempt: str
+    """Differs between attempts at the same step, so that no file of one is taken for another's."""
+    rank: int
+    plan: ShardPlan
+    commit: Commit | None
+    """On rank 0."""
+
+    @property
+    def url(self) -> str:
+        """The checkpoint's folder."""
+        return join(self.folder, folder_name(self.step))
+
+
+def shard_name(rank: int, attempt: str) -> str:
+    """File of one rank in one attempt."""
+    return f"rank_{rank:05d}.{attempt}.safetensors"
+
+
+def receipt_name(rank: int, attempt: str) -> str:
+    """Small file that says that a rank's shard is stored."""
+    return f"rank_{rank:05d}.{attempt}.receipt"
+
+
+def write_shard(job: Job, data: memoryview) -> StoredFile:
+    """Write this rank's shard. Raises ConfigError or RetryableFault."""
+    assert len(data) == job.plan.data_bytes
+    name = shard_name(job.rank, job.attempt)
+    size, checksum = write_stream(join(job.url, name), [memoryview(job.plan.header()), data])
+    stored = StoredFile(name, size, checksum)
+    if job.commit is None:
+        receipt = json.dumps(vars(stored)).encode()
+        write_stream(join(job.url, receipt_name(job.rank, job.attempt)), [memoryview(receipt)])
+    return stored
+
+
+def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = lambda: False) -> list[int]:
+    """On rank 0: wait for the other shards, then write the manifest, then retire old checkpoints.
+
+    Returns:
+        Steps whose checkpoints were removed.
+
+    Raises:
+        ConfigError, RetryableFault: storage failed, or another rank never delivered.
+    """
+    commit = job.commit
+    assert commit is not None
+    state_name, tensors_name = f"state.{job.attempt}.json", f"state.{job.attempt}.safetensors"
+    state = write_stream(join(job.url, state_name), [memoryview(commit.state)])
+    tensors = write_stream(join(job.url, tensors_name), [memoryview(commit.tensors)])
+    shards = (own, *_receipts(job, commit, cancelled))
+    manifest = replace(
+        commit.manifest,
+        shards=shards,
+        state=StoredFile(state_name, *state),
+        tensors=StoredFile(tensors_name, *tensors),
+    )
+    write_stream(join(job.url, MANIFEST_NAME), [memoryview(manifest.to_bytes())])
+    try:
+        return retire(job.folder, job.step, commit.keep_last, commit.keep_every)
+    except (OSError, ValueError) as error:
+        # The new checkpoint counts; old ones that stay cost only space.
+        logger.warning("old checkpoints in %s could not be removed: %s", job.folder, error)
+        return []
+
+
+def _receipts(job: Job, commit: Commit, cancelled: Callable[[], bool]) -> list[StoredFile]:
+    missing = set(range(1, len(commit.manifest.tables)))
+    found: dict[int, StoredFile] = {}
+    deadline, pause = time.monotonic() + commit.patience_s, _FIRST_POLL_S
+    while missing:
+        names = set(list_names(job.url))
+        for rank in sorted(missing):
+            name = receipt_name(rank, job.attempt)
+            if name in names:
+                found[rank] = StoredFile(**json.loads(read_bytes(join(job.url, name))))
+                missing.discard(rank)
+        if not missing:
+            break
+        if cancelled() or time.monotonic() > deadline:
+            late = ", ".join(map(str, sorted(missing)[:8]))
+            raise RetryableFault(f"the checkpoint of step {job.step} was given up: no shard of ranks {late}.")
+        time.sleep(pause)
+        pause = min(_LONGEST_POLL_S, 1.5 * pause)
+    return [found[rank] for rank in sorted(found)]
+
+
+def job_to_header(job: Job) -> tuple[dict[str, object], list[bytes]]:
+    """JSON-able description of a job and the blobs that belong to it, for another process."""
+    header: dict[str, object] = {
+        "folder": job.folder,
+        "step": job.step,
+        "attempt": job.attempt,
+        "rank": job.rank,
+        "tables": tables_to_json(job.plan.tables),
+        "kinds": job.plan.kinds,
+    }
+    if job.commit is None:
+        return header, []
+    commit = job.commit
+    header["commit"] = {
+        "keep_last": commit.keep_last,
+        "keep_every": commit.keep_every,
+        "patience_s": commit.patience_s,
+    }
+    return header, [commit.manifest.to_bytes(), commit.state, commit.tensors]
+
+
+def job_from_header(header: dict[str, object], blobs: list[bytes]) -> Job:
+    """The inverse of `job_to_header`."""
+    commit = header.get("commit")
+    tables, kinds = header["tables"], header["kinds"]
+    assert isinstance(tables, dict)
+    assert isinstance(kinds, dict)
+    parts: Commit | None = None
+    if isinstance(commit, dict):
+        manifest, state, tensors = blobs
+        parts = Commit(Manifest.from_bytes(manifest), state, tensors, **commit)
+    return Job(
+        folder=str(header["folder"]),
+        step=int(str(header["step"])),
+        attempt=str(header["attempt"]),
+        rank=int(str(header["rank"])),
+        plan=ShardPlan(tables_from_json(tables), {engine: tuple(names) for engine, names in kinds.items()}),
+        commit=parts,
+    )
