@@ -69,15 +69,16 @@ def split(tensors: Mapping[str, Tensor]) -> CompVisParts:
 
 
 def join(parts: CompVisParts) -> dict[str, Tensor]:
-    """The inverse of `split` for what is present, in the places of SD1 (CLIP) and SD2 (open_clip)."""
+    """The inverse of `split`, with text towers where SD1 (CLIP), SD2 (open_clip) or SDXL (both) have them."""
     tensors = {f"{UNET}{name}": tensor for name, tensor in parts.unet.items()}
     for name, tensor in parts.unet_average.items():
         key = average_name(name)
         assert key not in tensors, f"two parameters share the name {key}"
         tensors[key] = tensor
     tensors |= {f"{FIRST_STAGE}{name}": tensor for name, tensor in parts.first_stage.items()}
-    tensors |= {f"{OPEN_CLIP[0]}{name}": tensor for name, tensor in parts.open_clip.items()}
-    tensors |= {f"{CLIP[0]}{name}": tensor for name, tensor in parts.clip.items()}
+    place = 1 if parts.open_clip and parts.clip else 0  # both towers: SDXL
+    tensors |= {f"{OPEN_CLIP[place]}{name}": tensor for name, tensor in parts.open_clip.items()}
+    tensors |= {f"{CLIP[place]}{name}": tensor for name, tensor in parts.clip.items()}
     if parts.class_embedding is not None:
         tensors[CLASS_EMBEDDING] = parts.class_embedding
     if parts.scale_factor is not None:

@@ -112,8 +112,8 @@ def _read_component(folder: str) -> Component:
                 component.tensors |= read_weights(f"{folder}/{shard}")[0]
             return component
     raise ConfigError(
-        f"{folder} has no {stems[0]}.safetensors; .bin files are pickles and are not read: save the model with "
-        "safe_serialization=True."
+        f"{folder} has no {stems[0]}.safetensors; .bin files are pickles and are not read; "
+        "save the model with safe_serialization=True."
     )
 
 

@@ -181,6 +181,8 @@ def _plain_to_diffusers(config: UNetConfig, sizes: UNetSizes, sample_size: int) 
         "dropout": config.dropout,
         "attention_head_dim": None if single_head else widths.pop(),
         "norm_num_groups": config.num_groups,
+        # Without it, scale-shift UNets of diffusers leave out the norm before the middle attention.
+        "attn_norm_num_groups": config.num_groups,
         "norm_eps": 1e-5,
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift_norm else "default",
         "num_class_embeds": sizes.num_classes,
@@ -190,7 +192,10 @@ def _plain_to_diffusers(config: UNetConfig, sizes: UNetSizes, sample_size: int) 
 def _plain_from_diffusers(json: Mapping[str, Any]) -> UNetDescription:
     keep = ("act_fn", "center_input_sample", "downsample_padding", "flip_sin_to_cos", "freq_shift")
     fixed: Json = {name: CONDITIONAL_FIXED[name] for name in (*keep, "norm_eps", "time_embedding_type")}
-    require_fixed(json, {**fixed, "class_embed_type": None, "add_attention": True})
+    groups = json.get("norm_num_groups", 32)
+    scale_shift = json.get("resnet_time_scale_shift", "default") == "scale_shift"
+    fixed["attn_norm_num_groups"] = groups if scale_shift else (None, groups)
+    require_fixed({"attn_norm_num_groups": None, **json}, {**fixed, "class_embed_type": None, "add_attention": True})
     channels = json["block_out_channels"]
     types = json["down_block_types"]
     require_known(types, {"AttnDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"})
@@ -203,9 +208,9 @@ def _plain_from_diffusers(json: Mapping[str, Any]) -> UNetDescription:
         attention="plain",
         num_heads=1 if head_dim is None else None,
         head_dim=head_dim,
-        scale_shift_norm=json.get("resnet_time_scale_shift", "default") == "scale_shift",
+        scale_shift_norm=scale_shift,
         resblock_updown=json.get("downsample_type", "conv") == "resnet",
-        num_groups=json.get("norm_num_groups", 32),
+        num_groups=groups,
         dropout=json.get("dropout", 0.0),
     )
     sizes = UNetSizes(json["in_channels"], json["out_channels"], num_classes=json.get("num_class_embeds"))
@@ -216,7 +221,7 @@ def require_fixed(json: Mapping[str, Any], fixed: Json) -> None:
     """Refuse settings that our networks cannot vary."""
     for key, allowed in fixed.items():
         options = allowed if isinstance(allowed, tuple) else (allowed,)
-        if key in json and json[key] not in options:
+        if json.get(key, options[0]) not in options:
             raise ConfigError(
                 f"the diffusers setting {key}={json[key]!r} is not supported; it must be {allowed!r}."
             )

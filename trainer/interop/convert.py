@@ -1,0 +1,146 @@
+"""Weights of other programs into ours (`ldm import`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import torch
+from torch import Tensor
+
+from trainer.config.models import FirstStageConfig, UNetConfig
+from trainer.config.run import Config, ConfigError
+from trainer.first_stage.build import WEIGHTS_FILE, build_first_stage, first_stage_metadata
+from trainer.interop.diffusers_stage import first_stage_from_diffusers
+from trainer.interop.diffusers_unet import unet_from_diffusers
+from trainer.interop.first_stage_names import STATISTICS, first_stage_links, modern_names
+from trainer.interop.links import Link, import_tensors
+from trainer.interop.report import Report
+from trainer.interop.source import Part, Source, open_source
+from trainer.interop.text_tower_names import open_clip_names, text_tower_links
+from trainer.interop.unet_names import UNetSizes, unet_links
+from trainer.models.levels import plan_levels
+from trainer.weights import write_weights
+
+UNET_FILE = "unet.safetensors"
+UNET_AVERAGE_FILE = "unet_ema.safetensors"
+TEXT_FILES = {"text_encoder": "text_encoder.safetensors", "text_encoder_2": "text_encoder_2.safetensors"}
+CLASS_TOKENS = "conditions.parts.class_label.embedding.weight"
+"""Where the trained network keeps the class embedding of the LDM class-conditional models."""
+
+Imported = tuple[dict[str, Tensor], dict[str, str]]
+"""Tensors and metadata of one file."""
+
+
+def import_weights(source_url: str, destination_url: str, config: Config | None) -> Report:
+    """Convert every network of the source that we know, then write one file per network.
+
+    The folder gets unet.safetensors (and unet_ema.safetensors) for `init_from` and sampling,
+    first_stage.safetensors for `first_stage.weights`, and text_encoder.safetensors (and
+    text_encoder_2.safetensors) for `conditioning.openclip.pretrained`.
+
+    Args:
+        source_url: .safetensors or .ckpt file in the original layout, a lone network's file, or a folder
+            that diffusers saved; any fsspec URL.
+        destination_url: folder to write.
+        config: structure of the networks; None takes it from the config.json files of diffusers.
+
+    Raises:
+        ConfigError: unreadable, unknown, or of another structure; nothing is written then.
+    """
+    source = open_source(source_url)
+    files: dict[str, Imported] = {}
+    unet = source.parts.get("unet")
+    if unet is not None:
+        unet_config = _unet_config(unet, config, source.url)
+        files[UNET_FILE] = _unet(unet, unet_config, source)
+        if "unet_ema" in source.parts:
+            files[UNET_AVERAGE_FILE] = _unet(source.parts["unet_ema"], unet_config, source)
+    if "first_stage" in source.parts:
+        files[WEIGHTS_FILE] = _first_stage(source.parts["first_stage"], config, source)
+    for role, file in TEXT_FILES.items():
+        if role in source.parts:
+            files[file] = _text_tower(source.parts[role], f"{role} of {source.url}")
+    folder = destination_url.rstrip("/")
+    for file, (tensors, metadata) in files.items():
+        write_weights(f"{folder}/{file}", tensors, metadata)
+    taken = [
+        f"{file.removesuffix('.safetensors')}: {name}" for file, made in files.items() for name in made[0]
+    ]
+    written = [f"{folder}/{file}" for file in files]
+    return Report(taken=tuple(taken), left=tuple(source.left), files=tuple(written))
+
+
+def convert_unet(part: Part, config: UNetConfig, origin: str) -> dict[str, Tensor]:
+    """A UNet's tensors under our names (no prefix), strictly."""
+    expected = UNetSizes.of(part.dialect, part.tensors).build(config).state_dict()
+    return import_tensors(unet_links(config, expected, part.dialect), expected, part.tensors, origin)
+
+
+def convert_first_stage(part: Part, config: FirstStageConfig, origin: str) -> dict[str, Tensor]:
+    """A first stage's tensors under our names, strictly; without latent statistics."""
+    with torch.device("meta"):
+        expected = build_first_stage(config).state_dict()
+    links = first_stage_links(config, expected, part.dialect)
+    theirs = modern_names(part.tensors) if part.dialect == "diffusers" else part.tensors
+    return import_tensors(links, expected, theirs, origin)
+
+
+def _unet(part: Part, config: UNetConfig, source: Source) -> Imported:
+    converted = convert_unet(part, config, f"the UNet of {source.url}")
+    tensors = {f"unet.{name}": tensor for name, tensor in converted.items()}
+    if source.class_embedding is not None:
+        tensors[CLASS_TOKENS] = source.class_embedding
+    return tensors, {"unet": json.dumps(dataclasses.asdict(config))}
+
+
+def _first_stage(part: Part, config: Config | None, source: Source) -> Imported:
+    described = None if part.config is None else first_stage_from_diffusers(part.config)
+    if config is not None:
+        structure = config.first_stage
+    elif described is not None:
+        structure = described[0]
+    else:
+        raise ConfigError(f"{source.url} does not describe its first stage; name a configuration that does.")
+    tensors = convert_first_stage(part, structure, f"the first stage of {source.url}")
+    statistics = described[1:] if described is not None else None
+    scale = structure.latent_scale if structure.latent_scale is not None else source.latent_scale
+    if scale is not None:
+        statistics = ([0.0] * structure.latent_channels, [scale] * structure.latent_channels)
+    if statistics is not None:
+        tensors |= {name: torch.tensor(values) for name, values in zip(STATISTICS, statistics, strict=True)}
+    return tensors, first_stage_metadata(structure)
+
+
+def _text_tower(part: Part, origin: str) -> Imported:
+    if part.dialect == "compvis":
+        return dict(part.tensors), {}
+    names = open_clip_names(part.tensors)
+    links = text_tower_links(names)
+    expected = {link.ours: _as_ours(link, part, origin) for link in links}
+    return import_tensors(links, expected, part.tensors, origin), {}
+
+
+def _as_ours(link: Link, part: Part, origin: str) -> Tensor:
+    missing = [name for name in link.theirs if name not in part.tensors]
+    if missing:
+        raise ConfigError(f"{origin} lacks {', '.join(missing)}; nothing was loaded.")
+    return link.to_ours({name: part.tensors[name].to("meta") for name in link.theirs})
+
+
+def _unet_config(part: Part, config: Config | None, url: str) -> UNetConfig:
+    """The configured structure, checked against the source's own description where it has one."""
+    described = None if part.config is None else unet_from_diffusers(part.config).config
+    if config is None:
+        if described is None:
+            raise ConfigError(f"{url} does not describe its UNet; name a configuration that does.")
+        return described
+    if described is not None:
+        ours = [(level.channels, level.heads) for level in plan_levels(config.unet) if level.attention]
+        theirs = [(level.channels, level.heads) for level in plan_levels(described) if level.attention]
+        if ours != theirs:
+            raise ConfigError(
+                f"the UNet of {url} has (channels, heads) {theirs} where it attends and the configuration "
+                f"says {ours}; set unet.num_heads or unet.head_dim accordingly."
+            )
+    return config.unet
