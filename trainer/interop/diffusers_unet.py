@@ -195,7 +195,9 @@ def _plain_from_diffusers(json: Mapping[str, Any]) -> UNetDescription:
     groups = json.get("norm_num_groups", 32)
     scale_shift = json.get("resnet_time_scale_shift", "default") == "scale_shift"
     fixed["attn_norm_num_groups"] = groups if scale_shift else (None, groups)
-    require_fixed({"attn_norm_num_groups": None, **json}, {**fixed, "class_embed_type": None, "add_attention": True})
+    require_fixed(
+        {"attn_norm_num_groups": None, **json}, {**fixed, "class_embed_type": None, "add_attention": True}
+    )
     channels = json["block_out_channels"]
     types = json["down_block_types"]
     require_known(types, {"AttnDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"})
