@@ -30,8 +30,8 @@ class DataConfig:
     """indexed: exact order and resume; resampled: plain webdataset streaming, resume is approximate."""
     lanes: int = 0
     """Independent walks over the shards; ranks x workers must divide it. 0: derived from the global batch."""
-    shuffle_window: int = 2048
-    """Samples of one lane that are shuffled together; 1: shard order."""
+    shuffle_window: int = 0
+    """Samples of one lane that are shuffled together; 1: shard order; 0: derived (all together about 1 GB)."""
     filter: str = ""
     """Rows to keep, e.g. punsafe < 0.1 and min(width, height) >= 512; empty: all."""
     removal_lists: tuple[str, ...] = ()
@@ -64,8 +64,12 @@ class DataConfig:
     """Loader processes per rank; 0: in the training process."""
     prefetch: int = 4
     """Batches that each worker prepares ahead."""
-    read_ahead_bytes: int = 16_000_000
-    """Bytes asked for in one range request."""
+    read_ahead_bytes: int = 4_000_000
+    """Most bytes asked for in one range request."""
+    buffer_bytes: int = 256_000_000
+    """Bytes that each worker may have read or requested ahead of decoding."""
+    reject_file: str | None = None
+    """Local path (`{rank}` is filled in) where every rejected sample is appended as a JSON line."""
     request_timeout_s: float = 30.0
     """Per-request timeout, also for a body that stops arriving."""
     max_retries: int = 8

@@ -1,0 +1,152 @@
+"""The shards of a configuration with their indexes: what an order is made from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline import storage
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.errors import DataError, NoShards, NotATar
+from data_pipeline.index import ManifestRow, read_manifest
+from data_pipeline.indexing import build_index
+from data_pipeline.order import Order, choose_lanes, choose_window
+from data_pipeline.storage import StoredFile
+
+logger = logging.getLogger(__name__)
+
+_SMALL = 2000
+"""Up to this many shards are listed and checked at every start, and indexed on first use."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Shards in the order of the sources; a source of repeat r occurs r times in `shard_of`."""
+
+    urls: tuple[str, ...]
+    """[U] distinct shards."""
+    index_urls: tuple[str, ...]
+    """[U] their index files."""
+    checksums: tuple[str, ...]
+    """[U] SHA-256 of the index files."""
+    shard_of: NDArray[np.int64]
+    """[S] distinct shard of every entry of the epoch."""
+    counts: NDArray[np.int64]
+    """[S] raw samples of every entry."""
+    mean_bytes: float
+    """Mean size of a sample."""
+    fingerprint: str
+    """Changes with anything the order depends on but the seed and lanes."""
+
+    def order(self, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
+        """Order of the samples. Raises DataError for lanes that do not fit."""
+        lanes = choose_lanes(config.lanes, global_batch_size, int(self.counts.sum()))
+        window = choose_window(config.shuffle_window, lanes, self.mean_bytes)
+        return Order(self.counts, seed, lanes, window)
+
+
+def sources_of(config: DataConfig) -> tuple[SourceConfig, ...]:
+    """The sources of a configuration. Raises DataError unless exactly one of the two fields is set."""
+    if bool(config.shards) == bool(config.sources):
+        raise DataError(
+            "Set exactly one of data.shards and data.sources, e.g. data.shards=s3://bucket/{00000..00099}.tar"
+        )
+    sources = config.sources or (SourceConfig(config.shards),)
+    for source in sources:
+        if source.repeat < 1:
+            raise DataError(f"repeat of {source.shards} is {source.repeat}; it must be at least 1.")
+    return tuple(sources)
+
+
+def index_folder(config: DataConfig, first_shard: str) -> str:
+    """Where the index of a source lies."""
+    return config.index or storage.join(storage.parent(first_shard), "_index")
+
+
+def open_dataset(
+    config: DataConfig, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Dataset:
+    """Find the shards and their index; small sets are checked and indexed on first use.
+
+    Raises DataError: no shards, a shard that is not a tar, or a large set without an index.
+    """
+    urls: list[str] = []
+    rows: list[ManifestRow] = []
+    folders: list[str] = []
+    entries: list[int] = []
+    for source in sources_of(config):
+        folder, found = _open_source(config, source, progress)
+        first = len(urls)
+        for row in found:
+            urls.append(row.shard)
+            rows.append(row)
+            folders.append(folder)
+        entries += [first + i for _ in range(source.repeat) for i in range(len(found))]
+    if len(set(urls)) != len(urls):
+        raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
+    shard_of = np.asarray(entries, np.int64)
+    samples = np.asarray([row.samples for row in rows], np.int64)
+    digest = hashlib.sha256()
+    for i in entries:
+        digest.update(f"{storage.name_of(rows[i].shard)} {rows[i].samples} {rows[i].size}\n".encode())
+    return Dataset(
+        urls=tuple(urls),
+        index_urls=tuple(storage.join(f, r.index) for f, r in zip(folders, rows, strict=True)),
+        checksums=tuple(row.checksum for row in rows),
+        shard_of=shard_of,
+        counts=samples[shard_of],
+        mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _open_source(
+    config: DataConfig, source: SourceConfig, progress: Callable[[int, int], None]
+) -> tuple[str, list[ManifestRow]]:
+    named = _named_without_listing(source.shards)
+    if named is not None and len(named) > _SMALL:
+        folder = index_folder(config, named[0])
+        known = read_manifest(folder)
+        missing = [name for name in named if name not in known]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of the {len(named)} shards of {source.shards} have no index; run "
+                f"`ldm data index '{source.shards}' --workers 32` once."
+            )
+        return folder, [known[name] for name in named]
+    shards = storage.list_files(source.shards, timeout_s=config.request_timeout_s)
+    folder = index_folder(config, shards[0].url)
+    if len(shards) > _SMALL:
+        return folder, _known_rows(source, folder, shards)
+    report = build_index(shards, folder, progress=progress, timeout_s=config.request_timeout_s)
+    if report.failed:
+        raise NotATar(next(iter(report.failed.values())))
+    return folder, [report.rows[s.url] for s in shards]
+
+
+def _named_without_listing(url: str) -> list[str] | None:
+    """Names of a purely braced URL: a large set is then opened without a single listing."""
+    if "{" not in url or any(c in url for c in "*?["):
+        return None
+    return sorted(storage.expand_braces(url))
+
+
+def _known_rows(source: SourceConfig, folder: str, shards: Sequence[StoredFile]) -> list[ManifestRow]:
+    known = read_manifest(folder)
+    stale = [s for s in shards if s.url not in known or known[s.url].size != s.size]
+    if stale:
+        raise NoShards(
+            f"{len(stale)} of the {len(shards)} shards of {source.shards} are new or changed; run "
+            f"`ldm data index '{source.shards}' --workers 32` once."
+        )
+    return [known[s.url] for s in shards]
+
+
+def with_shards(config: DataConfig, url: str) -> DataConfig:
+    """The same configuration for one other shard URL."""
+    return replace(config, shards=url, sources=())

@@ -1,0 +1,212 @@
+"""build_loader: one rank's share of every optimizer step, in an order that no layout can change."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from data_pipeline.conditions import check_conditions
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.errors import DataError
+from data_pipeline.order import Order, deal, divisors
+from data_pipeline.parts import Part, PartStream, PartTask
+from data_pipeline.position import merge_positions, pack, unpack
+from data_pipeline.worker import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Loader", "build_loader", "check_layout", "merge_positions"]
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    position: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+    skip_ordinals: Iterable[int] = (),
+    dataset: Dataset | None = None,
+) -> Loader:
+    """Loader of rank `rank`: an endless iterator of Batch with global_batch_size / world_size samples.
+
+    `position` is `merge_positions` of what all ranks' last consumed batches carry; it fits any world size
+    and number of workers that divides the lanes. `skip_ordinals` are never served again. Raises DataError
+    within seconds when the storage, the shards or the configuration are wrong.
+    """
+    check_conditions(config)
+    dataset = dataset or open_dataset(config)
+    order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
+    workers = max(1, config.workers)
+    _check_parts(order, global_batch_size, world_size, workers)
+    states = unpack(position, order, dataset.fingerprint)
+    parts = deal(order.lanes, world_size * workers, f"{world_size} ranks x {workers} workers")
+    tasks = [
+        PartTask(
+            config=config,
+            dataset=dataset,
+            order=order,
+            lanes=lanes,
+            states=tuple(states[lanes.start : lanes.stop]),
+            per_lane=global_batch_size // order.lanes,
+            skip_ordinals=frozenset(int(o) for o in skip_ordinals),
+        )
+        for lanes in parts[rank * workers : (rank + 1) * workers]
+    ]
+    return Loader(tasks, rank=rank, world_size=world_size)
+
+
+def check_layout(
+    config: DataConfig, dataset: Dataset, *, seed: int, global_batch_size: int, world_size: int
+) -> Order:
+    """The order of a run; raises DataError when ranks x workers do not divide its lanes."""
+    order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
+    _check_parts(order, global_batch_size, world_size, max(1, config.workers))
+    return order
+
+
+def _check_parts(order: Order, global_batch_size: int, world_size: int, workers: int) -> None:
+    if order.lanes % (world_size * workers) == 0:
+        return
+    valid = ", ".join(map(str, divisors(order.lanes)))
+    raise DataError(
+        f"{world_size} ranks x {workers} workers = {world_size * workers} does not divide the {order.lanes} "
+        f"lanes (global_batch_size={global_batch_size}); ranks x data.workers can be {valid}."
+    )
+
+
+class Loader(Iterator[Batch]):
+    """Iterator of Batch; close it, or use it as a context manager, to stop its processes."""
+
+    def __init__(self, tasks: Sequence[PartTask], *, rank: int, world_size: int) -> None:
+        task = tasks[0]
+        self._tasks = tasks
+        self._order = task.order
+        self._fingerprint = task.dataset.fingerprint
+        self._size = sum(t.size for t in tasks)
+        self._first_slot = tasks[0].lanes.start * task.per_lane
+        self.batches_per_epoch = task.order.total / (task.order.lanes * task.per_lane)
+        """Optimizer steps per epoch when nothing is rejected."""
+        self.rejected: Counter[str] = Counter()
+        """Rejected samples by reason, of this rank, since the start of the process."""
+        self.counts: Counter[str] = Counter()
+        """requests, bytes, retries, failures of this rank."""
+        self.wait_s = 0.0
+        """Seconds that __next__ has waited for data in total."""
+        self._reject_file = task.config.reject_file and task.config.reject_file.replace("{rank}", str(rank))
+        self._sources: list[WorkerProcess | _Inline] = []
+        try:
+            for i, each in enumerate(tasks):
+                if task.config.workers == 0:
+                    self._sources.append(_Inline(each))
+                else:
+                    name = f"{rank}.{i}"
+                    self._sources.append(WorkerProcess(each, slots=max(1, task.config.prefetch), name=name))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of the order; ranks x workers must divide it."""
+        return self._order.lanes
+
+    def __next__(self) -> Batch:
+        began = time.monotonic()
+        tensors: dict[str, Tensor] = {}
+        parts: list[Part] = []
+        filled = 0
+        for source, task in zip(self._sources, self._tasks, strict=True):
+            part, memory, slot = source.take()
+            arrays = task.layout(part.height, part.width).arrays(memory)
+            for name, array in arrays.items():
+                piece = torch.from_numpy(array)
+                if name not in tensors:
+                    tensors[name] = torch.empty((self._size, *piece.shape[1:]), dtype=piece.dtype)
+                tensors[name][filled : filled + len(piece)] = piece
+            source.release(slot)
+            parts.append(part)
+            filled += task.size
+        self.wait_s += time.monotonic() - began
+        self._account(parts)
+        pixels = tensors.pop("pixels").permute(0, 3, 1, 2)  # [B, 3, H, W], channels last in memory
+        return Batch(
+            pixels=pixels,
+            captions=tuple(itertools.chain.from_iterable(p.captions for p in parts)),
+            ordinals=tensors.pop("ordinals"),
+            conditions=tensors,
+            keys=tuple(itertools.chain.from_iterable(p.keys for p in parts)),
+            slots=torch.arange(self._first_slot, self._first_slot + self._size),
+            position=pack(
+                self._order,
+                self._fingerprint,
+                self._tasks[0].lanes.start,
+                [state for part in parts for state in part.states],
+            ),
+        )
+
+    def _account(self, parts: Sequence[Part]) -> None:
+        lines = []
+        for part in parts:
+            self.counts.update(part.counts)
+            for reason, key, detail, ordinal in part.rejects:
+                self.rejected[reason] += 1
+                record = {"reason": reason, "key": key, "detail": detail, "ordinal": ordinal}
+                lines.append(json.dumps(record))
+        if lines and self._reject_file:
+            path = Path(self._reject_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as f:
+                f.write("\n".join(lines) + "\n")
+
+    def close(self) -> None:
+        """Stop the loader processes; safe to call twice."""
+        for source in self._sources:
+            source.close()
+        self._sources = []
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+
+class _Inline:
+    """The same stream in this process (workers=0): reads ahead in threads, decodes when asked."""
+
+    def __init__(self, task: PartTask) -> None:
+        self._stream = PartStream(task)
+        self._memory = memoryview(bytearray(task.layout().bytes))
+
+    def take(self) -> tuple[Part, memoryview, int]:
+        return self._stream.fill(self._memory), self._memory, 0
+
+    def release(self, slot: int) -> None:
+        """Nothing: the copy is made before the next `take`."""
+
+    def close(self) -> None:
+        self._stream.close()

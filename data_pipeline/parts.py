@@ -1,0 +1,207 @@
+"""One worker's share of every step: walks its lanes and fills arrays in shared memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.conditions import condition_arrays
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError, ReadFailed, Rejected
+from data_pipeline.order import Order
+from data_pipeline.position import LaneState
+from data_pipeline.reader import Background, RangeReader
+from data_pipeline.samples import fill_sample, sample_arrays
+from data_pipeline.selection import make_selection
+from data_pipeline.walk import LaneWalk, Visit, Walker
+
+_ALIGN = 64
+_MIN_REJECTED_RUN = 1000
+_THREADS = 16
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """Everything a worker needs to know."""
+
+    config: DataConfig
+    dataset: Dataset
+    order: Order
+    lanes: range
+    states: tuple[LaneState, ...]
+    per_lane: int
+    """Samples per lane and step."""
+    skip_ordinals: frozenset[int] = frozenset()
+
+    @property
+    def size(self) -> int:
+        """Samples per step."""
+        return len(self.lanes) * self.per_lane
+
+    def layout(self, height: int = 0, width: int = 0) -> PartLayout:
+        """Layout of a part of this picture size; 0: the largest that occurs."""
+        edge = self.config.image_size
+        return PartLayout(self.config, self.size, height or edge, width or edge)
+
+
+@dataclass
+class Part:
+    """What goes with the arrays of one step."""
+
+    height: int
+    width: int
+    captions: list[str]
+    keys: list[str]
+    states: list[list[Any]]
+    """JSON form of each lane's state once this part is consumed."""
+    rejects: list[tuple[str, str, str, int]] = field(default_factory=list)
+    """(reason, key, detail, ordinal) since the last part"""
+    counts: dict[str, int] = field(default_factory=dict)
+    """requests, bytes, retries, failures since the last part"""
+
+
+class PartLayout:
+    """Where the arrays of one part lie in a flat buffer."""
+
+    def __init__(self, config: DataConfig, size: int, height: int, width: int) -> None:
+        self._fields: list[tuple[str, np.dtype[Any], tuple[int, ...], int]] = []
+        position = 0
+        spec = sample_arrays(config, height, width) | condition_arrays(config, height, width)
+        for name, (kind, shape) in spec.items():
+            dtype = np.dtype(kind)
+            self._fields.append((name, dtype, (size, *shape), position))
+            count = int(np.prod((size, *shape), dtype=np.int64))
+            position += -(-count * dtype.itemsize // _ALIGN) * _ALIGN
+        self.bytes = position
+
+    def arrays(self, buffer: memoryview) -> dict[str, NDArray[Any]]:
+        """Views of a buffer of at least `bytes`."""
+        return {
+            name: np.frombuffer(
+                buffer, dtype, count=int(np.prod(shape, dtype=np.int64)), offset=position
+            ).reshape(shape)
+            for name, dtype, shape, position in self._fields
+        }
+
+
+class PartStream:
+    """Produces the parts of one worker, in step order, for ever."""
+
+    def __init__(self, task: PartTask) -> None:
+        config = task.config
+        self._task = task
+        self._reader = RangeReader(
+            timeout_s=config.request_timeout_s, tries=config.max_retries, patience_s=config.patience_s
+        )
+        self._background = Background(_THREADS)
+        self._walker = Walker(
+            task.dataset,
+            task.order,
+            make_selection(config, task.skip_ordinals),
+            self._reader,
+            self._background,
+            lanes=task.lanes,
+            states=[s.copy() for s in task.states],
+            per_lane=task.per_lane,
+            range_bytes=config.read_ahead_bytes,
+            budget_bytes=config.buffer_bytes,
+        )
+        self._sent: Counter[str] = Counter()
+        self._rejects: list[tuple[str, str, str, int]] = []
+        self._walker.read_ahead()
+
+    def fill(self, buffer: memoryview) -> Part:
+        """Write the arrays of the next step to `buffer`. Raises DataError."""
+        edge = self._task.config.image_size
+        out = self._task.layout(edge, edge).arrays(buffer)
+        captions: list[str] = []
+        keys: list[str] = []
+        for walk in self._walker.walks:
+            for _ in range(self._task.per_lane):
+                caption, key = self._fill_row(walk, (edge, edge), out, len(keys))
+                captions.append(caption)
+                keys.append(key)
+        self._walker.read_ahead()
+        part = Part(
+            height=edge,
+            width=edge,
+            captions=captions,
+            keys=keys,
+            states=[walk.state.as_json() for walk in self._walker.walks],
+            rejects=self._rejects,
+            counts=dict(self._reader.counts - self._sent),
+        )
+        self._sent = self._reader.counts.copy()
+        self._rejects = []
+        return part
+
+    def _fill_row(
+        self, walk: LaneWalk, target: tuple[int, int], out: dict[str, NDArray[Any]], row: int
+    ) -> tuple[str, str]:
+        order = self._task.order
+        for _ in range(max(_MIN_REJECTED_RUN, 2 * order.lane_size(walk.lane))):
+            visit = walk.next_visit()
+            ordinal = order.ordinal(visit.epoch, walk.lane, visit.offset)
+            try:
+                caption = self._serve(walk, visit, ordinal, target, out, row)
+            except Rejected as error:
+                walk.done(visit)
+                self._rejects.append((error.reason, self._key(visit), error.detail, ordinal))
+                continue
+            if caption is None:
+                continue
+            walk.done(visit)
+            out["ordinals"][row] = ordinal
+            return caption, self._key(visit)
+        raise self._all_rejected(walk)
+
+    def _serve(
+        self,
+        walk: LaneWalk,
+        visit: Visit,
+        ordinal: int,
+        target: tuple[int, int],
+        out: dict[str, NDArray[Any]],
+        row: int,
+    ) -> str | None:
+        """Caption, or None when the visit was set aside."""
+        if visit.reason is not None:
+            raise Rejected(visit.reason)
+        try:
+            members = visit.load()
+        except ReadFailed as error:
+            walk.defer(visit)
+            self._rejects.append(("set_aside", self._key(visit), str(error)[:300], ordinal))
+            return None
+        return fill_sample(
+            self._task.config,
+            members,
+            late=visit.late,
+            target=target,
+            seed=self._task.order.seed,
+            ordinal=ordinal,
+            out=out,
+            row=row,
+        )
+
+    def _key(self, visit: Visit) -> str:
+        shard = self._task.dataset.urls[visit.shard].rpartition("/")[2].removesuffix(".tar")
+        return f"{shard}/{visit.key}"
+
+    def _all_rejected(self, walk: LaneWalk) -> DataError:
+        reasons = Counter(reason for reason, _, _, _ in self._rejects).most_common(3)
+        listed = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+        return DataError(
+            f"Every sample of lane {walk.lane} ({self._task.order.lane_size(walk.lane)} per epoch) is "
+            f"rejected: {listed}; loosen data.filter, lower data.lanes or correct the shards."
+        )
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._reader.close()
+        self._background.close()

@@ -1,0 +1,90 @@
+"""Loader positions: one raw offset per lane; small, JSON-able and free of the world size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_pipeline.errors import DataError
+from data_pipeline.order import Order
+
+_FORMAT = 1
+
+
+@dataclass
+class LaneState:
+    """Where one lane is: everything before `offset` of `epoch` is done, except what is set aside."""
+
+    epoch: int = 0
+    offset: int = 0
+    deferred: list[int] = field(default_factory=list)
+    """Raw offsets whose shard could not be read; visited again at the end of the epoch."""
+
+    def as_json(self) -> list[Any]:
+        """[epoch, offset] or [epoch, offset, deferred]."""
+        return [self.epoch, self.offset, list(self.deferred)] if self.deferred else [self.epoch, self.offset]
+
+    def copy(self) -> LaneState:
+        """Independent copy."""
+        return LaneState(self.epoch, self.offset, list(self.deferred))
+
+
+def pack(order: Order, fingerprint: str, first: int, states: Sequence[list[Any]]) -> dict[str, Any]:
+    """Position of the lanes first, first + 1, ... as a JSON-able dict."""
+    return {
+        "format": _FORMAT,
+        "data": fingerprint,
+        "seed": order.seed,
+        "lanes": order.lanes,
+        "window": order.window,
+        "first": first,
+        "states": [list(s) for s in states],
+    }
+
+
+def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join the positions of all ranks, in any order, into one that `build_loader` takes at any world size."""
+    assert positions
+    parts = sorted(positions, key=lambda p: p["first"])
+    head = parts[0]
+    states: list[Any] = []
+    for part in parts:
+        same = all(part[k] == head[k] for k in ("format", "data", "seed", "lanes", "window"))
+        assert same and part["first"] == len(states), "positions of one step and one loader"
+        states += part["states"]
+    assert len(states) == head["lanes"], (len(states), head["lanes"])
+    return {**head, "states": states}
+
+
+def unpack(
+    position: dict[str, Any] | Sequence[dict[str, Any]] | None, order: Order, fingerprint: str
+) -> list[LaneState]:
+    """State of every lane. Raises DataError when the position belongs to another order."""
+    if not position:
+        return [LaneState() for _ in range(order.lanes)]
+    whole = position if isinstance(position, dict) else merge_positions(position)
+    if len(whole["states"]) != whole["lanes"]:
+        raise DataError("The stored data position is that of one rank only; merge those of all ranks.")
+    remedies = {
+        "lanes": ("data.lanes", order.lanes),
+        "window": ("data.shuffle_window", order.window),
+        "seed": ("seed", order.seed),
+    }
+    for name, (key, now) in remedies.items():
+        if whole[name] != now:
+            raise DataError(
+                f"The checkpoint stopped in an order with {name} {whole[name]}, this run has {now}; set "
+                f"{key}={whole[name]} to go on where it was."
+            )
+    if whole["data"] != fingerprint:
+        raise DataError(
+            "The checkpoint stopped in another set of shards; restore data.shards (and the index), or start "
+            "a new run with init_from."
+        )
+    return [LaneState(s[0], s[1], list(s[2]) if len(s) > 2 else []) for s in whole["states"]]
+
+
+def epochs_done(position: dict[str, Any] | None) -> float:
+    """Smallest number of whole epochs that every lane has finished, for logging."""
+    return float(min(s[0] for s in position["states"])) if position else 0.0

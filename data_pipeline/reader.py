@@ -1,0 +1,134 @@
+"""Range reads in the background: by priority, with retries, patience and a bounded share of memory."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from data_pipeline import storage
+from data_pipeline.errors import AccessDenied, ReadFailed, StorageOutage
+from data_pipeline.retry import ShortBody, is_transient, pause_before
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_IDLE_S = 0.5
+
+
+class RangeReader:
+    """Reads byte ranges of shards; one per process, used by many threads."""
+
+    def __init__(self, *, timeout_s: float, tries: int, patience_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.tries = tries
+        self.patience_s = patience_s
+        self.counts: Counter[str] = Counter()
+        """requests, bytes, retries, failures"""
+        self._last_success = time.monotonic()
+        self._closed = threading.Event()
+
+    def read(self, url: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop). Raises ReadFailed when only this object fails, StorageOutage when all do."""
+        began = time.monotonic()
+        for attempt in itertools.count(1):
+            try:
+                data = self._once(url, start, stop)
+            except Exception as error:  # noqa: BLE001 - the libraries' exceptions have no common base
+                self._judge(error, url, attempt, began)
+            else:
+                self._last_success = time.monotonic()
+                self.counts["requests"] += 1
+                self.counts["bytes"] += len(data)
+                return data
+            self.counts["retries"] += 1
+            if self._closed.wait(pause_before(min(attempt, 9))):
+                raise ReadFailed("closed")
+        raise AssertionError
+
+    def read_all(self, url: str) -> bytes:
+        """A whole small file, with the same patience."""
+        return self.read(url, 0, -1)
+
+    def _once(self, url: str, start: int, stop: int) -> bytes:
+        fs, path = storage.filesystem(url, timeout_s=self.timeout_s)
+        if stop < 0:
+            return bytes(fs.cat_file(path))
+        data = bytes(fs.cat_file(path, start=start, end=stop))
+        if len(data) != stop - start:
+            raise ShortBody(f"short body: {len(data)} of {stop - start} bytes")
+        return data
+
+    def _judge(self, error: Exception, url: str, attempt: int, began: float) -> None:
+        """Return to try again; raise when it is no use."""
+        if isinstance(error, PermissionError):
+            raise storage.explain(error, url) from error
+        if not is_transient(error):
+            explained = storage.explain(error, url)
+            if isinstance(explained, AccessDenied):
+                raise explained from error
+            self.counts["failures"] += 1
+            raise ReadFailed(f"{url}: {explained}") from error
+        if attempt < self.tries:
+            return
+        if self._last_success > began:  # others are read meanwhile: it is this object
+            self.counts["failures"] += 1
+            raise ReadFailed(f"{url}: {attempt} tries failed, the last with {error}") from error
+        waited = time.monotonic() - began
+        logger.warning("storage does not answer since %.0f s: %s (%s)", waited, url, error)
+        if waited > self.patience_s:
+            raise StorageOutage(
+                f"Storage did not answer for {waited:.0f} s (data.patience_s={self.patience_s:.0f}), last "
+                f"{url}: {error}; run the same command again when it does."
+            ) from error
+
+    def close(self) -> None:
+        """Wake sleeping retries so that threads end."""
+        self._closed.set()
+
+
+class Background:
+    """A few daemon threads that take the most urgent task first."""
+
+    def __init__(self, threads: int) -> None:
+        self._queue: queue.PriorityQueue[tuple[float, int, Any]] = queue.PriorityQueue()
+        self._count = itertools.count()
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, priority: float, action: Callable[[], T]) -> Future[T]:
+        """Run `action` in a thread; smaller priorities first."""
+        future: Future[T] = Future()
+        self._queue.put((priority, next(self._count), (future, action)))
+        return future
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                _, _, (future, action) = self._queue.get(timeout=_IDLE_S)
+            except queue.Empty:
+                continue
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(action())
+            except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the result
+                future.set_exception(error)
+
+    def close(self) -> None:
+        """Drop what has not begun; running reads end by themselves."""
+        self._closed.set()
+        while True:
+            try:
+                _, _, (future, _) = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            future.cancel()

@@ -1,0 +1,85 @@
+"""From tar members to one finished row of a batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.captions import choose_caption
+from data_pipeline.conditions import fill_conditions
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import Rejected
+from data_pipeline.filters import Filter
+from data_pipeline.tars import IMAGE_EXTENSIONS
+from data_pipeline.transforms import crop_pixels, decode, plan_crop
+
+_MAX_JSON = 4_000_000
+
+
+def fill_sample(
+    config: DataConfig,
+    members: Mapping[str, bytes],
+    *,
+    late: Filter | None,
+    target: tuple[int, int],
+    seed: int,
+    ordinal: int,
+    out: Mapping[str, NDArray[Any]],
+    row: int,
+) -> str:
+    """Decode one sample into row `row` of the batch arrays; returns its caption. Raises Rejected."""
+    record = parse_record(members.get("json"))
+    if late is not None:
+        reason = late.check(record or {})
+        if reason is not None:
+            raise Rejected(reason)
+    caption = choose_caption(
+        config.captions,
+        members.get("txt"),
+        record,
+        require=config.require_caption,
+        seed=seed,
+        ordinal=ordinal,
+    )
+    picture = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
+    if picture is None:
+        raise Rejected("no_image")
+    pixels, height, width = decode(picture, target=target, max_pixels=config.max_image_pixels)
+    geometry = plan_crop(
+        height,
+        width,
+        target,
+        random_crop=config.crop == "random",
+        may_flip=config.horizontal_flip,
+        seed=seed,
+        ordinal=ordinal,
+    )
+    crop_pixels(pixels, geometry, out["pixels"][row])
+    fill_conditions(config, members, record, geometry, out, row)
+    return caption
+
+
+def parse_record(body: bytes | None) -> dict[str, Any] | None:
+    """The json member as a dict; None when absent or not an object. Bad JSON counts as absent."""
+    if body is None or len(body) > _MAX_JSON:
+        return None
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def sample_arrays(config: DataConfig, height: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape per sample of pixels and ordinals; conditions come on top."""
+    del config
+    return {"pixels": ("uint8", (height, width, 3)), "ordinals": ("int64", ())}
+
+
+def empty_like(spec: Mapping[str, tuple[str, tuple[int, ...]]], n: int) -> dict[str, NDArray[Any]]:
+    """Arrays for n samples."""
+    return {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in spec.items()}

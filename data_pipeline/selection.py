@@ -1,0 +1,130 @@
+"""Which samples are read and which of their members: filters, removal lists, skipped ordinals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline import storage
+from data_pipeline.config import DataConfig
+from data_pipeline.filters import Filter
+from data_pipeline.index import ShardIndex, hash_text
+from data_pipeline.order import Order
+from data_pipeline.tars import IMAGE_EXTENSIONS
+
+_JSON_CONDITIONS = ("class_label", "layout")
+_MEMBER_CONDITIONS = {"semantic_map": "seg.png", "depth": "depth.png", "class_label": "cls"}
+
+
+@dataclass
+class Selection:
+    """Everything that decides about a sample before its picture is decoded."""
+
+    filter: Filter
+    members: tuple[str, ...]
+    """Extensions that are read."""
+    max_member_bytes: int
+    removed: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """Sorted hashes of removed keys, URLs and digests."""
+    skip_ordinals: frozenset[int] = frozenset()
+    """Visits that the trainer does not want again (loss spikes)."""
+    reads_json: bool = False
+    """Whether every sample's json is read, not only where the index cannot decide the filter."""
+
+    def reasons(self, index: ShardIndex) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+        """[n] -1 for samples to read, else position in the returned names."""
+        names = (*self.filter.reasons(), "removed", "too_large")
+        n = len(index)
+        result = np.full(n, -1, np.int32)
+        early = self._part(index, decidable=True)
+        if early.clauses and n:
+            columns = {name: index.column(name) for name in early.columns}
+            known = {name: column for name, column in columns.items() if column is not None}
+            place = [self.filter.clauses.index(clause) for clause in early.clauses]
+            failing = early.first_failing(known, n)
+            result = np.where(failing >= 0, np.asarray([*place, -1])[failing], -1).astype(np.int32)
+        if n:
+            image_rows = [i for i, e in enumerate(index.extensions) if e in self.members]
+            if image_rows:
+                result[index.sizes[image_rows].max(axis=0) > self.max_member_bytes] = names.index("too_large")
+            result[self._is_removed(index)] = names.index("removed")
+        return result, names
+
+    def undecided(self, index: ShardIndex) -> Filter | None:
+        """The clauses that need each sample's json, because the index does not keep a column."""
+        late = self._part(index, decidable=False)
+        return late if late.clauses else None
+
+    def _part(self, index: ShardIndex, *, decidable: bool) -> Filter:
+        part = Filter("")
+        part.clauses = [
+            c for c in self.filter.clauses if decidable == (not any(n in index.omitted for n in c.columns))
+        ]
+        return part
+
+    def _is_removed(self, index: ShardIndex) -> NDArray[np.bool_]:
+        hit = np.zeros(len(index), np.bool_)
+        if not len(self.removed):
+            return hit
+        keys = np.asarray([hash_text(k.decode("utf-8", "replace")) for k in index.keys], np.uint64)
+        for column in (keys, *index.hashes.values()):
+            hit |= np.isin(column, self.removed)
+        return hit
+
+    def skipped(self, order: Order, epoch: int, lane: int, offset: int, n: int) -> frozenset[int]:
+        """Those of the n raw offsets from `offset` on that are not wanted again."""
+        if not self.skip_ordinals:
+            return frozenset()
+        base = order.ordinal(epoch, lane, 0)
+        return frozenset(o for o in range(offset, offset + n) if base + o in self.skip_ordinals)
+
+
+def make_selection(config: DataConfig, skip_ordinals: Iterable[int] = ()) -> Selection:
+    """Selection of a configuration; reads the removal lists. Raises DataError."""
+    conditions = config.conditions
+    reads_json = any(source != "txt" for source in config.captions) or any(
+        c in _JSON_CONDITIONS for c in conditions
+    )
+    rows = Filter(config.filter)
+    members = [
+        *IMAGE_EXTENSIONS,
+        *(["txt"] if "txt" in config.captions else []),
+        *(["json"] if reads_json or rows.clauses else []),
+        *(_MEMBER_CONDITIONS[c] for c in conditions if c in _MEMBER_CONDITIONS),
+    ]
+    return Selection(
+        filter=rows,
+        members=tuple(members),
+        max_member_bytes=config.max_member_bytes,
+        removed=read_removals(config.removal_lists),
+        skip_ordinals=frozenset(skip_ordinals),
+        reads_json=reads_json,
+    )
+
+
+def read_removals(urls: Iterable[str]) -> NDArray[np.uint64]:
+    """Sorted hashes of every line of the files; blank lines and those that start with # are comments."""
+    hashes: set[int] = set()
+    for url in urls:
+        for line in storage.read_bytes(url).decode("utf-8", "replace").splitlines():
+            entry = line.strip()
+            if entry and not entry.startswith("#"):
+                hashes.add(hash_text(_entry(entry)))
+    return np.asarray(sorted(hashes), np.uint64)
+
+
+def _entry(line: str) -> str:
+    """A plain line, or the key, url or sha256 of a JSON one."""
+    if line.startswith("{"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return line
+        for name in ("key", "url", "sha256", "md5", "hash"):
+            if isinstance(record, dict) and isinstance(record.get(name), str):
+                return str(record[name])
+    return line

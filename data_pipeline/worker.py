@@ -1,0 +1,168 @@
+"""A loader process: torch-free, hands finished parts over in shared memory, ends with its parent."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+from data_pipeline.errors import DataError, WorkerDied
+from data_pipeline.parts import Part, PartStream, PartTask
+
+_PARENT_CHECK_S = 1.0
+_STOP_TIMEOUT_S = 3.0
+_SILENCE_S = 120.0
+
+
+class WorkerProcess:
+    """Parent's side: starts one worker and takes its parts in order.
+
+    A fresh interpreter, not a fork: nothing of torch, CUDA or other threads is inherited. Shared memory
+    is an unnamed file, so nothing is left behind whatever is killed.
+    """
+
+    def __init__(self, task: PartTask, *, slots: int, name: str) -> None:
+        self.name = name
+        self._patience_s = task.config.patience_s + _SILENCE_S
+        self._slot_bytes = _slot_bytes(task)
+        memory = _unnamed_file(self._slot_bytes * slots)
+        ours, theirs = Pipe(duplex=True)
+        self._connection: Connection[Any, Any] = ours
+        self._memory = mmap.mmap(memory, self._slot_bytes * slots)
+        command = [sys.executable, "-m", "data_pipeline.worker", str(theirs.fileno()), str(memory)]
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=(theirs.fileno(), memory),
+            stdin=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            },
+        )
+        theirs.close()
+        os.close(memory)
+        try:
+            self._connection.send_bytes(pickle.dumps((task, slots, os.getpid())))
+        except OSError:
+            raise self._died() from None
+
+    def take(self) -> tuple[Part, memoryview, int]:
+        """Wait for the next part: (part, its memory, slot). Give the slot back with `release`."""
+        deadline = time.monotonic() + self._patience_s
+        while not self._connection.poll(0.5):
+            if time.monotonic() > deadline:
+                raise WorkerDied(
+                    f"Loader process {self.name} has been silent for {self._patience_s:.0f} s; run the "
+                    "same command again to resume."
+                )
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._died() from None
+        if isinstance(message, BaseException):
+            raise message
+        part, slot = message
+        view = memoryview(self._memory)[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+        return part, view, slot
+
+    def release(self, slot: int) -> None:
+        """The part in `slot` has been copied."""
+        try:
+            self._connection.send(slot)
+        except OSError:
+            raise self._died() from None
+
+    def _died(self) -> WorkerDied:
+        try:
+            code = self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        how = (
+            f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+        )
+        return WorkerDied(
+            f"Loader process {self.name} ended {how}; when it was killed for memory lower data.workers, "
+            "data.prefetch or data.buffer_bytes, then run the same command again."
+        )
+
+    def close(self) -> None:
+        """End the process; safe to call twice."""
+        self._connection.close()
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def _slot_bytes(task: PartTask) -> int:
+    return -(-task.layout().bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _unnamed_file(size: int) -> int:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("loader")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def _serve(connection: Connection[Any, Any], memory: int) -> None:
+    task, slots, parent = pickle.loads(connection.recv_bytes())  # from our own parent process
+    threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    slot_bytes = _slot_bytes(task)
+    shared = memoryview(mmap.mmap(memory, slot_bytes * slots))
+    free = list(range(slots))
+    stream = PartStream(task)
+    while True:
+        while not free or connection.poll():
+            free.append(connection.recv())
+        slot = free.pop(0)
+        part = stream.fill(shared[slot * slot_bytes : (slot + 1) * slot_bytes])
+        connection.send((part, slot))
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK_S)
+    os._exit(1)
+
+
+def main() -> None:
+    """Entry of the process: file descriptors of the pipe and of the shared memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    try:
+        _serve(connection, int(sys.argv[2]))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(0)  # the parent closed the pipe or is gone
+    except BaseException as error:  # noqa: BLE001 - the parent raises it
+        known = isinstance(error, DataError)
+        message = error if known else DataError(f"A loader process failed: {type(error).__name__}: {error}")
+        if not known:
+            sys.excepthook(type(error), error, error.__traceback__)
+        try:
+            connection.send(message)
+            connection.close()
+        finally:
+            # without waiting for reads that are still under way
+            sys.stderr.flush()
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
