@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import sys
@@ -26,11 +27,9 @@ class HostBuffer:
         os.ftruncate(self.descriptor, max(num_bytes, 1))
         self._memory = mmap.mmap(self.descriptor, max(num_bytes, 1))
         if hasattr(self._memory, "madvise") and sys.platform == "linux":
-            try:
-                # Otherwise the first save would pay for a page fault on every page.
+            # Otherwise the first save would pay for a page fault on every page. Older kernels refuse.
+            with contextlib.suppress(OSError):
                 self._memory.madvise(_POPULATE_WRITE)
-            except OSError:
-                pass  # an older kernel
         self._flat = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._pinned = device.type == "cuda"
         if self._pinned:

@@ -27,6 +27,7 @@ from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.inline import Failure, InlineWriter, Writer
 from trainer.checkpoint.layout import MASTER, ShardPlan, Span
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
+from trainer.checkpoint.process import BackgroundWriter
 from trainer.checkpoint.reader import check_shapes, read_into
 from trainer.checkpoint.storage import check_writable
 from trainer.checkpoint.writer import Commit, Job
@@ -90,7 +91,7 @@ class CheckpointManager:
         self._buffer: HostBuffer | None = None
         self._template: Manifest | None = None
         self._plan: ShardPlan | None = None
-        self._writer: Writer = self._make_writer()
+        self._writer: Writer = BackgroundWriter() if config.checkpoint.asynchronous else InlineWriter()
         self.last_save: SaveReport | None = None
 
     def save(
@@ -184,9 +185,6 @@ class CheckpointManager:
         if self._buffer is not None:
             self._buffer.close()
             self._buffer = None
-
-    def _make_writer(self) -> Writer:
-        return InlineWriter()
 
     def _inspect(self, url: str) -> tuple[CheckpointHandle | None, list[str]]:
         handle: CheckpointHandle | None = None

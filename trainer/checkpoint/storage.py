@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import xxhash
 
@@ -56,6 +57,7 @@ def _write_once(url: str, parts: list[memoryview]) -> tuple[int, str]:
     fs, path = filesystem(url, timeout_s=60.0)
     hasher, size = xxhash.xxh3_128(), 0
     local = scheme_of(url) == "file"
+    file: Any  # a raw file or one of fsspec's
     if local:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(f"{path}.part", "wb", buffering=0)  # noqa: SIM115 - both kinds close below
@@ -86,9 +88,9 @@ def _write_once(url: str, parts: list[memoryview]) -> tuple[int, str]:
     return size, hasher.hexdigest()
 
 
-def _write_all(file: object, chunk: memoryview) -> None:
+def _write_all(file: Any, chunk: memoryview) -> None:
     while len(chunk):
-        written = file.write(chunk)  # type: ignore[attr-defined]  # a raw or an fsspec file
+        written = file.write(chunk)
         chunk = chunk[written:]
 
 

@@ -1,0 +1,113 @@
+"""The writer process: hashes, writes and uploads beside training. `python -m` this; needs no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import mmap
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import Any, BinaryIO
+
+from trainer.checkpoint.manifest import StoredFile
+from trainer.checkpoint.writer import Job, job_from_header, write_commit, write_shard
+from trainer.config.run import ConfigError
+from trainer.exit_codes import RetryableFault
+
+_PR_SET_PDEATHSIG = 1
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+Frame = tuple[dict[str, Any], list[bytes]]
+
+
+def send_frame(stream: BinaryIO, header: dict[str, Any], blobs: list[bytes]) -> None:
+    """One message: a line of JSON, then the blobs whose lengths it names."""
+    line = json.dumps({**header, "blobs": [len(blob) for blob in blobs]}).encode()
+    stream.write(line + b"\n")
+    for blob in blobs:
+        stream.write(blob)
+    stream.flush()
+
+
+def receive_frame(stream: BinaryIO) -> Frame | None:
+    """The next message; None at the end of the stream."""
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        return None
+    header = json.loads(line)
+    blobs = [stream.read(length) for length in header.pop("blobs")]
+    return header, blobs
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Write jobs as they come, until told to stop; end at once when the trainer is gone."""
+    inbox: queue.Queue[Frame] = queue.Queue()
+    threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
+    memory: memoryview | None = None
+    while True:
+        header, blobs = inbox.get()
+        if header["order"] == "stop":
+            return
+        if header["order"] == "memory":
+            size = int(header["bytes"])
+            memory = memoryview(mmap.mmap(int(header["descriptor"]), max(size, 1)))[:size]
+            continue
+        assert memory is not None
+        _perform(job_from_header(header, blobs), memory, answers)
+
+
+def _perform(job: Job, memory: memoryview, answers: BinaryIO) -> None:
+    stored: StoredFile | None = None
+    try:
+        stored = write_shard(job, memory)
+    except (ConfigError, RetryableFault) as failure:
+        _answer(answers, "shard", failure)
+        return
+    _answer(answers, "shard", None)
+    if job.commit is None:
+        return
+    try:
+        write_commit(job, stored)
+    except (ConfigError, RetryableFault) as failure:
+        _answer(answers, "commit", failure)
+        return
+    _answer(answers, "commit", None)
+
+
+def _answer(answers: BinaryIO, event: str, failure: Exception | None) -> None:
+    header: dict[str, Any] = {"event": event}
+    if failure is not None:
+        header |= {"failure": str(failure), "users": isinstance(failure, ConfigError)}
+    send_frame(answers, header, [])
+
+
+def _listen(requests: BinaryIO, inbox: queue.Queue[Frame]) -> None:
+    while True:
+        frame = receive_frame(requests)
+        if frame is None:
+            # The trainer is gone. A checkpoint without a manifest does not count: nothing to undo.
+            os._exit(1)
+        inbox.put(frame)
+
+
+def main() -> None:
+    """Speak over standard input and output; the trainer's signals are not for this process."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    logging.basicConfig(level=logging.WARNING, format="checkpoint writer: %(levelname)s %(message)s")
+    os.nice(5)  # training comes first on a busy host
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    serve(sys.stdin.buffer, answers)
+    # The listening thread is inside a read, which an orderly exit would trip over.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

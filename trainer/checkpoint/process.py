@@ -1,0 +1,132 @@
+"""The trainer's side of the writer process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.background import receive_frame, send_frame
+from trainer.checkpoint.host_buffer import HostBuffer
+from trainer.checkpoint.inline import Failure
+from trainer.checkpoint.writer import Job, job_to_header
+from trainer.config.run import ConfigError
+from trainer.exit_codes import RetryableFault
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_PATIENCE_S = 60.0
+_POLL_S = 0.5
+
+
+class BackgroundWriter:
+    """Implements `Writer` with a process that shares the host buffer's memory.
+
+    A process rather than a thread: hashing and uploading would fight training for the interpreter.
+    It is started with the first job, and anew when it has died.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._expected: list[str] = []
+
+    def submit(self, job: Job, buffer: HostBuffer) -> None:
+        """Hand the job over; returns at once."""
+        assert not self._expected, "the previous job has not been waited for"
+        if self._process is None or self._process.poll() is not None:
+            self._start(buffer)
+        header, blobs = job_to_header(job)
+        self._expected = ["shard", "commit"] if job.commit is not None else ["shard"]
+        try:
+            self._send({"order": "write", **header}, blobs)
+        except OSError as error:
+            logger.error("the checkpoint writer process is gone: %s", error)
+
+    def shard_result(self) -> Failure | None:
+        """See `Writer`."""
+        return self._wait_for("shard")
+
+    def commit_result(self) -> Failure | None:
+        """See `Writer`."""
+        return self._wait_for("commit")
+
+    def close(self) -> None:
+        """Give a submitted job a minute to finish, then end the process."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        deadline = time.monotonic() + _CLOSE_PATIENCE_S
+        try:
+            while self._expected and process.poll() is None and time.monotonic() < deadline:
+                self._note_failure(self._next_answer(process, deadline))
+            assert process.stdin is not None
+            send_frame(process.stdin, {"order": "stop"}, [])  # type: ignore[arg-type]  # is buffered
+            process.wait(timeout=5.0)
+        except (OSError, subprocess.TimeoutExpired):
+            process.kill()
+            process.wait()
+        if self._expected:
+            logger.error("the last checkpoint was not completed; the one before it is intact")
+            self._expected = []
+
+    def _start(self, buffer: HostBuffer) -> None:
+        self._answers = queue.Queue()
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.checkpoint.background"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[buffer.descriptor],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        threading.Thread(target=_collect, args=(self._process, self._answers), daemon=True).start()
+        self._send({"order": "memory", "descriptor": buffer.descriptor, "bytes": buffer.num_bytes}, [])
+
+    def _send(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        send_frame(self._process.stdin, header, blobs)  # type: ignore[arg-type]  # is buffered
+
+    def _wait_for(self, event: str) -> Failure | None:
+        while event in self._expected:
+            assert self._process is not None
+            failure = self._note_failure(self._next_answer(self._process, None))
+            if failure is not None:
+                return failure
+        return None
+
+    def _next_answer(self, process: subprocess.Popen[bytes], deadline: float | None) -> dict[str, Any]:
+        while True:
+            try:
+                return self._answers.get(timeout=_POLL_S)
+            except queue.Empty:
+                if process.poll() is not None and self._answers.empty():
+                    self._expected = []
+                    return {"failure": f"its process ended with status {process.returncode}", "users": False}
+                if deadline is not None and time.monotonic() > deadline:
+                    return {"failure": "it took too long", "users": False}
+
+    def _note_failure(self, answer: dict[str, Any]) -> Failure | None:
+        if "event" in answer and answer["event"] in self._expected:
+            self._expected.remove(answer["event"])
+        if "failure" not in answer:
+            return None
+        self._expected = []
+        message = str(answer["failure"])
+        if "event" not in answer:
+            message = f"the checkpoint could not be written: {message}."
+        return ConfigError(message) if answer["users"] else RetryableFault(message)
+
+
+def _collect(process: subprocess.Popen[bytes], answers: queue.Queue[dict[str, Any]]) -> None:
+    assert process.stdout is not None
+    while (frame := receive_frame(process.stdout)) is not None:  # type: ignore[arg-type]  # is buffered
+        answers.put(frame[0])
