@@ -68,7 +68,7 @@ def samples(count: int = BATCH) -> dict[str, Any]:
         "layout": boxes,
         "semantic_map": torch.randint(0, 6, (count, EDGE, EDGE), generator=generator, dtype=torch.uint8),
         "depth": torch.rand(count, 1, EDGE, EDGE, generator=generator) * 40,
-        "image_size": torch.randint(1, 900, (count, 6), generator=generator),
+        "size": torch.randint(1, 900, (count, 6), generator=generator),
     }
     conditions["semantic_map"][0, :8] = 255
     return {
@@ -244,12 +244,28 @@ def test_parameters_can_be_counted_without_memory(name: str) -> None:
     assert {key: value.shape for key, value in counted.items()} == expected
 
 
-@pytest.mark.parametrize("field", ["class_label", "layout", "semantic_map", "depth", "image_size"])
-def test_a_missing_field_is_named(field: str) -> None:
+@pytest.mark.parametrize("name", ["class_label", "layout", "semantic_map", "depth", "image_size"])
+def test_a_missing_field_is_named(name: str) -> None:
+    field = "size" if name == "image_size" else name
     batch = samples()
     del batch["conditions"][field]
-    with pytest.raises(ConfigError, match=f"data.conditions.*{field}|{field}.*data.conditions"):
-        prepare(build(field), batch)
+    with pytest.raises(ConfigError, match=f"needs the field {field} .*data.conditions"):
+        prepare(build(name), batch)
+
+
+@pytest.mark.parametrize(("name", "label"), [("class_label", 7), ("layout", 5), ("semantic_map", 6)])
+def test_labels_outside_the_model_are_refused_at_once_and_harmless_later(name: str, label: int) -> None:
+    batch = samples()
+    wrong = batch["conditions"][name].clone()
+    wrong[(3, 0, 0) if name == "layout" else 3] = label
+    conditioner = build(name)
+    with pytest.raises(ConfigError, match=rf"{name} holds the label {label} .*{name}.num_.*={label} "):
+        prepare(conditioner, {**batch, "conditions": {name: wrong}})
+    for _ in range(4):  # from here on the host no longer waits for the device to look
+        prepare(conditioner, batch)
+    inputs = prepare(conditioner, {**batch, "conditions": {name: wrong}})
+    out = fields(conditioner.trained(inputs, conditioner.keep_masks(BATCH)))
+    assert all(value.isfinite().all() for value in out.values())
 
 
 @pytest.mark.parametrize("field", ["low_resolution", "masked_image"])

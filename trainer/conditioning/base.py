@@ -78,6 +78,9 @@ class Source:
     def __len__(self) -> int:
         return len(self.ordinals)
 
+    def __post_init__(self) -> None:
+        assert len(self.captions) == len(self.ordinals), (len(self.captions), len(self.ordinals))
+
     def require(self, name: str) -> Tensor:
         """A task field on the right device.
 
@@ -86,7 +89,7 @@ class Source:
         """
         if name not in self.conditions:
             raise ConfigError(
-                f"the condition {name} needs the field {name} of every sample and the batch has "
+                f"a condition of this model needs the field {name} of every sample and there are "
                 f"{', '.join(sorted(self.conditions)) or 'none'}; add {name} to data.conditions (training) "
                 "or give it (sampling)."
             )
@@ -152,6 +155,37 @@ class Condition(ABC):
         """Move the frozen weights."""
         if self.frozen is not None:
             self.frozen.to(device=device, dtype=dtype)
+
+
+class LabelCheck:
+    """Refuses labels that a model has no entry for, in the first batches.
+
+    Looking at values makes the host wait for the device, so later batches are not looked at; there an
+    unknown label counts as none.
+    """
+
+    def __init__(self, field_name: str, setting: str, num_labels: int, batches: int = 4) -> None:
+        self.field_name = field_name
+        self.setting = setting
+        self.num_labels = num_labels
+        self.batches_left = batches
+
+    def __call__(self, labels: Tensor, none: int) -> None:
+        """Labels of any shape; `none` is the value that stands for no label.
+
+        Raises:
+            ConfigError: a label is neither in 0 .. num_labels - 1 nor `none`.
+        """
+        if self.batches_left == 0:
+            return
+        self.batches_left -= 1
+        unknown = labels[((labels < 0) | (labels >= self.num_labels)) & (labels != none)]
+        if unknown.numel():
+            raise ConfigError(
+                f"the field {self.field_name} holds the label {unknown.flatten()[0].item():g} and "
+                f"{self.setting}={self.num_labels} allows 0 to {self.num_labels - 1}; raise it, or renumber "
+                "the labels from 0."
+            )
 
 
 def replace_dropped(values: Tensor, null: Tensor | float, drop: Tensor) -> Tensor:

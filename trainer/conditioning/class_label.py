@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart
+from trainer.conditioning.base import Condition, Conditioning, LabelCheck, Source, TrainedPart
 from trainer.config.models import ClassLabelConfig, FirstStageConfig
 
 
@@ -13,6 +13,8 @@ class ClassLabel(Condition):
     """The null form is one more class, index num_classes."""
 
     def __init__(self, config: ClassLabelConfig, first_stage: FirstStageConfig, index: int) -> None:
+        self.null_class = config.num_classes
+        self.check = LabelCheck("class_label", "conditioning.class_label.num_classes", config.num_classes)
         self.drop_probability = config.drop_probability
         if config.inject == "context":
             self.trained: TrainedPart = ClassToken(config.num_classes, config.width)
@@ -22,8 +24,11 @@ class ClassLabel(Condition):
             self.num_classes = config.num_classes + 1
 
     def prepare(self, source: Source) -> dict[str, Tensor]:
-        """Field class_label: integer [B] or [B, 1]."""
-        return {"label": source.require("class_label").reshape(len(source)).to(torch.int64)}
+        """Field class_label: integer [B] or [B, 1]; -1 is the null class."""
+        labels = source.require("class_label").reshape(len(source)).to(torch.int64)
+        self.check(labels, none=-1)
+        unknown = (labels < 0) | (labels >= self.null_class)
+        return {"label": labels.masked_fill(unknown, self.null_class)}
 
 
 class ClassToken(TrainedPart):

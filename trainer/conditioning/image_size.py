@@ -24,8 +24,8 @@ class ImageSize(Condition):
         self.vector_dim = NUMBERS * config.width
 
     def prepare(self, source: Source) -> dict[str, Tensor]:
-        """Field image_size: [B, 6], any number type, in pixels."""
-        return {"numbers": source.require("image_size").float()}
+        """Field size: [B, 6], any number type, in pixels. The loader always makes it; see `uncropped`."""
+        return {"numbers": source.require("size").float()}
 
 
 class FourierFeatures(TrainedPart):
@@ -46,6 +46,6 @@ class FourierFeatures(TrainedPart):
 
 
 def uncropped(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """The field image_size [batch, 6] of pictures that were neither resized nor cropped, for sampling."""
+    """The field size [batch, 6] of pictures that were neither resized nor cropped, for sampling."""
     numbers = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=device)
     return numbers.expand(batch, NUMBERS)

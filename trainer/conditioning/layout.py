@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart
+from trainer.conditioning.base import Condition, Conditioning, LabelCheck, Source, TrainedPart
 from trainer.conditioning.transformer import TokenTransformer, token_embedding
 from trainer.config.models import FirstStageConfig, LayoutConfig
 
@@ -19,6 +19,7 @@ class Layout(Condition):
 
     def __init__(self, config: LayoutConfig, first_stage: FirstStageConfig, index: int) -> None:
         self.max_boxes = config.max_boxes
+        self.check = LabelCheck("layout", "conditioning.layout.num_labels", config.num_labels)
         self.trained = LayoutEncoder(config)
         self.drop_probability = config.drop_probability
         self.context_dim = config.width
@@ -29,6 +30,7 @@ class Layout(Condition):
         More than max_boxes rows are cut (the loader lists large boxes first), fewer are filled up.
         """
         boxes = source.require("layout").float()[:, : self.max_boxes]
+        self.check(boxes[..., 0], none=EMPTY)
         return {"boxes": F.pad(boxes, (0, 0, 0, self.max_boxes - boxes.shape[1]), value=float(EMPTY))}
 
 
@@ -57,7 +59,6 @@ class LayoutEncoder(TrainedPart):
         labels = boxes[..., 0].round().to(torch.int64)
         points = (boxes[..., 1:].clamp(0, 1) * (self.grid - 1)).round().to(torch.int64)  # [B, N, 4]
         columns, rows = points[..., 0::2], points[..., 1::2]
-        # Labels this model does not know are no boxes either, rather than a read outside the table.
         absent = (labels < 0) | (labels >= self.num_labels) | drop.unsqueeze(1)
         corners = (rows * self.grid + columns).masked_fill(absent.unsqueeze(2), self.grid**2)
         return labels.masked_fill(absent, self.num_labels), corners

@@ -33,8 +33,13 @@ class LowResolution(Condition):
         self.drop_probability = config.drop_probability
         self.guided = config.drop_probability > 0
         self.concat_channels = 3
+        self.signal = noise_level_alphas_cumprod(config)
         if config.max_noise_level:
             self.num_classes = config.noise_num_timesteps
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Move the noise-level schedule, which stays float32."""
+        self.signal = self.signal.to(device)
 
     def prepare(self, source: Source) -> dict[str, Tensor]:
         """Field low_resolution: [B, 3, h, w], uint8 or float in [-1, 1]; absent: made from the pixels.
@@ -46,7 +51,7 @@ class LowResolution(Condition):
         if not self.config.max_noise_level:
             return {"picture": picture}
         level = self._noise_level(source, given)
-        signal = noise_level_alphas_cumprod(self.config).to(source.device)[level].view(-1, 1, 1, 1)
+        signal = self.signal.to(source.device)[level].view(-1, 1, 1, 1)
         noise = normal(source.seed, source.ordinals, Purpose.LOW_RESOLUTION_NOISE, tuple(picture.shape[1:]))
         return {"picture": signal.sqrt() * picture + (1 - signal).sqrt() * noise, "level": level}
 

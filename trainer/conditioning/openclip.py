@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 """Captions -> int64 [B, L], on the CPU."""
+
+REMEMBERED_WORDS = 200_000
+SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
 
 
 class OpenCLIP(Condition):
@@ -107,15 +111,18 @@ class DroppedText(TrainedPart):
 
 def clip_tokenizer(max_tokens: int, padding: str = "zero") -> Tokenizer:
     """CLIP's byte-pair encoding, from the vocabulary that open_clip ships: start, pieces, end, padding."""
-    tokenizer = open_clip.SimpleTokenizer(context_length=max_tokens)
+    encoder = _byte_pair_encoder()
 
     def tokenize(captions: Sequence[str]) -> Tensor:
-        tokens: Tensor = tokenizer(list(captions))
+        if len(encoder.cache) > REMEMBERED_WORDS:
+            # open_clip remembers every word it ever met; over billions of captions that fills the memory.
+            encoder.cache = {token: token for token in SPECIAL_TOKENS}
+        tokens: Tensor = encoder(list(captions), context_length=max_tokens)
         if padding == "end":
             # By position, not by value: id 0 is also the piece "!".
             position = torch.arange(max_tokens)
-            end = (position * (tokens == tokenizer.eot_token_id)).amax(dim=1, keepdim=True)
-            tokens = tokens.masked_fill(position > end, tokenizer.eot_token_id)
+            end = (position * (tokens == encoder.eot_token_id)).amax(dim=1, keepdim=True)
+            tokens = tokens.masked_fill(position > end, encoder.eot_token_id)
         return tokens
 
     return tokenize
@@ -123,7 +130,12 @@ def clip_tokenizer(max_tokens: int, padding: str = "zero") -> Tokenizer:
 
 def clip_vocabulary_size() -> int:
     """Entries of CLIP's byte-pair vocabulary, start and end token included."""
-    return int(open_clip.SimpleTokenizer().vocab_size)
+    return int(_byte_pair_encoder().vocab_size)
+
+
+@functools.cache
+def _byte_pair_encoder() -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer()
 
 
 def architecture(config: OpenCLIPConfig) -> dict[str, Any]:

@@ -6,9 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart, replace_dropped
+from trainer.conditioning.base import (
+    Condition,
+    Conditioning,
+    LabelCheck,
+    Source,
+    TrainedPart,
+    replace_dropped,
+)
 from trainer.config.models import DepthConfig, FirstStageConfig, SemanticMapConfig
 from trainer.config.run import ConfigError
+
+UNLABELLED = 255
+"""Label of pixels that belong to nothing."""
 
 
 class ConcatPart(TrainedPart):
@@ -23,6 +33,7 @@ class SemanticMap(Condition):
     """A label map, reduced to few learned channels. Null form: zeros, the same as unlabelled everywhere."""
 
     def __init__(self, config: SemanticMapConfig, first_stage: FirstStageConfig, index: int) -> None:
+        self.check = LabelCheck("semantic_map", "conditioning.semantic_map.num_labels", config.num_labels)
         self.trained = LabelReduction(config.num_labels, config.channels, first_stage.downsampling)
         self.drop_probability = config.drop_probability
         self.guided = config.drop_probability > 0
@@ -31,6 +42,7 @@ class SemanticMap(Condition):
     def prepare(self, source: Source) -> dict[str, Tensor]:
         """Field semantic_map: integer [B, H, W] or [B, 1, H, W] at pixel resolution, 255 unlabelled."""
         labels = source.require("semantic_map")
+        self.check(labels, none=UNLABELLED)
         return {"labels": labels.squeeze(1) if labels.ndim == 4 else labels}
 
 

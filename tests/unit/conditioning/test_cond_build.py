@@ -55,7 +55,7 @@ def test_two_towers_join_in_width_and_the_vector_is_pooled_text_then_sizes() -> 
     conditioner = build_conditioner(config, FIRST_STAGE)
     assert (conditioner.context_dim, conditioner.vector_dim) == (40, 24 + 6 * 8)
     sizes = torch.tensor([[512.0, 384, 0, 10, 256, 256]] * 3)
-    out = conditioner.trained(prepared(conditioner, image_size=sizes), conditioner.keep_masks(3))
+    out = conditioner.trained(prepared(conditioner, size=sizes), conditioner.keep_masks(3))
     first, other = (conditioner.conditions[name] for name in ("openclip", "openclip_second"))
     captions = [f"caption {i}" for i in range(3)]
     assert out.context is not None

@@ -131,9 +131,7 @@ def test_sizes_become_the_fourier_features_of_sdxl() -> None:
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     condition = ImageSize(ImageSizeConfig(), FIRST_STAGE, 9)
     numbers = torch.tensor([[1024, 768, 0, 128, 1024, 1024], [512, 512, 3, 0, 256, 256]])
-    out = condition.trained(
-        condition.prepare(source(2, image_size=numbers)), torch.tensor([False, False])
-    ).vector
+    out = condition.trained(condition.prepare(source(2, size=numbers)), torch.tensor([False, False])).vector
     reference = embeddings.get_timestep_embedding(
         numbers.flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0
     ).view(2, -1)
