@@ -31,7 +31,7 @@ class DataConfig:
     lanes: int = 0
     """Independent walks over the shards; ranks x workers must divide it. 0: derived from the global batch."""
     shuffle_window: int = 0
-    """Samples of one lane that are shuffled together; 1: shard order; 0: derived (all together about 1 GB)."""
+    """Samples of one lane that are shuffled together; 1: shard order; 0: derived (about 1 GB in all)."""
     filter: str = ""
     """Rows to keep, e.g. punsafe < 0.1 and min(width, height) >= 512; empty: all."""
     removal_lists: tuple[str, ...] = ()

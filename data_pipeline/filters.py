@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ _TOKEN = re.compile(
 _KEYWORDS = {"and", "or", "not", "in", "true", "false"}
 _FUNCTIONS = {"min": 2, "max": 2, "abs": 1, "missing": 1, "default": 2}
 _MAX_DEPTH = 50
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt,
+    ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,9 +177,9 @@ class _Parser:
             return result
         result_node: Node | None = None
         while self._peek()[1] in ("<", "<=", ">", ">=", "==", "!=") and self._peek()[0] == "op":
-            operator = self._next()[1]
+            symbol = self._next()[1]
             right = self._sum()
-            step = _compare(operator, node, right)
+            step = _compare(symbol, node, right)
             result_node = step if result_node is None else _logic(result_node, step, any_true=False)
             node = right
         return result_node or node
@@ -282,32 +287,28 @@ def _logic(left: Node, right: Node, *, any_true: bool) -> Node:
     return node
 
 
-def _compare(operator: str, left: Node, right: Node) -> Node:
+def _compare(symbol: str, left: Node, right: Node) -> Node:
     def node(columns: Mapping[str, Column], n: int) -> Column:
         (a, a_known), (b, b_known) = left(columns, n), right(columns, n)
         known = a_known & b_known
         if (a.dtype == object) != (b.dtype == object):  # a text is never equal to a number
-            return np.full(n, operator == "!="), known
+            return np.full(n, symbol == "!="), known
         result = np.zeros(n, np.bool_)
         x, y = a[known], b[known]
-        operations: dict[str, Callable[[Any, Any], Any]] = {
-            "<": lambda: x < y, "<=": lambda: x <= y, ">": lambda: x > y,
-            ">=": lambda: x >= y, "==": lambda: x == y, "!=": lambda: x != y,
-        }  # fmt: skip
-        result[known] = operations[operator]()  # type: ignore[call-arg]
+        result[known] = _COMPARISONS[symbol](x, y)
         return result, known
 
     return node
 
 
-def _arithmetic(operator: str, left: Node, right: Node) -> Node:
+def _arithmetic(symbol: str, left: Node, right: Node) -> Node:
     def node(columns: Mapping[str, Column], n: int) -> Column:
         (a, a_known), (b, b_known) = _numeric(left(columns, n)), _numeric(right(columns, n))
-        if operator == "+":
+        if symbol == "+":
             value = a + b
-        elif operator == "-":
+        elif symbol == "-":
             value = a - b
-        elif operator == "*":
+        elif symbol == "*":
             value = a * b
         else:
             value = np.divide(a, b)

@@ -136,7 +136,7 @@ def read_index(shard: StoredFile, *, timeout_s: float = 30.0, tries: int = 8) ->
 
         try:
             return with_retries(once, tries=tries)
-        except Exception as error:  # noqa: BLE001 - the libraries' exceptions have no common base
+        except Exception as error:
             raise storage.explain(error, shard.url) from error
 
     found = scan(read, shard.size, wanted=lambda name: name.lower().endswith(".json"))

@@ -68,7 +68,7 @@ class Order:
         offset = first
         while offset < stop:
             low, high = self.window_of(lane, offset)
-            assert low == offset and high <= stop, (lane, low, offset, high, stop)
+            assert (low, min(high, stop)) == (offset, high), (lane, low, offset, high, stop)
             key = fold(self.seed, epoch, lane, low, int(Draw.WINDOW_ORDER))
             positions.append(low + permutation(key, high - low))
             offset = high

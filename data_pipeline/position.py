@@ -51,7 +51,8 @@ def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     states: list[Any] = []
     for part in parts:
         same = all(part[k] == head[k] for k in ("format", "data", "seed", "lanes", "window"))
-        assert same and part["first"] == len(states), "positions of one step and one loader"
+        assert same, "positions of one loader"
+        assert part["first"] == len(states), "positions of all ranks"
         states += part["states"]
     assert len(states) == head["lanes"], (len(states), head["lanes"])
     return {**head, "states": states}

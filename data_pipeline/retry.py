@@ -47,7 +47,7 @@ def with_retries(
     for attempt in range(1, tries + 1):
         try:
             return action()
-        except Exception as error:  # noqa: BLE001 - storage libraries share no base class
+        except Exception as error:
             if attempt == tries or not is_transient(error):
                 raise
         sleep(pause_before(attempt))

@@ -120,14 +120,16 @@ def shape_coverage(
 
 def bounds(item: SceneObject) -> tuple[float, float, float, float]:
     """Bounding box (x0, y0, x1, y1) in pixels, not clipped."""
-    if item.shape == "circle":
-        r = item.radius
-        return item.x - r, item.y - r, item.x + r, item.y + r
-    if item.shape == "square":
-        r = 0.886 * item.radius
-        return item.x - r, item.y - r, item.x + r, item.y + r
-    r = 0.7776 * item.radius
-    return item.x - math.sqrt(3.0) * r, item.y - 2 * r, item.x + math.sqrt(3.0) * r, item.y + r
+    left, top, right, bottom = _extent(item.shape, item.radius)
+    return item.x + left, item.y + top, item.x + right, item.y + bottom
+
+
+def _extent(shape: str, radius: float) -> tuple[float, float, float, float]:
+    if shape == "triangle":
+        inradius = 0.7776 * radius
+        return -math.sqrt(3.0) * inradius, -2 * inradius, math.sqrt(3.0) * inradius, inradius
+    half = radius if shape == "circle" else 0.886 * radius
+    return -half, -half, half, half
 
 
 def make_scene(options: SceneOptions, rng: random.Random) -> Scene:
@@ -142,14 +144,15 @@ def make_scene(options: SceneOptions, rng: random.Random) -> Scene:
         if len(objects) == wanted:
             break
         radius = edge * max(options.min_radius, rng.uniform(options.min_radius, options.max_radius) * shrink)
-        margin = min(1.3 * radius, 0.49 * edge)
-        color = rng.choice(list(COLORS))
+        color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
         rgb = tuple(min(255, max(0, c + rng.randint(-options.jitter, options.jitter))) for c in COLORS[color])
+        left, top, right, bottom = _extent(shape, radius)
         item = SceneObject(
             color=color,
-            shape=rng.choice(SHAPES),
-            x=rng.uniform(margin, width - margin),
-            y=rng.uniform(margin, height - margin),
+            shape=shape,
+            # wholly inside the picture
+            x=rng.uniform(min(-left, width / 2), max(width - right, width / 2)),
+            y=rng.uniform(min(-top, height / 2), max(height - bottom, height / 2)),
             radius=radius,
             depth=rng.uniform(0.05, 0.85),
             rgb=(rgb[0], rgb[1], rgb[2]),

@@ -133,7 +133,7 @@ def list_files(url: str, *, timeout_s: float = 30.0) -> list[StoredFile]:
         if not any(c in pattern for c in "*?[") and not pattern.endswith(".tar"):
             pattern = join(pattern, "*.tar")
         fs, path = filesystem(pattern, timeout_s=timeout_s)
-        listing = guarded(lambda fs=fs, path=path: fs.glob(path, detail=True), pattern)  # type: ignore[misc]
+        listing = guarded(lambda fs=fs, path=path: fs.glob(path, detail=True), pattern)
         found += [_stored(pattern, info) for info in listing.values() if info["type"] == "file"]
     if not found:
         _check_bucket(url, timeout_s)
@@ -146,7 +146,7 @@ def _list_named(url: str, names: list[str], timeout_s: float) -> list[StoredFile
     for folder in sorted({parent(name) for name in names}):
         fs, path = filesystem(folder, timeout_s=timeout_s)
         try:
-            listing = guarded(lambda fs=fs, path=path: fs.ls(path, detail=True), folder)  # type: ignore[misc]
+            listing = guarded(lambda fs=fs, path=path: fs.ls(path, detail=True), folder)
         except NoShards:
             listing = []
         folders[folder] = {}
@@ -195,7 +195,7 @@ def guarded(action: Any, url: str, *, tries: int = 2) -> Any:
         return with_retries(action, tries=tries)
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001 - the libraries' exceptions have no common base
+    except Exception as error:
         raise explain(error, url) from error
 
 

@@ -21,7 +21,11 @@ _TURNS: dict[int, tuple[bool, int]] = {
     2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
 }  # fmt: skip
 """EXIF orientation: mirror left-right, then quarter turns against the clock."""
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, IndexError, TypeError, EOFError, KeyError, MemoryError, ZeroDivisionError, OverflowError, AttributeError)  # fmt: skip
+_DECODE_ERRORS = (
+    *(OSError, ValueError, SyntaxError, LookupError, TypeError, EOFError, AttributeError),
+    *(MemoryError, ArithmeticError, RuntimeError, AssertionError, NotImplementedError),
+)
+"""Pillow's plugins raise all of these for damaged files; none of them may stop a run."""
 
 
 @dataclass(frozen=True)

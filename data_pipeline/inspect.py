@@ -1,0 +1,211 @@
+"""Looks into shards: counts, sizes, captions, bad members, and a contact sheet."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from data_pipeline import storage
+from data_pipeline.captions import clean
+from data_pipeline.errors import DataError, Rejected
+from data_pipeline.index import DEFECTS, ShardIndex
+from data_pipeline.indexing import read_index
+from data_pipeline.keyed import permutation
+from data_pipeline.storage import StoredFile
+from data_pipeline.tars import IMAGE_EXTENSIONS
+from data_pipeline.transforms import decode
+
+_TILE = 160
+_TEXT = 44
+_COLUMNS = 6
+_MAX_BYTES = 64_000_000
+
+
+@dataclass
+class Inspection:
+    """What `inspect_shards` found."""
+
+    shards: int = 0
+    bytes: int = 0
+    samples: int = 0
+    extensions: Counter[str] = field(default_factory=Counter)
+    missing_rows: int = 0
+    """Rows of the parquets without tar members (failed downloads)."""
+    problems: list[str] = field(default_factory=list)
+    bad_members: Counter[str] = field(default_factory=Counter)
+    """Rejections by reason among the samples whose pictures were decoded, and defects of the index."""
+    decoded: int = 0
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    columns: dict[str, list[float]] = field(default_factory=dict)
+    pictures: list[tuple[NDArray[np.uint8], str]] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report."""
+        words = [len(c.split()) for c in self.captions]
+        text = [
+            f"shards            {self.shards}",
+            f"bytes             {self.bytes:,}",
+            f"samples           {self.samples:,}",
+            f"members           {', '.join(f'{e} {n:,}' for e, n in sorted(self.extensions.items()))}",
+            f"rows without tar  {self.missing_rows:,}",
+            f"decoded           {self.decoded:,}",
+        ]
+        if self.widths:
+            text.append(f"width             {_spread(self.widths)}")
+            text.append(f"height            {_spread(self.heights)}")
+        if self.captions:
+            text.append(f"caption words     {_spread(words)}")
+            text.append(f"distinct captions {len(set(self.captions)):,} of {len(self.captions):,}")
+            common = Counter(self.captions).most_common(3)
+            text.append("most common       " + "; ".join(f"{c!r} ({n})" for c, n in common))
+        for name, values in sorted(self.columns.items()):
+            finite = [v for v in values if np.isfinite(v)]
+            missing = len(values) - len(finite)
+            if finite:
+                text.append(f"column {name:<17} {_spread(finite)}, {missing} missing")
+        bad = ", ".join(f"{reason} {n}" for reason, n in self.bad_members.most_common()) or "none"
+        text.append(f"bad members       {bad}")
+        text += [f"problem           {p}" for p in self.problems[:20]]
+        if len(self.problems) > 20:
+            text.append(f"problem           and {len(self.problems) - 20} more")
+        return text
+
+
+def inspect_shards(
+    url: str,
+    *,
+    decode_per_shard: int = 50,
+    pictures: int = 36,
+    max_pixels: int = 64_000_000,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Inspection:
+    """Scan every shard behind `url` and decode a fixed random choice of its pictures.
+
+    A shard that is no tar is reported as a problem. Raises DataError when nothing matches or storage
+    does not answer.
+    """
+    shards = storage.list_files(url)
+    result = Inspection()
+    per_sheet = -(-pictures // len(shards))
+    for done, shard in enumerate(shards):
+        progress(done, len(shards))
+        result.shards += 1
+        result.bytes += shard.size
+        try:
+            index = read_index(shard)
+        except DataError as error:
+            result.problems.append(str(error))
+            continue
+        _count(result, index)
+        chosen = permutation(1, len(index))[:decode_per_shard]
+        _decode_some(result, shard, index, np.sort(chosen).tolist(), per_sheet, max_pixels)
+    progress(len(shards), len(shards))
+    result.pictures = result.pictures[:pictures]
+    return result
+
+
+def _count(result: Inspection, index: ShardIndex) -> None:
+    name = storage.name_of(index.shard)
+    result.samples += len(index)
+    result.missing_rows += index.missing_rows
+    result.problems += [f"{name}: {p}" for p in index.problems]
+    for extension in index.extensions:
+        result.extensions[extension] += int((index.extents(extension)[0] >= 0).sum())
+    for code, reason in enumerate(DEFECTS):
+        if code and (index.defects == code).any():
+            result.bad_members[reason] += int((index.defects == code).sum())
+    for column, values in index.numbers.items():
+        result.columns.setdefault(column, []).extend(values.astype(float).tolist())
+
+
+def _decode_some(
+    result: Inspection, shard: StoredFile, index: ShardIndex, rows: Sequence[int], keep: int, max_pixels: int
+) -> None:
+    fs, path = storage.filesystem(shard.url)
+    image_extensions = [e for e in IMAGE_EXTENSIONS if e in index.extensions]
+    kept = 0
+    for row in rows:
+        members: dict[str, bytes] = {}
+        for extension in (*image_extensions, "txt", "json"):
+            if extension not in index.extensions:
+                continue
+            starts, sizes = index.extents(extension)
+            start, size = int(starts[row]), int(sizes[row])
+            if start >= 0 and size <= _MAX_BYTES:
+                read = lambda a=start, b=start + size: fs.cat_file(path, start=a, end=b)  # noqa: E731
+                members[extension] = bytes(storage.guarded(read, shard.url, tries=5))
+        caption = caption_of(members)
+        if caption:
+            result.captions.append(caption)
+        else:
+            result.bad_members["no_caption"] += 1
+        picture = next((members[e] for e in image_extensions if e in members), None)
+        if picture is None:
+            continue
+        try:
+            pixels, height, width = decode(picture, target=(_TILE, _TILE), max_pixels=max_pixels)
+        except Rejected as error:
+            result.bad_members[error.reason] += 1
+            key = index.keys[row].decode("utf-8", "replace")
+            result.problems.append(f"{storage.name_of(shard.url)}/{key}: {error}")
+            continue
+        result.decoded += 1
+        result.widths.append(width)
+        result.heights.append(height)
+        if kept < keep:
+            result.pictures.append((pixels, caption))
+            kept += 1
+
+
+def caption_of(members: dict[str, bytes]) -> str:
+    """Caption of a sample: its txt, else the json's caption."""
+    if "txt" in members:
+        return clean(members["txt"].decode("utf-8", "replace"))
+    try:
+        record: Any = json.loads(members.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return ""
+    value = record.get("caption") if isinstance(record, dict) else None
+    return clean(value) if isinstance(value, str) else ""
+
+
+def contact_sheet(pictures: Sequence[tuple[NDArray[np.uint8], str]]) -> bytes:
+    """PNG of the pictures in a grid, captions below."""
+    columns = min(_COLUMNS, max(1, len(pictures)))
+    rows = max(1, -(-len(pictures) // columns))
+    sheet = Image.new("RGB", (columns * (_TILE + 8) + 8, rows * (_TILE + _TEXT + 8) + 8), (32, 32, 36))
+    draw = ImageDraw.Draw(sheet)
+    for i, (pixels, caption) in enumerate(pictures):
+        tile = Image.fromarray(np.ascontiguousarray(pixels))
+        tile.thumbnail((_TILE, _TILE))
+        x, y = 8 + i % columns * (_TILE + 8), 8 + i // columns * (_TILE + _TEXT + 8)
+        sheet.paste(tile, (x + (_TILE - tile.width) // 2, y + (_TILE - tile.height) // 2))
+        for line, text in enumerate(_wrapped(caption, 26)[:3]):
+            draw.text((x, y + _TILE + 2 + 13 * line), text, fill=(230, 230, 230))
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return out.getvalue()
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.encode("latin-1", "replace").decode("latin-1").split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, middle, high = np.percentile(np.asarray(values, np.float64), [0, 50, 100])
+    return f"min {low:.4g}, median {middle:.4g}, max {high:.4g}"

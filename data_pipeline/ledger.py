@@ -1,0 +1,106 @@
+"""Which samples made which step: by running the loader, or from the order and the index alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.errors import DataError
+from data_pipeline.order import Order
+from data_pipeline.position import LaneState
+from data_pipeline.reader import RangeReader
+from data_pipeline.selection import make_selection
+from data_pipeline.walk import ShardViews
+
+_FAR = 1_000_000
+
+
+def trace(
+    config: DataConfig, seed: int, global_batch_size: int, *, steps: range, ranks: int = 1
+) -> Iterator[tuple[int, list[str]]]:
+    """Run the real loader for all ranks and yield (step, keys in global order)."""
+    from data_pipeline.loader import build_loader
+
+    dataset = open_dataset(config)
+    loaders = []
+    try:
+        for rank in range(ranks):
+            loaders.append(
+                build_loader(
+                    config,
+                    seed=seed,
+                    global_batch_size=global_batch_size,
+                    rank=rank,
+                    world_size=ranks,
+                    dataset=dataset,
+                )
+            )
+        for step in range(steps.stop):
+            keys = [key for loader in loaders for key in next(loader).keys]
+            if step in steps:
+                yield step, keys
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def explain_step(
+    config: DataConfig, seed: int, global_batch_size: int, step: int
+) -> Iterator[dict[str, Any]]:
+    """Samples of one step in global order, one record per slot, without reading pictures.
+
+    Index-level rejections (filters, removal lists, defects) are counted; pictures that turn out to be
+    unreadable later are not known here, so lanes that met some are ahead of what this says.
+    """
+    if step < 0:
+        raise DataError(f"--step is {step}; steps count from 0.")
+    dataset = open_dataset(config)
+    order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
+    reader = RangeReader(
+        timeout_s=config.request_timeout_s, tries=config.max_retries, patience_s=config.patience_s
+    )
+    views = ShardViews(dataset, make_selection(config), reader, capacity=64)
+    per_lane = global_batch_size // order.lanes
+    for lane in range(order.lanes):
+        for i, (state, shard, row, rejected) in enumerate(
+            _accepted(order, dataset, views, lane, step * per_lane, per_lane)
+        ):
+            view = views.get(shard)
+            name = dataset.urls[shard].rpartition("/")[2].removesuffix(".tar")
+            yield {
+                "step": step,
+                "slot": lane * per_lane + i,
+                "key": f"{name}/{view.keys[row].decode('utf-8', 'replace')}",
+                "lane": lane,
+                "epoch": state.epoch,
+                "offset": state.offset,
+                "ordinal": order.ordinal(state.epoch, lane, state.offset),
+                "rejected_before": rejected,
+            }
+
+
+def _accepted(
+    order: Order, dataset: Dataset, views: ShardViews, lane: int, skip: int, take: int
+) -> Iterator[tuple[LaneState, int, int, int]]:
+    """The `take` accepted visits of a lane after the first `skip`."""
+    seen = rejected = 0
+    state = LaneState()
+    for _ in range(_FAR):
+        first, stop = order.window_of(lane, state.offset)
+        entries, rows = order.visits(state.epoch, lane, first, stop)
+        for offset, (entry, row) in enumerate(zip(entries.tolist(), rows.tolist(), strict=True), first):
+            shard = int(dataset.shard_of[entry])
+            if views.get(shard).reasons[row] >= 0:
+                rejected += 1
+                continue
+            if seen >= skip:
+                yield LaneState(state.epoch, offset), shard, row, rejected
+                rejected = 0
+            seen += 1
+            if seen == skip + take:
+                return
+        state.offset = stop
+        if stop >= order.lane_size(lane):
+            state = LaneState(state.epoch + 1, 0)
