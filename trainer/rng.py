@@ -77,11 +77,11 @@ def words(seed: int, ordinals: Tensor, purpose: int, count: int) -> tuple[Tensor
     """
     blocks = -(-count // 4)
     assert blocks <= MASK, "a draw holds at most 2**34 elements per sample"
-    ordinals = ordinals.to(torch.int64).view(-1, 1)
-    size = (ordinals.shape[0], blocks)
-    block = torch.arange(blocks, device=ordinals.device).expand(size)
-    even = torch.stack([block, (ordinals & MASK).expand(size)])
-    odd = torch.stack([torch.full_like(block, purpose), ((ordinals >> 32) & MASK).expand(size)])
+    ordinals = ordinals.to(torch.int64).view(-1, 1)  # [B, 1]
+    row = torch.arange(2, device=ordinals.device).view(2, 1, 1)
+    block = torch.arange(blocks, device=ordinals.device)  # [blocks]
+    even = block * (1 - row) + (ordinals & MASK) * row  # [2, B, blocks]
+    odd = (purpose * (1 - row) + ((ordinals >> 32) & MASK) * row).expand(even.shape)
     return philox((even, odd), (seed & MASK, (seed >> 32) & MASK))
 
 
@@ -93,7 +93,7 @@ def uniform(seed: int, ordinals: Tensor, purpose: int, shape: tuple[int, ...]) -
         even, odd = words(seed, part, purpose, count)
         return _in_element_order((even >> 8).to(torch.float32), (odd >> 8).to(torch.float32), count)
 
-    return _chunked(draw, ordinals, count).mul_(2.0**-24).view(-1, *shape)
+    return _chunked(draw, ordinals, count).mul_(2.0**-24).view(len(ordinals), *shape)
 
 
 def normal(seed: int, ordinals: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
@@ -113,7 +113,7 @@ def normal(seed: int, ordinals: Tensor, purpose: int, shape: tuple[int, ...]) ->
         sine, cosine = _sincos_of_turn(odd.to(torch.float64) * 2.0**-32 - 0.5)
         return _in_element_order((radius * cosine).float(), (radius * sine).float(), count)
 
-    return _chunked(draw, ordinals, count).view(-1, *shape)
+    return _chunked(draw, ordinals, count).view(len(ordinals), *shape)
 
 
 def randint(seed: int, ordinals: Tensor, purpose: int, high: int) -> Tensor:
@@ -133,13 +133,13 @@ def _integers(seed: int, ordinals: Tensor, purpose: int, count: int) -> Tensor:
     """63-bit integers, int64 [B, count / 2], each from two consecutive words."""
     even, odd = words(seed, ordinals, purpose, count)
     joined = ((even >> 1) << 32) | odd  # [2, B, blocks]
-    return joined.permute(1, 2, 0).reshape(joined.shape[1], -1)[:, : count // 2]
+    return joined.permute(1, 2, 0).reshape(joined.shape[1], 2 * joined.shape[2])[:, : count // 2]
 
 
 def _chunked(draw: Callable[[Tensor], Tensor], ordinals: Tensor, count: int) -> Tensor:
     """draw(ordinals), [B, count]; on a CPU by groups of samples, which no value depends on."""
-    rows = max(1, CPU_CHUNK // max(count, 1)) if ordinals.device.type == "cpu" else len(ordinals)
-    if len(ordinals) <= rows:
+    rows = max(1, CPU_CHUNK // max(count, 1))
+    if ordinals.device.type != "cpu" or len(ordinals) <= rows or torch.compiler.is_compiling():
         return draw(ordinals)
     return torch.cat([draw(part) for part in ordinals.split(rows)])
 
@@ -147,7 +147,7 @@ def _chunked(draw: Callable[[Tensor], Tensor], ordinals: Tensor, count: int) -> 
 def _in_element_order(even: Tensor, odd: Tensor, count: int) -> Tensor:
     """Two [2, B, blocks] -> [B, count], elements 4k .. 4k+3 from words 0 .. 3 of block k."""
     stacked = torch.stack([even, odd], dim=-1)  # [2, B, blocks, 2]
-    return stacked.permute(1, 2, 0, 3).reshape(even.shape[1], -1)[:, :count]
+    return stacked.permute(1, 2, 0, 3).reshape(even.shape[1], 4 * even.shape[2])[:, :count]
 
 
 def _pair(row: Tensor, first: int, second: int) -> Tensor:
@@ -159,7 +159,9 @@ def _log(u: Tensor) -> Tensor:
 
     u = m 2**e with m in [0.5, 1); with c = sqrt(1/2) and f = (m - c) / (m + c), ln m = ln c + 2 artanh f.
     """
-    mantissa, exponent = torch.frexp(u)
+    bits = u.view(torch.int64)  # IEEE 754 binary64: 52 bits of mantissa, exponent biased by 1023
+    exponent = (bits >> 52) - 1022
+    mantissa = ((bits & (2**52 - 1)) | (1022 << 52)).view(torch.float64)
     centre = math.sqrt(0.5)
     f = (mantissa - centre) / (mantissa + centre)  # |f| <= 0.172
     z = f * f
