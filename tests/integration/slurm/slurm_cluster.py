@@ -8,12 +8,9 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 _HOW = (
@@ -34,7 +31,7 @@ def missing_sentence() -> str | None:
 class SlurmCluster:
     """Starts its own daemons in its own folder on its own ports, and ends exactly those."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, environment: dict[str, str]) -> None:
         self.root = root
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
@@ -43,6 +40,7 @@ class SlurmCluster:
                 for name, value in os.environ.items()
                 if not name.startswith(("SLURM_", "SBATCH_"))
             },
+            **environment,
             "SLURM_CONF": str(root / "slurm.conf"),
             "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin",
         }
@@ -199,21 +197,3 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
-
-
-@pytest.fixture(scope="session")
-def slurm() -> Iterator[SlurmCluster]:
-    """The cluster, up for all tests of this folder."""
-    sentence = missing_sentence()
-    if sentence is not None:
-        pytest.skip(sentence)
-    # Not pytest's temporary folder: munge wants a path that nobody else can write, and short sockets.
-    root = Path(tempfile.mkdtemp(prefix="ldm-slurm-"))
-    root.chmod(0o755)
-    cluster = SlurmCluster(root)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
-        shutil.rmtree(root, ignore_errors=True)
