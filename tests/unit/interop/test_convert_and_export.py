@@ -1,0 +1,229 @@
+"""`ldm import` and `ldm export` end to end: files and folders written, read back, and read by diffusers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from trainer.conditioning.openclip import OpenCLIP
+from trainer.config.models import ConditioningConfig, FirstStageConfig, OpenCLIPConfig, UNetConfig
+from trainer.config.run import Config, ConfigError
+from trainer.first_stage.build import build_first_stage, load_first_stage
+from trainer.interop.convert import import_weights
+from trainer.interop.diffusers import read_json, write_json
+from trainer.interop.export import export_weights
+from trainer.interop.unet_names import UNetSizes
+from trainer.weights import read_weights, write_weights
+
+FIRST_STAGE = FirstStageConfig(base_channels=8, channel_multipliers=(1, 2), num_groups=4, latent_scale=0.5)
+TOWER = OpenCLIPConfig(model="ViT-B-32", width=16, layers=3, heads=2)
+CONFIG = Config(
+    unet=UNetConfig(
+        model_channels=16, channel_multipliers=(1, 2), attention_factors=(2,), head_dim=8, num_groups=4
+    ),
+    first_stage=FIRST_STAGE,
+    conditioning=ConditioningConfig(openclip=TOWER),
+)
+
+
+def own_weights(config: Config = CONFIG, context_dim: int | None = 16) -> dict[str, Tensor]:
+    """All networks of a small run under our names."""
+    torch.manual_seed(0)
+    unet = UNetSizes(4, 4, context_dim).build(config.unet).state_dict()
+    first_stage = build_first_stage(config.first_stage)
+    tower = OpenCLIP(TOWER, config.first_stage, 0).tower
+    return {
+        **{f"unet.{name}": torch.randn(t.shape) for name, t in unet.items()},
+        **{f"first_stage.{name}": t for name, t in first_stage.state_dict().items()},
+        **{f"text_encoder.{name}": t for name, t in tower.state_dict().items()},
+    }
+
+
+def unet_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("unet.")}
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert set(left) == set(right)
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.mark.parametrize("projection", ["linear", "conv"])
+@pytest.mark.parametrize("layout", ["compvis", "diffusers"])
+def test_export_then_import_gives_the_same_bits(layout: Any, projection: Any, tmp_path: Path) -> None:
+    config = replace(CONFIG, unet=replace(CONFIG.unet, projection=projection))
+    tensors = own_weights(config)
+    there = f"memory://{tmp_path}/model" + (".safetensors" if layout == "compvis" else "")
+    exported = export_weights(tensors, there, config, layout)
+    assert exported.left == ()
+    report = import_weights(there, str(tmp_path / "back"), config)
+    assert_same(read_weights(str(tmp_path / "back/unet.safetensors"))[0], unet_of(tensors))
+    text = read_weights(str(tmp_path / "back/text_encoder.safetensors"))[0]
+    assert_same(
+        {f"text_encoder.{n}": t for n, t in text.items()}, {n: t for n, t in tensors.items() if "text_" in n}
+    )
+    stage = load_first_stage(replace(FIRST_STAGE, weights=str(tmp_path / "back"), latent_scale=None))
+    assert stage.latent_scale.tolist() == [0.5] * 4
+    assert torch.equal(stage.encoder.conv_in.weight, tensors["first_stage.encoder.conv_in.weight"])  # type: ignore[union-attr]
+    assert len(report.files) == 3
+    assert not [name for name in report.left if not name.startswith("model_ema")]
+
+
+def test_native_export_is_what_the_trainer_reads(tmp_path: Path) -> None:
+    tensors = own_weights() | {"conditions.parts.class_label.embedding.weight": torch.ones(3, 16)}
+    average = {name: 0.5 * tensor for name, tensor in unet_of(tensors).items()}
+    export_weights(tensors, str(tmp_path), CONFIG, "native", average)
+    written, metadata = read_weights(str(tmp_path / "unet.safetensors"))
+    assert set(written) == {n for n in tensors if n.startswith(("unet.", "conditions."))}
+    assert "unet" in metadata
+    averaged = read_weights(str(tmp_path / "unet_ema.safetensors"))[0]
+    assert torch.equal(averaged["unet.conv_in.weight"], average["unet.conv_in.weight"])
+    load_first_stage(replace(FIRST_STAGE, weights=str(tmp_path)))
+
+
+def test_averages_travel_in_the_original_layout(tmp_path: Path) -> None:
+    tensors = own_weights()
+    average = {name: 0.5 * tensor for name, tensor in unet_of(tensors).items()}
+    file = str(tmp_path / "model.safetensors")
+    export_weights(tensors, file, CONFIG, "compvis", average)
+    names = read_weights(file)[0]
+    assert "model_ema.diffusion_modeltime_embed0weight" in names
+    assert {"betas", "alphas_cumprod", "scale_factor"} <= set(names)
+    import_weights(file, str(tmp_path / "back"), CONFIG)
+    assert_same(read_weights(str(tmp_path / "back/unet_ema.safetensors"))[0], average)
+    assert_same(read_weights(str(tmp_path / "back/unet.safetensors"))[0], unet_of(tensors))
+
+
+def test_a_diffusers_folder_describes_itself(tmp_path: Path) -> None:
+    tensors = own_weights()
+    export_weights(tensors, str(tmp_path / "there"), CONFIG, "diffusers")
+    import_weights(str(tmp_path / "there"), str(tmp_path / "back"), None)
+    assert_same(read_weights(str(tmp_path / "back/unet.safetensors"))[0], unet_of(tensors))
+    lone = import_weights(str(tmp_path / "there/vae"), str(tmp_path / "vae"), None)
+    assert lone.files == (str(tmp_path / "vae/first_stage.safetensors"),)
+
+
+def test_diffusers_loads_what_we_wrote(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    tensors = own_weights()
+    export_weights(tensors, str(tmp_path), CONFIG, "diffusers")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler")
+    assert torch.equal(unet.conv_in.weight, tensors["unet.conv_in.weight"])
+    assert vae.config.scaling_factor == 0.5
+    assert scheduler.config.prediction_type == "epsilon"
+    assert scheduler.config.beta_schedule == "scaled_linear"
+    index = read_json(str(tmp_path / "model_index.json"))
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
+    text = read_json(str(tmp_path / "text_encoder/config.json"))
+    assert (text["num_hidden_layers"], text["hidden_size"], text["num_attention_heads"]) == (2, 16, 2)
+
+
+def test_sharded_diffusers_weights_are_read(tmp_path: Path) -> None:
+    tensors = own_weights()
+    export_weights(unet_of(tensors), str(tmp_path / "whole"), CONFIG, "diffusers")
+    stored = safetensors.torch.load_file(tmp_path / "whole/unet/diffusion_pytorch_model.safetensors")
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    halves = [dict(list(stored.items())[::2]), dict(list(stored.items())[1::2])]
+    for i, half in enumerate(halves):
+        write_weights(str(folder / f"part{i}.safetensors"), half, {})
+    places = {name: f"part{i}.safetensors" for i, half in enumerate(halves) for name in half}
+    index = str(folder / "diffusion_pytorch_model.safetensors.index.json")
+    write_json(index, {"metadata": {}, "weight_map": places})
+    write_json(str(folder / "config.json"), read_json(str(tmp_path / "whole/unet/config.json")))
+    import_weights(str(folder), str(tmp_path / "back"), CONFIG)
+    assert_same(read_weights(str(tmp_path / "back/unet.safetensors"))[0], unet_of(tensors))
+
+
+def test_another_structure_is_refused_by_name_and_nothing_is_written(tmp_path: Path) -> None:
+    tensors = own_weights()
+    file = str(tmp_path / "model.safetensors")
+    export_weights(tensors, file, CONFIG, "compvis")
+    deeper = replace(CONFIG, unet=replace(CONFIG.unet, num_res_blocks=3))
+    with pytest.raises(ConfigError, match=r"missing input_blocks\.\d+.* \(\d+") as caught:
+        import_weights(file, str(tmp_path / "back"), deeper)
+    assert "unexpected" in str(caught.value)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_torn_file_is_refused_by_name(tmp_path: Path) -> None:
+    file = str(tmp_path / "model.safetensors")
+    export_weights(own_weights(), file, CONFIG, "compvis")
+    content = safetensors.torch.load_file(file)
+    lost = "model.diffusion_model.middle_block.1.norm.weight"
+    del content[lost]
+    content["first_stage_model.encoder.extra.weight"] = torch.zeros(3)
+    safetensors.torch.save_file(content, file)
+    with pytest.raises(
+        ConfigError, match=r"1 tensors missing, 0 unexpected.*\n.*middle_block\.1\.norm\.weight"
+    ):
+        import_weights(file, str(tmp_path / "back"), CONFIG)
+    content[lost] = torch.zeros(32)
+    safetensors.torch.save_file(content, file)
+    with pytest.raises(ConfigError, match=r"unexpected encoder\.extra\.weight \(3,\)"):
+        import_weights(file, str(tmp_path / "back"), CONFIG)
+    assert not (tmp_path / "back").exists()
+
+
+def test_other_heads_have_equal_shapes_and_are_still_refused(tmp_path: Path) -> None:
+    export_weights(own_weights(), str(tmp_path / "there"), CONFIG, "diffusers")
+    other = replace(CONFIG, unet=replace(CONFIG.unet, head_dim=16))
+    with pytest.raises(ConfigError, match="head_dim"):
+        import_weights(str(tmp_path / "there"), str(tmp_path / "back"), other)
+
+
+def test_lone_networks_of_every_kind_are_recognised(tmp_path: Path) -> None:
+    tensors = own_weights()
+    file = str(tmp_path / "model.safetensors")
+    export_weights(tensors, file, CONFIG, "compvis")
+    stored = safetensors.torch.load_file(file)
+    for prefix, made in (
+        ("model.diffusion_model.", "unet.safetensors"),
+        ("first_stage_model.", "first_stage.safetensors"),
+        ("cond_stage_model.model.", "text_encoder.safetensors"),
+    ):
+        lone = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+        safetensors.torch.save_file(lone, tmp_path / "lone.safetensors")
+        report = import_weights(str(tmp_path / "lone.safetensors"), str(tmp_path / "back"), CONFIG)
+        assert [Path(name).name for name in report.files] == [made]
+    with pytest.raises(ConfigError, match="does not describe"):
+        import_weights(file, str(tmp_path / "back"), None)
+
+
+def test_impossible_exports_are_refused_before_writing() -> None:
+    tensors = own_weights()
+    updown = replace(CONFIG, unet=replace(CONFIG.unet, resblock_updown=True))
+    with pytest.raises(ConfigError, match="resblock_updown"):
+        export_weights(own_weights(updown), "memory://refused", updown, "diffusers")
+    with pytest.raises(ConfigError, match=r"\.safetensors"):
+        export_weights(tensors, "memory://refused", CONFIG, "compvis")
+    with pytest.raises(ConfigError, match="no network"):
+        export_weights({"optimizer.step": torch.zeros(1)}, "memory://refused", CONFIG, "native")
+    with pytest.raises(ConfigError, match="no weights"):
+        export_weights({}, "memory://refused", CONFIG, "native")
+    assert not fsspec.filesystem("memory").exists("/refused")
+
+
+def test_conditions_that_a_layout_cannot_hold_are_reported(tmp_path: Path) -> None:
+    tensors = unet_of(own_weights()) | {"conditions.parts.layout.table": torch.zeros(2)}
+    report = export_weights(tensors, str(tmp_path / "m.safetensors"), CONFIG, "compvis")
+    assert report.left == ("conditions.parts.layout.table",)
+
+
+def test_class_tokens_of_the_ldm_models_travel(tmp_path: Path) -> None:
+    tokens = "conditions.parts.class_label.embedding.weight"
+    tensors = unet_of(own_weights()) | {tokens: torch.randn(5, 16)}
+    file = str(tmp_path / "cin.safetensors")
+    export_weights(tensors, file, CONFIG, "compvis")
+    import_weights(file, str(tmp_path / "back"), CONFIG)
+    assert_same(read_weights(str(tmp_path / "back/unet.safetensors"))[0], tensors)
