@@ -39,13 +39,15 @@ class Board:
     def __init__(self, path: Path, ranks: int, *, create: bool = False) -> None:
         self.path = path
         self.ranks = ranks
-        if create:
-            path.write_bytes(bytes(_STRIDE * ranks))
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
         try:
+            if create:
+                os.ftruncate(descriptor, _STRIDE * ranks)
             self._memory = mmap.mmap(descriptor, _STRIDE * ranks)
         finally:
             os.close(descriptor)
+        if create:
+            self.clear()  # never by truncating: somebody may have the file mapped
 
     def clear(self) -> None:
         """Forget every rank, before a restart."""

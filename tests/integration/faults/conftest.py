@@ -1,0 +1,278 @@
+"""Real runs of a tiny model, faults put into them from outside, and fingerprints of what is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from data_pipeline.scenes import SceneOptions
+from data_pipeline.synthetic import SynthesisOptions, synthesize
+from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
+from trainer.checkpoint.layout import Span
+from trainer.checkpoint.reader import read_into
+from trainer.heartbeat import Pulse
+from trainer.launch.observe import LocalRun
+
+LIMIT_S = 400.0
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries, the second one's values winning."""
+    out = dict(base)
+    for key, value in changes.items():
+        out[key] = merge(out.get(key, {}), value) if isinstance(value, dict) else value
+    return out
+
+
+def tiny(shards: str, run_dir: str) -> dict[str, Any]:
+    """A text-conditioned pixel-space model of some ten thousand parameters on two ranks."""
+    return {
+        "run_dir": run_dir,
+        "steps": 24,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "data": {
+            "shards": shards,
+            "image_size": 16,
+            "shuffle_window": 16,
+            "workers": 1,
+            "horizontal_flip": True,
+        },
+        "first_stage": {"name": "identity", "latent_channels": 3},
+        "unet": {
+            "model_channels": 16,
+            "channel_multipliers": [1, 2],
+            "num_res_blocks": 1,
+            "attention_factors": [2],
+            "head_dim": 16,
+            "num_groups": 4,
+        },
+        "conditioning": {
+            "openclip": {"model": "ViT-B-32", "width": 32, "layers": 1, "heads": 2, "layer": "last"}
+        },
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
+        "ema": {"decay": 0.9},
+        "distributed": {
+            "ranks": 2,
+            "engine": "torch",
+            "precision": "fp32",
+            "max_restarts": 40,
+            "watchdog_s": 4.0,
+        },
+        "checkpoint": {"every": 4},
+        "logging": {"every": 1, "wandb": "disabled", "progress_bar": False},
+    }
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """96 small pictures in 4 shards."""
+    folder = tmp_path_factory.mktemp("fault-shards")
+    options = SynthesisOptions(samples=96, samples_per_shard=24, scene=SceneOptions(min_edge=24, max_edge=40))
+    list(synthesize(str(folder), options))
+    return f"{folder}/*.tar"
+
+
+class FaultyRun:
+    """`ldm train` in a process of its own, with a view into its ranks."""
+
+    def __init__(self, folder: Path, values: dict[str, Any], environment: dict[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run_dir = str(values["run_dir"])
+        self.folder_of_run = Path(self.run_dir)
+        self.command = ["-m", "trainer", "train"]
+        self.log = folder / "console.log"
+        self._config = folder / "config.yaml"
+        self._config.write_text(yaml.safe_dump(values))
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self.process: subprocess.Popen[bytes] | None = None
+        self._seen: LocalRun | None = None
+
+    def start(self) -> FaultyRun:
+        """Start it; returns at once."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *self.command, str(self._config)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
+        self._seen = LocalRun(self.process.pid)
+        return self
+
+    def wait(self, limit_s: float = LIMIT_S) -> int:
+        """Exit code."""
+        assert self.process is not None
+        try:
+            return self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {limit_s} s:\n{self.console[-4000:]}") from None
+
+    def run(self) -> int:
+        """Start it and wait for its exit code."""
+        return self.start().wait()
+
+    def kill(self) -> None:
+        """SIGKILL the launcher; its ranks die with it."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def console(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def ranks(self) -> dict[int, int]:
+        """Process id by rank, of the ranks that are there now."""
+        return self._view().ranks()
+
+    def pulse(self, rank: int) -> Pulse | None:
+        """What a rank last said; None before it has spoken."""
+        return self._view().pulse(rank)
+
+    def _view(self) -> LocalRun:
+        assert self._seen is not None, "not started"
+        return self._seen
+
+    def until(self, condition: Callable[[], bool], what: str, limit_s: float = 200.0) -> float:
+        """Poll until a condition holds; the monotonic time at which it did."""
+        limit = time.monotonic() + limit_s
+        while not condition():
+            assert self.process is not None
+            assert self.process.poll() is None, f"ended before {what}:\n{self.console[-4000:]}"
+            assert time.monotonic() < limit, f"never saw {what}:\n{self.console[-4000:]}"
+            time.sleep(0.001)
+        return time.monotonic()
+
+    def until_step(self, step: int, rank: int = 0, phase: str = "step") -> float:
+        """Wait until a rank is at this phase of this optimizer step, or past it (phases are short)."""
+
+        def there() -> bool:
+            pulse = self.pulse(rank)
+            if pulse is None or pulse.phase in ("start", "exit"):
+                return False
+            return pulse.step > step or (pulse.step == step and pulse.phase == phase)
+
+        return self.until(there, f"rank {rank} in phase {phase} of step {step}")
+
+    def signal(self, number: int, *targets: int) -> float:
+        """Send a signal to ranks (all of them if none is named); the monotonic time."""
+        ranks = self.ranks()
+        for rank in targets or tuple(ranks):
+            os.kill(ranks[rank], number)
+        return time.monotonic()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Everything in the run's JSONL files, in order."""
+        folder = Path(self.run_dir) / "logs"
+        lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in lines]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """JSONL events of one name."""
+        return [record for record in self.records() if record.get("event") == name]
+
+    def trace(self) -> dict[int, float]:
+        """Loss by step; a step that was made twice must have had the same loss twice."""
+        losses: dict[int, float] = {}
+        for record in self.records():
+            if "loss" in record:
+                step = record["step"]
+                same = losses.setdefault(step, record["loss"]) == record["loss"]
+                assert same, (step, losses[step], record["loss"])
+        return losses
+
+    def last_losses(self) -> dict[int, float]:
+        """Loss by step where a rewind made some steps twice: the last one counts."""
+        return {record["step"]: record["loss"] for record in self.records() if "loss" in record}
+
+    def committed(self) -> list[int]:
+        """Steps with a complete checkpoint, newest first."""
+        folder = Path(checkpoints_url(self.run_dir))
+        return [s for s in steps_found(str(folder)) if (folder / folder_name(s) / "manifest.json").exists()]
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of every parameter's master weights, moments and averages at the last checkpoint."""
+        folder = checkpoints_url(self.run_dir)
+        handle = open_checkpoint(f"{folder}/{folder_name(steps_found(folder)[0])}")
+        prints = {"step": str(handle.step)}
+        for engine, shapes in handle.manifest.shapes.items():
+            for kind in handle.manifest.plan(0).kinds[engine]:
+                for name, shape in shapes.items():
+                    numel = math.prod(shape)
+                    target = torch.empty(numel)
+                    read_into(handle, engine, kind, [Span(name, 0, numel)], [target])
+                    digest = hashlib.sha256(target.numpy().tobytes()).hexdigest()
+                    prints[f"{engine}.{kind}.{name}"] = digest
+        return prints
+
+
+@dataclass(frozen=True)
+class RunFactory:
+    """Makes runs that differ from the tiny one only in what is asked for."""
+
+    folder: Path
+    shards: str
+    made: list[FaultyRun] = dataclasses.field(default_factory=list)
+
+    def __call__(
+        self,
+        changes: dict[str, Any] | None = None,
+        *,
+        name: str = "run",
+        environment: dict[str, str] | None = None,
+    ) -> FaultyRun:
+        values = merge(tiny(self.shards, str(self.folder / name / "out")), changes or {})
+        run = FaultyRun(self.folder / name, values, environment or {})
+        self.made.append(run)
+        return run
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, shards: str) -> Iterator[RunFactory]:
+    """Factory of runs; whatever still runs at the end of the test is killed."""
+    factory = RunFactory(tmp_path, shards)
+    yield factory
+    for run in factory.made:
+        run.kill()
+
+
+@dataclass(frozen=True)
+class Unbroken:
+    """What a run without faults leaves behind."""
+
+    fingerprint: dict[str, str]
+    trace: dict[int, float]
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Callable[..., Unbroken]:
+    """The unbroken run with these changes to the tiny configuration; made once a session each."""
+    known: dict[str, Unbroken] = {}
+
+    def get(changes: dict[str, Any] | None = None) -> Unbroken:
+        key = json.dumps(changes or {}, sort_keys=True)
+        if key not in known:
+            run = RunFactory(tmp_path_factory.mktemp("unbroken"), shards)(changes)
+            code = run.run()
+            assert code == 0, run.console[-4000:]
+            known[key] = Unbroken(run.fingerprint(), run.trace())
+        return known[key]
+
+    return get

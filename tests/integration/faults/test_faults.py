@@ -1,0 +1,222 @@
+"""The fault matrix: each fault is noticed, survived, and leaves the same weights behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.exit_codes import ExitCode
+
+STEPS = 24
+Unbroken = Callable[..., Any]
+
+
+def assert_as_unbroken(run: Any, wanted: Any) -> None:
+    assert run.fingerprint() == wanted.fingerprint
+    assert run.trace() == wanted.trace
+
+
+def test_a_stopped_rank_is_replaced(make_run: Any, unbroken: Unbroken) -> None:
+    """SIGSTOP: the process lives, its socket answers, and a collective would wait for ten minutes."""
+    wanted = unbroken()
+    run = make_run().start()
+    run.until_step(10, rank=1)
+    stopped = run.ranks()
+    run.signal(signal.SIGSTOP, 1)
+    run.until(lambda: not set(run.ranks().values()) & set(stopped.values()), "the ranks replaced")
+    assert run.wait() == 0, run.console[-4000:]
+    assert "rank 1 hangs: frozen" in run.console
+    assert "Current thread" in run.console  # stacks of both: rank 0's on the console
+    assert_as_unbroken(run, wanted)
+
+
+def test_preemption_saves_and_the_same_command_goes_on(make_run: Any, unbroken: Unbroken) -> None:
+    wanted = unbroken()
+    run = make_run().start()
+    run.until_step(9)
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.wait() == ExitCode.PREEMPTED, run.console[-4000:]
+    saved = run.committed()[0]
+    assert saved >= 9
+    assert saved % 4 != 0 or saved == max(run.trace())  # at the boundary, not at the next interval
+    (run.folder_of_run / "STOP").touch()
+    run.start()
+    assert run.wait() == ExitCode.STOPPED, run.console[-4000:]
+    assert not (run.folder_of_run / "STOP").exists()
+    assert run.run() == 0, run.console[-4000:]
+    assert_as_unbroken(run, wanted)
+
+
+@pytest.fixture
+def injected(make_run: Any, tmp_path: Path) -> Callable[..., Any]:
+    """A run whose ranks carry one of inject.py's faults."""
+
+    def make(fault: str, changes: dict[str, Any], *, step: int = 10, name: str = "run") -> Any:
+        environment = {"FAULT_NOTE": str(tmp_path / "note"), "FAULT_STEP": str(step)}
+        run = make_run(changes, name=name, environment=environment)
+        run.command = [str(Path(__file__).with_name("inject.py")), fault]
+        return run
+
+    return make
+
+
+def check_healing(injected: Any, make_run: Any, fault: str, changes: dict[str, Any]) -> None:
+    run = injected(fault, changes)
+    assert run.run() == 0, run.console[-4000:]
+    (event,) = run.events("rewind")
+    assert event["step"] == 11
+    assert len(event["skipped"]) == 8
+    journal = json.loads((run.folder_of_run / "healing.json").read_text())
+    # The same end as a run that knew from the start what to leave out.
+    knowing = make_run(changes, name="knowing")
+    knowing.folder_of_run.mkdir(parents=True)
+    (knowing.folder_of_run / "healing.json").write_text(json.dumps(journal))
+    assert knowing.run() == 0, knowing.console[-4000:]
+    assert knowing.events("rewind") == []
+    assert run.fingerprint() == knowing.fingerprint()
+    assert run.last_losses() == knowing.last_losses()
+
+
+def test_a_nan_batch_is_rewound_and_skipped(injected: Any, make_run: Any) -> None:
+    check_healing(injected, make_run, "nan", {"steps": STEPS})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "distributed",
+    [
+        {"engine": "deepspeed", "zero_stage": 1, "precision": "bf16"},
+        {"engine": "deepspeed", "zero_stage": 3},
+    ],
+    ids=["zero1-bf16", "zero3"],
+)
+def test_a_nan_batch_is_survived_under_deepspeed(
+    injected: Any, make_run: Any, distributed: dict[str, Any]
+) -> None:
+    check_healing(injected, make_run, "nan", {"steps": STEPS, "distributed": distributed})
+
+
+@pytest.mark.slow
+def test_a_spike_is_rewound_and_skipped(injected: Any, make_run: Any) -> None:
+    changes = {"steps": 32, "healing": {"spike_zscore": 20.0, "spike_window": 8}}
+    check_healing(injected, make_run, "spike", changes)
+
+
+@pytest.mark.slow
+def test_endless_nans_end_with_a_sentence(injected: Any) -> None:
+    run = injected("nan", {"healing": {"max_rewinds": 0}})
+    assert run.run() == ExitCode.FATAL
+    assert "healing.max_rewinds=0" in run.console
+    assert "restarting" not in run.console
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_changes_nothing(injected: Any, unbroken: Unbroken) -> None:
+    run = injected("clock", {})
+    assert run.run() == 0, run.console[-4000:]
+    assert "restarting" not in run.console
+    assert_as_unbroken(run, unbroken())
+
+
+def damage(folder: Path, how: str) -> None:
+    """Harm the newest checkpoint in one of the ways storage and crashes do."""
+    newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
+    shard = sorted(newest.glob("rank_00001*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    if how == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    elif how == "bit flipped":
+        content[len(content) * 3 // 4] ^= 0x10
+        shard.write_bytes(content)
+    elif how == "file missing":
+        shard.unlink()
+    else:
+        (newest / "manifest.json").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["truncated", "bit flipped", "file missing", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over(make_run: Any, unbroken: Unbroken, how: str) -> None:
+    wanted = unbroken()
+    run = make_run().start()
+    run.until_step(14)
+    run.kill()
+    newest, previous = run.committed()[:2]
+    damage(run.folder_of_run, how)
+    assert run.run() == 0, run.console[-4000:]
+    assert run.events("resume")[-1]["step"] == previous
+    assert f"step_{newest:09d} is not used" in run.console
+    assert_as_unbroken(run, wanted)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_with_a_sentence_and_loses_nothing(
+    make_run: Any, unbroken: Unbroken, small_disk: Path
+) -> None:
+    wanted = unbroken()
+    run = make_run({"run_dir": str(small_disk / "out")}).start()
+    run.until(lambda: len(run.committed()) >= 1, "a first checkpoint")
+    ballast = small_disk / "ballast"
+    with ballast.open("wb") as stream:
+        try:
+            while stream.write(b"x" * 4096):
+                stream.flush()
+        except OSError:
+            pass
+    assert run.wait() == ExitCode.USER_ERROR, run.console[-4000:]
+    assert "No space left" in run.console or "full" in run.console
+    assert "restarting" not in run.console
+    ballast.unlink()
+    assert run.run() == 0, run.console[-4000:]
+    assert_as_unbroken(run, wanted)
+
+
+@pytest.mark.slow
+def test_storage_that_turns_read_only_stops_with_a_sentence(
+    make_run: Any, unbroken: Unbroken, small_disk: Path
+) -> None:
+    wanted = unbroken()
+    run = make_run({"run_dir": str(small_disk / "out")}).start()
+    run.until(lambda: len(run.committed()) >= 1, "a first checkpoint")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert run.wait() == ExitCode.USER_ERROR, run.console[-4000:]
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert run.run() == 0, run.console[-4000:]
+    assert_as_unbroken(run, wanted)
+
+
+@pytest.mark.slow
+def test_a_rank_that_slows_down_is_not_killed(make_run: Any, unbroken: Unbroken) -> None:
+    """Stopped for a second, running for a second: slow, and alive."""
+    wanted = unbroken()
+    run = make_run().start()
+    run.until_step(6, rank=1)
+    victim = run.ranks()[1]
+    for _ in range(4):
+        os.kill(victim, signal.SIGSTOP)
+        time.sleep(1.0)
+        os.kill(victim, signal.SIGCONT)
+        time.sleep(1.0)
+    assert run.wait() == 0, run.console[-4000:]
+    assert "restarting" not in run.console
+    assert_as_unbroken(run, wanted)

@@ -1,0 +1,48 @@
+"""A local run seen from outside: which processes its ranks are, and what each of them last said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.heartbeat import BOARD_VARIABLE, Board, Pulse
+
+
+class LocalRun:
+    """The ranks of a running local launcher, found through /proc. Reads only.
+
+    launcher: process id of `ldm train`. Works for processes of the same user, on Linux.
+    """
+
+    def __init__(self, launcher: int) -> None:
+        self._launcher = launcher
+        self._board: Board | None = None
+
+    def ranks(self) -> dict[int, int]:
+        """Process id by rank, of the ranks there are now; none between two attempts."""
+        tasks = Path(f"/proc/{self._launcher}/task/{self._launcher}/children")
+        found = {}
+        try:
+            for pid in tasks.read_text().split():
+                environment = _environment(int(pid))
+                if BOARD_VARIABLE in environment:
+                    found[int(environment["RANK"])] = int(pid)
+                    if self._board is None:
+                        path = Path(environment[BOARD_VARIABLE])
+                        self._board = Board(path, int(environment["WORLD_SIZE"]))
+        except (FileNotFoundError, ProcessLookupError):
+            return {}
+        return found
+
+    def pulse(self, rank: int) -> Pulse | None:
+        """What a rank last said; None if it has not spoken yet. Cheap once the ranks are known."""
+        if self._board is None:
+            self.ranks()
+        if self._board is None:
+            return None
+        pulse = self._board.read(rank)
+        return pulse if pulse.beat else None
+
+
+def _environment(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
