@@ -1,12 +1,11 @@
-"""Frozen OpenCLIP text tower as cross-attention context; the only importer of open_clip."""
+"""Frozen OpenCLIP text tower as cross-attention context."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import logging
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,17 +17,12 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart, freeze, replace_dropped
+from trainer.conditioning.clip_tokenizer import ClipTokenizer
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.weights import read_weights
 
 logger = logging.getLogger(__name__)
-
-Tokenizer = Callable[[Sequence[str]], Tensor]
-"""Captions -> int64 [B, L], on the CPU."""
-
-REMEMBERED_WORDS = 200_000
-SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
 
 
 class OpenCLIP(Condition):
@@ -41,7 +35,7 @@ class OpenCLIP(Condition):
         model = architecture(config)
         self.tower = build_tower(config, model, seed=index)
         self.frozen = freeze(self.tower)
-        self.tokenize = clip_tokenizer(self.tower.context_length, padding=config.padding)
+        self.tokenize = ClipTokenizer(self.tower.context_length, config.padding)
         self.trained = DroppedText()
         self.drop_probability = config.drop_probability
         self.context_dim = self.tower.width
@@ -107,35 +101,6 @@ class DroppedText(TrainedPart):
         if "pooled" in inputs:
             vector = replace_dropped(inputs["pooled"], inputs["null_pooled"], drop)
         return Conditioning(context=context, vector=vector)
-
-
-def clip_tokenizer(max_tokens: int, padding: str = "zero") -> Tokenizer:
-    """CLIP's byte-pair encoding, from the vocabulary that open_clip ships: start, pieces, end, padding."""
-    encoder = _byte_pair_encoder()
-
-    def tokenize(captions: Sequence[str]) -> Tensor:
-        if len(encoder.cache) > REMEMBERED_WORDS:
-            # open_clip remembers every word it ever met; over billions of captions that fills the memory.
-            encoder.cache = {token: token for token in SPECIAL_TOKENS}
-        tokens: Tensor = encoder(list(captions), context_length=max_tokens)
-        if padding == "end":
-            # By position, not by value: id 0 is also the piece "!".
-            position = torch.arange(max_tokens)
-            end = (position * (tokens == encoder.eot_token_id)).amax(dim=1, keepdim=True)
-            tokens = tokens.masked_fill(position > end, encoder.eot_token_id)
-        return tokens
-
-    return tokenize
-
-
-def clip_vocabulary_size() -> int:
-    """Entries of CLIP's byte-pair vocabulary, start and end token included."""
-    return int(_byte_pair_encoder().vocab_size)
-
-
-@functools.cache
-def _byte_pair_encoder() -> open_clip.SimpleTokenizer:
-    return open_clip.SimpleTokenizer()
 
 
 def architecture(config: OpenCLIPConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart
-from trainer.conditioning.openclip import clip_tokenizer, clip_vocabulary_size
+from trainer.conditioning.clip_tokenizer import ClipTokenizer
 from trainer.conditioning.transformer import TokenTransformer, token_embedding
 from trainer.conditioning.wordpiece import WordPiece, read_vocabulary
 from trainer.config.models import FirstStageConfig, TextTransformerConfig
@@ -64,7 +64,8 @@ def _tokenizer(
         ConfigError: WordPiece without a vocabulary file.
     """
     if config.tokenizer == "clip":
-        return clip_tokenizer(config.max_tokens), clip_vocabulary_size()
+        tokenizer = ClipTokenizer(config.max_tokens)
+        return tokenizer, tokenizer.vocabulary_size
     if config.vocabulary is not None:
         vocabulary = read_vocabulary(config.vocabulary)
         return WordPiece(vocabulary, config.max_tokens), len(vocabulary)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.conditioning import openclip
 from trainer.conditioning.base import Source
 from trainer.conditioning.openclip import OpenCLIP, build_tower, load_tower, weights_file
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig
@@ -182,14 +181,3 @@ def test_impossible_towers_are_refused_with_a_remedy(changes: dict[str, Any], me
 def test_an_unknown_tag_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="laion2b_s32b_b79k"):
         weights_file("ViT-H-14", "laion_3b")
-
-
-def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = openclip._byte_pair_encoder()
-    monkeypatch.setattr(openclip, "REMEMBERED_WORDS", 50)
-    tokenize = openclip.clip_tokenizer(77)
-    expected = tokenize(["a <end_of_text> zebra"])
-    for i in range(0, 400, 10):
-        tokenize([f"word{j}x" for j in range(i, i + 10)])
-    assert len(encoder.cache) < 100
-    assert torch.equal(tokenize(["a <end_of_text> zebra"]), expected)
