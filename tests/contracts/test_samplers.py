@@ -1,0 +1,157 @@
+"""What every entry of SAMPLERS keeps: one signature, shapes, dtypes, determinism, batch independence."""
+
+from __future__ import annotations
+
+import inspect
+from typing import get_args
+
+import pytest
+import torch
+
+from trainer import rng
+from trainer.config.training import DiffusionConfig, SamplerName
+from trainer.diffusion.denoiser import Sampler
+from trainer.diffusion.sampling import SAMPLERS, sample
+from trainer.diffusion.schedule import make_schedule
+from trainer.rng import Purpose
+
+STOCHASTIC = {"ddpm", "euler_ancestral", "dpmpp_sde"}
+SHAPE = (4, 6, 5)  # not square: no sampler may assume a size
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+
+
+class Denoiser:
+    """A small fixed network on any size, that checks what it is given and counts calls."""
+
+    def __init__(self, prediction="eps", *, rescaled=False, dtype=torch.float32):
+        self.schedule = make_schedule(DiffusionConfig(prediction=prediction, zero_terminal_snr=rescaled))
+        self.prediction = prediction
+        self.weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 0.1
+        self.dtype = dtype
+        self.timesteps = []
+
+    def __call__(self, x, timesteps):
+        assert timesteps.shape == (len(x),)
+        assert timesteps.dtype in (torch.int64, torch.float32)
+        assert (timesteps == timesteps[0]).all()
+        assert 0 <= timesteps[0] < len(self.schedule)
+        self.timesteps.append(timesteps[0].item())
+        out = torch.tanh(torch.nn.functional.conv2d(x, self.weight, padding=1))
+        return out.to(self.dtype)
+
+
+def counter_noise(ordinals, shape=SHAPE):
+    return lambda index: rng.normal(0, ordinals, Purpose.SAMPLER + index, shape)
+
+
+def run(name, denoiser, ordinals, steps=6, **settings):
+    start = rng.normal(0, ordinals, Purpose.INITIAL, SHAPE)
+    settings = {"noise": counter_noise(ordinals), **settings}
+    return sample(name, denoiser, start, num_steps=steps, **settings)
+
+
+def test_the_dictionary_is_the_choice_offered_by_the_configuration():
+    assert tuple(SAMPLERS) == get_args(SamplerName)
+
+
+@every_sampler
+def test_one_signature(name):
+    expected = inspect.signature(Sampler.__call__)
+    actual = inspect.signature(SAMPLERS[name])
+    assert list(actual.parameters) == list(expected.parameters)[1:]
+    assert actual.return_annotation == expected.return_annotation
+
+
+@every_sampler
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "karras"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 16])
+def test_finite_latents_of_the_same_shape(name, prediction, spacing, steps):
+    out = run(name, Denoiser(prediction), torch.arange(2), steps=steps, spacing=spacing)
+    assert out.shape == (2, *SHAPE)
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
+    assert not out.requires_grad
+
+
+@every_sampler
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_zero_terminal_snr_is_finite(name, prediction):
+    out = run(name, Denoiser(prediction, rescaled=True), torch.arange(2), spacing="trailing")
+    assert out.isfinite().all()
+    assert out.abs().max() < 50
+
+
+@every_sampler
+def test_a_picture_does_not_depend_on_its_batch(name):
+    together = run(name, Denoiser(), torch.arange(5))
+    for i in range(5):
+        alone = run(name, Denoiser(), torch.tensor([i]))
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+@every_sampler
+def test_repeatable(name):
+    assert torch.equal(run(name, Denoiser(), torch.arange(2)), run(name, Denoiser(), torch.arange(2)))
+
+
+@every_sampler
+def test_low_precision_networks_leave_the_state_in_fp32(name):
+    out = run(name, Denoiser(dtype=torch.bfloat16), torch.arange(2))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, run(name, Denoiser(), torch.arange(2)), rtol=0.2, atol=0.2)
+
+
+@every_sampler
+def test_noise_is_asked_for_only_where_it_is_used(name):
+    asked = []
+
+    def noise(index):
+        asked.append(index)
+        return torch.zeros(2, *SHAPE)
+
+    run(name, Denoiser(), torch.arange(2), noise=noise)
+    # Never for the last step, which ends on clean latents.
+    assert asked == (list(range(5)) if name in STOCHASTIC else [])
+    if name in STOCHASTIC:
+        with pytest.raises(ValueError, match="stochastic"):
+            sample(name, Denoiser(), torch.zeros(2, *SHAPE), num_steps=6)
+
+
+def test_eta_makes_ddim_stochastic_and_nothing_else():
+    for name in SAMPLERS:
+        plain, noisy = (run(name, Denoiser(), torch.arange(2), eta=eta) for eta in (0.0, 1.0))
+        assert torch.equal(plain, noisy) == (name != "ddim")
+
+
+@every_sampler
+def test_callback_sees_every_step_and_the_estimate(name):
+    seen = []
+    out = run(name, Denoiser(), torch.arange(2), callback=lambda i, n, x0: seen.append((i, n, x0)))
+    assert [(i, n) for i, n, _ in seen] == [(i, 6) for i in range(6)]
+    assert all(x0.shape == out.shape for _, _, x0 in seen)
+
+
+@every_sampler
+def test_number_of_evaluations(name):
+    denoiser = Denoiser()
+    run(name, denoiser, torch.arange(1), steps=8)
+    assert len(denoiser.timesteps) == {"heun": 15, "plms": 9}.get(name, 8)
+    assert denoiser.timesteps == sorted(denoiser.timesteps, reverse=True)
+
+
+@every_sampler
+def test_image_to_image_with_little_strength_stays_near(name):
+    ordinals = torch.arange(2)
+    latents = rng.normal(1, ordinals, Purpose.INITIAL, SHAPE)
+    near, far = (
+        (run(name, Denoiser(), ordinals, 20, latents=latents, strength=s) - latents).abs().mean()
+        for s in (0.05, 0.9)
+    )
+    assert near < 0.15
+    assert near < far / 2
+
+
+def test_unknown_sampler():
+    with pytest.raises(ValueError, match="dpmpp_2m"):
+        sample("ddmi", Denoiser(), torch.zeros(1, *SHAPE), num_steps=3)  # type: ignore[arg-type]

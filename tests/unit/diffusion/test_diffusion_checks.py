@@ -1,0 +1,103 @@
+"""Diffusion and sampling settings that divide by zero or make no sense are refused, with the remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from trainer.config.checks_diffusion import check_diffusion, check_sampling
+from trainer.config.run import ConfigError
+from trainer.config.training import DiffusionConfig, SamplingConfig
+
+REFUSED = {
+    "eps at zero SNR divides by zero": (
+        {"zero_terminal_snr": True, "prediction": "eps"},
+        "diffusion.prediction=v",
+    ),
+    "min-SNR weight 0 at the last step": (
+        {"zero_terminal_snr": True, "prediction": "v", "min_snr_gamma": 5.0},
+        "never be trained",
+    ),
+    "gamma 0 trains nothing": ({"min_snr_gamma": 0.0}, "min_snr_gamma=0.0"),
+    "gamma nan": ({"min_snr_gamma": float("nan")}, "min_snr_gamma=nan"),
+    "min-SNR is about squares": ({"min_snr_gamma": 5.0, "loss": "l1"}, "diffusion.loss=l2"),
+    "min-SNR and huber": ({"min_snr_gamma": 5.0, "loss": "huber"}, "diffusion.loss=l2"),
+    "huber without width": ({"loss": "huber", "huber_delta": 0.0}, "huber_delta=0.0"),
+    "negative offset noise": ({"offset_noise": -0.1}, "offset_noise=-0.1"),
+    "beta 0 has infinite SNR": ({"beta_start": 0.0}, "0 < beta_start"),
+    "beta 1 ends the signal": ({"beta_end": 1.0}, "beta_end < 1"),
+    "falling betas": ({"beta_start": 0.02, "beta_end": 0.01}, "beta_start <= beta_end"),
+    "one step": ({"num_timesteps": 1}, "num_timesteps=1"),
+}
+ACCEPTED = [
+    {},
+    {"prediction": "v", "zero_terminal_snr": True},
+    {"prediction": "x0", "zero_terminal_snr": True},
+    {"prediction": "x0", "min_snr_gamma": 5.0},
+    {"loss": "huber"},
+    {"beta_schedule": "cosine", "beta_start": 0.0},  # unused there
+    {"loss": "l1", "offset_noise": 0.1, "timesteps": "stratified"},
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(settings, message):
+    with pytest.raises(ConfigError, match="diffusion") as caught:
+        check_diffusion(DiffusionConfig(**settings))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", ACCEPTED)
+def test_accepted(settings):
+    check_diffusion(DiffusionConfig(**settings))
+
+
+REFUSED_SAMPLING = {
+    "unknown sampler": ({}, {"sampler": "ddmi"}, "dpmpp_2m"),
+    "no steps": ({}, {"steps": 0}, "between 1 and"),
+    "more steps than noise levels": ({"num_timesteps": 20}, {"steps": 21}, "num_timesteps=20"),
+    "eta above 1": ({}, {"eta": 1.5}, "between 0 and 1"),
+    "eta that nothing reads": ({}, {"eta": 0.5, "sampler": "euler"}, "only applies"),
+    "negative guidance": ({}, {"guidance_scale": -1.0}, "guidance_scale=-1.0"),
+    "rescale above 1": ({}, {"guidance_rescale": 1.1}, "guidance_rescale=1.1"),
+    "leading misses the last step": (
+        {"zero_terminal_snr": True, "prediction": "v"},
+        {"spacing": "leading"},
+        "spacing=trailing",
+    ),
+    "karras at infinite sigma": (
+        {"zero_terminal_snr": True, "prediction": "v"},
+        {"spacing": "karras"},
+        "spacing=trailing",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "sampling", "message"), REFUSED_SAMPLING.values(), ids=REFUSED_SAMPLING.keys()
+)
+def test_refused_sampling(diffusion, sampling, message):
+    with pytest.raises(ConfigError, match="sampling") as caught:
+        check_sampling(DiffusionConfig(**diffusion), SamplingConfig(**sampling))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "sampling"),
+    [
+        ({}, {}),
+        ({}, {"sampler": "ddim", "eta": 1.0}),
+        ({}, {"spacing": "karras", "sampler": "dpmpp_2m", "guidance_scale": 0.0}),
+        ({"zero_terminal_snr": True, "prediction": "v"}, {"spacing": "trailing", "sampler": "unipc"}),
+    ],
+)
+def test_accepted_sampling(diffusion, sampling):
+    check_sampling(DiffusionConfig(**diffusion), SamplingConfig(**sampling))
+
+
+def test_checks_do_not_import_torch():
+    code = "import sys, trainer.config.checks_diffusion; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
