@@ -35,7 +35,8 @@ class AutoencoderKL(FirstStage):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
-        self.logvar = None if logvar is None else nn.Parameter(torch.tensor(logvar))
+        # One element, not a 0-d tensor, which DeepSpeed cannot broadcast.
+        self.logvar = None if logvar is None else nn.Parameter(torch.tensor([logvar]))
 
     def encode_whole(self, pixels: Tensor) -> Tensor:
         """Moments [B, 2z, h, w]: mean, then log variance."""
@@ -67,7 +68,7 @@ class AutoencoderKL(FirstStage):
         }
         if self.logvar is not None:
             # Through the forward, not read beside it, so that sharding engines see it being used.
-            outputs["logvar"] = self.logvar.float()
+            outputs["logvar"] = self.logvar.float().sum()  # 0-d
         return outputs
 
     @property

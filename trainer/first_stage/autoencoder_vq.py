@@ -80,7 +80,8 @@ class AutoencoderVQ(FirstStage):
         self.quant_conv = nn.Conv2d(z, z, 1)
         self.quantize = VectorQuantizer(config.codebook_size, z)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
-        self.logvar = None if logvar is None else nn.Parameter(torch.tensor(logvar))
+        # One element, not a 0-d tensor, which DeepSpeed cannot broadcast.
+        self.logvar = None if logvar is None else nn.Parameter(torch.tensor([logvar]))
 
     def encode_whole(self, pixels: Tensor) -> Tensor:
         """Latents before quantisation, [B, z, h, w]."""
@@ -112,7 +113,7 @@ class AutoencoderVQ(FirstStage):
             "indices": quantised.indices,
         }
         if self.logvar is not None:
-            outputs["logvar"] = self.logvar.float()
+            outputs["logvar"] = self.logvar.float().sum()  # 0-d
         return outputs
 
     @property

@@ -78,7 +78,7 @@ class PerceptualDistance(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Distance of [B, 3, H, W] in -1 .. 1, both at least 16 x 16 pixels; differentiable in both."""
         assert min(first.shape[-2:]) >= 16, first.shape
-        total = first.new_zeros(first.shape[0], dtype=torch.float32)
+        total = first.new_zeros(first.shape[0], dtype=self.shift.dtype)
         pairs = zip(self.features(first), self.features(second), strict=True)
         for i, (a, b) in enumerate(pairs):
             weighted = (a - b).square() * getattr(self, f"weights_{i}")
@@ -87,7 +87,7 @@ class PerceptualDistance(nn.Module):
 
     def features(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps with unit length along the channels."""
-        x = (pixels.float() - self.shift) / self.scale
+        x = (pixels.to(self.shift.dtype) - self.shift) / self.scale
         # normalize, unlike a written-out square root, has a finite gradient where all channels are 0.
         return [F.normalize(f, dim=1, eps=1e-10) for f in self.network(x)]
 

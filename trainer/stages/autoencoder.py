@@ -48,9 +48,6 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
             networks["discriminator"] = PatchDiscriminator(
                 channels=loss.discriminator_channels, num_layers=loss.discriminator_layers
             )
-    if config.distributed.channels_last:
-        for network in networks.values():
-            network.to(memory_format=torch.channels_last)
     return networks
 
 
@@ -76,6 +73,8 @@ class AutoencoderStage:
         self._discriminator = engines.get("discriminator")
         self._perceptual = perceptual
         self._timer = timer
+        channels_last = config.distributed.channels_last
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._reduction: Literal["sum", "mean"] = "sum" if config.first_stage.name == "kl" else "mean"
         self._constant_logvar = torch.tensor(self._loss.logvar_init, device=self._autoencoder.device)
 
@@ -99,7 +98,7 @@ class AutoencoderStage:
         counts: Tensor | None = None
         norms: dict[str, Tensor | None] = {}
         for micro in micro_batches:
-            pixels = to_unit_range(micro.pixels)
+            pixels = to_unit_range(micro.pixels).contiguous(memory_format=self._memory_format)
             with self._timer("autoencoder"):
                 metrics, reconstruction, indices = self._generator_backward(micro, pixels, adversary)
             with self._timer("optimizer"):
@@ -167,7 +166,7 @@ class AutoencoderStage:
         self._autoencoder.backward(loss)
         metrics |= {"loss": loss, **terms}
         if self._loss.learned_logvar:
-            metrics["logvar"] = logvar.clone()  # the parameter itself changes in the coming step
+            metrics["logvar"] = logvar
         return (
             {name: metric.detach() for name, metric in metrics.items()},
             leaf.detach(),

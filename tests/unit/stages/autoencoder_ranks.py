@@ -1,0 +1,102 @@
+"""One rank of a tiny autoencoder run; tests start it as a script and compare what it writes.
+
+usage: autoencoder_ranks.py ENGINE ZERO_STAGE STAGE_NAME OUTPUT, with RANK, WORLD_SIZE ... set
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from data_pipeline.batch import Batch
+from trainer.config.models import FirstStageConfig
+from trainer.config.run import Config
+from trainer.config.training import AutoencoderLossConfig, DistributedConfig, OptimizerConfig
+from trainer.distributed.build import build_engine
+from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.first_stage.perceptual import build_perceptual
+from trainer.metrics.timer import StepTimer
+from trainer.stages.autoencoder import AutoencoderStage, build_networks
+from trainer.weights import write_weights
+
+GLOBAL_BATCH = 4
+STEPS = 3
+
+
+def make_config(engine: str, zero_stage: int, name: str) -> Config:
+    return Config(
+        stage="autoencoder",
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=2,
+        first_stage=FirstStageConfig(
+            name=name,
+            base_channels=8,
+            channel_multipliers=(1, 2),
+            num_res_blocks=1,
+            latent_channels=3,
+            codebook_size=16,
+        ),
+        autoencoder_loss=AutoencoderLossConfig(
+            # With L1 a rounding error flips the sign of a gradient now and then; L2 is smooth.
+            reconstruction="l2",
+            perceptual_weight=0.1,
+            learned_logvar=True,
+            discriminator_start=1,
+            discriminator_channels=8,
+            discriminator_layers=2,
+        ),
+        # A large eps keeps Adam from turning the sign of a rounding error into a whole step.
+        optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.5, 0.9), eps=1e-2, weight_decay=0.0),
+        distributed=DistributedConfig(
+            engine=engine, zero_stage=zero_stage, precision="fp32", channels_last=False
+        ),
+    )
+
+
+def rank_batch(step: int, rank: int, world_size: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    coarse = torch.randint(0, 256, (GLOBAL_BATCH, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    ordinals = torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH
+    whole = Batch(
+        pixels=coarse.repeat_interleave(4, 2).repeat_interleave(4, 3),
+        captions=("",) * GLOBAL_BATCH,
+        conditions={},
+        keys=("",) * GLOBAL_BATCH,
+        ordinals=ordinals,
+        slots=torch.arange(GLOBAL_BATCH),
+        position={},
+    )
+    return whole.micro_batches(GLOBAL_BATCH // world_size)[rank]
+
+
+def main() -> None:
+    engine_name, zero_stage, name, output = sys.argv[1:]
+    config = make_config(engine_name, int(zero_stage), name)
+    env = DistributedEnv.detect()
+    initialise(env, 60.0)
+    networks = build_networks(config)
+    engines = {key: build_engine(network, config, env) for key, network in networks.items()}
+    perceptual = build_perceptual(config.autoencoder_loss, env.device)
+    stage = AutoencoderStage(config, engines, perceptual, StepTimer(env.device))
+    for step in range(STEPS):
+        metrics = stage.train_step(rank_batch(step, env.rank, env.world_size), step, 1e-3)
+    stage.finish(rank_batch(step, env.rank, env.world_size) for step in range(2))
+    shown = stage.preview(rank_batch(0, env.rank, env.world_size))
+    assert shown.captions[-1] == "reconstruction"
+    tensors = {
+        f"{key}.{parameter}": value.clone()
+        for key, engine in stage.engines.items()
+        for parameter, value in engine.full_state()
+    }
+    tensors |= stage.state()
+    tensors["grad_norm"] = metrics["grad_norm"].float()
+    if name == "vq":
+        tensors["codebook_usage"] = metrics["codebook_usage"]
+    if env.is_main:
+        write_weights(output, tensors, {})
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
