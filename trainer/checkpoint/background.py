@@ -63,7 +63,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 def _perform(job: Job, memory: memoryview, answers: BinaryIO) -> None:
     stored: StoredFile | None = None
     try:
-        stored = write_shard(job, memory)
+        stored = write_shard(job, memory[: job.plan.data_bytes])
     except (ConfigError, RetryableFault) as failure:
         _answer(answers, "shard", failure)
         return

@@ -29,6 +29,11 @@ def checkpoints_url(run_dir: str) -> str:
     return join(run_dir, "checkpoints")
 
 
+def snapshots_url(run_dir: str) -> str:
+    """Folder of a run's stored averages, from which `ldm ema` reconstructs others."""
+    return join(run_dir, "snapshots")
+
+
 def folder_name(step: int) -> str:
     """Folder of one checkpoint inside it."""
     return f"step_{step:09d}"

@@ -44,10 +44,9 @@ class HostBuffer:
 
     @torch.no_grad()
     def fill(self, tensors: Sequence[Tensor]) -> None:
-        """Lay the fp32 vectors end to end; returns when the copy is complete."""
+        """Lay the fp32 vectors end to end from the start; returns when the copy is complete."""
         sources = adjoining_views(tensors)
-        target = self._flat[: self.num_bytes].view(torch.float32)
-        assert sum(source.numel() for source in sources) == target.numel()
+        target = self._flat[: 4 * sum(source.numel() for source in sources)].view(torch.float32)
         offset = 0
         for source in sources:
             target[offset : offset + source.numel()].copy_(source, non_blocking=self._pinned)

@@ -45,7 +45,7 @@ class InlineWriter:
         """Write the shard at once."""
         self._job, self._stored, self._failure = job, None, None
         try:
-            self._stored = write_shard(job, buffer.view)
+            self._stored = write_shard(job, buffer.view[: job.plan.data_bytes])
         except (ConfigError, RetryableFault) as failure:
             self._failure = failure
 

@@ -108,27 +108,35 @@ class Piece:
     numel: int
 
 
-def overlaps(wanted: Sequence[Span], shards: Sequence[Table]) -> list[Piece]:
+Index = dict[str, list[tuple[int, int, int, int]]]
+"""By parameter: (start, numel, shard, first element in the shard's flat tensor)."""
+
+
+def index_shards(shards: Sequence[Table]) -> Index:
+    """Where the elements of each parameter of one engine lie."""
+    index: Index = {}
+    for shard, table in enumerate(shards):
+        position = 0
+        for span in table:
+            index.setdefault(span.name, []).append((span.start, span.numel, shard, position))
+            position += span.numel
+    return index
+
+
+def overlaps(wanted: Sequence[Span], index: Index) -> list[Piece]:
     """Which elements of which shards make up the wanted spans, ordered by place in the shards.
 
     Raises:
         ValueError: the shards do not cover a wanted span exactly once.
     """
-    stored: dict[str, list[tuple[int, int, int, int]]] = {}
-    for shard, table in enumerate(shards):
-        position = 0
-        for span in table:
-            stored.setdefault(span.name, []).append((span.start, span.numel, shard, position))
-            position += span.numel
     pieces = []
     for target, span in enumerate(wanted):
         found = 0
-        for start, numel, shard, position in stored.get(span.name, []):
+        for start, numel, shard, position in index.get(span.name, []):
             first, last = max(start, span.start), min(start + numel, span.start + span.numel)
             if first < last:
-                pieces.append(
-                    Piece(shard, position + first - start, target, first - span.start, last - first)
-                )
+                source = position + first - start
+                pieces.append(Piece(shard, source, target, first - span.start, last - first))
                 found += last - first
         if found != span.numel:
             raise ValueError(f"{found} of {span.numel} elements of {span.name} are stored")

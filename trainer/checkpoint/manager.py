@@ -21,14 +21,15 @@ from trainer.checkpoint.catalogue import (
     folder_name,
     open_checkpoint,
     problems,
+    snapshots_url,
     steps_found,
 )
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.inline import Failure, InlineWriter, Writer
-from trainer.checkpoint.layout import MASTER, ShardPlan, Span
+from trainer.checkpoint.layout import MASTER, ShardPlan, Span, Table
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
 from trainer.checkpoint.process import BackgroundWriter
-from trainer.checkpoint.reader import check_shapes, read_into
+from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.storage import check_writable
 from trainer.checkpoint.writer import Commit, Job
 from trainer.config.io import config_to_dict
@@ -37,7 +38,7 @@ from trainer.distributed import collectives
 from trainer.distributed.adamw import MOMENTS
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
-from trainer.ema import EMA
+from trainer.ema import DECAY_PROFILE, EMA
 from trainer.exit_codes import RetryableFault
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,7 @@ class CheckpointManager:
         self._attempts = 0
         self._pending = False
         self._buffer: HostBuffer | None = None
-        self._template: Manifest | None = None
-        self._plan: ShardPlan | None = None
+        self._tables: dict[tuple[str, ...], tuple[dict[str, Table], ...]] = {}
         self._writer: Writer = BackgroundWriter() if config.checkpoint.asynchronous else InlineWriter()
         self.last_save: SaveReport | None = None
 
@@ -113,23 +113,48 @@ class CheckpointManager:
             ConfigError, RetryableFault: on all ranks: this save failed, or, when asynchronous, the
                 one before. Earlier checkpoints are intact.
         """
+        kinds = {name: _kinds(engine, ema) for name, engine in engines.items()}
+        folder, keep_every = checkpoints_url(self._config.run_dir), self._config.checkpoint.keep_every
+        self._submit(folder, step, engines, ema, kinds, state, tensors, keep_every)
+
+    def save_snapshot(
+        self, step: int, engines: Mapping[str, Engine], ema: EMA, *, tensors: dict[str, Tensor]
+    ) -> None:
+        """Keep the power-function averages of this step for ever, for `ldm ema`.
+
+        Costs and raises what `save` does.
+        """
+        profiles = tuple(f"ema.{profile}" for profile in ema.profiles if profile != DECAY_PROFILE)
+        averaged = {name: engine for name, engine in engines.items() if engine.fragments() is ema.fragments}
+        kinds = dict.fromkeys(averaged, profiles)
+        self._submit(snapshots_url(self._config.run_dir), step, averaged, ema, kinds, {}, tensors, 1)
+
+    def _submit(
+        self,
+        folder: str,
+        step: int,
+        engines: Mapping[str, Engine],
+        ema: EMA,
+        kinds: dict[str, tuple[str, ...]],
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+        keep_every: int,
+    ) -> None:
         begun = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - begun
-        plan = self._plan_for(engines, ema)
-        if self._buffer is None:
-            self._buffer = HostBuffer(plan.data_bytes, self._env.device)
-        self._buffer.fill(_flat_order(engines, ema, plan))
+        plan = ShardPlan({name: tuple(_spans(engine)) for name, engine in engines.items()}, kinds)
+        all_tables = self._tables_of_all_ranks(plan)
+        buffer = self._buffer_for(plan.data_bytes)
+        buffer.fill(_flat_order(engines, ema, plan))
+        commit: Commit | None = None
+        if self._env.is_main:
+            shapes = {name: engine.parameter_shapes for name, engine in engines.items()}
+            manifest = Manifest(step, (), _EMPTY, _EMPTY, all_tables, kinds, shapes)
+            commit = self._commit(manifest, engines, ema, state, tensors, keep_every)
         self._attempts += 1
-        job = Job(
-            folder=self._folder,
-            step=step,
-            attempt=f"{self._session}{self._attempts:04x}",
-            rank=self._env.rank,
-            plan=plan,
-            commit=self._commit(step, engines, state, tensors) if self._env.is_main else None,
-        )
-        self._writer.submit(job, self._buffer)
+        attempt = f"{self._session}{self._attempts:04x}"
+        self._writer.submit(Job(folder, step, attempt, self._env.rank, plan, commit), buffer)
         self._pending = True
         if not self._config.checkpoint.asynchronous:
             self.wait()
@@ -171,10 +196,11 @@ class CheckpointManager:
         for name, engine in engines.items():
             check_shapes(handle, name, engine.parameter_shapes)
         for name, engine in engines.items():
-            _load_engine(handle, name, engine)
+            reader = EngineReader(handle, name)
+            _load_engine(reader, engine)
             engine.optimizer_steps = int(stored["optimizer_steps"][name])
             if engine.fragments() is ema.fragments:
-                _load_averages(handle, name, ema)
+                _load_averages(reader, handle.manifest.kinds[name], ema)
             engine.refresh(moments=True)
         tensors = safetensors.torch.load(read_bytes(join(handle.url, handle.manifest.tensors.name)))
         return Loaded(handle.step, stored["state"], tensors)
@@ -199,32 +225,36 @@ class CheckpointManager:
             found = problems(handle, handle.manifest.files[self._env.rank :: self._env.world_size])
         return handle, [line for lines in collectives.all_gather_object(found) for line in lines]
 
-    def _plan_for(self, engines: Mapping[str, Engine], ema: EMA) -> ShardPlan:
-        """What this rank writes; made once, since the layout of a run does not change."""
-        if self._plan is not None:
-            return self._plan
-        tables = {name: tuple(_spans(engine)) for name, engine in engines.items()}
-        kinds = {name: _kinds(engine, ema) for name, engine in engines.items()}
-        self._plan = ShardPlan(tables, kinds)
-        all_tables = collectives.all_gather_object(tables)
-        self._template = Manifest(
-            step=0,
-            shards=(),
-            state=_EMPTY,
-            tensors=_EMPTY,
-            tables=tuple(all_tables),
-            kinds=kinds,
-            shapes={name: engine.parameter_shapes for name, engine in engines.items()},
-        )
-        return self._plan
+    def _tables_of_all_ranks(self, plan: ShardPlan) -> tuple[dict[str, Table], ...]:
+        """Exchanged once per set of engines, since the layout of a run does not change."""
+        key = tuple(plan.tables)
+        if key not in self._tables:
+            self._tables[key] = tuple(collectives.all_gather_object(plan.tables))
+        return self._tables[key]
+
+    def _buffer_for(self, num_bytes: int) -> HostBuffer:
+        """Memory for the copy, kept between saves. The writer attaches to the first: it is the largest."""
+        if self._buffer is not None and self._buffer.num_bytes < num_bytes:
+            self._writer.close()
+            self._buffer.close()
+            self._buffer = None
+        if self._buffer is None:
+            self._buffer = HostBuffer(num_bytes, self._env.device)
+        return self._buffer
 
     def _commit(
-        self, step: int, engines: Mapping[str, Engine], state: dict[str, Any], tensors: dict[str, Tensor]
+        self,
+        manifest: Manifest,
+        engines: Mapping[str, Engine],
+        ema: EMA,
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+        keep_every: int,
     ) -> Commit:
-        assert self._template is not None
         everything = {
-            "step": step,
+            "step": manifest.step,
             "world_size": self._env.world_size,
+            "averaged": next(n for n, e in engines.items() if e.fragments() is ema.fragments),
             "optimizer_steps": {name: engine.optimizer_steps for name, engine in engines.items()},
             "config": config_to_dict(self._config),
             "versions": {"torch": torch.__version__},
@@ -232,11 +262,11 @@ class CheckpointManager:
         }
         small = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         return Commit(
-            manifest=Manifest(**{**vars(self._template), "step": step}),
+            manifest=manifest,
             state=json.dumps(everything).encode(),
             tensors=safetensors.torch.save(small),
             keep_last=self._config.checkpoint.keep_last,
-            keep_every=self._config.checkpoint.keep_every,
+            keep_every=keep_every,
             patience_s=_PATIENCE_S,
         )
 
@@ -264,23 +294,23 @@ def _flat_order(engines: Mapping[str, Engine], ema: EMA, plan: ShardPlan) -> lis
     return vectors
 
 
-def _load_engine(handle: CheckpointHandle, name: str, engine: Engine) -> None:
+def _load_engine(reader: EngineReader, engine: Engine) -> None:
     fragments = engine.fragments()
     spans = _spans(engine)
-    read_into(handle, name, MASTER, spans, [fragment.master for fragment in fragments])
+    reader.read_into(MASTER, spans, [fragment.master for fragment in fragments])
     for key in MOMENTS:
-        read_into(handle, name, key, spans, [fragment.moments[key] for fragment in fragments])
+        reader.read_into(key, spans, [fragment.moments[key] for fragment in fragments])
 
 
 @torch.no_grad()
-def _load_averages(handle: CheckpointHandle, name: str, ema: EMA) -> None:
+def _load_averages(reader: EngineReader, stored: tuple[str, ...], ema: EMA) -> None:
     spans = [Span(f.name, f.start, f.master.numel()) for f in ema.fragments]
     for profile in ema.profiles:
         kind, values = f"ema.{profile}", ema.values(profile)
-        if kind in handle.manifest.kinds[name]:
-            read_into(handle, name, kind, spans, values)
+        if kind in stored:
+            reader.read_into(kind, spans, values)
             continue
-        logger.warning("%s has no average %r: it starts from the trained weights", handle.url, profile)
+        logger.warning("no average %r is stored: it starts from the trained weights", profile)
         for value, fragment in zip(values, ema.fragments, strict=True):
             value.copy_(fragment.master)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from data_pipeline.storage import join
 from trainer.checkpoint.catalogue import CheckpointHandle
-from trainer.checkpoint.layout import BYTES_PER_ELEMENT, Piece, Span, Table, overlaps
+from trainer.checkpoint.layout import BYTES_PER_ELEMENT, Piece, Span, index_shards, overlaps
 from trainer.checkpoint.storage import read_ranges
 from trainer.config.run import ConfigError
 
@@ -40,19 +42,33 @@ def _dimensions(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else "[" + ", ".join(map(str, shape)) + "]"
 
 
-@torch.no_grad()
-def read_into(
-    handle: CheckpointHandle, engine: str, kind: str, spans: list[Span], targets: list[Tensor]
-) -> None:
-    """Fill fp32 tensors [numel of each span] with the stored elements, reading only what overlaps."""
-    tables: list[Table] = [shard[engine] for shard in handle.manifest.tables]
-    pieces = overlaps(spans, tables)
-    for shard in sorted({piece.shard for piece in pieces}):
-        _read_shard(handle, engine, kind, [p for p in pieces if p.shard == shard], targets)
+class EngineReader:
+    """Reads the flat tensors of one engine of one checkpoint."""
+
+    def __init__(self, handle: CheckpointHandle, engine: str) -> None:
+        self._handle = handle
+        self._engine = engine
+        self._index = index_shards([shard[engine] for shard in handle.manifest.tables])
+
+    @torch.no_grad()
+    def read_into(self, kind: str, spans: Sequence[Span], targets: Sequence[Tensor]) -> None:
+        """Fill fp32 tensors [numel of each span] with the stored elements, reading only those."""
+        pieces = overlaps(spans, self._index)
+        for shard in sorted({piece.shard for piece in pieces}):
+            own = [piece for piece in pieces if piece.shard == shard]
+            _read_shard(self._handle, self._engine, kind, own, targets)
+
+    def whole(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Whole parameters, fp32, on the CPU."""
+        shapes = self._handle.manifest.shapes[self._engine]
+        tensors = {name: torch.empty(shapes[name]) for name in names}
+        spans = [Span(name, 0, tensor.numel()) for name, tensor in tensors.items()]
+        self.read_into(kind, spans, [tensor.view(-1) for tensor in tensors.values()])
+        return tensors
 
 
 def _read_shard(
-    handle: CheckpointHandle, engine: str, kind: str, pieces: list[Piece], targets: list[Tensor]
+    handle: CheckpointHandle, engine: str, kind: str, pieces: list[Piece], targets: Sequence[Tensor]
 ) -> None:
     shard = pieces[0].shard
     plan = handle.manifest.plan(shard)

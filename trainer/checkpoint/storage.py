@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,8 +36,8 @@ def chunked(view: memoryview) -> Iterator[memoryview]:
         yield view[start : start + CHUNK_BYTES]
 
 
-def write_stream(url: str, parts: Iterable[memoryview]) -> tuple[int, str]:
-    """Write the parts, given anew at every try, as one file; (size, checksum).
+def write_stream(url: str, make_parts: Callable[[], Iterable[memoryview]]) -> tuple[int, str]:
+    """Write the parts, made anew at every try, as one file; (size, checksum).
 
     A local file appears under its name only when it is whole and on the disk; an S3 object likewise
     (multipart uploads appear when completed).
@@ -46,14 +46,20 @@ def write_stream(url: str, parts: Iterable[memoryview]) -> tuple[int, str]:
         ConfigError: what no retry will cure (full disk, no permission, no bucket).
         RetryableFault: storage failed for too long.
     """
-    parts = list(parts)
     try:
-        return with_retries(lambda: _write_once(url, parts), tries=_TRIES)
+        return with_retries(lambda: _write_once(url, make_parts()), tries=_TRIES)
+    except (ConfigError, RetryableFault):
+        raise  # from reading what is written
     except Exception as error:
         raise failure(error, url, "written") from error
 
 
-def _write_once(url: str, parts: list[memoryview]) -> tuple[int, str]:
+def write_whole(url: str, *parts: bytes | memoryview) -> tuple[int, str]:
+    """The same for parts that are in memory."""
+    return write_stream(url, lambda: [memoryview(part) for part in parts])
+
+
+def _write_once(url: str, parts: Iterable[memoryview]) -> tuple[int, str]:
     fs, path = filesystem(url, timeout_s=60.0)
     hasher, size = xxhash.xxh3_128(), 0
     local = scheme_of(url) == "file"
@@ -167,7 +173,7 @@ def check_writable(folder: str) -> None:
         ConfigError: it does not work; better known before training than at the first checkpoint.
     """
     probe = join(folder, f".writable.{os.getpid()}")
-    write_stream(probe, [memoryview(b"ok")])
+    write_whole(probe, b"ok")
     remove(probe)
 
 

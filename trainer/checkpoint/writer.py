@@ -12,7 +12,7 @@ from data_pipeline.storage import join, read_bytes
 from trainer.checkpoint.catalogue import folder_name, retire
 from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
 from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile
-from trainer.checkpoint.storage import list_names, write_stream
+from trainer.checkpoint.storage import list_names, write_whole
 from trainer.exit_codes import RetryableFault
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,11 @@ def write_shard(job: Job, data: memoryview) -> StoredFile:
     """Write this rank's shard. Raises ConfigError or RetryableFault."""
     assert len(data) == job.plan.data_bytes
     name = shard_name(job.rank, job.attempt)
-    size, checksum = write_stream(join(job.url, name), [memoryview(job.plan.header()), data])
+    size, checksum = write_whole(join(job.url, name), job.plan.header(), data)
     stored = StoredFile(name, size, checksum)
     if job.commit is None:
         receipt = json.dumps(vars(stored)).encode()
-        write_stream(join(job.url, receipt_name(job.rank, job.attempt)), [memoryview(receipt)])
+        write_whole(join(job.url, receipt_name(job.rank, job.attempt)), receipt)
     return stored
 
 
@@ -90,8 +90,8 @@ def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = l
     commit = job.commit
     assert commit is not None
     state_name, tensors_name = f"state.{job.attempt}.json", f"state.{job.attempt}.safetensors"
-    state = write_stream(join(job.url, state_name), [memoryview(commit.state)])
-    tensors = write_stream(join(job.url, tensors_name), [memoryview(commit.tensors)])
+    state = write_whole(join(job.url, state_name), commit.state)
+    tensors = write_whole(join(job.url, tensors_name), commit.tensors)
     shards = (own, *_receipts(job, commit, cancelled))
     manifest = replace(
         commit.manifest,
@@ -99,7 +99,7 @@ def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = l
         state=StoredFile(state_name, *state),
         tensors=StoredFile(tensors_name, *tensors),
     )
-    write_stream(join(job.url, MANIFEST_NAME), [memoryview(manifest.to_bytes())])
+    write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())
     try:
         return retire(job.folder, job.step, commit.keep_last, commit.keep_every)
     except (OSError, ValueError) as error:

@@ -1,0 +1,126 @@
+"""What the ranks of the gradient parity test run: a few steps under many engines, everything gathered."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.run import Config
+from trainer.config.training import DistributedConfig, OptimizerConfig
+from trainer.distributed.build import build_engine
+from trainer.distributed.engine import Engine
+from trainer.distributed.env import DistributedEnv
+from trainer.distributed.full_state import gather_full
+
+GLOBAL_BATCH = 16
+STEPS = 3
+LEARNING_RATE = 1e-2
+OPTIMIZER = OptimizerConfig(learning_rate=LEARNING_RATE, weight_decay=0.1, max_grad_norm=0.3)
+
+
+class TwiceUsed(nn.Module):
+    """Convolution, normalisation, a block that runs twice in a step, and a frozen part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 1))
+        self.frozen = nn.Conv2d(8, 8, 1).requires_grad_(False)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, 3, H, W] -> {"logits": [B, 5]}"""
+        h = self.norm(self.conv_in(x))
+        h = h + self.block(h)
+        h = h + self.block(self.frozen(h))
+        return {"logits": self.head(h.mean(dim=(2, 3)))}
+
+
+def make_network() -> TwiceUsed:
+    """The same initial weights everywhere."""
+    torch.manual_seed(7)
+    return TwiceUsed()
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
+    """([16, 3, 6, 6], [16, 5]) of one step."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return (
+        torch.randn(GLOBAL_BATCH, 3, 6, 6, generator=generator),
+        torch.randn(GLOBAL_BATCH, 5, generator=generator),
+    )
+
+
+def loss_of(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """Mean over samples; large enough for the gradient clip to bite."""
+    return ((outputs["logits"].float() - targets) ** 2).sum(dim=1).mean()
+
+
+def reference() -> dict[str, Any]:
+    """One process, fp32, no engine: the truth."""
+    network = make_network()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.1, foreach=False)
+    norms, first_moment = [], {}
+    for step in range(STEPS):
+        x, targets = global_batch(step)
+        optimizer.zero_grad()
+        loss_of(network(x), targets).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(trained, OPTIMIZER.max_grad_norm)))
+        if step == 0:
+            first_moment = {n: 0.1 * p.grad for n, p in network.named_parameters() if p.grad is not None}
+        optimizer.step()
+    weights = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    return {"norms": norms, "first_moment": _lists(first_moment), "weights": _lists(weights)}
+
+
+def run_cases(env: DistributedEnv, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same steps under each engine; what rank 0 gathered (other ranks: only their norms)."""
+    return [run_case(env, **case) for case in cases]
+
+
+def run_case(
+    env: DistributedEnv, *, engine: str, zero_stage: int, accumulation: int, precision: str, compile: bool
+) -> dict[str, Any]:
+    """One engine around a new network."""
+    micro_batch = GLOBAL_BATCH // (env.world_size * accumulation)
+    config = Config(
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=micro_batch,
+        optimizer=OPTIMIZER,
+        distributed=DistributedConfig(
+            engine=engine,
+            zero_stage=zero_stage,
+            precision=precision,
+            compile=compile,
+            reduce_bucket_elements=500,  # several buckets even here
+        ),
+    )
+    built = build_engine(make_network(), config, env)
+    norms, first_moment = [], {}
+    for step in range(STEPS):
+        x, targets = global_batch(step)
+        for micro in range(accumulation):
+            first = (micro * env.world_size + env.rank) * micro_batch
+            part = slice(first, first + micro_batch)
+            built.backward(loss_of(built(x[part].to(built.compute_dtype)), targets[part]))
+            norm = built.step(LEARNING_RATE)
+            assert (norm is None) == (micro + 1 < accumulation)
+        norms.append(float(norm))
+        if step == 0:
+            first_moment = _gather_moment(built)
+    assert built.optimizer_steps == STEPS
+    return {"norms": norms, "first_moment": first_moment, "weights": _lists(dict(built.full_state()))}
+
+
+def _gather_moment(engine: Engine) -> dict[str, list[float]]:
+    moments = [dataclasses.replace(f, master=f.moments["exp_avg"]) for f in engine.fragments()]
+    return _lists(dict(gather_full(engine.parameter_shapes, moments, engine.device)))
+
+
+def _lists(tensors: dict[str, Tensor]) -> dict[str, list[float]]:
+    return {name: value.flatten().tolist() for name, value in tensors.items()}
