@@ -83,8 +83,13 @@ def should_restart(status: int) -> bool:
 def combine(statuses: Iterable[int]) -> ExitCode:
     """The exit code of a run from those of its ranks: what forbids a restart wins.
 
-    Ranks that were killed because another one failed must be left out.
+    Except over a rank that a signal ended: whatever its peers say then (broken connections make
+    strange errors) follows from that. Ranks killed by the launcher itself must be left out.
     """
+    given = list(statuses)
+    assert given, "no rank reported a status"
+    if any(status < 0 and status != -signal.SIGINT for status in given):
+        return ExitCode.RETRYABLE
     order = (
         ExitCode.ABORTED,
         ExitCode.USER_ERROR,
@@ -94,8 +99,7 @@ def combine(statuses: Iterable[int]) -> ExitCode:
         ExitCode.PREEMPTED,
         ExitCode.DONE,
     )
-    present = {normalize(status) for status in statuses}
-    assert present, "no rank reported a status"
+    present = {normalize(status) for status in given}
     return next(code for code in order if code in present)
 
 

@@ -54,6 +54,9 @@ def test_restart_follows_from_status(status: int, restart: bool) -> None:
         ([75, 77], ExitCode.STOPPED),
         ([76, 2, 78], ExitCode.USER_ERROR),
         ([76, 78], ExitCode.FATAL),
+        ([-9, 78], ExitCode.RETRYABLE),
+        ([-9, 0], ExitCode.RETRYABLE),
+        ([-2, 78], ExitCode.ABORTED),
     ],
 )
 def test_what_forbids_a_restart_wins(statuses: list[int], code: ExitCode) -> None:
