@@ -71,7 +71,7 @@ def tiny(shards: str, run_dir: str) -> dict[str, Any]:
             "engine": "torch",
             "precision": "fp32",
             "max_restarts": 40,
-            "watchdog_s": 4.0,
+            "watchdog_s": 6.0,
         },
         "checkpoint": {"every": 4},
         "logging": {"every": 1, "wandb": "disabled", "progress_bar": False},
@@ -178,10 +178,26 @@ class FaultyRun:
             os.kill(ranks[rank], number)
         return time.monotonic()
 
+    def follow_recovery(self, fault: str, struck: float, step: int, old: dict[int, int]) -> None:
+        """Measure a fault that ends the ranks: until they are gone, and until the lost steps are made."""
+        gone = self.until(lambda: not set(self.ranks().values()) & set(old.values()), "the ranks' end")
+        self.until(lambda: len(self.ranks()) == len(old), "new ranks")
+        back = self.until_step(step)
+        (resumed,) = [event["step"] for event in self.events("resume")[-1:]] or [0]
+        self.report(fault, detect_s=gone - struck, recover_s=back - struck, lost_steps=step - resumed)
+
+    def report(self, fault: str, **measured: float) -> None:
+        """Append what was measured to the file that LDM_FAULT_REPORT names (docs/reliability.md)."""
+        if path := os.environ.get("LDM_FAULT_REPORT"):
+            with Path(path).open("a") as stream:
+                stream.write(json.dumps({"fault": fault, **measured}) + "\n")
+
     def records(self) -> list[dict[str, Any]]:
         """Everything in the run's JSONL files, in order."""
         folder = Path(self.run_dir) / "logs"
-        lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+        texts = [path.read_text() for path in sorted(folder.glob("*.jsonl"))]
+        # The last line may still be being written.
+        lines = [line for text in texts for line in text[: text.rfind("\n") + 1].splitlines()]
         return [json.loads(line) for line in lines]
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -201,6 +217,10 @@ class FaultyRun:
     def last_losses(self) -> dict[int, float]:
         """Loss by step where a rewind made some steps twice: the last one counts."""
         return {record["step"]: record["loss"] for record in self.records() if "loss" in record}
+
+    def losses_of(self, step: int) -> list[float]:
+        """Every loss that was logged for a step: one for each time it was made."""
+        return [r["loss"] for r in self.records() if r["step"] == step and "loss" in r]
 
     def committed(self) -> list[int]:
         """Steps with a complete checkpoint, newest first."""

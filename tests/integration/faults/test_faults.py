@@ -30,8 +30,8 @@ def test_a_stopped_rank_is_replaced(make_run: Any, unbroken: Unbroken) -> None:
     run = make_run().start()
     run.until_step(10, rank=1)
     stopped = run.ranks()
-    run.signal(signal.SIGSTOP, 1)
-    run.until(lambda: not set(run.ranks().values()) & set(stopped.values()), "the ranks replaced")
+    step = run.pulse(1).step
+    run.follow_recovery("SIGSTOP of a rank", run.signal(signal.SIGSTOP, 1), step, stopped)
     assert run.wait() == 0, run.console[-4000:]
     assert "rank 1 hangs: frozen" in run.console
     assert "Current thread" in run.console  # stacks of both: rank 0's on the console
@@ -42,8 +42,10 @@ def test_preemption_saves_and_the_same_command_goes_on(make_run: Any, unbroken: 
     wanted = unbroken()
     run = make_run().start()
     run.until_step(9)
+    asked = time.monotonic()
     run.process.send_signal(signal.SIGUSR1)
     assert run.wait() == ExitCode.PREEMPTED, run.console[-4000:]
+    run.report("preemption signal", detect_s=time.monotonic() - asked, lost_steps=0)
     saved = run.committed()[0]
     assert saved >= 9
     assert saved % 4 != 0 or saved == max(run.trace())  # at the boundary, not at the next interval
@@ -69,8 +71,14 @@ def injected(make_run: Any, tmp_path: Path) -> Callable[..., Any]:
 
 
 def check_healing(injected: Any, make_run: Any, fault: str, changes: dict[str, Any]) -> None:
-    run = injected(fault, changes)
-    assert run.run() == 0, run.console[-4000:]
+    run = injected(fault, changes).start()
+    struck = run.until_step(11)
+    run.until(lambda: run.events("rewind"), "the rewind")
+    noticed = time.monotonic()
+    lost = 11 - max(step for step in run.committed() if step < 11)
+    run.until(lambda: len(run.losses_of(11)) > 1, "the step made again")
+    run.report(fault, detect_s=noticed - struck, recover_s=time.monotonic() - struck, lost_steps=lost)
+    assert run.wait() == 0, run.console[-4000:]
     (event,) = run.events("rewind")
     assert event["step"] == 11
     assert len(event["skipped"]) == 8

@@ -65,14 +65,17 @@ class Killer:
             self._until_half_written(point.step)
         time.sleep(point.delay_s)
         ranks = run.ranks()
+        pulse = run.pulse(0)
         self._killed |= set(ranks.values())
         if point.victim == "launcher":
             run.kill()
             run.start()
-        elif point.victim == "all":
-            run.signal(signal.SIGKILL)
-        else:
-            run.signal(signal.SIGKILL, int(point.victim.split()[1]))
+            return
+        victims = (0, 1) if point.victim == "all" else (int(point.victim.split()[1]),)
+        struck = run.signal(signal.SIGKILL, *victims)
+        if point.where != "startup" and pulse is not None:
+            what = f"SIGKILL of {point.victim.replace(' 0', '').replace(' 1', '')} in {point.where}"
+            run.follow_recovery(what, struck, pulse.step, ranks)
 
     def _fresh_ranks(self) -> bool:
         ranks = self._run.ranks()

@@ -1,0 +1,84 @@
+"""Object storage goes away in the middle of a run and comes back: nothing is lost, nothing restarts."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.local_s3 import LocalS3
+from trainer.exit_codes import ExitCode
+
+SETTINGS = {"steps": 40, "data": {"prefetch": 1, "read_ahead_bytes": 4096}}
+
+
+@pytest.fixture
+def s3(tmp_path: Path, shards: str) -> Iterator[LocalS3]:
+    """A real S3 server over a folder that holds the shards."""
+    folder = tmp_path / "s3"
+    shutil.copytree(Path(shards).parent, folder / "bucket" / "shards")
+    with LocalS3(folder, buckets=("bucket",)) as server:
+        yield server
+
+
+def on_s3(make_run: Any, s3: LocalS3, changes: dict[str, Any]) -> Any:
+    """A run with shards and checkpoints in the bucket; the harness looks at the folder behind it."""
+    data = {**SETTINGS["data"], "shards": "s3://bucket/shards/*.tar", **changes.pop("data", {})}  # type: ignore[dict-item]
+    run = make_run({**SETTINGS, "run_dir": "s3://bucket/out", **changes, "data": data}, environment=s3.env)
+    run.folder_of_run = s3.folder / "bucket" / "out"
+    run.run_dir = str(run.folder_of_run)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [20, 60])
+def test_an_outage_within_patience_is_waited_out(
+    make_run: Any, unbroken: Callable[..., Any], s3: LocalS3, seconds: int
+) -> None:
+    wanted = unbroken(SETTINGS)
+    run = on_s3(make_run, s3, {}).start()
+    run.until_step(10)
+    s3.stop()
+    gone = time.monotonic()
+    while time.monotonic() < gone + seconds:
+        assert run.process.poll() is None, run.console[-4000:]
+        time.sleep(0.5)
+    s3.start()
+    back = time.monotonic()
+    made = run.pulse(0).step
+    run.until_step(made + 1)
+    run.report(f"S3 outage of {seconds} s", recover_s=time.monotonic() - back, lost_steps=0)
+    assert run.wait() == 0, run.console[-4000:]
+    assert "restarting" not in run.console
+    assert run.fingerprint() == wanted.fingerprint
+    assert run.last_losses() == wanted.trace
+
+
+@pytest.mark.slow
+def test_an_outage_beyond_patience_saves_and_asks_for_a_restart(
+    make_run: Any, unbroken: Callable[..., Any], s3: LocalS3, tmp_path: Path
+) -> None:
+    wanted = unbroken(SETTINGS)
+    changes = {
+        "run_dir": str(tmp_path / "local"),
+        "data": {"patience_s": 3.0},
+        "distributed": {"max_restarts": 0},
+    }
+    run = on_s3(make_run, s3, changes)
+    run.folder_of_run = tmp_path / "local"
+    run.run_dir = str(run.folder_of_run)
+    run.start()
+    run.until_step(10)
+    s3.stop()
+    assert run.wait() == ExitCode.RETRYABLE, run.console[-4000:]
+    saved = run.committed()[0]
+    assert saved >= 10
+    s3.start()
+    assert run.run() == 0, run.console[-4000:]
+    assert run.events("resume")[-1]["step"] == saved
+    assert run.fingerprint() == wanted.fingerprint
+    assert run.trace() == wanted.trace
