@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
@@ -231,14 +231,13 @@ def _range(text: str, flag: str) -> tuple[float, float]:
         raise DataError(f"{flag} is {text!r}; write A or A:B, e.g. 1:3.") from None
 
 
-def _progress(total: int | None, unit: str) -> tqdm[None]:
+def _progress(total: int | None, unit: str) -> tqdm[NoReturn]:
     from tqdm import tqdm
 
-    bar: tqdm[None] = tqdm(total=total, unit=unit, dynamic_ncols=True)
-    return bar
+    return tqdm(total=total, unit=unit, dynamic_ncols=True)
 
 
-def _updater(bar: tqdm[None]) -> Callable[[int, int], None]:
+def _updater(bar: tqdm[NoReturn]) -> Callable[[int, int], None]:
     def update(done: int, total: int) -> None:
         bar.total = total
         bar.n = done

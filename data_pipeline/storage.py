@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import fsspec
@@ -23,6 +25,16 @@ _SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "ht
 _MAX_EXPANSION = 10_000_000
 _CONNECT_TIMEOUT_S = 5.0
 _CONNECTIONS = 64
+_CONNECTING = threading.Lock()
+_S3_ENVIRONMENT = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
 
 
 @dataclass(frozen=True)
@@ -60,28 +72,43 @@ def filesystem(url: str, *, timeout_s: float = 30.0) -> tuple[Any, str]:
     """
     scheme = scheme_of(url)
     if scheme in ("s3", "s3a"):
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        fs = fsspec.filesystem(
-            "s3",
-            endpoint_url=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
-            key=os.environ.get("AWS_ACCESS_KEY_ID"),
-            secret=os.environ.get("AWS_SECRET_ACCESS_KEY"),
-            token=os.environ.get("AWS_SESSION_TOKEN"),
-            client_kwargs={"region_name": region} if region else {},
-            config_kwargs={
-                "connect_timeout": _CONNECT_TIMEOUT_S,
-                "read_timeout": timeout_s,
-                "max_pool_connections": _CONNECTIONS,
-                "retries": {"max_attempts": 0},
-            },
-            use_listings_cache=False,
-        )
-        fs.retries = 1
+        environment = tuple(os.environ.get(name) for name in _S3_ENVIRONMENT)
+        with _CONNECTING:
+            fs = _s3_filesystem(environment, timeout_s, os.getpid())
         return fs, fs._strip_protocol(url)
     if scheme == "file":
         fs = fsspec.filesystem("file", auto_mkdir=True)
         return fs, fs._strip_protocol(os.path.expanduser(url))
     return fsspec.core.url_to_fs(url)
+
+
+@lru_cache(maxsize=8)
+def _s3_filesystem(environment: tuple[str | None, ...], timeout_s: float, process: int) -> Any:
+    """One client for all threads of a process; fsspec's own cache would make one per thread."""
+    del process
+    service_endpoint, endpoint, region, default_region, key, secret, token = environment
+    fs = fsspec.filesystem(
+        "s3",
+        endpoint_url=service_endpoint or endpoint,
+        key=key,
+        secret=secret,
+        token=token,
+        client_kwargs={"region_name": region or default_region} if region or default_region else {},
+        config_kwargs={
+            "connect_timeout": _CONNECT_TIMEOUT_S,
+            "read_timeout": timeout_s,
+            "max_pool_connections": _CONNECTIONS,
+            "retries": {"max_attempts": 0},
+            # some servers send the whole object's checksum with a range of it
+            "response_checksum_validation": "when_required",
+            "request_checksum_calculation": "when_required",
+        },
+        use_listings_cache=False,
+    )
+    fs.retries = 1
+    # create the client here, once: s3fs would do it in every request that finds none yet
+    fs.connect()
+    return fs
 
 
 def join(folder: str, *names: str) -> str:
