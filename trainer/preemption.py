@@ -10,7 +10,7 @@ from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Self
 
-from data_pipeline.storage import filesystem
+from data_pipeline.storage import filesystem, scheme_of
 from trainer.exit_codes import ExitCode
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,14 @@ class Preemption:
 
     stop_file: path or URL whose appearance asks for a saved stop (poll it on one rank only); it is
     removed by `acknowledge` once the state is saved, so that the same command resumes the run.
-    poll_s: seconds between looks at the stop file, in a thread of its own since it may be remote.
+    poll_s: seconds between looks at the stop file, in a thread of its own since it may be remote; unset:
+    1, or 10 for object storage.
     """
 
-    def __init__(self, stop_file: str | None = None, *, poll_s: float = 1.0) -> None:
+    def __init__(self, stop_file: str | None = None, *, poll_s: float | None = None) -> None:
         self._stop_file = stop_file
-        self._poll_s = poll_s
+        remote = stop_file is not None and scheme_of(stop_file) != "file"
+        self._poll_s = poll_s if poll_s is not None else 10.0 if remote else 1.0
         self._request = StopRequest.NONE
         self._interrupts = 0
         self._owner = os.getpid()
