@@ -17,8 +17,8 @@ DECAY_PROFILE = "decay"
 
 
 def power_profile(std: float) -> str:
-    """Name of the power-function profile of this relative width: 0.05 -> "power_0.050"."""
-    return f"power_{std:.3f}"
+    """Name of the power-function profile of this relative width: 0.05 -> "power_0.05"."""
+    return f"power_{std:g}"
 
 
 class EMA:

@@ -1,4 +1,4 @@
-"""Power-function averaging profiles: the mathematics of EDM2, section 3 and appendix C."""
+"""Power-function averaging profiles: the mathematics of EDM2 (Karras et al. 2024), section 3 and appendix C."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def exponent_from_std(std: float) -> float:
-    """gamma of the profile whose response has the relative width `std` (equation 123).
+    """gamma of the profile whose response has the relative width `std`.
 
     The response at the end of training to the weights at relative time t is proportional to
     t^gamma; its standard deviation is sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3))).
@@ -36,6 +36,6 @@ def std_from_exponent(gamma: float) -> float:
 def power_decay(step: int, gamma: float) -> float:
     """Weight of the old average at update `step` (1 is the first): (1 - 1/step)^(gamma + 1).
 
-    The first update forgets the initial weights (equation 127).
+    The first update forgets the initial weights (section 3.1).
     """
     return (1.0 - 1.0 / step) ** (gamma + 1.0)

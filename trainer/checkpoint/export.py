@@ -1,0 +1,186 @@
+"""One safetensors file of weights from a checkpoint, streamed: memory does not grow with the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from data_pipeline.storage import join, read_bytes
+from trainer.checkpoint.catalogue import CheckpointHandle
+from trainer.checkpoint.commands import find_checkpoint
+from trainer.checkpoint.layout import MASTER
+from trainer.checkpoint.reader import EngineReader
+from trainer.checkpoint.storage import write_stream
+from trainer.config.run import ConfigError
+
+WEIGHTS = "weights"
+"""Name under which the trained weights themselves, not an average, are exported."""
+
+_GROUP_BYTES = 192 << 20
+_DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    destination: str
+    source: str
+    """Folder of the checkpoint."""
+    step: int
+    profile: str
+    num_parameters: int
+    num_bytes: int
+
+
+def export(
+    source: str, destination: str, *, profile: str | None = None, step: int | None = None, dtype: str = "fp32"
+) -> Exported:
+    """Write the averaged network of a checkpoint as one file, with the configuration in its metadata.
+
+    Args:
+        source: run folder, or the folder of one checkpoint.
+        destination: URL of a .safetensors file; a folder gets weights.safetensors.
+        profile: an average ("decay", "power_0.05", ...) or "weights"; unset: "decay" where there is
+            one, else "weights".
+        step: which checkpoint of a run folder; unset: the newest.
+        dtype: fp32, bf16 or fp16.
+
+    Raises:
+        ConfigError: no such checkpoint, average or dtype, or a file that cannot be written.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
+    handle = find_checkpoint(source, step)
+    state = read_state(handle)
+    engine = str(state["averaged"])
+    profile, kind = _choose_kind(handle, engine, profile)
+    reader = EngineReader(handle, engine)
+    if not destination.endswith(".safetensors"):
+        destination = join(destination, "weights.safetensors")
+    shapes = handle.manifest.shapes[engine]
+    num_bytes = write_parameters(
+        destination,
+        shapes,
+        lambda names: reader.whole(kind, names),
+        read_small_tensors(handle),
+        export_metadata(handle, state, profile),
+        dtype,
+    )
+    return Exported(
+        destination, handle.url, handle.step, profile, sum(map(_numel, shapes.values())), num_bytes
+    )
+
+
+def read_state(handle: CheckpointHandle) -> dict[str, Any]:
+    """Progress, configuration and versions of a checkpoint."""
+    state: dict[str, Any] = json.loads(read_bytes(join(handle.url, handle.manifest.state.name)))
+    return state
+
+
+def read_small_tensors(handle: CheckpointHandle) -> dict[str, Tensor]:
+    """The stage's tensors beside the trained weights (latent statistics)."""
+    return safetensors.torch.load(read_bytes(join(handle.url, handle.manifest.tensors.name)))
+
+
+def export_metadata(handle: CheckpointHandle, state: dict[str, Any], profile: str) -> dict[str, str]:
+    """Metadata of an exported file: where it comes from and the resolved configuration."""
+    return {
+        "config": json.dumps(state["config"]),
+        "step": str(handle.step),
+        "profile": profile,
+        "network": str(state["averaged"]),
+    }
+
+
+def write_parameters(
+    destination: str,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[list[str]], dict[str, Tensor]],
+    small: dict[str, Tensor],
+    metadata: dict[str, str],
+    dtype: str,
+) -> int:
+    """Stream parameters and small tensors (fp32 at any dtype) into one file; its size in bytes.
+
+    Args:
+        read: gives the named parameters whole, in fp32; called with groups of a few of them.
+    """
+    torch_dtype, name_of_dtype = _DTYPES[dtype]
+    parameters = {name: shape for name, shape in shapes.items() if name not in small}
+    header = _header(parameters, name_of_dtype, torch_dtype.itemsize, small, metadata)
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(header)
+        for group in _groups(parameters):
+            tensors = read(group)
+            for name in group:
+                yield _bytes_of(tensors[name].to(torch_dtype))
+        for tensor in small.values():
+            yield _bytes_of(tensor.float())
+
+    size, _ = write_stream(destination, parts)
+    return size
+
+
+def _choose_kind(handle: CheckpointHandle, engine: str, profile: str | None) -> tuple[str, str]:
+    stored = handle.manifest.kinds[engine]
+    averages = [kind.removeprefix("ema.") for kind in stored if kind.startswith("ema.")]
+    if profile is None:
+        profile = averages[0] if averages else WEIGHTS
+    if profile == WEIGHTS and MASTER in stored:
+        return profile, MASTER
+    if profile in averages:
+        return profile, f"ema.{profile}"
+    choices = ", ".join([*averages, *([WEIGHTS] if MASTER in stored else [])])
+    raise ConfigError(f"{handle.url} has no average {profile!r}; choose one of {choices}.")
+
+
+def _header(
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    itemsize: int,
+    small: dict[str, Tensor],
+    metadata: dict[str, str],
+) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    sized: list[tuple[str, tuple[int, ...], str, int]] = [(n, s, dtype, itemsize) for n, s in shapes.items()]
+    sized += [(name, tuple(tensor.shape), "F32", 4) for name, tensor in small.items()]
+    for name, shape, kind, width in sized:
+        stop = offset + _numel(shape) * width
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _groups(shapes: dict[str, tuple[int, ...]]) -> Iterable[list[str]]:
+    group: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        group.append(name)
+        size += 4 * _numel(shape)
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for dimension in shape:
+        count *= dimension
+    return count

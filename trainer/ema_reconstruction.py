@@ -1,0 +1,163 @@
+"""Averages of any width after the fact, from the power-function averages that a run stored.
+
+Karras et al. 2024, section 3.2 and algorithm 3: the wanted profile is fitted, in the least squares
+sense, by a linear combination of the stored ones; the same combination of the stored averages is then
+the average that would have been kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.storage import join
+from trainer.checkpoint.catalogue import (
+    CheckpointHandle,
+    folder_name,
+    open_checkpoint,
+    snapshots_url,
+    steps_found,
+)
+from trainer.checkpoint.export import export_metadata, read_small_tensors, read_state, write_parameters
+from trainer.checkpoint.manifest import BadManifest
+from trainer.checkpoint.reader import EngineReader
+from trainer.config.run import ConfigError
+from trainer.ema import power_profile
+from trainer.power_ema import exponent_from_std
+
+_PREFIX = "ema.power_"
+_NEGLIGIBLE = 1e-6
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Weights t^gamma over (0, step], normalised."""
+
+    gamma: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What was written."""
+
+    destination: str
+    std: float
+    step: int
+    num_averages: int
+    """Stored averages that take part."""
+    error: float
+    """Distance of the fitted profile from the wanted one, relative to its norm."""
+    num_bytes: int
+
+
+def reconstruct(
+    run_dir: str, destination: str, *, std: float, step: int | None = None, dtype: str = "fp32"
+) -> Reconstruction:
+    """Write the average of relative width `std` at `step` as one safetensors file, streamed.
+
+    Args:
+        run_dir: a run with ema.power_stds and ema.snapshot_every.
+        std: relative width of the profile, as in ema.power_stds.
+        step: end of the average; unset: the newest snapshot.
+
+    Raises:
+        ConfigError: too few snapshots, or a width or step that they cannot give.
+    """
+    snapshots = _snapshots(run_dir)
+    last = snapshots[0].step if step is None else step
+    used = [snapshot for snapshot in snapshots if snapshot.step <= last]
+    if not used:
+        raise ConfigError(
+            f"the first snapshot of {run_dir} is of step {snapshots[-1].step}; choose a later step."
+        )
+    try:
+        wanted = Profile(exponent_from_std(std), last)
+    except ValueError as problem:
+        raise ConfigError(str(problem)) from problem
+    stored = [(snapshot, kind, profile) for snapshot in used for kind, profile in _profiles(snapshot)]
+    weights, error = fit([profile for _, _, profile in stored], wanted)
+    newest = used[0]
+    state = read_state(newest)
+    engine = str(state["averaged"])
+    readers = {snapshot.url: EngineReader(snapshot, engine) for snapshot in used}
+    terms = [
+        (readers[snapshot.url], kind, float(weight))
+        for (snapshot, kind, _), weight in zip(stored, weights, strict=True)
+        if abs(weight) > _NEGLIGIBLE
+    ]
+    metadata = export_metadata(newest, state, power_profile(std)) | {"step": str(last)}
+    num_bytes = write_parameters(
+        destination,
+        newest.manifest.shapes[engine],
+        lambda names: _combined(terms, names),
+        read_small_tensors(newest),
+        metadata,
+        dtype,
+    )
+    return Reconstruction(destination, std, last, len(terms), error, num_bytes)
+
+
+def fit(stored: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.float64], float]:
+    """Coefficients of the stored profiles, which add up to 1, and the relative error of the fit."""
+    gram = np.array([[inner_product(a, b) for b in stored] for a in stored])
+    target = np.array([inner_product(a, wanted) for a in stored])
+    # Minimise |sum of x_i p_i - p|^2 with sum of x_i = 1, so that weights that do not change stay.
+    size = len(stored)
+    scale = 1.0 / np.sqrt(np.diag(gram))
+    system = np.zeros((size + 1, size + 1))
+    system[:size, :size] = gram * np.outer(scale, scale)
+    system[:size, size] = system[size, :size] = scale
+    right = np.append(target * scale, 1.0)
+    coefficients = np.linalg.lstsq(system, right, rcond=1e-13)[0][:size] * scale
+    squared = inner_product(wanted, wanted) + coefficients @ gram @ coefficients - 2 * coefficients @ target
+    error = float(np.sqrt(max(0.0, squared) / inner_product(wanted, wanted)))
+    return coefficients, error
+
+
+def inner_product(a: Profile, b: Profile) -> float:
+    """Integral of the product of two normalised profiles over their common time."""
+    shorter = min(a.step, b.step)
+    # In logarithms: the powers overflow for narrow profiles and long runs.
+    exponent = a.gamma * np.log(shorter / a.step) + b.gamma * np.log(shorter / b.step)
+    factor = (a.gamma + 1) * (b.gamma + 1) / (a.gamma + b.gamma + 1)
+    return float(factor * np.exp(exponent) * shorter / (a.step * b.step))
+
+
+def _snapshots(run_dir: str) -> list[CheckpointHandle]:
+    folder = snapshots_url(run_dir)
+    found = []
+    for step in steps_found(folder):
+        try:
+            found.append(open_checkpoint(join(folder, folder_name(step))))
+        except BadManifest:
+            continue
+    if not found:
+        raise ConfigError(
+            f"{run_dir} has no snapshots; train with ema.power_stds=[0.05,0.1] and ema.snapshot_every set."
+        )
+    return found
+
+
+def _profiles(snapshot: CheckpointHandle) -> list[tuple[str, Profile]]:
+    kinds = [kind for kinds in snapshot.manifest.kinds.values() for kind in kinds if kind.startswith(_PREFIX)]
+    widths = [float(kind.removeprefix(_PREFIX)) for kind in kinds]
+    return [
+        (kind, Profile(exponent_from_std(std), snapshot.step))
+        for kind, std in zip(kinds, widths, strict=True)
+    ]
+
+
+def _combined(terms: Sequence[tuple[EngineReader, str, float]], names: list[str]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for reader, kind, weight in terms:
+        for name, tensor in reader.whole(kind, names).items():
+            # In fp64: coefficients of both signs cancel.
+            term = tensor.to(torch.float64) * weight
+            total[name] = term if name not in total else total[name] + term
+    return {name: tensor.float() for name, tensor in total.items()}
