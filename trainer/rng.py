@@ -55,17 +55,20 @@ def philox(counter: tuple[Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor
     row = torch.arange(2, device=even.device).view(shape)  # built on the device: no copy, no synchronisation
     # With the multiplier taken as signed, M - 2**32, the product of M and a word never overflows int64:
     # M * x = (M - 2**32) * x + 2**32 * x, so the high word is the shifted product plus x.
-    multiplier = _pair(row, MULTIPLIERS[0] - MASK - 1, MULTIPLIERS[1] - MASK - 1)
-    round_key = _pair(row, *key)
-    increment = _pair(row, *KEY_INCREMENTS)
+    multipliers = _both_orders(row, MULTIPLIERS[0] - MASK - 1, MULTIPLIERS[1] - MASK - 1)
+    keys = _both_orders(row, *key)
+    increments = _both_orders(row, *KEY_INCREMENTS)
+    # A round exchanges its halves. Instead of moving `even` back, every round leaves it in the opposite
+    # order (0, 2) -> (2, 0) -> (0, 2); `odd` must come in the order in which `even` will leave.
+    odd = odd.flip(0)
     for index in range(ROUNDS):
-        if index:
-            round_key = (round_key + increment) & MASK
-        product = even * multiplier
-        high = (product >> 32).add_(even)
-        # A round exchanges the halves: words 0 and 1 come from the product of word 2, and the reverse.
-        even = high.flip(0).bitwise_xor_(odd).bitwise_xor_(round_key)
-        odd = product.bitwise_and_(MASK).flip(0)
+        order = index % 2
+        product = even * multipliers[order]
+        round_key = (keys[1 - order] + index * increments[1 - order]) & MASK
+        even = (product >> 32).add_(even).bitwise_xor_(odd).bitwise_xor_(round_key)
+        odd = product.bitwise_and_(MASK)
+        if index < ROUNDS - 1:
+            odd = odd.flip(0)
     return even, odd
 
 
@@ -150,8 +153,9 @@ def _in_element_order(even: Tensor, odd: Tensor, count: int) -> Tensor:
     return stacked.permute(1, 2, 0, 3).reshape(even.shape[1], 4 * even.shape[2])[:, :count]
 
 
-def _pair(row: Tensor, first: int, second: int) -> Tensor:
-    return row * (second - first) + first
+def _both_orders(row: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
+    """(first, second) and (second, first) along the axis of `row`, which holds 0 and 1."""
+    return row * (second - first) + first, row * (first - second) + second
 
 
 def _log(u: Tensor) -> Tensor:
@@ -186,7 +190,7 @@ def _sincos_of_turn(turn: Tensor) -> tuple[Tensor, Tensor]:
 
 def _horner(z: Tensor, coefficients: list[float]) -> Tensor:
     """Sum of coefficients[k] z**k: multiply, then add, never fused, so that every device rounds alike."""
-    value = torch.full_like(z, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
+    value = z * coefficients[-1] + coefficients[-2]
+    for coefficient in reversed(coefficients[:-2]):
         value = value * z + coefficient
     return value
