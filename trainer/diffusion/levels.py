@@ -67,6 +67,7 @@ def make_levels(
     The end is clean (alpha 1, sigma 0), or the schedule's first level ("first": CompVis' samplers and
     diffusers' set_alpha_to_one=False leave that much noise in).
     """
+    schedule = schedule.to("cpu")  # levels are read one by one: no synchronisation per read
     total = len(schedule)
     if not 1 <= num_steps <= total:
         raise ValueError(f"the number of sampler steps must lie between 1 and {total}, not {num_steps}")
@@ -84,7 +85,7 @@ def make_levels(
 
 
 def _karras_timesteps(schedule: NoiseSchedule, num_steps: int) -> tuple[float, ...]:
-    sigmas = [float(sigma) for sigma in schedule.sigmas]
+    sigmas: list[float] = schedule.sigmas.tolist()
     if not math.isfinite(sigmas[-1]):
         raise ValueError("Karras spacing needs a finite last sigma; use trailing with zero terminal SNR")
     if num_steps == 1:
