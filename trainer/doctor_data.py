@@ -28,7 +28,7 @@ def check_storage(config: Config, env: DistributedEnv) -> list[Check]:
     def examine() -> str:
         if env.local_rank != 0:
             return ""
-        url = join(config.run_dir, "doctor", f"probe_{env.rank}")
+        url = join(config.run_dir, f"doctor_probe_{env.rank}")
         content = os.urandom(_PROBE_BYTES)
         started = time.perf_counter()
         write_bytes(url, content)

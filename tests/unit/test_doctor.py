@@ -73,7 +73,7 @@ def test_a_healthy_setting_passes_every_check(
     assert [check for check in checks if not check.passed] == []
     names = {check.name for check in checks}
     assert {"versions", "clocks", "gradients", "storage", "shards", "memory", "disk"} <= names
-    assert not list((tmp_path / "run").rglob("probe*"))
+    assert not list((tmp_path / "run").rglob("doctor*"))
 
 
 class LosesAMicroBatch:

@@ -7,13 +7,15 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Literal
 
-from trainer.config.io import config_from_dict
+from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
-from trainer.exit_codes import ExitCode, classify
+from trainer.exit_codes import ExitCode, classify, normalize
 
 LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
 """Environment variable with the launcher's process id; a rank does not outlive it."""
@@ -35,16 +37,17 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
     from trainer.distributed.env import DistributedEnv
 
     try:
-        env = DistributedEnv.detect()
-        if task == "doctor" or (config.distributed.doctor and os.environ.get(RESTARTS_VARIABLE, "0") == "0"):
+        if task == "doctor":
             from trainer.doctor import diagnose
 
-            code = diagnose(config, env)
-            if task == "doctor" or code is not ExitCode.DONE:
+            return diagnose(config, DistributedEnv.detect())
+        if config.distributed.doctor and os.environ.get(RESTARTS_VARIABLE, "0") == "0":
+            code = _examine(config)
+            if code is not ExitCode.DONE:
                 return code
         from trainer.train import run
 
-        return run(config, env)
+        return run(config, DistributedEnv.detect())
     except (Exception, KeyboardInterrupt) as error:
         code = classify(error)
         if code is ExitCode.USER_ERROR:
@@ -59,7 +62,7 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
 def main(arguments: list[str]) -> int:
     """Entry point of a spawned rank."""
     _die_with_launcher()
-    rank = os.environ["RANK"]
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     prefix = "" if rank == "0" else f"[rank {rank}] "
     logging.basicConfig(
         level=os.environ.get("LDM_LOG_LEVEL", "INFO"), format=f"{prefix}%(levelname)s %(message)s"
@@ -72,6 +75,20 @@ def main(arguments: list[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def _examine(config: Config) -> ExitCode:
+    """The doctor as a child of this rank, at the same place among the ranks.
+
+    In a process of its own, because DeepSpeed does not survive a second process group, and so that the
+    training finds the device's memory untouched.
+    """
+    with tempfile.TemporaryDirectory(prefix="ldm-doctor-") as scratch:
+        path = Path(scratch) / "config.json"
+        path.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
+        command = [sys.executable, "-m", "trainer.launch.rank", str(path), "doctor"]
+        environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid())}
+        return normalize(subprocess.run(command, env=environment, check=False).returncode)
 
 
 def _die_with_launcher() -> None:
