@@ -1,4 +1,4 @@
-"""Power-function averaging profiles: the mathematics of EDM2 (Karras et al. 2024), section 3 and appendix C."""
+"""Power-function averaging profiles: the mathematics of EDM2 (Karras et al. 2024), section 3."""
 
 from __future__ import annotations
 

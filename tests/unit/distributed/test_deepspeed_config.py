@@ -1,0 +1,54 @@
+"""The DeepSpeed dictionary: everything that decides numerics is in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trainer.config.run import Config, ConfigError
+from trainer.config.training import DistributedConfig, OptimizerConfig
+from trainer.distributed.deepspeed_config import deepspeed_config
+
+
+def make(**distributed: object) -> Config:
+    return Config(
+        global_batch_size=64,
+        micro_batch_size=4,
+        optimizer=OptimizerConfig(max_grad_norm=0.7),
+        distributed=DistributedConfig(**distributed),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_numerics_are_explicit(stage: int, precision: str) -> None:
+    made = deepspeed_config(make(zero_stage=stage, precision=precision), world_size=8)
+    assert made["train_batch_size"] == 64
+    assert made["gradient_accumulation_steps"] == 2
+    assert made["gradient_clipping"] == 0.7
+    assert made["bf16"]["enabled"] == (precision == "bf16")
+    expected = "bf16" if precision == "bf16" and stage == 0 else "fp32"
+    assert made["data_types"] == {"grad_accum_dtype": expected}
+    assert made["communication_data_type"] == expected
+    assert made["zero_optimization"]["stage"] == stage
+    assert made["zero_optimization"]["overlap_comm"] is False
+    assert json.loads(json.dumps(made)) == made
+
+
+def test_buckets_follow_the_configuration() -> None:
+    zero = deepspeed_config(make(zero_stage=3, reduce_bucket_elements=123), 1)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 123
+    assert zero["stage3_prefetch_bucket_size"] == 123
+
+
+def test_impossible_batch_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="global_batch_size"):
+        deepspeed_config(make(), world_size=5)
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, trainer.distributed.deepspeed_config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
