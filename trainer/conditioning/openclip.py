@@ -207,7 +207,7 @@ def load_tower(tower: TextTransformer, url: str) -> None:
         listed = "; ".join([f"missing {name}" for name in missing[:8]] + other[:8])
         raise ConfigError(
             f"{url} does not fit this text tower ({len(missing)} tensors missing, {len(other)} of another "
-            f"shape: {listed}); name a file in open_clip's layout for this model."
+            f"shape: {listed}); name a file in open_clip's layout (`ldm import` converts others)."
         )
     tower.load_state_dict(found, strict=True)
 
