@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
@@ -41,6 +43,7 @@ _LEARNING_BEATS = 3
 _LEARNING_GRACE_S = 600.0
 _EXIT_GRACE_S = 60.0
 _TICK_S = 0.25
+_TICKS_PER_LOOK = 8  # at /proc, which costs tenths of a millisecond
 _SUPERVISED_DELAY_S = 3.0
 
 
@@ -127,19 +130,48 @@ class Watchdog:
 
     def _watch(self) -> None:
         delay = 0.0 if self._board is None else _SUPERVISED_DELAY_S
-        while not self._closing.wait(min(_TICK_S, self._timeout_s / 4)):
+        stopped_since: float | None = None
+        for tick in itertools.count():
+            if self._closing.wait(min(_TICK_S, self._timeout_s / 4)):
+                return
+            now = time.monotonic()
             if self._board is not None:
                 self._board.tick(self._local_rank)
-            if time.monotonic() > self._deadline + delay:
-                logger.error(
-                    "no progress for %.1f s in phase %s of step %d; stacks of all threads follow",
-                    time.monotonic() - self._since,
-                    self._phase,
-                    self._step,
-                )
-                faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-                self._on_hang()
+            if now > self._deadline + delay:
+                self._give_up(f"no progress for {now - self._since:.1f} s")
                 return
+            if tick % _TICKS_PER_LOOK == 0:
+                stopped = stopped_children()
+                stopped_since = (stopped_since or now) if stopped else None
+                if stopped_since is not None and now > stopped_since + self._timeout_s:
+                    self._give_up(f"child processes {stopped} are stopped")
+                    return
+
+    def _give_up(self, reason: str) -> None:
+        logger.error(
+            "%s, in phase %s of step %d; stacks of all threads follow", reason, self._phase, self._step
+        )
+        faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+        self._on_hang()
+
+
+def stopped_children() -> list[int]:
+    """Direct children of this process in state T (SIGSTOP): loader processes that will never answer.
+
+    They would otherwise count as waiting for storage, which may take as long as data.patience_s.
+    Empty where the system has no /proc with lists of children.
+    """
+    found = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        try:
+            for pid in task.read_text().split():
+                status = Path(f"/proc/{pid}/stat").read_text()
+                # The name, in parentheses, may hold anything; the state follows it.
+                if status.rpartition(")")[2].split()[0] == "T":
+                    found.append(int(pid))
+        except OSError:
+            continue  # it ended while we looked
+    return sorted(found)
 
 
 class SlowRanks:

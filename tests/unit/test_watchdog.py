@@ -12,7 +12,7 @@ import pytest
 
 from trainer.exit_codes import ExitCode
 from trainer.heartbeat import BOARD_VARIABLE, Board, board_from_environment
-from trainer.watchdog import SlowRanks, Watchdog
+from trainer.watchdog import SlowRanks, Watchdog, stopped_children
 
 
 def test_allowance_is_generous_first_and_follows_the_slowest_recent_step() -> None:
@@ -41,6 +41,22 @@ def test_silence_is_a_hang_and_beats_are_not() -> None:
             time.sleep(0.02)
         assert not hung.is_set()
         assert hung.wait(10)
+
+
+def test_a_stopped_child_is_a_hang_although_the_loop_may_wait_for_data() -> None:
+    hung = threading.Event()
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with Watchdog(0.3, grace_s={"data": 600.0}, on_hang=hung.set) as watchdog:
+            watchdog.beat(1, "data")
+            assert not hung.wait(0.6)
+            assert stopped_children() == []
+            child.send_signal(signal.SIGSTOP)
+            assert hung.wait(10)
+            assert stopped_children() == [child.pid]
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_switched_off_it_starts_no_thread() -> None:
