@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline import storage
+from data_pipeline.buckets import Buckets, bucket_shapes, make_buckets
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError, NoShards, NotATar
 from data_pipeline.index import ManifestRow, read_manifest
@@ -40,6 +42,8 @@ class Dataset:
     """[S] raw samples of every entry."""
     mean_bytes: float
     """Mean size of a sample."""
+    aspects: dict[str, int]
+    """Samples of an epoch by aspect ratio."""
     fingerprint: str
     """Changes with anything the order depends on but the seed and lanes."""
 
@@ -48,6 +52,14 @@ class Dataset:
         lanes = choose_lanes(config.lanes, global_batch_size, int(self.counts.sum()))
         window = choose_window(config.shuffle_window, lanes, self.mean_bytes)
         return Order(self.counts, seed, lanes, window)
+
+    def buckets(self, config: DataConfig, lanes: int) -> Buckets:
+        """Aspect-ratio buckets, or the one square shape. Raises DataError when they cannot be made."""
+        edge = config.image_size
+        if not config.buckets:
+            return Buckets(((edge, edge),), (1.0,))
+        shapes = bucket_shapes(edge, config.bucket_step, config.bucket_max_aspect)
+        return make_buckets(shapes, self.aspects, lanes)
 
 
 def sources_of(config: DataConfig) -> tuple[SourceConfig, ...]:
@@ -101,8 +113,16 @@ def open_dataset(
         shard_of=shard_of,
         counts=samples[shard_of],
         mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
+        aspects=_aspects(rows, entries),
         fingerprint=digest.hexdigest()[:16],
     )
+
+
+def _aspects(rows: Sequence[ManifestRow], entries: Sequence[int]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for i in entries:
+        total.update(rows[i].aspects)
+    return dict(sorted(total.items()))
 
 
 def _open_source(

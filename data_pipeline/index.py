@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline import storage
+from data_pipeline.buckets import aspect_histogram
 from data_pipeline.errors import DataError
 from data_pipeline.tars import BLOCK
 
-VERSION = 1
+VERSION = 2
 ABSENT = np.uint32(0xFFFFFFFF)
 DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
@@ -79,6 +80,14 @@ class ShardIndex:
         if name in self.omitted:
             return None
         return np.full(len(self), np.nan)
+
+    def picture_sizes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Heights and widths [n] of the pictures as read from their headers; NaN where unknown."""
+        unknown = np.full(len(self), np.nan)
+        return (
+            self.numbers.get("picture_height", unknown).astype(np.float64),
+            self.numbers.get("picture_width", unknown).astype(np.float64),
+        )
 
     def encode(self) -> bytes:
         """Compact bytes: a zip of .npy arrays, no pickle."""
@@ -158,6 +167,8 @@ class ManifestRow:
     """SHA-256 of the index file."""
     problems: tuple[str, ...] = ()
     missing_rows: int = 0
+    aspects: dict[str, int] = field(default_factory=dict)
+    """Samples by aspect ratio (see buckets.aspect_histogram)."""
 
 
 def index_name(shard: str) -> str:
@@ -178,11 +189,12 @@ def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
         checksum=hashlib.sha256(encoded).hexdigest(),
         problems=index.problems,
         missing_rows=index.missing_rows,
+        aspects=aspect_histogram(*index.picture_sizes()),
     )
 
 
 def read_manifest(folder: str) -> dict[str, ManifestRow]:
-    """Manifest rows by shard URL; empty when there is none. Raises DataError when damaged."""
+    """Manifest rows by shard URL; empty when there is none of this version. Raises DataError when damaged."""
     url = storage.join(folder, MANIFEST)
     try:
         raw = storage.read_bytes(url)
@@ -194,7 +206,7 @@ def read_manifest(folder: str) -> dict[str, ManifestRow]:
         lines = gzip.decompress(raw).decode().splitlines()
         head = json.loads(lines[0])
         if head["format"] != VERSION:
-            raise ValueError(f"format {head['format']}")
+            return {}  # an older index is read anew
         body = "\n".join(lines[1:])
         if hashlib.sha256(body.encode()).hexdigest() != head["checksum"]:
             raise ValueError("checksum")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import time
@@ -28,15 +27,19 @@ from data_pipeline.index import (
     row_of,
     write_manifest,
 )
+from data_pipeline.records import parse_record
 from data_pipeline.retry import ShortBody, with_retries
 from data_pipeline.storage import StoredFile
-from data_pipeline.tars import BLOCK, IMAGE_EXTENSIONS, Member, TarScan, samples_of, scan
+from data_pipeline.tars import BLOCK, IMAGE_EXTENSIONS, Member, TarScan, samples_of, scan, split_name
+from data_pipeline.transforms import picture_size
 
 logger = logging.getLogger(__name__)
 
 _IDENTITIES = ("url", "sha256", "md5", "hash")
 _MAX_WORDS = 256
 _MAX_WORD = 64
+_MAX_JSON = 1_000_000
+_PICTURE_HEAD = 65_536
 _SAVE_EVERY_S = 30.0
 
 
@@ -139,7 +142,7 @@ def read_index(shard: StoredFile, *, timeout_s: float = 30.0, tries: int = 8) ->
         except Exception as error:
             raise storage.explain(error, shard.url) from error
 
-    found = scan(read, shard.size, wanted=lambda name: name.lower().endswith(".json"))
+    found = scan(read, shard.size, look=_look)
     if not found.is_tar:
         raise NotATar(
             f"{shard.url} is not a tar archive ({'; '.join(found.problems) or 'it is empty'}); remove it "
@@ -151,14 +154,14 @@ def read_index(shard: StoredFile, *, timeout_s: float = 30.0, tries: int = 8) ->
 
 
 def _assemble(shard: StoredFile, found: TarScan) -> ShardIndex:
-    texts = {found.members[i].offset: body for i, body in found.contents.items()}
+    seen = {found.members[i].offset: value for i, value in found.seen.items()}
     groups = list(samples_of(found.members))
     extensions = tuple(sorted({e for _, group, _ in groups for e in group}))
     offsets = np.full((len(extensions), len(groups)), ABSENT, np.uint32)
     sizes = np.zeros((len(extensions), len(groups)), np.uint32)
     defects = np.zeros(len(groups), np.uint8)
     problems = list(found.problems)
-    seen: set[str] = set()
+    known: set[str] = set()
     records: list[dict[str, Any]] = []
     for i, (key, group, notes) in enumerate(groups):
         problems += notes
@@ -170,11 +173,11 @@ def _assemble(shard: StoredFile, found: TarScan) -> ShardIndex:
             offsets[row, i], sizes[row, i] = member.offset // BLOCK, member.size
         if not any(e in group for e in IMAGE_EXTENSIONS):
             defects[i] = DEFECTS.index("no_image")
-        if key in seen:
+        if key in known:
             defects[i] = DEFECTS.index("duplicate_key")
             problems.append(f"duplicate key {key[:80]!r}")
-        seen.add(key)
-        records.append(_record(group.get("json"), texts))
+        known.add(key)
+        records.append(_record(group, seen))
     index = ShardIndex(
         shard=shard.url,
         size=shard.size,
@@ -191,15 +194,22 @@ def _assemble(shard: StoredFile, found: TarScan) -> ShardIndex:
     return index
 
 
-def _record(member: Member | None, texts: dict[int, bytes]) -> dict[str, Any]:
-    body = texts.get(member.offset) if member else None
-    if body is None:
-        return {}
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def _look(name: str, head: Callable[[int], bytes]) -> Any:
+    """What the index keeps of a member's content: the json's fields, a picture's height and width."""
+    extension = split_name(name)[1]
+    if extension == "json":
+        return parse_record(head(_MAX_JSON))
+    return picture_size(head(_PICTURE_HEAD)) if extension in IMAGE_EXTENSIONS else None
+
+
+def _record(group: dict[str, Member], seen: dict[int, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = dict(seen.get(group["json"].offset) or {}) if "json" in group else {}
+    for extension in IMAGE_EXTENSIONS:
+        size = seen.get(group[extension].offset) if extension in group else None
+        if size is not None:
+            record["picture_height"], record["picture_width"] = size
+            break
+    return record
 
 
 def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]]) -> None:

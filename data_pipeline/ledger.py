@@ -61,11 +61,15 @@ def explain_step(
     reader = RangeReader(
         timeout_s=config.request_timeout_s, tries=config.max_retries, patience_s=config.patience_s
     )
-    views = ShardViews(dataset, make_selection(config), reader, capacity=64)
+    buckets = dataset.buckets(config, order.lanes)
+    views = ShardViews(dataset, make_selection(config), buckets, reader, capacity=64)
+    wanted = buckets.of_step(seed, step)
+    # steps that this bucket had before
+    earlier = sum(buckets.of_step(seed, k) == wanted for k in range(step)) if config.buckets else step
     per_lane = global_batch_size // order.lanes
     for lane in range(order.lanes):
         for i, (state, shard, row, rejected) in enumerate(
-            _accepted(order, dataset, views, lane, step * per_lane, per_lane)
+            _accepted(order, dataset, views, lane, wanted, earlier * per_lane, per_lane)
         ):
             view = views.get(shard)
             name = dataset.urls[shard].rpartition("/")[2].removesuffix(".tar")
@@ -82,7 +86,7 @@ def explain_step(
 
 
 def _accepted(
-    order: Order, dataset: Dataset, views: ShardViews, lane: int, skip: int, take: int
+    order: Order, dataset: Dataset, views: ShardViews, lane: int, bucket: int, skip: int, take: int
 ) -> Iterator[tuple[LaneState, int, int, int]]:
     """The `take` accepted visits of a lane after the first `skip`."""
     seen = rejected = 0
@@ -92,6 +96,8 @@ def _accepted(
         entries, rows = order.visits(state.epoch, lane, first, stop)
         for offset, (entry, row) in enumerate(zip(entries.tolist(), rows.tolist(), strict=True), first):
             shard = int(dataset.shard_of[entry])
+            if views.get(shard).buckets[row] != bucket:
+                continue
             if views.get(shard).reasons[row] >= 0:
                 rejected += 1
                 continue

@@ -53,7 +53,9 @@ def build_loader(
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
     workers = max(1, config.workers)
     _check_parts(order, global_batch_size, world_size, workers)
-    states = unpack(position, order, dataset.fingerprint)
+    buckets = dataset.buckets(config, order.lanes)
+    step, states = unpack(position, order, dataset.fingerprint, buckets)
+    each = len(buckets.shapes)
     parts = deal(order.lanes, world_size * workers, f"{world_size} ranks x {workers} workers")
     tasks = [
         PartTask(
@@ -61,7 +63,9 @@ def build_loader(
             dataset=dataset,
             order=order,
             lanes=lanes,
-            states=tuple(states[lanes.start : lanes.stop]),
+            buckets=buckets,
+            step=step,
+            states=tuple(states[lanes.start * each : lanes.stop * each]),
             per_lane=global_batch_size // order.lanes,
             skip_ordinals=frozenset(int(o) for o in skip_ordinals),
         )
@@ -96,6 +100,8 @@ class Loader(Iterator[Batch]):
         task = tasks[0]
         self._tasks = tasks
         self._order = task.order
+        self._buckets = task.buckets
+        self._step = task.step
         self._fingerprint = task.dataset.fingerprint
         self._size = sum(t.size for t in tasks)
         self._first_slot = tasks[0].lanes.start * task.per_lane
@@ -142,6 +148,7 @@ class Loader(Iterator[Batch]):
             parts.append(part)
             filled += task.size
         self.wait_s += time.monotonic() - began
+        self._step += 1
         self._account(parts)
         pixels = tensors.pop("pixels").permute(0, 3, 1, 2)  # [B, 3, H, W], channels last in memory
         return Batch(
@@ -154,6 +161,8 @@ class Loader(Iterator[Batch]):
             position=pack(
                 self._order,
                 self._fingerprint,
+                self._buckets,
+                self._step,
                 self._tasks[0].lanes.start,
                 [state for part in parts for state in part.states],
             ),

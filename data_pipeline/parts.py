@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.buckets import Buckets
 from data_pipeline.conditions import condition_arrays
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
@@ -33,7 +34,11 @@ class PartTask:
     dataset: Dataset
     order: Order
     lanes: range
+    buckets: Buckets
+    step: int
+    """Steps done before."""
     states: tuple[LaneState, ...]
+    """One per lane and bucket, lane-major."""
     per_lane: int
     """Samples per lane and step."""
     skip_ordinals: frozenset[int] = frozenset()
@@ -45,8 +50,10 @@ class PartTask:
 
     def layout(self, height: int = 0, width: int = 0) -> PartLayout:
         """Layout of a part of this picture size; 0: the largest that occurs."""
-        edge = self.config.image_size
-        return PartLayout(self.config, self.size, height or edge, width or edge)
+        if height and width:
+            return PartLayout(self.config, self.size, height, width)
+        layouts = [PartLayout(self.config, self.size, h, w) for h, w in self.buckets.shapes]
+        return max(layouts, key=lambda layout: layout.bytes)
 
 
 @dataclass
@@ -71,7 +78,7 @@ class PartLayout:
     def __init__(self, config: DataConfig, size: int, height: int, width: int) -> None:
         self._fields: list[tuple[str, np.dtype[Any], tuple[int, ...], int]] = []
         position = 0
-        spec = sample_arrays(config, height, width) | condition_arrays(config, height, width)
+        spec = sample_arrays(height, width) | condition_arrays(config, height, width)
         for name, (kind, shape) in spec.items():
             dtype = np.dtype(kind)
             self._fields.append((name, dtype, (size, *shape), position))
@@ -103,6 +110,7 @@ class PartStream:
             task.dataset,
             task.order,
             make_selection(config, task.skip_ordinals),
+            task.buckets,
             self._reader,
             self._background,
             lanes=task.lanes,
@@ -111,25 +119,29 @@ class PartStream:
             range_bytes=config.read_ahead_bytes,
             budget_bytes=config.buffer_bytes,
         )
+        self._step = task.step
         self._sent: Counter[str] = Counter()
         self._rejects: list[tuple[str, str, str, int]] = []
         self._walker.read_ahead()
 
     def fill(self, buffer: memoryview) -> Part:
         """Write the arrays of the next step to `buffer`. Raises DataError."""
-        edge = self._task.config.image_size
-        out = self._task.layout(edge, edge).arrays(buffer)
+        buckets = self._task.buckets
+        bucket = buckets.of_step(self._task.order.seed, self._step)
+        height, width = buckets.shapes[bucket]
+        out = self._task.layout(height, width).arrays(buffer)
         captions: list[str] = []
         keys: list[str] = []
-        for walk in self._walker.walks:
+        for walk in self._walker.walks[bucket :: len(buckets.shapes)]:
             for _ in range(self._task.per_lane):
-                caption, key = self._fill_row(walk, (edge, edge), out, len(keys))
+                caption, key = self._fill_row(walk, (height, width), out, len(keys))
                 captions.append(caption)
                 keys.append(key)
         self._walker.read_ahead()
+        self._step += 1
         part = Part(
-            height=edge,
-            width=edge,
+            height=height,
+            width=width,
             captions=captions,
             keys=keys,
             states=[walk.state.as_json() for walk in self._walker.walks],

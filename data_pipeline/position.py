@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_pipeline.buckets import Buckets
 from data_pipeline.errors import DataError
 from data_pipeline.order import Order
 
@@ -30,14 +31,18 @@ class LaneState:
         return LaneState(self.epoch, self.offset, list(self.deferred))
 
 
-def pack(order: Order, fingerprint: str, first: int, states: Sequence[list[Any]]) -> dict[str, Any]:
-    """Position of the lanes first, first + 1, ... as a JSON-able dict."""
+def pack(
+    order: Order, fingerprint: str, buckets: Buckets, step: int, first: int, states: Sequence[list[Any]]
+) -> dict[str, Any]:
+    """Position after `step` steps of the lanes from `first` on, each with one state per bucket."""
     return {
         "format": _FORMAT,
         "data": fingerprint,
         "seed": order.seed,
         "lanes": order.lanes,
         "window": order.window,
+        "buckets": [list(shape) for shape in buckets.shapes],
+        "step": step,
         "first": first,
         "states": [list(s) for s in states],
     }
@@ -50,22 +55,28 @@ def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     head = parts[0]
     states: list[Any] = []
     for part in parts:
-        same = all(part[k] == head[k] for k in ("format", "data", "seed", "lanes", "window"))
+        same = all(part[k] == head[k] for k in head if k not in ("first", "states"))
         assert same, "positions of one loader"
-        assert part["first"] == len(states), "positions of all ranks"
+        assert part["first"] * len(head["buckets"]) == len(states), "positions of all ranks"
         states += part["states"]
-    assert len(states) == head["lanes"], (len(states), head["lanes"])
+    assert len(states) == head["lanes"] * len(head["buckets"]), (len(states), head["lanes"])
     return {**head, "states": states}
 
 
 def unpack(
-    position: dict[str, Any] | Sequence[dict[str, Any]] | None, order: Order, fingerprint: str
-) -> list[LaneState]:
-    """State of every lane. Raises DataError when the position belongs to another order."""
+    position: dict[str, Any] | Sequence[dict[str, Any]] | None,
+    order: Order,
+    fingerprint: str,
+    buckets: Buckets,
+) -> tuple[int, list[LaneState]]:
+    """Steps done and the state of every lane and bucket (lane-major).
+
+    Raises DataError when the position belongs to another order.
+    """
     if not position:
-        return [LaneState() for _ in range(order.lanes)]
+        return 0, [LaneState() for _ in range(order.lanes * len(buckets.shapes))]
     whole = position if isinstance(position, dict) else merge_positions(position)
-    if len(whole["states"]) != whole["lanes"]:
+    if len(whole["states"]) != whole["lanes"] * len(whole["buckets"]):
         raise DataError("The stored data position is that of one rank only; merge those of all ranks.")
     remedies = {
         "lanes": ("data.lanes", order.lanes),
@@ -83,7 +94,14 @@ def unpack(
             "The checkpoint stopped in another set of shards; restore data.shards (and the index), or start "
             "a new run with init_from."
         )
-    return [LaneState(s[0], s[1], list(s[2]) if len(s) > 2 else []) for s in whole["states"]]
+    if whole["buckets"] != [list(shape) for shape in buckets.shapes]:
+        raise DataError(
+            f"The checkpoint stopped with pictures of {whole['buckets']} (height, width), this run has "
+            f"{[list(s) for s in buckets.shapes]}; restore data.image_size and the bucket settings."
+        )
+    return int(whole["step"]), [
+        LaneState(s[0], s[1], list(s[2]) if len(s) > 2 else []) for s in whole["states"]
+    ]
 
 
 def epochs_done(position: dict[str, Any] | None) -> float:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.captions import choose_caption
@@ -14,10 +12,9 @@ from data_pipeline.conditions import fill_conditions
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import Rejected
 from data_pipeline.filters import Filter
+from data_pipeline.records import parse_record
 from data_pipeline.tars import IMAGE_EXTENSIONS
 from data_pipeline.transforms import crop_pixels, decode, plan_crop
-
-_MAX_JSON = 4_000_000
 
 
 def fill_sample(
@@ -63,23 +60,6 @@ def fill_sample(
     return caption
 
 
-def parse_record(body: bytes | None) -> dict[str, Any] | None:
-    """The json member as a dict; None when absent or not an object. Bad JSON counts as absent."""
-    if body is None or len(body) > _MAX_JSON:
-        return None
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def sample_arrays(config: DataConfig, height: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def sample_arrays(height: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape per sample of pixels and ordinals; conditions come on top."""
-    del config
     return {"pixels": ("uint8", (height, width, 3)), "ordinals": ("int64", ())}
-
-
-def empty_like(spec: Mapping[str, tuple[str, tuple[int, ...]]], n: int) -> dict[str, NDArray[Any]]:
-    """Arrays for n samples."""
-    return {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in spec.items()}

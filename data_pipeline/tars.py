@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 BLOCK = 512
 _MAX_META = 1_000_000
@@ -33,8 +34,8 @@ class TarScan:
     problems: list[str] = field(default_factory=list)
     """Defects, one sentence each; the members before them are usable."""
     is_tar: bool = True
-    contents: dict[int, bytes] = field(default_factory=dict)
-    """Data of the members that `wanted` chose, by index into `members`."""
+    seen: dict[int, Any] = field(default_factory=dict)
+    """What `look` made of a member, by index into `members`."""
 
 
 class _Window:
@@ -62,13 +63,13 @@ def scan(
     read: Callable[[int, int], bytes],
     size: int,
     *,
-    wanted: Callable[[str], bool] = lambda name: False,
+    look: Callable[[str, Callable[[int], bytes]], Any] = lambda name, head: None,
     chunk: int = 4_000_000,
 ) -> TarScan:
     """Walk the headers of a tar of `size` bytes through `read(start, stop)`.
 
     Never raises for bad content: a defect ends the walk, or skips one member, and is reported.
-    `wanted(name)` members are kept in `contents` (small ones only).
+    `look(name, head)` may call head(n) for the first n bytes of each member; what it returns is kept.
     """
     window = _Window(read, size, chunk)
     found = TarScan()
@@ -109,8 +110,9 @@ def scan(
                 )
                 return found
             if kind in (b"0", b"\0", b"7"):
-                if wanted(name) and length <= _MAX_META:
-                    found.contents[len(found.members)] = bytes(window.get(data, data + length))
+                noticed = look(name, _head(window, data, length))
+                if noticed is not None:
+                    found.seen[len(found.members)] = noticed
                 found.members.append(Member(name, data, length))
             elif kind == b"S":
                 found.problems.append(f"sparse member {name[:80]!r} is not supported")
@@ -121,6 +123,10 @@ def scan(
         found.problems.append("the archive ends inside a block")
     found.is_tar = bool(found.members) or size >= 2 * BLOCK
     return found
+
+
+def _head(window: _Window, data: int, length: int) -> Callable[[int], bytes]:
+    return lambda n: bytes(window.get(data, data + min(n, length)))
 
 
 def split_name(name: str) -> tuple[str, str]:

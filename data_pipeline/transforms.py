@@ -89,6 +89,21 @@ def plan_crop(
     )
 
 
+def picture_size(head: bytes) -> tuple[int, int] | None:
+    """(height, width), EXIF orientation applied, from the first bytes of a picture; None if unknown."""
+    try:
+        if head[:2] == b"\xff\xd8":
+            height, width, _, _ = simplejpeg.decode_jpeg_header(head)
+            turned = _exif_orientation(head) >= 5
+            return (width, height) if turned else (height, width)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(head), formats=_FORMATS) as image:
+                return image.height, image.width
+    except (*_DECODE_ERRORS, Image.DecompressionBombError):
+        return None
+
+
 def decode(data: bytes, *, target: tuple[int, int], max_pixels: int) -> tuple[NDArray[np.uint8], int, int]:
     """Decode to RGB [h, w, 3], at reduced size where libjpeg can, with the original height and width.
 

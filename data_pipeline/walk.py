@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.buckets import Buckets
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError, Rejected
 from data_pipeline.filters import Filter
@@ -43,6 +44,8 @@ class _View:
     sizes: NDArray[np.int64]
     late: Filter | None
     """Clauses to be checked on each json."""
+    buckets: NDArray[np.int16]
+    """[n] bucket of every sample."""
 
 
 @dataclass
@@ -70,8 +73,11 @@ class Visit:
 class ShardViews:
     """Index files of the shards in use, loaded once, the least recently used dropped."""
 
-    def __init__(self, dataset: Dataset, selection: Selection, reader: RangeReader, capacity: int) -> None:
+    def __init__(
+        self, dataset: Dataset, selection: Selection, buckets: Buckets, reader: RangeReader, capacity: int
+    ) -> None:
         self._dataset, self._selection, self._reader = dataset, selection, reader
+        self._buckets = buckets
         self._capacity = capacity
         self._views: OrderedDict[int, Future[_View]] = OrderedDict()
         self._lock = threading.Lock()
@@ -117,14 +123,18 @@ class ShardViews:
             sizes.append(size)
         defects = index.defects.astype(np.int32)
         reasons = np.where(defects > 0, defects + len(names), reasons)
-        return _View(index.keys, reasons, (*names, *DEFECTS), np.stack(offsets), np.stack(sizes), late)
+        buckets = self._buckets.assign(*index.picture_sizes())
+        return _View(
+            index.keys, reasons, (*names, *DEFECTS), np.stack(offsets), np.stack(sizes), late, buckets
+        )
 
 
 class LaneWalk:
-    """One lane: an endless sequence of visits from a state on, read ahead within the worker's budget."""
+    """One lane's samples of one bucket, without end, read ahead within the worker's budget."""
 
-    def __init__(self, lane: int, state: LaneState, walker: Walker) -> None:
+    def __init__(self, lane: int, bucket: int, state: LaneState, walker: Walker) -> None:
         self.lane = lane
+        self.bucket = bucket
         self.state = state
         self._walker = walker
         self._cursor = (state.epoch, state.offset)  # next raw offset to plan
@@ -146,22 +156,30 @@ class LaneWalk:
         first, stop = order.window_of(self.lane, offset)
         while stop - offset < _MIN_PLAN and stop < order.lane_size(self.lane):
             stop = order.window_of(self.lane, stop)[1]
-        task = partial(self._walker.plan, self.lane, epoch, first, stop, offset, float(self._planned))
+        task = partial(self._walker.plan, self, epoch, first, stop, offset, float(self._planned))
         self._plans.append((stop - offset, self._walker.background.submit(-1.0 + self._planned * 1e-9, task)))
         self._cursor = (epoch, stop)
         self._planned += stop - offset
         return stop - offset
 
     def next_visit(self) -> Visit:
-        """The next raw sample in order; call `done` or `defer` with it afterwards."""
+        """The next raw sample in order; call `done` or `defer` with it afterwards. Raises DataError."""
+        size, passed = self._walker.order.lane_size(self.lane), 0
         while True:
             while not self._visits:
                 if not self._plans:
                     self.plan_next()
-                self._visits.extend(self._plans.popleft()[1].result())
+                count, plan = self._plans.popleft()
+                self._visits.extend(plan.result())
+                passed += count
+                if passed > 3 * size + _MIN_PLAN:
+                    raise DataError(
+                        f"Lane {self.lane} has no sample of bucket {self.bucket}; lower data.lanes or "
+                        "data.bucket_max_aspect."
+                    )
             visit = self._visits[0]
             if visit.epoch > self.state.epoch and self.state.deferred:
-                return self._walker.revisit(self.lane, self.state.epoch, self.state.deferred[0])
+                return self._walker.revisit(self, self.state.epoch, self.state.deferred[0])
             return self._visits.popleft()
 
     def done(self, visit: Visit) -> None:
@@ -187,6 +205,7 @@ class Walker:
         dataset: Dataset,
         order: Order,
         selection: Selection,
+        buckets: Buckets,
         reader: RangeReader,
         background: Background,
         *,
@@ -204,41 +223,52 @@ class Walker:
         self._range_bytes = max(1, range_bytes)
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * per_lane)
         self._budget = budget_bytes / max(1.0, dataset.mean_bytes)
-        self._views = ShardViews(dataset, selection, reader, 2 * len(lanes) + 8)
-        self.walks = [LaneWalk(lane, state, self) for lane, state in zip(lanes, states, strict=True)]
+        self._views = ShardViews(dataset, selection, buckets, reader, 2 * len(lanes) + 8)
+        pairs = [(lane, bucket) for lane in lanes for bucket in range(len(buckets.shapes))]
+        self._shares = buckets.weights
+        self.walks = [
+            LaneWalk(lane, bucket, state, self) for (lane, bucket), state in zip(pairs, states, strict=True)
+        ]
+        """Lane-major: bucket b of the i-th lane is at i * buckets + b."""
 
     def read_ahead(self) -> None:
         """Plan further windows, the most urgent lanes first, while the memory budget lasts."""
-        ready = sum(walk.ready for walk in self.walks)
-        for walk in sorted(self.walks, key=lambda w: w.ready):
-            if walk.ready == 0 or (ready < self._budget and walk.ready < self._enough):
-                ready += walk.plan_next()
+        waiting = [(walk.ready * self._shares[walk.bucket], i) for i, walk in enumerate(self.walks)]
+        total = sum(ready for ready, _ in waiting)
+        for ready, i in sorted(waiting):
+            walk = self.walks[i]
+            if ready == 0 or (total < self._budget and ready < self._enough * self._shares[walk.bucket]):
+                total += walk.plan_next() * self._shares[walk.bucket]
 
-    def plan(self, lane: int, epoch: int, first: int, stop: int, skip_to: int, tick: float) -> list[Visit]:
+    def plan(
+        self, walk: LaneWalk, epoch: int, first: int, stop: int, skip_to: int, tick: float
+    ) -> list[Visit]:
         """Visits of the whole windows [first, stop) from `skip_to` on, with their reads under way."""
-        entries, rows = self.order.visits(epoch, lane, first, stop)
+        entries, rows = self.order.visits(epoch, walk.lane, first, stop)
         entries, rows = entries[skip_to - first :], rows[skip_to - first :]
-        visits = self._visits(lane, epoch, skip_to, entries, rows)
+        visits = self._visits(walk, epoch, skip_to, entries, rows)
         self._start_reads(visits, rows, tick)
         return visits
 
-    def revisit(self, lane: int, epoch: int, offset: int) -> Visit:
+    def revisit(self, walk: LaneWalk, epoch: int, offset: int) -> Visit:
         """One visit that was set aside."""
-        first, stop = self.order.window_of(lane, offset)
-        entries, rows = self.order.visits(epoch, lane, first, stop)
+        first, stop = self.order.window_of(walk.lane, offset)
+        entries, rows = self.order.visits(epoch, walk.lane, first, stop)
         at = slice(offset - first, offset - first + 1)
-        visits = self._visits(lane, epoch, offset, entries[at], rows[at])
+        visits = self._visits(walk, epoch, offset, entries[at], rows[at])
         self._start_reads(visits, rows[at], 0.0)
         return visits[0]
 
     def _visits(
-        self, lane: int, epoch: int, offset: int, entries: NDArray[np.int64], rows: NDArray[np.int64]
+        self, walk: LaneWalk, epoch: int, offset: int, entries: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> list[Visit]:
         shards = self._dataset.shard_of[entries]
-        skipped = self._selection.skipped(self.order, epoch, lane, offset, len(rows))
+        skipped = self._selection.skipped(self.order, epoch, walk.lane, offset, len(rows))
         visits = []
         for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
             view = self._views.get(shard)
+            if view.buckets[row] != walk.bucket:
+                continue
             code = int(view.reasons[row])
             reason = view.names[code] if code >= 0 else "skipped" if offset + i in skipped else None
             key = view.keys[row].decode("utf-8", "replace")
@@ -247,9 +277,10 @@ class Walker:
 
     def _start_reads(self, visits: list[Visit], rows: NDArray[np.int64], tick: float) -> None:
         wanted: dict[int, list[tuple[int, int, int, str]]] = {}
-        for visit, row in zip(visits, rows.tolist(), strict=True):
+        for visit in visits:
             if visit.reason is not None:
                 continue
+            row = int(rows[visit.slot])
             view = self._views.get(visit.shard)
             for m, extension in enumerate(self._selection.members):
                 start = int(view.offsets[m, row])

@@ -122,7 +122,7 @@ def test_mixture_keeps_exactly_once_per_source(tmp_path: Path, write_shards) -> 
 
 
 def test_removed_and_skipped_are_never_served(make_shards, tmp_path: Path) -> None:
-    url, keys = make_shards([30, 30])
+    url, _ = make_shards([30, 30])
     plain, _, _ = run(config_for(url), 5)
     removal = tmp_path / "removed.txt"
     gone = [plain[0][0][3].split("/")[1], "http://x.invalid/" + plain[1][0][5].split("/")[1]]
