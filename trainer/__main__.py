@@ -16,11 +16,13 @@ from trainer.config.run import ConfigError
 VERBS = {
     "train": "train a first stage or a diffusion model; the same command again resumes",
     "sample": "draw pictures from a run or from exported weights",
+    "evaluate": "measure what a model can do, against data",
     "demo": "train both stages on a laptop against a real S3 server and look at the pictures",
     "data": "synthesize, inspect and index shards",
     "config": "print the resolved configuration and the DeepSpeed dictionary",
     "params": "count parameters per module, without building the model",
     "export": "write a run's weights as one safetensors file",
+    "checkpoint": "list and verify the checkpoints of a run",
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 
 import fsspec
 import torch
-from data_pipeline.loader import build_loader, merge_positions
+from data_pipeline.loader import Loader, build_loader, merge_positions
 
-from data_pipeline.batch import Batch
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.conditioning.build import build_conditioner
 from trainer.config.io import config_to_dict
@@ -52,7 +50,7 @@ class Run:
     timer: StepTimer
     sinks: Sinks
 
-    def open_loader(self) -> Generator[Batch]:
+    def open_loader(self, *, from_start: bool = False) -> Loader:
         """Batches from the current position on, without the samples that healing skips."""
         return build_loader(
             self.config.data,
@@ -60,13 +58,14 @@ class Run:
             global_batch_size=self.config.global_batch_size,
             rank=self.env.rank,
             world_size=self.env.world_size,
-            position=self.state.position,
+            position=None if from_start else self.state.position,
             skip_ordinals=self.healer.skipped,
         )
 
     def save(self) -> None:
         """Checkpoint where the run stands. Collective."""
-        position = merge_positions(collectives.all_gather_object(self.state.position))
+        positions = collectives.all_gather_object(self.state.position)
+        position = merge_positions(positions) if self.state.step else None
         self.checkpoints.save(
             self.state.step,
             self.stage.engines,
@@ -168,9 +167,7 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> t
 def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
     networks = autoencoder.build_networks(config)
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
-    perceptual = build_perceptual(config.autoencoder_loss)
-    if perceptual is not None:
-        perceptual.to(env.device)
+    perceptual = build_perceptual(config.autoencoder_loss, env.device)
     facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
     return autoencoder.AutoencoderStage(config, engines, perceptual, timer), facts
 

@@ -51,7 +51,7 @@ def generate(
     pixels: Tensor | None = None,
     size: tuple[int, int] | None = None,
     batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Pictures uint8 [N, 3, H, W] for N captions, on the network's device.
 

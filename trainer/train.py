@@ -96,14 +96,13 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         if due(state.step, config.sampling.every):
             watchdog.beat(state.step, "preview")
             preview(run, batch)
-        stopping = agreed.request is not StopRequest.NONE or agreed.data_lost
         if last_step:
             watchdog.beat(state.step, "finish")
             finish(run)
-        if saving or stopping:
+        if saving or must_stop(agreed):
             watchdog.beat(state.step, "checkpoint")
             run.save()
-        if stopping and not last_step:
+        if must_stop(agreed) and not last_step:
             return leave(run, preemption, agreed)
         batch = upcoming
 
@@ -147,7 +146,14 @@ def judge(
         if verdict.action == "rewind":
             logger.warning("%s", verdict.message)
             return verdict.incident, agreed
+    if not everything and must_stop(agreed):  # and a checkpoint is about to be written after all
+        return judge(run, delayed, agreed.request, agreed.data_lost, everything=True)
     return None, agreed
+
+
+def must_stop(agreed: Agreed) -> bool:
+    """Whether the run ends at this step boundary."""
+    return agreed.request is not StopRequest.NONE or agreed.data_lost
 
 
 def of_all_ranks(ordinals: Tensor) -> Iterator[int]:
@@ -168,7 +174,7 @@ def preview(run: Run, batch: Batch) -> None:
 
 def finish(run: Run) -> None:
     """Measure on data what the exported weights must carry. Collective."""
-    batches = run.open_loader()
+    batches = run.open_loader(from_start=True)
     with run.averaged_weights(), closing(batches):
         run.stage.finish(batch.to(run.env.device) for batch in batches)
 

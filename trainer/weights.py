@@ -13,6 +13,9 @@ from torch import Tensor
 from trainer.config.run import ConfigError
 
 
+_MAX_HEADER_BYTES = 100_000_000
+
+
 def read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (on the CPU) and metadata of a safetensors file.
 
@@ -36,6 +39,25 @@ def parse_weights(data: bytes, url: str) -> tuple[dict[str, Tensor], dict[str, s
     except (safetensors.SafetensorError, ValueError) as error:
         raise ConfigError(f"{url} is not a safetensors file ({error}).") from error
     return tensors, {str(k): str(v) for k, v in header.get("__metadata__", {}).items()}
+
+
+def read_metadata(url: str) -> dict[str, str]:
+    """Metadata alone: reads the header, not the tensors.
+
+    Raises:
+        ConfigError: as `read_weights`.
+    """
+    try:
+        with fsspec.open(url, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ConfigError(f"{url} is not a safetensors file (its header would be {length} bytes).")
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no weights file at {url}; check the path or URL.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{url} is not a safetensors file ({error}).") from error
+    return {str(k): str(v) for k, v in header.get("__metadata__", {}).items()}
 
 
 def write_weights(url: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

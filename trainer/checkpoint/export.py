@@ -60,7 +60,7 @@ def export(
     handle = find_checkpoint(source, step)
     state = read_state(handle)
     engine = str(state["averaged"])
-    profile, kind = _choose_kind(handle, engine, profile)
+    profile, kind = choose_kind(handle, engine, profile)
     reader = EngineReader(handle, engine)
     if not destination.endswith(".safetensors"):
         destination = join(destination, "weights.safetensors")
@@ -129,7 +129,7 @@ def write_parameters(
     return size
 
 
-def _choose_kind(handle: CheckpointHandle, engine: str, profile: str | None) -> tuple[str, str]:
+def choose_kind(handle: CheckpointHandle, engine: str, profile: str | None) -> tuple[str, str]:
     stored = handle.manifest.kinds[engine]
     averages = [kind.removeprefix("ema.") for kind in stored if kind.startswith("ema.")]
     if profile is None:

@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
     for kind in ("trained", "frozen"):
         for name, count in counts[kind].items():
             print(f"{kind:8} {name:28} {count:>15,}  {count / 1e6:10.2f} M")
-    print(f"{'trained':8} {'total':28} {counts['trained_total']:>15,}  {counts['trained_total'] / 1e6:10.2f} M")
+    print(
+        f"{'trained':8} {'total':28} {counts['trained_total']:>15,}  {counts['trained_total'] / 1e6:10.2f} M"
+    )
     return 0
 
 
@@ -43,10 +45,10 @@ def count_parameters(config: Config) -> dict[str, dict[str, int] | int]:
     with torch.device("meta"):
         trained, frozen = _networks(config)
     counts = {
-        "trained": {name: _count(module.parameters()) for name, module in trained.items()},
-        "frozen": {name: _count(module.parameters()) for name, module in frozen.items()},
+        kind: {name: _count(module.parameters()) for name, module in modules.items()}
+        for kind, modules in (("trained", trained), ("frozen", frozen))
     }
-    return {**counts, **{f"{kind}_total": sum(part.values()) for kind, part in counts.items()}}
+    return {kind: {**modules, "total": sum(modules.values())} for kind, modules in counts.items()}
 
 
 def _networks(config: Config) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:

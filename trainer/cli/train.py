@@ -11,7 +11,9 @@ import argparse
 from trainer.config.io import load_config
 from trainer.launch.local import launch
 
-EXAMPLE = "example: ldm train configs/sd/sd2_base_256.yaml run_dir=s3://bucket/run optimizer.learning_rate=5e-5"
+EXAMPLE = (
+    "example: ldm train configs/sd/sd2_base_256.yaml run_dir=s3://bucket/run optimizer.learning_rate=5e-5"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,8 @@ class WandbSink:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        folder = run_dir if "://" not in run_dir else os.path.join(tempfile.gettempdir(), "ldm-wandb")
+        elsewhere = os.environ.get("WANDB_DIR", os.path.join(tempfile.gettempdir(), "ldm-wandb"))
+        folder = elsewhere if "://" in run_dir else run_dir
         os.makedirs(folder, exist_ok=True)
         self._wandb = wandb
         mode = config.wandb

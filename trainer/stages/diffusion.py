@@ -16,7 +16,7 @@ from trainer.distributed.engine import Engine
 from trainer.first_stage.base import FirstStage
 from trainer.metrics.timer import StepTimer
 from trainer.models.unet import UNet
-from trainer.rng import Purpose, normal, uniform
+from trainer.rng import Purpose, normal, permutation, uniform
 from trainer.sample import generate
 from trainer.stages.stage import Preview
 
@@ -24,8 +24,10 @@ from trainer.stages.stage import Preview
 class ConditionedUNet(nn.Module):
     """The trained network: the UNet and whatever conditions are learned with it."""
 
-    def __init__(self, unet: UNet, conditions: TrainedConditions) -> None:
+    def __init__(self, unet: UNet, conditions: TrainedConditions, *, channels_last: bool) -> None:
         super().__init__()
+        # The layout of activations follows the input's; weights stay flat slices of ZeRO's partitions.
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.unet = unet
         self.conditions = conditions
 
@@ -39,7 +41,7 @@ class ConditionedUNet(nn.Module):
         if condition.concat is not None:
             x = torch.cat([x, condition.concat], dim=1)
         return self.unet(
-            x,
+            x.contiguous(memory_format=self._memory_format),
             timesteps,
             context=condition.context,
             vector=condition.vector,
@@ -48,7 +50,7 @@ class ConditionedUNet(nn.Module):
 
 
 def build_network(config: Config, conditioner: Conditioner) -> ConditionedUNet:
-    """The network with weights drawn from torch's global generator, in the configured memory layout."""
+    """The network, with weights drawn from torch's global generator."""
     channels = config.first_stage.channels
     unet = UNet(
         config.unet,
@@ -58,8 +60,7 @@ def build_network(config: Config, conditioner: Conditioner) -> ConditionedUNet:
         vector_dim=conditioner.vector_dim,
         num_classes=conditioner.num_classes,
     )
-    network = ConditionedUNet(unet, conditioner.trained)
-    return network.to(memory_format=torch.channels_last) if config.distributed.channels_last else network
+    return ConditionedUNet(unet, conditioner.trained, channels_last=config.distributed.channels_last)
 
 
 class DiffusionStage:
@@ -85,14 +86,19 @@ class DiffusionStage:
 
     def train_step(self, batch: Batch, step: int, learning_rate: float) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches (see `Stage`)."""
-        micro_batches = batch.micro_batches(self._config.micro_batch_size)
+        config = self._config
+        # Shuffled anew each step, or a lane's samples would always meet the same stratum of noise levels.
+        strata = permutation(
+            config.seed, step, Purpose.STRATUM, config.global_batch_size, self._engine.device
+        )
+        micro_batches = batch.micro_batches(config.micro_batch_size)
         total = torch.zeros((), device=self._engine.device)
         grad_norm = None
         for micro in micro_batches:
             with self._timer("encode"):
                 latents, inputs = self._encode(micro)
             with self._timer("unet"):
-                loss = self._loss(micro, latents, inputs)
+                loss = self._loss(micro, latents, inputs, strata[micro.slots])
                 self._engine.backward(loss)
             with self._timer("optimizer"):
                 grad_norm = self._engine.step(learning_rate)
@@ -119,10 +125,10 @@ class DiffusionStage:
         )
         return latents.float(), inputs
 
-    def _loss(self, batch: Batch, latents: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def _loss(self, batch: Batch, latents: Tensor, inputs: dict[str, Tensor], strata: Tensor) -> Tensor:
         config, seed, ordinals = self._config, self._config.seed, batch.ordinals
         uniforms = uniform(seed, ordinals, Purpose.TIMESTEP, ())
-        timesteps = draw_timesteps(config.diffusion, uniforms, batch.slots, config.global_batch_size)
+        timesteps = draw_timesteps(config.diffusion, uniforms, strata, config.global_batch_size)
         noise = normal(seed, ordinals, Purpose.NOISE, tuple(latents.shape[1:]))
         if config.diffusion.offset_noise:
             shift = normal(seed, ordinals, Purpose.OFFSET_NOISE, (latents.shape[1],))

@@ -1,0 +1,149 @@
+"""`make demo`: the main job end to end on a laptop, through the public commands and a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+from PIL import Image
+
+from data_pipeline.judge import evaluation_prompts, judge
+from data_pipeline.local_s3 import LocalS3
+from data_pipeline.scenes import COLORS, SHAPES
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+BUCKET = "ldm-demo"
+SHARDS = f"s3://{BUCKET}/shards"
+FIRST_STAGE_RUN = f"s3://{BUCKET}/runs/first_stage"
+FIRST_STAGE_FILE = f"s3://{BUCKET}/first_stage.safetensors"
+RUN = f"s3://{BUCKET}/runs/text_to_image"
+SAMPLES = 6000
+SCENES = ("--objects", "1:1", "--size", "64:112", "--radius", "0.25:0.4", "--workers", "2")
+PROMPTS = 108
+
+
+class DemoFailed(RuntimeError):
+    """A command of the demo failed; its own message is above."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of pictures that show what their prompt names."""
+
+    prompts: int
+    color: float
+    shape: float
+
+
+def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
+    """Synthesize, train both stages, sample, judge, report. What is there already is kept.
+
+    Args:
+        folder: everything the demo writes, the S3 server's files included.
+        overrides: `a.b=c` for the second stage, e.g. steps=10 in tests.
+    """
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with LocalS3(folder / "s3", buckets=(BUCKET,)) as server:
+        print(f"S3 server at {server.endpoint}, files under {folder / 's3'}", flush=True)
+        environment = {**os.environ, **server.env, "WANDB_DIR": str(folder / "wandb")}
+        os.environ.update(server.env)
+        (folder / "wandb").mkdir(exist_ok=True)
+        _stage("1/6", "captioned scenes as img2dataset shards", started)
+        if not _exists(f"{SHARDS}/00000.tar"):
+            _ldm(environment, "data", "synthesize", SHARDS, "--samples", str(SAMPLES), *SCENES)
+        _ldm(environment, "data", "inspect", SHARDS, "--sheet", str(folder / "shards.png"))
+        _stage("2/6", "first stage: KL autoencoder with LPIPS and PatchGAN", started)
+        _ldm(environment, "train", str(CONFIGS / "demo_first_stage.yaml"), f"run_dir={FIRST_STAGE_RUN}")
+        _ldm(environment, "export", FIRST_STAGE_RUN, FIRST_STAGE_FILE)
+        _stage("3/6", "how well it reconstructs", started)
+        quality = folder / "reconstruction.json"
+        _ldm(environment, "evaluate", "reconstruction", FIRST_STAGE_FILE, "--shards", f"{SHARDS}/*.tar",
+             "--image-size", "64", "--samples", "512", "--out", str(quality))  # fmt: skip
+        _stage("4/6", "text-conditioned latent diffusion", started)
+        config = str(CONFIGS / "demo_text_to_image.yaml")
+        _ldm(environment, "train", config, f"run_dir={RUN}", *overrides)
+        _stage("5/6", f"{PROMPTS} pictures from prompts", started)
+        accuracy = _sample_and_judge(environment, folder)
+        _stage("6/6", "summary", started)
+        rate = _images_per_s(RUN)
+    _report(folder, accuracy, json.loads(quality.read_text())["psnr"], rate, time.monotonic() - started)
+    return 0
+
+
+def _stage(number: str, what: str, started: float) -> None:
+    print(f"\n== [{number}] {what} ({time.monotonic() - started:.0f} s so far)", flush=True)
+
+
+def _ldm(environment: dict[str, str], *arguments: str) -> None:
+    print(f"$ ldm {' '.join(arguments)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "trainer", *arguments], env=environment, check=False)
+    if done.returncode:
+        raise DemoFailed(done.returncode)
+
+
+def _exists(url: str) -> bool:
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return bool(filesystem.exists(path))
+
+
+def _sample_and_judge(environment: dict[str, str], folder: Path) -> Accuracy:
+    prompts = evaluation_prompts(PROMPTS)
+    listed = folder / "prompts.txt"
+    listed.write_text("".join(f"{prompt.prompt}\n" for prompt in prompts))
+    out = folder / "samples"
+    _ldm(environment, "sample", RUN, "--prompts-file", str(listed), "--out", str(out))
+    verdicts = [
+        judge(np.asarray(Image.open(out / f"{i:05d}.png").convert("RGB")).transpose(2, 0, 1), prompt)
+        for i, prompt in enumerate(prompts)
+    ]
+    return Accuracy(
+        prompts=len(prompts),
+        color=statistics.fmean(verdict.color_correct for verdict in verdicts),
+        shape=statistics.fmean(verdict.shape_correct for verdict in verdicts),
+    )
+
+
+def _images_per_s(run: str) -> float:
+    """Median over the log records of all starts of the run."""
+    filesystem, path = fsspec.core.url_to_fs(run)
+    rates = []
+    for name in filesystem.glob(f"{path}/logs/metrics-*.jsonl"):
+        for line in filesystem.cat_file(name).decode().splitlines():
+            record = json.loads(line)
+            if "images_per_s" in record:
+                rates.append(record["images_per_s"])
+    return statistics.median(rates) if rates else float("nan")
+
+
+def _report(folder: Path, accuracy: Accuracy, psnr: float, rate: float, seconds: float) -> None:
+    print(f"""
+pictures            {folder / "samples" / "grid.png"}
+shards at a glance  {folder / "shards.png"}
+colour accuracy     {accuracy.color:.2f} on {accuracy.prompts} prompts (chance {1 / len(COLORS):.2f})
+shape accuracy      {accuracy.shape:.2f} (chance {1 / len(SHAPES):.2f})
+reconstruction      {psnr:.1f} dB PSNR
+training speed      {rate:.0f} images/s
+wall time           {seconds:.0f} s
+
+go on:
+  resume, longer    make demo DEMO='steps=3000'
+  start over        make demo-clean
+  W&B               .venv/bin/wandb sync {folder / "wandb"}/wandb/offline-run-*
+  your own prompts  make demo-sample PROMPT='a blue circle on a black background'
+""")
