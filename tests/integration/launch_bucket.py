@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -19,8 +18,7 @@ from data_pipeline.local_s3 import LocalS3
 from data_pipeline.scenes import SceneOptions
 from data_pipeline.synthetic import SynthesisOptions, synthesize
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
-from trainer.checkpoint.layout import Span
-from trainer.checkpoint.reader import read_into
+from trainer.checkpoint.reader import EngineReader
 
 REPOSITORY = Path(__file__).parents[2]
 BUCKET = "ldm"
@@ -54,7 +52,13 @@ def tiny_config() -> dict[str, Any]:
         },
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
         "ema": {"decay": 0.9},
-        "distributed": {"ranks": 2, "zero_stage": 1, "precision": "fp32", "watchdog_s": 60.0},
+        "distributed": {
+            "ranks": 2,
+            "zero_stage": 1,
+            "precision": "fp32",
+            "watchdog_s": 60.0,
+            "channels_last": False,
+        },
         "checkpoint": {"every": 10},
         "logging": {"every": 1, "wandb": "disabled", "progress_bar": False},
     }
@@ -146,11 +150,10 @@ class StoredRun:
         handle = open_checkpoint(f"{checkpoints_url(str(self.folder))}/{folder_name(self.steps()[0])}")
         found = {}
         for engine, shapes in handle.manifest.shapes.items():
+            reader = EngineReader(handle, engine)
             for kind in handle.manifest.plan(0).kinds[engine]:
-                for name, shape in shapes.items():
-                    target = torch.empty(math.prod(shape))
-                    read_into(handle, engine, kind, [Span(name, 0, target.numel())], [target])
-                    found[f"{engine}.{kind}.{name}"] = target
+                for name, tensor in reader.whole(kind, list(shapes)).items():
+                    found[f"{engine}.{kind}.{name}"] = tensor
         return found
 
     def fingerprint(self) -> str:

@@ -38,8 +38,11 @@ _SIGNALLED = {
     "Aborted": 134,
     "Out Of Memory": 137,
     "Hangup": 129,
+    "User defined signal 1": 138,
+    "User defined signal 2": 140,
     "Interrupt": 130,
 }
+_PREEMPTING = (138, 140, 143)
 _TASK_LINE = re.compile(r"srun: error: (?P<nodes>[^\s:]+): tasks? (?P<tasks>[\d,\-\[\]]+): (?P<what>.+)")
 _EXIT = re.compile(r"Exited with exit code (\d+)")
 _TERMINATING = re.compile(r"Terminating StepId|Force Terminated|Job step aborted|CANCELLED AT")
@@ -181,8 +184,8 @@ def exit_code(status: int, ends: Sequence[TaskEnd], lost: Sequence[str]) -> Exit
         return ExitCode.RETRYABLE
     if not own:
         return normalize(status)
-    # SIGTERM before any checkpoint could be saved is a preemption too, not a fault of this node.
-    return combine(ExitCode.PREEMPTED if code == 143 else code for code in own)
+    # A rank that dies of such a signal was still importing, and had nothing to save yet.
+    return combine(ExitCode.PREEMPTED if code in _PREEMPTING else code for code in own)
 
 
 def decide(attempts: Sequence[dict[str, Any]], policy: Policy) -> tuple[str, list[str]]:
