@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from data_pipeline.order import Order, deal, divisors
 from data_pipeline.parts import Part, PartStream, PartTask
 from data_pipeline.position import merge_positions, pack, unpack
 from data_pipeline.worker import WorkerProcess
+
+if TYPE_CHECKING:
+    from data_pipeline.resampled import ResampledLoader
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +44,26 @@ def build_loader(
     position: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     skip_ordinals: Iterable[int] = (),
     dataset: Dataset | None = None,
-) -> Loader:
+) -> Loader | ResampledLoader:
     """Loader of rank `rank`: an endless iterator of Batch with global_batch_size / world_size samples.
 
     `position` is `merge_positions` of what all ranks' last consumed batches carry; it fits any world size
     and number of workers that divides the lanes. `skip_ordinals` are never served again. Raises DataError
     within seconds when the storage, the shards or the configuration are wrong.
     """
+    if config.order == "resampled":
+        # webdataset is heavy to import, and only this mode needs it
+        from data_pipeline.resampled import ResampledLoader
+
+        last = position if isinstance(position, dict) or position is None else merge_positions(position)
+        return ResampledLoader(
+            config,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            position=last,
+        )
     check_conditions(config)
     dataset = dataset or open_dataset(config)
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)

@@ -51,6 +51,8 @@ def pack(
 def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join the positions of all ranks, in any order, into one that `build_loader` takes at any world size."""
     assert positions
+    if positions[0].get("order") == "resampled":
+        return dict(positions[0])
     parts = sorted(positions, key=lambda p: p["first"])
     head = parts[0]
     states: list[Any] = []
@@ -75,6 +77,10 @@ def unpack(
     """
     if not position:
         return 0, [LaneState() for _ in range(order.lanes * len(buckets.shapes))]
+    if isinstance(position, dict) and position.get("order") == "resampled":
+        raise DataError(
+            "The checkpoint stopped in data.order=resampled; keep it, or start a new run with init_from."
+        )
     whole = position if isinstance(position, dict) else merge_positions(position)
     if len(whole["states"]) != whole["lanes"] * len(whole["buckets"]):
         raise DataError("The stored data position is that of one rank only; merge those of all ranks.")

@@ -14,6 +14,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.filters import Filter
 from data_pipeline.index import ShardIndex, hash_text
 from data_pipeline.order import Order
+from data_pipeline.records import parse_record
 from data_pipeline.tars import IMAGE_EXTENSIONS
 
 _JSON_CONDITIONS = ("class_label", "layout")
@@ -104,6 +105,13 @@ def make_selection(config: DataConfig, skip_ordinals: Iterable[int] = ()) -> Sel
         skip_ordinals=frozenset(skip_ordinals),
         reads_json=reads_json,
     )
+
+
+def removed_record(removed: NDArray[np.uint64], key: str, body: bytes | None) -> bool:
+    """Whether a sample that is not in any index is on the removal lists, by key or its json's identity."""
+    record = parse_record(body) or {}
+    names = [key, *(str(record[n]) for n in ("url", "sha256", "md5", "hash") if record.get(n) is not None)]
+    return bool(np.isin([hash_text(n) for n in names], removed).any())
 
 
 def read_removals(urls: Iterable[str]) -> NDArray[np.uint64]:

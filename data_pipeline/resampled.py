@@ -1,0 +1,210 @@
+"""data.order=resampled: plain webdataset streaming of resampled shards, for tars that cannot be indexed."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from webdataset import tariterators
+
+from data_pipeline import storage
+from data_pipeline.batch import Batch
+from data_pipeline.conditions import check_conditions, condition_arrays
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import sources_of
+from data_pipeline.errors import DataError, Rejected, StorageOutage
+from data_pipeline.filters import Filter
+from data_pipeline.index import hash_text
+from data_pipeline.keyed import fold
+from data_pipeline.samples import fill_sample, sample_arrays
+from data_pipeline.selection import read_removals, removed_record
+from data_pipeline.tars import split_name
+
+logger = logging.getLogger(__name__)
+
+_TAKE_S = 1.0
+
+
+class ResampledLoader(Iterator[Batch]):
+    """Endless batches of one rank; shards are drawn with replacement, so resume is approximate.
+
+    What is kept: the number of samples seen seeds the next start, so a resumed run does not repeat the
+    beginning. What is not: exactly-once, an order that is free of the world size, the ledger.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        position: dict[str, Any] | None = None,
+    ) -> None:
+        check_conditions(config)
+        if config.buckets:
+            raise DataError("data.buckets needs data.order=indexed.")
+        if global_batch_size % world_size:
+            raise DataError(f"global_batch_size={global_batch_size} is not a multiple of {world_size} ranks.")
+        logger.warning("data.order=resampled: shards are drawn with replacement and resume is approximate")
+        self._config = config
+        self._urls = [
+            shard.url
+            for source in sources_of(config)
+            for shard in storage.list_files(source.shards, timeout_s=config.request_timeout_s)
+            for _ in range(source.repeat)
+        ]
+        self._seed, self._rank = seed, rank
+        self._size = global_batch_size // world_size
+        self._global = global_batch_size
+        self._step = int(position["step"]) if position else 0
+        self._filter = Filter(config.filter)
+        self._removed = read_removals(config.removal_lists)
+        self.rejected: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.wait_s = 0.0
+        self._stop = threading.Event()
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(2, config.prefetch) * self._size)
+        self._threads = [
+            threading.Thread(target=self._run, args=(i, max(1, config.workers), self._step), daemon=True)
+            for i in range(max(1, config.workers))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, worker: int, workers: int, step: int) -> None:
+        seed = fold(self._seed, self._rank, worker, workers, step)
+        try:
+            window = max(2, self._config.shuffle_window or 1000)
+            shards = wds.ResampledShards(
+                self._urls, seed=seed, worker_seed=lambda: worker, deterministic=True
+            )
+            members = tariterators.tar_file_expander(self._opened(shards), handler=self._skip)
+            samples = tariterators.group_by_keys(members, keys=split_name, handler=self._skip)
+            for sample in wds.shuffle(window, initial=min(window, 100), seed=seed)(samples):
+                if self._stop.is_set():
+                    return
+                self._put(sample)
+        except BaseException as error:  # noqa: BLE001 - raised by __next__
+            self._hand_over(error)
+
+    def _opened(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Open shards through fsspec; an outage is tried for `patience_s`."""
+        failing_since: float | None = None
+        for shard in shards:
+            fs, path = storage.filesystem(shard["url"], timeout_s=self._config.request_timeout_s)
+            try:
+                stream = storage.guarded(lambda fs=fs, path=path: fs.open(path, "rb"), shard["url"], tries=5)
+            except DataError as error:
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > self._config.patience_s:
+                    raise StorageOutage(
+                        f"{error} Nothing could be read for {self._config.patience_s:.0f} s."
+                    ) from error
+                self.rejected["shard_unreadable"] += 1
+                continue
+            failing_since = None
+            with stream:
+                yield {**shard, "stream": stream}
+
+    def _skip(self, error: Exception) -> bool:
+        """Go on with the next shard."""
+        logger.warning("a shard is cut short: %s", str(error)[:300])
+        self.rejected["shard_cut_short"] += 1
+        return True
+
+    def _put(self, sample: dict[str, Any]) -> None:
+        members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
+        edge = self._config.image_size
+        spec = sample_arrays(edge, edge) | condition_arrays(self._config, edge, edge)
+        row = {name: np.zeros((1, *shape), kind) for name, (kind, shape) in spec.items()}
+        key = f"{storage.name_of(str(sample.get('__url__', ''))).removesuffix('.tar')}/{sample['__key__']}"
+        try:
+            if len(self._removed) and removed_record(
+                self._removed, str(sample["__key__"]), members.get("json")
+            ):
+                raise Rejected("removed")
+            caption = fill_sample(
+                self._config,
+                members,
+                late=self._filter if self._filter.clauses else None,
+                target=(edge, edge),
+                seed=self._seed,
+                ordinal=fold(self._step, hash_text(key)) >> 1,
+                out=row,
+                row=0,
+            )
+        except Rejected as error:
+            self.rejected[error.reason] += 1
+            return
+        self._hand_over((row, caption, key))
+
+    def _hand_over(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=_TAKE_S)
+                return
+            except queue.Full:
+                continue
+
+    def __next__(self) -> Batch:
+        began = time.monotonic()
+        rows = [self._take() for _ in range(self._size)]
+        self.wait_s += time.monotonic() - began
+        tensors = {
+            name: torch.from_numpy(np.concatenate([row[name] for row, _, _ in rows])) for name in rows[0][0]
+        }
+        first = self._rank * self._size
+        tensors.pop("ordinals")
+        slots = torch.arange(first, first + self._size)
+        ordinals = self._step * self._global + slots
+        self._step += 1
+        return Batch(
+            pixels=tensors.pop("pixels").permute(0, 3, 1, 2),
+            captions=tuple(caption for _, caption, _ in rows),
+            conditions=tensors,
+            keys=tuple(key for _, _, key in rows),
+            ordinals=ordinals,
+            slots=slots,
+            position={"format": 1, "order": "resampled", "step": self._step},
+        )
+
+    def _take(self) -> tuple[dict[str, Any], str, str]:
+        deadline = time.monotonic() + self._config.patience_s + self._config.request_timeout_s
+        while True:
+            try:
+                item = self._queue.get(timeout=_TAKE_S)
+            except queue.Empty:
+                if time.monotonic() > deadline:
+                    raise StorageOutage(
+                        "No sample arrived within data.patience_s; check the storage."
+                    ) from None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            return item
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._stop.set()
+
+    def __enter__(self) -> ResampledLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
