@@ -31,17 +31,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(counts))
         return 0
-    for kind in ("trained", "frozen"):
-        for name, count in counts[kind].items():
+    for kind, modules in counts.items():
+        for name, count in modules.items():
             print(f"{kind:8} {name:28} {count:>15,}  {count / 1e6:10.2f} M")
-    print(
-        f"{'trained':8} {'total':28} {counts['trained_total']:>15,}  {counts['trained_total'] / 1e6:10.2f} M"
-    )
     return 0
 
 
-def count_parameters(config: Config) -> dict[str, dict[str, int] | int]:
-    """{"trained": {module: count}, "frozen": {module: count}, "trained_total", "frozen_total"}."""
+def count_parameters(config: Config) -> dict[str, dict[str, int]]:
+    """{"trained": {module: count, ..., "total": sum}, "frozen": the same}."""
     with torch.device("meta"):
         trained, frozen = _networks(config)
     counts = {
