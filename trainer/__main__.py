@@ -66,7 +66,7 @@ def _overview(argv: list[str]) -> int:
         prog="ldm",
         description="Train latent diffusion models. Verbs:\n"
         + "\n".join(f"  {verb:8} {summary}" for verb, summary in VERBS.items()),
-        epilog="example: ldm train configs/demo_text_to_image.yaml steps=100\n`ldm VERB --help` explains a verb.",
+        epilog="`ldm VERB --help` explains a verb and shows an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the above")

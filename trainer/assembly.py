@@ -12,9 +12,13 @@ from typing import Any
 
 import fsspec
 import torch
-from data_pipeline.loader import Loader, build_loader, merge_positions
+from torch import nn
 
+from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.loader import Loader, build_loader, check_layout, merge_positions
+from data_pipeline.resampled import ResampledLoader
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.whole import open_weights
 from trainer.conditioning.build import build_conditioner
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config, ConfigError
@@ -27,6 +31,7 @@ from trainer.exit_codes import FatalFault
 from trainer.first_stage.build import load_first_stage
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.healing import Healer, Incident
+from trainer.interop.initialise import initialise
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.timer import StepTimer
 from trainer.stages import autoencoder, diffusion
@@ -49,8 +54,9 @@ class Run:
     healer: Healer
     timer: StepTimer
     sinks: Sinks
+    dataset: Dataset
 
-    def open_loader(self, *, from_start: bool = False) -> Loader:
+    def open_loader(self, *, from_start: bool = False) -> Loader | ResampledLoader:
         """Batches from the current position on, without the samples that healing skips."""
         return build_loader(
             self.config.data,
@@ -60,6 +66,7 @@ class Run:
             world_size=self.env.world_size,
             position=None if from_start else self.state.position,
             skip_ordinals=self.healer.skipped,
+            dataset=self.dataset,
         )
 
     def save(self) -> None:
@@ -116,6 +123,14 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
         ConfigError, DataError: a mistake of the user's; nothing has been written.
     """
     accumulation = config.accumulation(env.world_size)
+    dataset = open_dataset(config.data)
+    check_layout(
+        config.data,
+        dataset,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        world_size=env.world_size,
+    )
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)
     make = _build_autoencoder if config.stage == "autoencoder" else _build_diffusion
@@ -130,21 +145,15 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
         "git_commit": git_commit(),
         **facts,
     }
-    run = Run(config, env, stage, ema, checkpoints, state, healer, timer, sinks=None)  # type: ignore[arg-type]
+    sinks = Sinks(config, main_rank=env.is_main, resolved=resolved)
+    run = Run(config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset)
     resumed = run.restore()
     healer.merge(read_journal(config.run_dir))
+    sinks.open(start_step=state.step, run_id=state.wandb_run_id)
+    state.wandb_run_id = collectives.broadcast_object(sinks.run_id)
     if resumed:
         logger.info("resuming from step %d (%d samples)", state.step, state.samples_seen)
-    run.sinks = Sinks(
-        config,
-        main_rank=env.is_main,
-        start_step=state.step,
-        run_id=state.wandb_run_id,
-        resolved=resolved,
-    )
-    state.wandb_run_id = collectives.broadcast_object(run.sinks.run_id)
-    if resumed:
-        run.sinks.event(state.step, state.samples_seen, "resume", world_size=env.world_size)
+        sinks.event(state.step, state.samples_seen, "resume", world_size=env.world_size)
     return run
 
 
@@ -160,12 +169,14 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> t
     first_stage.to(frozen_dtype)
     conditioner.frozen.to(env.device, frozen_dtype)
     network = diffusion.build_network(config, conditioner)
+    _start_from(config.init_from, network)
     engines: dict[str, Engine] = {"unet": build_engine(network, config, env)}
     return diffusion.DiffusionStage(config, engines, conditioner, first_stage, timer), {}
 
 
 def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
     networks = autoencoder.build_networks(config)
+    _start_from(config.init_from, networks[autoencoder.AutoencoderStage.averaged])
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
     perceptual = build_perceptual(config.autoencoder_loss, env.device)
     facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
@@ -186,6 +197,14 @@ def read_journal(run_dir: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return journal
+
+
+def _start_from(source: str | None, network: nn.Module) -> None:
+    """Weights of another run or file; a checkpoint of this run, restored later, replaces them."""
+    if source is None:
+        return
+    tensors, _ = open_weights(source)
+    logger.info("starting from %s\n%s", source, initialise(network, tensors, source).describe())
 
 
 def git_commit() -> str:

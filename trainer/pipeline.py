@@ -7,11 +7,9 @@ import json
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trainer.checkpoint.commands import find_checkpoint
-from trainer.checkpoint.export import choose_kind, export_metadata, read_small_tensors, read_state
-from trainer.checkpoint.reader import EngineReader
+from trainer.checkpoint.whole import open_weights
 from trainer.conditioning.build import Conditioner, build_conditioner
 from trainer.config.io import config_from_dict
 from trainer.config.run import Config, ConfigError
@@ -19,7 +17,6 @@ from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import load_first_stage
 from trainer.interop.initialise import initialise
 from trainer.stages.diffusion import build_network
-from trainer.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -71,17 +68,3 @@ def load_pipeline(
     description = f"step {metadata.get('step', '?')}, {metadata.get('profile', 'weights')}"
     network.eval().requires_grad_(False).to(device)
     return Pipeline(config, network, conditioner, first_stage, description)
-
-
-def open_weights(
-    source: str, *, profile: str | None = None, step: int | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The averaged network's tensors and metadata, as `ldm export` would write them."""
-    if source.endswith(".safetensors"):
-        return read_weights(source)
-    handle = find_checkpoint(source, step)
-    state = read_state(handle)
-    engine = str(state["averaged"])
-    profile, kind = choose_kind(handle, engine, profile)
-    tensors = EngineReader(handle, engine).whole(kind, list(handle.manifest.shapes[engine]))
-    return {**tensors, **read_small_tensors(handle)}, export_metadata(handle, state, profile)

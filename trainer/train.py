@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import StorageOutage
+from data_pipeline.loader import Loader
+from data_pipeline.resampled import ResampledLoader
 from trainer.agreement import Agreed, Delayed, agree
 from trainer.assembly import Run, build_run
 from trainer.config.run import Config
@@ -92,6 +95,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         run.sinks.advance(state.step)
         if due(state.step, config.logging.every) or last_step:
             record = {**meters.reduce(), **throughput.read(state.step, timer), "learning_rate": rate}
+            record |= data_record(batches)
             run.sinks.log(state.step, state.samples_seen, record)
         if due(state.step, config.sampling.every):
             watchdog.beat(state.step, "preview")
@@ -124,6 +128,15 @@ def fetch(batches: Iterator[Batch]) -> tuple[Batch | None, bool]:
     except StorageOutage as outage:
         logger.error("%s", outage)
         return None, True
+
+
+def data_record(batches: Loader | ResampledLoader) -> dict[str, float]:
+    """Rejected samples by reason, and retries of reads, over all ranks since the start. Collective."""
+    total: Counter[str] = Counter()
+    for rejected, counts in collectives.all_gather_object((batches.rejected, batches.counts)):
+        total.update({f"rejected/{reason}": count for reason, count in rejected.items()})
+        total.update({f"storage/{name}": count for name, count in counts.items()})
+    return {name: float(count) for name, count in total.items()}
 
 
 def judge(

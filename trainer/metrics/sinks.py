@@ -10,6 +10,7 @@ import fsspec
 from PIL import Image
 from tqdm import tqdm
 
+from trainer.config.io import dump_yaml
 from trainer.config.run import Config
 from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.wandb_sink import WandbSink
@@ -18,32 +19,36 @@ from trainer.metrics.wandb_sink import WandbSink
 class Sinks:
     """Fans records out. On other ranks than 0 it does nothing."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        main_rank: bool,
-        start_step: int,
-        run_id: str | None,
-        resolved: dict[str, Any],
-    ) -> None:
+    def __init__(self, config: Config, *, main_rank: bool, resolved: dict[str, Any]) -> None:
+        """`resolved` is the configuration as it goes to W&B, with facts such as the git commit."""
+        self._config = config
+        self._main_rank = main_rank
+        self._resolved = resolved
         self._run_dir = config.run_dir.rstrip("/")
-        self._jsonl = JSONLWriter(config.run_dir, start_step) if main_rank else None
-        self._wandb = None
-        if main_rank and config.logging.wandb != "disabled":
-            self._wandb = WandbSink(config.logging, config.run_dir, resolved, run_id)
-        self._bar = None
-        if main_rank:
-            self._bar = tqdm(
-                total=config.steps,
-                initial=start_step,
-                unit="step",
-                desc=config.stage,
-                smoothing=0.1,
-                dynamic_ncols=True,
-                mininterval=0.5,
-                disable=not config.logging.progress_bar,
-            )
+        self._jsonl: JSONLWriter | None = None
+        self._wandb: WandbSink | None = None
+        self._bar: Any = None
+
+    def open(self, *, start_step: int, run_id: str | None) -> None:
+        """Begin to write, now that it is known where the run stands."""
+        if not self._main_rank:
+            return
+        config = self._config
+        with fsspec.open(f"{self._run_dir}/config.yaml", "w", auto_mkdir=True) as file:
+            file.write(dump_yaml(config))
+        self._jsonl = JSONLWriter(config.run_dir, start_step)
+        if config.logging.wandb != "disabled":
+            self._wandb = WandbSink(config.logging, config.run_dir, self._resolved, run_id)
+        self._bar = tqdm(
+            total=config.steps,
+            initial=start_step,
+            unit="step",
+            desc=config.stage,
+            smoothing=0.1,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not config.logging.progress_bar,
+        )
 
     @property
     def run_id(self) -> str | None:

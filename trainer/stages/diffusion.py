@@ -183,6 +183,6 @@ class DiffusionStage:
             if now.shape != stored.shape or not torch.allclose(now, stored, rtol=1e-5, atol=0):
                 raise ConfigError(
                     f"the checkpoint was trained with {name}={stored.flatten().tolist()[:4]} and "
-                    f"first_stage.weights has {now.flatten().tolist()[:4]}; name the first stage that the run "
-                    "began with, or another run_dir."
+                    f"first_stage.weights has {now.flatten().tolist()[:4]}; name the first stage that "
+                    "the run began with, or another run_dir."
                 )
