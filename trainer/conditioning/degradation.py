@@ -82,9 +82,8 @@ def jpeg(pixels: Tensor, quality: Tensor) -> Tensor:
     red, green, blue = ((padded + 1) * 127.5).unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     chroma = torch.stack([(blue - luma) * 0.564, (red - luma) * 0.713], dim=1)  # Cb and Cr, around 0
-    scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)  # of the tables, in percent
-    luma = _quantise_blocks(luma.unsqueeze(1) - 128, LUMINANCE, scale) + 128
-    chroma = _quantise_blocks(F.avg_pool2d(chroma, 2), CHROMINANCE, scale)
+    luma = _quantise_blocks(luma.unsqueeze(1) - 128, quantisation_steps(LUMINANCE, quality)) + 128
+    chroma = _quantise_blocks(F.avg_pool2d(chroma, 2), quantisation_steps(CHROMINANCE, quality))
     chroma = F.interpolate(chroma, scale_factor=2.0, mode="bilinear", align_corners=False)
     blue_difference, red_difference = chroma.unbind(1)
     luma = luma.squeeze(1)
@@ -95,14 +94,19 @@ def jpeg(pixels: Tensor, quality: Tensor) -> Tensor:
     return decoded.clamp(-1, 1)
 
 
-def _quantise_blocks(plane: Tensor, table: tuple[tuple[int, ...], ...], scale: Tensor) -> Tensor:
-    """Round the DCT coefficients of 8 x 8 blocks, [B, C, H, W] -> the same."""
+def quantisation_steps(table: tuple[tuple[int, ...], ...], quality: Tensor) -> Tensor:
+    """A table of annex K at `quality` [B] in 1 .. 100, as libjpeg scales it: [B, 8, 8]."""
+    percent = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality).view(-1, 1, 1)
+    base = torch.tensor(table, dtype=quality.dtype, device=quality.device)
+    return ((base * percent + 50) / 100).floor().clamp(1, 255)
+
+
+def _quantise_blocks(plane: Tensor, steps: Tensor) -> Tensor:
+    """Round the DCT coefficients of 8 x 8 blocks to multiples of steps [B, 8, 8]; [B, C, H, W] -> same."""
     rows = torch.arange(8, dtype=plane.dtype, device=plane.device)
     # Orthonormal DCT-II: row k holds cos((2 n + 1) k pi / 16).
     transform = torch.cos((2 * rows + 1) * rows.unsqueeze(1) * (math.pi / 16)) / 2
     transform[0] /= math.sqrt(2.0)
-    steps = torch.tensor(table, dtype=plane.dtype, device=plane.device)
-    steps = ((steps * scale.view(-1, 1, 1) + 50) / 100).floor().clamp(1, 255)  # [B, 8, 8]
     steps = steps.view(-1, 1, 1, 1, 8, 8)
     blocks = plane.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [B, C, H/8, W/8, 8, 8]
     coefficients = (transform @ blocks @ transform.T / steps).round() * steps

@@ -11,7 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.conditioning.base import Source
-from trainer.conditioning.degradation import jpeg, quantise, shrink_bicubic, shrink_degraded
+from trainer.conditioning.degradation import (
+    CHROMINANCE,
+    LUMINANCE,
+    jpeg,
+    quantisation_steps,
+    quantise,
+    shrink_bicubic,
+    shrink_degraded,
+)
 from trainer.conditioning.low_resolution import LowResolution, noise_level_alphas_cumprod
 from trainer.config.models import FirstStageConfig, LowResolutionConfig
 from trainer.config.run import ConfigError
@@ -60,6 +68,16 @@ def test_jpeg_loses_what_libjpeg_loses(quality: int) -> None:
     loss, difference = psnr(theirs, picture[0]), psnr(ours, theirs)
     assert psnr(ours, picture[0]) == pytest.approx(loss, abs=1.0)
     assert difference > loss + 4  # the same errors, not only as many
+
+
+@pytest.mark.parametrize("quality", [1, 30, 49, 50, 87, 100])
+def test_quantisation_is_libjpegs(quality: int) -> None:
+    buffer = io.BytesIO()
+    to_pillow(scene()[0]).save(buffer, "JPEG", quality=quality)
+    tables = Image.open(buffer).quantization
+    for table, theirs in ((LUMINANCE, tables[0]), (CHROMINANCE, tables[1])):
+        ours = quantisation_steps(table, torch.tensor([float(quality)]))
+        assert ours.flatten().tolist() == list(theirs)
 
 
 def test_jpeg_of_any_size_and_mixed_qualities() -> None:
