@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +28,7 @@ def run_ranks(
     kwargs: dict[str, Any] | None = None,
     *,
     environ: dict[str, str] | None = None,
-    timeout_s: float = 240.0,
+    timeout_s: float = 600.0,
 ) -> list[Any]:
     """Call `path/to/file.py:name` as name(env, **kwargs) in `world_size` processes.
 
@@ -45,16 +47,16 @@ def run_ranks(
             for rank in range(world_size)
         ]
         try:
-            _wait(ranks, timeout_s)
+            in_time = _wait(ranks, timeout_s)
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
-        logs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
-        if any(process.returncode for process in ranks):
+        if not in_time or any(process.returncode for process in ranks):
             codes = [process.returncode for process in ranks]
+            logs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
             shown = "\n".join(f"--- rank {rank}\n{log[-6000:]}" for rank, log in enumerate(logs))
-            raise RanksFailed(f"{function} ended with {codes}\n{shown}")
+            raise RanksFailed(f"{function} ended with {codes}{'' if in_time else ', late'}\n{shown}")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
@@ -95,20 +97,26 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout_s: float) -> None:
-    """Until all have ended, one has failed, or the time is over."""
+def _wait(ranks: list[subprocess.Popen[bytes]], timeout_s: float) -> bool:
+    """Until all have ended or one has failed; False, with all stacks in the logs, when time is over."""
     deadline = time.monotonic() + timeout_s
     while any(process.poll() is None for process in ranks):
         if any(process.poll() for process in ranks):
             time.sleep(1.0)  # let the others say what they saw
-            return
+            return True
         if time.monotonic() > deadline:
-            raise RanksFailed(f"the ranks were not done within {timeout_s} s")
+            for process in ranks:
+                process.send_signal(signal.SIGABRT)
+            time.sleep(1.0)
+            return False
         time.sleep(0.02)
+    return True
 
 
 def _main(function: str, kwargs: str, result: str) -> None:
     from trainer.distributed.env import DistributedEnv, initialise, shutdown
+
+    faulthandler.enable()  # stacks at SIGABRT
 
     path, _, name = function.partition(":")
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)

@@ -1,0 +1,81 @@
+"""A run that changes ranks, ZeRO stage and engine at every restart is the run that never did."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.ranks import ROOT, run_ranks
+from trainer.distributed.env import DistributedEnv
+
+FUNCTION = "tests/integration/checkpoint/layout_ranks.py:train_leg"
+STEPS = 2
+LEGS = [
+    (1, "deepspeed", 0),
+    (2, "deepspeed", 1),
+    (4, "deepspeed", 3),
+    (3, "deepspeed", 2),
+    (1, "torch", 0),
+    (2, "deepspeed", 3),
+    (3, "torch", 0),
+    (2, "deepspeed", 2),
+]
+
+
+def leg(world_size: int, run_dir: Path, number: int, **settings: Any) -> list[dict[str, Any]]:
+    common = {"run_dir": str(run_dir), "first_step": number * STEPS, "steps": STEPS}
+    return run_ranks(FUNCTION, world_size, common | settings)
+
+
+def unbroken_losses(run_dir: Path, steps: int) -> list[float]:
+    """The loss trace of one process that is never stopped; in this process, without a process group."""
+    ranks = runpy.run_path(str(ROOT / FUNCTION.partition(":")[0]), run_name="layout_ranks")
+    env = DistributedEnv.detect({})
+    trained = ranks["train_leg"](env, str(run_dir), "torch", 0, 0, steps, asynchronous=False)
+    losses: list[float] = trained["losses"]
+    return losses
+
+
+def check_chain(legs: list[tuple[int, str, int]], run_dir: Path) -> list[float]:
+    """Run the legs; every one must load the bits that the one before saved. Returns the loss trace."""
+    losses: list[float] = []
+    saved: dict[str, str] = {}
+    outputs: list[float] = []
+    for number, (world_size, engine, zero_stage) in enumerate(legs):
+        ranks = leg(world_size, run_dir, number, engine=engine, zero_stage=zero_stage)
+        if number:
+            assert ranks[0]["loaded"] == saved, legs[number]
+        for rank in ranks:
+            # Replicas agree, and the compute weights follow the masters on every rank.
+            assert rank["outputs"] == pytest.approx(ranks[0]["outputs"], rel=1e-6)
+            assert rank["losses"] == ranks[0]["losses"]
+        saved, outputs = ranks[0]["saved"], ranks[0]["outputs"]
+        losses += ranks[0]["losses"]
+    assert outputs
+    return losses
+
+
+def test_ranks_and_stage_change_at_a_restart(tmp_path: Path) -> None:
+    losses = check_chain([(2, "deepspeed", 1), (1, "deepspeed", 3)], tmp_path / "changing")
+    assert losses == pytest.approx(unbroken_losses(tmp_path / "unbroken", 2 * STEPS), rel=2e-6)
+
+
+@pytest.mark.slow
+def test_ranks_stage_and_engine_change_at_every_restart(tmp_path: Path) -> None:
+    losses = check_chain(LEGS, tmp_path / "changing")
+    assert losses == pytest.approx(unbroken_losses(tmp_path / "unbroken", len(LEGS) * STEPS), rel=5e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_layout_resumes_bit_for_bit(tmp_path: Path, zero_stage: int, precision: str) -> None:
+    settings = {"engine": "deepspeed", "zero_stage": zero_stage, "precision": precision}
+    whole = leg(2, tmp_path / "unbroken", 0, **settings | {"steps": 2 * STEPS})
+    first = leg(2, tmp_path / "broken", 0, **settings)
+    second = leg(2, tmp_path / "broken", 1, **settings)
+    assert first[0]["losses"] + second[0]["losses"] == whole[0]["losses"]
+    assert second[0]["saved"] == whole[0]["saved"]
