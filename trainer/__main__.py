@@ -16,13 +16,16 @@ from trainer.config.run import ConfigError
 VERBS = {
     "train": "train a first stage or a diffusion model; the same command again resumes",
     "sample": "draw pictures from a run or from exported weights",
-    "evaluate": "measure what a model can do, against data",
-    "demo": "train both stages on a laptop against a real S3 server and look at the pictures",
-    "data": "synthesize, inspect and index shards",
+    "demo": "train both stages on this machine against a real S3 server and look at the pictures",
+    "data": "synthesize, inspect, index and trace shards",
     "config": "print the resolved configuration and the DeepSpeed dictionary",
     "params": "count parameters per module, without building the model",
-    "export": "write a run's weights as one safetensors file",
+    "doctor": "check machines, storage, shards and gradients before training",
     "checkpoint": "list and verify the checkpoints of a run",
+    "export": "write a run's weights: native, CompVis or diffusers layout",
+    "import": "convert CompVis and diffusers weights",
+    "ema": "reconstruct an average of any length from snapshots",
+    "evaluate": "measure what a model can do, against data",
 }
 
 
@@ -65,7 +68,7 @@ def _overview(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="ldm",
         description="Train latent diffusion models. Verbs:\n"
-        + "\n".join(f"  {verb:8} {summary}" for verb, summary in VERBS.items()),
+        + "\n".join(f"  {verb:10} {summary}" for verb, summary in VERBS.items()),
         epilog="`ldm VERB --help` explains a verb and shows an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
