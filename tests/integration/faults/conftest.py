@@ -25,6 +25,7 @@ from trainer.heartbeat import Pulse
 from trainer.launch.observe import LocalRun
 
 LIMIT_S = 400.0
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +60,16 @@ def tiny(shards: str, run_dir: str) -> dict[str, Any]:
             "num_groups": 4,
         },
         "conditioning": {
-            "openclip": {"model": "ViT-B-32", "width": 32, "layers": 1, "heads": 2, "layer": "last"}
+            "text_transformer": {
+                "width": 32,
+                "layers": 1,
+                "heads": 2,
+                "head_dim": 16,
+                "max_tokens": 16,
+                "tokenizer": "wordpiece",
+                "vocabulary": str(Path(shards).parent / "vocabulary.txt"),
+                "drop_probability": 0.2,
+            }
         },
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
         "ema": {"decay": 0.9},
@@ -77,10 +87,12 @@ def tiny(shards: str, run_dir: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """96 small pictures in 4 shards."""
+    """96 small pictures in 4 shards, and the words of their captions."""
     folder = tmp_path_factory.mktemp("fault-shards")
     options = SynthesisOptions(samples=96, samples_per_shard=24, scene=SceneOptions(min_edge=24, max_edge=40))
     list(synthesize(str(folder), options))
+    words = "a an and the on in of with background red green blue yellow black white circle square triangle"
+    (folder / "vocabulary.txt").write_text("\n".join([*SPECIAL_TOKENS, *words.split()]) + "\n")
     return f"{folder}/*.tar"
 
 
@@ -93,8 +105,8 @@ class FaultyRun:
         self.folder_of_run = Path(self.run_dir)
         self.command = ["-m", "trainer", "train"]
         self.log = folder / "console.log"
-        self._config = folder / "config.yaml"
-        self._config.write_text(yaml.safe_dump(values))
+        self.config_path = folder / "config.yaml"
+        self.config_path.write_text(yaml.safe_dump(values))
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self.process: subprocess.Popen[bytes] | None = None
         self._seen: LocalRun | None = None
@@ -103,7 +115,7 @@ class FaultyRun:
         """Start it; returns at once."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *self.command, str(self._config)],
+                [sys.executable, *self.command, str(self.config_path)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
