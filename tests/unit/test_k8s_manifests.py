@@ -1,0 +1,251 @@
+"""k8s/: offline, against the published schemas of the core kinds and KubeRay's documented v1 fields."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.config.io import load_config
+
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+
+REPOSITORY = Path(__file__).parents[2]
+K8S = REPOSITORY / "k8s"
+KUBERNETES = "1.31"
+KUSTOMIZATIONS = ("base", "cluster", "overlays/a100", "overlays/kind-cpu")
+
+# Names in ray.io/v1 (KubeRay 1.1 and later), by the type that has them.
+RAY_JOB_SPEC = {
+    "activeDeadlineSeconds",
+    "backoffLimit",
+    "clusterSelector",
+    "deletionPolicy",
+    "entrypoint",
+    "entrypointNumCpus",
+    "entrypointNumGpus",
+    "entrypointResources",
+    "jobId",
+    "managedBy",
+    "metadata",
+    "rayClusterSpec",
+    "runtimeEnvYAML",
+    "shutdownAfterJobFinishes",
+    "submissionMode",
+    "submitterConfig",
+    "submitterPodTemplate",
+    "suspend",
+    "ttlSecondsAfterFinished",
+}
+RAY_CLUSTER_SPEC = {
+    "autoscalerOptions",
+    "enableInTreeAutoscaling",
+    "gcsFaultToleranceOptions",
+    "headGroupSpec",
+    "headServiceAnnotations",
+    "managedBy",
+    "rayVersion",
+    "suspend",
+    "workerGroupSpecs",
+}
+AUTOSCALER = {
+    "env",
+    "envFrom",
+    "idleTimeoutSeconds",
+    "image",
+    "imagePullPolicy",
+    "resources",
+    "securityContext",
+    "upscalingMode",
+    "volumeMounts",
+}
+HEAD_GROUP = {"enableIngress", "headService", "rayStartParams", "serviceType", "template"}
+WORKER_GROUP = {
+    "groupName",
+    "idleTimeoutSeconds",
+    "maxReplicas",
+    "minReplicas",
+    "numOfHosts",
+    "rayStartParams",
+    "replicas",
+    "scaleStrategy",
+    "suspend",
+    "template",
+}
+
+
+def documents(text: str) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def rendered(name: str) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would send."""
+    for command in (["kubectl", "kustomize"], ["kustomize", "build"]):
+        if shutil.which(command[0]):
+            done = subprocess.run([*command, str(K8S / name)], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            return documents(done.stdout)
+    pytest.skip("rendering needs kubectl or kustomize (https://kubectl.docs.kubernetes.io/installation)")
+
+
+def plain_files() -> list[Path]:
+    """Manifests that stand as they are, without kustomize."""
+    skip = ("kustomization.yaml", "run.yaml", "node-pools.yaml")
+    return [path for path in sorted(K8S.rglob("*.yaml")) if path.name not in skip]
+
+
+def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
+    return document["spec"]["rayClusterSpec"] if document["kind"] == "RayJob" else document["spec"]
+
+
+def groups(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    spec = cluster_spec(document)
+    yield "head", spec["headGroupSpec"]
+    for group in spec["workerGroupSpecs"]:
+        yield group["groupName"], group
+
+
+def check(document: dict[str, Any]) -> None:
+    """Core kinds by schema; Ray kinds by their documented fields, their pods by schema again."""
+    if not document["apiVersion"].startswith("ray.io/"):
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        return
+    assert document["apiVersion"] == "ray.io/v1"
+    assert set(document) <= {"apiVersion", "kind", "metadata", "spec"}
+    if document["kind"] == "RayJob":
+        assert set(document["spec"]) <= RAY_JOB_SPEC
+    spec = cluster_spec(document)
+    assert set(spec) <= RAY_CLUSTER_SPEC
+    assert set(spec.get("autoscalerOptions", {})) <= AUTOSCALER
+    for name, group in groups(document):
+        assert set(group) <= (HEAD_GROUP if name == "head" else WORKER_GROUP), name
+        assert {"template", "rayStartParams"} <= set(group), name
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), name
+        if name != "head":
+            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"], name
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, **group["template"]["metadata"]},
+            "spec": group["template"]["spec"],
+        }
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("path", plain_files(), ids=lambda path: str(path.relative_to(K8S)))
+def test_files_follow_the_schemas(path: Path) -> None:
+    found = documents(path.read_text(encoding="utf-8"))
+    assert found
+    for document in found:
+        check(document)
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_what_kustomize_renders_follows_the_schemas(name: str) -> None:
+    found = rendered(name)
+    kinds = [document["kind"] for document in found]
+    assert kinds.count("RayJob") + kinds.count("RayCluster") == 1
+    for document in found:
+        check(document)
+        if document["kind"] != "Namespace":
+            assert document["metadata"]["namespace"] == "ldm"
+
+
+def test_the_checker_itself_refuses_a_misspelt_field() -> None:
+    (job,) = documents((K8S / "base" / "rayjob.yaml").read_text(encoding="utf-8"))
+    job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replica"] = 1
+    with pytest.raises(AssertionError):
+        check(job)
+    (account,) = documents((K8S / "base" / "service-account.yaml").read_text(encoding="utf-8"))
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check({**account, "annotations": {}})
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_pods_are_unprivileged_share_memory_and_are_scraped(name: str) -> None:
+    found = rendered(name)
+    (ray,) = (document for document in found if document["kind"] in ("RayJob", "RayCluster"))
+    maps = {document["metadata"]["name"] for document in found if document["kind"] == "ConfigMap"}
+    budgets = [d["spec"]["selector"]["matchLabels"] for d in found if d["kind"] == "PodDisruptionBudget"]
+    images = set()
+    for group, spec in groups(ray):
+        template = spec["template"]
+        pod, (container,) = template["spec"], template["spec"]["containers"]
+        images.add(container["image"])
+        assert pod["securityContext"]["runAsNonRoot"], group
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False, group
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, group
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert mounts["shm"] == "/dev/shm"
+        assert volumes["shm"]["emptyDir"]["medium"] == "Memory", group
+        assert volumes["run-config"]["configMap"]["name"] in maps, group
+        labels, annotations = template["metadata"]["labels"], template["metadata"]["annotations"]
+        assert any(budget.items() <= labels.items() for budget in budgets), group
+        port = annotations["prometheus.io/port"]
+        assert annotations["prometheus.io/scrape"] == "true"
+        assert spec["rayStartParams"]["metrics-export-port"] == port, group
+        assert int(port) in [entry["containerPort"] for entry in container["ports"]], group
+        if group != "head":
+            # The grace period has to cover the drain, and a spot notice is 120 s.
+            waited = int(
+                re.findall(r"sleep (\d+)", container["lifecycle"]["preStop"]["exec"]["command"][2])[0]
+            )
+            assert waited < pod["terminationGracePeriodSeconds"], group
+            if "spot" in group:
+                assert pod["terminationGracePeriodSeconds"] < 120
+    assert len(images) == 1
+    assert re.fullmatch(r"\S+:\d+\.\d+\.\d+", images.pop())
+
+
+@pytest.mark.parametrize("name", ["base", "overlays/a100", "overlays/kind-cpu"])
+def test_the_entry_point_is_a_command_that_exists(name: str) -> None:
+    pytest.importorskip("ray", reason='pip install "ray[default,train]"')
+    from trainer.launch.ray import _parser
+
+    found = rendered(name)
+    (job,) = (document for document in found if document["kind"] == "RayJob")
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:3] == ["python", "-m", "trainer.launch.ray"]
+    args = _parser().parse_intermixed_args(words[3:])
+    path = str(K8S / "base" / "run.yaml") if args.config.startswith("/etc/ldm/") else args.config
+    config = load_config(path if Path(path).is_absolute() else str(REPOSITORY / path), args.overrides)
+    fewest, most = map(int, args.workers.split(":"))
+    config.accumulation(fewest)
+    config.accumulation(most)
+    places = [group.get("maxReplicas", 0) for _, group in groups(job)]
+    gpus = 8 if name.endswith("a100") else 1
+    assert sum(places) * gpus >= most
+
+
+def test_ray_version_is_the_pinned_one() -> None:
+    pins = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    (pinned,) = re.findall(r"^ray==(\S+)$", pins, re.MULTILINE)
+    for path in (K8S / "base" / "rayjob.yaml", K8S / "cluster" / "raycluster.yaml"):
+        (document,) = documents(path.read_text(encoding="utf-8"))
+        assert cluster_spec(document)["rayVersion"] == pinned
+
+
+def test_the_image_installs_only_pinned_versions_and_is_not_root() -> None:
+    text = (K8S / "Dockerfile").read_text(encoding="utf-8")
+    installs = [line for line in text.replace("\\\n", " ").splitlines() if "pip install" in line]
+    assert installs
+    assert all("--constraint constraints.txt" in line for line in installs)
+    users = re.findall(r"^USER (\d+):\d+$", text, re.MULTILINE)
+    assert users
+    assert all(int(user) > 0 for user in users)
+    for source in re.findall(r"^COPY ([^\n]+)$", text, re.MULTILINE):
+        for name in source.split()[:-1]:
+            assert (REPOSITORY / name).exists(), name
+
+
+def test_the_example_secret_holds_no_secret() -> None:
+    (secret,) = documents((K8S / "secret.example.yaml").read_text(encoding="utf-8"))
+    assert set(secret["stringData"].values()) == {""}
