@@ -1,7 +1,7 @@
 """Check, in seconds and on all ranks, that what a configuration needs is there and right.
 
-Gradient parity of this DeepSpeed, torch and ZeRO stage on a tiny twin, all-reduce and storage speed, shards, memory
-and disk against the plan, clocks and versions. Exit code 0 when every check passes.
+Gradient parity of this DeepSpeed, torch and ZeRO stage on a tiny twin, all-reduce and storage speed, shards,
+memory and disk against the plan, clocks and versions. Exit code 0 when every check passes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Write a run's weights, averaged ones unless told otherwise, as a file or folder that others read.
 
-native: one safetensors file with the configuration and the latent statistics, streamed: what first_stage.weights,
-init_from and `ldm sample` take. compvis: one file in the original Stable Diffusion layout. diffusers: a pipeline's
-folder. The last two hold the UNet and the frozen first stage.
+native: one safetensors file with the configuration and the latent statistics, streamed: what
+first_stage.weights, init_from and `ldm sample` take. compvis: one file in the original layout.
+diffusers: a pipeline's folder. The last two hold the UNet and the frozen first stage.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Convert weights of other programs: CompVis/Stability files (.safetensors, .ckpt) and diffusers folders.
 
 Writes one file per network: unet.safetensors for init_from, first_stage.safetensors for first_stage.weights,
-text_encoder.safetensors for conditioning.openclip.pretrained. Missing or unexpected tensors are listed by name and
-shape, and then nothing is written.
+text_encoder.safetensors for conditioning.openclip.pretrained. Missing or unexpected tensors are listed, and
+then nothing is written.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class OpenCLIP(Condition):
-    """Hidden states of the text tower, [B, 77, width], and its pooled embedding if asked for (SDXL)."""
+    """Hidden states of the text tower, [B, L, width] (L is 77 unless shrunk), and its pooled embedding if asked for (SDXL)."""
 
     joins_width: ClassVar[bool] = True
 
@@ -123,7 +123,7 @@ def architecture(config: OpenCLIPConfig) -> dict[str, Any]:
             f"the text tower of {config.model} needs {foreign} from the Hugging Face hub; choose a model "
             "with CLIP's own tokenizer, such as ViT-H-14, ViT-bigG-14 or ViT-L-14."
         )
-    for name in ("width", "layers", "heads"):
+    for name in ("width", "layers", "heads", "context_length"):
         value = getattr(config, name)
         if value is not None:
             text[name] = value

@@ -126,10 +126,10 @@ def _check_conditioning(config: Config) -> None:
     for name in ("openclip", "openclip_second"):
         tower = getattr(conditioning, name)
         shrunk = tower is not None and any(
-            value is not None for value in (tower.width, tower.layers, tower.heads)
+            value is not None for value in (tower.width, tower.layers, tower.heads, tower.context_length)
         )
         _require(
             not (shrunk and tower.pretrained),
-            f"conditioning.{name}: width, layers and heads shrink the tower, so pretrained weights cannot "
+            f"conditioning.{name}: width, layers, heads and context_length shrink the tower, so pretrained weights cannot "
             "fit; remove one or the other.",
         )

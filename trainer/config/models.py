@@ -110,6 +110,8 @@ class OpenCLIPConfig:
     """Shrink the tower: number of transformer layers."""
     heads: int | None = None
     """Shrink the tower: number of heads."""
+    context_length: int | None = None
+    """Shrink the tower: tokens per caption, longer ones are cut."""
     pooled: bool = False
     """Also pass the pooled text embedding on as a vector condition (SDXL)."""
     null: Literal["empty", "zeros"] = "empty"
