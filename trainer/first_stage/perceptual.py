@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import fsspec
@@ -114,7 +115,9 @@ def load_perceptual(weights: str | None) -> PerceptualDistance:
         source = str(cached) if cached.is_file() else None
     if source is None:
         return _random_features()
-    network = VGG16Features()
+    with torch.device("meta"):
+        network = VGG16Features()
+    network.to_empty(device="cpu")
     _load_vgg16(network, _read_tensors(source), source)
     LOG.info("Perceptual distance: LPIPS with VGG16 weights from %s.", source)
     return PerceptualDistance(network, _lpips_weights(), "lpips-vgg16")
@@ -143,8 +146,12 @@ def _random_features() -> PerceptualDistance:
 
 def _lpips_weights() -> list[Tensor]:
     """The channel weights that the lpips package ships, [C_i] each."""
-    with resources.as_file(resources.files("lpips") / "weights" / "v0.1" / "vgg.pth") as path:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    # Found without importing the package, which would import all of torchvision.
+    spec = find_spec("lpips")
+    assert spec is not None, "lpips is a dependency of this package"
+    assert spec.origin is not None
+    path = Path(spec.origin).parent / "weights" / "v0.1" / "vgg.pth"
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
     return [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(len(LAYERS))]
 
 
@@ -158,8 +165,11 @@ def _read_tensors(url: str) -> dict[str, Any]:
         raise ConfigError(
             f"autoencoder_loss.perceptual_weights={url} does not exist; give a VGG16 file or unset it."
         ) from error
-    except (safetensors.SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise ConfigError(f"autoencoder_loss.perceptual_weights={url} is not readable: {error}") from error
+    except (safetensors.SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise ConfigError(
+            f"autoencoder_loss.perceptual_weights={url} is not readable as weights; it must be a "
+            "safetensors file or one that torch.save wrote."
+        ) from error
 
 
 def _load_vgg16(network: VGG16Features, tensors: dict[str, Any], url: str) -> None:

@@ -21,7 +21,7 @@ from trainer.stages.autoencoder import AutoencoderStage, build_networks
 from trainer.weights import write_weights
 
 GLOBAL_BATCH = 4
-STEPS = 3
+STEPS = 2
 
 
 def make_config(engine: str, zero_stage: int, name: str) -> Config:

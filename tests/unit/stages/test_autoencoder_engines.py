@@ -57,7 +57,9 @@ def assert_same(made: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     assert any(name.startswith("discriminator.") for name in made)
     assert "autoencoder.logvar" in made
     for name, value in expected.items():
-        torch.testing.assert_close(made[name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        # Steps are up to 1e-3 long, so a gradient that is wrong by a percent is well above 5e-6. What
+        # stays below is rounding, which ReLU and the codebook's choices amplify from step to step.
+        torch.testing.assert_close(made[name], value, rtol=2e-3, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
