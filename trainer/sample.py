@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.conditioning.build import Conditioner
+from trainer.conditioning.image_size import uncropped
 from trainer.config.run import Config
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.guidance import ClassifierFreeGuidance
@@ -67,6 +68,9 @@ def generate(
     """
     device = next(network.parameters()).device
     height, width = size or (config.data.image_size, config.data.image_size)
+    conditions = dict(conditions or {})
+    if config.conditioning.image_size is not None:
+        conditions.setdefault("size", uncropped(len(captions), height, width))
     factor = config.first_stage.downsampling
     shape = (config.first_stage.channels, height // factor, width // factor)
     schedule = make_schedule(config.diffusion).to(device)
@@ -78,7 +82,7 @@ def generate(
         ordinals = torch.arange(part.start, part.stop, device=device) + first_index
         inputs = conditioner.frozen.prepare(
             captions[part],
-            {name: value[part].to(device) for name, value in (conditions or {}).items()},
+            {name: value[part].to(device) for name, value in conditions.items()},
             None if pixels is None else pixels[part].to(device),
             first_stage=first_stage,
             seed=seed,

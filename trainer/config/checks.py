@@ -116,6 +116,12 @@ def _check_conditioning(config: Config) -> None:
             f"conditioning.{missing[0] if missing else ''} needs its field in the batch; add it to "
             f"data.conditions, e.g. data.conditions=[{', '.join(sorted(needed))}].",
         )
+    tau = conditioning.text_transformer
+    _require(
+        tau is None or tau.tokenizer != "wordpiece" or tau.vocabulary is not None,
+        "conditioning.text_transformer.tokenizer=wordpiece needs its vocabulary file; set "
+        "conditioning.text_transformer.vocabulary, or tokenizer=clip.",
+    )
     low = conditioning.low_resolution
     if low is not None:
         _require(
@@ -130,6 +136,6 @@ def _check_conditioning(config: Config) -> None:
         )
         _require(
             not (shrunk and tower.pretrained),
-            f"conditioning.{name}: width, layers, heads and context_length shrink the tower, so pretrained weights cannot "
-            "fit; remove one or the other.",
+            f"conditioning.{name}: width, layers, heads and context_length shrink the tower, so pretrained "
+            "weights cannot fit; remove one or the other.",
         )

@@ -268,3 +268,16 @@ class ConditioningConfig:
     """Depth-like extra channels."""
     image_size: ImageSizeConfig | None = None
     """Size and crop numbers (SDXL)."""
+
+    @property
+    def text_only(self) -> bool:
+        """Whether prompts alone say everything, so that pictures can be drawn without other fields."""
+        others = (
+            self.class_label,
+            self.layout,
+            self.semantic_map,
+            self.low_resolution,
+            self.masked_image,
+            self.depth,
+        )
+        return all(section is None for section in others)

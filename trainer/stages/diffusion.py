@@ -142,10 +142,11 @@ class DiffusionStage:
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Preview:
-        """Pictures for the configured prompts, or for the batch's own conditions where there are none."""
+        """Pictures for the configured prompts, or for the batch's own conditions where prompts do not do."""
         config, sampling = self._config, self._config.sampling
-        n = min(sampling.num_previews, len(sampling.prompts) * 64 or len(batch))
-        if sampling.prompts:
+        from_prompts = bool(sampling.prompts) and config.conditioning.text_only
+        n = sampling.num_previews if from_prompts else min(sampling.num_previews, len(batch))
+        if from_prompts:
             captions = tuple(sampling.prompts[i % len(sampling.prompts)] for i in range(n))
             conditions: dict[str, Tensor] = {}
             pixels = None
