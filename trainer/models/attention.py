@@ -32,16 +32,15 @@ class Attention(nn.Module):
         """x [B, N, C], context [B, L, D] -> [B, N, C]."""
         if self.attends_to_context:
             assert context is not None
-            query = self._split(self.to_q(x), 1)[0]
-            key, value = self._split(self.to_kv(context), 2)
+            query = self.to_q(x)
+            key, value = self.to_kv(context).chunk(2, dim=-1)
         else:
-            query, key, value = self._split(self.to_qkv(x), 3)
+            query, key, value = self.to_qkv(x).chunk(3, dim=-1)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
+        )
         out = F.scaled_dot_product_attention(query, key, value)  # [B, heads, N, C / heads]
         return self.to_out(out.transpose(1, 2).flatten(2))
-
-    def _split(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, N, parts * C] -> parts x [B, heads, N, C / heads], as views."""
-        return stacked.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class FeedForward(nn.Module):
