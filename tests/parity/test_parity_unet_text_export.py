@@ -1,4 +1,4 @@
-"""Our exported text tower in transformers' CLIPTextModel (where it is installed), and whole pipelines."""
+"""Our exported text tower in the CLIPTextModel of transformers, where that is installed."""
 
 from __future__ import annotations
 
