@@ -50,9 +50,9 @@ class Recovery:
     kind: str
     step: int
     detect_s: float = 0.0
-    """Until every rank of the attempt was gone."""
+    """Until every rank was gone and new ones had been spawned."""
     import_s: float = 0.0
-    """From there until a new rank spoke: spawn, Python, torch."""
+    """From there until a new rank spoke: Python, torch, our modules."""
     build_s: float = 0.0
     """From there until the loop: process group, engine, checkpoint, loader."""
     first_step_s: float = 0.0
@@ -62,7 +62,7 @@ class Recovery:
 
     @property
     def restart_s(self) -> float:
-        """From the end of the old ranks to the first new optimizer step."""
+        """From the spawning of new ranks to the first new optimizer step."""
         return self.import_s + self.build_s + self.first_step_s
 
 
@@ -129,8 +129,7 @@ class Patient:
         struck = time.monotonic()
         for rank in victims:
             os.kill(old[rank], number)
-        gone = self.until(lambda: not set(self.run.ranks().values()) & set(old.values()))
-        self.until(lambda: len(self.run.ranks()) == len(old))
+        gone = self.until(lambda: self._replaced(old))
         spoke = self.until(lambda: self.run.pulse(0) is not None)
         looping = self.until(lambda: self.step() >= 0)
         resumed = self.step()
@@ -139,6 +138,10 @@ class Patient:
         recovery.build_s, recovery.first_step_s = looping - spoke, stepped - looping
         recovery.lost_steps = max(0, recovery.step - resumed)
         return recovery
+
+    def _replaced(self, old: dict[int, int]) -> bool:
+        ranks = self.run.ranks()
+        return len(ranks) == len(old) and not set(ranks.values()) & set(old.values())
 
     def records(self) -> list[dict[str, Any]]:
         """Logged steps, in the order in which they were made."""

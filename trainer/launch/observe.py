@@ -21,16 +21,14 @@ class LocalRun:
         """Process id by rank, of the ranks there are now; none between two attempts."""
         tasks = Path(f"/proc/{self._launcher}/task/{self._launcher}/children")
         found = {}
-        try:
-            for pid in tasks.read_text().split():
-                environment = _environment(int(pid))
-                if BOARD_VARIABLE in environment:
-                    found[int(environment["RANK"])] = int(pid)
-                    if self._board is None:
-                        path = Path(environment[BOARD_VARIABLE])
-                        self._board = Board(path, int(environment["WORLD_SIZE"]))
-        except (FileNotFoundError, ProcessLookupError):
-            return {}
+        for pid in _read(tasks).split():
+            entries = _read(Path(f"/proc/{pid}/environ")).split("\0")
+            environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+            if BOARD_VARIABLE in environment:
+                found[int(environment["RANK"])] = int(pid)
+                if self._board is None:
+                    path = Path(environment[BOARD_VARIABLE])
+                    self._board = Board(path, int(environment["WORLD_SIZE"]))
         return found
 
     def pulse(self, rank: int) -> Pulse | None:
@@ -43,6 +41,9 @@ class LocalRun:
         return pulse if pulse.beat else None
 
 
-def _environment(pid: int) -> dict[str, str]:
-    entries = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+def _read(path: Path) -> str:
+    """Content of a file under /proc; empty once its process is gone."""
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -188,12 +188,16 @@ class FaultyRun:
         return time.monotonic()
 
     def follow_recovery(self, fault: str, struck: float, step: int, old: dict[int, int]) -> None:
-        """Measure a fault that ends the ranks: until they are gone, and until the lost steps are made."""
-        gone = self.until(lambda: not set(self.ranks().values()) & set(old.values()), "the ranks' end")
-        self.until(lambda: len(self.ranks()) == len(old), "new ranks")
+        """Measure a fault that ends the ranks: until new ones are there, and the lost steps made again."""
+
+        def replaced() -> bool:
+            ranks = self.ranks()
+            return len(ranks) == len(old) and not set(ranks.values()) & set(old.values())
+
+        noticed = self.until(replaced, "new ranks")
         back = self.until_step(step)
         (resumed,) = [event["step"] for event in self.events("resume")[-1:]] or [0]
-        self.report(fault, detect_s=gone - struck, recover_s=back - struck, lost_steps=step - resumed)
+        self.report(fault, detect_s=noticed - struck, recover_s=back - struck, lost_steps=step - resumed)
 
     def report(self, fault: str, **measured: float) -> None:
         """Append what was measured to the file that LDM_FAULT_REPORT names (docs/reliability.md)."""
