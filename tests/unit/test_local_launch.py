@@ -10,19 +10,22 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig
-from trainer.exit_codes import ExitCode
-from trainer.launch import local
+from trainer.exit_codes import ExitCode, FatalFault
+from trainer.launch import local, rank
 from trainer.launch.local import launch, ranks_are_given, supervise, visible_devices
+from trainer.launch.rank import run_rank
 from trainer.launch.supervisor import describe, free_port
 
 PREAMBLE = """
 import json, os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 rank = int(os.environ["RANK"])
 here = Path(os.environ["SCRIPT_DIR"])
 attempt = int(os.environ["LDM_RESTARTS"])
@@ -255,6 +258,7 @@ def test_the_log_of_a_failed_rank_is_shown(ranks: Ranks, caplog: pytest.LogCaptu
 ORPHANS = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from trainer.launch.local import supervise
 folder = Path(sys.argv[1])
 supervise(
@@ -265,6 +269,7 @@ supervise(
 CHILD = """
 import os, time
 from pathlib import Path
+from types import SimpleNamespace
 from trainer.launch.rank import _die_with_launcher
 _die_with_launcher()
 Path(os.environ["SCRIPT_DIR"], "pid_" + os.environ["RANK"]).write_text(str(os.getpid()))
@@ -288,6 +293,52 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     while time.monotonic() < limit and any(alive(pid) for pid in pids):
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (ConfigError("steps must be at least 1."), 2, "steps must be at least 1."),
+        (RuntimeError("connection reset"), 76, "RETRYABLE"),
+        (FatalFault("loss is NaN at step 3"), 78, "loss is NaN at step 3"),
+        (KeyboardInterrupt(), 130, "aborted"),
+    ],
+)
+def test_a_rank_ends_with_the_code_of_its_error(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: BaseException,
+    code: int,
+    shown: str,
+) -> None:
+    def run(config: Config, env: object) -> ExitCode:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "trainer.train", SimpleNamespace(run=run))
+    assert run_rank(Config()) == code
+    assert shown in caplog.text
+
+
+@pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.STOPPED])
+def test_a_rank_returns_what_training_returns(monkeypatch: pytest.MonkeyPatch, code: ExitCode) -> None:
+    monkeypatch.setitem(sys.modules, "trainer.train", SimpleNamespace(run=lambda config, env: code))
+    assert run_rank(Config()) is code
+
+
+def test_a_failing_doctor_keeps_the_training_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    module = SimpleNamespace(run=lambda config, env: started.append("train") or ExitCode.DONE)
+    monkeypatch.setitem(sys.modules, "trainer.train", module)
+    monkeypatch.delenv("LDM_RESTARTS", raising=False)
+    config = Config(distributed=DistributedConfig(doctor=True))
+    statuses = iter([2, 0])
+    monkeypatch.setattr(rank.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=next(statuses)))
+    assert run_rank(config) is ExitCode.USER_ERROR
+    assert started == []
+    assert run_rank(config) is ExitCode.DONE
+    assert started == ["train"]
+    monkeypatch.setenv("LDM_RESTARTS", "1")  # a restart does not examine again
+    assert run_rank(config) is ExitCode.DONE
 
 
 def test_given_ranks_are_recognised() -> None:
