@@ -34,6 +34,10 @@ class Dataset:
     """[U] distinct shards."""
     index_urls: tuple[str, ...]
     """[U] their index files."""
+    sizes: tuple[int, ...]
+    """[U] bytes of the shards."""
+    versions: tuple[str, ...]
+    """[U] ETags or modification times."""
     checksums: tuple[str, ...]
     """[U] SHA-256 of the index files."""
     shard_of: NDArray[np.int64]
@@ -109,6 +113,8 @@ def open_dataset(
     return Dataset(
         urls=tuple(urls),
         index_urls=tuple(storage.join(f, r.index) for f, r in zip(folders, rows, strict=True)),
+        sizes=tuple(row.size for row in rows),
+        versions=tuple(row.version for row in rows),
         checksums=tuple(row.checksum for row in rows),
         shard_of=shard_of,
         counts=samples[shard_of],

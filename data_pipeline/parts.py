@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.buckets import Buckets
+from data_pipeline.cache import BlockCache
 from data_pipeline.conditions import condition_arrays
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
@@ -103,7 +104,10 @@ class PartStream:
         config = task.config
         self._task = task
         self._reader = RangeReader(
-            timeout_s=config.request_timeout_s, tries=config.max_retries, patience_s=config.patience_s
+            timeout_s=config.request_timeout_s,
+            tries=config.max_retries,
+            patience_s=config.patience_s,
+            probes=(*task.dataset.urls[:2], *task.dataset.urls[-2:], *task.dataset.index_urls[:1]),
         )
         self._background = Background(_THREADS)
         self._walker = Walker(
@@ -116,6 +120,7 @@ class PartStream:
             lanes=task.lanes,
             states=[s.copy() for s in task.states],
             per_lane=task.per_lane,
+            cache=BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None,
             range_bytes=config.read_ahead_bytes,
             budget_bytes=config.buffer_bytes,
         )

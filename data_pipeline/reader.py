@@ -8,9 +8,11 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+from fsspec.asyn import sync
 
 from data_pipeline import storage
 from data_pipeline.errors import AccessDenied, ReadFailed, StorageOutage
@@ -20,18 +22,27 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _IDLE_S = 0.5
+_FORGET = 0.05
+_SHORTEST_DEADLINE_S = 3.0
+_DEADLINE_FACTOR = 10.0
+_PROBES = 3
 
 
 class RangeReader:
     """Reads byte ranges of shards; one per process, used by many threads."""
 
-    def __init__(self, *, timeout_s: float, tries: int, patience_s: float) -> None:
+    def __init__(
+        self, *, timeout_s: float, tries: int, patience_s: float, probes: Sequence[str] = ()
+    ) -> None:
+        """`probes`: objects that tell, when one cannot be read, whether others can."""
+        self._probes = probes
         self.timeout_s = timeout_s
         self.tries = tries
         self.patience_s = patience_s
         self.counts: Counter[str] = Counter()
         """requests, bytes, retries, failures"""
         self._last_success = time.monotonic()
+        self._typical_s = 0.5
         self._closed = threading.Event()
 
     def read(self, url: str, start: int, stop: int) -> bytes:
@@ -39,11 +50,13 @@ class RangeReader:
         began = time.monotonic()
         for attempt in itertools.count(1):
             try:
-                data = self._once(url, start, stop)
+                started = time.monotonic()
+                data = self._once(url, start, stop, self._deadline(attempt))
             except Exception as error:  # noqa: BLE001 - the libraries' exceptions have no common base
                 self._judge(error, url, attempt, began)
             else:
                 self._last_success = time.monotonic()
+                self._typical_s += _FORGET * (self._last_success - started - self._typical_s)
                 self.counts["requests"] += 1
                 self.counts["bytes"] += len(data)
                 return data
@@ -56,11 +69,21 @@ class RangeReader:
         """A whole small file, with the same patience."""
         return self.read(url, 0, -1)
 
-    def _once(self, url: str, start: int, stop: int) -> bytes:
+    def _deadline(self, attempt: int) -> float:
+        """Seconds for one try: ten times what is usual at first, more for each further one."""
+        usual = max(_SHORTEST_DEADLINE_S, _DEADLINE_FACTOR * self._typical_s)
+        return min(self.timeout_s, usual * 2.0 ** min(attempt - 1, 20))
+
+    def _once(self, url: str, start: int, stop: int, deadline_s: float) -> bytes:
         fs, path = storage.filesystem(url, timeout_s=self.timeout_s)
+        span = {} if stop < 0 else {"start": start, "end": stop}
+        if fs.async_impl:
+            # a request that stalls is cancelled and asked for again, long before the socket's timeout
+            data = bytes(sync(fs.loop, fs._cat_file, path, timeout=deadline_s, **span))
+        else:
+            data = bytes(fs.cat_file(path, **span))
         if stop < 0:
-            return bytes(fs.cat_file(path))
-        data = bytes(fs.cat_file(path, start=start, end=stop))
+            return data
         if len(data) != stop - start:
             raise ShortBody(f"short body: {len(data)} of {stop - start} bytes")
         return data
@@ -77,7 +100,7 @@ class RangeReader:
             raise ReadFailed(f"{url}: {explained}") from error
         if attempt < self.tries:
             return
-        if self._last_success > began:  # others are read meanwhile: it is this object
+        if self._last_success > began or self._others_answer(url):
             self.counts["failures"] += 1
             raise ReadFailed(f"{url}: {attempt} tries failed, the last with {error}") from error
         waited = time.monotonic() - began
@@ -87,6 +110,17 @@ class RangeReader:
                 f"Storage did not answer for {waited:.0f} s (data.patience_s={self.patience_s:.0f}), last "
                 f"{url}: {error}; run the same command again when it does."
             ) from error
+
+    def _others_answer(self, url: str) -> bool:
+        for other in [p for p in self._probes if p != url][:_PROBES]:
+            try:
+                self._once(other, 0, 1, _SHORTEST_DEADLINE_S)
+            except Exception as error:  # noqa: BLE001 - the libraries' exceptions have no common base
+                logger.debug("probe of %s: %s", other, error)
+                continue
+            self._last_success = time.monotonic()
+            return True
+        return False
 
     def close(self) -> None:
         """Wake sleeping retries so that threads end."""

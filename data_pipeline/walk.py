@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.buckets import Buckets
+from data_pipeline.cache import BlockCache
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError, Rejected
 from data_pipeline.filters import Filter
@@ -212,6 +213,7 @@ class Walker:
         lanes: Sequence[int],
         states: Sequence[LaneState],
         per_lane: int,
+        cache: BlockCache | None,
         range_bytes: int,
         budget_bytes: int,
     ) -> None:
@@ -220,6 +222,7 @@ class Walker:
         self._dataset = dataset
         self._selection = selection
         self._reader = reader
+        self._cache = cache
         self._range_bytes = max(1, range_bytes)
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * per_lane)
         self._budget = budget_bytes / max(1.0, dataset.mean_bytes)
@@ -291,7 +294,7 @@ class Walker:
         for shard, members in wanted.items():
             for group in self._ranges(sorted(members)):
                 urgency = tick + min(slot for _, _, slot, _ in group)
-                read = partial(self._read, self._dataset.urls[shard], group)
+                read = partial(self._read, shard, group)
                 future = self.background.submit(urgency, read)
                 for _, _, slot, extension in group:
                     by_slot[slot].members[extension] = future
@@ -308,9 +311,17 @@ class Walker:
             groups.append([member])
         return groups
 
-    def _read(self, url: str, group: list[tuple[int, int, int, str]]) -> dict[tuple[int, str], bytes]:
+    def _read(self, shard: int, group: list[tuple[int, int, int, str]]) -> dict[tuple[int, str], bytes]:
         start = group[0][0]
         stop = max(end for _, end, _, _ in group)
-        data = self._reader.read(url, start, stop) if stop > start else b""
+        data = self._bytes(shard, start, stop) if stop > start else b""
         # cut into members here, so that each sample's bytes are free once it is consumed
         return {(slot, extension): data[a - start : b - start] for a, b, slot, extension in group}
+
+    def _bytes(self, shard: int, start: int, stop: int) -> bytes:
+        url = self._dataset.urls[shard]
+        if self._cache is None:
+            return self._reader.read(url, start, stop)
+        identity = f"{url} {self._dataset.versions[shard]}"
+        fetch = partial(self._reader.read, url)
+        return self._cache.read(identity, self._dataset.sizes[shard], start, stop, fetch)
