@@ -1,0 +1,212 @@
+"""The login node's side of SLURM: submit with a snapshot taken now, status of jobs, logs of ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import trainer
+from trainer.config.io import load_config
+from trainer.config.run import ConfigError
+from trainer.exit_codes import ExitCode
+from trainer.launch.progress import latest_record, newest_checkpoint
+from trainer.launch.slurm_job import read_attempts, snapshot
+
+_FOLLOW_S = 1.0
+
+
+def jobs_folder() -> Path:
+    """Where job folders are: LDM_JOBS_DIR, else runs/slurm below the folder jobs are submitted from."""
+    return Path(os.environ.get("LDM_JOBS_DIR", "runs/slurm"))
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """`submit`, `status` and `logs`; each leaves its function in `handler`."""
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    submit_ = commands.add_parser(
+        "submit",
+        help="check a configuration here and now, snapshot the code, and sbatch it",
+        epilog="example: ldm slurm submit configs/sd/sd2_base_512.yaml --sbatch='--nodes=32 -p gpu' a.b=c",
+    )
+    submit_.add_argument("config", metavar="CONFIG", help="YAML file")
+    submit_.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
+    submit_.add_argument("--sbatch", default="", metavar="OPTIONS", help="options for sbatch, in one word")
+    submit_.set_defaults(handler=lambda args: _submit(args.config, args.overrides, shlex.split(args.sbatch)))
+    status_ = commands.add_parser("status", help="state, attempts, faults and progress of jobs")
+    status_.add_argument("jobs", nargs="*", metavar="JOB", help="job numbers; none: all in the jobs folder")
+    status_.set_defaults(handler=lambda args: _status(args.jobs))
+    logs_ = commands.add_parser("logs", help="what a rank wrote")
+    logs_.add_argument("job", metavar="JOB", help="job number, with _TASK for a job array")
+    logs_.add_argument("--rank", type=int, default=0, help="rank (default 0)")
+    logs_.add_argument("--attempt", type=int, help="attempt (default: the newest)")
+    logs_.add_argument("--lines", type=int, default=40, help="last lines to show; 0: all")
+    logs_.add_argument("--follow", "-f", action="store_true", help="go on as the log grows, over requeues")
+    logs_.set_defaults(
+        handler=lambda args: _logs(args.job, args.rank, args.attempt, args.lines, forever=args.follow)
+    )
+
+
+def submit(config_path: str, overrides: Sequence[str], options: Sequence[str]) -> str:
+    """Submit slurm/train_ldm.sh from a snapshot of the code as it is now; returns the job number.
+
+    Plain `sbatch slurm/train_ldm.sh` takes the snapshot when the job first starts; a job that waits in
+    the queue for days then runs what the working tree holds on that day.
+
+    Raises:
+        ConfigError: a mistake in the configuration, or sbatch refuses.
+    """
+    load_config(config_path, overrides)
+    if shutil.which("sbatch") is None:
+        raise ConfigError("sbatch is not on this machine; run this on a login node of the cluster.")
+    repository = Path(trainer.__file__).resolve().parents[1]
+    folder = (jobs_folder() / "submitted" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
+    snapshot(repository, folder)
+    shutil.copy2(config_path, folder / "submitted.yaml")
+    done = subprocess.run(
+        ["sbatch", "--parsable", *options, str(folder / "slurm" / "train_ldm.sh")]
+        + [str(folder / "submitted.yaml"), *overrides],
+        env={**os.environ, "LDM_PYTHON": os.environ.get("LDM_PYTHON", sys.executable)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ConfigError(f"sbatch refused: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def describe_job(folder: Path, states: dict[str, str]) -> list[str]:
+    """Lines about one job: SLURM's state, how attempts ended, nodes at fault, how far the run is."""
+    key = folder.name
+    if not (folder / "submission.json").exists():
+        return [f"{key}  {states.get(key, 'not in the queue')}  preparing, or refused: see ldm-{key}.log"]
+    submission = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
+    attempts = read_attempts(folder)
+    lines = [f"{key}  {states.get(key, 'not in the queue')}  {submission['run_dir']}"]
+    outcomes = Counter(attempt["outcome"] for attempt in attempts)
+    if attempts:
+        ended = ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.items())
+        lines.append(f"    attempts: {ended}; last ended {_ago(attempts[-1]['ended'])} ago")
+    strikes = Counter(node for attempt in attempts for node in attempt["blamed"])
+    if strikes:
+        lines.append("    faults:   " + ", ".join(f"{node} {count}" for node, count in strikes.items()))
+    lines.append(f"    progress: {_progress(submission)}")
+    return lines
+
+
+def follow(folder: Path, rank: int, *, attempt: int | None, lines: int, forever: bool) -> Iterator[str]:
+    """Lines of one rank's log, and of the next attempts' when `forever`.
+
+    Raises:
+        ConfigError: no such job, attempt or rank.
+    """
+    current = attempt or _newest_attempt(folder)
+    while True:
+        path = folder / f"attempt-{current}" / f"rank-{rank:04d}.log"
+        if not path.exists() and not forever:
+            known = sorted(p.name[5:-4] for p in path.parent.glob("rank-*.log"))
+            raise ConfigError(f"{path} does not exist; ranks there: {', '.join(known) or 'none yet'}.")
+        if path.exists():
+            with path.open(encoding="utf-8", errors="replace") as stream:
+                yield from deque(stream, maxlen=lines or None)
+                while forever and _newest_attempt(folder) == current:
+                    text = stream.readline()
+                    if text:
+                        yield text
+                    else:
+                        time.sleep(_FOLLOW_S)
+        if not forever:
+            return
+        if _newest_attempt(folder) == current:
+            time.sleep(_FOLLOW_S)
+        else:
+            current, lines = _newest_attempt(folder), 0
+
+
+def _submit(config: str, overrides: Sequence[str], options: Sequence[str]) -> int:
+    job = submit(config, overrides, options)
+    sys.stdout.write(f"submitted job {job}; ldm slurm status {job}; ldm slurm logs {job} -f\n")
+    return ExitCode.DONE
+
+
+def _status(jobs: Sequence[str]) -> int:
+    folder = jobs_folder()
+    found = [folder / job for job in jobs] or sorted(
+        path for path in folder.glob("[0-9]*") if path.name.replace("_", "").isdigit()
+    )
+    if not found:
+        raise ConfigError(f"there are no jobs in {folder}; set LDM_JOBS_DIR, or go where you submitted from.")
+    states = _states()
+    for one in found:
+        if not one.exists() and one.name not in states:
+            raise ConfigError(f"there is no job {one.name} in {folder}, nor in the queue.")
+        sys.stdout.write("\n".join(describe_job(one, states)) + "\n")
+    return ExitCode.DONE
+
+
+def _logs(job: str, rank: int, attempt: int | None, lines: int, *, forever: bool) -> int:
+    folder = jobs_folder() / job
+    if not folder.exists():
+        raise ConfigError(f"there is no job {job} in {jobs_folder()}.")
+    for line in follow(folder, rank, attempt=attempt, lines=lines, forever=forever):
+        sys.stdout.write(line)
+        sys.stdout.flush()
+    return ExitCode.DONE
+
+
+def _states() -> dict[str, str]:
+    """State (and reason, while waiting) by job key, of what squeue still knows."""
+    if shutil.which("squeue") is None:
+        return {}
+    done = subprocess.run(
+        ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%N"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    states = {}
+    for line in done.stdout.splitlines():
+        key, state, reason, nodes = line.split("|", 3)
+        states[key] = f"{state} ({reason})" if state == "PENDING" else f"{state} on {nodes}"
+    return states
+
+
+def _progress(submission: dict[str, Any]) -> str:
+    run_dir = submission["run_dir"]
+    if "://" not in run_dir:
+        run_dir = str(Path(submission["working_directory"]) / run_dir)
+    steps = submission["config"]["steps"]
+    record, checkpoint = latest_record(run_dir), newest_checkpoint(run_dir)
+    if record is None and checkpoint is None:
+        return "nothing yet"
+    parts = [f"step {max((record or {}).get('step', 0), (checkpoint or (0, ''))[0])} of {steps}"]
+    if record is not None:
+        parts.append(f"loss {record['loss']:.4f}")
+        if "images_per_s" in record:
+            parts.append(f"{record['images_per_s']:.1f} images/s")
+    if checkpoint is not None:
+        parts.append(f"checkpoint at step {checkpoint[0]}")
+    return ", ".join(parts)
+
+
+def _newest_attempt(folder: Path) -> int:
+    numbers = [int(path.name.partition("-")[2]) for path in folder.glob("attempt-*")]
+    return max(numbers, default=1)
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0, int(time.time() - moment))
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
