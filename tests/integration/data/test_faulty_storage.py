@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import itertools
 import random
@@ -68,6 +69,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FaultProxy
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
     def log_message(self, *args: object) -> None:
         pass
 
@@ -99,10 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
                 self.send_header(name, value)
-        self.send_header(
-            "Content-Length",
-            answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data)),
-        )
+        size = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", size)
         self.end_headers()
         if fault in ("short", "stall"):
             self.wfile.write(data[: len(data) // 2])
@@ -165,7 +168,6 @@ def test_faults_change_nothing(folder: Path, server: FaultProxy) -> None:
     expected, rejected, _ = run(config_for(str(folder / "scenes" / "*.tar")), steps)
     server.first_byte_s = 0.02
     server.faults = {"short": 0.05, "storm": 0.10, "reset": 0.05, "stall": 0.02}
-    began = time.monotonic()
     found, rejected_s3, counts = run(config_for("s3://scenes/*.tar", workers=2), steps)
     assert found == expected
     assert rejected_s3 == rejected
@@ -173,19 +175,18 @@ def test_faults_change_nothing(folder: Path, server: FaultProxy) -> None:
     assert counts["retries"] > 0
     assert sum(server.counts[f] for f in server.faults) > 10
     assert counts["failures"] == 0
-    print(server.counts, counts, time.monotonic() - began)
 
 
 def test_a_dead_shard_is_set_aside_and_tried_again(folder: Path, server: FaultProxy) -> None:
     """One object fails for a while: its samples come at the end of the epoch instead."""
-    config = config_for("s3://scenes/*.tar", max_retries=2)
+    config = config_for("s3://scenes/*.tar", max_retries=2, lanes=2)
     run(config, 1)  # the index exists
     server.broken = ("00001.tar",)
     with build_loader(config, seed=5, global_batch_size=BATCH) as loader:
         total = loader.batches_per_epoch * BATCH
         visits: Counter[str] = Counter()
         for step in itertools.count():
-            if step == 6:
+            if step == 3:
                 server.broken = ()
             batch = next(loader)
             epochs = [s[0] for s in batch.position["states"]]
@@ -206,8 +207,7 @@ def test_an_outage_ends_in_one_sentence(server: FaultProxy) -> None:
         next(loader)
         server.broken = ("",)
         with pytest.raises(StorageOutage, match="run the same command again"):
-            for _ in range(200):
-                next(loader)
+            list(itertools.islice(loader, 200))
 
 
 def test_wrong_places_are_named_at_once(
