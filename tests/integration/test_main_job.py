@@ -1,0 +1,243 @@
+"""The main job on the real S3 server: both stages, resume, sampling, layouts that do not matter, bad input."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.scenes import SceneOptions
+from data_pipeline.synthetic import SynthesisOptions, synthesize
+from trainer.__main__ import main
+from trainer.weights import read_weights
+
+FIRST_STAGE = [
+    "stage=autoencoder",
+    "steps=4",
+    "first_stage={name: kl, base_channels: 8, channel_multipliers: [1, 2], num_res_blocks: 1, num_groups: 4}",
+    "autoencoder_loss.discriminator_start=2",
+    "autoencoder_loss.discriminator_channels=8",
+    "optimizer.learning_rate=1e-4",
+    "sampling.every=3",
+    "conditioning={}",
+]
+ZERO_TOLERANCE = 2e-5
+"""Relative difference of losses that another summation order may make within eight fp32 steps."""
+
+
+def ldm(bucket: Any, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", *arguments],
+        env={**os.environ, **bucket.environment, **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def first_stage(bucket: Any) -> tuple[Any, str]:
+    """A trained and exported first stage, and its run."""
+    run = bucket.train_here("first_stage", *FIRST_STAGE, "logging.wandb=offline")
+    target = "s3://ldm/first_stage.safetensors"
+    done = ldm(bucket, "export", run.url, target)
+    assert done.returncode == 0, done.stderr
+    return run, target
+
+
+def test_first_stage_trains_logs_and_exports(
+    bucket: Any, first_stage: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, target = first_stage
+    records = [record for record in run.records() if "loss" in record]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(record["samples_seen"] == 8 * record["step"] for record in records)
+    assert "discriminator" not in records[1]
+    assert "discriminator" in records[2]  # two generator steps had been made
+    assert {"images_per_s", "data_wait", "grad_norm", "learning_rate", "memory_gib"} <= records[3].keys()
+    assert (run.folder / "config.yaml").exists()
+    assert list((run.folder / "samples").glob("preview-00000003.png"))
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    tensors, metadata = read_weights(target)
+    assert float(tensors["latent_scale"].min()) > 0
+    assert not np.allclose(tensors["latent_scale"].numpy(), 1.0), "the scale was never measured"
+    assert "config" in metadata
+
+
+def test_second_stage_trains_resumes_and_samples(
+    bucket: Any, first_stage: tuple[Any, str], tmp_path: Path
+) -> None:
+    own = [f"first_stage.weights={first_stage[1]}", *FIRST_STAGE[2:3], "sampling.steps=4"]
+    run = bucket.train_here("second_stage", *own, "steps=4")
+    assert run.steps() == [4, 0]
+    again = bucket.train_here("second_stage", *own, "steps=6")
+    assert again.steps() == [6, 4]
+    assert [event["step"] for event in again.events("resume")] == [4]
+    assert sorted(again.losses()) == [1, 2, 3, 4, 5, 6]
+    out = tmp_path / "out"
+    arguments = ["--prompt", "a red circle", "--prompt", "a blue square", "--out", str(out), "--seed", "5"]
+    done = ldm(bucket, "sample", run.url, *arguments, "--sampler", "dpmpp_2m", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    first = np.asarray(Image.open(out / "00000.png"))
+    assert first.shape == (16, 16, 3)
+    assert (out / "grid.png").exists()
+    # A picture depends on the seed and its index, not on its batch.
+    alone = ldm(bucket, "sample", run.url, *arguments[:2], *arguments[4:6], "--seed", "5", "--sampler",
+                "dpmpp_2m", "--steps", "3")  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert np.abs(np.asarray(Image.open(out / "00000.png")).astype(int) - first).max() <= 1
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_ranks_equal_one_with_accumulation(bucket: Any, zero_stage: int) -> None:
+    settings = ["steps=8", f"distributed.zero_stage={zero_stage}", "checkpoint.every=0"]
+    one = bucket.train_here(f"one_{zero_stage}", *settings, "distributed.ranks=1").losses()
+    two = bucket.train_here(f"two_{zero_stage}", *settings, "distributed.ranks=2").losses()
+    assert list(one) == list(two) == list(range(1, 9))
+    np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=ZERO_TOLERANCE)
+
+
+def test_bf16_follows_fp32(bucket: Any) -> None:
+    settings = ["steps=8", "distributed.ranks=1", "checkpoint.every=0"]
+    exact = bucket.train_here("precise", *settings).losses()
+    half = bucket.train_here("half", *settings, "distributed.precision=bf16").losses()
+    np.testing.assert_allclose(list(exact.values()), list(half.values()), rtol=0.03)
+    assert exact != half
+
+
+def test_loss_falls_on_one_repeated_batch(bucket: Any, tmp_path: Path) -> None:
+    options = SynthesisOptions(samples=8, failed_share=0.0, scene=SceneOptions(min_edge=24, max_edge=40))
+    list(synthesize(str(tmp_path / "shards"), options))
+    losses = bucket.train_here(
+        "overfit",
+        f"data.shards={tmp_path}/shards/*.tar",
+        "steps=80",
+        "distributed.ranks=1",
+        "distributed.engine=torch",
+        "optimizer.learning_rate=3e-3",
+        "checkpoint.every=0",
+    ).losses()
+    values = [losses[step] for step in sorted(losses)]
+    assert np.mean(values[-10:]) < 0.6 * np.mean(values[:10])
+
+
+def test_another_architecture_is_refused_and_nothing_is_lost(bucket: Any) -> None:
+    run = bucket.train_here("architecture", "steps=2", "distributed.ranks=1")
+    before = run.fingerprint()
+    done = ldm(
+        bucket, "train", str(bucket.config), f"run_dir={run.url}", "steps=4", "distributed.ranks=1",
+        "unet.model_channels=32",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "conv_in" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run.fingerprint() == before
+
+
+def test_a_full_disk_ends_with_one_sentence(bucket: Any, tmp_path: Path) -> None:
+    disk = tmp_path / "small"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root; run the tests as root to include this one")
+    try:
+        done = ldm(
+            bucket, "train", str(bucket.config), f"run_dir={disk}/run", "steps=2", "distributed.ranks=1",
+            "distributed.max_restarts=0",
+        )  # fmt: skip
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    assert done.returncode == 2, done.stderr
+    assert "No space left" in done.stderr or "full" in done.stderr
+
+
+def _shard(folder: Path, members: dict[str, bytes]) -> str:
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return f"{folder}/*.tar"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("not an image", "image"), ("no caption", "caption"), ("not a tar", "tar")]
+)
+def test_shards_without_one_usable_sample(bucket: Any, tmp_path: Path, kind: str, reason: str) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "JPEG")
+    image = b"these bytes are no picture" if kind == "not an image" else picture.getvalue()
+    members = {f"{i:09d}.jpg": image for i in range(64)}
+    if kind != "no caption":
+        members |= {f"{i:09d}.txt": b"a caption" for i in range(64)}
+    shards = _shard(tmp_path / "shards", dict(sorted(members.items())))
+    if kind == "not a tar":
+        (tmp_path / "shards" / "00000.tar").write_bytes(b"no tar at all" * 100)
+    done = ldm(
+        bucket, "train", str(bucket.config), f"run_dir={tmp_path}/run", f"data.shards={shards}",
+        "distributed.ranks=1", "distributed.max_restarts=0",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (["inspect", "s3://nowhere/shards"], {}, "nowhere"),
+        (["inspect", "s3://ldm/shards"], {"AWS_SECRET_ACCESS_KEY": "wrong"}, "AWS_SECRET_ACCESS_KEY"),
+        (["inspect", "s3://ldm/shards"], {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "127.0.0.1:9"),
+        (["inspect", "s3://ldm/none/*.tar"], {}, "none"),
+        (["inspect", "pipe:cat /etc/passwd"], {}, "pipe"),
+    ],
+)
+def test_storage_mistakes_are_one_sentence(
+    bucket: Any, arguments: list[str], environment: dict[str, str], expected: str
+) -> None:
+    done = ldm(bucket, "data", *arguments, **environment)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ldm: ")
+    assert expected in last
+    assert "Traceback" not in done.stderr
+    assert bucket.server.env["AWS_SECRET_ACCESS_KEY"] not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "configs/demo_text_to_image.yaml", "sampling.sampler=ddimm"], "ddim"),
+        (["train", "configs/demo_text_to_image.yaml", "unet.model_chanels=3"], "model_channels"),
+        (["train", "configs/nothing.yaml"], "configs/nothing.yaml"),
+        (["sample", "nowhere", "--prompt", "x"], "nowhere"),
+        (["export", "nowhere", "x.safetensors"], "nowhere"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_unknown_sampler_of_the_sample_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["sample", "run", "--sampler", "best"])
+    assert exit_info.value.code == 2
+    assert "dpmpp_2m" in capsys.readouterr().err
