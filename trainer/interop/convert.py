@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from typing import Any
 
+import fsspec
 import torch
+import yaml
 from torch import Tensor
 
+from trainer.config.io import config_to_dict
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.run import Config, ConfigError
 from trainer.first_stage.build import WEIGHTS_FILE, build_first_stage, first_stage_metadata
@@ -23,6 +28,8 @@ from trainer.models.levels import plan_levels
 from trainer.weights import write_weights
 
 UNET_FILE = "unet.safetensors"
+STRUCTURE_FILE = "structure.yaml"
+"""Sections unet and first_stage of a configuration."""
 UNET_AVERAGE_FILE = "unet_ema.safetensors"
 TEXT_FILES = {"text_encoder": "text_encoder.safetensors", "text_encoder_2": "text_encoder_2.safetensors"}
 CLASS_TOKENS = "conditions.parts.class_label.embedding.weight"
@@ -37,7 +44,8 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
 
     The folder gets unet.safetensors (and unet_ema.safetensors) for `init_from` and sampling,
     first_stage.safetensors for `first_stage.weights`, and text_encoder.safetensors (and
-    text_encoder_2.safetensors) for `conditioning.openclip.pretrained`.
+    text_encoder_2.safetensors) for `conditioning.openclip.pretrained`; structure.yaml says the unet and
+    first_stage sections of a configuration for them.
 
     Args:
         source_url: .safetensors or .ckpt file in the original layout, a lone network's file, or a folder
@@ -62,12 +70,15 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
         if role in source.parts:
             files[file] = _text_tower(source.parts[role], f"{role} of {source.url}")
     folder = destination_url.rstrip("/")
+    if config is not None:
+        _describe_run(files, config, folder)
     for file, (tensors, metadata) in files.items():
         write_weights(f"{folder}/{file}", tensors, metadata)
+    _write_structure(f"{folder}/{STRUCTURE_FILE}", files)
     taken = [
         f"{file.removesuffix('.safetensors')}: {name}" for file, made in files.items() for name in made[0]
     ]
-    written = [f"{folder}/{file}" for file in files]
+    written = [f"{folder}/{file}" for file in (*files, STRUCTURE_FILE)]
     return Report(taken=tuple(taken), left=tuple(source.left), files=tuple(written))
 
 
@@ -84,6 +95,35 @@ def convert_first_stage(part: Part, config: FirstStageConfig, origin: str) -> di
     links = first_stage_links(config, expected, part.dialect)
     theirs = modern_names(part.tensors) if part.dialect == "diffusers" else part.tensors
     return import_tensors(links, expected, theirs, origin)
+
+
+def _describe_run(files: Mapping[str, Imported], config: Config, folder: str) -> None:
+    """Let the UNet's files carry the configuration, with the imported networks named, for `ldm sample`."""
+    if WEIGHTS_FILE in files:
+        stage = dataclasses.replace(config.first_stage, weights=f"{folder}/{WEIGHTS_FILE}")
+        config = dataclasses.replace(config, first_stage=stage)
+    conditioning = config.conditioning
+    if conditioning.openclip is not None and TEXT_FILES["text_encoder"] in files:
+        weights = f"{folder}/{TEXT_FILES['text_encoder']}"
+        tower = dataclasses.replace(conditioning.openclip, pretrained=weights)
+        conditioning = dataclasses.replace(conditioning, openclip=tower)
+    if conditioning.openclip_second is not None and TEXT_FILES["text_encoder_2"] in files:
+        weights = f"{folder}/{TEXT_FILES['text_encoder_2']}"
+        tower = dataclasses.replace(conditioning.openclip_second, pretrained=weights)
+        conditioning = dataclasses.replace(conditioning, openclip_second=tower)
+    described = json.dumps(config_to_dict(dataclasses.replace(config, conditioning=conditioning)))
+    for file in (UNET_FILE, UNET_AVERAGE_FILE):
+        if file in files:
+            files[file][1]["config"] = described
+
+
+def _write_structure(url: str, files: Mapping[str, Imported]) -> None:
+    """The configuration sections that fit the imported networks."""
+    sections: dict[str, Any] = {}
+    for _, metadata in files.values():
+        sections |= {name: json.loads(text) for name, text in metadata.items() if name != "config"}
+    with fsspec.open(url, "wb", auto_mkdir=True) as file:
+        file.write(yaml.safe_dump(sections, sort_keys=False).encode())
 
 
 def _unet(part: Part, config: UNetConfig, source: Source) -> Imported:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.conditioning.openclip import OpenCLIP
+from trainer.config.io import config_from_dict, load_config
 from trainer.config.models import ConditioningConfig, FirstStageConfig, OpenCLIPConfig, UNetConfig
 from trainer.config.run import Config, ConfigError
 from trainer.first_stage.build import build_first_stage, load_first_stage
@@ -72,7 +74,7 @@ def test_export_then_import_gives_the_same_bits(layout: Any, projection: Any, tm
     stage = load_first_stage(replace(FIRST_STAGE, weights=str(tmp_path / "back"), latent_scale=None))
     assert stage.latent_scale.tolist() == [0.5] * 4
     assert torch.equal(stage.encoder.conv_in.weight, tensors["first_stage.encoder.conv_in.weight"])  # type: ignore[union-attr]
-    assert len(report.files) == 3
+    assert len(report.files) == 4
     assert not [name for name in report.left if not name.startswith("model_ema")]
 
 
@@ -107,7 +109,11 @@ def test_a_diffusers_folder_describes_itself(tmp_path: Path) -> None:
     import_weights(str(tmp_path / "there"), str(tmp_path / "back"), None)
     assert_same(read_weights(str(tmp_path / "back/unet.safetensors"))[0], unet_of(tensors))
     lone = import_weights(str(tmp_path / "there/vae"), str(tmp_path / "vae"), None)
-    assert lone.files == (str(tmp_path / "vae/first_stage.safetensors"),)
+    assert lone.files[0] == str(tmp_path / "vae/first_stage.safetensors")
+    (tmp_path / "run.yaml").write_text((tmp_path / "back/structure.yaml").read_text())
+    described = load_config(str(tmp_path / "run.yaml"))
+    assert described.unet == replace(CONFIG.unet, transformer_depth=(1, 1))
+    assert described.first_stage == replace(FIRST_STAGE, latent_scale=None)
 
 
 def test_diffusers_loads_what_we_wrote(tmp_path: Path) -> None:
@@ -195,7 +201,7 @@ def test_lone_networks_of_every_kind_are_recognised(tmp_path: Path) -> None:
         lone = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
         safetensors.torch.save_file(lone, tmp_path / "lone.safetensors")
         report = import_weights(str(tmp_path / "lone.safetensors"), str(tmp_path / "back"), CONFIG)
-        assert [Path(name).name for name in report.files] == [made]
+        assert [Path(name).name for name in report.files] == [made, "structure.yaml"]
     with pytest.raises(ConfigError, match="does not describe"):
         import_weights(file, str(tmp_path / "back"), None)
 
@@ -227,3 +233,18 @@ def test_class_tokens_of_the_ldm_models_travel(tmp_path: Path) -> None:
     export_weights(tensors, file, CONFIG, "compvis")
     import_weights(file, str(tmp_path / "back"), CONFIG)
     assert_same(read_weights(str(tmp_path / "back/unet.safetensors"))[0], tensors)
+
+
+def test_imported_weights_can_be_sampled_at_once(tmp_path: Path) -> None:
+    file = str(tmp_path / "model.safetensors")
+    export_weights(own_weights(), file, CONFIG, "compvis")
+    tower = replace(TOWER, width=None, layers=None, heads=None)
+    config = replace(CONFIG, conditioning=ConditioningConfig(openclip=tower))
+    import_weights(file, str(tmp_path / "in"), config)
+    metadata = read_weights(str(tmp_path / "in/unet.safetensors"))[1]
+    described = config_from_dict(json.loads(metadata["config"]))
+    assert described.first_stage.weights == str(tmp_path / "in/first_stage.safetensors")
+    assert described.conditioning.openclip == replace(
+        tower, pretrained=str(tmp_path / "in/text_encoder.safetensors")
+    )
+    assert described.unet == CONFIG.unet
