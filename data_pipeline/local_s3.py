@@ -97,8 +97,9 @@ class LocalS3:
                 str(self.folder),
                 "--addr",
                 f"127.0.0.1:{self.port}",
+                # not 0s: rclone 1.x then re-arms its clean-up timer without a pause and spins for ever
                 "--dir-cache-time",
-                "0s",
+                "100ms",
                 "--config",
                 os.devnull,
                 "--no-checksum",
