@@ -84,5 +84,5 @@ def reconstruction_metrics(
             sums["psim"] += float(perceptual(pixels, made).sum())
         pictures += len(batch)
     if pictures == 0:
-        return {name: math.nan for name in sums} | {"pictures": 0.0}
+        return dict.fromkeys(sums, math.nan) | {"pictures": 0.0}
     return {name: total / pictures for name, total in sums.items()} | {"pictures": float(pictures)}
