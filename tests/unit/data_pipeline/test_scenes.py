@@ -1,0 +1,136 @@
+"""Synthetic shards: determinism, layout, truth of the captions; and the judge of pictures."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageFilter
+
+from data_pipeline.errors import DataError
+from data_pipeline.judge import EvaluationPrompt, evaluation_prompts, judge
+from data_pipeline.scenes import COLORS, NUM_CLASSES, SHAPES, SceneOptions, describe, make_scene, render
+from data_pipeline.synthetic import SynthesisOptions, synthesize
+
+SMALL = SceneOptions(1, 1, 64, 64, 0.2, 0.4)
+
+
+def spoil(pixels: np.ndarray, how: str) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    if how == "blur":
+        return np.asarray(image.filter(ImageFilter.GaussianBlur(2.0)))
+    if how == "noise":
+        return np.clip(pixels + np.random.default_rng(0).normal(0, 15, pixels.shape), 0, 255).astype(np.uint8)
+    if how == "faded":
+        return (0.6 * pixels + 50).astype(np.uint8)
+    if how == "coarse":
+        return np.asarray(image.resize((16, 16)).resize((64, 64), Image.Resampling.BICUBIC))
+    if how == "jpeg":
+        image.save(out := io.BytesIO(), "JPEG", quality=30)
+        return np.asarray(Image.open(out))
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("how", "least"),
+    [("clean", 1.0), ("blur", 0.99), ("noise", 0.99), ("faded", 0.99), ("coarse", 0.97), ("jpeg", 0.99)],
+)
+def test_judge_reads_its_own_drawings(how: str, least: float) -> None:
+    color = shape = 0
+    n = 54
+    for i in range(n):
+        scene = make_scene(SMALL, random.Random(i))
+        item = scene.objects[0]
+        expected = EvaluationPrompt("", item.color, item.shape, scene.background)
+        found = judge(spoil(render(scene)[0], how).transpose(2, 0, 1), expected)
+        color += found.color_correct
+        shape += found.shape_correct
+    assert color / n >= least
+    assert shape / n >= least
+
+
+def test_judge_sees_wrong_and_empty_pictures() -> None:
+    red = EvaluationPrompt("", "red", "circle", "white")
+    for value in (0, 128, 255):
+        found = judge(np.full((3, 64, 64), value, np.uint8), red)
+        assert (found.color, found.shape, found.color_correct, found.shape_correct) == (
+            None,
+            None,
+            False,
+            False,
+        )
+    noise = np.random.default_rng(1).integers(0, 256, (3, 64, 64), np.uint8)
+    assert not judge(noise, red).shape_correct or judge(noise, red).overlap < 0.5
+    scene = make_scene(SMALL, random.Random(1))
+    item = scene.objects[0]
+    wrong = EvaluationPrompt(
+        "", next(c for c in COLORS if c != item.color), next(s for s in SHAPES if s != item.shape), ""
+    )
+    found = judge(render(scene)[0].transpose(2, 0, 1), wrong)
+    assert (found.color_correct, found.shape_correct) == (False, False)
+    assert (found.color, found.shape) == (item.color, item.shape)
+
+
+def test_evaluation_prompts_cover_everything() -> None:
+    prompts = evaluation_prompts(72)
+    assert {(p.color, p.shape) for p in prompts[:18]} == {(c, s) for c in COLORS for s in SHAPES}
+    assert len({(p.color, p.shape, p.background) for p in evaluation_prompts(54)}) == 54
+    assert all(p.color in p.prompt and p.shape in p.prompt and p.background in p.prompt for p in prompts)
+
+
+def test_captions_are_true() -> None:
+    for i in range(200):
+        scene = make_scene(SceneOptions(1, 4), random.Random(i))
+        things = {f"{o.color} {o.shape}" for o in scene.objects}
+        for caption in describe(scene, random.Random(i)):
+            words = caption.replace(",", " ").replace(":", " ").split()
+            named = {f"{a} {b}" for a, b in itertools.pairwise(words) if a in COLORS and b in SHAPES}
+            assert named <= things
+            assert named
+
+
+def test_shards_are_complete_and_deterministic(tmp_path: Path) -> None:
+    options = SynthesisOptions(
+        70, seed=4, samples_per_shard=40, maps=True, failed_share=0.2, scene=SceneOptions(1, 3, 48, 90)
+    )
+    reports = list(synthesize(str(tmp_path / "a"), options))
+    list(synthesize(str(tmp_path / "b"), options, workers=2))
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == sorted(f"{i:05d}{e}" for i in range(2) for e in (".tar", ".parquet", "_stats.json"))
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    table = pq.read_table(tmp_path / "a" / "00001.parquet").to_pylist()
+    stats = json.loads((tmp_path / "a" / "00001_stats.json").read_text())
+    with tarfile.open(tmp_path / "a" / "00001.tar") as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+    good = [row for row in table if row["status"] == "success"]
+    assert stats["successes"] == len(good) == reports[1].successes < len(table) == 30
+    assert {n.partition(".")[0] for n in members} == {row["key"] for row in good}
+    for row in good:
+        truth = json.loads(members[f"{row['key']}.json"])
+        assert truth["sha256"] == row["sha256"]
+        assert members[f"{row['key']}.txt"].decode() == row["caption"] in truth["all_captions"]
+        seg = np.asarray(Image.open(io.BytesIO(members[f"{row['key']}.seg.png"])))
+        assert seg.shape == (row["height"], row["width"])
+        assert set(np.unique(seg)) <= {0, *(o["label"] + 1 for o in truth["objects"])}
+        assert 0 <= truth["class_label"] < NUM_CLASSES
+        assert {"punsafe", "pwatermark", "similarity", "aesthetic", "url", "original_width"} <= set(row)
+    other = SynthesisOptions(70, seed=5, samples_per_shard=40, scene=SceneOptions(1, 3, 48, 90))
+    list(synthesize(str(tmp_path / "c"), other))
+    assert (tmp_path / "a" / "00000.tar").read_bytes() != (tmp_path / "c" / "00000.tar").read_bytes()
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(DataError, match="--samples is 0"):
+        SynthesisOptions(0)
+    with pytest.raises(DataError, match="1 to 10000"):
+        SynthesisOptions(5, samples_per_shard=20_000)
+    with pytest.raises(DataError, match="at least 16"):
+        SynthesisOptions(5, scene=SceneOptions(min_edge=90, max_edge=60))

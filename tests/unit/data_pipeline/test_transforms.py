@@ -1,0 +1,194 @@
+"""Decoding of every kind of picture, crops, maps and their geometry."""
+
+from __future__ import annotations
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline.captions import choose_caption, clean
+from data_pipeline.conditions import layout_rows
+from data_pipeline.errors import Rejected
+from data_pipeline.transforms import Geometry, crop_map, crop_pixels, decode, picture_size, plan_crop
+
+LIMIT = 1_000_000
+
+
+def ramp(width: int = 64, height: int = 48) -> np.ndarray:
+    """Red grows to the right, green downwards: every turn and flip shows."""
+    x = np.linspace(0, 255, width)[None, :].repeat(height, 0)
+    y = np.linspace(0, 255, height)[:, None].repeat(width, 1)
+    return np.stack([x, y, np.full_like(x, 128)], axis=2).astype(np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def full(data: bytes) -> np.ndarray:
+    return decode(data, target=(10_000, 10_000), max_pixels=LIMIT)[0]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_formats(kind: str) -> None:
+    pixels, height, width = decode(encoded(Image.fromarray(ramp()), kind), target=(48, 48), max_pixels=LIMIT)
+    assert (height, width) == (48, 64)
+    assert np.abs(pixels.astype(int) - ramp()).mean() < 12
+    assert picture_size(encoded(Image.fromarray(ramp()), kind)) == (48, 64)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "LA", "1", "I;16", "F", "YCbCr", "RGBA"])
+def test_modes(mode: str) -> None:
+    image = Image.fromarray(ramp())
+    if mode in ("I;16", "F"):
+        deep = np.asarray(image.convert("L")).astype(np.uint16) * 257
+        source = Image.fromarray(deep if mode == "I;16" else deep.astype(np.float32))
+    else:
+        source = image.convert(mode)
+    kind = "JPEG" if mode in ("CMYK", "YCbCr") else "TIFF" if mode == "F" else "PNG"
+    pixels = full(encoded(source, kind))
+    expected = np.asarray(
+        image.convert("L").convert("RGB") if mode in ("L", "LA", "I;16", "F", "1") else image
+    )
+    assert pixels.shape == (48, 64, 3)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int).mean(axis=(0, 1)) - expected.mean(axis=(0, 1))).max() < 12
+
+
+def test_alpha_lies_on_white_and_animation_shows_its_first_frame() -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (full(encoded(clear, "PNG")) == 255).all()
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    animated = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert full(animated)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation(orientation: int, kind: str) -> None:
+    """All eight undo what a camera did: the ramp comes out as Pillow's own transpose gives it."""
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(ramp()), kind, exif=exif)
+    pixels, height, width = decode(data, target=(9999, 9999), max_pixels=LIMIT)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert (height, width) == expected.shape[:2]
+    assert np.abs(pixels.astype(int) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("edge", [16, 32, 64, 100, 256])
+def test_scaled_decode_keeps_enough_pixels(edge: int) -> None:
+    smooth = Image.fromarray(ramp(800, 600))
+    pixels, height, width = decode(encoded(smooth, "JPEG", quality=95), target=(edge, edge), max_pixels=LIMIT)
+    assert (height, width) == (600, 800)
+    assert min(pixels.shape[:2]) >= edge
+    assert min(pixels.shape[:2]) < max(2 * edge, 80)  # libjpeg goes down to an eighth
+    geometry = plan_crop(600, 800, (edge, edge), random_crop=False, may_flip=False, seed=0, ordinal=0)
+    out = np.zeros((edge, edge, 3), np.uint8)
+    crop_pixels(pixels, geometry, out)
+    expected = smooth.resize((edge, edge), Image.Resampling.BICUBIC, box=(100, 0, 700, 600))
+    assert np.abs(out.astype(int) - np.asarray(expected)).mean() < 2
+
+
+def test_bombs_and_rubbish_are_rejected() -> None:
+    bomb = encoded(Image.new("L", (3000, 3000)), "PNG")
+    with pytest.raises(Rejected, match="too_many_pixels"):
+        decode(bomb, target=(64, 64), max_pixels=LIMIT)
+    header = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + b"\0\1\0\0\0\1\0\0\x08\2\0\0\0"
+    header += zlib.crc32(header[12:29]).to_bytes(4, "big")
+    for rubbish in (
+        b"",
+        b"x",
+        b"\xff\xd8\xff",
+        b"GIF89a",
+        header,
+        b"\xff\xd8" + b"\0" * 500,
+        b"%PDF-1.4",
+        b"<svg/>",
+    ):
+        with pytest.raises(Rejected):
+            decode(rubbish, target=(64, 64), max_pixels=LIMIT)
+    whole = encoded(Image.fromarray(ramp()), "JPEG")
+    with pytest.raises(Rejected, match="not_an_image"):
+        decode(whole[: len(whole) // 2], target=(64, 64), max_pixels=LIMIT)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 200), width=st.integers(1, 200), th=st.integers(1, 64), tw=st.integers(1, 64),
+    ordinal=st.integers(0, 2**62),
+)  # fmt: skip
+def test_crop_is_inside_and_has_the_right_aspect(height, width, th, tw, ordinal) -> None:
+    g = plan_crop(height, width, (th, tw), random_crop=True, may_flip=True, seed=3, ordinal=ordinal)
+    assert -1e-9 <= g.top < g.bottom <= 1 + 1e-9
+    assert -1e-9 <= g.left < g.right <= 1 + 1e-9
+    assert (g.right - g.left) * width / ((g.bottom - g.top) * height) == pytest.approx(tw / th)
+    assert g == plan_crop(height, width, (th, tw), random_crop=True, may_flip=True, seed=3, ordinal=ordinal)
+    out = np.zeros((th, tw, 3), np.uint8)
+    crop_pixels(np.zeros((height, width, 3), np.uint8), g, out)
+
+
+def test_draws_are_spread_and_independent() -> None:
+    crops = [
+        plan_crop(64, 128, (64, 64), random_crop=True, may_flip=True, seed=1, ordinal=i) for i in range(2000)
+    ]
+    lefts = np.asarray([g.left for g in crops]) * 2
+    flips = np.asarray([g.flip for g in crops])
+    assert abs(lefts.mean() - 0.5) < 0.03
+    assert abs(flips.mean() - 0.5) < 0.05
+    assert abs(np.corrcoef(lefts, flips)[0, 1]) < 0.07
+
+
+def test_maps_and_boxes_follow_the_picture() -> None:
+    """A marked rectangle lands at the same place in pixels, label map, depth map and layout."""
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[12:36, 40:70] = 255
+    labels = np.zeros((60, 100), np.uint8)
+    labels[12:36, 40:70] = 7
+    for flip in (False, True):
+        g = Geometry(60, 100, 0.0, 0.25, 1.0, 0.85, flip, 60, 60)
+        out = np.zeros((60, 60, 3), np.uint8)
+        crop_pixels(pixels, g, out)
+        seg = crop_map(encoded(Image.fromarray(labels), "PNG"), g, labels=True, max_pixels=LIMIT)
+        depth = crop_map(encoded(Image.fromarray(labels * 36), "PNG"), g, labels=False, max_pixels=LIMIT)
+        assert ((out[:, :, 0] > 127) == (seg == 7)).all()
+        assert (np.abs(depth - (seg == 7) * 252 / 255) < 0.01).all()
+        row = layout_rows({"layout": [[3, 0.4, 0.2, 0.7, 0.6]]}, g, 2)
+        ys, xs = np.nonzero(seg)
+        assert row[0] == pytest.approx(
+            [3, xs.min() / 60, ys.min() / 60, (xs.max() + 1) / 60, (ys.max() + 1) / 60]
+        )
+        assert row[1, 0] == -1
+        assert g.size_row() == [60, 100, 0, 25, 60, 60]
+
+
+def test_layout_keeps_the_largest_and_refuses_rubbish() -> None:
+    g = Geometry(10, 10, 0.0, 0.5, 1.0, 1.0, False, 8, 8)
+    rows = layout_rows({"layout": [[1, 0, 0, 0.4, 1], [2, 0.6, 0, 0.7, 0.1], [3, 0.5, 0, 1, 1]]}, g, 5)
+    assert rows[:, 0].tolist() == [3, 2, -1, -1, -1]
+    for rubbish in (None, {}, {"layout": "x"}, {"layout": [[1, 2]]}, {"layout": [["a", 0, 0, 1, 1]]}):
+        with pytest.raises(Rejected, match="no_layout"):
+            layout_rows(rubbish, g, 5)
+
+
+def test_captions() -> None:
+    assert clean("  a\tred\n\0circle\u200b \u0065\u0301 ") == "a red circle \u00e9"
+    record = {"caption": "one", "all_captions": ["two", "three", 4, ""], "other": None}
+    chosen = {
+        choose_caption(["txt", "all_captions"], b"zero", record, require=True, seed=1, ordinal=i)
+        for i in range(60)
+    }
+    assert chosen == {"zero", "two", "three"}
+    with pytest.raises(Rejected, match="no_caption"):
+        choose_caption(["txt"], b" \n", record, require=True, seed=1, ordinal=0)
+    assert choose_caption(["other"], None, record, require=False, seed=1, ordinal=0) == ""
