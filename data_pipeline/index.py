@@ -6,7 +6,10 @@ import gzip
 import hashlib
 import io
 import json
+import struct
+import tokenize
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +26,11 @@ ABSENT = np.uint32(0xFFFFFFFF)
 DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
 MANIFEST = "manifest.jsonl.gz"
+_DAMAGE = (
+    *(ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, SyntaxError, RuntimeError),
+    *(ArithmeticError, MemoryError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile),
+)
+"""What zipfile, gzip, json and numpy raise for damaged bytes."""
 
 
 @dataclass
@@ -141,7 +149,7 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
                 problems=tuple(header["problems"]),
                 missing_rows=header["missing_rows"],
             )
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise DataError(
             f"The index {where} is damaged or of another version ({error}); delete it and run "
             "`ldm data index` again."
@@ -212,7 +220,7 @@ def read_manifest(folder: str) -> dict[str, ManifestRow]:
             raise ValueError("checksum")
         rows = [json.loads(line) for line in lines[1:]]
         return {r["shard"]: ManifestRow(**{**r, "problems": tuple(r["problems"])}) for r in rows}
-    except (ValueError, KeyError, TypeError, IndexError, OSError, EOFError) as error:
+    except _DAMAGE as error:
         raise DataError(
             f"The manifest {url} is damaged or of another version ({error}); delete it and run "
             "`ldm data index` again."
