@@ -342,7 +342,7 @@ def test_full_size_prediction_equals_diffusers(name: str) -> None:
         theirs = reference(structure.json)
     exported = export_tensors(unet_links(structure.config, ours.state_dict(), "diffusers"), ours.state_dict())
     theirs.load_state_dict(exported, strict=True, assign=True)
-    inputs = make_inputs(structure.sizes, (32, 32))
+    inputs = make_inputs(structure.sizes, (16, 16))
     with torch.no_grad():
         expected = theirs_forward(theirs, inputs, {})
         got = ours(inputs["x"], inputs["timesteps"], inputs["context"])
