@@ -1,0 +1,105 @@
+"""Checkpoints on a real S3 server: saved, resumed, damaged, interrupted, refused."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.local_s3 import LocalS3
+from tests.integration.ranks import ROOT
+from trainer.checkpoint import storage
+from trainer.checkpoint.commands import list_checkpoints, verify
+from trainer.checkpoint.export import export
+from trainer.config.run import ConfigError
+from trainer.weights import read_weights
+
+build_small_run: Callable[..., Any] = runpy.run_path(
+    str(ROOT / "tests/unit/checkpoint/small_run.py"), run_name="small_run"
+)["build_small_run"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+    with LocalS3(tmp_path_factory.mktemp("s3"), buckets=("bucket",)) as running:
+        yield running
+
+
+@pytest.fixture
+def s3(server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> LocalS3:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_saved_and_resumed(s3: LocalS3, asynchronous: bool, tmp_path: Path) -> None:
+    url = f"s3://bucket/resumed-{asynchronous}"
+    run = build_small_run(url, asynchronous=asynchronous)
+    for _ in range(4):  # more than retention keeps
+        run.train(1)
+        run.save()
+    run.manager.close()
+    again = build_small_run(url, asynchronous=asynchronous, seed=5)
+    handle = again.manager.latest_good()
+    assert handle is not None
+    again.manager.load(handle, {"unet": again.engine}, again.ema)
+    assert all(torch.equal(a, b) for a, b in zip(run.everything(), again.everything(), strict=True))
+    assert [row.step for row in list_checkpoints(url)] == [4, 3]
+    assert not any(found.problems for found in verify(url))
+    made = export(url, "s3://bucket/exported.safetensors", profile="weights")
+    tensors, _ = read_weights(made.destination)
+    assert torch.equal(tensors["0.weight"].flatten(), run.engine.fragments()[0].master)
+    again.manager.close()
+
+
+def test_damage_behind_the_server_is_noticed(s3: LocalS3) -> None:
+    run = build_small_run("s3://bucket/damaged")
+    run.train(1)
+    run.save()
+    run.train(1)
+    run.save()
+    shard = next((s3.folder / "bucket/damaged/checkpoints/step_000000002").glob("rank_*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    handle = run.manager.latest_good()
+    assert handle is not None
+    assert handle.step == 1
+
+
+def test_large_files_go_up_in_parts_and_come_back_by_range(
+    s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
+    data = torch.arange(3 << 20, dtype=torch.float32).numpy().tobytes()  # 12 MiB: three parts
+    size, checksum = storage.write_whole("s3://bucket/large", b"head", data)
+    assert storage.measure("s3://bucket/large", size) == (size, checksum)
+    assert size == len(data) + 4
+    ranges = [(4 + i * 1000, 4 + i * 1000 + 40) for i in range(20)]
+    read = list(storage.read_ranges("s3://bucket/large", ranges))
+    assert read == [data[first - 4 : last - 4] for first, last in ranges]
+
+
+def test_an_interrupted_upload_leaves_nothing(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(bytes(6 << 20))  # the first part is on its way
+        raise RuntimeError("killed here")
+
+    with pytest.raises(Exception, match="killed here"):
+        storage.write_stream("s3://bucket/interrupted", parts)
+    assert "interrupted" not in storage.list_names("s3://bucket")
+
+
+def test_mistakes_are_one_sentence(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        build_small_run("s3://nobody-made-this/run")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY"):
+        build_small_run("s3://bucket/denied")

@@ -1,0 +1,136 @@
+"""DeepSpeed behind the engine protocol, on one rank: corners that parity over ranks does not visit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.config.run import Config
+from trainer.config.training import DistributedConfig, OptimizerConfig
+from trainer.distributed.deepspeed_engine import DeepSpeedEngine
+from trainer.distributed.env import DistributedEnv, initialise, shutdown
+
+LAYOUTS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[DistributedEnv]:
+    facts = DistributedEnv.detect({})
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")  # restored after the module
+        initialise(facts, timeout_s=60.0)
+        yield facts
+        shutdown()
+
+
+def make_engine(env: DistributedEnv, stage: int, precision: str, accumulation: int = 1) -> DeepSpeedEngine:
+    config = Config(
+        global_batch_size=2 * accumulation,
+        micro_batch_size=2,
+        optimizer=OptimizerConfig(max_grad_norm=1.0),
+        distributed=DistributedConfig(zero_stage=stage, precision=precision),  # type: ignore[arg-type]
+    )
+    torch.manual_seed(0)
+    return DeepSpeedEngine(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), config, env)
+
+
+def forward(engine: DeepSpeedEngine) -> Tensor:
+    output: Tensor = engine(torch.ones(2, 3, dtype=engine.compute_dtype))
+    return output.float()
+
+
+def masters(engine: DeepSpeedEngine) -> list[Tensor]:
+    return [fragment.master.clone() for fragment in engine.fragments()]
+
+
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_corners(env: DistributedEnv, stage: int, precision: str) -> None:
+    engine = make_engine(env, stage, precision)
+    starts_from_fp32_weights(engine)
+    skips_bad_gradients(engine)
+    survives_extra_gradients(engine)
+    refreshes(engine)
+    counts_steps(engine)
+
+
+def starts_from_fp32_weights(engine: DeepSpeedEngine) -> None:
+    """bf16 rounds the compute weights, not the masters."""
+    torch.manual_seed(0)
+    assert torch.equal(engine.fragments()[0].master, nn.Linear(3, 4).weight.detach().flatten())
+
+
+def skips_bad_gradients(engine: DeepSpeedEngine) -> None:
+    """Nothing is updated, the norm says so, and the next step is as if nothing had been."""
+    before = masters(engine)
+    engine.backward(forward(engine).mean() * float("nan"))
+    norm = engine.step(0.1)
+    assert norm is not None
+    assert not torch.isfinite(norm)
+    assert engine.optimizer_steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, masters(engine), strict=True))
+    engine.backward(forward(engine).square().mean())
+    norm = engine.step(0.1)
+    assert norm is not None
+    assert torch.isfinite(norm)
+    assert engine.optimizer_steps == 1
+    assert not all(torch.equal(a, b) for a, b in zip(before, masters(engine), strict=True))
+
+
+def survives_extra_gradients(engine: DeepSpeedEngine) -> None:
+    """torch.autograd.grad before backward (adaptive weights) changes neither gradient nor bookkeeping."""
+    norms = []
+    for extra in (False, True):
+        output = forward(engine)
+        loss = output.square().mean()
+        if extra:
+            gradient = torch.autograd.grad(loss, engine.module[2].weight, retain_graph=True)[0]
+            assert gradient.shape == (2, 4)
+        engine.backward(loss)
+        norm = engine.step(0.0)  # no update: both see the same weights
+        assert norm is not None
+        norms.append(float(norm))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def refreshes(engine: DeepSpeedEngine) -> None:
+    """The compute weights follow the masters, also small ones that ZeRO-3 keeps whole."""
+    held = masters(engine)
+    for fragment in engine.fragments():
+        fragment.master.zero_()
+    engine.refresh()
+    with torch.no_grad(), engine.gathered() as module:
+        assert all((parameter == 0).all() for parameter in module.parameters())
+        assert (module(torch.ones(2, 3, dtype=engine.compute_dtype)) == 0).all()
+    for fragment, value in zip(engine.fragments(), held, strict=True):
+        fragment.master.copy_(value)
+    engine.refresh(moments=True)
+    full = dict(engine.full_state())
+    assert {name: tuple(value.shape) for name, value in full.items()} == engine.parameter_shapes
+    with torch.no_grad():
+        assert (forward(engine) != 0).any()
+
+
+def counts_steps(engine: DeepSpeedEngine) -> None:
+    """Set and read; the next step counts on from there."""
+    engine.optimizer_steps = 7
+    engine.backward(forward(engine).square().mean())
+    engine.step(0.1)
+    assert engine.optimizer_steps == 8
+
+
+def test_two_engines_take_turns(env: DistributedEnv) -> None:
+    first, second = make_engine(env, 1, "fp32"), make_engine(env, 1, "fp32", accumulation=2)
+    for _ in range(2):
+        first.backward(forward(first).square().mean())
+        assert first.step(0.1) is not None
+        second.backward(forward(second).square().mean())
+        assert second.step(0.1) is None
+        second.backward(forward(second).square().mean())
+        assert second.step(0.1) is not None
+    # The same data twice, averaged, is the data once.
+    for a, b in zip(masters(first), masters(second), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6)
