@@ -64,7 +64,12 @@ def load_pipeline(
     conditioner = build_conditioner(config.conditioning, config.first_stage)
     conditioner.frozen.to(device)
     network = build_network(config, conditioner)
-    initialise(network, tensors, source)
+    absent = initialise(network, tensors, source).new
+    if absent:
+        raise ConfigError(
+            f"{source} lacks {len(absent)} tensors of the network, such as {absent[0]}; name a run or an "
+            "export of it."
+        )
     description = f"step {metadata.get('step', '?')}, {metadata.get('profile', 'weights')}"
     network.eval().requires_grad_(False).to(device)
     return Pipeline(config, network, conditioner, first_stage, description)

@@ -79,13 +79,6 @@ def _check_unet(config: Config) -> None:
                 channels % (divisor or 1) == 0,
                 f"unet level {i} has {channels} channels, not a multiple of unet.{key} {divisor}.",
             )
-    if config.stage == "diffusion":
-        cells = config.data.image_size // config.first_stage.downsampling
-        _require(
-            cells % 2 ** (levels - 1) == 0,
-            f"latents of {cells} x {cells} cells cannot be halved {levels - 1} times; change data.image_size "
-            "or unet.channel_multipliers.",
-        )
 
 
 def _check_stage(config: Config) -> None:
