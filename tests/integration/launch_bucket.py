@@ -28,7 +28,7 @@ def tiny_config() -> dict[str, Any]:
     """The demo's shape in miniature: text-conditioned, ZeRO-1, fp32, S3 for everything."""
     return {
         "run_dir": f"s3://{BUCKET}/runs/unnamed",
-        "steps": 60,
+        "steps": 40,
         "global_batch_size": 8,
         "micro_batch_size": 2,
         "data": {
@@ -53,6 +53,7 @@ def tiny_config() -> dict[str, Any]:
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
         "ema": {"decay": 0.9},
         "distributed": {
+            "engine": "torch",
             "ranks": 2,
             "zero_stage": 1,
             "precision": "fp32",
@@ -94,7 +95,7 @@ class Bucket:
         """The run stored as `runs/NAME`."""
         return StoredRun(f"s3://{BUCKET}/runs/{name}", self.root / "s3" / BUCKET / "runs" / name)
 
-    def train_here(self, name: str, *overrides: str, timeout_s: float = 600.0) -> StoredRun:
+    def train_here(self, name: str, *overrides: str, timeout_s: float = 1500.0) -> StoredRun:
         """`ldm train` on this machine, to its end."""
         run = self.run(name)
         done = subprocess.run(

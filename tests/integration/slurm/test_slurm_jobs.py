@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[3]
 SCRIPT = REPOSITORY / "slurm" / "train_ldm.sh"
 # This cluster has no GPUs and shares its nodes; everything else is the script as it stands.
 HERE = ("--gpus-per-node=0", "--ntasks-per-node=1", "--oversubscribe", "--nodes=2")
-LIMIT_S = 600.0
+LIMIT_S = 1500.0
 
 
 class Job:
