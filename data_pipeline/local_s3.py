@@ -21,7 +21,7 @@ from data_pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 60.0
 _PR_SET_PDEATHSIG = 1
 
 
