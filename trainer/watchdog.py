@@ -109,7 +109,6 @@ class Watchdog:
             # The thread ticks no more; the process still has to end in time.
             deadline = time.monotonic() + self._timeout_s + _EXIT_GRACE_S
             self._board.write(self._local_rank, deadline=deadline, step=self._step, phase="exit")
-        faulthandler.unregister(STACKS_SIGNAL)
 
     def beat(self, step: int, phase: Phase = "step") -> None:
         """The loop is alive, at this step, and begins this phase. Costs microseconds."""
@@ -156,7 +155,7 @@ class Watchdog:
 
 
 def stopped_children() -> list[int]:
-    """Direct children of this process in state T (SIGSTOP): loader processes that will never answer.
+    """Direct children of this process that SIGSTOP has stopped: loader processes that never answer.
 
     They would otherwise count as waiting for storage, which may take as long as data.patience_s.
     Empty where the system has no /proc with lists of children.
@@ -164,14 +163,20 @@ def stopped_children() -> list[int]:
     found = []
     for task in Path("/proc/self/task").glob("*/children"):
         try:
-            for pid in task.read_text().split():
-                status = Path(f"/proc/{pid}/stat").read_text()
-                # The name, in parentheses, may hold anything; the state follows it.
-                if status.rpartition(")")[2].split()[0] == "T":
-                    found.append(int(pid))
+            found += [int(pid) for pid in task.read_text().split() if is_stopped(int(pid))]
         except OSError:
-            continue  # it ended while we looked
+            continue  # the thread ended while we looked
     return sorted(found)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is in state T; False if it is gone or the system has no /proc."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    # The name, in parentheses, may hold anything; the state follows it.
+    return status.rpartition(")")[2].split()[0] == "T"
 
 
 class SlowRanks:

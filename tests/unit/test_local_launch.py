@@ -184,7 +184,7 @@ def test_a_stopped_rank_is_noticed_killed_and_its_stack_shown(
     hang = "os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else time.sleep(60)"
     assert ranks.run(BEATING.replace("HANG", hang), watchdog_s=1.0) is ExitCode.DONE
     assert len(ranks.started) == 4
-    assert "rank 1 hangs: frozen" in caplog.text
+    assert "rank 1 hangs: stopped" in caplog.text
     assert "rank 0 hangs" not in caplog.text
     assert "Current thread" in (ranks.folder / "rank_1.log").read_text()
     assert ranks.all_dead()

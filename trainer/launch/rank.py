@@ -103,4 +103,8 @@ def _die_with_launcher() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    logging.shutdown()
+    # Everything is saved and closed; Python's own tear-down, with the threads of a dozen libraries, can
+    # only hang now.
+    os._exit(status)

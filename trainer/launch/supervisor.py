@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import signal
@@ -18,12 +19,13 @@ from typing import IO
 from trainer.exit_codes import ExitCode, combine, normalize
 from trainer.heartbeat import BOARD_VARIABLE, Board
 from trainer.launch.rank import LAUNCHER_VARIABLE, Task
-from trainer.watchdog import STACKS_SIGNAL
+from trainer.watchdog import STACKS_SIGNAL, is_stopped
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _IMPORT_LIMIT_S = 900.0
+_BUSY_START_S = 60.0
 _SUSPICION_S = 1.0
 _STACKS_S = 1.0
 _STRAGGLER_S = 1.0
@@ -43,8 +45,8 @@ class Attempt:
     """The local ranks of one attempt, each in a process group of its own.
 
     command: a rank's command line. world: environment of every rank. log_dir: where ranks other than
-    0 write their console output. watchdog_s: silence of a rank's watchdog thread that counts as a
-    frozen process; 0: only death counts.
+    0 write their console output. watchdog_s: how long a rank may be stopped, and half of how long its
+    watchdog thread may be silent; 0: only death counts.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Attempt:
         self._logs = [None if r == 0 else log_dir / f"rank_{r}.log" for r in range(ranks)]
         self._log_starts = [path.stat().st_size if path and path.exists() else 0 for path in self._logs]
         self._suspect_since: float | None = None
+        self._stopped_since: dict[int, float] = {}
         self._started = time.monotonic()
         shared = {
             **environment,
@@ -143,14 +146,16 @@ class Attempt:
         overdue = {}
         for rank in alive:
             pulse = self._board.read(rank)
-            if pulse.beat == 0.0:
+            where = f"{pulse.phase} of step {pulse.step}" if pulse.beat else "its imports"
+            stopped_s = self._stopped_s(rank, now)
+            if stopped_s > self._watchdog_s:
+                overdue[rank] = f"stopped for {stopped_s:.1f} s in {where}"
+            elif pulse.beat == 0.0:
                 if now - self._started > _IMPORT_LIMIT_S:
                     overdue[rank] = "never reported"
-            elif pulse.phase != "exit" and now - pulse.tick > self._watchdog_s:
-                where = f"{pulse.phase} of step {pulse.step}"
+            elif now - pulse.tick > self._frozen_s(pulse.phase):
                 overdue[rank] = f"frozen for {now - pulse.tick:.1f} s in {where}"
             elif now > pulse.deadline:
-                where = f"{pulse.phase} of step {pulse.step}"
                 overdue[rank] = f"no progress for {now - pulse.beat:.1f} s in {where}"
         if not overdue:
             self._suspect_since = None
@@ -158,6 +163,20 @@ class Attempt:
         # If this process was held up itself (suspended machine), the ranks get time to speak again.
         self._suspect_since = self._suspect_since or now
         return overdue if now - self._suspect_since > _SUSPICION_S else {}
+
+    def _stopped_s(self, rank: int, now: float) -> float:
+        """Seconds for which a rank has been stopped (SIGSTOP) as far as this process has seen."""
+        if not is_stopped(self._processes[rank].pid):
+            self._stopped_since.pop(rank, None)
+            return 0.0
+        return now - self._stopped_since.setdefault(rank, now)
+
+    def _frozen_s(self, phase: str) -> float:
+        """Silence of a rank's watchdog thread that means a stuck interpreter, not a busy machine."""
+        if phase == "exit":
+            return math.inf  # there the thread has ended
+        # Importing DeepSpeed or building models keeps the GIL for seconds, on a crowded host for long.
+        return 2 * self._watchdog_s + (_BUSY_START_S if phase == "start" else 0.0)
 
     def _end_after_failure(self) -> Outcome:
         """Give the others a moment to end with a code of their own, then kill them."""

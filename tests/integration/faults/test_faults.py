@@ -33,7 +33,7 @@ def test_a_stopped_rank_is_replaced(make_run: Any, unbroken: Unbroken) -> None:
     step = run.pulse(1).step
     run.follow_recovery("SIGSTOP of a rank", run.signal(signal.SIGSTOP, 1), step, stopped)
     assert run.wait() == 0, run.console[-4000:]
-    assert "rank 1 hangs: frozen" in run.console
+    assert "rank 1 hangs: stopped" in run.console
     assert "Current thread" in run.console  # stacks of both: rank 0's on the console
     assert_as_unbroken(run, wanted)
 
