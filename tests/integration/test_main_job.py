@@ -1,4 +1,4 @@
-"""The main job on the real S3 server: both stages, resume, sampling, layouts that do not matter, bad input."""
+"""The main job on the real S3 server: both stages, resume, sampling, layouts, bad input."""
 
 from __future__ import annotations
 
