@@ -24,7 +24,7 @@ from trainer.checkpoint.reader import EngineReader
 from trainer.heartbeat import Pulse
 from trainer.launch.observe import LocalRun
 
-LIMIT_S = 400.0
+LIMIT_S = 900.0
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -159,7 +159,7 @@ class FaultyRun:
         assert self._seen is not None, "not started"
         return self._seen
 
-    def until(self, condition: Callable[[], bool], what: str, limit_s: float = 200.0) -> float:
+    def until(self, condition: Callable[[], bool], what: str, limit_s: float = 400.0) -> float:
         """Poll until a condition holds; the monotonic time at which it did."""
         limit = time.monotonic() + limit_s
         while not condition():

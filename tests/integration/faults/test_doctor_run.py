@@ -10,6 +10,9 @@ from trainer.config.io import load_config
 from trainer.exit_codes import ExitCode
 from trainer.launch.local import launch
 
+# Every start of ranks imports torch and DeepSpeed, which takes long on a crowded machine.
+pytestmark = pytest.mark.timeout(2400)
+
 
 @pytest.mark.slow
 def test_the_doctor_passes_and_training_follows(make_run: Any) -> None:

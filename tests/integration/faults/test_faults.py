@@ -15,6 +15,9 @@ import pytest
 
 from trainer.exit_codes import ExitCode
 
+# Every start of ranks imports torch and DeepSpeed, which takes long on a crowded machine.
+pytestmark = pytest.mark.timeout(2400)
+
 STEPS = 24
 Unbroken = Callable[..., Any]
 

@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 import pytest
 
+# Every start of ranks imports torch and DeepSpeed, which takes long on a crowded machine.
+pytestmark = pytest.mark.timeout(2400)
+
 Where = Literal["startup", "step", "data", "save", "upload", "finish"]
 Victim = Literal["rank 0", "rank 1", "all", "launcher"]
 EVERY = 4

@@ -13,6 +13,9 @@ import pytest
 from data_pipeline.local_s3 import LocalS3
 from trainer.exit_codes import ExitCode
 
+# Every start of ranks imports torch and DeepSpeed, which takes long on a crowded machine.
+pytestmark = pytest.mark.timeout(2400)
+
 SETTINGS = {"steps": 40, "data": {"prefetch": 1, "read_ahead_bytes": 4096}}
 
 
