@@ -31,7 +31,7 @@ class HostBuffer:
             with contextlib.suppress(OSError):
                 self._memory.madvise(_POPULATE_WRITE)
         self._flat = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._pinned = device.type == "cuda"
+        self._pinned = device.type == "cuda" and num_bytes > 0
         if self._pinned:
             torch.cuda.check_error(
                 int(torch.cuda.cudart().cudaHostRegister(self._flat.data_ptr(), num_bytes, 0))

@@ -73,19 +73,18 @@ class CheckpointManager:
     """Checkpoints of one run, in run_dir/checkpoints. Methods are collective, but for `close`."""
 
     def __init__(self, config: Config, env: DistributedEnv) -> None:
-        """Raises ConfigError on all ranks when the folder cannot be written to."""
+        """Raises ConfigError or RetryableFault on all ranks when the folder cannot be written to."""
         self._config = config
         self._env = env
         self._folder = checkpoints_url(config.run_dir)
-        failure: str | None = None
+        failure: Failure | None = None
         if env.is_main:
             try:
                 check_writable(self._folder)
-            except ConfigError as error:
-                failure = str(error)
-        session, failure = collectives.broadcast_object((uuid.uuid4().hex[:8], failure))
-        if failure is not None:
-            raise ConfigError(failure)
+            except (ConfigError, RetryableFault) as error:
+                failure = error
+        session, described = collectives.broadcast_object((uuid.uuid4().hex[:8], _described(failure)))
+        _raise_first([described])
         self._session: str = session
         self._attempts = 0
         self._pending = False

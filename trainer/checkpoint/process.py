@@ -40,11 +40,11 @@ class BackgroundWriter:
     def submit(self, job: Job, buffer: HostBuffer) -> None:
         """Hand the job over; returns at once."""
         assert not self._expected, "the previous job has not been waited for"
-        if self._process is None or self._process.poll() is not None:
-            self._start(buffer)
         header, blobs = job_to_header(job)
         self._expected = ["shard", "commit"] if job.commit is not None else ["shard"]
         try:
+            if self._process is None or self._process.poll() is not None:
+                self._start(buffer)
             self._send({"order": "write", **header}, blobs)
         except OSError as error:
             logger.error("the checkpoint writer process is gone: %s", error)

@@ -20,7 +20,8 @@ from trainer.exit_codes import RetryableFault
 CHUNK_BYTES = 16 << 20
 """Unit of hashing and local writing."""
 _PART_BYTES = 32 << 20  # of a multipart upload: 10,000 parts of this are 312 GiB
-_TRIES = 8  # about a minute and a half of an outage
+_TRIES = 14  # waits between one and two minutes, so that an outage of a minute is survived
+_QUICK_TRIES = 4  # where a person waits
 _REMOTE_READS = 8
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -36,7 +37,9 @@ def chunked(view: memoryview) -> Iterator[memoryview]:
         yield view[start : start + CHUNK_BYTES]
 
 
-def write_stream(url: str, make_parts: Callable[[], Iterable[memoryview]]) -> tuple[int, str]:
+def write_stream(
+    url: str, make_parts: Callable[[], Iterable[memoryview]], *, tries: int = _TRIES
+) -> tuple[int, str]:
     """Write the parts, made anew at every try, as one file; (size, checksum).
 
     A local file appears under its name only when it is whole and on the disk; an S3 object likewise
@@ -47,7 +50,7 @@ def write_stream(url: str, make_parts: Callable[[], Iterable[memoryview]]) -> tu
         RetryableFault: storage failed for too long.
     """
     try:
-        return with_retries(lambda: _write_once(url, make_parts()), tries=_TRIES)
+        return with_retries(lambda: _write_once(url, make_parts()), tries=tries)
     except (ConfigError, RetryableFault):
         raise  # from reading what is written
     except Exception as error:
@@ -145,11 +148,25 @@ def measure(url: str, expected_size: int) -> tuple[int, str]:
     return size, hasher.hexdigest()
 
 
-def list_names(url: str) -> list[str]:
-    """Names directly inside a folder, sorted; none when there is no folder."""
+def read_whole(url: str) -> bytes:
+    """A small file that is known to be there. Raises like `write_stream`."""
     fs, path = filesystem(url)
     try:
-        found = with_retries(lambda: fs.ls(path, detail=False), tries=_TRIES)
+        return bytes(with_retries(lambda: fs.cat_file(path), tries=_TRIES))
+    except Exception as error:
+        raise failure(error, url, "read") from error
+
+
+def list_names(url: str, *, patient: bool = False) -> list[str]:
+    """Names directly inside a folder, sorted; none when there is no folder.
+
+    Args:
+        patient: wait out an outage, as writers do, instead of a few seconds.
+    """
+    fs, path = filesystem(url)
+    try:
+        tries = _TRIES if patient else _QUICK_TRIES
+        found = with_retries(lambda: fs.ls(path, detail=False), tries=tries)
     except FileNotFoundError:
         return []
     except Exception as error:
@@ -170,10 +187,10 @@ def check_writable(folder: str) -> None:
     """Write and remove a small file.
 
     Raises:
-        ConfigError: it does not work; better known before training than at the first checkpoint.
+        ConfigError, RetryableFault: it does not work; better known before the first checkpoint.
     """
     probe = join(folder, f".writable.{os.getpid()}")
-    write_whole(probe, b"ok")
+    write_stream(probe, lambda: [memoryview(b"ok")], tries=_QUICK_TRIES)
     remove(probe)
 
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from data_pipeline.storage import join, read_bytes
+from data_pipeline.storage import join
 from trainer.checkpoint.catalogue import folder_name, retire
 from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
 from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile
-from trainer.checkpoint.storage import list_names, write_whole
+from trainer.checkpoint.storage import list_names, read_whole, write_whole
 from trainer.exit_codes import RetryableFault
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = l
     write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())
     try:
         return retire(job.folder, job.step, commit.keep_last, commit.keep_every)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RetryableFault) as error:
         # The new checkpoint counts; old ones that stay cost only space.
         logger.warning("old checkpoints in %s could not be removed: %s", job.folder, error)
         return []
@@ -113,11 +113,11 @@ def _receipts(job: Job, commit: Commit, cancelled: Callable[[], bool]) -> list[S
     found: dict[int, StoredFile] = {}
     deadline, pause = time.monotonic() + commit.patience_s, _FIRST_POLL_S
     while missing:
-        names = set(list_names(job.url))
+        names = set(list_names(job.url, patient=True))
         for rank in sorted(missing):
             name = receipt_name(rank, job.attempt)
             if name in names:
-                found[rank] = StoredFile(**json.loads(read_bytes(join(job.url, name))))
+                found[rank] = StoredFile(**json.loads(read_whole(join(job.url, name))))
                 missing.discard(rank)
         if not missing:
             break
