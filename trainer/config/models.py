@@ -74,6 +74,9 @@ class FirstStageConfig:
     """Groups of every group normalisation; unset: 32, or base_channels / 4 where that is fewer."""
     latent_scale: float | None = None
     """Multiplies latents before diffusion (SD: 0.18215); unset: the value stored with the weights."""
+    input_range: Literal["-1..1", "0..1"] = "-1..1"
+    """Range of the pixels that a second stage's encoder is shown. 0..1 is wrong for every published VAE and
+    exists to repeat the MLPerf Stable Diffusion benchmark, which forgot to normalise; decoding undoes it."""
     tile_pixels: int = 0
     """Encode and decode in overlapping tiles of this edge length; 0: whole images."""
     encode_chunk: int = 0

@@ -73,12 +73,15 @@ class FirstStage(nn.Module, ABC):
 
     def latents(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
         """Normalised latents for the second stage, float32 [B, z, h, w]; noise None gives the mode."""
+        if self.config.input_range == "0..1":
+            pixels = (pixels + 1) / 2
         return self.normalise(self.sample(self.encode(pixels), noise))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, z, h, w] -> pixels [B, 3, H, W], float32, about -1 .. 1."""
         z = self.denormalise(latents)
-        return self._apply_bounded(self.decode_whole, z, divide=False).float()
+        pixels = self._apply_bounded(self.decode_whole, z, divide=False).float()
+        return pixels * 2 - 1 if self.config.input_range == "0..1" else pixels
 
     def normalise(self, z: Tensor) -> Tensor:
         """(z - shift) * scale, in float32."""
