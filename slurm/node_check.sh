@@ -34,7 +34,7 @@ if ((gpus)); then
 fi
 
 # Every device multiplies a matrix, and every import the ranks need works here.
-reason=$(timeout 120 "$LDM_PYTHON" - 2>&1 <<'PYTHON'
+reason=$(timeout "${LDM_NODE_CHECK_TIMEOUT_S:-180}" "$LDM_PYTHON" - 2>&1 <<'PYTHON'
 import torch, trainer.train
 devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 for device in devices:

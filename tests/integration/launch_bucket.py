@@ -87,6 +87,7 @@ class Bucket:
             "HF_HUB_OFFLINE": "1",
             "LDM_MIN_TMP_GIB": "1",
             "LDM_MIN_SHM_GIB": "0",
+            "LDM_NODE_CHECK_TIMEOUT_S": "900",
             "LDM_PYTHON": sys.executable,
             "PYTHONPATH": str(REPOSITORY),
         }

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _TICK_S = 1.0
 _REPORT_S = 10.0
 _GRACE_S = 10.0
+_SILENCE_S = 15.0
 _METRICS = ("loss", "images_per_s", "data_wait", "learning_rate", "grad_norm")
 
 
@@ -62,22 +63,26 @@ class _SaveBeforeResize(ControllerCallback):
     def __init__(self, board: Any, patience_s: float) -> None:
         self._board = board
         self._patience_s = patience_s
+        self._planned = False
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """A group that died is restarted through a resize too, but nobody is left to save then."""
+        name = type(current_state).__name__
+        if name != "SchedulingState":
+            self._planned = name == "ResizingState"
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """In the controller. Its loop waits meanwhile, and so does everything it would do to us."""
-        state = ray.get(self._board.state.remote())
-        if state["ranks"] is None or len(state["codes"]) == state["ranks"] or not self._alive(state):
+        if not self._planned:
             return
         ray.get(self._board.ask.remote(Request.RESIZE))
         limit = time.monotonic() + self._patience_s
-        while len(state["codes"]) < state["ranks"] and self._alive(state) and time.monotonic() < limit:
-            time.sleep(_TICK_S / 2)
+        while time.monotonic() < limit:
             state = ray.get(self._board.state.remote())
-
-    @staticmethod
-    def _alive(state: dict[str, Any]) -> bool:
-        """A group that died is restarted through the same decision; nobody is left to save then."""
-        return bool(state["quiet_s"] < 5 * _TICK_S)
+            # Silence: a worker has failed, and the others wait for it.
+            if len(state["codes"]) >= state["ranks"] or state["quiet_s"] > _SILENCE_S:
+                return
+            time.sleep(_TICK_S / 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

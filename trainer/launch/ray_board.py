@@ -34,9 +34,9 @@ class RunBoard:
         self._step = 0
         self._step_before = -1
         self._faults = 0
-        self._expected: int | None = None
+        self._expected = 0
         self._codes: dict[int, int] = {}
-        self._heard = 0.0
+        self._heard = time.monotonic()
 
     def begin(self, ranks: int) -> tuple[int, bool]:
         """A worker group starts: (its number, whether to give up instead)."""

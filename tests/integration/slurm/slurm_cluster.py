@@ -176,7 +176,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000
 SlurmdParameters=config_overrides
 JobRequeue=1
 ReturnToService=2
-KillWait=30
+KillWait=600
 SlurmdTimeout=20
 MinJobAge=3600
 AccountingStorageType=accounting_storage/none
