@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class OpenCLIP(Condition):
-    """Hidden states of the text tower, [B, L, width] (L = 77 unless shrunk), and a pooled embedding (SDXL)."""
+    """Hidden states of the text tower, [B, L, width] (L = 77 unless shrunk); pooled embedding for SDXL."""
 
     joins_width: ClassVar[bool] = True
 
