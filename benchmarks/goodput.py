@@ -161,7 +161,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="goodput-") as folder:
         patient = Patient(Path(folder), arguments.every, arguments.override)
         try:
-            patient.until(lambda: patient.step() >= 5)
+            patient.until(lambda: patient.step() >= 5, limit_s=900)
             begun, first = time.monotonic(), patient.step()
             end = begun + 60 * arguments.minutes
             recoveries = []
@@ -271,6 +271,7 @@ def main() -> None:
     for command in (measuring, modelling):
         command.add_argument("--out", type=Path, help="also write the result as JSON")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run is not left behind
     result = arguments.action(arguments)
     if "goodput" in result:
         print(f"goodput {100 * result['goodput']:.1f} % measured over {result['elapsed_s']:.0f} s")
