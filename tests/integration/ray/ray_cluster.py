@@ -45,7 +45,7 @@ class RayCluster:
             # A lost node is declared dead after some seconds instead of half a minute.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "8",
-            "RAY_raylet_start_wait_time_s": "120",
+            "RAY_raylet_start_wait_time_s": "600",
             "PYTHONPATH": str(REPOSITORY),
         }
         self.environment.pop("RAY_ADDRESS", None)
@@ -68,6 +68,7 @@ class RayCluster:
             "--num-cpus=0",
         )
         self._await(lambda: self._get("/api/version") is not None, "the dashboard", detail=self._start_logs)
+        self.wait_nodes(1)  # a raylet that comes before the head's own gives up
         for count, node in enumerate(NODES, start=2):
             self.start_node(node)
             self.wait_nodes(count)
@@ -138,7 +139,7 @@ class RayCluster:
         answer = self._get(f"/api/jobs/{job}/logs")
         return str(answer["logs"]) if answer else ""
 
-    def wait_for(self, job: str, what: str, condition: Callable[[], bool], timeout_s: float = 180) -> None:
+    def wait_for(self, job: str, what: str, condition: Callable[[], bool], timeout_s: float = 1500) -> None:
         """Block until the condition holds; fails with the job's log."""
         self._await(condition, what, timeout_s, lambda: self.logs(job)[-6000:])
 
@@ -149,7 +150,7 @@ class RayCluster:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -182,7 +183,7 @@ class RayCluster:
         self,
         condition: Callable[[], bool],
         what: str,
-        timeout_s: float = 90.0,
+        timeout_s: float = 600.0,
         detail: Callable[[], str] = lambda: "",
     ) -> None:
         limit = time.monotonic() + timeout_s

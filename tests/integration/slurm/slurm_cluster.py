@@ -95,7 +95,7 @@ class SlurmCluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
@@ -130,7 +130,7 @@ class SlurmCluster:
         self,
         condition: Callable[[], bool],
         what: str,
-        timeout_s: float = 30.0,
+        timeout_s: float = 300.0,
         detail: Callable[[], str] = lambda: "",
     ) -> None:
         limit = time.monotonic() + timeout_s
@@ -177,7 +177,8 @@ SlurmdParameters=config_overrides
 JobRequeue=1
 ReturnToService=2
 KillWait=600
-SlurmdTimeout=20
+MessageTimeout=90
+SlurmdTimeout=300
 MinJobAge=3600
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
