@@ -33,7 +33,7 @@ WORKERS = 2
 
 
 def make_shards(folder: Path, samples: int, edge: int, per_shard: int = 100) -> None:
-    """Tars of JPEGs (quality 92) with photographic spectrum: smooth structure plus grain."""
+    """Tars of JPEGs (quality 92, about 250 KB at 1024 pixels): smooth structure plus grain."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(-(-samples // per_shard)):
@@ -42,7 +42,7 @@ def make_shards(folder: Path, samples: int, edge: int, per_shard: int = 100) -> 
                 height, width = rng.integers(edge * 3 // 4, edge * 5 // 4, 2)
                 coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
                 smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-                grain = rng.normal(0, 9, (height, width, 1)).astype(np.float32)
+                grain = rng.normal(0, 3, (height, width, 1)).astype(np.float32)
                 out = io.BytesIO()
                 Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(
                     out, "JPEG", quality=92
