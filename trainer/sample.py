@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.conditioning.build import Conditioner
 from trainer.conditioning.image_size import uncropped
 from trainer.config.run import Config
 from trainer.diffusion.denoiser import Denoiser
+from trainer.diffusion.editing import ReplacementInpainting
 from trainer.diffusion.guidance import ClassifierFreeGuidance
 from trainer.diffusion.parameterization import Prediction
 from trainer.diffusion.sampling import sample
@@ -38,6 +40,29 @@ class ConditionedDenoiser:
         return prediction.float()
 
 
+@dataclass(frozen=True)
+class StartingPicture:
+    """An existing picture: image-to-image (SDEdit), or inpainting with a model that has no mask channels."""
+
+    pixels: Tensor
+    """[N, 3, H, W] in [-1, 1]"""
+    strength: float = 1.0
+    """Share of the steps that it goes through, above 0; 1 leaves almost nothing of it."""
+    mask: Tensor | None = None
+    """[N, 1, H, W], not zero where the picture is to be made; None: everywhere."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A StartingPicture as samplers want it, for one part of the batch."""
+
+    latents: Tensor
+    """[B, z, h, w]"""
+    strength: float
+    mask: Tensor | None
+    """[B, 1, h, w]"""
+
+
 @torch.no_grad()
 def generate(
     config: Config,
@@ -51,6 +76,7 @@ def generate(
     conditions: dict[str, Tensor] | None = None,
     pixels: Tensor | None = None,
     size: tuple[int, int] | None = None,
+    start: StartingPicture | None = None,
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -62,11 +88,14 @@ def generate(
         seed: picture i starts from noise keyed by (seed, first_index + i).
         conditions: task fields by name, first axis N.
         pixels: [N, 3, H, W] in [-1, 1], for conditions that derive from a picture.
-        size: (height, width) in pixels; default: the training size.
+        size: (height, width) in pixels; default: that of `start`, or the training size.
+        start: a picture to start from instead of pure noise.
         batch_size: pictures at a time.
         progress: called with the number of pictures done.
     """
     device = next(network.parameters()).device
+    if size is None and start is not None:
+        size = (start.pixels.shape[2], start.pixels.shape[3])
     height, width = size or (config.data.image_size, config.data.image_size)
     conditions = dict(conditions or {})
     if config.conditioning.image_size is not None:
@@ -77,8 +106,8 @@ def generate(
     was_training = network.training
     network.eval()
     pictures = []
-    for start in range(0, len(captions), batch_size):
-        part = slice(start, min(start + batch_size, len(captions)))
+    for first in range(0, len(captions), batch_size):
+        part = slice(first, min(first + batch_size, len(captions)))
         ordinals = torch.arange(part.start, part.stop, device=device) + first_index
         inputs = conditioner.frozen.prepare(
             captions[part],
@@ -89,7 +118,8 @@ def generate(
             ordinals=ordinals,
         )
         denoiser = _denoiser(config, network, conditioner, schedule, inputs, len(ordinals))
-        latents = _latents(config, denoiser, seed, ordinals, shape)
+        known = None if start is None else _encode(start, first_stage, part, device, shape)
+        latents = _latents(config, denoiser, seed, ordinals, shape, known)
         decoded = first_stage.decode(latents)
         pictures.append(decoded.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
         if progress is not None:
@@ -109,7 +139,8 @@ def _denoiser(
     sampling, prediction = config.sampling, config.diffusion.prediction
     device = next(network.parameters()).device
     keep = conditioner.keep_masks(n, device)
-    if sampling.guidance_scale == 1.0 or not keep:
+    guided = any(condition.guided for condition in conditioner.conditions.values())
+    if sampling.guidance_scale == 1.0 or not guided:  # nothing to drop: both branches would be equal
         return ConditionedDenoiser(network, schedule, prediction, inputs, keep)
     null = conditioner.null_masks(n, device)
     both = ConditionedDenoiser(
@@ -122,16 +153,45 @@ def _denoiser(
     return ClassifierFreeGuidance(both, sampling.guidance_scale, sampling.guidance_rescale)
 
 
+def _encode(
+    start: StartingPicture,
+    first_stage: FirstStage,
+    part: slice,
+    device: torch.device,
+    shape: tuple[int, int, int],
+) -> _Start:
+    latents = first_stage.latents(start.pixels[part].to(device), None)
+    mask = None
+    if start.mask is not None:
+        # A cell with one unknown pixel is unknown, or what is hidden would shine through at the edge.
+        mask = F.adaptive_max_pool2d((start.mask[part] != 0).float().to(device), shape[1:])
+    return _Start(latents, start.strength, mask)
+
+
 def _latents(
-    config: Config, denoiser: Denoiser, seed: int, ordinals: Tensor, shape: tuple[int, int, int]
+    config: Config,
+    denoiser: Denoiser,
+    seed: int,
+    ordinals: Tensor,
+    shape: tuple[int, int, int],
+    known: _Start | None,
 ) -> Tensor:
     sampling = config.sampling
+    start_noise = normal(seed, ordinals, Purpose.INITIAL, shape)
+    latents, strength = None, 1.0
+    if known is not None:
+        if known.mask is not None:
+            denoiser = ReplacementInpainting(denoiser, known.latents, known.mask, start_noise)
+        if known.mask is None or known.strength < 1.0:  # a whole hole starts from noise alone
+            latents, strength = known.latents, known.strength
     return sample(
         sampling.sampler,
         denoiser,
-        normal(seed, ordinals, Purpose.INITIAL, shape),
+        start_noise,
         num_steps=sampling.steps,
         spacing=sampling.spacing,
         eta=sampling.eta,
         noise=lambda index: normal(seed, ordinals, Purpose.SAMPLER + index, shape),
+        latents=latents,
+        strength=strength,
     )

@@ -1,4 +1,8 @@
-"""Draw pictures for prompts, with a run's averaged weights unless told otherwise.
+"""Draw pictures with a run's averaged weights unless told otherwise.
+
+Models are told what they were trained with: prompts, --class-label, --layout, --semantic-map, --depth,
+--image (to enlarge) or --image with --mask (to fill). Any other model takes --image to start from
+(image-to-image), with --mask to change only a part. Sizes may be larger than trained on.
 
 Writes 00000.png, 00001.png ... in the order of the prompts, grid.png, and prompts.json.
 """
@@ -17,6 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from trainer.conditions_from_files import Wishes, sampling_inputs
 from trainer.config.checks_diffusion import check_sampling
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
@@ -32,17 +37,22 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which weights, what to draw, how."""
     parser.add_argument("source", metavar="RUN", help="run folder, checkpoint folder or .safetensors file")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompt", action="append", default=[], help="caption; may be given several times")
     parser.add_argument("--prompts-file", help="path or URL of a text file, one prompt per line")
     parser.add_argument(
-        "--per-prompt", type=int, default=1, help="pictures per prompt (default: %(default)s)"
+        "--per-prompt", type=int, default=1, help="pictures per prompt or label (default: %(default)s)"
     )
+    _add_condition_arguments(parser)
     parser.add_argument("--sampler", choices=typing.get_args(SamplerName), help="default: the run's own")
     parser.add_argument("--steps", type=int, help="sampler steps (default: the run's own)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the run's own)")
     parser.add_argument("--eta", type=float, help="DDIM stochasticity (default: the run's own)")
     parser.add_argument("--seed", type=int, default=0, help="picture i depends on (seed, i) alone")
-    parser.add_argument("--size", metavar="HxW", help="pixels, e.g. 512x768 (default: the training size)")
+    parser.add_argument(
+        "--size",
+        metavar="HxW",
+        help="pixels, e.g. 512x768 (default: that of a given picture, or of training)",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
     parser.add_argument("--weights", help="average to use, or `weights` for the trained ones (default: EMA)")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
@@ -50,10 +60,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="samples", help="folder or URL (default: %(default)s)")
 
 
+def _add_condition_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conditions", "files are paths or URLs")
+    group.add_argument(
+        "--class-label", type=int, action="append", default=[], metavar="N", help="class index, -1 for none"
+    )
+    group.add_argument("--layout", metavar="JSON", help="[[label, x0, y0, x1, y1], ...], corners in 0 .. 1")
+    group.add_argument("--semantic-map", metavar="PNG", help="label indices, 255 unlabelled")
+    group.add_argument("--depth", metavar="PNG", help="grey depths; range and unit do not matter")
+    group.add_argument("--image", metavar="FILE", help="picture to enlarge, to fill, or to start from")
+    group.add_argument("--mask", metavar="FILE", help="white where --image is to be made anew")
+    group.add_argument(
+        "--strength", type=float, help="how much --image may change, 0 .. 1 (default: 0.75; with --mask 1)"
+    )
+    group.add_argument(
+        "--noise-level", type=int, metavar="N", help="noise hiding flaws of a picture to enlarge"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Sample and write."""
-    prompts = _prompts(args)
-    size = _size(args.size)
+    wishes = _wishes(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(
         args.source,
@@ -63,28 +90,53 @@ def run(args: argparse.Namespace) -> int:
         device=device,
     )
     config = _with_choices(pipeline.config, args)
-    how = config.sampling
+    inputs = sampling_inputs(config, wishes)
+    how, n = config.sampling, len(inputs.captions)
     print(f"{pipeline.description}: {how.sampler}, {how.steps} steps, guidance {how.guidance_scale}")
-    with tqdm(total=len(prompts), unit="image", desc="sample") as bar:
-        pixels = generate(
+    with tqdm(total=n, unit="image", desc="sample") as bar:
+        made = generate(
             config,
             pipeline.network,
             pipeline.conditioner,
             pipeline.first_stage,
-            prompts,
+            inputs.captions,
             seed=args.seed,
-            size=size,
+            conditions=inputs.conditions,
+            pixels=inputs.pixels,
+            size=inputs.size,
+            start=inputs.start,
             batch_size=args.batch_size,
             progress=lambda done: bar.update(done - bar.n),
         ).cpu()
+    pixels = inputs.paste(made)
     out = args.out.rstrip("/")
     for i, picture in enumerate(pixels):
         _write_png(f"{out}/{i:05d}.png", Image.fromarray(picture.permute(1, 2, 0).numpy()))
-    _write_png(f"{out}/grid.png", grid(pixels, tuple(prompts), columns=min(len(prompts), 9)))
+    _write_png(f"{out}/grid.png", grid(pixels, inputs.titles, columns=min(n, 9)))
     with fsspec.open(f"{out}/prompts.json", "w", auto_mkdir=True) as file:
-        json.dump({"seed": args.seed, "source": args.source, "prompts": prompts}, file, indent=1)
-    print(f"{len(prompts)} pictures and {out}/grid.png")
+        record = {"seed": args.seed, "source": args.source, "prompts": inputs.captions}
+        given = {
+            name: value for name, value in dataclasses.asdict(wishes).items() if value and name != "prompts"
+        }
+        json.dump(record | given, file, indent=1)
+    print(f"{n} pictures and {out}/grid.png")
     return 0
+
+
+def _wishes(args: argparse.Namespace) -> Wishes:
+    return Wishes(
+        prompts=tuple(_prompts(args)),
+        class_labels=tuple(args.class_label),
+        layout=args.layout,
+        semantic_map=args.semantic_map,
+        depth=args.depth,
+        image=args.image,
+        mask=args.mask,
+        strength=args.strength,
+        noise_level=args.noise_level,
+        size=_size(args.size),
+        per_prompt=args.per_prompt,
+    )
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -95,9 +147,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
                 prompts += [line.strip() for line in file if line.strip()]
         except FileNotFoundError as error:
             raise ConfigError(f"there is no prompts file {args.prompts_file}.") from error
-    if not prompts:
-        raise ConfigError("there is nothing to draw; give --prompt or --prompts-file.")
-    return [prompt for prompt in prompts for _ in range(args.per_prompt)]
+    return prompts
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -1,0 +1,300 @@
+"""Wishes of `ldm sample`: prompts, labels, boxes, maps and pictures from files, checked against the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from trainer.config.models import ConditioningConfig
+from trainer.config.run import Config, ConfigError
+from trainer.sample import StartingPicture
+
+IMAGE_TO_IMAGE_STRENGTH = 0.75
+"""Where nobody says: enough to change the picture, little enough to keep its composition."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user gave, as on the command line; files are paths or URLs."""
+
+    prompts: tuple[str, ...] = ()
+    """Captions."""
+    class_labels: tuple[int, ...] = ()
+    """Class indices, -1 for no class."""
+    layout: str | None = None
+    """JSON: a list of [label, x0, y0, x1, y1], corners as shares of the picture."""
+    semantic_map: str | None = None
+    """Picture of label indices, 255 unlabelled."""
+    depth: str | None = None
+    """Grey picture of depths."""
+    image: str | None = None
+    """The picture to enlarge, to fill or to start from."""
+    mask: str | None = None
+    """White where the picture is to be made."""
+    strength: float | None = None
+    """Share of the sampler's steps that an existing picture goes through."""
+    noise_level: int | None = None
+    """Noise augmentation of a low-resolution picture."""
+    size: tuple[int, int] | None = None
+    """Height and width of the result in pixels."""
+    per_prompt: int = 1
+    """Pictures for each prompt or label."""
+
+
+@dataclass(frozen=True)
+class SamplingInputs:
+    """Arguments of `trainer.sample.generate` for N pictures."""
+
+    captions: tuple[str, ...]
+    """N captions, empty for models without text."""
+    titles: tuple[str, ...]
+    """N descriptions for people."""
+    conditions: dict[str, Tensor]
+    """Task fields, first axis N."""
+    pixels: Tensor | None
+    """[N, 3, H, W] in [-1, 1], for conditions that derive from a picture."""
+    start: StartingPicture | None
+    """The picture that sampling starts from."""
+    size: tuple[int, int]
+    """Height and width of the result in pixels."""
+    known: tuple[Tensor, Tensor] | None
+    """uint8 picture [3, H, W] and bool mask [1, H, W] of an inpainting: outside the mask it stays."""
+
+    def paste(self, made: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] with the known pixels put back, since decoding changes them a little."""
+        if self.known is None:
+            return made
+        picture, mask = self.known
+        return torch.where(mask, made, picture)
+
+
+def sampling_inputs(config: Config, wishes: Wishes) -> SamplingInputs:
+    """Read the files and shape them for this model.
+
+    Raises:
+        ConfigError: something is missing, has no meaning for this model, or cannot be read.
+    """
+    check_wishes(config.conditioning, wishes)
+    captions, labels = _rows(wishes)
+    n = len(captions)
+    files = {
+        name: _open_picture(url)
+        for name in ("image", "mask", "semantic_map", "depth")
+        if (url := getattr(wishes, name)) is not None
+    }
+    conditions: dict[str, Tensor] = {}
+    if labels is not None:
+        conditions["class_label"] = torch.tensor(labels)
+    if wishes.layout is not None:
+        limit = config.conditioning.layout.max_boxes if config.conditioning.layout else 0
+        conditions["layout"] = _repeat(read_layout(wishes.layout, limit), n)
+    if config.conditioning.low_resolution is not None:
+        factor = config.conditioning.low_resolution.factor
+        low = _rgb(files["image"])
+        size = (low.shape[1] * factor, low.shape[2] * factor)
+        conditions["low_resolution"] = _repeat(low, n)
+        if wishes.noise_level is not None:
+            conditions["noise_level"] = torch.full((n,), wishes.noise_level)
+    else:
+        size = _size(config, wishes.size, files)
+    for name in ("semantic_map", "depth"):
+        if name in files:
+            conditions[name] = _repeat(_map(files[name], size, labels=name == "semantic_map"), n)
+    pixels, start, known = _picture(config, wishes, files, size, n)
+    if pixels is not None and known is not None:
+        conditions["mask"] = _repeat(known[1][0], n)
+    titles = tuple(_title(captions[i], labels[i] if labels else None) for i in range(n))
+    return SamplingInputs(captions, titles, conditions, pixels, start, size, known)
+
+
+def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
+    """Raise ConfigError, with the flag, for what this model lacks or cannot use."""
+    has_text = any(
+        section is not None
+        for section in (conditioning.openclip, conditioning.openclip_second, conditioning.text_transformer)
+    )
+    flags = (
+        (has_text, wishes.prompts, "--prompt", "captions"),
+        (conditioning.class_label, wishes.class_labels, "--class-label", "class labels"),
+        (conditioning.layout, wishes.layout, "--layout", "layouts"),
+        (conditioning.semantic_map, wishes.semantic_map, "--semantic-map", "semantic maps"),
+        (conditioning.depth, wishes.depth, "--depth", "depth maps"),
+    )
+    for present, given, flag, what in flags:
+        if present and not given:
+            hint = "--prompt or --prompts-file" if flag == "--prompt" else flag
+            raise ConfigError(
+                f"this model was trained with {what}, so there is nothing to draw; give {hint}."
+            )
+        if given and not present:
+            raise ConfigError(f"this model was trained without {what}; leave out {flag}.")
+    _check_picture_wishes(conditioning, wishes)
+    if wishes.per_prompt < 1:
+        raise ConfigError("--per-prompt must be at least 1.")
+
+
+def _check_picture_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
+    enlarges = conditioning.low_resolution is not None
+    if enlarges and wishes.image is None:
+        raise ConfigError("this model enlarges pictures; give the small one with --image.")
+    if enlarges and (wishes.mask or wishes.size or wishes.strength is not None):
+        raise ConfigError(
+            "this model enlarges the picture of --image, which says everything; leave out --mask, --size and "
+            "--strength."
+        )
+    if conditioning.masked_image is not None and (wishes.image is None or wishes.mask is None):
+        raise ConfigError("this model fills holes in pictures; give --image and --mask.")
+    if wishes.mask is not None and wishes.image is None:
+        raise ConfigError("--mask needs the picture that it belongs to; give --image.")
+    if wishes.strength is not None and wishes.image is None:
+        raise ConfigError("--strength needs a picture to start from; give --image.")
+    if wishes.strength is not None and not 0.0 < wishes.strength <= 1.0:
+        raise ConfigError(f"--strength {wishes.strength:g} must lie above 0 and at most at 1.")
+    if wishes.noise_level is not None:
+        highest = conditioning.low_resolution.max_noise_level if conditioning.low_resolution else 0
+        if not 0 <= wishes.noise_level < highest:
+            raise ConfigError(
+                f"--noise-level {wishes.noise_level} must lie below the model's max_noise_level {highest}; "
+                "leave it out."
+            )
+
+
+def read_layout(url: str, max_boxes: int) -> Tensor:
+    """float32 [boxes, 5]: label, x0, y0, x1, y1, as the field `layout` of the shards' json.
+
+    Raises:
+        ConfigError: not such a list.
+    """
+    try:
+        with fsspec.open(url, "r") as file:
+            found = json.load(file)
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no layout file {url}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{url} is not JSON: {error}.") from error
+    rows = found.get("layout") if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not rows or not all(_is_box(row) for row in rows):
+        raise ConfigError(
+            f"{url} must hold a list of [label, x0, y0, x1, y1] with a whole label and corners between 0 and "
+            "1, x0 < x1 and y0 < y1."
+        )
+    if len(rows) > max_boxes:
+        raise ConfigError(f"{url} has {len(rows)} boxes and the model knows {max_boxes}; leave some out.")
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def _is_box(row: Any) -> bool:
+    if not isinstance(row, list) or len(row) != 5:
+        return False
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in row):
+        return False
+    label, x0, y0, x1, y1 = row
+    return label >= 0 and label == int(label) and 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+
+
+def _rows(wishes: Wishes) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """N captions and N labels: prompt by prompt, a single one goes with all of the others."""
+    prompts: Sequence[str] = wishes.prompts or ("",)
+    labels: Sequence[int] = wishes.class_labels
+    n = max(len(prompts), len(labels))
+    for given, flag in ((prompts, "--prompt"), (labels, "--class-label")):
+        if len(given) not in (0, 1, n):
+            raise ConfigError(
+                f"{flag} is given {len(given)} times for {n} pictures; give it once, or {n} times."
+            )
+    captions = tuple(prompts[i % len(prompts)] for i in range(n) for _ in range(wishes.per_prompt))
+    if not labels:
+        return captions, None
+    return captions, tuple(labels[i % len(labels)] for i in range(n) for _ in range(wishes.per_prompt))
+
+
+def _picture(
+    config: Config, wishes: Wishes, files: dict[str, Image.Image], size: tuple[int, int], n: int
+) -> tuple[Tensor | None, StartingPicture | None, tuple[Tensor, Tensor] | None]:
+    """Pixels for a model with mask channels, or a start for any other; and what inpainting keeps."""
+    if "image" not in files or config.conditioning.low_resolution is not None:
+        return None, None, None
+    picture = _rgb(_fit(files["image"], size, Image.Resampling.LANCZOS))
+    pixels = _repeat(picture.float().div(127.5).sub(1), n)
+    if "mask" not in files:
+        return None, StartingPicture(pixels, wishes.strength or IMAGE_TO_IMAGE_STRENGTH), None
+    grey = _fit(files["mask"].convert("L"), size, Image.Resampling.NEAREST)
+    mask = torch.from_numpy(np.array(grey) >= 128).unsqueeze(0)
+    if not mask.any():
+        raise ConfigError(f"{wishes.mask} is black everywhere: nothing is to be made; paint the hole white.")
+    strength = wishes.strength or 1.0
+    if config.conditioning.masked_image is None:
+        return None, StartingPicture(pixels, strength, _repeat(mask, n)), (picture, mask)
+    start = StartingPicture(pixels, strength) if strength < 1.0 else None
+    return pixels, start, (picture, mask)
+
+
+def _size(config: Config, wanted: tuple[int, int] | None, files: dict[str, Image.Image]) -> tuple[int, int]:
+    """--size, or the size of the first given file cut to whole latent cells, or the training size."""
+    factor, edge = config.first_stage.downsampling, config.data.image_size
+    if wanted is not None:
+        if min(wanted) < factor or wanted[0] % factor or wanted[1] % factor:
+            raise ConfigError(
+                f"--size {wanted[0]}x{wanted[1]} must be multiples of {factor}, the first stage's "
+                "downsampling factor."
+            )
+        return wanted
+    if not files:
+        return edge, edge
+    name, file = next(iter(files.items()))
+    size = (file.height // factor * factor, file.width // factor * factor)
+    if min(size) == 0:
+        raise ConfigError(f"the {name.replace('_', ' ')} is smaller than one latent cell of {factor} pixels.")
+    return size
+
+
+def _map(picture: Image.Image, size: tuple[int, int], *, labels: bool) -> Tensor:
+    """Labels uint8 [H, W], or depths float32 [1, H, W]."""
+    if labels:
+        if picture.mode not in ("L", "P"):
+            raise ConfigError(
+                f"--semantic-map must be a picture of label indices (grey or palette), not {picture.mode}."
+            )
+        return torch.from_numpy(np.array(_fit(picture, size, Image.Resampling.NEAREST), dtype=np.uint8))
+    grey = picture.convert("F")
+    return torch.from_numpy(np.array(_fit(grey, size, Image.Resampling.BILINEAR))).unsqueeze(0)
+
+
+def _open_picture(url: str) -> Image.Image:
+    try:
+        with fsspec.open(url, "rb") as file:
+            picture = Image.open(file)
+            picture.load()
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no picture {url}.") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"{url} cannot be read as a picture: {error}.") from error
+    return picture
+
+
+def _fit(picture: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    """Resized to cover (height, width), the rest cut off evenly."""
+    if (picture.height, picture.width) == size:
+        return picture
+    return ImageOps.fit(picture, (size[1], size[0]), resampling)
+
+
+def _rgb(picture: Image.Image) -> Tensor:
+    """uint8 [3, H, W]"""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def _repeat(value: Tensor, n: int) -> Tensor:
+    return value.unsqueeze(0).expand(n, *value.shape)
+
+
+def _title(caption: str, label: int | None) -> str:
+    return ", ".join(part for part in (caption, "" if label is None else f"class {label}") if part)
