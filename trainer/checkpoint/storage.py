@@ -125,7 +125,7 @@ def read_ranges(url: str, ranges: list[tuple[int, int]]) -> Iterator[bytes]:
         start, stop = bounds
         if start == stop:
             return b""
-        return bytes(with_retries(lambda: fs.cat_file(path, start, stop), tries=_TRIES))
+        return bytes(with_retries(lambda: fs.cat_file(path, start=start, end=stop), tries=_TRIES))
 
     with ThreadPoolExecutor(_REMOTE_READS) as pool:
         for first in range(0, len(ranges), _REMOTE_READS):
