@@ -20,7 +20,7 @@ from trainer.exit_codes import ExitCode, FatalFault
 from trainer.launch import local, rank
 from trainer.launch.local import launch, ranks_are_given, supervise, visible_devices
 from trainer.launch.rank import run_rank
-from trainer.launch.supervisor import describe, free_port
+from trainer.launch.supervisor import cpu_wait_s, describe, free_port
 
 PREAMBLE = """
 import json, os, signal, sys, time
@@ -366,6 +366,13 @@ def test_an_indivisible_batch_is_refused_before_anything_is_spawned(
 
 def test_free_ports_lie_below_the_kernels_own_range() -> None:
     assert all(15_000 <= free_port() < 32_000 for _ in range(20))
+
+
+def test_waiting_for_a_processor_is_measured() -> None:
+    before = cpu_wait_s(os.getpid())
+    sum(range(1_000_000))
+    assert 0.0 <= before <= cpu_wait_s(os.getpid())
+    assert cpu_wait_s(2**22 + 1) == 0.0
 
 
 def test_statuses_in_words() -> None:

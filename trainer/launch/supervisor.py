@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from trainer.exit_codes import ExitCode, combine, normalize
-from trainer.heartbeat import BOARD_VARIABLE, Board
+from trainer.heartbeat import BOARD_VARIABLE, Board, Pulse
 from trainer.launch.rank import LAUNCHER_VARIABLE, Task
 from trainer.watchdog import STACKS_SIGNAL, is_stopped
 
@@ -66,6 +66,7 @@ class Attempt:
         self._log_starts = [path.stat().st_size if path and path.exists() else 0 for path in self._logs]
         self._suspect_since: float | None = None
         self._stopped_since: dict[int, float] = {}
+        self._ticks: dict[int, tuple[float, float]] = {}
         self._started = time.monotonic()
         shared = {
             **environment,
@@ -153,7 +154,7 @@ class Attempt:
             elif pulse.beat == 0.0:
                 if now - self._started > _IMPORT_LIMIT_S:
                     overdue[rank] = "never reported"
-            elif now - pulse.tick > self._frozen_s(pulse.phase):
+            elif self._frozen_s(rank, pulse, now) > self._frozen_limit_s(pulse.phase):
                 overdue[rank] = f"frozen for {now - pulse.tick:.1f} s in {where}"
             elif now > pulse.deadline:
                 overdue[rank] = f"no progress for {now - pulse.beat:.1f} s in {where}"
@@ -171,11 +172,20 @@ class Attempt:
             return 0.0
         return now - self._stopped_since.setdefault(rank, now)
 
-    def _frozen_s(self, phase: str) -> float:
-        """Silence of a rank's watchdog thread that means a stuck interpreter, not a busy machine."""
+    def _frozen_s(self, rank: int, pulse: Pulse, now: float) -> float:
+        """Silence of a rank's watchdog thread, less what the rank spent waiting for a processor."""
+        waited = cpu_wait_s(self._processes[rank].pid)
+        tick, waited_then = self._ticks.get(rank, (0.0, 0.0))
+        if pulse.tick != tick:
+            self._ticks[rank] = (pulse.tick, waited)
+            return 0.0
+        return now - pulse.tick - (waited - waited_then)
+
+    def _frozen_limit_s(self, phase: str) -> float:
+        """Silence that means a stuck interpreter."""
         if phase == "exit":
             return math.inf  # there the thread has ended
-        # Importing DeepSpeed or building models keeps the GIL for seconds, on a crowded host for long.
+        # Importing DeepSpeed or building models keeps the GIL for seconds.
         return 2 * self._watchdog_s + (_BUSY_START_S if phase == "start" else 0.0)
 
     def _end_after_failure(self) -> Outcome:
@@ -223,6 +233,14 @@ def describe(status: int) -> str:
         return f"was ended by {signal.Signals(-status).name}"
     known = [code.name.lower().replace("_", " ") for code in ExitCode if code == status]
     return f"ended with exit code {status}" + (f" ({known[0]})" if known else "")
+
+
+def cpu_wait_s(pid: int) -> float:
+    """Seconds for which a process's main thread was runnable without running; 0 where unknown."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def rank_command(config_file: Path, task: Task) -> list[str]:
