@@ -7,11 +7,13 @@ own, since ranks fork loaders and take signals, which threads inside a Ray worke
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -277,18 +279,14 @@ class _Reporter:
 
 
 def _report(report: dict[str, Any], rank: int) -> None:
-    """Collective, as Ray Train wants it. The checkpoint is the run's own: Ray copies and deletes nothing."""
-    url = report.get("checkpoint")
-    checkpoint = None
-    if url is not None and rank == 0:
-        storage, path = filesystem(url)
-        arrow = ray.train.Checkpoint(path, filesystem=_arrow(storage))
-        checkpoint = arrow
-    ray.train.report(
-        report,
-        checkpoint=checkpoint,
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-    )
+    """Collective, as Ray Train wants it. Ray gets a pointer: it neither copies nor deletes checkpoints."""
+    if rank or "checkpoint" not in report:
+        ray.train.report(report)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pointer = {"step": report["checkpoint_step"], "url": report["checkpoint"]}
+        (Path(folder) / "pointer.json").write_text(json.dumps(pointer), encoding="utf-8")
+        ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def _arrow(storage: Any) -> Any:
@@ -320,6 +318,7 @@ def _build_trainer(
             storage_filesystem=_arrow(storage),
             # Faults in a row are counted on the board, the way the other launchers count them.
             failure_config=ray.train.FailureConfig(max_failures=-1, preemption_grace_s=args.save_limit_s),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),  # pointers
             callbacks=[callback],
         ),
     )
