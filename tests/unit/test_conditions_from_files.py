@@ -1,0 +1,221 @@
+"""What `ldm sample` reads from files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainer.conditions_from_files import Wishes, check_wishes, read_layout, sampling_inputs
+from trainer.config.io import load_config
+from trainer.config.run import Config, ConfigError
+
+KL_F4 = "first_stage.channel_multipliers=[1, 2, 4]"
+BOXES = [[3, 0.0, 0.25, 0.5, 1.0], [0, 0.5, 0.5, 0.75, 0.75]]
+
+
+def config(*settings: str) -> Config:
+    return load_config(None, ["data.image_size=32", KL_F4, *settings])
+
+
+def picture(path: Path, values: Any, mode: str | None = None) -> str:
+    image = Image.fromarray(np.asarray(values, dtype=np.uint8))
+    (image if mode is None else image.convert(mode)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    """24 rows, 38 columns: the last two columns are no whole latent cell."""
+    values = np.arange(24 * 38 * 3).reshape(24, 38, 3) % 251
+    return picture(tmp_path / "photo.png", values)
+
+
+@pytest.fixture
+def hole(tmp_path: Path) -> str:
+    values = np.zeros((24, 36))
+    values[:, 20:] = 255
+    return picture(tmp_path / "hole.png", values)
+
+
+def test_prompts_are_repeated_in_their_order() -> None:
+    inputs = sampling_inputs(config("conditioning.openclip={}"), Wishes(prompts=("a", "b"), per_prompt=2))
+    assert inputs.captions == inputs.titles == ("a", "a", "b", "b")
+    assert inputs.size == (32, 32)
+    assert inputs.conditions == {}
+    assert inputs.pixels is None
+    assert inputs.start is None
+
+
+def test_class_labels_join_one_prompt() -> None:
+    both = config(
+        "conditioning={openclip: {width: 8}, class_label: {width: 8}}", "data.conditions=[class_label]"
+    )
+    inputs = sampling_inputs(both, Wishes(prompts=("a",), class_labels=(5, -1), per_prompt=2))
+    assert inputs.captions == ("a",) * 4
+    assert inputs.conditions["class_label"].tolist() == [5, 5, -1, -1]
+    assert inputs.titles == ("a, class 5", "a, class 5", "a, class -1", "a, class -1")
+    with pytest.raises(ConfigError, match="--prompt is given 2 times for 3"):
+        sampling_inputs(both, Wishes(prompts=("a", "b"), class_labels=(1, 2, 3)))
+
+
+def test_layout_as_in_the_shards(tmp_path: Path) -> None:
+    file = tmp_path / "layout.json"
+    file.write_text(json.dumps({"layout": BOXES, "caption": "ignored"}))
+    model = config("conditioning.layout={}", "data.conditions=[layout]")
+    inputs = sampling_inputs(model, Wishes(layout=str(file), per_prompt=3, size=(64, 48)))
+    assert inputs.conditions["layout"].tolist() == [BOXES] * 3
+    assert inputs.size == (64, 48)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "[[1, 0, 0, 1]]",
+        "[[0, 0.5, 0, 0.2, 1]]",
+        "[[0.5, 0, 0, 1, 1]]",
+        "[[true, 0, 0, 1, 1]]",
+        "3",
+        "{",
+    ],
+)
+def test_layouts_that_are_none(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "layout.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"layout\.json"):
+        read_layout(str(file), 30)
+
+
+def test_layout_with_too_many_boxes(tmp_path: Path) -> None:
+    file = tmp_path / "layout.json"
+    file.write_text(json.dumps(BOXES))
+    with pytest.raises(ConfigError, match="2 boxes and the model knows 1"):
+        read_layout(str(file), 1)
+
+
+def test_semantic_map_sets_the_size_and_keeps_its_labels(tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).choice([0, 7, 181, 255], size=(40, 52))
+    model = config("conditioning.semantic_map={}", "data.conditions=[semantic_map]")
+    inputs = sampling_inputs(model, Wishes(semantic_map=picture(tmp_path / "map.png", labels)))
+    assert inputs.size == (40, 52)
+    assert inputs.conditions["semantic_map"].dtype == torch.uint8
+    assert inputs.conditions["semantic_map"][0].numpy().tolist() == labels.tolist()
+    resized = sampling_inputs(model, Wishes(semantic_map=str(tmp_path / "map.png"), size=(80, 104)))
+    assert set(resized.conditions["semantic_map"].unique().tolist()) <= {0, 7, 181, 255}
+    assert resized.conditions["semantic_map"].shape == (1, 80, 104)
+
+
+def test_a_coloured_semantic_map_is_refused(photo: str) -> None:
+    model = config("conditioning.semantic_map={}", "data.conditions=[semantic_map]")
+    with pytest.raises(ConfigError, match="label indices"):
+        sampling_inputs(model, Wishes(semantic_map=photo))
+
+
+def test_image_to_image_cuts_the_picture_to_whole_cells(photo: str) -> None:
+    inputs = sampling_inputs(config("conditioning.openclip={}"), Wishes(prompts=("a", "b"), image=photo))
+    assert inputs.size == (24, 36)
+    assert inputs.start is not None
+    assert inputs.start.pixels.shape == (2, 3, 24, 36)
+    assert inputs.start.strength == 0.75
+    assert inputs.start.mask is None
+    assert inputs.pixels is None
+    assert -1 <= float(inputs.start.pixels.min()) < -0.9
+    given = Wishes(prompts=("a",), image=photo, strength=0.25, size=(48, 48))
+    other = sampling_inputs(config("conditioning.openclip={}"), given).start
+    assert other is not None
+    assert (other.strength, other.pixels.shape) == (0.25, (1, 3, 48, 48))
+
+
+def test_any_model_fills_a_hole_by_replacement(photo: str, hole: str) -> None:
+    wishes = Wishes(prompts=("a",), image=photo, mask=hole, per_prompt=2, size=(24, 36))
+    inputs = sampling_inputs(config("conditioning.openclip={}"), wishes)
+    assert inputs.start is not None
+    assert inputs.start.mask is not None
+    assert inputs.start.strength == 1.0
+    assert inputs.start.mask.shape == (2, 1, 24, 36)
+    made = torch.full((2, 3, 24, 36), 9, dtype=torch.uint8)
+    pasted = inputs.paste(made)
+    kept = ((inputs.start.pixels + 1) * 127.5).round().to(torch.uint8)
+    assert torch.equal(pasted[..., :20], kept[..., :20])
+    assert (pasted[..., 20:] == 9).all()
+
+
+def test_a_model_with_mask_channels_is_given_picture_and_mask(photo: str, hole: str) -> None:
+    model = config("conditioning.masked_image={}")
+    inputs = sampling_inputs(model, Wishes(image=photo, mask=hole, size=(24, 36)))
+    assert inputs.start is None
+    assert inputs.pixels is not None
+    assert inputs.pixels.shape == (1, 3, 24, 36)
+    assert inputs.conditions["mask"].shape == (1, 24, 36)
+    assert inputs.conditions["mask"].float().mean() == pytest.approx(16 / 36)
+
+
+def test_a_black_mask_is_refused(tmp_path: Path, photo: str) -> None:
+    black = picture(tmp_path / "black.png", np.zeros((24, 36)))
+    with pytest.raises(ConfigError, match="black everywhere"):
+        sampling_inputs(config("conditioning.masked_image={}"), Wishes(image=photo, mask=black))
+
+
+def test_super_resolution_multiplies_the_size(photo: str) -> None:
+    model = config("conditioning.low_resolution={factor: 4, max_noise_level: 350}")
+    inputs = sampling_inputs(model, Wishes(image=photo, noise_level=50))
+    assert inputs.size == (96, 152)
+    assert inputs.conditions["low_resolution"].shape == (1, 3, 24, 38)
+    assert inputs.conditions["noise_level"].tolist() == [50]
+    assert inputs.start is None
+
+
+def test_depth_of_any_range(tmp_path: Path) -> None:
+    file = tmp_path / "depth.png"
+    Image.fromarray(np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 60).save(file)
+    model = config("conditioning.depth={}", "data.conditions=[depth]")
+    depth = sampling_inputs(model, Wishes(depth=str(file))).conditions["depth"]
+    assert depth.shape == (1, 1, 32, 32)
+    assert depth.max() == 60 * 1023
+
+
+@pytest.mark.parametrize(
+    ("sections", "wishes", "sentence"),
+    [
+        ("{openclip: {}}", Wishes(), "give --prompt"),
+        ("{class_label: {}}", Wishes(), "give --class-label"),
+        ("{layout: {}}", Wishes(), "give --layout"),
+        ("{semantic_map: {}}", Wishes(), "give --semantic-map"),
+        ("{depth: {}}", Wishes(), "give --depth"),
+        ("{low_resolution: {}}", Wishes(), "the small one with --image"),
+        ("{masked_image: {}}", Wishes(image="x.png"), "give --image and --mask"),
+        ("{}", Wishes(prompts=("a",)), "leave out --prompt"),
+        ("{openclip: {}}", Wishes(prompts=("a",), class_labels=(1,)), "leave out --class-label"),
+        ("{openclip: {}}", Wishes(prompts=("a",), layout="x"), "leave out --layout"),
+        ("{low_resolution: {}}", Wishes(image="x.png", size=(8, 8)), "leave out --mask, --size"),
+        ("{}", Wishes(mask="x.png"), "give --image"),
+        ("{}", Wishes(strength=0.5), "give --image"),
+        ("{}", Wishes(image="x.png", strength=1.5), "at most at 1"),
+        ("{}", Wishes(image="x.png", strength=0.0), "above 0"),
+        ("{low_resolution: {}}", Wishes(image="x.png", noise_level=3), "max_noise_level 0"),
+        ("{}", Wishes(per_prompt=0), "at least 1"),
+    ],
+)
+def test_what_is_missing_or_means_nothing(sections: str, wishes: Wishes, sentence: str) -> None:
+    named = [name for name in ("class_label", "layout", "semantic_map", "depth") if name in sections]
+    model = config(f"conditioning={sections}", f"data.conditions=[{', '.join(named)}]")
+    with pytest.raises(ConfigError, match=sentence):
+        check_wishes(model.conditioning, wishes)
+
+
+def test_sizes_and_files_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="multiples of 4"):
+        sampling_inputs(config(), Wishes(size=(30, 32)))
+    with pytest.raises(ConfigError, match=r"no picture .*nowhere\.png"):
+        sampling_inputs(config(), Wishes(image=str(tmp_path / "nowhere.png")))
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ConfigError, match="cannot be read as a picture"):
+        sampling_inputs(config(), Wishes(image=str(tmp_path / "text.png")))
+    with pytest.raises(ConfigError, match="smaller than one latent cell"):
+        sampling_inputs(config(), Wishes(image=picture(tmp_path / "dot.png", np.zeros((2, 2)))))
