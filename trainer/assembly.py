@@ -82,6 +82,23 @@ class Run:
         )
         self.sinks.flush()
 
+    def save_snapshot(self) -> None:
+        """Store the power-function averages for `ldm ema`. Collective."""
+        self.checkpoints.save_snapshot(
+            self.state.step, self.stage.engines, self.ema, tensors=self.stage.state()
+        )
+
+    def save_record(self) -> dict[str, float]:
+        """What the last checkpoint cost this rank's training."""
+        last = self.checkpoints.last_save
+        if last is None:
+            return {}
+        return {
+            "checkpoint/blocked_s": last.blocked_s,
+            "checkpoint/waited_s": last.waited_s,
+            "checkpoint/bytes": float(last.num_bytes),
+        }
+
     def restore(self) -> bool:
         """Take over the newest good checkpoint; False when there is none. Collective."""
         handle = self.checkpoints.latest_good()

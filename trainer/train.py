@@ -95,7 +95,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         run.sinks.advance(state.step)
         if due(state.step, config.logging.every) or last_step:
             record = {**meters.reduce(), **throughput.read(state.step, timer), "learning_rate": rate}
-            record |= data_record(batches)
+            record |= {**data_record(batches), **run.save_record()}
             run.sinks.log(state.step, state.samples_seen, record)
         if due(state.step, config.sampling.every):
             watchdog.beat(state.step, "preview")
@@ -106,6 +106,8 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         if saving or must_stop(agreed):
             watchdog.beat(state.step, "checkpoint")
             run.save()
+        if due(state.step, config.ema.snapshot_every):
+            run.save_snapshot()
         if must_stop(agreed) and not last_step:
             return leave(run, preemption, agreed)
         batch = upcoming

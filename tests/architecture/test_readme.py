@@ -58,5 +58,5 @@ def test_paths_in_the_readme_exist() -> None:
 
 def test_targets_in_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([\w-]+)", README):
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target

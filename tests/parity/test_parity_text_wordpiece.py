@@ -6,7 +6,7 @@ import string
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trainer.conditioning.wordpiece import WordPiece, read_vocabulary
@@ -57,6 +57,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[WordPiece, Any]:
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_pieces_equal_the_reference(both: tuple[WordPiece, Any], caption: str) -> None:
     ours, reference = both
+    # The reference turns a special token's spelling into the token; in a caption it is text to us.
+    assume(not any(token in caption for token in ("[UNK]", "[SEP]", "[CLS]", "[PAD]", "[MASK]")))
     assert ours.encode(caption) == reference.encode(caption, add_special_tokens=False).ids
 
 
@@ -74,6 +76,8 @@ SETTLED = st.one_of(
 @settings(max_examples=400, deadline=None)
 def test_pieces_equal_the_reference_on_any_text(both: tuple[WordPiece, Any], caption: str) -> None:
     ours, reference = both
+    # The reference turns a special token's spelling into the token; in a caption it is text to us.
+    assume(not any(token in caption for token in ("[UNK]", "[SEP]", "[CLS]", "[PAD]", "[MASK]")))
     assert ours.encode(caption) == reference.encode(caption, add_special_tokens=False).ids
 
 

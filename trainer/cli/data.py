@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Hand over to the sub-command."""
-    return int(args.handler(args))
+    return int(args.func(args))
 
 
 def _load(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int, int]:

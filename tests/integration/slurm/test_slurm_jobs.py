@@ -1,6 +1,6 @@
 """Whole runs on a real SLURM cluster, against a real S3 server: requeued, killed, refused, excluded."""
 
-from __future__ import annotations
+from __future__ import itertools
 
 import json
 import os
@@ -196,7 +196,7 @@ def slurm_seconds(text: str) -> int:
 
 def _neighbours(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     timed = [record for record in records if "loss" in record]
-    return list(zip(timed[5:], timed[6:], strict=False))
+    return list(itertools.pairwise(timed[5:]))
 
 
 def _second_node(nodes: str) -> str:

@@ -1,0 +1,116 @@
+"""The files that docs/extending.md shows work as shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.conditioning.build import CONDITIONERS, Conditioner
+from trainer.config.models import FirstStageConfig
+from trainer.config.training import DiffusionConfig
+from trainer.diffusion.denoiser import ignore, no_noise
+from trainer.diffusion.levels import make_levels
+from trainer.diffusion.sampling import SAMPLERS
+from trainer.diffusion.schedule import make_schedule
+from trainer.first_stage.build import (
+    FIRST_STAGES,
+    build_first_stage,
+    first_stage_tensors,
+    load_first_stage,
+)
+from trainer.weights import write_weights
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs/extending.md").read_text()
+
+
+def shown(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that a file of the document defines."""
+    import sys
+    import types
+
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if name in block]
+    module = types.ModuleType(f"shown_{Path(name).stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
+    exec(compile(code, name, "exec"), module.__dict__)
+    return module.__dict__
+
+
+def test_conditioning(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = shown("trainer/conditioning/brightness.py", monkeypatch)
+    section = names["BrightnessConfig"](width=8)
+    conditioner = Conditioner({"brightness": names["Brightness"](section, FirstStageConfig(), 10)})
+    assert conditioner.vector_dim == 8
+    pixels = torch.stack([torch.full((3, 8, 8), value) for value in (-1.0, 0.0, 1.0)])
+    inputs = conditioner.frozen.prepare(
+        ["", "", ""], {}, pixels, first_stage=None, seed=0, ordinals=torch.arange(3)
+    )
+    vector = conditioner.trained(inputs, {"brightness": torch.tensor([False, True, False])}).vector
+    assert vector.shape == (3, 8)
+    assert (vector[1] == 0).all()
+    assert not torch.equal(vector[0], vector[2])
+    vector.sum().backward()
+    assert all(p.grad is not None for p in conditioner.trained.parameters())
+
+
+def test_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample_midpoint = shown("trainer/diffusion/midpoint.py", monkeypatch)["sample_midpoint"]
+
+    class Exact:
+        """The denoiser of a Gaussian of mean 2 and deviation 0.5."""
+
+        schedule = make_schedule(DiffusionConfig())
+        prediction = "x0"
+
+        def __call__(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            alpha, sigma = self.schedule.level(float(timesteps[0]))
+            return 2 + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (x - 2 * alpha)
+
+    noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    made, euler = (
+        sampler(
+            Exact(),
+            noise,
+            make_levels(Exact.schedule, 100, "trailing"),
+            noise=no_noise,
+            eta=0.0,
+            callback=ignore,
+        )
+        for sampler in (sample_midpoint, SAMPLERS["euler"])
+    )
+    assert made.mean() == pytest.approx(2, abs=0.02)
+    assert abs(made.std() - 0.5) < max(0.02, abs(euler.std() - 0.5))
+
+
+def test_first_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(
+        FIRST_STAGES, "shuffle", shown("trainer/first_stage/shuffle.py", monkeypatch)["Shuffle"]
+    )
+    config = dataclasses.replace(
+        FirstStageConfig(),
+        name="shuffle",
+        channel_multipliers=(1, 1, 1),
+        latent_channels=48,  # type: ignore[arg-type]
+    )
+    stage = build_first_stage(config)
+    stage.set_latent_statistics(torch.full((48,), 0.1), torch.full((48,), 3.0))
+    pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = stage.latents(pixels, None)
+    assert latents.shape == (2, 48, 4, 6)
+    torch.testing.assert_close(stage.decode(latents), pixels)
+    write_weights(str(tmp_path / "shuffle.safetensors"), *first_stage_tensors(stage))
+    loaded = load_first_stage(dataclasses.replace(config, weights=str(tmp_path / "shuffle.safetensors")))
+    assert torch.equal(loaded.latents(pixels, None), latents)
+
+
+def test_what_the_document_names_exists() -> None:
+    for path in set(re.findall(r"`((?:trainer|tests|data_pipeline|docs)/[\w./]+?)`", DOCUMENT)):
+        assert (ROOT / path).exists(), path
+    assert "brightness" not in CONDITIONERS
+    for name in ("CONDITIONERS", "SAMPLERS", "FIRST_STAGES"):
+        assert name in DOCUMENT
