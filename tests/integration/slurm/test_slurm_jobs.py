@@ -1,7 +1,8 @@
 """Whole runs on a real SLURM cluster, against a real S3 server: requeued, killed, refused, excluded."""
 
-from __future__ import itertools
+from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
