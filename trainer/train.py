@@ -42,7 +42,8 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
         config.distributed.watchdog_s,
         local_rank=env.local_rank,
         board=board_from_environment(env.local_rank),
-        grace_s={"data": config.data.patience_s},
+        # A late recompilation looks like a hang.
+        grace_s={"data": config.data.patience_s, "step": 600.0 if config.distributed.compile else 0.0},
     )
     stop_file = f"{config.run_dir.rstrip('/')}/STOP" if env.is_main else None
     with watchdog, Preemption(stop_file) as preemption:
@@ -87,6 +88,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         incident, agreed = judge(run, delayed, preemption.request, data_lost, everything=saving)
         if incident is not None:
             batches.close()
+            watchdog.beat(state.step, "start")
             run.rewind(incident)
             batches = run.open_loader()
             batch, delayed, meters = next(batches), Delayed(), Meters()

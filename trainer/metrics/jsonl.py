@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import fsspec
@@ -23,7 +24,11 @@ class JSONLWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record; it is on disk or S3 after the next `flush` at the latest."""
-        self._lines.append(json.dumps(record))
+        # JSON has no NaN and no infinity: they become texts.
+        strict = {
+            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+        }
+        self._lines.append(json.dumps(strict, allow_nan=False))
         if self._local:
             self.flush()
 
