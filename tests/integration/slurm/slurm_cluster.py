@@ -158,8 +158,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it is eligible again (default 120 s).
-AuthInfo=socket={self.root}/munge/socket,cred_expire=3
+# cred_expire is also how long a requeued job waits before it is eligible again (default 120 s, least 5).
+AuthInfo=socket={self.root}/munge/socket,cred_expire=6
 SlurmctldPidFile={self.root}/slurmctld.pid
 SlurmdPidFile={self.root}/slurmd-%n.pid
 SlurmdSpoolDir={self.root}/spool-%n
