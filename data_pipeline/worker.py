@@ -18,7 +18,6 @@ from data_pipeline.errors import DataError, WorkerDied
 from data_pipeline.parts import Part, PartStream, PartTask
 
 _PARENT_CHECK_S = 1.0
-_STOP_TIMEOUT_S = 3.0
 _SILENCE_S = 120.0
 
 
@@ -98,12 +97,8 @@ class WorkerProcess:
         """End the process; safe to call twice."""
         self._connection.close()
         if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            self._process.kill()  # it holds nothing that needs an orderly end, and ignores SIGTERM
+            self._process.wait()
 
 
 def _slot_bytes(task: PartTask) -> int:
@@ -143,8 +138,9 @@ def _watch_parent(parent: int) -> None:
 
 def main() -> None:
     """Entry of the process: file descriptors of the pipe and of the shared memory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Stop requests to the whole process group are the rank's business: it still needs batches to save.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     try:
         _serve(connection, int(sys.argv[2]))
