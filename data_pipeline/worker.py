@@ -17,6 +17,7 @@ from typing import Any
 from data_pipeline.errors import DataError, WorkerDied
 from data_pipeline.parts import Part, PartStream, PartTask
 
+_STOP_TIMEOUT_S = 5.0
 _PARENT_CHECK_S = 1.0
 _SILENCE_S = 120.0
 
