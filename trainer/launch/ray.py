@@ -228,6 +228,8 @@ class _Follower:
         if status is None:
             return
         code = normalize(status)
+        if self._asked and status == -signal.SIGUSR1:
+            code = ExitCode.PREEMPTED  # it was still importing, and had nothing to save yet
         if code is not ExitCode.PREEMPTED and should_restart(code):
             raise RetryableFault(f"rank {self._rank} {describe(status)}:\n{self._process.tail()}")
         if code not in (ExitCode.DONE, ExitCode.PREEMPTED):
