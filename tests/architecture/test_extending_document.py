@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,6 @@ DOCUMENT = (ROOT / "docs/extending.md").read_text()
 
 def shown(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names that a file of the document defines."""
-    import sys
-    import types
-
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if name in block]
     module = types.ModuleType(f"shown_{Path(name).stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
@@ -72,11 +71,14 @@ def test_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
             return 2 + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (x - 2 * alpha)
 
     noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    levels = make_levels(Exact.schedule, 100, "trailing")
+    alpha, sigma = levels.alphas[0], levels.sigmas[0]
+    start = 2 * alpha + (0.25 * alpha**2 + sigma**2) ** 0.5 * noise
     made, euler = (
         sampler(
             Exact(),
-            noise,
-            make_levels(Exact.schedule, 100, "trailing"),
+            start,
+            levels,
             noise=no_noise,
             eta=0.0,
             callback=ignore,
