@@ -4,15 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-clean test check bench format
+.PHONY: demo demo-clean test test-all check bench format
 
+# DEMO='steps=2000' trains the second stage for longer.
 demo: $(STAMP)
-	$(BIN)/ldm demo
+	$(BIN)/ldm demo $(DEMO)
 
 demo-clean: $(STAMP)
 	$(BIN)/ldm demo --fresh
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+# Also the long ones: the kill matrix, chains of layouts, full fuzzing, training every task.
+test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
 check: $(STAMP)

@@ -145,5 +145,5 @@ go on:
   resume, longer    make demo DEMO='steps=3000'
   start over        make demo-clean
   W&B               .venv/bin/wandb sync {folder / "wandb"}/wandb/offline-run-*
-  your own prompts  make demo-sample PROMPT='a blue circle on a black background'
+  pictures, again   the S3 files stay under {folder / "s3"}; `make demo` samples anew from them
 """)
