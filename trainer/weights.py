@@ -12,7 +12,6 @@ from torch import Tensor
 
 from trainer.config.run import ConfigError
 
-
 _MAX_HEADER_BYTES = 100_000_000
 
 
