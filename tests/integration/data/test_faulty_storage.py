@@ -201,6 +201,7 @@ def test_a_dead_shard_is_set_aside_and_tried_again(folder: Path, server: FaultPr
     assert sum(k.startswith("00001/") for k in visits) > 40
 
 
+@pytest.mark.slow
 def test_an_outage_ends_in_one_sentence(server: FaultProxy) -> None:
     config = config_for("s3://scenes/*.tar", max_retries=2, patience_s=2.0)
     with build_loader(config, seed=5, global_batch_size=BATCH) as loader:
