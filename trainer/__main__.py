@@ -25,6 +25,7 @@ VERBS = {
     "export": "write a run's weights: native, CompVis or diffusers layout",
     "import": "convert CompVis and diffusers weights",
     "ema": "reconstruct an average of any length from snapshots",
+    "slurm": "submit runs to SLURM, and see where they stand",
     "evaluate": "measure what a model can do, against data",
 }
 

@@ -1,0 +1,19 @@
+"""Submit runs to SLURM, and see where they stand."""
+
+from __future__ import annotations
+
+import argparse
+
+from trainer.launch.slurm import add_commands
+
+EXAMPLE = "example: ldm slurm submit --nodes=32 configs/sd/sd2_base_512.yaml run_dir=s3://bucket/run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command per task."""
+    add_commands(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Hand over to the sub-command."""
+    return int(args.handler(args))
