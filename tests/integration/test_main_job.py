@@ -25,6 +25,7 @@ FIRST_STAGE = [
     "first_stage={name: kl, base_channels: 8, channel_multipliers: [1, 2], num_res_blocks: 1, num_groups: 4}",
     "autoencoder_loss.discriminator_start=2",
     "autoencoder_loss.discriminator_channels=8",
+    "autoencoder_loss.discriminator_layers=1",
     "optimizer.learning_rate=1e-4",
     "sampling.every=3",
     "conditioning={}",

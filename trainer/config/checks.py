@@ -88,6 +88,12 @@ def _check_stage(config: Config) -> None:
         config.first_stage.name != "identity",
         "first_stage.name=identity has nothing to train; choose kl or vq for stage=autoencoder.",
     )
+    layers = config.autoencoder_loss.discriminator_layers
+    _require(
+        not config.autoencoder_loss.discriminator_weight or config.data.image_size >= 3 * 2**layers,
+        f"a discriminator of {layers} strided layers needs pictures of at least {3 * 2**layers} pixels; lower "
+        "autoencoder_loss.discriminator_layers or raise data.image_size.",
+    )
     _require(
         config.distributed.zero_stage < 3,
         "stage=autoencoder needs whole last-layer weights for its adaptive GAN weight; set "
