@@ -79,7 +79,7 @@ def test_first_stage_trains_logs_and_exports(
 def test_second_stage_trains_resumes_and_samples(
     bucket: Any, first_stage: tuple[Any, str], tmp_path: Path
 ) -> None:
-    own = [f"first_stage.weights={first_stage[1]}", *FIRST_STAGE[2:3], "sampling.steps=4"]
+    own = [*FIRST_STAGE[2:3], f"first_stage.weights={first_stage[1]}", "sampling.steps=4"]
     run = bucket.train_here("second_stage", *own, "steps=4")
     assert run.steps() == [4, 0]
     again = bucket.train_here("second_stage", *own, "steps=6")

@@ -91,7 +91,7 @@ def _check_stage(config: Config) -> None:
     layers = config.autoencoder_loss.discriminator_layers
     _require(
         not config.autoencoder_loss.discriminator_weight or config.data.image_size >= 3 * 2**layers,
-        f"a discriminator of {layers} strided layers needs pictures of at least {3 * 2**layers} pixels; lower "
+        f"a discriminator of {layers} strided layers needs at least {3 * 2**layers} pixels; lower "
         "autoencoder_loss.discriminator_layers or raise data.image_size.",
     )
     _require(

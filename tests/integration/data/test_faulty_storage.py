@@ -211,6 +211,7 @@ def test_an_outage_ends_in_one_sentence(server: FaultProxy) -> None:
             list(itertools.islice(loader, 200))
 
 
+@pytest.mark.slow  # the server's directory cache decides when a file written beside it is seen
 def test_wrong_places_are_named_at_once(
     server: FaultProxy, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
