@@ -141,7 +141,7 @@ def test_another_architecture_is_refused_and_nothing_is_lost(bucket: Any) -> Non
         "unet.model_channels=32",
     )  # fmt: skip
     assert done.returncode == 2
-    assert "conv_in" in done.stderr
+    assert "Use its configuration, or another run_dir" in done.stderr
     assert "Traceback" not in done.stderr
     assert run.fingerprint() == before
 
