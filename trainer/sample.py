@@ -19,6 +19,7 @@ from trainer.diffusion.parameterization import Prediction
 from trainer.diffusion.sampling import sample
 from trainer.diffusion.schedule import NoiseSchedule, make_schedule
 from trainer.first_stage.base import FirstStage
+from trainer.pixels import to_bytes
 from trainer.rng import Purpose, normal
 
 
@@ -121,7 +122,7 @@ def generate(
         known = None if start is None else _encode(start, first_stage, part, device, shape)
         latents = _latents(config, denoiser, seed, ordinals, shape, known)
         decoded = first_stage.decode(latents)
-        pictures.append(decoded.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
+        pictures.append(to_bytes(decoded))
         if progress is not None:
             progress(part.stop)
     network.train(was_training)

@@ -21,6 +21,7 @@ from trainer.first_stage.build import measure_latent_statistics
 from trainer.first_stage.discriminator import PatchDiscriminator
 from trainer.first_stage.perceptual import PerceptualDistance
 from trainer.metrics.timer import StepTimer
+from trainer.pixels import to_bytes, to_unit_range
 from trainer.rng import Purpose, normal
 from trainer.stages.stage import Preview
 
@@ -257,13 +258,3 @@ class AutoencoderStage:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         self.module.set_latent_statistics(state["latent_shift"], state["latent_scale"])
-
-
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in -1 .. 1."""
-    return pixels.float().div_(127.5).sub_(1.0)
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """-1 .. 1 -> uint8, rounded and clipped."""
-    return pixels.float().add(1.0).mul(127.5).round().clamp_(0, 255).to(torch.uint8)

@@ -16,6 +16,7 @@ from trainer.distributed.engine import Engine
 from trainer.first_stage.base import FirstStage
 from trainer.metrics.timer import StepTimer
 from trainer.models.unet import UNet
+from trainer.pixels import to_unit_range
 from trainer.rng import Purpose, normal, permutation, uniform
 from trainer.sample import generate
 from trainer.stages.stage import Preview
@@ -110,7 +111,7 @@ class DiffusionStage:
     def _encode(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Frozen work: latents [B, z, h, w] and prepared conditions."""
         config = self._config
-        pixels = batch.pixels.float().div(127.5).sub(1)  # uint8 -> [-1, 1]
+        pixels = to_unit_range(batch.pixels)
         factor = config.first_stage.downsampling
         shape = (config.first_stage.channels, pixels.shape[2] // factor, pixels.shape[3] // factor)
         noise = normal(config.seed, batch.ordinals, Purpose.POSTERIOR, shape)
@@ -153,7 +154,7 @@ class DiffusionStage:
         else:
             captions = batch.captions[:n]
             conditions = {name: value[:n] for name, value in batch.conditions.items()}
-            pixels = batch.pixels[:n].float().div(127.5).sub(1)
+            pixels = to_unit_range(batch.pixels[:n])
         with self._engine.gathered() as network:
             made = generate(
                 config,
