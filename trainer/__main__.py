@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from data_pipeline.errors import DataError
 from trainer.config.run import ConfigError
+from trainer.console import configure_logging
 
 VERBS = {
     "train": "train a first stage or a diffusion model; the same command again resumes",
@@ -35,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in VERBS:
         return _overview(argv)
-    logging.basicConfig(level=os.environ.get("LDM_LOG_LEVEL", "INFO"), format="%(levelname)s %(message)s")
-    for noisy in ("DeepSpeed", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    configure_logging()
     verb = importlib.import_module(f"trainer.cli.{argv[0]}")
     parser = argparse.ArgumentParser(
         prog=f"ldm {argv[0]}",

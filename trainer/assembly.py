@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader, build_loader, check_layout, merge_positions
 from data_pipeline.resampled import ResampledLoader
 from trainer.checkpoint.manager import CheckpointManager
@@ -140,7 +141,8 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
         ConfigError, DataError: a mistake of the user's; nothing has been written.
     """
     accumulation = config.accumulation(env.world_size)
-    dataset = open_dataset(config.data)
+    # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
+    dataset = collectives.from_main_rank(lambda: open_dataset(config.data), raises=DataError)
     check_layout(
         config.data,
         dataset,

@@ -27,7 +27,7 @@ FIRST_STAGE_RUN = f"s3://{BUCKET}/runs/first_stage"
 FIRST_STAGE_FILE = f"s3://{BUCKET}/first_stage.safetensors"
 RUN = f"s3://{BUCKET}/runs/text_to_image"
 SAMPLES = 6000
-SCENES = ("--objects", "1:1", "--size", "64:112", "--radius", "0.25:0.4", "--workers", "2")
+SCENES = ("--objects", "1:1", "--size", "72:104", "--radius", "0.25:0.4", "--workers", "2")
 PROMPTS = 108
 
 

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import s3fs
 
-_HERE = Path(__file__).parent
+from tests.integration import launch_bucket
+from tests.integration.ray import ray_cluster as ray_processes
+from tests.integration.slurm import slurm_cluster
 
 
-def _load(path: Path) -> ModuleType:
-    """A neighbouring file; under importmode=importlib test folders are not on the search path."""
-    name = f"ldm_integration_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+@pytest.fixture(autouse=True)
+def no_cached_clients() -> None:
+    """fsspec keeps S3 clients for ever, with the endpoint of a server that an earlier module stopped."""
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """S3 server with shards."""
-    made = _load(_HERE / "launch_bucket.py").Bucket(tmp_path_factory.mktemp("bucket"))
+    made = launch_bucket.Bucket(tmp_path_factory.mktemp("bucket"))
     with made.server:
         yield made
 
@@ -45,14 +39,13 @@ def unbroken(bucket: Any) -> Any:
 @pytest.fixture(scope="session")
 def slurm(bucket: Any) -> Iterator[Any]:
     """munged, slurmctld and three slurmd."""
-    module = _load(_HERE / "slurm" / "slurm_cluster.py")
-    sentence = module.missing_sentence()
+    sentence = slurm_cluster.missing_sentence()
     if sentence is not None:
         pytest.skip(sentence)
     # Not pytest's temporary folder: munge wants a path that nobody else can write, and short sockets.
     root = Path(tempfile.mkdtemp(prefix="ldm-slurm-"))
     root.chmod(0o755)
-    cluster = module.SlurmCluster(root, bucket.environment)
+    cluster = slurm_cluster.SlurmCluster(root, bucket.environment)
     try:
         cluster.start()
         yield cluster
@@ -64,12 +57,11 @@ def slurm(bucket: Any) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def ray_cluster(bucket: Any) -> Iterator[Any]:
     """A head and two raylets."""
-    module = _load(_HERE / "ray" / "ray_cluster.py")
-    sentence = module.missing_sentence()
+    sentence = ray_processes.missing_sentence()
     if sentence is not None:
         pytest.skip(sentence)
     root = Path(tempfile.mkdtemp(prefix="ldmray"))  # holds sockets: their paths must stay short
-    cluster = module.RayCluster(root, bucket.environment)
+    cluster = ray_processes.RayCluster(root, bucket.environment)
     try:
         cluster.start()
         yield cluster

@@ -53,7 +53,7 @@ def tiny_config() -> dict[str, Any]:
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
         "ema": {"decay": 0.9},
         "distributed": {
-            "engine": "torch",
+            "engine": "deepspeed",
             "ranks": 2,
             "zero_stage": 1,
             "precision": "fp32",

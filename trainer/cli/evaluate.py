@@ -20,7 +20,6 @@ from trainer.config.io import config_from_dict
 from trainer.evaluation.reconstruction import reconstruction_metrics
 from trainer.first_stage.build import load_first_stage
 from trainer.first_stage.perceptual import load_perceptual
-from trainer.pixels import to_unit_range
 from trainer.weights import read_metadata
 
 EXAMPLE = "example: ldm evaluate reconstruction s3://bucket/first_stage.safetensors --shards 's3://bucket/val/*.tar'"
@@ -56,4 +55,4 @@ def _pictures(shards: str, samples: int, image_size: int) -> Iterator[Tensor]:
     data = DataConfig(shards=shards, image_size=image_size, require_caption=False, workers=0)
     batches = build_loader(data, seed=0, global_batch_size=BATCH, rank=0, world_size=1, position=None)
     for _ in tqdm(range(-(-samples // BATCH)), unit="batch", desc="reconstruction"):
-        yield to_unit_range(next(batches).pixels)
+        yield next(batches).pixels

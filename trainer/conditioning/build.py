@@ -14,16 +14,23 @@ from trainer.conditioning.image_size import ImageSize
 from trainer.conditioning.layout import Layout
 from trainer.conditioning.low_resolution import LowResolution
 from trainer.conditioning.masked_image import MaskedImage
-from trainer.conditioning.openclip import OpenCLIP
 from trainer.conditioning.spatial import Depth, SemanticMap
 from trainer.conditioning.text_transformer import TextTransformer
-from trainer.config.models import ConditioningConfig, FirstStageConfig
+from trainer.config.models import ConditioningConfig, FirstStageConfig, OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.rng import Purpose, uniform
 
+
+def _openclip(config: OpenCLIPConfig, first_stage: FirstStageConfig, index: int) -> Condition:
+    # open_clip takes four seconds to import, which every rank of a run without it would pay for.
+    from trainer.conditioning.openclip import OpenCLIP
+
+    return OpenCLIP(config, first_stage, index)
+
+
 CONDITIONERS: dict[str, Callable[[Any, FirstStageConfig, int], Condition]] = {
-    "openclip": OpenCLIP,
-    "openclip_second": OpenCLIP,
+    "openclip": _openclip,
+    "openclip_second": _openclip,
     "text_transformer": TextTransformer,
     "class_label": ClassLabel,
     "layout": Layout,
@@ -33,8 +40,8 @@ CONDITIONERS: dict[str, Callable[[Any, FirstStageConfig, int], Condition]] = {
     "depth": Depth,
     "image_size": ImageSize,
 }
-"""Section of ConditioningConfig -> its class, called with (section, first stage, index). The index is the
-section's position in ConditioningConfig: random draws and seeded weights are keyed by it."""
+"""Section of ConditioningConfig -> what makes its condition from (section, first stage, index). The index is
+the section's position in ConditioningConfig: random draws and seeded weights are keyed by it."""
 
 
 class FrozenConditions:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import open_clip
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from open_clip import SimpleTokenizer
 
 REMEMBERED_WORDS = 200_000
 """Words whose ids are kept; beyond that all are forgotten. Billions of captions hold endless rare words."""
@@ -68,5 +70,7 @@ class ClipTokenizer:
 
 
 @functools.cache
-def _shared_encoder() -> open_clip.SimpleTokenizer:
+def _shared_encoder() -> SimpleTokenizer:
+    import open_clip  # takes seconds, and only CLIP's vocabulary needs it
+
     return open_clip.SimpleTokenizer()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -62,6 +65,20 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=source)
     return values[0]
+
+
+def from_main_rank(make: Callable[[], T], *, raises: type[Exception]) -> T:
+    """What `make` gives on rank 0, or the `raises` it raises there, on every rank; the others only wait."""
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = make()
+        except raises as raised:
+            error = raised
+    value, error = broadcast_object((value, error))
+    if error is not None:
+        raise error
+    return cast(T, value)
 
 
 def barrier() -> None:

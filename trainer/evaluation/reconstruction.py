@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.perceptual import PerceptualDistance
+from trainer.pixels import to_bytes, to_unit_range
 
 WINDOW_EDGE = 11
 WINDOW_SIGMA = 1.5
@@ -75,9 +76,9 @@ def reconstruction_metrics(
     sums = {"psnr": 0.0, "ssim": 0.0} | ({"psim": 0.0} if perceptual is not None else {})
     pictures = 0
     for batch in batches:
-        pixels = batch.float() / 127.5 - 1.0
-        made = first_stage.decode(first_stage.latents(pixels, None))
-        made = made.clamp(-1.0, 1.0).add(1.0).mul(127.5).round() / 127.5 - 1.0
+        assert batch.dtype == torch.uint8, batch.dtype
+        pixels = to_unit_range(batch)
+        made = to_unit_range(to_bytes(first_stage.decode(first_stage.latents(pixels, None))))
         sums["psnr"] += float(psnr(pixels, made).sum())
         sums["ssim"] += float(ssim(pixels, made).sum())
         if perceptual is not None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from trainer.config.models import FirstStageConfig
 from trainer.first_stage.base import FirstStage
-from trainer.first_stage.networks import Decoder, Encoder, match_parameters
+from trainer.first_stage.networks import Decoder, Encoder, initialise_convolutions, match_parameters
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -35,6 +35,7 @@ class AutoencoderKL(FirstStage):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
+        initialise_convolutions(self)
         # One element, not a 0-d tensor, which DeepSpeed cannot broadcast.
         self.logvar = None if logvar is None else nn.Parameter(torch.tensor([logvar]))
 

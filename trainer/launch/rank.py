@@ -15,6 +15,7 @@ from typing import Literal
 
 from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
+from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, classify, normalize
 
 LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
@@ -26,7 +27,6 @@ RESTARTS_VARIABLE = "LDM_RESTARTS"
 Task = Literal["train", "doctor"]
 
 _PR_SET_PDEATHSIG = 1
-_QUIET = ("DeepSpeed", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx")
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +63,7 @@ def main(arguments: list[str]) -> int:
     """Entry point of a spawned rank."""
     _die_with_launcher()
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    prefix = "" if rank == "0" else f"[rank {rank}] "
-    logging.basicConfig(
-        level=os.environ.get("LDM_LOG_LEVEL", "INFO"), format=f"{prefix}%(levelname)s %(message)s"
-    )
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    configure_logging("" if rank == "0" else f"[rank {rank}] ")
     path, task = arguments
     config = config_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     code = run_rank(config, "doctor" if task == "doctor" else "train")

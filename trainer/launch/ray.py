@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import re
 import signal
 import sys
@@ -33,6 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from data_pipeline.storage import filesystem
 from trainer.config.io import config_from_dict, config_to_dict, load_config
 from trainer.config.run import Config, ConfigError
+from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, RetryableFault, combine, normalize, should_restart
 from trainer.launch.progress import latest_record, newest_checkpoint
 from trainer.launch.rank_process import Place, RankProcess
@@ -90,7 +90,7 @@ class _SaveBeforeResize(ControllerCallback):
 def main(argv: Sequence[str] | None = None) -> int:
     """The driver: exit codes are those of `ldm train`."""
     args = _parser().parse_intermixed_args(argv)
-    logging.basicConfig(level=os.environ.get("LDM_LOG_LEVEL", "INFO"), format="%(levelname)s %(message)s")
+    configure_logging()
     try:
         config = load_config(args.config, args.overrides)
         ray.init(log_to_driver=True, logging_level=logging.WARNING)

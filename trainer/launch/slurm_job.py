@@ -25,6 +25,7 @@ import fsspec
 
 from trainer.config.io import config_to_dict, dump_yaml, load_config
 from trainer.config.run import Config, ConfigError
+from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
 
 logger = logging.getLogger(__name__)
@@ -278,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point for slurm/train_ldm.sh."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    configure_logging()
     args = _parser().parse_args(argv)
     if args.command == "decide":
         return _record_and_decide(args)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,24 +12,12 @@ from typing import Any
 
 import pytest
 
+from tests.integration.hosts import network as network_module
+
 pytestmark = [pytest.mark.slow]
 
 LIMIT_S = 1500.0
 COLLECTIVE_TIMEOUT_S = 900.0
-
-
-def _load() -> Any:
-    name = "ldm_integration_network"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("network.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-network_module = _load()
 
 
 @pytest.fixture
