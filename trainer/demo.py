@@ -27,7 +27,7 @@ FIRST_STAGE_RUN = f"s3://{BUCKET}/runs/first_stage"
 FIRST_STAGE_FILE = f"s3://{BUCKET}/first_stage.safetensors"
 RUN = f"s3://{BUCKET}/runs/text_to_image"
 SAMPLES = 6000
-SCENES = ("--objects", "1:1", "--size", "72:104", "--radius", "0.25:0.4", "--workers", "2")
+SCENES = ("--objects", "1:1", "--size", "72:96", "--radius", "0.3:0.44", "--workers", "2")
 PROMPTS = 108
 
 
@@ -74,7 +74,7 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         _stage("3/6", "how well it reconstructs", started)
         quality = folder / "reconstruction.json"
         _ldm(environment, "evaluate", "reconstruction", FIRST_STAGE_FILE, "--shards", f"{SHARDS}/*.tar",
-             "--image-size", "64", "--samples", "512", "--out", str(quality))  # fmt: skip
+             "--image-size", "48", "--samples", "512", "--out", str(quality))  # fmt: skip
         _stage("4/6", "text-conditioned latent diffusion", started)
         config = str(CONFIGS / "demo_text_to_image.yaml")
         _ldm(environment, "train", config, f"run_dir={RUN}", *overrides)

@@ -84,7 +84,9 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_permutation_is_fixed_for_ever() -> None:
     """A change of this sequence would break every stored position."""
-    assert permutation(42, 8).tolist() == permutation(42, 8).tolist()
+    assert permutation(42, 8).tolist() == [7, 4, 0, 2, 6, 5, 1, 3]
+    assert permutation(2**63 + 5, 5).tolist() == [2, 3, 4, 1, 0]
+    assert permutation(7, 1000)[:6].tolist() == [837, 984, 354, 427, 88, 891]
     assert sorted(permutation(42, 1000).tolist()) == list(range(1000))
     first = [permutation(key, 3).tolist() for key in range(600)]
     counts = [first.count(list(p)) for p in itertools.permutations(range(3))]
