@@ -129,7 +129,7 @@ def our_arm(
     def save(_: Path) -> Callable[[], object]:
         nonlocal step
         step += 1
-        manager.save(step, {"unet": engine}, ema, state={"step": step}, tensors={})
+        manager.save(step, {"unet": engine}, ema, state={"step": step}, tensors={}, loss=None)
         assert manager.last_save is not None
         arm.num_bytes = manager.last_save.num_bytes
         return manager.wait

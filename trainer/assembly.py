@@ -80,6 +80,7 @@ class Run:
             self.ema,
             state={"train": self.state.state_dict(position), "healer": self.healer.state()},
             tensors=self.stage.state(),
+            loss=self.healer.recent_loss,
         )
         self.sinks.flush()
 

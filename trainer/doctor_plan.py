@@ -91,7 +91,7 @@ def check_memory(config: Config, env: DistributedEnv) -> list[Check]:
 def check_disk(config: Config, env: DistributedEnv) -> list[Check]:
     """Room for the checkpoints that retention keeps, plus the one being written. Collective."""
     size = plan(config, env.world_size).checkpoint_bytes
-    kept = config.checkpoint.keep_last + 1
+    kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     if config.checkpoint.keep_every:
         kept += config.steps // config.checkpoint.keep_every
     wanted = size * kept
@@ -105,7 +105,7 @@ def check_disk(config: Config, env: DistributedEnv) -> list[Check]:
             raise OSError(f"{detail} need {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
         return f"{detail}, {free / 2**30:.1f} GiB are free"
 
-    remedy = "free space, choose another run_dir, or lower checkpoint.keep_last or keep_every."
+    remedy = "free space, choose another run_dir, or lower checkpoint.keep_last, keep_every or keep_best."
     return [on_every_rank("disk", remedy, examine)]
 
 

@@ -75,6 +75,11 @@ class Healer:
         """Every rewind of this run, oldest first."""
         return tuple(self._incidents)
 
+    @property
+    def recent_loss(self) -> float | None:
+        """Mean of the losses in the running window, the same on every rank; None while there are none."""
+        return statistics.fmean(self._losses) if self._losses else None
+
     def check(self, step: int, loss: float, grad_norm: float | None, ordinals: Iterable[int]) -> Verdict:
         """The verdict on optimizer step `step`, whose global batch was `ordinals`."""
         kind, value, zscore = self._symptom(loss, grad_norm)

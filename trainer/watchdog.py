@@ -7,12 +7,11 @@ import itertools
 import logging
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -177,27 +176,6 @@ def is_stopped(pid: int) -> bool:
         return False
     # The name, in parentheses, may hold anything; the state follows it.
     return status.rpartition(")")[2].split()[0] == "T"
-
-
-class SlowRanks:
-    """Finds ranks that do their own work slower than the others, again and again.
-
-    Feed it, at each log interval, every rank's seconds of work that waits for no other rank (data,
-    encoding); step time itself is the same on all ranks, since everyone waits for the slowest.
-    A rank is reported once it took `ratio` times the median in `patience` reports running.
-    """
-
-    def __init__(self, *, ratio: float = 1.5, patience: int = 3) -> None:
-        self._ratio = ratio
-        self._patience = patience
-        self._strikes: dict[int, int] = defaultdict(int)
-
-    def observe(self, seconds: Sequence[float]) -> list[int]:
-        """Ranks that are slow as of this report; `seconds` holds one figure per rank."""
-        limit = self._ratio * statistics.median(seconds)
-        for rank, value in enumerate(seconds):
-            self._strikes[rank] = self._strikes[rank] + 1 if value > limit > 0 else 0
-        return [rank for rank in range(len(seconds)) if self._strikes[rank] >= self._patience]
 
 
 def _exit_retryable() -> None:

@@ -214,7 +214,7 @@ def test_the_plan_counts_what_a_checkpoint_holds(tmp_path: Path) -> None:
 def test_too_little_memory_or_disk_fails(
     tmp_path: Path, env: DistributedEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = config(tmp_path, checkpoint=CheckpointConfig(keep_last=3))
+    small = config(tmp_path, checkpoint=CheckpointConfig(keep_last=3, keep_best=2))
     monkeypatch.setattr(doctor_plan, "_available_host_bytes", lambda: 1_000_000)
     (memory,) = check_memory(small, env)
     assert not memory.passed
@@ -222,7 +222,7 @@ def test_too_little_memory_or_disk_fails(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     (disk,) = check_disk(small, env)
     assert not disk.passed
-    assert "4 checkpoints" in disk.detail
+    assert "6 checkpoints" in disk.detail
 
 
 def test_the_table_shows_remedies_only_for_failures() -> None:

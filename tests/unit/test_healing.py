@@ -113,6 +113,17 @@ def test_a_rewind_keeps_incidents_and_restores_the_history() -> None:
     assert healer.state()["losses"] == saved["losses"]
 
 
+def test_the_recent_loss_is_the_mean_of_the_window_and_travels_with_the_state() -> None:
+    healer = Healer(HealingConfig(spike_window=2))
+    assert healer.recent_loss is None
+    for step, loss in enumerate((9.0, 0.5, math.nan, 0.25)):
+        healer.check(step, loss, 1.0, [step])
+    assert healer.recent_loss == 0.375
+    resumed = Healer(HealingConfig(spike_window=2))
+    resumed.load_state(json.loads(json.dumps(healer.state())))
+    assert resumed.recent_loss == 0.375
+
+
 def test_journal_is_merged_once() -> None:
     first = Healer(HealingConfig())
     first.check(5, math.nan, None, [8, 9])

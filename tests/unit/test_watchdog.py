@@ -1,4 +1,4 @@
-"""The watchdog: allowances, hang detection, the board, and slow ranks."""
+"""The watchdog: allowances, hang detection and the board."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 
 from trainer.exit_codes import ExitCode
 from trainer.heartbeat import BOARD_VARIABLE, Board, board_from_environment
-from trainer.watchdog import SlowRanks, Watchdog, stopped_children
+from trainer.watchdog import Watchdog, stopped_children
 
 
 def test_allowance_is_generous_first_and_follows_the_slowest_recent_step() -> None:
@@ -146,18 +146,3 @@ def test_watchdog_thread_ticks_on_the_board_while_the_loop_is_silent(tmp_path: P
         assert (later.step, later.phase, later.beat) == (5, "data", first.beat)
         assert later.tick > first.tick
     assert board.read(0).phase == "exit"
-
-
-def test_a_rank_must_be_slow_repeatedly() -> None:
-    slow = SlowRanks(ratio=1.5, patience=3)
-    for _ in range(2):
-        assert slow.observe([1.0, 1.1, 1.6, 0.9]) == []
-    assert slow.observe([1.0, 1.1, 1.6, 0.9]) == [2]
-    assert slow.observe([1.0, 1.1, 1.2, 0.9]) == []
-    assert slow.observe([1.0, 1.1, 1.6, 0.9]) == []
-
-
-def test_equal_or_idle_ranks_are_never_slow() -> None:
-    slow = SlowRanks(patience=1)
-    assert slow.observe([0.0, 0.0]) == []
-    assert slow.observe([2.0]) == []

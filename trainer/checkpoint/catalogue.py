@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from data_pipeline.storage import exists, join, read_bytes
@@ -22,6 +23,15 @@ class CheckpointHandle:
     def step(self) -> int:
         """Optimizer steps made when it was taken."""
         return self.manifest.step
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay; the fields are those of CheckpointConfig."""
+
+    keep_last: int
+    keep_every: int
+    keep_best: int
 
 
 def checkpoints_url(run_dir: str) -> str:
@@ -71,14 +81,21 @@ def problems(handle: CheckpointHandle, files: tuple[StoredFile, ...]) -> list[st
     return found
 
 
-def steps_to_keep(committed: list[int], keep_last: int, keep_every: int) -> set[int]:
-    """The newest `keep_last` (at least one) and, for ever, the multiples of `keep_every`."""
-    newest = sorted(committed, reverse=True)[: max(1, keep_last)]
-    for_ever = [step for step in committed if keep_every and step % keep_every == 0]
-    return {*newest, *for_ever}
+def steps_to_keep(losses: Mapping[int, float | None], retention: Retention) -> set[int]:
+    """The newest `keep_last` (at least one), for ever the multiples of `keep_every`, the `keep_best` best.
+
+    Args:
+        losses: recent training loss by committed step; None is never among the best, and of equal ones
+            the newer is the better.
+    """
+    newest = sorted(losses, reverse=True)[: max(1, retention.keep_last)]
+    for_ever = [step for step in losses if retention.keep_every and step % retention.keep_every == 0]
+    ranked = sorted((loss, -step) for step, loss in losses.items() if loss is not None)
+    best = [-negative for _, negative in ranked[: retention.keep_best]]
+    return {*newest, *for_ever, *best}
 
 
-def retire(folder: str, newest: int, keep_last: int, keep_every: int) -> list[int]:
+def retire(folder: str, newest: int, retention: Retention) -> list[int]:
     """Remove the checkpoints that are not kept, and what older attempts left half-written.
 
     Args:
@@ -89,7 +106,10 @@ def retire(folder: str, newest: int, keep_last: int, keep_every: int) -> list[in
     """
     steps = [step for step in steps_found(folder) if step <= newest]
     committed = [step for step in steps if is_committed(folder, step)]
-    removed = [step for step in steps if step not in steps_to_keep(committed, keep_last, keep_every)]
+    # Each manifest is a request to storage and may be large: they are opened only if losses matter.
+    losses = {step: _loss(folder, step) if retention.keep_best else None for step in committed}
+    kept = steps_to_keep(losses, retention)
+    removed = [step for step in steps if step not in kept]
     for step in removed:
         url = join(folder, folder_name(step))
         # Without its manifest it no longer counts, whatever happens next.
@@ -97,6 +117,13 @@ def retire(folder: str, newest: int, keep_last: int, keep_every: int) -> list[in
         remove(url)
     _remove_leftovers(join(folder, folder_name(newest)))
     return removed
+
+
+def _loss(folder: str, step: int) -> float | None:
+    try:
+        return open_checkpoint(join(folder, folder_name(step))).manifest.loss
+    except BadManifest:
+        return None  # damaged: nothing to keep it for
 
 
 def _remove_leftovers(url: str) -> None:

@@ -33,6 +33,8 @@ class CheckpointRow:
     """Ranks that wrote it."""
     networks: tuple[str, ...] = ()
     averages: tuple[str, ...] = ()
+    loss: float | None = None
+    """Recent training loss; None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def _row(step: int, url: str) -> CheckpointRow:
         num_shards=len(manifest.shards),
         networks=tuple(manifest.shapes),
         averages=tuple(kind.removeprefix("ema.") for kind in kinds if kind.startswith("ema.")),
+        loss=manifest.loss,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from data_pipeline.storage import join, read_bytes
 from trainer.checkpoint.catalogue import (
     CheckpointHandle,
+    Retention,
     checkpoints_url,
     folder_name,
     open_checkpoint,
@@ -101,20 +102,23 @@ class CheckpointManager:
         *,
         state: dict[str, Any],
         tensors: dict[str, Tensor],
+        loss: float | None,
     ) -> None:
         """Take a checkpoint. When writing is asynchronous, returns once the state is copied.
 
         Args:
             state: JSON-able; the same on every rank.
             tensors: small ones beside the weights; rank 0's count.
+            loss: recent training loss, by which `checkpoint.keep_best` chooses; rank 0's counts.
 
         Raises:
             ConfigError, RetryableFault: on all ranks: this save failed, or, when asynchronous, the
                 one before. Earlier checkpoints are intact.
         """
         kinds = {name: _kinds(engine, ema) for name, engine in engines.items()}
-        folder, keep_every = checkpoints_url(self._config.run_dir), self._config.checkpoint.keep_every
-        self._submit(folder, step, engines, ema, kinds, state, tensors, keep_every)
+        wanted = self._config.checkpoint
+        retention = Retention(wanted.keep_last, wanted.keep_every, wanted.keep_best)
+        self._submit(self._folder, step, engines, ema, kinds, state, tensors, loss, retention)
 
     def save_snapshot(
         self, step: int, engines: Mapping[str, Engine], ema: EMA, *, tensors: dict[str, Tensor]
@@ -126,7 +130,9 @@ class CheckpointManager:
         profiles = tuple(f"ema.{profile}" for profile in ema.profiles if profile != DECAY_PROFILE)
         averaged = {name: engine for name, engine in engines.items() if engine.fragments() is ema.fragments}
         kinds = dict.fromkeys(averaged, profiles)
-        self._submit(snapshots_url(self._config.run_dir), step, averaged, ema, kinds, {}, tensors, 1)
+        folder = snapshots_url(self._config.run_dir)
+        for_ever = Retention(keep_last=1, keep_every=1, keep_best=0)
+        self._submit(folder, step, averaged, ema, kinds, {}, tensors, None, for_ever)
 
     def _submit(
         self,
@@ -137,7 +143,8 @@ class CheckpointManager:
         kinds: dict[str, tuple[str, ...]],
         state: dict[str, Any],
         tensors: dict[str, Tensor],
-        keep_every: int,
+        loss: float | None,
+        retention: Retention,
     ) -> None:
         begun = time.perf_counter()
         self.wait()
@@ -149,8 +156,8 @@ class CheckpointManager:
         commit: Commit | None = None
         if self._env.is_main:
             shapes = {name: engine.parameter_shapes for name, engine in engines.items()}
-            manifest = Manifest(step, (), _EMPTY, _EMPTY, all_tables, kinds, shapes)
-            commit = self._commit(manifest, engines, ema, state, tensors, keep_every)
+            manifest = Manifest(step, (), _EMPTY, _EMPTY, all_tables, kinds, shapes, loss)
+            commit = self._commit(manifest, engines, ema, state, tensors, retention)
         self._attempts += 1
         attempt = f"{self._session}{self._attempts:04x}"
         self._writer.submit(Job(folder, step, attempt, self._env.rank, plan, commit), buffer)
@@ -248,7 +255,7 @@ class CheckpointManager:
         ema: EMA,
         state: dict[str, Any],
         tensors: dict[str, Tensor],
-        keep_every: int,
+        retention: Retention,
     ) -> Commit:
         everything = {
             "step": manifest.step,
@@ -264,8 +271,7 @@ class CheckpointManager:
             manifest=manifest,
             state=json.dumps(everything).encode(),
             tensors=safetensors.torch.save(small),
-            keep_last=self._config.checkpoint.keep_last,
-            keep_every=keep_every,
+            retention=retention,
             patience_s=_PATIENCE_S,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,8 @@ class Manifest:
     """Flat tensors of each engine, the same in all shards."""
     shapes: dict[str, dict[str, tuple[int, ...]]]
     """Whole shape of every parameter, by engine."""
+    loss: float | None
+    """Recent training loss, by which the best are kept; None where it is not known."""
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
@@ -71,6 +74,8 @@ class Manifest:
             "tables": [tables_to_json(tables) for tables in self.tables],
             "kinds": self.kinds,
             "shapes": self.shapes,
+            # JSON has no NaN and no infinity.
+            "loss": self.loss if self.loss is not None and math.isfinite(self.loss) else None,
         }
         return json.dumps({"checksum": _checksum(body), **body}, separators=(",", ":")).encode()
 
@@ -97,6 +102,7 @@ class Manifest:
                 engine: {name: tuple(shape) for name, shape in shapes.items()}
                 for engine, shapes in body["shapes"].items()
             },
+            loss=body.get("loss"),  # manifests of earlier versions do not have it
         )
 
 

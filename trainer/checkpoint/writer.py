@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from data_pipeline.storage import join
-from trainer.checkpoint.catalogue import folder_name, retire
+from trainer.checkpoint.catalogue import Retention, folder_name, retire
 from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
 from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile
 from trainer.checkpoint.storage import list_names, read_whole, write_whole
@@ -30,8 +30,7 @@ class Commit:
     """JSON."""
     tensors: bytes
     """safetensors."""
-    keep_last: int
-    keep_every: int
+    retention: Retention
     patience_s: float
     """How long the other ranks may take longer than this one."""
 
@@ -101,7 +100,7 @@ def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = l
     )
     write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())
     try:
-        return retire(job.folder, job.step, commit.keep_last, commit.keep_every)
+        return retire(job.folder, job.step, commit.retention)
     except (OSError, ValueError, RetryableFault) as error:
         # The new checkpoint counts; old ones that stay cost only space.
         logger.warning("old checkpoints in %s could not be removed: %s", job.folder, error)
@@ -142,11 +141,7 @@ def job_to_header(job: Job) -> tuple[dict[str, object], list[bytes]]:
     if job.commit is None:
         return header, []
     commit = job.commit
-    header["commit"] = {
-        "keep_last": commit.keep_last,
-        "keep_every": commit.keep_every,
-        "patience_s": commit.patience_s,
-    }
+    header["commit"] = {"retention": vars(commit.retention), "patience_s": commit.patience_s}
     return header, [commit.manifest.to_bytes(), commit.state, commit.tensors]
 
 
@@ -159,7 +154,8 @@ def job_from_header(header: dict[str, object], blobs: list[bytes]) -> Job:
     parts: Commit | None = None
     if isinstance(commit, dict):
         manifest, state, tensors = blobs
-        parts = Commit(Manifest.from_bytes(manifest), state, tensors, **commit)
+        retention = Retention(**commit["retention"])
+        parts = Commit(Manifest.from_bytes(manifest), state, tensors, retention, commit["patience_s"])
     return Job(
         folder=str(header["folder"]),
         step=int(str(header["step"])),

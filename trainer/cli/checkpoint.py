@@ -25,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
     """Print one line per checkpoint; `verify` exits with 1 when one is damaged."""
     if args.command == "list":
         for row in list_checkpoints(args.source):
-            what = f"{row.num_bytes / 1e6:10.1f} MB  {row.num_shards} shard(s)  {', '.join(row.networks)}"
+            loss = "-" if row.loss is None else f"{row.loss:.4g}"
+            size = f"{row.num_bytes / 1e6:10.1f} MB  {row.num_shards} shard(s)"
+            what = f"loss {loss:>9}  {size}  {', '.join(row.networks)}"
             print(f"{row.step:>9}  {what if row.complete else f'INCOMPLETE: {row.problem}'}  {row.url}")
         return 0
     damaged = 0

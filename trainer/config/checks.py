@@ -27,7 +27,7 @@ def _require(condition: bool, message: str) -> None:
 def _check_sizes(config: Config) -> None:
     for name in ("steps", "global_batch_size", "micro_batch_size"):
         _require(getattr(config, name) >= 1, f"{name} must be at least 1.")
-    for name in ("checkpoint.every", "sampling.every", "logging.every"):
+    for name in ("checkpoint.every", "checkpoint.keep_best", "sampling.every", "logging.every"):
         section, key = name.split(".")
         _require(getattr(getattr(config, section), key) >= 0, f"{name} must not be negative.")
     _require(config.logging.every >= 1, "logging.every must be at least 1.")

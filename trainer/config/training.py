@@ -150,6 +150,8 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Also keep, for ever, checkpoints whose step is a multiple of this; 0: none."""
+    keep_best: int = 0
+    """Also keep the checkpoints with the lowest recent training loss; 0: none."""
     asynchronous: bool = True
     """Write from a separate process while training goes on; only the copy to host memory blocks."""
 

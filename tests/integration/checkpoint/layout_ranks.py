@@ -59,7 +59,7 @@ def train_leg(
     losses = [_step(env, config, engines, ema, step) for step in range(first_step, first_step + steps)]
     last = first_step + steps
     saved = _digests(engines, ema)
-    manager.save(last, engines, ema, state={"step": last}, tensors={})
+    manager.save(last, engines, ema, state={"step": last}, tensors={}, loss=None)
     manager.wait()
     manager.close()
     return {"loaded": loaded, "outputs": outputs, "losses": losses, "saved": saved}

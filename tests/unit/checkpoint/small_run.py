@@ -39,12 +39,12 @@ class SmallRun:
             self.engine.step(0.05)
             self.ema.update(step + 1)
 
-    def save(self, state: dict[str, Any] | None = None) -> None:
+    def save(self, state: dict[str, Any] | None = None, loss: float | None = None) -> None:
         """A checkpoint of now, committed."""
-        self.begin_save(state)
+        self.begin_save(state, loss)
         self.manager.wait()
 
-    def begin_save(self, state: dict[str, Any] | None = None) -> None:
+    def begin_save(self, state: dict[str, Any] | None = None, loss: float | None = None) -> None:
         """A checkpoint of now."""
         self.manager.save(
             self.engine.optimizer_steps,
@@ -52,6 +52,7 @@ class SmallRun:
             self.ema,
             state=state or {"note": "x"},
             tensors={"latent_scale": torch.full((4,), 0.5)},
+            loss=loss,
         )
 
     def everything(self) -> list[torch.Tensor]:
@@ -69,6 +70,7 @@ def build_small_run(
     asynchronous: bool = False,
     keep_last: int = 2,
     keep_every: int = 0,
+    keep_best: int = 0,
     width: int = 4,
     ema: EMAConfig | None = None,
     seed: int = 0,
@@ -79,7 +81,9 @@ def build_small_run(
         global_batch_size=2,
         micro_batch_size=2,
         distributed=DistributedConfig(engine="torch", precision="fp32"),
-        checkpoint=CheckpointConfig(asynchronous=asynchronous, keep_last=keep_last, keep_every=keep_every),
+        checkpoint=CheckpointConfig(
+            asynchronous=asynchronous, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best
+        ),
         ema=ema or EMAConfig(decay=0.9, power_stds=(0.1,)),
     )
     env = DistributedEnv.detect({})

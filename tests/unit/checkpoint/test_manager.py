@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from trainer.checkpoint.commands import find_checkpoint, list_checkpoints, verify
+from trainer.cli import checkpoint as command
 from trainer.config.run import ConfigError
 from trainer.config.training import EMAConfig
 
@@ -125,6 +128,42 @@ def test_retention(make_run: MakeRun) -> None:
         run.save()
     assert [row.step for row in list_checkpoints(run.config.run_dir)] == [7, 6, 3]
     assert all(row.complete for row in list_checkpoints(run.config.run_dir))
+
+
+LOSSES = (None, 0.5, 0.2, math.nan, 0.3, 0.2, 0.9, 0.4)
+"""By step; step 5 is as good as step 2, and newer."""
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(("keep_best", "kept"), [(0, [7]), (1, [7, 5]), (3, [7, 5, 4, 2])])
+def test_the_best_are_kept(make_run: MakeRun, asynchronous: bool, keep_best: int, kept: list[int]) -> None:
+    run = make_run(asynchronous=asynchronous, keep_last=1, keep_best=keep_best)
+    for loss in LOSSES:
+        run.save(loss=loss)
+        run.train(1)
+    rows = list_checkpoints(run.config.run_dir)
+    assert [(row.step, row.loss) for row in rows] == [(step, LOSSES[step]) for step in kept]
+
+
+def test_one_whose_loss_cannot_be_read_is_not_among_the_best(make_run: MakeRun) -> None:
+    run = make_run(keep_last=1, keep_best=1)
+    for loss in (0.1, 0.2):
+        run.save(loss=loss)
+        run.train(1)
+    tear_manifest(shard_of(run, 0))
+    run.save(loss=0.3)
+    assert [row.step for row in list_checkpoints(run.config.run_dir)] == [2, 1]
+
+
+def test_the_listing_shows_losses(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    run.save()
+    run.train(1)
+    run.save(loss=0.123456)
+    command.run(argparse.Namespace(command="list", source=run.config.run_dir))
+    newest, oldest = capsys.readouterr().out.splitlines()
+    assert newest.split()[:3] == ["1", "loss", "0.1235"]
+    assert oldest.split()[:3] == ["0", "loss", "-"]
 
 
 def test_retention_clears_what_a_killed_save_left(make_run: MakeRun) -> None:

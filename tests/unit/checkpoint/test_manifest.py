@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.checkpoint.layout import Span
-from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
+from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile, _checksum
 
 MANIFEST = Manifest(
     step=12,
@@ -19,6 +21,7 @@ MANIFEST = Manifest(
     tables=({"unet": (Span("w", 0, 6),)},),
     kinds={"unet": ("master", "exp_avg")},
     shapes={"unet": {"w": (2, 3), "scalar": ()}},
+    loss=0.25,
 )
 
 
@@ -40,6 +43,20 @@ def test_any_changed_byte_is_noticed(position: int, change: int) -> None:
 def test_any_cut_is_noticed(length: int) -> None:
     with pytest.raises(BadManifest):
         Manifest.from_bytes(MANIFEST.to_bytes()[:length])
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf, -math.inf])
+def test_a_loss_that_json_cannot_hold_is_unknown(loss: float | None) -> None:
+    data = replace(MANIFEST, loss=loss).to_bytes()
+    assert Manifest.from_bytes(data).loss is None
+    assert json.loads(data)["loss"] is None
+
+
+def test_a_manifest_without_a_loss_is_read() -> None:
+    body = json.loads(MANIFEST.to_bytes())
+    del body["checksum"], body["loss"]
+    data = json.dumps({"checksum": _checksum(body), **body}).encode()
+    assert Manifest.from_bytes(data) == replace(MANIFEST, loss=None)
 
 
 def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: list[str]) -> N
         ("data.image_size=100", "multiple"),
         ("conditioning.class_label={}", "data.conditions"),
         ("sampling.steps=2000", "num_timesteps"),
+        ("checkpoint.keep_best=-1", "checkpoint.keep_best must not be negative"),
         ("diffusion.zero_terminal_snr=true", "prediction"),
     ],
 )
