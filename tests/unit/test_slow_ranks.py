@@ -16,9 +16,9 @@ from trainer.config.run import Config
 from trainer.config.training import LoggingConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.metrics.sinks import Sinks
+from trainer.reports import Report, slow_record
 from trainer.slow_ranks import SlowRanks, own_seconds
 from trainer.state import TrainState
-from trainer.train import Report, slow_record
 
 
 def slow_in(slow_ranks: SlowRanks, seconds: list[float], step_s: float = 2.0) -> list[int]:
