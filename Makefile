@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-clean test test-all check bench format
+.PHONY: demo demo-clean test test-cluster test-all check bench format
 
 # DEMO='steps=2000' trains the second stage for longer.
 demo: $(STAMP)
@@ -15,6 +15,10 @@ demo-clean: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+# Real SLURM, real Ray, hosts with addresses of their own; says what is missing where it cannot run.
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -rs tests/integration/slurm tests/integration/ray tests/integration/hosts
 
 # Also the long ones: the kill matrix, chains of layouts, full fuzzing, training every task.
 test-all: $(STAMP)

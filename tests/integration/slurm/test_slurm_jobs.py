@@ -101,7 +101,7 @@ def test_requeued_by_hand_and_by_the_time_limit_it_resumes_and_finishes(
     steps = max(120, int(45 / statistics.median(gaps)))
     run = bucket.run("slurm-requeue")
     settings = [f"run_dir={run.url}", f"steps={steps}", "checkpoint.every=1000"]
-    limit = ["--time=60", "--signal=USR1@65"]
+    limit = ["--time=60", "--signal=USR1@115"]
     config = tmp_path / "given.yaml"
     config.write_text(bucket.config.read_text(encoding="utf-8"), encoding="utf-8")
     job = Job(slurm, tmp_path, *limit, str(SCRIPT), "given.yaml", *settings)
@@ -114,7 +114,8 @@ def test_requeued_by_hand_and_by_the_time_limit_it_resumes_and_finishes(
     assert first > 0, "the requeue ended the ranks before they could save"
 
     started = time.time() - slurm_seconds(slurm.field(job.number, "RunTime"))
-    minutes = int((time.time() - started) // 60) + 1
+    # One to two minutes are left: the signal is due at once, and there is time to save.
+    minutes = int((time.time() - started) // 60) + 2
     slurm.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
     job.until(lambda: len(job.attempts) > 1 or "SIGUSR1" in job.rank_log(2), "the signal")
     job.until(lambda: len(job.attempts) > 0 and job.attempts[-1]["attempt"] == 2, "the end of the attempt")
