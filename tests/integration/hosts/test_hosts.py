@@ -63,6 +63,9 @@ class TwoHosts:
     def wait(self) -> list[int]:
         return [rank.process.wait(LIMIT_S) for rank in self.ranks]
 
+    def everything(self) -> str:
+        return "".join(rank.text for rank in self.ranks)
+
     def texts(self) -> str:
         return "\n".join(f"{rank.log.name}:\n{rank.text[-3000:]}" for rank in self.ranks)
 
@@ -88,13 +91,13 @@ def test_a_cut_link_is_noticed_by_both_sides_and_the_run_ends_the_same(
         noticed_s = time.monotonic() - cut_at
         # By the watchdog (or a refused connection), not by the collective's timeout.
         assert noticed_s < COLLECTIVE_TIMEOUT_S, hosts.texts()
-        silences = [float(s) for s in re.findall(r"no progress for ([\d.]+) s in phase", hosts.texts())]
+        silences = re.findall(r"no progress for [\d.]+ s, in phase", hosts.everything())
         assert silences, hosts.texts()
         print(f"both ranks ended {noticed_s:.1f} s after the cut; silences {silences}")
     network.restore(1)
     with TwoHosts(network, bucket, run, tmp_path) as hosts:
         assert hosts.wait() == [0, 0], hosts.texts()
-        assert "resuming from step" in hosts.texts()
+        assert "resuming from step" in hosts.everything()
     assert run.losses() == unbroken.losses()
     assert run.fingerprint() == unbroken.fingerprint()
 
