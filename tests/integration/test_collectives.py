@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from data_pipeline.errors import DataError, NoShards
 from tests.integration.ranks import run_ranks
-from trainer.distributed import collectives
 
-FUNCTION = "tests/integration/test_collectives.py:once"
-
-
-def once(env: Any, marker: str, fails: bool) -> list[str]:
-    """What `from_main_rank` gives on this rank, and how often anybody made it."""
-
-    def make() -> str:
-        with Path(marker).open("a") as file:
-            file.write(f"{env.rank}\n")
-        if fails:
-            raise NoShards("nothing there")
-        return "made"
-
-    try:
-        found = collectives.from_main_rank(make, raises=DataError)
-    except NoShards as error:
-        found = str(error)
-    collectives.barrier()
-    return [found, Path(marker).read_text()]
+FUNCTION = "tests/integration/collective_ranks.py:once"
 
 
 def test_one_rank_makes_it_and_all_get_it_or_its_error(tmp_path: Path) -> None:

@@ -100,12 +100,18 @@ class UNet(nn.Module):
         context = None if context is None else context.to(dtype)
         embedding = F.silu(self._embed(timesteps, vector, class_labels, dtype))
         hidden = self.conv_in(x.to(dtype))
+        # Blocks take and return skip connections: under ZeRO-3 a module gets copies of the lists it is
+        # given, so that a list filled or emptied inside of one would not change here.
         skips = [hidden]
         for down_block in self.down_blocks:
-            hidden = down_block(hidden, embedding, context, skips)
+            hidden, made = down_block(hidden, embedding, context)
+            skips += made
         hidden = self.mid_block(hidden, embedding, context)
         for up_block in self.up_blocks:
-            hidden = up_block(hidden, embedding, context, skips)
+            start = len(skips) - len(up_block.resnets)  # type: ignore[arg-type]
+            size = skips[start - 1].shape[-2:] if start else None
+            hidden = up_block(hidden, embedding, context, skips[start:], size)
+            del skips[start:]
         return self.conv_out(F.silu(self.conv_norm_out(hidden)))
 
     def _embed(
@@ -161,7 +167,7 @@ class _BlockFactory:
 
 
 class DownBlock(nn.Module):
-    """One level on the way down; appends every feature map that the way up will need to `skips`."""
+    """One level on the way down; also returns every feature map that the way up will need."""
 
     def __init__(self, blocks: _BlockFactory, level: Level, in_channels: int, *, downsample: bool) -> None:
         super().__init__()
@@ -178,7 +184,10 @@ class DownBlock(nn.Module):
         elif downsample:
             self.downsampler = Downsample(level.channels)
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        skips = []
         for index, resnet in enumerate(self.resnets):
             x = _run(resnet, self.recompute, x, embedding)
             if self.attentions:
@@ -190,7 +199,7 @@ class DownBlock(nn.Module):
         elif self.downsampler is not None:
             x = self.downsampler(x)
             skips.append(x)
-        return x
+        return x, tuple(skips)
 
 
 class MidBlock(nn.Module):
@@ -211,7 +220,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level on the way up; takes its skip connections from the end of `skips`."""
+    """One level on the way up; uses its skip connections from last to first."""
 
     def __init__(
         self,
@@ -235,15 +244,23 @@ class UpBlock(nn.Module):
         elif upsample:
             self.upsampler = Upsample(level.channels)
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, skips: list[Tensor]) -> Tensor:
-        for index, resnet in enumerate(self.resnets):
-            x = torch.cat([x, skips.pop()], dim=1)
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        context: Tensor | None,
+        skips: list[Tensor],
+        size: tuple[int, int] | None,
+    ) -> Tensor:
+        """`size` is that of the next level, which is not always twice ours; None at the last."""
+        for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            x = torch.cat([x, skip], dim=1)
             x = _run(resnet, self.recompute, x, embedding)
             if self.attentions:
                 x = _run(self.attentions[index], self.recompute, x, context)
         if self.upsampler is None:
             return x
-        size = (skips[-1].shape[-2], skips[-1].shape[-1])  # of the next level; not always twice ours
+        assert size is not None
         if isinstance(self.upsampler, UpResBlock):
             return _run(self.upsampler, self.recompute, x, embedding, size)
         return self.upsampler(x, size)
