@@ -14,7 +14,7 @@ demo-clean: $(STAMP)
 	$(BIN)/ldm demo --fresh
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # Real SLURM, real Ray, hosts with addresses of their own; says what is missing where it cannot run.
 test-cluster: $(STAMP)

@@ -32,8 +32,8 @@ BATCH = 16
 WORKERS = 2
 
 
-def make_shards(folder: Path, samples: int, edge: int, per_shard: int = 100) -> None:
-    """Tars of JPEGs (quality 92, about 250 KB at 1024 pixels): smooth structure plus grain."""
+def make_shards(folder: Path, samples: int, edge: int, grain: float, per_shard: int = 100) -> None:
+    """Tars of JPEGs of quality 92: smooth structure plus grain, which decides about the bytes per pixel."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(-(-samples // per_shard)):
@@ -42,9 +42,9 @@ def make_shards(folder: Path, samples: int, edge: int, per_shard: int = 100) -> 
                 height, width = rng.integers(edge * 3 // 4, edge * 5 // 4, 2)
                 coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
                 smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-                grain = rng.normal(0, 3, (height, width, 1)).astype(np.float32)
+                noise = rng.normal(0, grain, (height, width, 1)).astype(np.float32)
                 out = io.BytesIO()
-                Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(
+                Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8)).save(
                     out, "JPEG", quality=92
                 )
                 key = f"{shard:05d}{i:04d}"
@@ -71,19 +71,25 @@ def ours(url: str, skip: int = 0) -> Iterator[int]:
             yield len(batch)
 
 
-def webdataset(url: str, skip: int = 0) -> Iterator[int]:
-    """Stock: shuffled shards, decode "pil", torchvision resize and crop, WebLoader."""
-    import torch
+def torchvision_transform() -> Any:
+    """What tutorials use on Pillow images."""
     import torchvision.transforms.v2 as T
+
+    return T.Compose(
+        [T.Resize(EDGE, antialias=True), T.RandomCrop(EDGE), T.RandomHorizontalFlip(), T.PILToTensor()]
+    )
+
+
+def webdataset(url: str, skip: int = 0) -> Iterator[int]:
+    """Stock: resampled shards, decode "pil", torchvision resize and crop, WebLoader."""
+    import torch
     import webdataset as wds
 
     del skip
-    transform = T.Compose(
-        [T.Resize(EDGE, antialias=True), T.RandomCrop(EDGE), T.RandomHorizontalFlip(), T.PILToTensor()]
-    )
+    transform = torchvision_transform()
     urls = sorted(str(p) for p in Path(url).parent.glob("*.tar"))
     dataset = (
-        wds.WebDataset(urls, resampled=True, shardshuffle=100, nodesplitter=wds.split_by_node)
+        wds.WebDataset(urls, resampled=True, nodesplitter=wds.split_by_node)
         .shuffle(1000)
         .decode("pil")
         .to_tuple("jpg", "txt")
@@ -98,13 +104,10 @@ def webdataset(url: str, skip: int = 0) -> Iterator[int]:
 
 def streaming(url: str, skip: int = 0) -> Iterator[int]:
     """MosaicML streaming on a converted copy (MDS, no compression), Pillow decode, torchvision transforms."""
-    import torchvision.transforms.v2 as T
     from streaming import StreamingDataLoader, StreamingDataset
 
     del skip
-    transform = T.Compose(
-        [T.Resize(EDGE, antialias=True), T.RandomCrop(EDGE), T.RandomHorizontalFlip(), T.PILToTensor()]
-    )
+    transform = torchvision_transform()
 
     class Pictures(StreamingDataset):
         def __getitem__(self, at: int) -> Any:
@@ -195,7 +198,7 @@ def _tree_rss() -> float:
 
 
 def decode_arms(folder: Path) -> None:
-    """One thread, bytes in memory: decode, resize, crop. Ours against Pillow; SSIM against Pillow."""
+    """One thread, bytes in memory: decode, resize, crop. Ours, stock and bare Pillow; SSIM against Pillow."""
     from data_pipeline.transforms import crop_pixels, decode, plan_crop
 
     with tarfile.open(next(iter(sorted(folder.glob("*.tar"))))) as tar:
@@ -215,18 +218,27 @@ def decode_arms(folder: Path) -> None:
         box = (left, top, left + edge, top + edge)
         return np.asarray(image.resize((EDGE, EDGE), Image.Resampling.BICUBIC, box=box))
 
-    rates: dict[str, list[float]] = {"ours": [], "pillow": []}
+    transform = torchvision_transform()
+
+    def stock(data: bytes) -> Any:
+        return transform(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    arms = {"ours": quick, "stock": stock, "pillow": pillow}
+    rates: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(3):
-        for name, function in (("ours", quick), ("pillow", pillow)):
+        for name, function in arms.items():
             start = time.process_time()
             for data in pictures:
                 function(data)
             rates[name].append(len(pictures) / (time.process_time() - start))
     quality = statistics.mean(ssim(quick(d), pillow(d)) for d in pictures[:20])
-    fast, slow = statistics.median(rates["ours"]), statistics.median(rates["pillow"])
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    mean_kb = statistics.mean(len(d) for d in pictures) / 1000
     print(
-        f"decode+resize+crop, 1 thread: ours {fast:.0f}/s, Pillow {slow:.0f}/s of CPU time, "
-        f"ratio {fast / slow:.2f}, SSIM {quality:.4f}"
+        f"decode+resize+crop of {mean_kb:.0f} KB JPEGs, images per CPU second of one thread: "
+        + ", ".join(f"{name} {rate:.0f}" for name, rate in median.items())
+        + f"; ours / stock {median['ours'] / median['stock']:.2f}, ours / Pillow "
+        f"{median['ours'] / median['pillow']:.2f}, SSIM {quality:.4f}"
     )
 
 
@@ -315,6 +327,9 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--edge", type=int, default=1024, help="source pictures, pixels")
+    parser.add_argument(
+        "--grain", type=float, default=3.0, help="noise of the source pictures: 3 makes JPEGs of about 250 KB"
+    )
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where shards are made or found")
@@ -330,7 +345,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(args.folder or temporary)
         if not (root / "bench").exists():
-            make_shards(root / "bench", args.samples, args.edge)
+            make_shards(root / "bench", args.samples, args.edge, args.grain)
         local = str(root / "bench" / "*.tar")
         decode_arms(root / "bench")
         results: dict[str, list[dict[str, float]]] = {}

@@ -50,6 +50,12 @@ class Dataset:
     """Samples of an epoch by aspect ratio."""
     fingerprint: str
     """Changes with anything the order depends on but the seed and lanes."""
+    name_depth: int
+    """Parts of a URL that make its short name unique."""
+
+    def sample_key(self, shard: int, key: str) -> str:
+        """How a sample is called in traces, reject files and removal lists: `shard/key`."""
+        return f"{storage.shard_name(self.urls[shard], self.name_depth)}/{key}"
 
     def order(self, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
         """Order of the samples. Raises DataError for lanes that do not fit."""
@@ -121,6 +127,7 @@ def open_dataset(
         mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
         aspects=_aspects(rows, entries),
         fingerprint=digest.hexdigest()[:16],
+        name_depth=storage.distinguishing_depth(urls),
     )
 
 

@@ -72,11 +72,10 @@ def explain_step(
             _accepted(order, dataset, views, lane, wanted, earlier * per_lane, per_lane)
         ):
             view = views.get(shard)
-            name = dataset.urls[shard].rpartition("/")[2].removesuffix(".tar")
             yield {
                 "step": step,
                 "slot": lane * per_lane + i,
-                "key": f"{name}/{view.keys[row].decode('utf-8', 'replace')}",
+                "key": dataset.sample_key(shard, view.keys[row].decode("utf-8", "replace")),
                 "lane": lane,
                 "epoch": state.epoch,
                 "offset": state.offset,

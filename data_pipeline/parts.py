@@ -207,8 +207,7 @@ class PartStream:
         )
 
     def _key(self, visit: Visit) -> str:
-        shard = self._task.dataset.urls[visit.shard].rpartition("/")[2].removesuffix(".tar")
-        return f"{shard}/{visit.key}"
+        return self._task.dataset.sample_key(visit.shard, visit.key)
 
     def _all_rejected(self, walk: LaneWalk) -> DataError:
         reasons = Counter(reason for reason, _, _, _ in self._rejects).most_common(3)

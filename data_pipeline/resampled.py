@@ -64,6 +64,7 @@ class ResampledLoader(Iterator[Batch]):
             for shard in storage.list_files(source.shards, timeout_s=config.request_timeout_s)
             for _ in range(source.repeat)
         ]
+        self._name_depth = storage.distinguishing_depth(self._urls)
         self._seed, self._rank = seed, rank
         self._size = global_batch_size // world_size
         self._global = global_batch_size
@@ -128,11 +129,10 @@ class ResampledLoader(Iterator[Batch]):
         edge = self._config.image_size
         spec = sample_arrays(edge, edge) | condition_arrays(self._config, edge, edge)
         row = {name: np.zeros((1, *shape), kind) for name, (kind, shape) in spec.items()}
-        key = f"{storage.name_of(str(sample.get('__url__', ''))).removesuffix('.tar')}/{sample['__key__']}"
+        own_key = str(sample["__key__"])
+        key = f"{storage.shard_name(str(sample.get('__url__', '')), self._name_depth)}/{own_key}"
         try:
-            if len(self._removed) and removed_record(
-                self._removed, str(sample["__key__"]), members.get("json")
-            ):
+            if len(self._removed) and removed_record(self._removed, (own_key, key), members.get("json")):
                 raise Rejected("removed")
             caption = fill_sample(
                 self._config,

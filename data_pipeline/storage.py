@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -125,6 +126,20 @@ def parent(url: str) -> str:
 def name_of(url: str) -> str:
     """Last part of a URL."""
     return url.rstrip("/").rpartition("/")[2]
+
+
+def distinguishing_depth(urls: Sequence[str]) -> int:
+    """How many last parts tell these URLs apart: 1 unless two folders hold files of the same name."""
+    distinct = set(urls)
+    depth = 1
+    while len({shard_name(url, depth) for url in distinct}) < len(distinct):
+        depth += 1
+    return depth
+
+
+def shard_name(url: str, depth: int) -> str:
+    """The last `depth` parts of a shard's URL, without `.tar`."""
+    return "/".join(url.split("/")[-depth:]).removesuffix(".tar")
 
 
 def expand_braces(url: str) -> list[str]:

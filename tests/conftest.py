@@ -1,9 +1,18 @@
-"""Shared by all tests: quiet libraries, few threads, no network."""
+"""Shared by all tests: quiet libraries, few threads, no network, and a word about what was left out."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from tests.integration.hosts import network
+from tests.integration.ray import ray_cluster
+from tests.integration.slurm import slurm_cluster
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,3 +21,35 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 # A shell that starts the tests in its background lets them, and every child, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+CLUSTERS = {"slurm": slurm_cluster, "ray": ray_cluster, "hosts": network}
+_left_out: Counter[str] = Counter()
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Remember what `-m "not slow"` takes away, by folder."""
+    _left_out.update(item.path.parent.name for item in items if item.get_closest_marker("slow"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist tells the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker leaves out the same tests."""
+    _left_out.clear()
+    _left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests were left out, and what those on real clusters need."""
+    for name, cluster in CLUSTERS.items():
+        if count := _left_out.pop(name, 0):
+            missing = cluster.missing_sentence()
+            how = f"first: {missing}" if missing else "run them with `make test-cluster`"
+            terminalreporter.write_line(f"left out: {count} tests on real {name}; {how}")
+    if others := _left_out.total():
+        terminalreporter.write_line(f"left out: {others} other long tests; run all with `make test-all`")

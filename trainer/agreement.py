@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.distributed import collectives
-from trainer.preemption import StopRequest
+from trainer.reliability.preemption import StopRequest
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from trainer.ema import EMA
 from trainer.exit_codes import FatalFault
 from trainer.first_stage.build import load_first_stage
 from trainer.first_stage.perceptual import build_perceptual
-from trainer.healing import Healer, Incident
 from trainer.interop.initialise import initialise
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.timer import StepTimer
+from trainer.reliability.healing import Healer, Incident
 from trainer.stages import autoencoder, diffusion
 from trainer.stages.stage import Stage
 from trainer.state import TrainState

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.config.models import ConditioningConfig
 from trainer.config.run import Config, ConfigError
+from trainer.pixels import to_unit_range
 from trainer.sample import StartingPicture
 
 IMAGE_TO_IMAGE_STRENGTH = 0.75
@@ -223,7 +224,7 @@ def _picture(
     if "image" not in files or config.conditioning.low_resolution is not None:
         return None, None, None
     picture = _rgb(_fit(files["image"], size, Image.Resampling.LANCZOS))
-    pixels = _repeat(picture.float().div(127.5).sub(1), n)
+    pixels = _repeat(to_unit_range(picture), n)
     if "mask" not in files:
         return None, StartingPicture(pixels, wishes.strength or IMAGE_TO_IMAGE_STRENGTH), None
     grey = _fit(files["mask"].convert("L"), size, Image.Resampling.NEAREST)

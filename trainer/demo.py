@@ -19,6 +19,7 @@ from PIL import Image
 from data_pipeline.judge import evaluation_prompts, judge
 from data_pipeline.local_s3 import LocalS3
 from data_pipeline.scenes import COLORS, SHAPES
+from trainer.config.io import load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BUCKET = "ldm-demo"
@@ -72,12 +73,12 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         _ldm(environment, "train", str(CONFIGS / "demo_first_stage.yaml"), f"run_dir={FIRST_STAGE_RUN}")
         _ldm(environment, "export", FIRST_STAGE_RUN, FIRST_STAGE_FILE)
         _stage("3/6", "how well it reconstructs", started)
-        quality = folder / "reconstruction.json"
+        quality, config = folder / "reconstruction.json", CONFIGS / "demo_text_to_image.yaml"
+        image_size = load_config(str(config)).data.image_size
         _ldm(environment, "evaluate", "reconstruction", FIRST_STAGE_FILE, "--shards", f"{SHARDS}/*.tar",
-             "--image-size", "48", "--samples", "512", "--out", str(quality))  # fmt: skip
+             "--image-size", str(image_size), "--samples", "512", "--out", str(quality))  # fmt: skip
         _stage("4/6", "text-conditioned latent diffusion", started)
-        config = str(CONFIGS / "demo_text_to_image.yaml")
-        _ldm(environment, "train", config, f"run_dir={RUN}", *overrides)
+        _ldm(environment, "train", str(config), f"run_dir={RUN}", *overrides)
         _stage("5/6", f"{PROMPTS} pictures from prompts", started)
         accuracy = _sample_and_judge(environment, folder)
         _stage("6/6", "summary", started)

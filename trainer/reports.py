@@ -12,7 +12,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.resampled import ResampledLoader
 from trainer.assembly import Run
 from trainer.distributed import collectives
-from trainer.slow_ranks import SlowRanks
+from trainer.reliability.slow_ranks import SlowRanks, own_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ class Report:
     """Seconds per step of work that waits for no other rank."""
 
 
-def gather_reports(batches: Loader | ResampledLoader, own_s: float) -> list[Report]:
-    """The reports of all ranks, in rank order. Collective."""
-    report = Report(batches.rejected, batches.counts, socket.gethostname(), own_s)
+def gather_reports(batches: Loader | ResampledLoader, record: dict[str, float]) -> list[Report]:
+    """The reports of all ranks, in rank order; `record` holds this rank's times. Collective."""
+    report = Report(batches.rejected, batches.counts, socket.gethostname(), own_seconds(record))
     return collectives.all_gather_object(report)
 
 
@@ -47,14 +47,15 @@ def data_record(reports: Sequence[Report]) -> dict[str, float]:
 
 
 def slow_record(
-    run: Run, slow_ranks: SlowRanks, reports: Sequence[Report], step_s: float | None
+    run: Run, slow_ranks: SlowRanks, reports: Sequence[Report], record: dict[str, float]
 ) -> dict[str, float]:
     """On rank 0, the number of slow ranks; who has just become one is an event and a warning.
 
-    Nothing without `step_s`, the seconds per step: the first interval warms up.
+    Nothing while `record` has no seconds per step: the first interval warms up.
     """
-    if step_s is None or not run.env.is_main:
+    if "step_s" not in record or not run.env.is_main:
         return {}
+    step_s = record["step_s"]
     slow = slow_ranks.observe([report.own_s for report in reports], step_s)
     new = [(found, reports[found.rank].host) for found in slow if found.reports == slow_ranks.patience]
     for found, host in new:

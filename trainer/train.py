@@ -16,16 +16,16 @@ from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.exit_codes import ExitCode, FatalFault
-from trainer.healing import Incident
-from trainer.heartbeat import board_from_environment
 from trainer.metrics.meters import Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.throughput import Throughput
 from trainer.optim import learning_rate
-from trainer.preemption import Preemption, StopRequest
+from trainer.reliability.healing import Incident
+from trainer.reliability.heartbeat import board_from_environment
+from trainer.reliability.preemption import Preemption, StopRequest
+from trainer.reliability.slow_ranks import SlowRanks
+from trainer.reliability.watchdog import Watchdog
 from trainer.reports import data_record, gather_reports, slow_record
-from trainer.slow_ranks import SlowRanks, own_seconds
-from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,8 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         run.sinks.advance(state.step)
         if due(state.step, config.logging.every) or last_step:
             record = {**meters.reduce(), **throughput.read(state.step, timer), "learning_rate": rate}
-            reports = gather_reports(batches, own_seconds(record))
-            record |= {**data_record(reports), **run.save_record()}
-            record |= slow_record(run, slow_ranks, reports, record.get("step_s"))
+            reports = gather_reports(batches, record)
+            record |= data_record(reports) | slow_record(run, slow_ranks, reports, record) | run.save_record()
             run.sinks.log(state.step, state.samples_seen, record)
         if due(state.step, config.sampling.every):
             watchdog.beat(state.step, "preview")

@@ -213,7 +213,7 @@ def test_training_forward_reaches_every_parameter(name: str) -> None:
     )
     loss.backward()
     assert [n for n, p in module.named_parameters() if p.grad is None] == []
-    last = module.last_layer
+    last = module.decoder.conv_out.weight
     assert last.shape == (3, 8, 3, 3)
     assert any(last is p for p in module.parameters())
     assert outputs["features"].shape == (2, 8, 32, 48)

@@ -55,6 +55,7 @@ def tiny_config() -> dict[str, Any]:
         "distributed": {
             "engine": "deepspeed",
             "ranks": 2,
+            "doctor": False,
             "zero_stage": 1,
             "precision": "fp32",
             "watchdog_s": 60.0,
@@ -96,11 +97,14 @@ class Bucket:
         """The run stored as `runs/NAME`."""
         return StoredRun(f"s3://{BUCKET}/runs/{name}", self.root / "s3" / BUCKET / "runs" / name)
 
-    def train_here(self, name: str, *overrides: str, timeout_s: float = 1500.0) -> StoredRun:
-        """`ldm train` on this machine, to its end."""
+    def train_here(
+        self, name: str, *overrides: str, config: Path | None = None, timeout_s: float = 1500.0
+    ) -> StoredRun:
+        """`ldm train` on this machine, to its end; of the tiny configuration unless another is named."""
         run = self.run(name)
+        chosen = str(config or self.config)
         done = subprocess.run(
-            [sys.executable, "-m", "trainer", "train", str(self.config), f"run_dir={run.url}", *overrides],
+            [sys.executable, "-m", "trainer", "train", chosen, f"run_dir={run.url}", *overrides],
             env={**os.environ, **self.environment},
             capture_output=True,
             text=True,

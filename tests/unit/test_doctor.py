@@ -14,19 +14,21 @@ from torch import Tensor, nn
 
 from data_pipeline.config import DataConfig
 from data_pipeline.synthetic import SynthesisOptions, synthesize
-from trainer import doctor_gradients, doctor_machine, doctor_plan
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.run import Config
 from trainer.config.training import CheckpointConfig, DistributedConfig, EMAConfig
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
-from trainer.doctor import format_table, run_doctor
-from trainer.doctor_check import Check
-from trainer.doctor_data import check_shards, check_storage
-from trainer.doctor_gradients import check_gradients
-from trainer.doctor_machine import check_all_reduce, check_clocks, check_versions
-from trainer.doctor_plan import check_disk, check_memory, plan
+from trainer.doctor import gradients as doctor_gradients
+from trainer.doctor import machine as doctor_machine
+from trainer.doctor import plan as doctor_plan
+from trainer.doctor.check import Check
+from trainer.doctor.data import check_shards, check_storage
+from trainer.doctor.examination import format_table, run_doctor
+from trainer.doctor.gradients import check_gradients
+from trainer.doctor.machine import check_all_reduce, check_clocks, check_versions
+from trainer.doctor.plan import check_disk, check_memory, plan
 
 
 @pytest.fixture(scope="module")

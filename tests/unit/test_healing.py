@@ -7,7 +7,7 @@ import random
 import pytest
 
 from trainer.config.training import HealingConfig
-from trainer.healing import Healer, robust_zscore
+from trainer.reliability.healing import Healer, robust_zscore
 
 
 def gaussian_losses(count: int, seed: int = 0) -> list[float]:

@@ -22,6 +22,7 @@ from trainer.launch.local import launch, ranks_are_given, supervise, visible_dev
 from trainer.launch.rank import run_rank
 from trainer.launch.supervisor import cpu_wait_s, describe, free_port
 
+UNEXAMINED = Config(distributed=DistributedConfig(doctor=False))
 PREAMBLE = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -167,8 +168,8 @@ def test_children_of_a_rank_die_with_it(ranks: Ranks) -> None:
 
 
 BEATING = """
-from trainer.watchdog import Watchdog
-from trainer.heartbeat import board_from_environment
+from trainer.reliability.watchdog import Watchdog
+from trainer.reliability.heartbeat import board_from_environment
 with Watchdog(1.0, local_rank=rank, board=board_from_environment(rank)) as watchdog:
     for step in range(3):
         watchdog.beat(step)
@@ -315,14 +316,14 @@ def test_a_rank_ends_with_the_code_of_its_error(
         raise error
 
     monkeypatch.setitem(sys.modules, "trainer.train", SimpleNamespace(run=run))
-    assert run_rank(Config()) == code
+    assert run_rank(UNEXAMINED) == code
     assert shown in caplog.text
 
 
 @pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.STOPPED])
 def test_a_rank_returns_what_training_returns(monkeypatch: pytest.MonkeyPatch, code: ExitCode) -> None:
     monkeypatch.setitem(sys.modules, "trainer.train", SimpleNamespace(run=lambda config, env: code))
-    assert run_rank(Config()) is code
+    assert run_rank(UNEXAMINED) is code
 
 
 def test_a_failing_doctor_keeps_the_training_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +331,7 @@ def test_a_failing_doctor_keeps_the_training_from_starting(monkeypatch: pytest.M
     module = SimpleNamespace(run=lambda config, env: started.append("train") or ExitCode.DONE)
     monkeypatch.setitem(sys.modules, "trainer.train", module)
     monkeypatch.delenv("LDM_RESTARTS", raising=False)
-    config = Config(distributed=DistributedConfig(doctor=True))
+    config = Config()
     statuses = iter([2, 0])
     monkeypatch.setattr(rank.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=next(statuses)))
     assert run_rank(config) is ExitCode.USER_ERROR

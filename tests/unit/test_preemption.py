@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.exit_codes import ExitCode
-from trainer.preemption import PREEMPTION_SIGNALS, Preemption, StopRequest
+from trainer.reliability.preemption import PREEMPTION_SIGNALS, Preemption, StopRequest
 
 
 def wait_for(condition: object, seconds: float = 10.0) -> bool:

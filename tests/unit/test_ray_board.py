@@ -68,7 +68,7 @@ def test_only_final_codes_end_the_run_for_all() -> None:
 PLACE = Place(rank=3, local_rank=1, world_size=4, local_world_size=2, master_addr="127.0.0.1", master_port=1)
 CHILD = """
 import os, sys, time, signal
-from trainer.heartbeat import board_from_environment
+from trainer.reliability.heartbeat import board_from_environment
 board = board_from_environment(1)
 board.write(1, deadline=time.monotonic() + float(sys.argv[1]), step=17, phase="step")
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))

@@ -16,8 +16,8 @@ from trainer.config.run import Config
 from trainer.config.training import LoggingConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.metrics.sinks import Sinks
+from trainer.reliability.slow_ranks import SlowRanks, own_seconds
 from trainer.reports import Report, slow_record
-from trainer.slow_ranks import SlowRanks, own_seconds
 from trainer.state import TrainState
 
 
@@ -81,7 +81,7 @@ def test_a_slow_rank_is_named_once_and_counted_while_it_lasts(
     said: list[tuple[dict[str, float], int]] = []
     with caplog.at_level(logging.WARNING):
         for own_s in (0.42, 0.42, 0.42, 0.2, 0.42, 0.42):
-            record = slow_record(run, slow_ranks, reports(0.2, 0.2, own_s), 1.0)
+            record = slow_record(run, slow_ranks, reports(0.2, 0.2, own_s), {"step_s": 1.0})
             said.append((record, len(caplog.records)))
     counts = [0.0, 1.0, 1.0, 0.0, 0.0, 1.0]
     assert said == [({"slow_ranks": n}, m) for n, m in zip(counts, [0, 1, 1, 1, 1, 2], strict=True)]
@@ -103,5 +103,5 @@ def test_a_slow_rank_is_named_once_and_counted_while_it_lasts(
 
 def test_the_interval_that_warms_up_is_not_judged(run: Run) -> None:
     slow_ranks = SlowRanks(patience=1)
-    assert slow_record(run, slow_ranks, reports(0.2, 0.9), None) == {}
-    assert slow_record(run, slow_ranks, reports(0.2, 0.9), 1.0) == {"slow_ranks": 1.0}
+    assert slow_record(run, slow_ranks, reports(0.2, 0.9), {}) == {}
+    assert slow_record(run, slow_ranks, reports(0.2, 0.9), {"step_s": 1.0}) == {"slow_ranks": 1.0}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from trainer.exit_codes import ExitCode
-from trainer.heartbeat import BOARD_VARIABLE, Board, board_from_environment
-from trainer.watchdog import Watchdog, stopped_children
+from trainer.reliability.heartbeat import BOARD_VARIABLE, Board, board_from_environment
+from trainer.reliability.watchdog import Watchdog, stopped_children
 
 
 def test_allowance_is_generous_first_and_follows_the_slowest_recent_step() -> None:
@@ -68,7 +68,7 @@ def test_switched_off_it_starts_no_thread() -> None:
 
 HANGING_RANK = """
 import sys, threading
-from trainer.watchdog import Watchdog
+from trainer.reliability.watchdog import Watchdog
 
 def stuck_in_here():
     threading.Event().wait()
@@ -88,12 +88,12 @@ def test_a_hung_rank_dumps_its_stacks_and_exits_retryable() -> None:
 
 STUCK_GIL = """
 import ctypes
-from trainer.watchdog import Watchdog
+from trainer.reliability.watchdog import Watchdog
 
+sleep = ctypes.PyDLL(None).sleep  # PyDLL keeps the GIL
 with Watchdog(30.0) as watchdog:
     watchdog.beat(1)
-    print("ready", flush=True)
-    ctypes.PyDLL(None).sleep(60)  # PyDLL keeps the GIL
+    print("ready", flush=True); sleep(60)
 """
 
 
@@ -104,6 +104,7 @@ def test_stacks_can_be_had_from_outside_while_the_gil_is_stuck() -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)  # now it sleeps in C; a signal that comes earlier still finds line 8
     process.send_signal(signal.SIGQUIT)
     line = ""
     while "<string>" not in line or "line 8" not in line:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.pixels import to_bytes, to_unit_range
 from trainer.rng import Purpose, normal, uniform
 
 BLUR_RADIUS = 7
@@ -69,7 +70,7 @@ def shrink_degraded(
 
 def quantise(pixels: Tensor) -> Tensor:
     """Round to the 256 levels of an 8-bit picture, in [-1, 1]."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return to_unit_range(to_bytes(pixels))
 
 
 def jpeg(pixels: Tensor, quality: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPa
 from trainer.conditioning.degradation import shrink_bicubic, shrink_degraded
 from trainer.config.models import FirstStageConfig, LowResolutionConfig
 from trainer.config.run import ConfigError
+from trainer.pixels import to_unit_range
 from trainer.rng import Purpose, normal, randint
 
 SAMPLING_NOISE_LEVEL = 20
@@ -93,4 +94,4 @@ def noise_level_alphas_cumprod(config: LowResolutionConfig) -> Tensor:
 
 
 def _unit_range(picture: Tensor) -> Tensor:
-    return picture.float() / 127.5 - 1 if picture.dtype == torch.uint8 else picture.float()
+    return to_unit_range(picture) if picture.dtype == torch.uint8 else picture.float()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+from trainer.config.bounds import check_bounds
 from trainer.config.checks_diffusion import check_diffusion, check_sampling
 from trainer.config.run import Config, ConfigError
 
 
 def check(config: Config) -> None:
     """Raise ConfigError, with the remedy, for the first impossible combination found."""
+    check_bounds(config)
     _check_sizes(config)
     _check_unet(config)
     _check_stage(config)
@@ -25,12 +27,6 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check_sizes(config: Config) -> None:
-    for name in ("steps", "global_batch_size", "micro_batch_size"):
-        _require(getattr(config, name) >= 1, f"{name} must be at least 1.")
-    for name in ("checkpoint.every", "checkpoint.keep_best", "sampling.every", "logging.every"):
-        section, key = name.split(".")
-        _require(getattr(getattr(config, section), key) >= 0, f"{name} must not be negative.")
-    _require(config.logging.every >= 1, "logging.every must be at least 1.")
     if config.distributed.ranks:
         config.accumulation(config.distributed.ranks)
     else:

@@ -136,8 +136,8 @@ class DistributedConfig:
     """How often `ldm train` restarts its local ranks after a retryable fault."""
     watchdog_s: float = 15.0
     """Seconds beyond the expected step time after which a silent rank counts as hung; 0: no watchdog."""
-    doctor: bool = False
-    """Run the checks of `ldm doctor` before training."""
+    doctor: bool = True
+    """Run the checks of `ldm doctor` before training; not again when local ranks are restarted."""
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,3 @@ class AutoencoderVQ(FirstStage):
         if self.logvar is not None:
             outputs["logvar"] = self.logvar.float().sum()  # 0-d
         return outputs
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the decoder's last convolution, [3, base_channels, 3, 3]."""
-        weight = self.decoder.conv_out.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight

@@ -19,6 +19,9 @@ class FirstStage(nn.Module, ABC):
 
     Latents of the second stage are (z - latent_shift) * latent_scale. Both are buffers that stay
     float32 whatever the weights are cast to, because bf16 would round the scale by up to 0.4 %.
+
+    A stage that can be trained defines forward(pixels [B, 3, H, W], noise [B, z, h, w] or None), which
+    returns "reconstruction", "features" (the input of the last layer, detached) and regulariser terms.
     """
 
     latent_shift: Tensor
@@ -50,15 +53,6 @@ class FirstStage(nn.Module, ABC):
     @abstractmethod
     def second_moment(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """E[z] and E[z**2] per element over the posterior, float32 [B, z, h, w] each."""
-
-    @abstractmethod
-    def forward(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        """Training forward: "reconstruction", "features" (input of the last layer), regulariser terms."""
-
-    @property
-    @abstractmethod
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the decoder's last convolution."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] in -1 .. 1 -> what the encoder knows about z.

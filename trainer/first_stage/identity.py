@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainer.config.models import FirstStageConfig
 from trainer.first_stage.base import FirstStage
 
 
 class Identity(FirstStage):
-    """Latents are the pixels."""
-
-    def __init__(self, config: FirstStageConfig) -> None:
-        super().__init__(config)
+    """Latents are the pixels. There is nothing to train."""
 
     def encode_whole(self, pixels: Tensor) -> Tensor:
         """The pixels."""
@@ -29,12 +25,3 @@ class Identity(FirstStage):
     def second_moment(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """The pixels and their squares."""
         return encoded.float(), encoded.float().square()
-
-    def forward(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        """There is nothing to train."""
-        raise NotImplementedError("the identity first stage has no weights to train")
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """There is none."""
-        raise NotImplementedError("the identity first stage has no layers")

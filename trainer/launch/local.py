@@ -152,7 +152,7 @@ def visible_devices(environment: Mapping[str, str]) -> int:
 def _thread_settings(ranks: int) -> dict[str, str]:
     """The environment of a rank, with the cores divided unless the user already did."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
+    return {"OMP_NUM_THREADS": threads, **os.environ}  # MKL follows it
 
 
 def _log_dir(config: Config, scratch: Path) -> Path:

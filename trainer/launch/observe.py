@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.heartbeat import BOARD_VARIABLE, Board, Pulse
+from trainer.reliability.heartbeat import BOARD_VARIABLE, Board, Pulse
 
 
 class LocalRun:

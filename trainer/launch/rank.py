@@ -38,7 +38,7 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
 
     try:
         if task == "doctor":
-            from trainer.doctor import diagnose
+            from trainer.doctor.examination import diagnose
 
             return diagnose(config, DistributedEnv.detect())
         if config.distributed.doctor and os.environ.get(RESTARTS_VARIABLE, "0") == "0":

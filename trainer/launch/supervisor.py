@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from trainer.exit_codes import ExitCode, combine, normalize
-from trainer.heartbeat import BOARD_VARIABLE, Board, Pulse
 from trainer.launch.rank import LAUNCHER_VARIABLE, Task
-from trainer.watchdog import STACKS_SIGNAL, is_stopped
+from trainer.reliability.heartbeat import BOARD_VARIABLE, Board, Pulse
+from trainer.reliability.watchdog import STACKS_SIGNAL, is_stopped
 
 logger = logging.getLogger(__name__)
 

@@ -108,7 +108,7 @@ class UNet(nn.Module):
             skips += made
         hidden = self.mid_block(hidden, embedding, context)
         for up_block in self.up_blocks:
-            start = len(skips) - len(up_block.resnets)  # type: ignore[arg-type]
+            start = len(skips) - (self.config.num_res_blocks + 1)
             size = skips[start - 1].shape[-2:] if start else None
             hidden = up_block(hidden, embedding, context, skips[start:], size)
             del skips[start:]

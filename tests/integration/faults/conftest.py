@@ -21,8 +21,8 @@ from data_pipeline.scenes import SceneOptions
 from data_pipeline.synthetic import SynthesisOptions, synthesize
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
 from trainer.checkpoint.reader import EngineReader
-from trainer.heartbeat import Pulse
 from trainer.launch.observe import LocalRun
+from trainer.reliability.heartbeat import Pulse
 
 LIMIT_S = 900.0
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -75,6 +75,7 @@ def tiny(shards: str, run_dir: str) -> dict[str, Any]:
         "ema": {"decay": 0.9},
         "distributed": {
             "ranks": 2,
+            "doctor": False,
             "engine": "torch",
             "precision": "fp32",
             "max_restarts": 40,

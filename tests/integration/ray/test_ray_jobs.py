@@ -97,7 +97,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(
     ray_cluster: Any, bucket: Any, unbroken: Any
 ) -> None:
     run = bucket.run("ray-kill")
-    job = Job(ray_cluster, bucket, run, "--workers", "2")
+    job = Job(ray_cluster, bucket, run, "distributed.doctor=true", "--workers", "2")
     job.until_checkpoint(10)
     os.kill(worker_pid(run, 1), signal.SIGKILL)
     job.finish()

@@ -9,6 +9,7 @@ import re
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,16 @@ SCRIPT = REPOSITORY / "slurm" / "train_ldm.sh"
 # This cluster has no GPUs and shares its nodes; everything else is the script as it stands.
 HERE = ("--gpus-per-node=0", "--ntasks-per-node=1", "--oversubscribe", "--nodes=2")
 LIMIT_S = 1500.0
+DEMO_CONFIG = REPOSITORY / "configs" / "demo_first_stage.yaml"
+# The tests' bucket; a rate that does not depend on the number of steps; the discriminator's part as well.
+DEMO_OVERRIDES = [
+    "data.shards=s3://ldm/shards/*.tar",
+    "optimizer.schedule=constant",
+    "autoencoder_loss.discriminator_start=5",
+    "logging.every=1",
+    "logging.wandb=disabled",
+    "sampling.every=0",
+]
 
 
 class Job:
@@ -48,6 +59,11 @@ class Job:
     def rank_log(self, attempt: int, rank: int = 0) -> str:
         path = self.folder / f"attempt-{attempt}" / f"rank-{rank:04d}.log"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def ldm(self, *arguments: str) -> str:
+        """What `ldm slurm ...` says in the folder of the submission."""
+        command = [sys.executable, "-m", "trainer", "slurm", *arguments]
+        return str(self.slurm.run(*command, cwd=self.submit_dir))
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         limit = time.monotonic() + LIMIT_S
@@ -84,8 +100,13 @@ def test_killed_rank_leads_to_a_requeue_and_the_same_end(
     run = bucket.run("slurm-kill")
     job = Job(slurm, tmp_path, str(SCRIPT), str(bucket.config), f"run_dir={run.url}", LDM_WAIT_S="40")
     job.until(lambda: max(run.steps(), default=0) >= 10, "a checkpoint")
+    assert f"{job.number}  RUNNING on n[" in job.ldm("status", job.number)
     os.kill(job.rank_pid(1), signal.SIGKILL)
     job.finish()
+    status = job.ldm("status", job.number)
+    assert "1 x retryable" in status, status
+    assert "step 40 of 40" in status, status
+    assert "resuming from step" in job.ldm("logs", job.number, "--lines=0")
     assert [attempt["outcome"] for attempt in job.attempts] == ["retryable", "done"], job.log
     assert job.attempts[0]["blamed"] == [_second_node(job.attempts[0]["nodes"])]
     assert slurm.field(job.number, "Restarts") == "1"
@@ -94,16 +115,18 @@ def test_killed_rank_leads_to_a_requeue_and_the_same_end(
 
 
 def test_requeued_by_hand_and_by_the_time_limit_it_resumes_and_finishes(
-    slurm: Any, bucket: Any, unbroken: Any, tmp_path: Path
+    slurm: Any, bucket: Any, tmp_path: Path
 ) -> None:
-    gaps = [b["time"] - a["time"] for a, b in _neighbours(unbroken.records())]
+    settings = [*DEMO_OVERRIDES, "checkpoint.every=1000"]
+    one_go = bucket.train_here("demo-one-go", *settings, "steps=20", config=DEMO_CONFIG)
+    gaps = [b["time"] - a["time"] for a, b in _neighbours(one_go.records())]
     # Long enough for SLURM's look at time limits, which comes every 30 s.
     steps = max(120, int(45 / statistics.median(gaps)))
     run = bucket.run("slurm-requeue")
-    settings = [f"run_dir={run.url}", f"steps={steps}", "checkpoint.every=1000"]
+    settings += [f"run_dir={run.url}", f"steps={steps}"]
     limit = ["--time=60", "--signal=USR1@115"]
     config = tmp_path / "given.yaml"
-    config.write_text(bucket.config.read_text(encoding="utf-8"), encoding="utf-8")
+    config.write_text(DEMO_CONFIG.read_text(encoding="utf-8"), encoding="utf-8")
     job = Job(slurm, tmp_path, *limit, str(SCRIPT), "given.yaml", *settings)
     job.until(lambda: bool(run.steps()), "the first step")
     config.write_text("what was submitted is what runs\n", encoding="utf-8")
@@ -126,7 +149,7 @@ def test_requeued_by_hand_and_by_the_time_limit_it_resumes_and_finishes(
     assert job.attempts[-1]["outcome"] == "done"
     losses = run.losses()
     assert sorted(losses) == list(range(1, steps + 1))
-    assert {step: losses[step] for step in unbroken.losses()} == unbroken.losses()
+    assert {step: losses[step] for step in one_go.losses()} == one_go.losses()
 
 
 def test_cancelled_means_saved_and_not_requeued(slurm: Any, bucket: Any, tmp_path: Path) -> None:
@@ -151,9 +174,10 @@ def test_a_node_that_fails_twice_is_excluded(slurm: Any, bucket: Any, tmp_path: 
     check.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" != n1 ] || { echo "fabric is down"; exit 1; }\n')
     check.chmod(0o755)
     run = bucket.run("slurm-exclude")
-    settings = [f"run_dir={run.url}", "steps=2"]
+    settings = [f"run_dir={run.url}", "steps=2", "distributed.doctor=true"]
     job = Job(slurm, tmp_path, str(SCRIPT), str(bucket.config), *settings, LDM_NODE_CHECK=str(check))
     job.finish()
+    assert "checks passed" in job.rank_log(3)
     assert [attempt["blamed"] for attempt in job.attempts] == [["n1"], ["n1"], []]
     assert job.attempts[-1]["nodes"] == "n[2-3]"
     assert slurm.field(job.number, "ExcNodeList") == "n1"

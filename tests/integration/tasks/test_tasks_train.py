@@ -31,6 +31,7 @@ from trainer.first_stage.build import (
     measure_latent_statistics,
 )
 from trainer.metrics.timer import StepTimer
+from trainer.pixels import to_unit_range
 from trainer.rng import Purpose, normal
 from trainer.stages.diffusion import DiffusionStage, build_network
 from trainer.weights import write_weights
@@ -143,7 +144,7 @@ def write_first_stage(config: FirstStageConfig, pixels: Tensor) -> None:
 def build_stage(config: Config, first_batch: Batch) -> DiffusionStage:
     torch.manual_seed(config.seed)
     if config.first_stage.weights is not None:
-        write_first_stage(config.first_stage, first_batch.pixels.float().div(127.5).sub(1))
+        write_first_stage(config.first_stage, to_unit_range(first_batch.pixels))
     env = DistributedEnv.detect({})
     conditioner = build_conditioner(config.conditioning, config.first_stage)
     engines = {"unet": build_engine(build_network(config, conditioner), config, env)}

@@ -73,7 +73,9 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: list[str]) -> N
         ("data.image_size=100", "multiple"),
         ("conditioning.class_label={}", "data.conditions"),
         ("sampling.steps=2000", "num_timesteps"),
-        ("checkpoint.keep_best=-1", "checkpoint.keep_best must not be negative"),
+        ("checkpoint.keep_best=-1", "checkpoint.keep_best=-1 must be at least 0"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last=0 must be at least 1"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay=nan must be at least 0"),
         ("diffusion.zero_terminal_snr=true", "prediction"),
     ],
 )

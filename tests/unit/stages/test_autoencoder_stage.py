@@ -171,7 +171,7 @@ def test_gradients_equal_the_textbook_objective() -> None:
     error = (pixels - picture).abs() + 0.1 * perceptual
     nll = (error / logvar.exp() + logvar).sum() / 2
     fooling = -discriminator(picture).mean()
-    last = autoencoder.last_layer
+    last = autoencoder.decoder.conv_out.weight
     nll_norm, gan_norm = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (nll, fooling))
     weight = (nll_norm / (gan_norm + 1e-4)).clamp(0, 1e4).detach()
     total = nll + 1e-6 * out["kl"].sum() / 2 + 0.5 * weight * fooling

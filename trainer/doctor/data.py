@@ -14,7 +14,7 @@ from data_pipeline.tars import IMAGE_EXTENSIONS, split_name
 from data_pipeline.transforms import decode
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv
-from trainer.doctor_check import Check, on_every_rank
+from trainer.doctor.check import Check, on_every_rank
 
 _PROBE_BYTES = 16_000_000
 _HEAD_BYTES = 4_000_000

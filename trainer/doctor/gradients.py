@@ -13,7 +13,7 @@ from trainer.distributed import collectives
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
-from trainer.doctor_check import Check
+from trainer.doctor.check import Check
 
 _MICRO_BATCH = 2
 _STEPS = 2

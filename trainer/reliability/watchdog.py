@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from trainer.exit_codes import ExitCode
-from trainer.heartbeat import Board
+from trainer.reliability.heartbeat import Board
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
-from trainer.doctor_check import Check
+from trainer.doctor.check import Check
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "webdataset", "safetensors", "fsspec")
 _REDUCE_ELEMENTS = {"cpu": 4_000_000, "cuda": 64_000_000}

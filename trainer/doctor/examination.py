@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
-from trainer.doctor_check import Check
-from trainer.doctor_data import check_shards, check_storage
-from trainer.doctor_gradients import check_gradients
-from trainer.doctor_machine import check_all_reduce, check_clocks, check_versions
-from trainer.doctor_plan import check_disk, check_memory
+from trainer.doctor.check import Check
+from trainer.doctor.data import check_shards, check_storage
+from trainer.doctor.gradients import check_gradients
+from trainer.doctor.machine import check_all_reduce, check_clocks, check_versions
+from trainer.doctor.plan import check_disk, check_memory
 from trainer.exit_codes import ExitCode
 
 logger = logging.getLogger(__name__)

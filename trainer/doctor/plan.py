@@ -13,7 +13,7 @@ from torch import nn
 from trainer.conditioning.build import build_conditioner
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv
-from trainer.doctor_check import Check, on_every_rank
+from trainer.doctor.check import Check, on_every_rank
 from trainer.first_stage.build import build_first_stage
 from trainer.stages import autoencoder, diffusion
 
