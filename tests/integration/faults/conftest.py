@@ -25,6 +25,7 @@ from trainer.launch.observe import LocalRun
 from trainer.reliability.heartbeat import Pulse
 
 LIMIT_S = 900.0
+INJECT = str(Path(__file__).with_name("inject.py"))
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -104,7 +105,7 @@ class FaultyRun:
         folder.mkdir(parents=True, exist_ok=True)
         self.run_dir = str(values["run_dir"])
         self.folder_of_run = Path(self.run_dir)
-        self.command = ["-m", "trainer", "train"]
+        self.command = [INJECT, "none"]
         self.log = folder / "console.log"
         self.config_path = folder / "config.yaml"
         self.config_path.write_text(yaml.safe_dump(values))

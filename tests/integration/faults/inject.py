@@ -1,7 +1,8 @@
 """`ldm train CONFIG` whose ranks carry a fault: `python inject.py FAULT CONFIG`, or as a rank itself.
 
 Faults that come from inside a process (a NaN, a spike, a clock that jumps) cannot be sent as signals.
-This script starts the real command and makes the real ranks run through `become_rank` below.
+This script starts the real command and makes the real ranks run through `become_rank` below. Every step is
+stretched, so that a test on a crowded machine still finds the tiny run at the step it wants to hurt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+PACE_S = 0.2
+
+
+def pace() -> None:
+    """Stretch every step."""
+    from trainer.stages.diffusion import DiffusionStage
+
+    train_step = DiffusionStage.train_step
+
+    def train(self: Any, *rest: Any) -> Any:
+        time.sleep(PACE_S)
+        return train_step(self, *rest)
+
+    DiffusionStage.train_step = train  # type: ignore[method-assign]
 
 
 def poison(factor: float) -> Callable[[], None]:
@@ -67,6 +83,7 @@ def become_rank(fault: str, arguments: list[str]) -> int:
     """A real rank, with the fault in it."""
     from trainer.launch.rank import main
 
+    pace()
     FAULTS[fault]()
     return main(arguments)
 

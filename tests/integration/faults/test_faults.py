@@ -67,7 +67,7 @@ def injected(make_run: Any, tmp_path: Path) -> Callable[..., Any]:
     def make(fault: str, changes: dict[str, Any], *, step: int = 10, name: str = "run") -> Any:
         environment = {"FAULT_NOTE": str(tmp_path / "note"), "FAULT_STEP": str(step)}
         run = make_run(changes, name=name, environment=environment)
-        run.command = [str(Path(__file__).with_name("inject.py")), fault]
+        run.command[-1] = fault
         return run
 
     return make
