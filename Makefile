@@ -14,11 +14,11 @@ demo-clean: $(STAMP)
 	$(BIN)/ldm demo --fresh
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Real SLURM, real Ray, hosts with addresses of their own; says what is missing where it cannot run.
 test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -rs -n 2 --dist loadfile tests/integration/slurm tests/integration/ray tests/integration/hosts
+	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder tests/integration/slurm tests/integration/ray tests/integration/hosts
 
 # Also the long ones: the kill matrix, chains of layouts, full fuzzing, training every task.
 test-all: $(STAMP)

@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -255,20 +256,21 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
-class SlowProxy(ThreadingHTTPServer):
-    """Adds a first-byte latency in front of an S3 server."""
+class BadProxy(ThreadingHTTPServer):
+    """Adds a first-byte latency, and refuses or cuts short a share of the reads, in front of an S3 server."""
 
     daemon_threads = True
 
-    def __init__(self, upstream: int, first_byte_s: float) -> None:
+    def __init__(self, upstream: int, *, first_byte_s: float = 0.0, fault_share: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), _Forward)
-        self.upstream, self.first_byte_s = upstream, first_byte_s
+        self.upstream, self.first_byte_s, self.fault_share = upstream, first_byte_s, fault_share
+        self.rng = random.Random(7)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
 class _Forward(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: SlowProxy
+    server: BadProxy
 
     def log_message(self, *args: object) -> None:
         pass
@@ -286,16 +288,27 @@ class _Forward(BaseHTTPRequestHandler):
         data = answer.read()
         upstream.close()
         time.sleep(self.server.first_byte_s)
-        self.send_response(answer.status)
+        spoilt = self.command == "GET" and ".tar" in self.path and self.server.rng.random()
+        refused = spoilt and spoilt < self.server.fault_share / 2
+        short = spoilt and not refused and spoilt < self.server.fault_share
+        if refused:
+            data = b"<Error><Code>SlowDown</Code></Error>"
+        self.send_response(503 if refused else answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("connection", "transfer-encoding", "content-length"):
                 self.send_header(name, value)
         length = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))
         self.send_header("Content-Length", length)
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(data[: len(data) // 2] if short else data)
+        self.close_connection = bool(short)
 
     do_GET = do_PUT = do_HEAD = do_POST = _forward
+
+
+def behind(s3: Any, proxy: BadProxy) -> dict[str, str]:
+    """Environment that reaches the server through the proxy."""
+    return {**s3.env, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_address[1]}"}
 
 
 def measure(
@@ -350,14 +363,15 @@ def main() -> None:
         decode_arms(root / "bench")
         results: dict[str, list[dict[str, float]]] = {}
         with LocalS3(root) as s3:
-            slow = SlowProxy(s3.port, 0.15)
-            behind = {**s3.env, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{slow.server_address[1]}"}
+            slow = behind(s3, BadProxy(s3.port, first_byte_s=0.15))
+            faulty = behind(s3, BadProxy(s3.port, fault_share=0.1))
             cases: list[tuple[str, str, str, dict[str, str], int]] = [
                 ("ours, local", "ours", local, {}, 0),
                 ("webdataset, local", "webdataset", local, {}, 0),
                 ("streaming (MDS copy), local", "streaming", local, {}, 0),
                 ("ours, S3", "ours", "s3://bench/*.tar", s3.env, 0),
-                ("ours, S3 150 ms first byte", "ours", "s3://bench/*.tar", behind, 0),
+                ("ours, S3 150 ms first byte", "ours", "s3://bench/*.tar", slow, 0),
+                ("ours, S3 5 % 503, 5 % short", "ours", "s3://bench/*.tar", faulty, 0),
                 ("ours, resume mid-epoch, local", "ours", local, {}, args.samples // 2),
             ]
             for _ in range(args.rounds):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,17 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 # A shell that starts the tests in its background lets them, and every child, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def environment_as_found() -> Iterator[None]:
+    """A rank's variables, left behind, would make every later `ldm train` believe to be that rank."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
 
 CLUSTERS = {"slurm": slurm_cluster, "ray": ray_cluster, "hosts": network}
 _left_out: Counter[str] = Counter()

@@ -90,11 +90,6 @@ def _check_stage(config: Config) -> None:
         f"a discriminator of {layers} strided layers needs at least {3 * 2**layers} pixels; lower "
         "autoencoder_loss.discriminator_layers or raise data.image_size.",
     )
-    _require(
-        config.distributed.zero_stage < 3,
-        "stage=autoencoder needs whole last-layer weights for its adaptive GAN weight; set "
-        "distributed.zero_stage to 0, 1 or 2.",
-    )
 
 
 def _check_conditioning(config: Config) -> None:

@@ -128,6 +128,9 @@ def choose_device(local_rank: int, local_world_size: int, *, one_visible_each: b
     return torch.device(f"cuda:{local_rank}")
 
 
+_environment_before: dict[str, str | None] = {}
+
+
 def initialise(env: DistributedEnv, timeout_s: float) -> None:
     """Join the process group (also with one rank: DeepSpeed wants one) and set up the device.
 
@@ -135,14 +138,17 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
     waiting for the GPU.
     """
     assert not dist.is_initialized()
-    os.environ.update(
-        RANK=str(env.rank),
-        LOCAL_RANK=str(env.local_rank),
-        WORLD_SIZE=str(env.world_size),
-        LOCAL_WORLD_SIZE=str(env.local_world_size),
-        MASTER_ADDR=env.master_addr,
-        MASTER_PORT=str(env.master_port),
-    )
+    # DeepSpeed reads these, also where it was SLURM that said who we are.
+    facts = {
+        "RANK": str(env.rank),
+        "LOCAL_RANK": str(env.local_rank),
+        "WORLD_SIZE": str(env.world_size),
+        "LOCAL_WORLD_SIZE": str(env.local_world_size),
+        "MASTER_ADDR": env.master_addr,
+        "MASTER_PORT": str(env.master_port),
+    }
+    _environment_before.update({name: os.environ.get(name) for name in facts})
+    os.environ.update(facts)
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
         backend = "cpu:gloo,cuda:nccl"
@@ -161,9 +167,15 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group; does nothing without one."""
+    """Leave the process group, and the environment as it was before; does nothing without one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name, value in _environment_before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _environment_before.clear()
 
 
 def _integer(environ: Mapping[str, str], name: str, launcher: str) -> int:

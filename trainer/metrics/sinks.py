@@ -36,7 +36,7 @@ class Sinks:
         config = self._config
         with fsspec.open(f"{self._run_dir}/config.yaml", "w", auto_mkdir=True) as file:
             file.write(dump_yaml(config))
-        self._jsonl = JSONLWriter(config.run_dir, start_step)
+        self._jsonl = JSONLWriter(config.run_dir)
         if config.logging.wandb != "disabled":
             self._wandb = WandbSink(config.logging, config.run_dir, self._resolved, run_id)
         self._bar = tqdm(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
 from trainer.config.run import ConfigError
 from trainer.config.training import LoggingConfig
+from trainer.metrics import jsonl
 from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.meters import Meters
 from trainer.metrics.pictures import grid
@@ -39,11 +41,51 @@ def test_throughput_counts_images_of_the_interval_only() -> None:
 
 def test_jsonl_appends_over_restarts(tmp_path: Path) -> None:
     for step in (1, 2):
-        writer = JSONLWriter(str(tmp_path), start_step=step)
+        writer = JSONLWriter(str(tmp_path))
         writer.write({"step": step})
         writer.flush()
     lines = (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_remote_jsonl_is_sent_every_minute_and_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = "memory://jsonl-test/run"
+    logs = f"{run}/logs"
+    filesystem = fsspec.filesystem("memory")
+    monkeypatch.setattr(jsonl, "SEGMENT_BYTES", 40)
+
+    def stored() -> dict[str, list[int]]:
+        names = filesystem.glob(f"{logs}/*.jsonl") if filesystem.exists(logs) else []
+        texts = {name.rpartition("/")[2]: filesystem.cat_file(name).decode() for name in names}
+        return {
+            name: [json.loads(line)["step"] for line in text.splitlines()] for name, text in texts.items()
+        }
+
+    writer = JSONLWriter(run)
+    writer.write({"step": 1})
+    assert stored() == {}
+    monkeypatch.setattr(jsonl, "SEND_EVERY_S", -1.0)
+    monkeypatch.setattr(filesystem, "open", _fails)
+    writer.write({"step": 2})  # storage is away: nothing is raised, nothing is lost
+    assert writer._sending is not None
+    writer._sending.result()
+    assert stored() == {}
+    monkeypatch.undo()
+    monkeypatch.setattr(jsonl, "SEGMENT_BYTES", 40)
+    monkeypatch.setattr(jsonl, "SEND_EVERY_S", -1.0)
+    writer.write({"step": 3})
+    writer._sending.result()
+    assert stored() == {"metrics-00000001.jsonl": [1, 2, 3]}
+    writer.write({"step": 4})
+    writer.flush()  # over 40 bytes: the next record begins an object of its own
+    writer.write({"step": 5})
+    writer.flush()
+    assert stored() == {"metrics-00000001.jsonl": [1, 2, 3, 4], "metrics-00000005.jsonl": [5]}
+    filesystem.rm("memory://jsonl-test", recursive=True)
+
+
+def _fails(*arguments: object, **options: object) -> None:
+    raise OSError("storage is away")
 
 
 def test_grid_holds_every_picture() -> None:
