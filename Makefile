@@ -18,7 +18,7 @@ test: $(STAMP)
 
 # Real SLURM, real Ray, hosts with addresses of their own; says what is missing where it cannot run.
 test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder tests/integration/slurm tests/integration/ray tests/integration/hosts
+	$(BIN)/python -m pytest -rs $(PYTEST_OPTIONS) tests/integration/slurm tests/integration/ray tests/integration/hosts
 
 # Also the long ones: the kill matrix, chains of layouts, full fuzzing, training every task.
 test-all: $(STAMP)

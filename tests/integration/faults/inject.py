@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PACE_S = 0.2
+PACE_S = 0.1
 
 
 def pace() -> None:

@@ -115,7 +115,6 @@ def check_kills(
 
 def test_kills_of_each_kind_leave_no_trace(make_run: Any, unbroken: Callable[..., Any]) -> None:
     points = [
-        KillPoint("startup", 0, "rank 1", 1.0),
         KillPoint("step", 6, "rank 0"),
         KillPoint("save", 8, "all"),
         KillPoint("data", 14, "launcher"),
