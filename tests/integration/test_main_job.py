@@ -91,14 +91,9 @@ def test_second_stage_trains_resumes_and_samples(
     arguments = ["--prompt", "a red circle", "--prompt", "a blue square", "--out", str(out), "--seed", "5"]
     done = ldm(bucket, "sample", run.url, *arguments, "--sampler", "dpmpp_2m", "--steps", "3")
     assert done.returncode == 0, done.stderr
-    first = np.asarray(Image.open(out / "00000.png"))
-    assert first.shape == (16, 16, 3)
+    assert np.asarray(Image.open(out / "00000.png")).shape == (16, 16, 3)
+    assert (out / "00001.png").exists()
     assert (out / "grid.png").exists()
-    # A picture depends on the seed and its index, not on its batch.
-    alone = ldm(bucket, "sample", run.url, *arguments[:2], *arguments[4:6], "--seed", "5", "--sampler",
-                "dpmpp_2m", "--steps", "3")  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
-    assert np.abs(np.asarray(Image.open(out / "00000.png")).astype(int) - first).max() <= 1
 
 
 EIGHT_STEPS = ["steps=8", "checkpoint.every=0"]
@@ -144,11 +139,11 @@ def test_loss_falls_on_one_repeated_batch(bucket: Any, tmp_path: Path) -> None:
     assert np.mean(values[-10:]) < 0.6 * np.mean(values[:10])
 
 
-def test_another_architecture_is_refused_and_nothing_is_lost(bucket: Any) -> None:
-    run = bucket.train_here("architecture", "steps=2", "distributed.ranks=1")
+def test_another_architecture_is_refused_and_nothing_is_lost(bucket: Any, one_rank: Any) -> None:
+    run = bucket.run("one")
     before = run.fingerprint()
     done = ldm(
-        bucket, "train", str(bucket.config), f"run_dir={run.url}", "steps=4", "distributed.ranks=1",
+        bucket, "train", str(bucket.config), f"run_dir={run.url}", "steps=9", "distributed.ranks=1",
         "unet.model_channels=32",
     )  # fmt: skip
     assert done.returncode == 2

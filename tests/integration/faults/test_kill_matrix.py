@@ -116,7 +116,6 @@ def check_kills(
 def test_kills_of_each_kind_leave_no_trace(make_run: Any, unbroken: Callable[..., Any]) -> None:
     points = [
         KillPoint("step", 6, "rank 0"),
-        KillPoint("save", 8, "all"),
         KillPoint("data", 14, "launcher"),
     ]
     check_kills(make_run, unbroken, {}, points)
