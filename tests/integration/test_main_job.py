@@ -116,6 +116,7 @@ def test_two_ranks_equal_one_with_accumulation(
     np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=ZERO_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32(bucket: Any, one_rank: dict[int, float]) -> None:
     settings = [*EIGHT_STEPS, "distributed.ranks=1", "distributed.precision=bf16"]
     half = bucket.train_here("half", *settings).losses()
