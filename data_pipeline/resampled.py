@@ -129,10 +129,10 @@ class ResampledLoader(Iterator[Batch]):
         edge = self._config.image_size
         spec = sample_arrays(edge, edge) | condition_arrays(self._config, edge, edge)
         row = {name: np.zeros((1, *shape), kind) for name, (kind, shape) in spec.items()}
-        own_key = str(sample["__key__"])
-        key = f"{storage.shard_name(str(sample.get('__url__', '')), self._name_depth)}/{own_key}"
+        own_key, url = str(sample["__key__"]), str(sample.get("__url__", ""))
+        key = f"{storage.shard_name(url, self._name_depth)}/{own_key}"
         try:
-            if len(self._removed) and removed_record(self._removed, (own_key, key), members.get("json")):
+            if len(self._removed) and removed_record(self._removed, own_key, url, members.get("json")):
                 raise Rejected("removed")
             caption = fill_sample(
                 self._config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,13 +36,8 @@ class Selection:
     reads_json: bool = False
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
 
-    def reasons(
-        self, index: ShardIndex, sample_key: Callable[[str], str]
-    ) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-        """[n] -1 for samples to read, else position in the returned names.
-
-        `sample_key` turns a key into the one that traces and reject files print; removal lists may use both.
-        """
+    def reasons(self, index: ShardIndex) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+        """[n] -1 for samples to read, else position in the returned names."""
         names = (*self.filter.reasons(), "removed", "too_large")
         n = len(index)
         result = np.full(n, -1, np.int32)
@@ -57,7 +52,7 @@ class Selection:
             image_rows = [i for i, e in enumerate(index.extensions) if e in self.members]
             if image_rows:
                 result[index.sizes[image_rows].max(axis=0) > self.max_member_bytes] = names.index("too_large")
-            result[self._is_removed(index, sample_key)] = names.index("removed")
+            result[self._is_removed(index)] = names.index("removed")
         return result, names
 
     def undecided(self, index: ShardIndex) -> Filter | None:
@@ -72,14 +67,13 @@ class Selection:
         ]
         return part
 
-    def _is_removed(self, index: ShardIndex, sample_key: Callable[[str], str]) -> NDArray[np.bool_]:
+    def _is_removed(self, index: ShardIndex) -> NDArray[np.bool_]:
         hit = np.zeros(len(index), np.bool_)
         if not len(self.removed):
             return hit
-        own = [key.decode("utf-8", "replace") for key in index.keys]
-        whole = [sample_key(key) for key in own]
-        keys = (np.asarray([hash_text(name) for name in names], np.uint64) for names in (own, whole))
-        for column in (*keys, *index.hashes.values()):
+        spellings = [removable_keys(key.decode("utf-8", "replace"), index.shard) for key in index.keys]
+        keys = np.asarray([[hash_text(name) for name in names] for names in spellings], np.uint64)
+        for column in (*keys.T, *index.hashes.values()):
             hit |= np.isin(column, self.removed)
         return hit
 
@@ -114,10 +108,19 @@ def make_selection(config: DataConfig, skip_ordinals: Iterable[int] = ()) -> Sel
     )
 
 
-def removed_record(removed: NDArray[np.uint64], keys: Sequence[str], body: bytes | None) -> bool:
-    """Whether a sample that is not in any index is on the removal lists, by a key or its json's identity."""
+def removable_keys(key: str, shard: str) -> list[str]:
+    """All that a removal list may call a sample: its key, alone or after any of its shard's names.
+
+    A list written when there was one source must still hold when a second one makes the names longer.
+    """
+    return [key, *(f"{name}/{key}" for name in storage.shard_names(shard))]
+
+
+def removed_record(removed: NDArray[np.uint64], key: str, shard: str, body: bytes | None) -> bool:
+    """Whether a sample that is not in any index is on the removal lists, by key or its json's identity."""
     record = parse_record(body) or {}
-    names = [*keys, *(str(record[n]) for n in ("url", "sha256", "md5", "hash") if record.get(n) is not None)]
+    identities = (str(record[n]) for n in ("url", "sha256", "md5", "hash") if record.get(n) is not None)
+    names = [*removable_keys(key, shard), *identities]
     return bool(np.isin([hash_text(n) for n in names], removed).any())
 
 

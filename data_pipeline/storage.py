@@ -130,9 +130,9 @@ def name_of(url: str) -> str:
 
 def distinguishing_depth(urls: Sequence[str]) -> int:
     """How many last parts tell these URLs apart: 1 unless two folders hold files of the same name."""
-    distinct = set(urls)
+    distinct = [url.split("/") for url in set(urls)]
     depth = 1
-    while len({shard_name(url, depth) for url in distinct}) < len(distinct):
+    while len({tuple(parts[-depth:]) for parts in distinct}) < len(distinct):
         depth += 1
     return depth
 
@@ -140,6 +140,11 @@ def distinguishing_depth(urls: Sequence[str]) -> int:
 def shard_name(url: str, depth: int) -> str:
     """The last `depth` parts of a shard's URL, without `.tar`."""
     return "/".join(url.split("/")[-depth:]).removesuffix(".tar")
+
+
+def shard_names(url: str) -> list[str]:
+    """Every name that some set of shards may give this one (see `distinguishing_depth`), shortest first."""
+    return [shard_name(url, depth) for depth in range(1, url.count("/") + 2)]
 
 
 def expand_braces(url: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,10 +109,10 @@ class ShardViews:
         if hashlib.sha256(data).hexdigest() != self._dataset.checksums[shard]:
             raise DataError(f"The index {url} does not match its manifest; run `ldm data index` again.")
         index = decode_index(data, url)
-        return self._view(index, partial(self._dataset.sample_key, shard))
+        return self._view(index)
 
-    def _view(self, index: ShardIndex, sample_key: Callable[[str], str]) -> _View:
-        reasons, names = self._selection.reasons(index, sample_key)
+    def _view(self, index: ShardIndex) -> _View:
+        reasons, names = self._selection.reasons(index)
         late = self._selection.undecided(index)
         offsets, sizes = [], []
         for extension in self._selection.members:

@@ -74,7 +74,7 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         _ldm(environment, "export", FIRST_STAGE_RUN, FIRST_STAGE_FILE)
         _stage("3/6", "how well it reconstructs", started)
         quality, config = folder / "reconstruction.json", CONFIGS / "demo_text_to_image.yaml"
-        image_size = load_config(str(config)).data.image_size
+        image_size = load_config(str(config), overrides).data.image_size
         _ldm(environment, "evaluate", "reconstruction", FIRST_STAGE_FILE, "--shards", f"{SHARDS}/*.tar",
              "--image-size", str(image_size), "--samples", "512", "--out", str(quality))  # fmt: skip
         _stage("4/6", "text-conditioned latent diffusion", started)

@@ -1,4 +1,4 @@
-"""The smallest value that each number of the configuration may have."""
+"""The smallest values of numbers that have no other rule."""
 
 from __future__ import annotations
 

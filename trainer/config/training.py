@@ -137,7 +137,7 @@ class DistributedConfig:
     watchdog_s: float = 15.0
     """Seconds beyond the expected step time after which a silent rank counts as hung; 0: no watchdog."""
     doctor: bool = True
-    """Run the checks of `ldm doctor` before training; not again when local ranks are restarted."""
+    """Run the checks of `ldm doctor` before training; not again when its ranks are restarted."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
 """Environment variable with the launcher's process id; a rank does not outlive it."""
 
 RESTARTS_VARIABLE = "LDM_RESTARTS"
-"""Environment variable that tells a rank how often the local launcher has restarted the run."""
+"""Environment variable that tells a rank how often its launcher has restarted the run."""
 
 Task = Literal["train", "doctor"]
 

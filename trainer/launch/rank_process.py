@@ -15,7 +15,7 @@ from typing import Any
 
 import trainer
 from trainer.exit_codes import ExitCode
-from trainer.launch.rank import LAUNCHER_VARIABLE
+from trainer.launch.rank import LAUNCHER_VARIABLE, RESTARTS_VARIABLE
 from trainer.launch.supervisor import rank_command
 from trainer.reliability.heartbeat import BOARD_VARIABLE, Board
 
@@ -50,10 +50,13 @@ class RankProcess:
     """A process of its own, because trainers fork loaders and handle signals in the main thread.
 
     It dies with the thread that started it (Linux), and takes its loader workers along. watchdog_s:
-    silence of the rank's watchdog thread that counts as a frozen process; 0: only death counts.
+    silence of the rank's watchdog thread that counts as a frozen process; 0: only death counts. restarts:
+    how often the run has been started again before.
     """
 
-    def __init__(self, config: dict[str, Any], place: Place, *, log: Path, watchdog_s: float) -> None:
+    def __init__(
+        self, config: dict[str, Any], place: Place, *, log: Path, watchdog_s: float, restarts: int
+    ) -> None:
         self._place = place
         self._watchdog_s = watchdog_s
         self._started = time.monotonic()
@@ -76,6 +79,7 @@ class RankProcess:
                     "PYTHONUNBUFFERED": "1",
                     BOARD_VARIABLE: str(self._board.path),
                     LAUNCHER_VARIABLE: str(os.getpid()),
+                    RESTARTS_VARIABLE: str(restarts),
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=stream,

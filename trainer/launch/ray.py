@@ -162,7 +162,13 @@ def train_rank(settings: dict[str, Any]) -> int:
         master_port=port,
     )
     log = _log_folder() / f"{context.get_experiment_name()}-attempt-{attempt}-rank-{rank:04d}.log"
-    process = RankProcess(settings["config"], place, log=log, watchdog_s=config.distributed.watchdog_s)
+    process = RankProcess(
+        settings["config"],
+        place,
+        log=log,
+        watchdog_s=config.distributed.watchdog_s,
+        restarts=attempt - 1,
+    )
     logger.info("rank %d of %d is process %d; log: %s", rank, ranks, process.pid, log)
     try:
         return _Follower(config, rank, ranks, process, board).run()

@@ -73,6 +73,7 @@ board = board_from_environment(1)
 board.write(1, deadline=time.monotonic() + float(sys.argv[1]), step=17, phase="step")
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
+assert os.environ["LDM_RESTARTS"] == "3"
 for _ in range(600):
     board.tick(1)
     time.sleep(0.05)
@@ -91,7 +92,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             return [sys.executable, "-c", CHILD, str(deadline_s)]
 
         monkeypatch.setattr(rank_process, "rank_command", command)
-        made.append(RankProcess({"steps": 1}, PLACE, log=tmp_path / "logs" / "r.log", watchdog_s=2.0))
+        made.append(
+            RankProcess({"steps": 1}, PLACE, log=tmp_path / "logs" / "r.log", watchdog_s=2.0, restarts=3)
+        )
         return made[-1]
 
     yield make

@@ -128,13 +128,15 @@ def test_removed_and_skipped_are_never_served(make_shards, tmp_path: Path) -> No
     removal = tmp_path / "removed.txt"
     gone = [plain[0][0][3].split("/")[1], "http://x.invalid/" + plain[1][0][5].split("/")[1]]
     gone.append(plain[2][0][1])  # as `trace` prints it
+    gone.append("shards/" + plain[2][0][2])  # as it would, were there a second source with such names
     removal.write_text("# opt-outs\n" + "\n".join(gone) + "\n")
     seen, _, rejected = run(config_for(url, removal_lists=(str(removal),)), 10)
     served = {k for names, _, _ in seen for k in names}
     assert plain[0][0][3] not in served
     assert plain[1][0][5] not in served
     assert plain[2][0][1] not in served
-    assert rejected["removed"] >= 3
+    assert plain[2][0][2] not in served
+    assert rejected["removed"] >= 4
     loader = build_loader(config_for(url), seed=3, global_batch_size=BATCH, skip_ordinals=plain[2][1][:4])
     ordinals = [o for _ in range(5) for o in next(loader).ordinals.tolist()]
     loader.close()
