@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 from typing import Any
 
@@ -14,6 +15,26 @@ from trainer.config.io import dump_yaml
 from trainer.config.run import Config
 from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.wandb_sink import WandbSink
+
+
+LOG_FILE_INTERVAL_S = 30.0
+LOG_FILE_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+
+
+def progress_bar(config: Config, start_step: int) -> Any:
+    """A bar that moves on a terminal; in a log file a line every half minute, so that a week stays readable."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=config.steps,
+        initial=start_step,
+        unit="step",
+        desc=config.stage,
+        smoothing=0.1,
+        dynamic_ncols=terminal,
+        bar_format=None if terminal else LOG_FILE_LINE,
+        mininterval=0.5 if terminal else LOG_FILE_INTERVAL_S,
+        maxinterval=10.0 if terminal else LOG_FILE_INTERVAL_S,
+    )
 
 
 class Sinks:
@@ -39,16 +60,8 @@ class Sinks:
         self._jsonl = JSONLWriter(config.run_dir)
         if config.logging.wandb != "disabled":
             self._wandb = WandbSink(config.logging, config.run_dir, self._resolved, run_id)
-        self._bar = tqdm(
-            total=config.steps,
-            initial=start_step,
-            unit="step",
-            desc=config.stage,
-            smoothing=0.1,
-            dynamic_ncols=True,
-            mininterval=0.5,
-            disable=not config.logging.progress_bar,
-        )
+        if config.logging.progress_bar:
+            self._bar = progress_bar(config, start_step)
 
     @property
     def run_id(self) -> str | None:
