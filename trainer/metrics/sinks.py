@@ -16,13 +16,12 @@ from trainer.config.run import Config
 from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.wandb_sink import WandbSink
 
-
 LOG_FILE_INTERVAL_S = 30.0
 LOG_FILE_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
 
 
 def progress_bar(config: Config, start_step: int) -> Any:
-    """A bar that moves on a terminal; in a log file a line every half minute, so that a week stays readable."""
+    """A bar that moves on a terminal; in a log file, a line every half minute."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=config.steps,

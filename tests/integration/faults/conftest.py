@@ -199,7 +199,8 @@ class FaultyRun:
         noticed = self.until(replaced, "new ranks")
         back = self.until_step(step)
         (resumed,) = [event["step"] for event in self.events("resume")[-1:]] or [0]
-        self.report(fault, detect_s=noticed - struck, recover_s=back - struck, lost_steps=step - resumed)
+        lost = max(0, step - resumed)
+        self.report(fault, detect_s=noticed - struck, recover_s=back - struck, lost_steps=lost)
 
     def report(self, fault: str, **measured: float) -> None:
         """Append what was measured to the file that LDM_FAULT_REPORT names (docs/reliability.md)."""

@@ -134,8 +134,16 @@ def test_crop_is_inside_and_has_the_right_aspect(height, width, th, tw, ordinal)
     assert -1e-9 <= g.left < g.right <= 1 + 1e-9
     assert (g.right - g.left) * width / ((g.bottom - g.top) * height) == pytest.approx(tw / th)
     assert g == plan_crop(height, width, (th, tw), random_crop=True, may_flip=True, seed=3, ordinal=ordinal)
+    snapped = g.on_grid(height, width)
+    assert snapped == snapped.on_grid(height, width)
+    for name, edge in (("top", height), ("bottom", height), ("left", width), ("right", width)):
+        assert abs(getattr(snapped, name) - getattr(g, name)) * edge <= 1.5
+        assert getattr(snapped, name) * edge == pytest.approx(round(getattr(snapped, name) * edge))
+    assert snapped.bottom <= 1
+    assert snapped.right <= 1
     out = np.zeros((th, tw, 3), np.uint8)
-    crop_pixels(np.zeros((height, width, 3), np.uint8), g, out)
+    crop_pixels(np.full((height, width, 3), 77, np.uint8), g, out)
+    assert (out == 77).all()
 
 
 def test_draws_are_spread_and_independent() -> None:
@@ -147,6 +155,16 @@ def test_draws_are_spread_and_independent() -> None:
     assert abs(lefts.mean() - 0.5) < 0.03
     assert abs(flips.mean() - 0.5) < 0.05
     assert abs(np.corrcoef(lefts, flips)[0, 1]) < 0.07
+
+
+def test_shrinking_does_not_alias() -> None:
+    """A checkerboard finer than the target's pixels becomes its mean."""
+    board = (np.indices((96, 96)).sum(0) % 2 * 255).astype(np.uint8)[:, :, None].repeat(3, 2)
+    g = plan_crop(96, 96, (36, 36), random_crop=False, may_flip=False, seed=0, ordinal=0)
+    out = np.zeros((36, 36, 3), np.uint8)
+    crop_pixels(board, g, out)
+    assert np.abs(out.astype(int) - 127).max() < 40
+    assert abs(out.mean() - 127.5) < 2
 
 
 def test_maps_and_boxes_follow_the_picture() -> None:
