@@ -34,13 +34,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Side-by-side figures; each prints a table and appends nothing (copy into benchmarks/RESULTS.md).
+# Side-by-side figures, about half an hour; each prints a table (copy it into benchmarks/RESULTS.md).
+BENCHMARKS = decode.py ema.py step.py checkpoint.py loader.py "rng.py configs/demo_text_to_image.yaml" "goodput.py measure"
 bench: $(STAMP)
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
-
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,evaluation,local-s3]' --group dev
-	touch $(STAMP)
+	for run in $(BENCHMARKS); do echo "== $$run"; $(BIN)/python benchmarks/$$run || exit 1; done

@@ -1,0 +1,112 @@
+"""A proxy in front of an S3 server that misbehaves as storage does."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class FaultProxy(ThreadingHTTPServer):
+    """Forwards to an S3 server and spoils a seeded share of the object reads.
+
+    `faults`: share of the reads by kind: short (half a body), storm (503), reset, stall (30 s of silence).
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, upstream: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = upstream
+        self.rng = random.Random(7)
+        self.faults: dict[str, float] = {}
+        self.first_byte_s = 0.0
+        self.broken: tuple[str, ...] = ()
+        """Objects that always fail."""
+        self.counts: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> FaultProxy:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def environment(self, direct: Mapping[str, str]) -> dict[str, str]:
+        """Environment of the S3 server, with the endpoint replaced by the proxy's."""
+        return {**direct, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.server_address[1]}"}
+
+    def choose(self, path: str) -> str:
+        with self.lock:
+            fault = "storm" if any(b in path for b in self.broken) else ""
+            draw = self.rng.random()
+            for name, share in self.faults.items():
+                if not fault and draw < share:
+                    fault = name
+                draw -= share
+            self.counts[fault or "served"] += 1
+            return fault
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultProxy
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def _forward(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=30)
+        upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            upstream.putheader(name, value)
+        upstream.endheaders(body or None)
+        answer = upstream.getresponse()
+        data = answer.read()
+        upstream.close()
+        reads = self.command == "GET" and "list-type" not in self.path
+        fault = self.server.choose(self.path) if reads else ""
+        if reads:
+            time.sleep(self.server.first_byte_s)
+        if fault == "storm":
+            answer_code, data, headers = 503, b"<Error><Code>SlowDown</Code></Error>", []
+        else:
+            answer_code, headers = answer.status, answer.getheaders()
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
+        self.send_response(answer_code)
+        for name, value in headers:
+            if name.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
+                self.send_header(name, value)
+        size = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", size)
+        self.end_headers()
+        if fault in ("short", "stall"):
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            if fault == "stall":
+                time.sleep(30)
+            self.close_connection = True
+            return
+        self.wfile.write(data)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward
