@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from data_pipeline.appending import cut_torn_line
 from data_pipeline.batch import Batch
 from data_pipeline.conditions import check_conditions
 from data_pipeline.config import DataConfig
@@ -130,6 +131,8 @@ class Loader(Iterator[Batch]):
         self.wait_s = 0.0
         """Seconds that __next__ has waited for data in total."""
         self._reject_file = task.config.reject_file and task.config.reject_file.replace("{rank}", str(rank))
+        if self._reject_file:
+            cut_torn_line(Path(self._reject_file))
         self._sources: list[WorkerProcess | _Inline] = []
         try:
             for i, each in enumerate(tasks):

@@ -7,9 +7,12 @@ import logging
 import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import fsspec
+
+from data_pipeline.appending import cut_torn_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,8 @@ class JSONLWriter:
         if self._local:
             self._filesystem.makedirs(self._folder, exist_ok=True)
         self._path = f"{self._folder}/metrics.jsonl"
+        if self._local:
+            cut_torn_line(Path(self._path))
         self._lines: list[str] = []
         self._sent = time.monotonic()
         # A thread, because storage that hangs must not hang the step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -188,11 +189,8 @@ def test_a_full_disk_stops_with_a_sentence_and_loses_nothing(
     run = make_run({"run_dir": str(small_disk / "out")}).start()
     run.until(lambda: len(run.committed()) >= 1, "a first checkpoint")
     ballast = small_disk / "ballast"
-    with ballast.open("wb") as stream:
-        try:
-            while stream.write(b"x" * 4096):
-                stream.flush()
-        except OSError:
+    with ballast.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(b"x" * 4096):
             pass
     assert run.wait() == ExitCode.USER_ERROR, run.console[-4000:]
     assert "No space left" in run.console or "full" in run.console
@@ -209,9 +207,14 @@ def test_storage_that_turns_read_only_stops_with_a_sentence(
     wanted = unbroken()
     run = make_run({"run_dir": str(small_disk / "out")}).start()
     run.until(lambda: len(run.committed()) >= 1, "a first checkpoint")
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    # A second mount over the first: it can turn read-only although the run has files open below it.
+    out = str(run.folder_of_run)
+    subprocess.run(["mount", "--bind", out, out], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", out], check=True)
     assert run.wait() == ExitCode.USER_ERROR, run.console[-4000:]
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert "Read-only file system" in run.console
+    assert "restarting" not in run.console
+    subprocess.run(["umount", "-l", out], check=True)
     assert run.run() == 0, run.console[-4000:]
     assert_as_unbroken(run, wanted)
 

@@ -119,3 +119,13 @@ def test_offline_run_is_written_and_keeps_its_id(tmp_path: Path) -> None:
     again.log(32, {"loss": 2.0})  # a rewind: fewer samples than before must not be refused
     again.close()
     assert list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', "x" * 200_000])
+def test_a_torn_last_line_does_not_spoil_the_next_record(tmp_path: Path, torn: str) -> None:
+    """A full disk or SIGKILL in a write; the run then goes on in the same file."""
+    path = tmp_path / "logs" / "metrics.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 1}\n{"step": 2}\n' + torn)
+    JSONLWriter(str(tmp_path)).write({"step": 3})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
