@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from torch import nn
 
@@ -35,6 +33,7 @@ from trainer.interop.initialise import initialise
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.timer import StepTimer
 from trainer.reliability.healing import Healer, Incident
+from trainer.reliability.journal import read_journal, write_journal
 from trainer.stages import autoencoder, diffusion
 from trainer.stages.stage import Stage
 from trainer.state import TrainState
@@ -201,22 +200,6 @@ def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) ->
     perceptual = build_perceptual(config.autoencoder_loss, env.device)
     facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
     return autoencoder.AutoencoderStage(config, engines, perceptual, timer), facts
-
-
-def write_journal(run_dir: str, journal: list[dict[str, Any]]) -> None:
-    """Store the incidents beside the checkpoints, since older checkpoints do not know them."""
-    with fsspec.open(f"{run_dir.rstrip('/')}/healing.json", "w", auto_mkdir=True) as file:
-        json.dump(journal, file)
-
-
-def read_journal(run_dir: str) -> list[dict[str, Any]]:
-    """Stored incidents; none when there is no file."""
-    try:
-        with fsspec.open(f"{run_dir.rstrip('/')}/healing.json", "r") as file:
-            journal: list[dict[str, Any]] = json.load(file)
-    except FileNotFoundError:
-        return []
-    return journal
 
 
 def _start_from(source: str | None, network: nn.Module) -> None:

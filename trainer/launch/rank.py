@@ -13,16 +13,15 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.errors import Unreachable
 from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, classify, normalize
+from trainer.launch.restarts import RESTARTS_VARIABLE, is_restart
 
 LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
 """Environment variable with the launcher's process id; a rank does not outlive it."""
-
-RESTARTS_VARIABLE = "LDM_RESTARTS"
-"""Environment variable that tells a rank how often its launcher has restarted the run."""
 
 Task = Literal["train", "doctor"]
 
@@ -41,6 +40,10 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
             from trainer.doctor.examination import diagnose
 
             return diagnose(config, DistributedEnv.detect())
+        if is_restart():
+            from trainer.reliability.outage import wait_for_storage
+
+            wait_for_storage(config.run_dir, config.data)
         if config.distributed.doctor and os.environ.get(RESTARTS_VARIABLE, "0") == "0":
             code = _examine(config)
             if code is not ExitCode.DONE:
@@ -50,6 +53,8 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
         return run(config, DistributedEnv.detect())
     except (Exception, KeyboardInterrupt) as error:
         code = classify(error)
+        if isinstance(error, Unreachable) and is_restart():
+            code = ExitCode.RETRYABLE  # it was reachable before: an outage, and nobody's mistake
         if code is ExitCode.USER_ERROR:
             logger.error("%s", error)
         elif code is ExitCode.ABORTED:

@@ -15,7 +15,8 @@ from typing import Any
 
 import trainer
 from trainer.exit_codes import ExitCode
-from trainer.launch.rank import LAUNCHER_VARIABLE, RESTARTS_VARIABLE
+from trainer.launch.rank import LAUNCHER_VARIABLE
+from trainer.launch.restarts import RESTARTS_VARIABLE
 from trainer.launch.supervisor import rank_command
 from trainer.reliability.heartbeat import BOARD_VARIABLE, Board
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import time
 from typing import Any
 
-import fsspec
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipeline.errors import Unreachable
+from data_pipeline.storage import join, write_bytes
 from trainer.config.io import dump_yaml
 from trainer.config.run import Config
 from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.wandb_sink import WandbSink
+
+logger = logging.getLogger(__name__)
 
 LOG_FILE_INTERVAL_S = 30.0
 LOG_FILE_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
@@ -54,8 +58,7 @@ class Sinks:
         if not self._main_rank:
             return
         config = self._config
-        with fsspec.open(f"{self._run_dir}/config.yaml", "w", auto_mkdir=True) as file:
-            file.write(dump_yaml(config))
+        write_bytes(join(self._run_dir, "config.yaml"), dump_yaml(config).encode())
         self._jsonl = JSONLWriter(config.run_dir)
         if config.logging.wandb != "disabled":
             self._wandb = WandbSink(config.logging, config.run_dir, self._resolved, run_id)
@@ -106,19 +109,22 @@ class Sinks:
             return
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
-        with fsspec.open(f"{self._run_dir}/samples/{name}-{step:08d}.png", "wb", auto_mkdir=True) as file:
-            file.write(buffer.getvalue())
+        try:
+            write_bytes(join(self._run_dir, "samples", f"{name}-{step:08d}.png"), buffer.getvalue())
+        except Unreachable as error:
+            logger.warning("a picture is not stored: %s", error)  # no reason to stop training
         if self._wandb:
             self._wandb.image(samples_seen, name, picture)
 
     def flush(self) -> None:
-        """Make the JSONL durable (called at checkpoints)."""
+        """Send records that are not stored yet (called at checkpoints)."""
         if self._jsonl:
             self._jsonl.flush()
 
     def close(self) -> None:
         """Finish all of them."""
-        self.flush()
+        if self._jsonl:
+            self._jsonl.close()
         if self._bar is not None:
             self._bar.close()
         if self._wandb:

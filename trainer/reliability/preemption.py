@@ -103,7 +103,7 @@ class Preemption:
         try:
             if storage.exists(path):
                 storage.rm_file(path)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - whatever the storage library raises; the state is saved
             logger.warning("could not remove the stop file %s: %s", self._stop_file, error)
 
     def _ask(self, request: StopRequest, reason: str) -> None:
@@ -132,6 +132,6 @@ class Preemption:
                 if storage.exists(path):
                     self._ask(StopRequest.STOPPED, f"stop file {self._stop_file}")
                     return
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - whatever the storage library raises
                 logger.debug("could not look for the stop file: %s", error)
             self._closing.wait(self._poll_s)

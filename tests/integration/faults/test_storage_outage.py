@@ -16,7 +16,7 @@ from trainer.exit_codes import ExitCode
 # Every start of ranks imports torch and DeepSpeed, which takes long on a crowded machine.
 pytestmark = pytest.mark.timeout(2400)
 
-SETTINGS = {"steps": 40, "data": {"prefetch": 1, "read_ahead_bytes": 4096}}
+SETTINGS = {"steps": 120, "data": {"prefetch": 1, "read_ahead_bytes": 4096}}
 
 
 @pytest.fixture

@@ -43,7 +43,6 @@ def test_jsonl_appends_over_restarts(tmp_path: Path) -> None:
     for step in (1, 2):
         writer = JSONLWriter(str(tmp_path))
         writer.write({"step": step})
-        writer.flush()
     lines = (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
@@ -65,21 +64,20 @@ def test_remote_jsonl_is_sent_every_minute_and_in_segments(monkeypatch: pytest.M
     writer.write({"step": 1})
     assert stored() == {}
     monkeypatch.setattr(jsonl, "SEND_EVERY_S", -1.0)
-    monkeypatch.setattr(filesystem, "open", _fails)
-    writer.write({"step": 2})  # storage is away: nothing is raised, nothing is lost
-    assert writer._sending is not None
-    writer._sending.result()
+    with monkeypatch.context() as away:
+        away.setattr(type(filesystem), "pipe_file", _fails)
+        writer.write({"step": 2})  # nothing is raised, nothing is lost
+        assert writer._sending is not None
+        assert writer._sending.result() == 0
     assert stored() == {}
-    monkeypatch.undo()
-    monkeypatch.setattr(jsonl, "SEGMENT_BYTES", 40)
-    monkeypatch.setattr(jsonl, "SEND_EVERY_S", -1.0)
     writer.write({"step": 3})
     writer._sending.result()
     assert stored() == {"metrics-00000001.jsonl": [1, 2, 3]}
-    writer.write({"step": 4})
-    writer.flush()  # over 40 bytes: the next record begins an object of its own
+    writer.write({"step": 4})  # over 40 bytes: the next record begins an object of its own
+    writer._sending.result()
+    monkeypatch.setattr(jsonl, "SEND_EVERY_S", 60.0)
     writer.write({"step": 5})
-    writer.flush()
+    writer.close()
     assert stored() == {"metrics-00000001.jsonl": [1, 2, 3, 4], "metrics-00000005.jsonl": [5]}
     filesystem.rm("memory://jsonl-test", recursive=True)
 
