@@ -20,7 +20,7 @@ from trainer.exit_codes import RetryableFault
 CHUNK_BYTES = 16 << 20
 """Unit of hashing and local writing."""
 _PART_BYTES = 32 << 20  # of a multipart upload: 10,000 parts of this are 312 GiB
-_TRIES = 14  # waits between one and two minutes, so that an outage of a minute is survived
+_TRIES = 30  # five to eight minutes, less than the watchdog grants a save
 _QUICK_TRIES = 4  # where a person waits
 _REMOTE_READS = 8
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
