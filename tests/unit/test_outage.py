@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.local_s3 import LocalS3
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
@@ -71,6 +71,18 @@ def test_waits_until_storage_is_back(
 def test_patience_ends_as_a_retryable_fault(no_storage: int) -> None:
     with pytest.raises(RetryableFault, match="Storage has not answered"):
         outage.wait_for_storage("s3://bucket/run", DataConfig(shards="s3://bucket/*.tar", patience_s=0.5))
+
+
+def test_the_folders_that_are_asked() -> None:
+    sources = (
+        SourceConfig("s3://a/*.tar"),
+        SourceConfig("s3://b/c/{0..9}.tar"),
+        SourceConfig("/local/*.tar"),
+    )
+    assert list(outage._remote_folders("s3://run", DataConfig(sources=sources))) == [
+        *("s3://run", "s3://a", "s3://b/c"),
+    ]
+    assert list(outage._remote_folders("runs/x", DataConfig(shards="shards.tar"))) == []
 
 
 def test_local_folders_are_not_asked(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import Unreachable
-from data_pipeline.storage import exists, parent, scheme_of
+from data_pipeline.errors import DataError, Unreachable
+from data_pipeline.storage import exists, scheme_of
 from trainer.exit_codes import RetryableFault
 
 _LONGEST_WAIT_S = 600.0  # a rank that says nothing for 900 s while it starts counts as stuck
@@ -36,7 +36,7 @@ def wait_for_storage(run_dir: str, data: DataConfig) -> None:
 
 def _remote_folders(run_dir: str, data: DataConfig) -> Iterable[str]:
     patterns = [data.shards, *(source.shards for source in data.sources)]
-    folders = [parent(re.split(r"[{*?\[]", pattern)[0]) for pattern in patterns if pattern]
+    folders = [re.split(r"[{*?\[]", pattern)[0].rpartition("/")[0] for pattern in patterns if pattern]
     return [url for url in dict.fromkeys([run_dir, *folders]) if scheme_of(url) != "file"]
 
 
@@ -45,4 +45,6 @@ def _answers(url: str) -> bool:
         exists(url)
     except Unreachable:
         return False
+    except DataError:
+        pass  # an answer, if a bad one: the run itself says what is wrong
     return True
