@@ -31,10 +31,11 @@ from loader_arms import ARMS
 from pictures import make_shards
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "integration" / "data")]
 
-from data_pipeline.local_s3 import LocalS3  # noqa: E402 - found through the line above
-from tests.integration.data.fault_proxy import FaultProxy  # noqa: E402
+from fault_proxy import FaultProxy  # noqa: E402 - found through the line above
+
+from data_pipeline.local_s3 import LocalS3  # noqa: E402
 
 
 @dataclass(frozen=True)
