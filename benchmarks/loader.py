@@ -24,9 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from loader_arms import ARMS
 from pictures import make_shards
 
@@ -78,32 +80,23 @@ def run_arm(name: str, url: str, seconds: float, skip: int, pace: float) -> dict
     }
 
 
-def _tree() -> list[int]:
-    found, todo = [], [os.getpid()]
-    while todo:
-        pid = todo.pop()
-        found.append(pid)
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            todo += [int(child) for child in task.read_text().split()]
-    return found
-
-
 def _cpu() -> float:
-    total = 0.0
-    for pid in _tree():
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+    """Processor seconds of the process tree so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in _tree())
 
 
 def _tree_rss() -> float:
     """Proportional memory of the process tree, MB (shared pages counted once)."""
-    total = 0
-    for pid in _tree():
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1])
-    return total / 1000
+    total = 0.0
+    for process in _tree():
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().pss / 1e6
+    return total
+
+
+def _tree() -> list[psutil.Process]:
+    this = psutil.Process()
+    return [this, *this.children(recursive=True)]
 
 
 def measure(case: Case, seconds: float, peers: str) -> dict[str, float] | None:

@@ -8,6 +8,7 @@ them: Pillow decode and torchvision's antialiased resize, random crop and flip.
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -69,13 +70,17 @@ def webdataset(url: str, skip: int = 0) -> Iterator[int]:
 
 def readable_urls(url: str) -> list[str]:
     """Paths of the tars, or signed http URLs of those on S3 (webdataset knows no s3://)."""
+    import s3fs
+
     from data_pipeline import storage
 
     found = [file.url for file in storage.list_files(url)]
     if not url.startswith("s3://"):
         return found
-    fs, _ = storage.filesystem(url)
-    return [fs.sign(each, expiration=3600) for each in found]
+    signer = s3fs.S3FileSystem(
+        endpoint_url=os.environ["AWS_ENDPOINT_URL"], config_kwargs={"signature_version": "s3v4"}
+    )
+    return [signer.sign(each, expiration=3600) for each in found]
 
 
 def streaming(url: str, skip: int = 0) -> Iterator[int]:
