@@ -38,3 +38,10 @@ format: $(STAMP)
 BENCHMARKS = decode.py ema.py step.py checkpoint.py loader.py "rng.py configs/demo_text_to_image.yaml" "goodput.py measure"
 bench: $(STAMP)
 	for run in $(BENCHMARKS); do echo "== $$run"; $(BIN)/python benchmarks/$$run || exit 1; done
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,evaluation,local-s3]' --group dev
+	touch $(STAMP)

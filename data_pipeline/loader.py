@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from data_pipeline.appending import cut_torn_line
 from data_pipeline.batch import Batch
@@ -152,23 +153,23 @@ class Loader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         began = time.monotonic()
-        tensors: dict[str, Tensor] = {}
+        gathered: dict[str, NDArray[Any]] = {}
         parts: list[Part] = []
         filled = 0
         for source, task in zip(self._sources, self._tasks, strict=True):
             part, memory, slot = source.take()
-            arrays = task.layout(part.height, part.width).arrays(memory)
-            for name, array in arrays.items():
-                piece = torch.from_numpy(array)
-                if name not in tensors:
-                    tensors[name] = torch.empty((self._size, *piece.shape[1:]), dtype=piece.dtype)
-                tensors[name][filled : filled + len(piece)] = piece
+            for name, piece in task.layout(part.height, part.width).arrays(memory).items():
+                if name not in gathered:
+                    gathered[name] = np.empty((self._size, *piece.shape[1:]), dtype=piece.dtype)
+                # NumPy copies in this thread; torch would start threads that spin beside the workers.
+                gathered[name][filled : filled + len(piece)] = piece
             source.release(slot)
             parts.append(part)
             filled += task.size
         self.wait_s += time.monotonic() - began
         self._step += 1
         self._account(parts)
+        tensors = {name: torch.from_numpy(array) for name, array in gathered.items()}
         pixels = tensors.pop("pixels").permute(0, 3, 1, 2)  # [B, 3, H, W], channels last in memory
         return Batch(
             pixels=pixels,
