@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -83,7 +82,6 @@ TASKS = {
         (TEXT, LAYOUT, "conditioning.image_size={width: 8}", "data.conditions=[layout]")
     ),
 }
-QUICK = ("semantic_map",)
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +177,8 @@ def condition_gain(config: Config, stage: DiffusionStage, batch: Batch) -> float
     return gain / 3
 
 
-def parameters() -> list[Any]:
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name) for name in TASKS]
-
-
-@pytest.mark.parametrize("name", parameters())
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(TASKS))
 def test_task_learns(name: str, shards: str, group: None, tmp_path: Path) -> None:
     task = TASKS[name]
     config = configuration(shards, tmp_path, task)
