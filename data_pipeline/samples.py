@@ -54,8 +54,8 @@ def fill_sample(
         may_flip=config.horizontal_flip,
         seed=seed,
         ordinal=ordinal,
-    ).on_grid(*pixels.shape[:2])
-    crop_pixels(pixels, geometry, out["pixels"][row])
+    )
+    geometry = crop_pixels(pixels, geometry, out["pixels"][row])
     fill_conditions(config, members, record, geometry, out, row)
     return caption
 

@@ -223,11 +223,11 @@ def _to_rgb(image: ImageFile.ImageFile | Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("RGB"))
 
 
-def crop_pixels(pixels: NDArray[np.uint8], geometry: Geometry, out: NDArray[np.uint8]) -> None:
+def crop_pixels(pixels: NDArray[np.uint8], geometry: Geometry, out: NDArray[np.uint8]) -> Geometry:
     """Crop RGB [h, w, 3] and resize it into `out` [target h, target w, 3].
 
-    Shrinks by pixel area, which does not alias, and enlarges bicubically. Whole pixels are cropped, so
-    `geometry` should be `on_grid` of this picture.
+    Shrinks by pixel area, which does not alias, and enlarges bicubically. Whole pixels are cropped;
+    returns that crop, for maps and boxes to follow.
     """
     height, width = pixels.shape[:2]
     whole = geometry.on_grid(height, width)
@@ -240,6 +240,7 @@ def crop_pixels(pixels: NDArray[np.uint8], geometry: Geometry, out: NDArray[np.u
         method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
         crop = cv2.resize(crop, size, interpolation=method)
     out[:] = crop[:, ::-1] if geometry.flip else crop
+    return whole
 
 
 def crop_map(data: bytes, geometry: Geometry, *, labels: bool, max_pixels: int) -> NDArray[Any]:

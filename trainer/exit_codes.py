@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterable
 from enum import IntEnum
 
-from data_pipeline.errors import DataError, StorageOutage, WorkerDied
+from data_pipeline.errors import DataError, StorageOutage, Unreachable, WorkerDied
 from trainer.config.run import ConfigError
 
 
@@ -103,18 +103,19 @@ def combine(statuses: Iterable[int]) -> ExitCode:
     return next(code for code in order if code in present)
 
 
-def classify(error: BaseException) -> ExitCode:
+def classify(error: BaseException, *, restarted: bool = False) -> ExitCode:
     """The exit code for an exception that ended a rank.
 
     Memory exhaustion is fatal: the same model and batch would exhaust it again. Unknown runtime
     errors (CUDA, NCCL, gloo, storage) are retryable, since restarts are bounded; errors that only
-    wrong code raises are fatal.
+    wrong code raises are fatal. Storage that cannot be reached is a wrong URL, unless the run has been
+    `restarted`: it was reachable before.
     """
     if isinstance(error, SystemExit):
         return normalize(error.code if isinstance(error.code, int) else 0 if not error.code else 1)
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.ABORTED
-    if isinstance(error, (StorageOutage, WorkerDied)):
+    if isinstance(error, (StorageOutage, WorkerDied)) or (restarted and isinstance(error, Unreachable)):
         return ExitCode.RETRYABLE
     if isinstance(error, (ConfigError, DataError)):
         return ExitCode.USER_ERROR

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.errors import Unreachable
 from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
 from trainer.console import configure_logging
@@ -52,9 +51,7 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
 
         return run(config, DistributedEnv.detect())
     except (Exception, KeyboardInterrupt) as error:
-        code = classify(error)
-        if isinstance(error, Unreachable) and is_restart():
-            code = ExitCode.RETRYABLE  # it was reachable before: an outage, and nobody's mistake
+        code = classify(error, restarted=is_restart())
         if code is ExitCode.USER_ERROR:
             logger.error("%s", error)
         elif code is ExitCode.ABORTED:

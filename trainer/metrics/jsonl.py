@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class JSONLWriter:
 
     def close(self) -> None:
         """Wait until everything is stored; say so when it cannot be."""
-        self._sender.submit(lambda: None).result()  # whatever is under way
+        if self._sending is not None:
+            wait([self._sending])
         self.flush(tries=_LAST_TRIES)
         self._sender.shutdown()
 
@@ -83,6 +84,6 @@ class JSONLWriter:
         try:
             write_bytes(url, text.encode(), tries=tries)
         except DataError as error:
-            logger.warning("the last records cannot be stored: %s", error)
+            logger.warning("the last records are not stored yet: %s", error)
             return 0
         return len(lines) if len(text) > SEGMENT_BYTES else 0

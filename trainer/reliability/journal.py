@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from data_pipeline.storage import exists, join, read_bytes
+from data_pipeline.errors import NoShards
+from data_pipeline.storage import join, read_bytes
 from trainer.checkpoint.storage import write_whole
 
 _NAME = "healing.json"
@@ -22,6 +23,8 @@ def write_journal(run_dir: str, journal: list[dict[str, Any]]) -> None:
 
 def read_journal(run_dir: str) -> list[dict[str, Any]]:
     """Stored incidents; none when there is no file."""
-    url = join(run_dir, _NAME)
-    journal: list[dict[str, Any]] = json.loads(read_bytes(url)) if exists(url) else []
+    try:
+        journal: list[dict[str, Any]] = json.loads(read_bytes(join(run_dir, _NAME)))
+    except NoShards:  # what data_pipeline calls any file that is not there
+        return []
     return journal
