@@ -5,7 +5,8 @@
 JPEGs of quality 92 of about a megapixel to 256 px. The grain decides about the bytes per pixel, and so how
 much of the time goes into Huffman decoding, which no arm can avoid: the arm `entropy` decodes at an eighth
 and throws the pixels away. Stock is what webdataset's "pil" and torchvision's Resize do; SSIM is against
-Pillow's antialiased bicubic resize of the full picture. The arms take turns; the figures are medians.
+Pillow's antialiased bicubic resize of the same part of the fully decoded picture. The arms take turns; the
+figures are medians.
 """
 
 from __future__ import annotations
@@ -27,24 +28,36 @@ from numpy.typing import NDArray
 from pictures import make_shards
 from PIL import Image
 
-from data_pipeline.transforms import crop_pixels, decode, plan_crop
+from data_pipeline.decoding import decode
+from data_pipeline.transforms import Geometry, crop_pixels, plan_crop
 
 
 def ours(data: bytes) -> NDArray[np.uint8]:
     """What a loader process does with one picture."""
-    pixels, height, width = decode(data, target=(EDGE, EDGE), max_pixels=10**8)
-    crop = plan_crop(height, width, (EDGE, EDGE), random_crop=False, may_flip=False, seed=0, ordinal=0)
+    return crop_taken(data)[0]
+
+
+def crop_taken(data: bytes) -> tuple[NDArray[np.uint8], Geometry]:
+    """Our picture and the crop of the original that it shows."""
+    picture = decode(data, target=(EDGE, EDGE), max_pixels=10**8)
+    size = picture.height, picture.width
+    crop = plan_crop(*size, (EDGE, EDGE), random_crop=False, may_flip=False, seed=0, ordinal=0)
     out = np.empty((EDGE, EDGE, 3), np.uint8)
-    crop_pixels(pixels, crop, out)
-    return out
+    return out, crop_pixels(picture, crop, out)
 
 
-def pillow(data: bytes) -> NDArray[np.uint8]:
-    """Full decode and antialiased bicubic resize of the central square."""
+def pillow(data: bytes, crop: Geometry | None = None) -> NDArray[np.uint8]:
+    """Full decode and antialiased bicubic resize of the crop, else of the central square."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    edge = min(image.size)
-    left, top = (image.width - edge) / 2, (image.height - edge) / 2
-    box = (left, top, left + edge, top + edge)
+    if crop is None:
+        edge = min(image.size)
+        left, top = (image.width - edge) / 2, (image.height - edge) / 2
+        box = (left, top, left + edge, top + edge)
+    else:
+        box = (
+            *(crop.left * image.width, crop.top * image.height),
+            *(crop.right * image.width, crop.bottom * image.height),
+        )
     return np.asarray(image.resize((EDGE, EDGE), Image.Resampling.BICUBIC, box=box))
 
 
@@ -70,6 +83,12 @@ def ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     return float(
         ((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (x.var(1) + y.var(1) + c2))).mean()
     )
+
+
+def likeness(data: bytes) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Our picture and Pillow's of the same crop."""
+    pixels, crop = crop_taken(data)
+    return pixels, pillow(data, crop)
 
 
 def measure(pictures: list[bytes], rounds: int) -> dict[str, list[float]]:
@@ -108,7 +127,7 @@ def main() -> None:
             rates = measure(pictures, args.rounds)
             middle = {name: statistics.median(values) for name, values in rates.items()}
             ratios = [a / b for a, b in zip(rates["ours"], rates["stock"], strict=True)]
-            alike = statistics.mean(ssim(ours(data), pillow(data)) for data in pictures[:20])
+            alike = statistics.mean(ssim(*likeness(data)) for data in pictures[:20])
             kilobytes = statistics.mean(len(data) for data in pictures) / 1000
             ratio = f"{middle['ours'] / middle['stock']:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
             figures = "".join(f"{middle[name]:>9.0f}" for name in ("ours", "stock", "pillow", "entropy"))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline import storage
+from data_pipeline.decoding import picture_size
 from data_pipeline.errors import DataError, NotATar
 from data_pipeline.index import (
     ABSENT,
@@ -31,7 +32,6 @@ from data_pipeline.records import parse_record
 from data_pipeline.retry import ShortBody, with_retries
 from data_pipeline.storage import StoredFile
 from data_pipeline.tars import BLOCK, IMAGE_EXTENSIONS, Member, TarScan, samples_of, scan, split_name
-from data_pipeline.transforms import picture_size
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from PIL import Image, ImageDraw
 
 from data_pipeline import storage
 from data_pipeline.captions import clean
+from data_pipeline.decoding import decode
 from data_pipeline.errors import DataError, Rejected
 from data_pipeline.index import DEFECTS, ShardIndex
 from data_pipeline.indexing import read_index
 from data_pipeline.keyed import permutation
 from data_pipeline.storage import StoredFile
 from data_pipeline.tars import IMAGE_EXTENSIONS
-from data_pipeline.transforms import decode
 
 _TILE = 160
 _TEXT = 44
@@ -149,21 +149,21 @@ def _decode_some(
             result.captions.append(caption)
         else:
             result.bad_members["no_caption"] += 1
-        picture = next((members[e] for e in image_extensions if e in members), None)
-        if picture is None:
+        data = next((members[e] for e in image_extensions if e in members), None)
+        if data is None:
             continue
         try:
-            pixels, height, width = decode(picture, target=(_TILE, _TILE), max_pixels=max_pixels)
+            picture = decode(data, target=(_TILE, _TILE), max_pixels=max_pixels)
         except Rejected as error:
             result.bad_members[error.reason] += 1
             key = index.keys[row].decode("utf-8", "replace")
             result.problems.append(f"{storage.name_of(shard.url)}/{key}: {error}")
             continue
         result.decoded += 1
-        result.widths.append(width)
-        result.heights.append(height)
+        result.widths.append(picture.width)
+        result.heights.append(picture.height)
         if kept < keep:
-            result.pictures.append((pixels, caption))
+            result.pictures.append((picture.pixels, caption))
             kept += 1
 
 

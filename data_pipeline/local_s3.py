@@ -103,6 +103,9 @@ class LocalS3:
                 "--config",
                 os.devnull,
                 "--no-checksum",
+                # else the server would hash the whole object for every range of it
+                "--etag-hash",
+                "",
                 "--log-level",
                 "ERROR",
             ],

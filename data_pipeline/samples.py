@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from data_pipeline.captions import choose_caption
 from data_pipeline.conditions import fill_conditions
 from data_pipeline.config import DataConfig
+from data_pipeline.decoding import decode
 from data_pipeline.errors import Rejected
 from data_pipeline.filters import Filter
 from data_pipeline.records import parse_record
 from data_pipeline.tars import IMAGE_EXTENSIONS
-from data_pipeline.transforms import crop_pixels, decode, plan_crop
+from data_pipeline.transforms import crop_pixels, plan_crop
 
 
 def fill_sample(
@@ -42,20 +43,20 @@ def fill_sample(
         seed=seed,
         ordinal=ordinal,
     )
-    picture = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
-    if picture is None:
+    data = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
+    if data is None:
         raise Rejected("no_image")
-    pixels, height, width = decode(picture, target=target, max_pixels=config.max_image_pixels)
+    picture = decode(data, target=target, max_pixels=config.max_image_pixels)
     geometry = plan_crop(
-        height,
-        width,
+        picture.height,
+        picture.width,
         target,
         random_crop=config.crop == "random",
         may_flip=config.horizontal_flip,
         seed=seed,
         ordinal=ordinal,
     )
-    geometry = crop_pixels(pixels, geometry, out["pixels"][row])
+    geometry = crop_pixels(picture, geometry, out["pixels"][row])
     fill_conditions(config, members, record, geometry, out, row)
     return caption
 

@@ -214,8 +214,9 @@ def _stored(pattern: str, info: dict[str, Any]) -> StoredFile:
     match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]+)://", pattern)
     path = info["name"]
     url = path if match is None or path.startswith(match.group(0)) else match.group(0) + path
-    version = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
-    return StoredFile(url, int(info["size"] or 0), str(version).strip('"'))
+    tag = str(info.get("ETag") or info.get("etag") or "").strip('"')  # some servers send an empty one
+    version = tag or info.get("mtime") or info.get("LastModified")
+    return StoredFile(url, int(info["size"] or 0), str(version))
 
 
 def _check_bucket(url: str, timeout_s: float) -> None:

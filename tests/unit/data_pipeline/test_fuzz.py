@@ -22,6 +22,7 @@ from PIL import Image
 
 from data_pipeline.captions import choose_caption
 from data_pipeline.conditions import layout_rows
+from data_pipeline.decoding import decode, picture_size
 from data_pipeline.errors import DataError, Rejected
 from data_pipeline.filters import Filter
 from data_pipeline.index import MANIFEST, decode_index, read_manifest
@@ -31,7 +32,7 @@ from data_pipeline.scenes import SceneOptions
 from data_pipeline.storage import list_files
 from data_pipeline.synthetic import SynthesisOptions, synthesize
 from data_pipeline.tars import samples_of, scan
-from data_pipeline.transforms import Geometry, decode, picture_size
+from data_pipeline.transforms import Geometry
 
 CASES = int(os.environ.get("LDM_FUZZ_CASES", "3000"))
 SHARES = {"tar": 0.3, "jpeg": 0.25, "other": 0.1, "json": 0.2, "filter": 0.1, "index": 0.04, "parquet": 0.01}
@@ -113,9 +114,9 @@ def test_tar(tmp_path: Path) -> None:
 
 def check_picture(data: bytes) -> None:
     picture_size(data[:2000])
-    pixels, height, width = decode(data, target=(16, 16), max_pixels=100_000)
-    assert pixels.ndim == 3
-    assert 0 < height * width <= 100_000
+    picture = decode(data, target=(16, 16), max_pixels=100_000)
+    assert picture.pixels.ndim == 3
+    assert 0 < picture.height * picture.width <= 100_000
 
 
 def test_jpeg() -> None:

@@ -71,8 +71,7 @@ def test_order_survives_layout_restart_filter_and_corruption(
     config = config_for(str(folder / "*.tar"), **changes)
     try:
         whole, _, _ = run(config, 8, seed=seed)
-    except DataError as error:  # a lane of two samples, both corrupt: refused by every layout
-        assert "Every sample of lane" in str(error)
+    except DataError:  # a lane of two samples, both corrupt, is refused: by every layout
         with pytest.raises(DataError, match="Every sample of lane"):
             run(config, 8, ranks=again, seed=seed)
         return

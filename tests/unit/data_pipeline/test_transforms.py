@@ -13,8 +13,9 @@ from PIL import Image
 
 from data_pipeline.captions import choose_caption, clean
 from data_pipeline.conditions import layout_rows
+from data_pipeline.decoding import Picture, decode, picture_size
 from data_pipeline.errors import Rejected
-from data_pipeline.transforms import Geometry, crop_map, crop_pixels, decode, picture_size, plan_crop
+from data_pipeline.transforms import Geometry, crop_map, crop_pixels, plan_crop
 
 LIMIT = 1_000_000
 
@@ -33,14 +34,18 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def full(data: bytes) -> np.ndarray:
-    return decode(data, target=(10_000, 10_000), max_pixels=LIMIT)[0]
+    return decode(data, target=(10_000, 10_000), max_pixels=LIMIT).pixels
+
+
+def whole(pixels: np.ndarray) -> Picture:
+    return Picture(pixels, *pixels.shape[:2])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_formats(kind: str) -> None:
-    pixels, height, width = decode(encoded(Image.fromarray(ramp()), kind), target=(48, 48), max_pixels=LIMIT)
-    assert (height, width) == (48, 64)
-    assert np.abs(pixels.astype(int) - ramp()).mean() < 12
+    picture = decode(encoded(Image.fromarray(ramp()), kind), target=(48, 48), max_pixels=LIMIT)
+    assert (picture.height, picture.width) == (48, 64)
+    assert np.abs(picture.pixels.astype(int) - ramp()).mean() < 12
     assert picture_size(encoded(Image.fromarray(ramp()), kind)) == (48, 64)
 
 
@@ -79,25 +84,57 @@ def test_exif_orientation(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(ramp()), kind, exif=exif)
-    pixels, height, width = decode(data, target=(9999, 9999), max_pixels=LIMIT)
+    picture = decode(data, target=(9999, 9999), max_pixels=LIMIT)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    assert (height, width) == expected.shape[:2]
-    assert np.abs(pixels.astype(int) - expected).mean() < 2
+    assert (picture.height, picture.width) == expected.shape[:2]
+    assert np.abs(picture.pixels.astype(int) - expected).mean() < 2
 
 
 @pytest.mark.parametrize("edge", [16, 32, 64, 100, 256])
 def test_scaled_decode_keeps_enough_pixels(edge: int) -> None:
     smooth = Image.fromarray(ramp(800, 600))
-    pixels, height, width = decode(encoded(smooth, "JPEG", quality=95), target=(edge, edge), max_pixels=LIMIT)
-    assert (height, width) == (600, 800)
-    assert min(pixels.shape[:2]) >= edge
-    assert min(pixels.shape[:2]) < max(2 * edge, 80)  # libjpeg goes down to an eighth
+    picture = decode(encoded(smooth, "JPEG", quality=95), target=(edge, edge), max_pixels=LIMIT)
+    assert (picture.height, picture.width) == (600, 800)
+    assert min(picture.pixels.shape[:2]) >= edge
+    assert min(picture.pixels.shape[:2]) < max(2.4 * edge, 80)  # libjpeg goes down to an eighth
     geometry = plan_crop(600, 800, (edge, edge), random_crop=False, may_flip=False, seed=0, ordinal=0)
     out = np.zeros((edge, edge, 3), np.uint8)
-    crop_pixels(pixels, geometry, out)
+    crop_pixels(picture, geometry, out)
     expected = smooth.resize((edge, edge), Image.Resampling.BICUBIC, box=(100, 0, 700, 600))
     assert np.abs(out.astype(int) - np.asarray(expected)).mean() < 2
+
+
+@pytest.mark.parametrize("height", [1, 3, 4, 7, 8, 9, 100, 255, 257])
+@pytest.mark.parametrize("width", [1, 4, 5, 16, 99, 256])
+@pytest.mark.parametrize("edge", [1, 2, 16, 50])
+def test_scale_of_a_reduced_picture(height: int, width: int, edge: int) -> None:
+    """What `scale` says is what libjpeg did, and the target can be cropped if the original allows."""
+    picture = decode(
+        encoded(Image.fromarray(ramp(width, height)), "JPEG"), target=(edge, edge), max_pixels=LIMIT
+    )
+    expected = tuple(int(side * picture.scale) for side in (height, width))
+    assert picture.pixels.shape[:2] == expected
+    assert min(expected) >= min(edge, height, width)
+
+
+def test_crop_of_a_reduced_picture_lies_where_it_says() -> None:
+    """Random crops of a JPEG whose edges eighths do not divide equal Pillow's crop of the box returned."""
+    y, x = np.indices((787, 1021))
+    waves = [255 - np.abs(v % 128 - 64) * 3.9 for v in (x, y, x + y)]  # steep: a pixel's shift is 4 levels
+    picture_of_waves = Image.fromarray(np.stack(waves, axis=2).astype(np.uint8))
+    picture = decode(
+        encoded(picture_of_waves, "JPEG", quality=98, subsampling=0), target=(300, 300), max_pixels=LIMIT
+    )
+    assert picture.scale == 0.5
+    for ordinal in range(20):
+        plan = plan_crop(787, 1021, (300, 300), random_crop=True, may_flip=True, seed=5, ordinal=ordinal)
+        out = np.zeros((300, 300, 3), np.uint8)
+        crop = crop_pixels(picture, plan, out)
+        box = (crop.left * 1021, crop.top * 787, crop.right * 1021, crop.bottom * 787)
+        expected = np.asarray(picture_of_waves.resize((300, 300), Image.Resampling.BOX, box=box))
+        expected = expected[:, ::-1] if plan.flip else expected
+        assert np.abs(out.astype(int) - expected).mean() < 1.0
 
 
 def test_bombs_and_rubbish_are_rejected() -> None:
@@ -134,15 +171,16 @@ def test_crop_is_inside_and_has_the_right_aspect(height, width, th, tw, ordinal)
     assert -1e-9 <= g.left < g.right <= 1 + 1e-9
     assert (g.right - g.left) * width / ((g.bottom - g.top) * height) == pytest.approx(tw / th)
     assert g == plan_crop(height, width, (th, tw), random_crop=True, may_flip=True, seed=3, ordinal=ordinal)
-    snapped = g.on_grid(height, width)
-    assert snapped == snapped.on_grid(height, width)
+    picture = whole(np.full((height, width, 3), 77, np.uint8))
+    snapped, rows, columns = g.on_grid(picture)
+    assert (snapped, rows, columns) == snapped.on_grid(picture)
     for name, edge in (("top", height), ("bottom", height), ("left", width), ("right", width)):
         assert abs(getattr(snapped, name) - getattr(g, name)) * edge <= 1.5
         assert getattr(snapped, name) * edge == pytest.approx(round(getattr(snapped, name) * edge))
     assert snapped.bottom <= 1
     assert snapped.right <= 1
     out = np.zeros((th, tw, 3), np.uint8)
-    crop_pixels(np.full((height, width, 3), 77, np.uint8), g, out)
+    crop_pixels(picture, g, out)
     assert (out == 77).all()
 
 
@@ -157,13 +195,14 @@ def test_draws_are_spread_and_independent() -> None:
     assert abs(np.corrcoef(lefts, flips)[0, 1]) < 0.07
 
 
-def test_shrinking_does_not_alias() -> None:
-    """A checkerboard finer than the target's pixels becomes its mean."""
+@pytest.mark.parametrize("edge", [36, 48, 52, 64, 80])
+def test_shrinking_does_not_alias(edge: int) -> None:
+    """A checkerboard finer than the target's pixels comes near its mean."""
     board = (np.indices((96, 96)).sum(0) % 2 * 255).astype(np.uint8)[:, :, None].repeat(3, 2)
-    g = plan_crop(96, 96, (36, 36), random_crop=False, may_flip=False, seed=0, ordinal=0)
-    out = np.zeros((36, 36, 3), np.uint8)
-    crop_pixels(board, g, out)
-    assert np.abs(out.astype(int) - 127).max() < 40
+    g = plan_crop(96, 96, (edge, edge), random_crop=False, may_flip=False, seed=0, ordinal=0)
+    out = np.zeros((edge, edge, 3), np.uint8)
+    crop_pixels(whole(board), g, out)
+    assert np.abs(out.astype(int) - 127).max() < 50
     assert abs(out.mean() - 127.5) < 2
 
 
@@ -176,7 +215,7 @@ def test_maps_and_boxes_follow_the_picture() -> None:
     for flip in (False, True):
         g = Geometry(60, 100, 0.0, 0.25, 1.0, 0.85, flip, 60, 60)
         out = np.zeros((60, 60, 3), np.uint8)
-        crop_pixels(pixels, g, out)
+        crop_pixels(whole(pixels), g, out)
         seg = crop_map(encoded(Image.fromarray(labels), "PNG"), g, labels=True, max_pixels=LIMIT)
         depth = crop_map(encoded(Image.fromarray(labels * 36), "PNG"), g, labels=False, max_pixels=LIMIT)
         assert ((out[:, :, 0] > 127) == (seg == 7)).all()

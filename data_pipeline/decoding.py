@@ -1,0 +1,160 @@
+"""Decodes pictures safely and quickly, JPEGs at a reduced size where that is enough."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageFile
+
+from data_pipeline.errors import Rejected
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_ORIENTATION = 0x0112
+_QUICK_EIGHTHS = (1, 2, 4, 8)
+"""Scales for which libjpeg-turbo has vector code: 3/8 takes longer than 4/8, 5/8 to 7/8 longer than 8/8."""
+_TURNS: dict[int, tuple[bool, int]] = {
+    2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
+}  # fmt: skip
+"""EXIF orientation: mirror left-right, then quarter turns against the clock."""
+DECODE_ERRORS = (
+    *(OSError, ValueError, SyntaxError, LookupError, TypeError, EOFError, AttributeError),
+    *(MemoryError, ArithmeticError, RuntimeError, AssertionError, NotImplementedError),
+)
+"""Pillow's plugins raise all of these for damaged files; none of them may stop a run."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture, perhaps at a reduced size."""
+
+    pixels: NDArray[np.uint8]
+    """RGB [h, w, 3]"""
+    height: int
+    """Height of the original, after its EXIF orientation."""
+    width: int
+    scale: float = 1.0
+    """Decoded pixels per original pixel, from the first row and column on; only whole ones are kept."""
+
+
+def picture_size(head: bytes) -> tuple[int, int] | None:
+    """(height, width), EXIF orientation applied, from the first bytes of a picture; None if unknown."""
+    try:
+        if head[:2] == b"\xff\xd8":
+            height, width, _, _ = simplejpeg.decode_jpeg_header(head)
+            turned = _exif_orientation(head) >= 5
+            return (width, height) if turned else (height, width)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(head), formats=_FORMATS) as image:
+                return image.height, image.width
+    except (*DECODE_ERRORS, Image.DecompressionBombError):
+        return None
+
+
+def decode(data: bytes, *, target: tuple[int, int], max_pixels: int) -> Picture:
+    """Decode a picture, at reduced size where libjpeg can.
+
+    The result is at least as large as needed to crop `target` (height, width) from it without
+    enlarging, if the original is. EXIF orientation is applied; alpha lies on white; 16 bit, gray,
+    palette and CMYK become 8-bit RGB; of an animation, the first frame. Raises Rejected.
+    """
+    if data[:2] == b"\xff\xd8":
+        fast = _decode_jpeg(data, target, max_pixels)
+        if fast is not None:
+            return fast
+    return _decode_other(data, max_pixels)
+
+
+def _decode_jpeg(data: bytes, target: tuple[int, int], max_pixels: int) -> Picture | None:
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    check_size(height, width, max_pixels)
+    if colorspace not in ("YCbCr", "RGB", "Gray", "YCC", "GRAY"):
+        return None  # CMYK and YCCK: Pillow knows Adobe's inversion
+    orientation = _exif_orientation(data)
+    turned = orientation >= 5
+    eighths = _eighths(height, width, target[::-1] if turned else target)
+    if orientation != 1 and (height % 8 or width % 8):
+        eighths = 8  # a pixel that is not whole would come first after a turn
+    least = (0, 0) if eighths == 8 else (-(-height * eighths // 8), -(-width * eighths // 8))
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", fastdct=True, fastupsample=False, min_height=least[0], min_width=least[1]
+        )
+    except ValueError:
+        return None  # Pillow forgives harmless warnings and judges the rest
+    pixels = _orient(pixels[: height * eighths // 8, : width * eighths // 8], orientation)
+    return Picture(pixels, *((width, height) if turned else (height, width)), scale=eighths / 8)
+
+
+def _eighths(height: int, width: int, target: tuple[int, int]) -> int:
+    """Smallest of the quick scales from which the target can be cropped without enlarging."""
+    if max(height, width) < 8:
+        return 8  # several scales leave the same number of pixels
+    scale = max(target[0] / height, target[1] / width)
+    needed = min(height, math.ceil(height * scale)), min(width, math.ceil(width * scale))
+    enough = (k for k in _QUICK_EIGHTHS if height * k // 8 >= needed[0] and width * k // 8 >= needed[1])
+    return next(enough, 8)
+
+
+def _exif_orientation(data: bytes) -> int:
+    if data.find(b"Exif\0\0", 0, 65_600) < 0:
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            value = image.getexif().get(_ORIENTATION, 1)
+    except DECODE_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    mirror, turns = _TURNS.get(orientation, (False, 0))
+    if mirror:
+        pixels = pixels[:, ::-1]
+    return np.rot90(pixels, turns) if turns else pixels
+
+
+def _decode_other(data: bytes, max_pixels: int) -> Picture:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                check_size(image.height, image.width, max_pixels)
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                pixels = _to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise Rejected("too_many_pixels", str(error)) from error
+    except DECODE_ERRORS as error:
+        raise Rejected("not_an_image", f"{type(error).__name__}: {error}"[:200]) from error
+    pixels = _orient(pixels, orientation if isinstance(orientation, int) else 1)
+    return Picture(pixels, pixels.shape[0], pixels.shape[1])
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raises Rejected for decompression bombs and empty pictures."""
+    if height * width > max_pixels:
+        raise Rejected("too_many_pixels", f"{width} x {height}")
+    if height < 1 or width < 1:
+        raise Rejected("not_an_image", "empty")
+
+
+def _to_rgb(image: ImageFile.ImageFile | Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I") or image.mode == "F":
+        deep = np.asarray(image, dtype=np.float32)
+        scale = 257.0 if deep.size and deep.max() > 255 else 1.0  # 65535 / 255
+        gray = np.clip(np.nan_to_num(deep) / scale, 0, 255).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return np.asarray(Image.alpha_composite(paper, rgba).convert("RGB"))
+    return np.asarray(image.convert("RGB"))
