@@ -148,7 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--asked", type=float, default=60.0, help="images per second of the paced cases")
+    parser.add_argument("--asked", type=float, default=200.0, help="images per second of the paced cases")
     parser.add_argument("--folder", help="where shards are made or found")
     parser.add_argument("--peers", default="", help="folder of packages, see above")
     parser.add_argument("--arm", help=argparse.SUPPRESS)

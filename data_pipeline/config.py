@@ -64,7 +64,7 @@ class DataConfig:
     """Loader processes per rank; 0: in the training process."""
     prefetch: int = 4
     """Batches that each worker prepares ahead."""
-    read_ahead_bytes: int = 4_000_000
+    read_ahead_bytes: int = 8_000_000
     """Most bytes asked for in one range request."""
     buffer_bytes: int = 256_000_000
     """Bytes that each worker may have read or requested ahead of decoding."""

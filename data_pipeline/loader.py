@@ -21,7 +21,7 @@ from data_pipeline.appending import cut_torn_line
 from data_pipeline.batch import Batch
 from data_pipeline.conditions import check_conditions
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.dataset import Dataset, open_dataset, sources_of
 from data_pipeline.errors import DataError
 from data_pipeline.order import Order, deal, divisors
 from data_pipeline.parts import Part, PartStream, PartTask
@@ -67,7 +67,40 @@ def build_loader(
             position=last,
         )
     check_conditions(config)
-    dataset = dataset or open_dataset(config)
+    urls = [source.shards for source in sources_of(config)]
+    # First, for their imports take as long as opening the data set.
+    workers = [WorkerProcess(f"{rank}.{i}", urls[0]) for i in range(config.workers)]
+    try:
+        dataset = dataset or open_dataset(config)
+        tasks = _tasks(
+            config,
+            dataset,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            position=position,
+            skip_ordinals=frozenset(int(o) for o in skip_ordinals),
+        )
+        return Loader(tasks, workers, rank=rank)
+    except BaseException:
+        for worker in workers:
+            worker.close()
+        raise
+
+
+def _tasks(
+    config: DataConfig,
+    dataset: Dataset,
+    *,
+    seed: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    position: dict[str, Any] | Sequence[dict[str, Any]] | None,
+    skip_ordinals: frozenset[int],
+) -> list[PartTask]:
+    """What each worker of this rank does."""
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
     workers = max(1, config.workers)
     _check_parts(order, global_batch_size, world_size, workers)
@@ -75,7 +108,7 @@ def build_loader(
     step, states = unpack(position, order, dataset.fingerprint, buckets)
     each = len(buckets.shapes)
     parts = deal(order.lanes, world_size * workers, f"{world_size} ranks x {workers} workers")
-    tasks = [
+    return [
         PartTask(
             config=config,
             dataset=dataset,
@@ -85,11 +118,10 @@ def build_loader(
             step=step,
             states=tuple(states[lanes.start * each : lanes.stop * each]),
             per_lane=global_batch_size // order.lanes,
-            skip_ordinals=frozenset(int(o) for o in skip_ordinals),
+            skip_ordinals=skip_ordinals,
         )
         for lanes in parts[rank * workers : (rank + 1) * workers]
     ]
-    return Loader(tasks, rank=rank, world_size=world_size)
 
 
 def check_layout(
@@ -114,7 +146,8 @@ def _check_parts(order: Order, global_batch_size: int, world_size: int, workers:
 class Loader(Iterator[Batch]):
     """Iterator of Batch; close it, or use it as a context manager, to stop its processes."""
 
-    def __init__(self, tasks: Sequence[PartTask], *, rank: int, world_size: int) -> None:
+    def __init__(self, tasks: Sequence[PartTask], workers: Sequence[WorkerProcess], *, rank: int) -> None:
+        """One worker per task, or none: then this process does the only task itself."""
         task = tasks[0]
         self._tasks = tasks
         self._order = task.order
@@ -134,17 +167,9 @@ class Loader(Iterator[Batch]):
         self._reject_file = task.config.reject_file and task.config.reject_file.replace("{rank}", str(rank))
         if self._reject_file:
             cut_torn_line(Path(self._reject_file))
-        self._sources: list[WorkerProcess | _Inline] = []
-        try:
-            for i, each in enumerate(tasks):
-                if task.config.workers == 0:
-                    self._sources.append(_Inline(each))
-                else:
-                    name = f"{rank}.{i}"
-                    self._sources.append(WorkerProcess(each, slots=max(1, task.config.prefetch), name=name))
-        except BaseException:
-            self.close()
-            raise
+        for worker, each in zip(workers, tasks, strict=bool(workers)):
+            worker.begin(each, slots=max(1, each.config.prefetch))
+        self._sources: Sequence[WorkerProcess | _Inline] = workers or [_Inline(task)]
 
     @property
     def lanes(self) -> int:

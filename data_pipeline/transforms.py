@@ -112,7 +112,7 @@ def crop_pixels(picture: Picture, geometry: Geometry, out: NDArray[np.uint8]) ->
     return crop
 
 
-def _resized(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[Any]:
+def _resized(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     rows, columns = pixels.shape[:2]
     if (rows, columns) == (height, width):
         return pixels

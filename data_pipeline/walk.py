@@ -28,6 +28,7 @@ _GAP = 128_000
 """Unwanted bytes between two members that are cheaper to read than a second request."""
 _MIN_PLAN = 64
 """Raw samples planned at a time at least."""
+_FIRST_RANGE_BYTES = 1_000_000
 _STEPS_AHEAD = 8
 """Steps for which every lane has reads under way at least, memory permitting."""
 
@@ -291,25 +292,15 @@ class Walker:
                     size = int(view.sizes[m, row])
                     wanted.setdefault(visit.shard, []).append((start, start + size, visit.slot, extension))
         by_slot = {visit.slot: visit for visit in visits}
+        # The first samples after a start wait for whole ranges, so those are short.
+        limit = self._range_bytes if tick else min(self._range_bytes, _FIRST_RANGE_BYTES)
         for shard, members in wanted.items():
-            for group in self._ranges(sorted(members)):
+            for group in _ranges(sorted(members), limit):
                 urgency = tick + min(slot for _, _, slot, _ in group)
                 read = partial(self._read, shard, group)
                 future = self.background.submit(urgency, read)
                 for _, _, slot, extension in group:
                     by_slot[slot].members[extension] = future
-
-    def _ranges(self, members: list[tuple[int, int, int, str]]) -> list[list[tuple[int, int, int, str]]]:
-        groups: list[list[tuple[int, int, int, str]]] = []
-        for member in members:
-            if groups:
-                last = groups[-1]
-                near = member[0] - last[-1][1] <= _GAP
-                if near and member[1] - last[0][0] <= self._range_bytes:
-                    last.append(member)
-                    continue
-            groups.append([member])
-        return groups
 
     def _read(self, shard: int, group: list[tuple[int, int, int, str]]) -> dict[tuple[int, str], bytes]:
         start = group[0][0]
@@ -325,3 +316,17 @@ class Walker:
         identity = f"{url} {self._dataset.versions[shard]}"
         fetch = partial(self._reader.read, url)
         return self._cache.read(identity, self._dataset.sizes[shard], start, stop, fetch)
+
+
+def _ranges(members: list[tuple[int, int, int, str]], limit: int) -> list[list[tuple[int, int, int, str]]]:
+    """Members (first byte, end, ...) in order of their place, grouped into requests of at most `limit`."""
+    groups: list[list[tuple[int, int, int, str]]] = []
+    for member in members:
+        if groups:
+            last = groups[-1]
+            near = member[0] - last[-1][1] <= _GAP
+            if near and member[1] - last[0][0] <= limit:
+                last.append(member)
+                continue
+        groups.append([member])
+    return groups

@@ -11,9 +11,11 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+from data_pipeline import storage
 from data_pipeline.errors import DataError, WorkerDied
 from data_pipeline.parts import Part, PartStream, PartTask
 
@@ -29,18 +31,16 @@ class WorkerProcess:
     is an unnamed file, so nothing is left behind whatever is killed.
     """
 
-    def __init__(self, task: PartTask, *, slots: int, name: str) -> None:
+    def __init__(self, name: str, url: str) -> None:
+        """Start the interpreter; it imports what reading `url` takes while the parent prepares the task."""
         self.name = name
-        self._patience_s = task.config.patience_s + _SILENCE_S
-        self._slot_bytes = _slot_bytes(task)
-        memory = _unnamed_file(self._slot_bytes * slots)
+        self._memory_file = _unnamed_file()
         ours, theirs = Pipe(duplex=True)
         self._connection: Connection[Any, Any] = ours
-        self._memory = mmap.mmap(memory, self._slot_bytes * slots)
-        command = [sys.executable, "-m", "data_pipeline.worker", str(theirs.fileno()), str(memory)]
+        command = [sys.executable, "-m", "data_pipeline.worker", str(theirs.fileno()), str(self._memory_file)]
         self._process = subprocess.Popen(
-            command,
-            pass_fds=(theirs.fileno(), memory),
+            [*command, url],
+            pass_fds=(theirs.fileno(), self._memory_file),
             stdin=subprocess.DEVNULL,
             env={
                 **os.environ,
@@ -49,7 +49,13 @@ class WorkerProcess:
             },
         )
         theirs.close()
-        os.close(memory)
+
+    def begin(self, task: PartTask, *, slots: int) -> None:
+        """Hand over the task: parts are produced ahead, as many as there are slots."""
+        self._patience_s = task.config.patience_s + _SILENCE_S
+        self._slot_bytes = _slot_bytes(task)
+        os.ftruncate(self._memory_file, self._slot_bytes * slots)
+        self._memory = mmap.mmap(self._memory_file, self._slot_bytes * slots)
         try:
             self._connection.send_bytes(pickle.dumps((task, slots, os.getpid())))
         except OSError:
@@ -96,7 +102,10 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process; safe to call twice."""
+        if self._connection.closed:
+            return
         self._connection.close()
+        os.close(self._memory_file)
         if self._process.poll() is None:
             self._process.kill()  # it holds nothing that needs an orderly end, and ignores SIGTERM
             self._process.wait()
@@ -106,14 +115,11 @@ def _slot_bytes(task: PartTask) -> int:
     return -(-task.layout().bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _unnamed_file(size: int) -> int:
+def _unnamed_file() -> int:
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("loader")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, size)
-    return descriptor
+        return os.memfd_create("loader")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _serve(connection: Connection[Any, Any], memory: int) -> None:
@@ -131,6 +137,12 @@ def _serve(connection: Connection[Any, Any], memory: int) -> None:
         connection.send((part, slot))
 
 
+def _warm_up(url: str) -> None:
+    """Import the storage's library and make its client; a failure is met again, and told, when reading."""
+    with suppress(Exception):
+        storage.filesystem(url)
+
+
 def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECK_S)
@@ -138,11 +150,12 @@ def _watch_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Entry of the process: file descriptors of the pipe and of the shared memory."""
+    """Entry of the process: file descriptors of the pipe and of the shared memory, and a URL to be read."""
     # Stop requests to the whole process group are the rank's business: it still needs batches to save.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    _warm_up(sys.argv[3])
     try:
         _serve(connection, int(sys.argv[2]))
     except (EOFError, BrokenPipeError, ConnectionResetError):
