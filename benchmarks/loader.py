@@ -6,8 +6,9 @@
 Every arm runs in its own process, the arms take turns, medians are reported. Images per second of wall time
 need a quiet machine; images per second of CPU time (all processes of the arm, not the S3 server and the proxy
 that adds latency and faults, which run on the same cores) hardly do. An arm "N asked" consumes N images per
-second, as a training step would, and shows how many it got. The peers that are no dependencies are found in
---peers, a folder filled with
+second, as a training step would, and shows how many it got. In the arms "a core apart" the last core is left
+to the server and the proxy, and the loader has the others: S3 against local disk on equal terms. The peers
+that are no dependencies are found in --peers, a folder filled with
 
     pip install --no-deps --target DIR mosaicml-streaming megatron-energon multi-storage-client rapidyaml \\
         xattr lark wcmatch bracex deprecation filetype boto3 botocore s3transfer jmespath zstd \\
@@ -24,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +53,8 @@ class Case:
     skip: int = 0
     pace: float = 0.0
     """Images per second that are asked for; 0: as many as possible."""
+    apart: bool = False
+    """The last core is left to the S3 server and the proxy, the loader gets the others."""
 
 
 def run_arm(name: str, url: str, seconds: float, skip: int, pace: float) -> dict[str, float]:
@@ -99,6 +103,22 @@ def _tree() -> list[psutil.Process]:
     return [this, *this.children(recursive=True)]
 
 
+@contextmanager
+def cores_apart(servers: list[int]) -> Iterator[None]:
+    """Within: new processes have all cores but the last, `servers` and this process's threads that one."""
+    cores = sorted(os.sched_getaffinity(0))
+    threads = [t.id for pid in (os.getpid(), *servers) for t in psutil.Process(pid).threads()]
+    for thread in threads:
+        os.sched_setaffinity(thread, cores[-1:])
+    os.sched_setaffinity(0, cores[:-1])  # only this thread's, from which processes inherit
+    try:
+        yield
+    finally:
+        for thread in threads:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, cores)
+
+
 def measure(case: Case, seconds: float, peers: str) -> dict[str, float] | None:
     """One case in a fresh process; None if it does not run here."""
     command = [sys.executable, __file__, "--arm", case.arm, "--url", case.url, "--seconds", str(seconds)]
@@ -132,6 +152,9 @@ def cases(
         Case(f"ours, local, {pace:.0f} asked", "ours", local, pace=pace),
         Case(f"ours, S3 150 ms, {pace:.0f} asked", "ours", remote, latency, pace=pace),
         Case(f"ours, S3 faults, {pace:.0f} asked", "ours", remote, faults, pace=pace),
+        Case("ours, local, a core apart", "ours", local, apart=True),
+        Case("ours, S3, a core apart", "ours", remote, s3.env, apart=True),
+        Case("ours, S3 150 ms, a core apart", "ours", remote, latency, apart=True),
         Case("ours, resume mid-epoch, local", "ours", local, skip=samples // 2),
         Case("ours, resume mid-epoch, S3", "ours", remote, s3.env, skip=samples // 2),
     ]
@@ -170,7 +193,8 @@ def main() -> None:
             table = cases(root, args.samples, s3, slow, faulty, args.asked)
             for _ in range(args.rounds):
                 for case in table:
-                    found = measure(case, args.seconds, args.peers)
+                    with cores_apart([s3.pid]) if case.apart and s3.pid else nullcontext():
+                        found = measure(case, args.seconds, args.peers)
                     if found:
                         results.setdefault(case.title, []).append(found)
     report(results)
