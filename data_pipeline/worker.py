@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -39,7 +38,7 @@ class WorkerProcess:
         self._connection: Connection[Any, Any] = ours
         command = [sys.executable, "-m", "data_pipeline.worker", str(theirs.fileno()), str(self._memory_file)]
         self._process = subprocess.Popen(
-            [*command, url],
+            command,
             pass_fds=(theirs.fileno(), self._memory_file),
             stdin=subprocess.DEVNULL,
             env={
@@ -49,6 +48,7 @@ class WorkerProcess:
             },
         )
         theirs.close()
+        self._send(url)
 
     def begin(self, task: PartTask, *, slots: int) -> None:
         """Hand over the task: parts are produced ahead, as many as there are slots."""
@@ -56,10 +56,7 @@ class WorkerProcess:
         self._slot_bytes = _slot_bytes(task)
         os.ftruncate(self._memory_file, self._slot_bytes * slots)
         self._memory = mmap.mmap(self._memory_file, self._slot_bytes * slots)
-        try:
-            self._connection.send_bytes(pickle.dumps((task, slots, os.getpid())))
-        except OSError:
-            raise self._died() from None
+        self._send((task, slots, os.getpid()))
 
     def take(self) -> tuple[Part, memoryview, int]:
         """Wait for the next part: (part, its memory, slot). Give the slot back with `release`."""
@@ -82,8 +79,11 @@ class WorkerProcess:
 
     def release(self, slot: int) -> None:
         """The part in `slot` has been copied."""
+        self._send(slot)
+
+    def _send(self, message: object) -> None:
         try:
-            self._connection.send(slot)
+            self._connection.send(message)
         except OSError:
             raise self._died() from None
 
@@ -123,7 +123,9 @@ def _unnamed_file() -> int:
 
 
 def _serve(connection: Connection[Any, Any], memory: int) -> None:
-    task, slots, parent = pickle.loads(connection.recv_bytes())  # from our own parent process
+    with suppress(Exception):  # met again, and told, when reading
+        storage.filesystem(connection.recv())  # the library's import and its client take a while
+    task, slots, parent = connection.recv()
     threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
     slot_bytes = _slot_bytes(task)
     shared = memoryview(mmap.mmap(memory, slot_bytes * slots))
@@ -137,12 +139,6 @@ def _serve(connection: Connection[Any, Any], memory: int) -> None:
         connection.send((part, slot))
 
 
-def _warm_up(url: str) -> None:
-    """Import the storage's library and make its client; a failure is met again, and told, when reading."""
-    with suppress(Exception):
-        storage.filesystem(url)
-
-
 def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECK_S)
@@ -150,12 +146,11 @@ def _watch_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Entry of the process: file descriptors of the pipe and of the shared memory, and a URL to be read."""
+    """Entry of the process: file descriptors of the pipe and of the shared memory."""
     # Stop requests to the whole process group are the rank's business: it still needs batches to save.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    _warm_up(sys.argv[3])
     try:
         _serve(connection, int(sys.argv[2]))
     except (EOFError, BrokenPipeError, ConnectionResetError):
