@@ -12,7 +12,7 @@ that are no dependencies are found in --peers, a folder filled with
 
     pip install --no-deps --target DIR mosaicml-streaming megatron-energon multi-storage-client rapidyaml \\
         xattr lark wcmatch bracex deprecation filetype boto3 botocore s3transfer jmespath zstd \\
-        brotli python-snappy
+        brotli python-snappy cramjam catalogue
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ from fault_proxy import FaultProxy  # noqa: E402 - found through the line above
 
 from data_pipeline.local_s3 import LocalS3  # noqa: E402
 
+WARM_S = 0.5
+WARM_APART_S = 12.0
+"""Seconds before counting begins; the second is long enough to fill the read-ahead."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -54,17 +58,17 @@ class Case:
     pace: float = 0.0
     """Images per second that are asked for; 0: as many as possible."""
     apart: bool = False
-    """The last core is left to the S3 server and the proxy, the loader gets the others."""
+    """The last core is left to S3 server and proxy, the loader gets the others; the read-ahead is full."""
 
 
-def run_arm(name: str, url: str, seconds: float, skip: int, pace: float) -> dict[str, float]:
+def run_arm(name: str, url: str, seconds: float, skip: int, pace: float, warm: float) -> dict[str, float]:
     """In this process: time from after the imports to the first batch, then images for `seconds`."""
     batches = ARMS[name](url, skip)
     next(batches)  # imports, conversion and the position to resume at are not measured
     began = time.monotonic()
     next(batches)
     first = time.monotonic() - began
-    for _ in range(3):
+    while time.monotonic() - began < first + warm:
         next(batches)
     images, start = 0, time.monotonic()
     cpu = _cpu()
@@ -123,6 +127,7 @@ def measure(case: Case, seconds: float, peers: str) -> dict[str, float] | None:
     """One case in a fresh process; None if it does not run here."""
     command = [sys.executable, __file__, "--arm", case.arm, "--url", case.url, "--seconds", str(seconds)]
     command += ["--skip", str(case.skip), "--pace", str(case.pace)]
+    command += ["--warm", str(WARM_APART_S if case.apart else WARM_S)]
     path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     if case.arm in ("streaming", "energon"):
         path.insert(0, peers)
@@ -172,15 +177,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--asked", type=float, default=200.0, help="images per second of the paced cases")
+    parser.add_argument("--only", default="", help="cases whose title contains this")
     parser.add_argument("--folder", help="where shards are made or found")
     parser.add_argument("--peers", default="", help="folder of packages, see above")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--pace", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
-        print(json.dumps(run_arm(args.arm, args.url, args.seconds, args.skip, args.pace)))
+        print(json.dumps(run_arm(args.arm, args.url, args.seconds, args.skip, args.pace, args.warm)))
         return
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -191,6 +198,7 @@ def main() -> None:
             slow.first_byte_s = 0.15
             faulty.faults = {"storm": 0.05, "short": 0.05}
             table = cases(root, args.samples, s3, slow, faulty, args.asked)
+            table = [case for case in table if args.only in case.title]
             for _ in range(args.rounds):
                 for case in table:
                     with cores_apart([s3.pid]) if case.apart and s3.pid else nullcontext():

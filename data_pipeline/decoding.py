@@ -106,7 +106,8 @@ def _eighths(height: int, width: int, target: tuple[int, int]) -> int:
 
 
 def _exif_orientation(data: bytes) -> int:
-    if data.find(b"Exif\0\0", 0, 65_600) < 0:
+    header_end = data.find(b"\xff\xda")  # start of scan, or that of a thumbnail, which comes after "Exif"
+    if data.find(b"Exif\0\0", 0, header_end if header_end > 0 else len(data)) < 0:
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:

@@ -101,7 +101,7 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     logging.basicConfig(level=logging.WARNING, format="checkpoint writer: %(levelname)s %(message)s")
-    os.nice(5)  # training comes first on a busy host
+    os.nice(19)  # training comes first on a busy host; when it waits for this process it is idle itself
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     serve(sys.stdin.buffer, answers)
