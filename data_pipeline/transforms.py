@@ -118,9 +118,12 @@ def _resized(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
         return pixels
     if rows < height or columns < width:
         return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
+    # OpenCV's area average is quick for whole factors only. Nearly as many samples as pixels lose nothing
+    # by being bilinear; up to twofold, two per axis and target pixel, at most a source pixel apart, and the
+    # mean of the four are as good as the area average, in half the time.
+    if 3 * rows < 4 * height and 3 * columns < 4 * width:
+        return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     if rows < 2 * height and columns < 2 * width:
-        # OpenCV's area average is quick for whole factors only: two bilinear samples per axis and target
-        # pixel, at most a source pixel apart, and the mean of the four. As good, in half the time.
         pixels = cv2.resize(pixels, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR)
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
 
