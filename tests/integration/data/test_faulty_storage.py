@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +24,11 @@ from data_pipeline.errors import (
     StorageOutage,
     Unreachable,
 )
+from data_pipeline.indexing import build_index
 from data_pipeline.loader import build_loader
 from data_pipeline.local_s3 import LocalS3
 from data_pipeline.scenes import SceneOptions
+from data_pipeline.storage import list_files
 from data_pipeline.synthetic import SynthesisOptions, synthesize
 from tests.integration.data.fault_proxy import FaultProxy
 
@@ -156,3 +160,17 @@ def test_server_stops_with_its_context(tmp_path: Path) -> None:
         port = s3.port
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_replaced_shard_is_read_again_where_the_server_sends_no_etag(
+    folder: Path, server: FaultProxy, tmp_path: Path
+) -> None:
+    """The time of the last change tells then: same name, same size."""
+    path = folder / "scenes" / "00000.tar"
+    url, index = "s3://scenes/{00000..00001}.tar", str(tmp_path / "index")
+    assert build_index(list_files(url), index).read == 2
+    assert build_index(list_files(url), index).read == 0
+    before = path.stat().st_mtime
+    os.utime(path, (before + 60, before + 60))
+    time.sleep(0.5)  # rclone keeps listings for a moment
+    assert build_index(list_files(url), index).read == 1
