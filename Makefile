@@ -34,7 +34,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Side-by-side figures, about half an hour; each prints a table (copy it into benchmarks/RESULTS.md).
+# Side-by-side figures, most of an hour; each prints a table (copy it into benchmarks/RESULTS.md).
 BENCHMARKS = decode.py ema.py step.py checkpoint.py loader.py "rng.py configs/demo_text_to_image.yaml" "goodput.py measure"
 bench: $(STAMP)
 	for run in $(BENCHMARKS); do echo "== $$run"; $(BIN)/python benchmarks/$$run || exit 1; done

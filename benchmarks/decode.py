@@ -40,24 +40,23 @@ def ours(data: bytes) -> NDArray[np.uint8]:
 def crop_taken(data: bytes) -> tuple[NDArray[np.uint8], Geometry]:
     """Our picture and the crop of the original that it shows."""
     picture = decode(data, target=(EDGE, EDGE), max_pixels=10**8)
-    size = picture.height, picture.width
-    crop = plan_crop(*size, (EDGE, EDGE), random_crop=False, may_flip=False, seed=0, ordinal=0)
     out = np.empty((EDGE, EDGE, 3), np.uint8)
-    return out, crop_pixels(picture, crop, out)
+    return out, crop_pixels(picture, centre(picture.height, picture.width), out)
+
+
+def centre(height: int, width: int) -> Geometry:
+    """The central square."""
+    return plan_crop(height, width, (EDGE, EDGE), random_crop=False, may_flip=False, seed=0, ordinal=0)
 
 
 def pillow(data: bytes, crop: Geometry | None = None) -> NDArray[np.uint8]:
     """Full decode and antialiased bicubic resize of the crop, else of the central square."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    if crop is None:
-        edge = min(image.size)
-        left, top = (image.width - edge) / 2, (image.height - edge) / 2
-        box = (left, top, left + edge, top + edge)
-    else:
-        box = (
-            *(crop.left * image.width, crop.top * image.height),
-            *(crop.right * image.width, crop.bottom * image.height),
-        )
+    crop = crop or centre(image.height, image.width)
+    box = (
+        *(crop.left * image.width, crop.top * image.height),
+        *(crop.right * image.width, crop.bottom * image.height),
+    )
     return np.asarray(image.resize((EDGE, EDGE), Image.Resampling.BICUBIC, box=box))
 
 

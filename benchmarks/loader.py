@@ -1,6 +1,6 @@
 """Loader benchmark: ours against webdataset, MosaicML streaming and Megatron Energon; same tars, same cores.
 
-    python benchmarks/loader.py                        # a quarter of an hour
+    python benchmarks/loader.py                        # twenty minutes
     python benchmarks/loader.py --samples 64 --seconds 3 --rounds 1
 
 Every arm runs in its own process, the arms take turns, medians are reported. Images per second of wall time

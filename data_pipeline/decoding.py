@@ -24,7 +24,7 @@ _TURNS: dict[int, tuple[bool, int]] = {
 """EXIF orientation: mirror left-right, then quarter turns against the clock."""
 DECODE_ERRORS = (
     *(OSError, ValueError, SyntaxError, LookupError, TypeError, EOFError, AttributeError),
-    *(MemoryError, ArithmeticError, RuntimeError, AssertionError, NotImplementedError),
+    *(MemoryError, ArithmeticError, RuntimeError, AssertionError),
 )
 """Pillow's plugins raise all of these for damaged files; none of them may stop a run."""
 
@@ -101,8 +101,7 @@ def _eighths(height: int, width: int, target: tuple[int, int]) -> int:
         return 8  # several scales leave the same number of pixels
     scale = max(target[0] / height, target[1] / width)
     needed = min(height, math.ceil(height * scale)), min(width, math.ceil(width * scale))
-    enough = (k for k in _QUICK_EIGHTHS if height * k // 8 >= needed[0] and width * k // 8 >= needed[1])
-    return next(enough, 8)
+    return next(k for k in _QUICK_EIGHTHS if height * k // 8 >= needed[0] and width * k // 8 >= needed[1])
 
 
 def _exif_orientation(data: bytes) -> int:

@@ -21,7 +21,7 @@ from data_pipeline.appending import cut_torn_line
 from data_pipeline.batch import Batch
 from data_pipeline.conditions import check_conditions
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset, open_dataset, sources_of
+from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.order import Order, deal, divisors
 from data_pipeline.parts import Part, PartStream, PartTask
@@ -67,9 +67,8 @@ def build_loader(
             position=last,
         )
     check_conditions(config)
-    urls = [source.shards for source in sources_of(config)]
     # First, for their imports take as long as opening the data set.
-    workers = [WorkerProcess(f"{rank}.{i}", urls[0]) for i in range(config.workers)]
+    workers = [WorkerProcess(config, name=f"{rank}.{i}") for i in range(config.workers)]
     try:
         dataset = dataset or open_dataset(config)
         tasks = _tasks(
@@ -168,7 +167,7 @@ class Loader(Iterator[Batch]):
         if self._reject_file:
             cut_torn_line(Path(self._reject_file))
         for worker, each in zip(workers, tasks, strict=bool(workers)):
-            worker.begin(each, slots=max(1, each.config.prefetch))
+            worker.begin(each)
         self._sources: Sequence[WorkerProcess | _Inline] = workers or [_Inline(task)]
 
     @property

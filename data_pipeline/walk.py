@@ -29,6 +29,7 @@ _GAP = 128_000
 _MIN_PLAN = 64
 """Raw samples planned at a time at least."""
 _FIRST_RANGE_BYTES = 1_000_000
+"""Most bytes asked for at once in the first windows of a lane."""
 _STEPS_AHEAD = 8
 """Steps for which every lane has reads under way at least, memory permitting."""
 

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from data_pipeline import storage
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import sources_of
 from data_pipeline.errors import DataError, WorkerDied
 from data_pipeline.parts import Part, PartStream, PartTask
 
@@ -30,9 +32,11 @@ class WorkerProcess:
     is an unnamed file, so nothing is left behind whatever is killed.
     """
 
-    def __init__(self, name: str, url: str) -> None:
-        """Start the interpreter; it imports what reading `url` takes while the parent prepares the task."""
+    def __init__(self, config: DataConfig, *, name: str) -> None:
+        """Start the interpreter; it imports what reading takes while the parent prepares the task."""
         self.name = name
+        self._patience_s = config.patience_s + _SILENCE_S
+        self._slots = max(1, config.prefetch)
         self._memory_file = _unnamed_file()
         ours, theirs = Pipe(duplex=True)
         self._connection: Connection[Any, Any] = ours
@@ -48,15 +52,14 @@ class WorkerProcess:
             },
         )
         theirs.close()
-        self._send(url)
+        self._send(config)
 
-    def begin(self, task: PartTask, *, slots: int) -> None:
+    def begin(self, task: PartTask) -> None:
         """Hand over the task: parts are produced ahead, as many as there are slots."""
-        self._patience_s = task.config.patience_s + _SILENCE_S
         self._slot_bytes = _slot_bytes(task)
-        os.ftruncate(self._memory_file, self._slot_bytes * slots)
-        self._memory = mmap.mmap(self._memory_file, self._slot_bytes * slots)
-        self._send((task, slots, os.getpid()))
+        os.ftruncate(self._memory_file, self._slot_bytes * self._slots)
+        self._memory = mmap.mmap(self._memory_file, self._slot_bytes * self._slots)
+        self._send((task, self._slots, os.getpid()))
 
     def take(self) -> tuple[Part, memoryview, int]:
         """Wait for the next part: (part, its memory, slot). Give the slot back with `release`."""
@@ -123,8 +126,10 @@ def _unnamed_file() -> int:
 
 
 def _serve(connection: Connection[Any, Any], memory: int) -> None:
+    config = connection.recv()
     with suppress(Exception):  # met again, and told, when reading
-        storage.filesystem(connection.recv())  # the library's import and its client take a while
+        # the library's import and its client take a while; the reader will ask for the same one
+        storage.filesystem(sources_of(config)[0].shards, timeout_s=config.request_timeout_s)
     task, slots, parent = connection.recv()
     threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
     slot_bytes = _slot_bytes(task)

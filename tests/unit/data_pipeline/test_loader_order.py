@@ -72,6 +72,7 @@ def test_order_survives_layout_restart_filter_and_corruption(
     try:
         whole, _, _ = run(config, 8, seed=seed)
     except DataError:  # a lane of two samples, both corrupt, is refused: by every layout
+        assert bad
         with pytest.raises(DataError, match="Every sample of lane"):
             run(config, 8, ranks=again, seed=seed)
         return

@@ -97,7 +97,7 @@ def test_scaled_decode_keeps_enough_pixels(edge: int) -> None:
     picture = decode(encoded(smooth, "JPEG", quality=95), target=(edge, edge), max_pixels=LIMIT)
     assert (picture.height, picture.width) == (600, 800)
     assert min(picture.pixels.shape[:2]) >= edge
-    assert min(picture.pixels.shape[:2]) < max(2.4 * edge, 80)  # libjpeg goes down to an eighth
+    assert min(picture.pixels.shape[:2]) < max(2 * edge, 80)  # libjpeg goes down to an eighth
     geometry = plan_crop(600, 800, (edge, edge), random_crop=False, may_flip=False, seed=0, ordinal=0)
     out = np.zeros((edge, edge, 3), np.uint8)
     crop_pixels(picture, geometry, out)
@@ -202,7 +202,7 @@ def test_shrinking_does_not_alias(edge: int) -> None:
     g = plan_crop(96, 96, (edge, edge), random_crop=False, may_flip=False, seed=0, ordinal=0)
     out = np.zeros((edge, edge, 3), np.uint8)
     crop_pixels(whole(board), g, out)
-    assert np.abs(out.astype(int) - 127).max() < 50
+    assert np.abs(out.astype(int) - 127).max() < (40 if edge < 48 else 50)
     assert abs(out.mean() - 127.5) < 2
 
 
