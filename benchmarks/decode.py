@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from pictures import make_shards
 from PIL import Image
 
-from data_pipeline.decoding import decode
-from data_pipeline.transforms import Geometry, crop_pixels, plan_crop
+from data_pipeline.pictures.crops import Geometry, crop_pixels, plan_crop
+from data_pipeline.pictures.decoding import decode
 
 
 def ours(data: bytes) -> NDArray[np.uint8]:

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import psutil
 
-from data_pipeline import storage
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import open_dataset
-from data_pipeline.index import MANIFEST, ManifestRow, write_manifest
-from data_pipeline.indexing import build_index
 from data_pipeline.loader import build_loader
-from data_pipeline.local_s3 import LocalS3
-from data_pipeline.scenes import SceneOptions
-from data_pipeline.synthetic import SynthesisOptions, synthesize
+from data_pipeline.scenes.scene import SceneOptions
+from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.shards.build_index import build_index
+from data_pipeline.shards.dataset import open_dataset
+from data_pipeline.shards.index import MANIFEST, ManifestRow, write_manifest
+from data_pipeline.storage import urls as storage
+from data_pipeline.storage.local_s3 import LocalS3
 
 MIB = 2**20
 

@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "integration" / "data")]
 
 from fault_proxy import FaultProxy  # noqa: E402 - found through the line above
 
-from data_pipeline.local_s3 import LocalS3  # noqa: E402
+from data_pipeline.storage.local_s3 import LocalS3  # noqa: E402
 
 WARM_S = 0.5
 WARM_APART_S = 12.0

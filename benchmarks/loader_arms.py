@@ -72,7 +72,7 @@ def readable_urls(url: str) -> list[str]:
     """Paths of the tars, or signed http URLs of those on S3 (webdataset knows no s3://)."""
     import s3fs
 
-    from data_pipeline import storage
+    from data_pipeline.storage import urls as storage
 
     found = [file.url for file in storage.list_files(url)]
     if not url.startswith("s3://"):

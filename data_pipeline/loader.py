@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 
 from data_pipeline.appending import cut_torn_line
 from data_pipeline.batch import Batch
-from data_pipeline.conditions import check_conditions
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.errors import DataError
-from data_pipeline.order import Order, deal, divisors
-from data_pipeline.parts import Part, PartStream, PartTask
-from data_pipeline.position import merge_positions, pack, unpack
-from data_pipeline.worker import WorkerProcess
+from data_pipeline.feed.conditions import check_conditions
+from data_pipeline.feed.share import Part, PartStream, PartTask
+from data_pipeline.feed.worker import WorkerProcess
+from data_pipeline.order.lanes import Order, deal, divisors
+from data_pipeline.order.position import merge_positions, pack, unpack
+from data_pipeline.shards.dataset import Dataset, open_dataset
 
 if TYPE_CHECKING:
-    from data_pipeline.resampled import ResampledLoader
+    from data_pipeline.feed.resampled import ResampledLoader
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def build_loader(
     """
     if config.order == "resampled":
         # webdataset is heavy to import, and only this mode needs it
-        from data_pipeline.resampled import ResampledLoader
+        from data_pipeline.feed.resampled import ResampledLoader
 
         last = position if isinstance(position, dict) or position is None else merge_positions(position)
         return ResampledLoader(

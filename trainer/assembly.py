@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.errors import DataError
+from data_pipeline.feed.resampled import ResampledLoader
 from data_pipeline.loader import Loader, build_loader, check_layout, merge_positions
-from data_pipeline.resampled import ResampledLoader
+from data_pipeline.shards.dataset import Dataset, open_dataset
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.whole import open_weights
 from trainer.conditioning.build import build_conditioner

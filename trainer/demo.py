@@ -16,9 +16,9 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from data_pipeline.judge import evaluation_prompts, judge
-from data_pipeline.local_s3 import LocalS3
-from data_pipeline.scenes import COLORS, SHAPES
+from data_pipeline.scenes.judge import evaluation_prompts, judge
+from data_pipeline.scenes.scene import COLORS, SHAPES
+from data_pipeline.storage.local_s3 import LocalS3
 from trainer.config.io import load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

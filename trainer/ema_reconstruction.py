@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.storage import join
+from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import (
     CheckpointHandle,
     folder_name,

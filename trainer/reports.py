@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data_pipeline.feed.resampled import ResampledLoader
 from data_pipeline.loader import Loader
-from data_pipeline.resampled import ResampledLoader
 from trainer.assembly import Run
 from trainer.distributed import collectives
 from trainer.reliability.slow_ranks import SlowRanks, own_seconds

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import yaml
 
-from data_pipeline.local_s3 import LocalS3
-from data_pipeline.scenes import SceneOptions
-from data_pipeline.synthetic import SynthesisOptions, synthesize
+from data_pipeline.scenes.scene import SceneOptions
+from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.storage.local_s3 import LocalS3
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
 from trainer.checkpoint.reader import EngineReader
 

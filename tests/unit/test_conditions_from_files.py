@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.conditions_from_files import Wishes, check_wishes, read_layout, sampling_inputs
+from trainer.cli.conditions_from_files import Wishes, check_wishes, read_layout, sampling_inputs
 from trainer.config.io import load_config
 from trainer.config.run import Config, ConfigError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.local_s3 import LocalS3
+from data_pipeline.storage.local_s3 import LocalS3
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode, RetryableFault

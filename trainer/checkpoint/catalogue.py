@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from data_pipeline.storage import exists, join, read_bytes
+from data_pipeline.storage.urls import exists, join, read_bytes
 from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest, Manifest, StoredFile
 from trainer.checkpoint.storage import list_names, measure, remove
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data_pipeline.errors import DataError
-from data_pipeline.storage import exists, join
+from data_pipeline.storage.urls import exists, join
 from trainer.checkpoint.catalogue import (
     CheckpointHandle,
     checkpoints_url,

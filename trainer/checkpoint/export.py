@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data_pipeline.storage import join, read_bytes
+from data_pipeline.storage.urls import join, read_bytes
 from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.layout import MASTER

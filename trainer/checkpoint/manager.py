@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data_pipeline.storage import join, read_bytes
+from data_pipeline.storage.urls import join, read_bytes
 from trainer.checkpoint.catalogue import (
     CheckpointHandle,
     Retention,
@@ -29,10 +29,10 @@ from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.inline import Failure, InlineWriter, Writer
 from trainer.checkpoint.layout import MASTER, ShardPlan, Span, Table
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
-from trainer.checkpoint.process import BackgroundWriter
 from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.storage import check_writable
 from trainer.checkpoint.writer import Commit, Job
+from trainer.checkpoint.writer_client import BackgroundWriter
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives

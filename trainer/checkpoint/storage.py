@@ -12,8 +12,8 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import AccessDenied, MissingBucket
-from data_pipeline.retry import with_retries
-from data_pipeline.storage import explain, filesystem, join, scheme_of
+from data_pipeline.storage.retry import with_retries
+from data_pipeline.storage.urls import explain, filesystem, join, scheme_of
 from trainer.config.run import ConfigError
 from trainer.exit_codes import RetryableFault
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from data_pipeline.storage import join
+from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import Retention, folder_name, retire
 from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
 from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile

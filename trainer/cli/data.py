@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
-from data_pipeline.commands import add_commands
 from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
 from trainer.config.io import load_config
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 EXAMPLE = "example: ldm data synthesize s3://bucket/shards --samples 1000"
 
+_MAPS = "also write <key>.seg.png and <key>.depth.png"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One sub-command per task."""
-    add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), _load)
+    """One sub-command per task; each sets `func(args) -> int`."""
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_synthesize(subparsers)
+    _add_inspect(subparsers)
+    _add_index(subparsers)
+    _add_trace(subparsers)
+    _add_explain(subparsers)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,6 +36,222 @@ def run(args: argparse.Namespace) -> int:
     return int(args.func(args))
 
 
+def _parser(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str, example: str
+) -> argparse.ArgumentParser:
+    return subparsers.add_parser(
+        name,
+        help=about,
+        description=about,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_synthesize(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _parser(
+        subparsers,
+        "synthesize",
+        "Write img2dataset-layout shards of procedurally drawn, captioned scenes with ground truth.",
+        "ldm data synthesize s3://scenes/train --samples 20000 --seed 1 --size 160:320 --objects 1:3",
+    )
+    parser.add_argument("url", help="folder to write to, any fsspec URL")
+    parser.add_argument("--samples", type=int, required=True, help="rows in total")
+    parser.add_argument("--seed", type=int, default=0, help="everything is a function of it")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="rows per tar (at most 10000)")
+    parser.add_argument("--size", default="160:320", metavar="A[:B]", help="range of the edges in pixels")
+    parser.add_argument("--objects", default="1:3", metavar="A[:B]", help="range of the number of objects")
+    parser.add_argument("--max-objects", type=int, help="most objects per scene (same as --objects 1:N)")
+    parser.add_argument(
+        "--radius",
+        default="0.12:0.34",
+        metavar="A[:B]",
+        help="range of object radii as a share of the shorter edge",
+    )
+    parser.add_argument("--failed-share", type=float, default=0.02, help="share of rows without a picture")
+    parser.add_argument("--quality", type=int, default=92, help="JPEG quality")
+    parser.add_argument("--maps", action="store_true", help=_MAPS)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.set_defaults(func=_synthesize)
+
+
+def _synthesize(args: argparse.Namespace) -> int:
+    from data_pipeline.scenes.scene import SceneOptions
+    from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+
+    objects = (1.0, float(args.max_objects)) if args.max_objects else _range(args.objects, "--objects")
+    size, radius = _range(args.size, "--size"), _range(args.radius, "--radius")
+    scene = SceneOptions(
+        min_objects=int(objects[0]),
+        max_objects=int(objects[1]),
+        min_edge=int(size[0]),
+        max_edge=int(size[1]),
+        min_radius=radius[0],
+        max_radius=radius[1],
+    )
+    options = SynthesisOptions(
+        samples=args.samples,
+        seed=args.seed,
+        samples_per_shard=args.samples_per_shard,
+        failed_share=args.failed_share,
+        jpeg_quality=args.quality,
+        maps=args.maps,
+        scene=scene,
+    )
+    rows = successes = size_bytes = 0
+    with _progress(args.samples, "rows") as bar:
+        for report in synthesize(args.url, options, workers=args.workers):
+            rows += report.rows
+            successes += report.successes
+            size_bytes += report.bytes
+            bar.update(report.rows)
+    _say(f"{options.shards} shards, {successes} samples of {rows} rows, {size_bytes:,} bytes in {args.url}")
+    return 0
+
+
+def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _parser(
+        subparsers,
+        "inspect",
+        "Print counts, sizes, caption statistics and bad members of shards; write a contact sheet.",
+        "ldm data inspect 's3://laion/{00000..00009}.tar' --sheet sheet.png",
+    )
+    parser.add_argument("url", help="shards, with braces or wildcards, or their folder")
+    parser.add_argument("--sheet", default="contact_sheet.png", help="where the contact sheet goes")
+    parser.add_argument("--pictures", type=int, default=36, help="pictures on the contact sheet")
+    parser.add_argument("--decode", type=int, default=50, help="pictures decoded per shard")
+    parser.set_defaults(func=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from data_pipeline.storage import urls as storage
+    from data_pipeline.tools.inspection import contact_sheet, inspect_shards
+
+    with _progress(None, "shards") as bar:
+        found = inspect_shards(
+            args.url, decode_per_shard=args.decode, pictures=args.pictures, progress=_updater(bar)
+        )
+    for line in found.lines():
+        _say(line)
+    storage.write_bytes(args.sheet, contact_sheet(found.pictures))
+    _say(f"contact sheet     {args.sheet}")
+    return 0
+
+
+def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _parser(
+        subparsers,
+        "index",
+        "Read the tar headers once and write the index that training needs; only what is new or changed.",
+        "ldm data index 's3://laion/{00000..18699}.tar' --workers 32",
+    )
+    parser.add_argument("url", help="shards, with braces or wildcards, or their folder")
+    parser.add_argument("--index", help="folder of the index; default: _index beside the shards")
+    parser.add_argument("--workers", type=int, default=4, help="processes")
+    parser.set_defaults(func=_index)
+
+
+def _index(args: argparse.Namespace) -> int:
+    from data_pipeline.shards.build_index import build_index
+    from data_pipeline.shards.dataset import index_folder
+    from data_pipeline.storage import urls as storage
+
+    shards = storage.list_files(args.url)
+    folder = index_folder(DataConfig(index=args.index), shards[0].url)
+    with _progress(len(shards), "shards") as bar:
+        report = build_index(shards, folder, workers=args.workers, progress=_updater(bar))
+    rows = report.rows.values()
+    _say(f"shards            {len(report.rows)} ({report.read} read now)")
+    _say(f"samples           {sum(r.samples for r in rows):,}")
+    _say(f"rows without tar  {sum(r.missing_rows for r in rows):,}")
+    _say(f"index             {folder}")
+    for row in rows:
+        for problem in row.problems:
+            _say(f"problem           {storage.name_of(row.shard)}: {problem}")
+    for reason in report.failed.values():
+        _say(f"failed            {reason}")
+    return 1 if report.failed else 0
+
+
+def _add_trace(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _parser(
+        subparsers,
+        "trace",
+        "Run the real loader and print one JSON line per step with its keys in global order.",
+        "ldm data trace configs/sd/sd2_base_256.yaml --steps 0:100 --ranks 2 --workers 3",
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
+    parser.add_argument("--steps", default="0:10", metavar="A:B", help="steps A to B - 1")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks to run, one after another in each step")
+    parser.add_argument("--workers", type=int, help="loader processes per rank; default: data.workers")
+
+    def run(args: argparse.Namespace) -> int:
+        from data_pipeline.tools.trace import trace
+
+        config, seed, batch = _load(args.config, args.overrides)
+        if args.workers is not None:
+            config = replace(config, workers=args.workers)
+        first, stop = _range(args.steps, "--steps")
+        steps = range(int(first), int(stop))
+        for step, keys in trace(config, seed, batch, steps=steps, ranks=args.ranks):
+            _say(json.dumps({"step": step, "keys": keys}))
+        return 0
+
+    parser.set_defaults(func=run)
+
+
+def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _parser(
+        subparsers,
+        "explain",
+        "Say which samples a step is made from, from the order and the index alone.",
+        "ldm data explain configs/sd/sd2_base_256.yaml --step 1200",
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
+    parser.add_argument("--step", type=int, required=True, help="optimizer step, from 0")
+
+    def run(args: argparse.Namespace) -> int:
+        from data_pipeline.tools.trace import explain_step
+
+        config, seed, batch = _load(args.config, args.overrides)
+        for record in explain_step(config, seed, batch, args.step):
+            _say(json.dumps(record))
+        return 0
+
+    parser.set_defaults(func=run)
+
+
 def _load(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int, int]:
+    """(data configuration, seed, global batch size)"""
     config = load_config(path, overrides)
     return config.data, config.seed, config.global_batch_size
+
+
+def _range(text: str, flag: str) -> tuple[float, float]:
+    first, _, last = text.partition(":")
+    try:
+        return float(first), float(last or first)
+    except ValueError:
+        raise DataError(f"{flag} is {text!r}; write A or A:B, e.g. 1:3.") from None
+
+
+def _progress(total: int | None, unit: str) -> tqdm[NoReturn]:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, dynamic_ncols=True)
+
+
+def _updater(bar: tqdm[NoReturn]) -> Callable[[int, int], None]:
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.n = done
+        bar.refresh()
+
+    return update
+
+
+def _say(line: str) -> None:
+    """A command's own output, on stdout."""
+    sys.stdout.write(line + "\n")

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from trainer.conditions_from_files import Wishes, sampling_inputs
+from trainer.cli.conditions_from_files import Wishes, sampling_inputs
 from trainer.config.checks_diffusion import check_sampling
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import SamplerName, SamplingConfig

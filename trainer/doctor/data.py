@@ -8,10 +8,18 @@ import tarfile
 import time
 from dataclasses import dataclass
 
-from data_pipeline.decoding import decode
 from data_pipeline.errors import DataError, Rejected
-from data_pipeline.storage import StoredFile, filesystem, guarded, join, list_files, read_bytes, write_bytes
-from data_pipeline.tars import IMAGE_EXTENSIONS, split_name
+from data_pipeline.pictures.decoding import decode
+from data_pipeline.shards.tars import IMAGE_EXTENSIONS, split_name
+from data_pipeline.storage.urls import (
+    StoredFile,
+    filesystem,
+    guarded,
+    join,
+    list_files,
+    read_bytes,
+    write_bytes,
+)
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank

@@ -16,9 +16,9 @@ from types import FrameType
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode, should_restart
+from trainer.launch.attempt import Attempt, rank_command
 from trainer.launch.rank import Task, run_rank
 from trainer.launch.restarts import RESTARTS_VARIABLE
-from trainer.launch.supervisor import Attempt, rank_command
 
 # Why not torch.distributed.elastic: its agent restarts after any failure, a mistake in the
 # configuration included, knows no heartbeat (a SIGSTOPped rank lives on until the collective's

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from data_pipeline.storage import filesystem as open_filesystem
+from data_pipeline.storage.urls import filesystem as open_filesystem
 
 _TAIL_BYTES = 65_536
 _MANIFEST = re.compile(r"/step_(\d+)/manifest\.json$")

@@ -15,9 +15,9 @@ from typing import Any
 
 import trainer
 from trainer.exit_codes import ExitCode
+from trainer.launch.attempt import rank_command
 from trainer.launch.rank import LAUNCHER_VARIABLE
 from trainer.launch.restarts import RESTARTS_VARIABLE
-from trainer.launch.supervisor import rank_command
 from trainer.reliability.heartbeat import BOARD_VARIABLE, Board
 
 _SPAWN_LIMIT_S = 900.0

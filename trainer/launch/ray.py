@@ -29,15 +29,15 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from data_pipeline.storage import filesystem
+from data_pipeline.storage.urls import filesystem
 from trainer.config.io import config_from_dict, config_to_dict, load_config
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, RetryableFault, combine, normalize, should_restart
+from trainer.launch.attempt import describe, free_port
 from trainer.launch.progress import latest_record, newest_checkpoint
 from trainer.launch.rank_process import Place, RankProcess
 from trainer.launch.ray_board import Request, RunBoard, forbids_restart, usable_ranks
-from trainer.launch.supervisor import describe, free_port
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.appending import cut_torn_line
 from data_pipeline.errors import DataError
-from data_pipeline.storage import filesystem, join, scheme_of, write_bytes
+from data_pipeline.storage.urls import filesystem, join, scheme_of, write_bytes
 
 logger = logging.getLogger(__name__)
 

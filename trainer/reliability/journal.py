@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from data_pipeline.errors import NoShards
-from data_pipeline.storage import join, read_bytes
+from data_pipeline.storage.urls import join, read_bytes
 from trainer.checkpoint.storage import write_whole
 
 _NAME = "healing.json"

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, Unreachable
-from data_pipeline.storage import exists, scheme_of
+from data_pipeline.storage.urls import exists, scheme_of
 from trainer.exit_codes import RetryableFault
 
 _LONGEST_WAIT_S = 600.0  # a rank that says nothing for 900 s while it starts counts as stuck

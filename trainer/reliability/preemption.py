@@ -10,7 +10,7 @@ from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Self
 
-from data_pipeline.storage import filesystem, scheme_of
+from data_pipeline.storage.urls import filesystem, scheme_of
 from trainer.exit_codes import ExitCode
 
 logger = logging.getLogger(__name__)

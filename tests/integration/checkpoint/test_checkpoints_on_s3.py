@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.local_s3 import LocalS3
+from data_pipeline.storage.local_s3 import LocalS3
 from tests.integration.ranks import ROOT
 from trainer.checkpoint import storage
 from trainer.checkpoint.commands import list_checkpoints, verify

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from data_pipeline.scenes import SceneOptions
-from data_pipeline.synthetic import SynthesisOptions, synthesize
+from data_pipeline.scenes.scene import SceneOptions
+from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
 from trainer.checkpoint.reader import EngineReader
 from trainer.launch.observe import LocalRun

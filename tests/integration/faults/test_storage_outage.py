@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.local_s3 import LocalS3
+from data_pipeline.storage.local_s3 import LocalS3
 from trainer.exit_codes import ExitCode
 
 # Every start of ranks imports torch and DeepSpeed, which takes long on a crowded machine.

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from data_pipeline.local_s3 import find_rclone
+from data_pipeline.storage.local_s3 import find_rclone
 
 _TUNSETIFF = 0x400454CA
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000

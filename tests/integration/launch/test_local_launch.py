@@ -18,9 +18,9 @@ from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig
 from trainer.exit_codes import ExitCode, FatalFault
 from trainer.launch import local, rank
+from trainer.launch.attempt import cpu_wait_s, describe, free_port
 from trainer.launch.local import launch, ranks_are_given, supervise, visible_devices
 from trainer.launch.rank import run_rank
-from trainer.launch.supervisor import cpu_wait_s, describe, free_port
 
 UNEXAMINED = Config(distributed=DistributedConfig(doctor=False))
 PREAMBLE = """

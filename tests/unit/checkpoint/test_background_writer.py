@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint.background import receive_frame, send_frame
 from trainer.checkpoint.commands import list_checkpoints
+from trainer.checkpoint.writer_process import receive_frame, send_frame
 from trainer.exit_codes import RetryableFault
 
 from .conftest import MakeRun

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.buckets import Buckets, aspect_histogram, bucket_shapes, make_buckets
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.loader import build_loader, merge_positions
+from data_pipeline.order.buckets import Buckets, aspect_histogram, bucket_shapes, make_buckets
 
 SIZES = [(32, 32), (64, 32), (32, 64), (48, 32), (60, 30), (40, 38)]
 

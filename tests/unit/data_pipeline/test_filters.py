@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.filters import Filter
+from data_pipeline.shards.filters import Filter
 
 numbers = st.floats(-9, 9).map(lambda x: round(x, 2))
 

@@ -20,19 +20,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.captions import choose_caption
-from data_pipeline.conditions import layout_rows
-from data_pipeline.decoding import decode, picture_size
 from data_pipeline.errors import DataError, Rejected
-from data_pipeline.filters import Filter
-from data_pipeline.index import MANIFEST, decode_index, read_manifest
-from data_pipeline.indexing import build_index, read_index
-from data_pipeline.records import parse_record
-from data_pipeline.scenes import SceneOptions
-from data_pipeline.storage import list_files
-from data_pipeline.synthetic import SynthesisOptions, synthesize
-from data_pipeline.tars import samples_of, scan
-from data_pipeline.transforms import Geometry
+from data_pipeline.feed.captions import choose_caption
+from data_pipeline.feed.conditions import layout_rows
+from data_pipeline.pictures.crops import Geometry
+from data_pipeline.pictures.decoding import decode, picture_size
+from data_pipeline.scenes.scene import SceneOptions
+from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.shards.build_index import build_index, read_index
+from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.index import MANIFEST, decode_index, read_manifest
+from data_pipeline.shards.records import parse_record
+from data_pipeline.shards.tars import samples_of, scan
+from data_pipeline.storage.urls import list_files
 
 CASES = int(os.environ.get("LDM_FUZZ_CASES", "3000"))
 SHARES = {"tar": 0.3, "jpeg": 0.25, "other": 0.1, "json": 0.2, "filter": 0.1, "index": 0.04, "parquet": 0.01}

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.keyed import permutation
-from data_pipeline.order import Order, choose_lanes, choose_window, deal, divisors
+from data_pipeline.order.draws import permutation
+from data_pipeline.order.lanes import Order, choose_lanes, choose_window, deal, divisors
 
 
 def lane_visits(order: Order, epoch: int, lane: int) -> list[tuple[int, int]]:

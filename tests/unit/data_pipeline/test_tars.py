@@ -12,10 +12,10 @@ import pytest
 import webdataset as wds
 
 from data_pipeline.errors import NotATar
-from data_pipeline.index import DEFECTS, decode_index
-from data_pipeline.indexing import build_index, index_one, read_index
-from data_pipeline.storage import list_files, read_bytes
-from data_pipeline.tars import TarScan, samples_of, scan, split_name
+from data_pipeline.shards.build_index import build_index, index_one, read_index
+from data_pipeline.shards.index import DEFECTS, decode_index
+from data_pipeline.shards.tars import TarScan, samples_of, scan, split_name
+from data_pipeline.storage.urls import list_files, read_bytes
 
 LONG = "deep/" * 25 + "x" * 60
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.captions import choose_caption, clean
-from data_pipeline.conditions import layout_rows
-from data_pipeline.decoding import Picture, decode, picture_size
 from data_pipeline.errors import Rejected
-from data_pipeline.transforms import Geometry, crop_map, crop_pixels, plan_crop
+from data_pipeline.feed.captions import choose_caption, clean
+from data_pipeline.feed.conditions import layout_rows
+from data_pipeline.pictures.crops import Geometry, crop_map, crop_pixels, plan_crop
+from data_pipeline.pictures.decoding import Picture, decode, picture_size
 
 LIMIT = 1_000_000
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, Rejected
-from data_pipeline.transforms import Geometry, crop_map
+from data_pipeline.pictures.crops import Geometry, crop_map
 
 CONDITIONS = ("class_label", "layout", "semantic_map", "depth")
 UNLABELLED = 255

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import build_loader
-from data_pipeline.scenes import NUM_CLASSES, SceneOptions
-from data_pipeline.synthetic import SynthesisOptions, synthesize
+from data_pipeline.scenes.scene import NUM_CLASSES, SceneOptions
+from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.conditioning.build import build_conditioner
 from trainer.config.io import load_config
 from trainer.config.run import Config

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import storage
 from data_pipeline.config import DataConfig
-from data_pipeline.filters import Filter
-from data_pipeline.index import ShardIndex, hash_text
-from data_pipeline.order import Order
-from data_pipeline.records import parse_record
-from data_pipeline.tars import IMAGE_EXTENSIONS
+from data_pipeline.order.lanes import Order
+from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.index import ShardIndex, hash_text
+from data_pipeline.shards.records import parse_record
+from data_pipeline.shards.tars import IMAGE_EXTENSIONS
+from data_pipeline.storage import urls as storage
 
 _JSON_CONDITIONS = ("class_label", "layout")
 _MEMBER_CONDITIONS = {"semantic_map": "seg.png", "depth": "depth.png", "class_label": "cls"}

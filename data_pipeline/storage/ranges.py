@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from fsspec.asyn import sync
 
-from data_pipeline import storage
 from data_pipeline.errors import AccessDenied, ReadFailed, StorageOutage
-from data_pipeline.retry import ShortBody, is_transient, pause_before
+from data_pipeline.storage import urls as storage
+from data_pipeline.storage.retry import ShortBody, is_transient, pause_before
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

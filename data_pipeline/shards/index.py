@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import storage
-from data_pipeline.buckets import aspect_histogram
 from data_pipeline.errors import DataError
-from data_pipeline.tars import BLOCK
+from data_pipeline.order.buckets import aspect_histogram
+from data_pipeline.shards.tars import BLOCK
+from data_pipeline.storage import urls as storage
 
 VERSION = 2
 ABSENT = np.uint32(0xFFFFFFFF)

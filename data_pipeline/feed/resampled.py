@@ -16,18 +16,18 @@ import torch
 import webdataset as wds
 from webdataset import tariterators
 
-from data_pipeline import storage
 from data_pipeline.batch import Batch
-from data_pipeline.conditions import check_conditions, condition_arrays
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import sources_of
 from data_pipeline.errors import DataError, Rejected, StorageOutage
-from data_pipeline.filters import Filter
-from data_pipeline.index import hash_text
-from data_pipeline.keyed import fold
-from data_pipeline.samples import fill_sample, sample_arrays
-from data_pipeline.selection import read_removals, removed_record
-from data_pipeline.tars import split_name
+from data_pipeline.feed.conditions import check_conditions, condition_arrays
+from data_pipeline.feed.sample import fill_sample, sample_arrays
+from data_pipeline.order.draws import fold
+from data_pipeline.shards.dataset import sources_of
+from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.index import hash_text
+from data_pipeline.shards.selection import read_removals, removed_record
+from data_pipeline.shards.tars import split_name
+from data_pipeline.storage import urls as storage
 
 logger = logging.getLogger(__name__)
 

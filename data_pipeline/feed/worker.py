@@ -14,11 +14,11 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from data_pipeline import storage
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import sources_of
 from data_pipeline.errors import DataError, WorkerDied
-from data_pipeline.parts import Part, PartStream, PartTask
+from data_pipeline.feed.share import Part, PartStream, PartTask
+from data_pipeline.shards.dataset import sources_of
+from data_pipeline.storage import urls as storage
 
 _STOP_TIMEOUT_S = 5.0
 _PARENT_CHECK_S = 1.0
@@ -40,7 +40,13 @@ class WorkerProcess:
         self._memory_file = _unnamed_file()
         ours, theirs = Pipe(duplex=True)
         self._connection: Connection[Any, Any] = ours
-        command = [sys.executable, "-m", "data_pipeline.worker", str(theirs.fileno()), str(self._memory_file)]
+        command = [
+            sys.executable,
+            "-m",
+            "data_pipeline.feed.worker",
+            str(theirs.fileno()),
+            str(self._memory_file),
+        ]
         self._process = subprocess.Popen(
             command,
             pass_fds=(theirs.fileno(), self._memory_file),

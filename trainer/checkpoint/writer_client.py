@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.background import receive_frame, send_frame
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.inline import Failure
 from trainer.checkpoint.writer import Job, job_to_header
+from trainer.checkpoint.writer_process import receive_frame, send_frame
 from trainer.config.run import ConfigError
 from trainer.exit_codes import RetryableFault
 
@@ -81,7 +81,7 @@ class BackgroundWriter:
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.checkpoint.background"],
+            [sys.executable, "-m", "trainer.checkpoint.writer_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[buffer.descriptor],

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.buckets import Buckets
 from data_pipeline.errors import DataError
-from data_pipeline.order import Order
+from data_pipeline.order.buckets import Buckets
+from data_pipeline.order.lanes import Order
 
 _FORMAT = 1
 

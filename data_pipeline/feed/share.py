@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.buckets import Buckets
-from data_pipeline.cache import BlockCache
-from data_pipeline.conditions import condition_arrays
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError, ReadFailed, Rejected
-from data_pipeline.order import Order
-from data_pipeline.position import LaneState
-from data_pipeline.reader import Background, RangeReader
-from data_pipeline.samples import fill_sample, sample_arrays
-from data_pipeline.selection import make_selection
-from data_pipeline.walk import LaneWalk, Visit, Walker
+from data_pipeline.feed.conditions import condition_arrays
+from data_pipeline.feed.lane_walk import LaneWalk, Visit, Walker
+from data_pipeline.feed.sample import fill_sample, sample_arrays
+from data_pipeline.order.buckets import Buckets
+from data_pipeline.order.lanes import Order
+from data_pipeline.order.position import LaneState
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.selection import make_selection
+from data_pipeline.storage.cache import BlockCache
+from data_pipeline.storage.ranges import Background, RangeReader
 
 _ALIGN = 64
 _MIN_REJECTED_RUN = 1000

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import storage
-from data_pipeline.buckets import Buckets, bucket_shapes, make_buckets
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError, NoShards, NotATar
-from data_pipeline.index import ManifestRow, read_manifest
-from data_pipeline.indexing import build_index
-from data_pipeline.order import Order, choose_lanes, choose_window
-from data_pipeline.storage import StoredFile
+from data_pipeline.order.buckets import Buckets, bucket_shapes, make_buckets
+from data_pipeline.order.lanes import Order, choose_lanes, choose_window
+from data_pipeline.shards.build_index import build_index
+from data_pipeline.shards.index import ManifestRow, read_manifest
+from data_pipeline.storage import urls as storage
+from data_pipeline.storage.urls import StoredFile
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.errors import DataError
-from data_pipeline.order import Order
-from data_pipeline.position import LaneState
-from data_pipeline.reader import RangeReader
-from data_pipeline.selection import make_selection
-from data_pipeline.walk import ShardViews
+from data_pipeline.feed.lane_walk import ShardViews
+from data_pipeline.order.lanes import Order
+from data_pipeline.order.position import LaneState
+from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.selection import make_selection
+from data_pipeline.storage.ranges import RangeReader
 
 _FAR = 1_000_000
 

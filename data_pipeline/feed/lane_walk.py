@@ -13,16 +13,16 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.buckets import Buckets
-from data_pipeline.cache import BlockCache
-from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError, Rejected
-from data_pipeline.filters import Filter
-from data_pipeline.index import DEFECTS, ShardIndex, decode_index
-from data_pipeline.order import Order
-from data_pipeline.position import LaneState
-from data_pipeline.reader import Background, RangeReader
-from data_pipeline.selection import Selection
+from data_pipeline.order.buckets import Buckets
+from data_pipeline.order.lanes import Order
+from data_pipeline.order.position import LaneState
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.index import DEFECTS, ShardIndex, decode_index
+from data_pipeline.shards.selection import Selection
+from data_pipeline.storage.cache import BlockCache
+from data_pipeline.storage.ranges import Background, RangeReader
 
 _GAP = 128_000
 """Unwanted bytes between two members that are cheaper to read than a second request."""

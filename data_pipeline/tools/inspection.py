@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_pipeline import storage
-from data_pipeline.captions import clean
-from data_pipeline.decoding import decode
 from data_pipeline.errors import DataError, Rejected
-from data_pipeline.index import DEFECTS, ShardIndex
-from data_pipeline.indexing import read_index
-from data_pipeline.keyed import permutation
-from data_pipeline.storage import StoredFile
-from data_pipeline.tars import IMAGE_EXTENSIONS
+from data_pipeline.feed.captions import clean
+from data_pipeline.order.draws import permutation
+from data_pipeline.pictures.decoding import decode
+from data_pipeline.shards.build_index import read_index
+from data_pipeline.shards.index import DEFECTS, ShardIndex
+from data_pipeline.shards.tars import IMAGE_EXTENSIONS
+from data_pipeline.storage import urls as storage
+from data_pipeline.storage.urls import StoredFile
 
 _TILE = 160
 _TEXT = 44

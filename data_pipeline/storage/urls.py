@@ -20,7 +20,7 @@ from data_pipeline.errors import (
     NoShards,
     Unreachable,
 )
-from data_pipeline.retry import is_transient, with_retries
+from data_pipeline.storage.retry import is_transient, with_retries
 
 _SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "memory")
 _MAX_EXPANSION = 10_000_000

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.decoding import DECODE_ERRORS, Picture, check_size
 from data_pipeline.errors import Rejected
-from data_pipeline.keyed import Draw, uniform
+from data_pipeline.order.draws import Draw, uniform
+from data_pipeline.pictures.decoding import DECODE_ERRORS, Picture, check_size
 
 # Loader processes are the parallelism; OpenCV's own threads would fight over the same cores.
 cv2.setNumThreads(0)

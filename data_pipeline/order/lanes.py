@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.keyed import Draw, fold, permutation
+from data_pipeline.order.draws import Draw, fold, permutation
 
 _MAX_WINDOW = 2048
 _MIN_WINDOW = 16

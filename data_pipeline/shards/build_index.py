@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline import storage
-from data_pipeline.decoding import picture_size
 from data_pipeline.errors import DataError, NotATar
-from data_pipeline.index import (
+from data_pipeline.pictures.decoding import picture_size
+from data_pipeline.shards.index import (
     ABSENT,
     DEFECTS,
     ManifestRow,
@@ -28,10 +27,11 @@ from data_pipeline.index import (
     row_of,
     write_manifest,
 )
-from data_pipeline.records import parse_record
-from data_pipeline.retry import ShortBody, with_retries
-from data_pipeline.storage import StoredFile
-from data_pipeline.tars import BLOCK, IMAGE_EXTENSIONS, Member, TarScan, samples_of, scan, split_name
+from data_pipeline.shards.records import parse_record
+from data_pipeline.shards.tars import BLOCK, IMAGE_EXTENSIONS, Member, TarScan, samples_of, scan, split_name
+from data_pipeline.storage import urls as storage
+from data_pipeline.storage.retry import ShortBody, with_retries
+from data_pipeline.storage.urls import StoredFile
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.keyed import Draw, uniform
+from data_pipeline.order.draws import Draw, uniform
 
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 _PER_OCTAVE = 16

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline import storage
 from data_pipeline.errors import DataError
-from data_pipeline.keyed import fold
-from data_pipeline.scenes import Scene, SceneOptions, describe, ground_truth, make_scene, render
+from data_pipeline.order.draws import fold
+from data_pipeline.scenes.scene import Scene, SceneOptions, describe, ground_truth, make_scene, render
+from data_pipeline.storage import urls as storage
 
 
 @dataclass(frozen=True)

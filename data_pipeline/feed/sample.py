@@ -7,15 +7,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from data_pipeline.captions import choose_caption
-from data_pipeline.conditions import fill_conditions
 from data_pipeline.config import DataConfig
-from data_pipeline.decoding import decode
 from data_pipeline.errors import Rejected
-from data_pipeline.filters import Filter
-from data_pipeline.records import parse_record
-from data_pipeline.tars import IMAGE_EXTENSIONS
-from data_pipeline.transforms import crop_pixels, plan_crop
+from data_pipeline.feed.captions import choose_caption
+from data_pipeline.feed.conditions import fill_conditions
+from data_pipeline.pictures.crops import crop_pixels, plan_crop
+from data_pipeline.pictures.decoding import decode
+from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.records import parse_record
+from data_pipeline.shards.tars import IMAGE_EXTENSIONS
 
 
 def fill_sample(

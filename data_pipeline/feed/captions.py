@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipeline.errors import Rejected
-from data_pipeline.keyed import Draw, below
+from data_pipeline.order.draws import Draw, below
 
 _MAX_CHARACTERS = 4000
 
