@@ -24,7 +24,7 @@ from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.index import MANIFEST, ManifestRow, write_manifest
-from data_pipeline.storage import urls as storage
+from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
 
 MIB = 2**20
@@ -55,7 +55,7 @@ def index_one(root: Path, samples: int, shards: int) -> ManifestRow:
         samples, samples_per_shard=samples, failed_share=0.0, scene=SceneOptions(1, 1, 40, 56)
     )
     list(synthesize(str(root / "bucket" / "one"), options))
-    found = storage.list_files(str(root / "bucket" / "one" / "*.tar"))
+    found = list_files(str(root / "bucket" / "one" / "*.tar"))
     started = time.monotonic()
     report = build_index(found, str(root / "index"))
     local_s = time.monotonic() - started
@@ -68,7 +68,7 @@ def index_one(root: Path, samples: int, shards: int) -> ManifestRow:
     with LocalS3(root) as server:
         os.environ.update(server.env)
         started = time.monotonic()
-        build_index(storage.list_files("s3://bucket/one/*.tar"), str(root / "index-s3"))
+        build_index(list_files("s3://bucket/one/*.tar"), str(root / "index-s3"))
         s3_s = time.monotonic() - started
     hours = s3_s * shards / 32 / 3600
     print(f"build from S3        {s3_s:.1f} s for {row.size / MIB:.0f} MiB; all, 32 workers: {hours:.1f} h")

@@ -72,9 +72,9 @@ def readable_urls(url: str) -> list[str]:
     """Paths of the tars, or signed http URLs of those on S3 (webdataset knows no s3://)."""
     import s3fs
 
-    from data_pipeline.storage import urls as storage
+    from data_pipeline.storage.listing import list_files
 
-    found = [file.url for file in storage.list_files(url)]
+    found = [file.url for file in list_files(url)]
     if not url.startswith("s3://"):
         return found
     signer = s3fs.S3FileSystem(

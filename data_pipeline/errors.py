@@ -1,37 +1,68 @@
-"""Errors that a user of the data pipeline can act on, and the reasons a sample is rejected for."""
+"""Errors by consequence: the class of an error says what follows, so nobody has to read its words.
+
+    UserError        a person has to change something       the run ends with one sentence
+    RetryableFault   the same command may well succeed       the run is started again
+    FatalFault       the same command would end here again   the run ends with its stack
+
+Whatever ends a run or a command on purpose is one of the three. `consequence_of` places the exceptions of
+others among them, and `trainer.exit_codes` gives each its exit code. The classes below the three exist
+because some caller tells them apart.
+"""
 
 from __future__ import annotations
 
+import errno
 
-class DataError(ValueError):
-    """A problem with the data or its configuration: one sentence with the remedy."""
+
+class Failure(Exception):
+    """Something that we can explain: one sentence, with a remedy where there is one."""
+
+
+class UserError(Failure, ValueError):
+    """A mistake that a person has to mend."""
+
+
+class RetryableFault(Failure, RuntimeError):
+    """Something outside the run failed; the same command may well succeed."""
+
+
+class FatalFault(Failure, RuntimeError):
+    """The run cannot go on, and running it again would end here again."""
+
+
+class DataError(UserError):
+    """A mistake in the data or its configuration."""
 
 
 class NoShards(DataError):
-    """The shard URL matches nothing."""
-
-
-class MissingBucket(DataError):
-    """The bucket or folder does not exist."""
-
-
-class AccessDenied(DataError):
-    """The credentials are absent, wrong or not allowed to do this."""
-
-
-class Unreachable(DataError):
-    """The storage endpoint does not answer."""
+    """The shard URL matches nothing, or shards are missing from the index."""
 
 
 class NotATar(DataError):
     """A shard is not a tar archive."""
 
 
-class StorageOutage(DataError):
-    """Storage stayed unreachable for longer than `data.patience_s`."""
+class NotFound(DataError):
+    """There is no such file or folder."""
 
 
-class WorkerDied(DataError):
+class MissingBucket(NotFound):
+    """There is no such bucket."""
+
+
+class AccessDenied(DataError):
+    """The credentials are absent, wrong or not allowed to do this."""
+
+
+class Unreachable(RetryableFault):
+    """The storage endpoint does not answer. At the very start of a run this is a wrong URL instead."""
+
+
+class StorageOutage(RetryableFault):
+    """Storage stayed unreachable for as long as the caller had patience."""
+
+
+class WorkerDied(RetryableFault):
     """A loader process ended without a message (killed, out of memory)."""
 
 
@@ -46,3 +77,40 @@ class Rejected(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+
+
+CONSEQUENCES: dict[str, type[Failure]] = {
+    kind.__name__: kind for kind in (UserError, RetryableFault, FatalFault)
+}
+"""By name, so that a failure can cross to another process and keep its consequence."""
+
+# No retry makes room on a disk or grants a permission; a person has to.
+_USER_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+_PROGRAMMING_ERRORS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+)
+
+
+def consequence_of(error: BaseException) -> type[Failure]:
+    """Which of the three an exception is, whoever raised it.
+
+    Memory exhaustion is fatal: the same model and batch would exhaust it again. So is what only wrong code
+    raises. Unknown runtime errors (CUDA, NCCL, gloo, storage) are worth another try, since restarts are
+    bounded.
+    """
+    for kind in CONSEQUENCES.values():
+        if isinstance(error, kind):
+            return kind
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
+        return UserError
+    # torch.OutOfMemoryError by name: nothing down here imports torch.
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out_of_memory or isinstance(error, _PROGRAMMING_ERRORS):
+        return FatalFault
+    return RetryableFault

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import sys
 from collections.abc import Sequence
 
-from data_pipeline.errors import DataError
-from trainer.config.run import ConfigError
+from data_pipeline.errors import Failure
 from trainer.console import configure_logging
+from trainer.exit_codes import ExitCode, classify
 
 VERBS = {
     "train": "train a first stage or a diffusion model; the same command again resumes",
@@ -30,7 +29,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of one verb; a user's mistake is one sentence on stderr and 2."""
+    """Exit code of one verb; what can be explained is one sentence on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in VERBS:
         return _overview(argv)
@@ -45,21 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb.add_arguments(parser)
     try:
         return int(verb.run(parser.parse_args(argv[1:])))
-    except (ConfigError, DataError) as error:
-        return _refuse(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        return _refuse(
-            f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another."
-        )
-    except KeyboardInterrupt:
-        return 130
-
-
-def _refuse(message: str) -> int:
-    print(f"ldm: {message}", file=sys.stderr)
-    return 2
+    except (Failure, OSError, KeyboardInterrupt) as error:
+        code = classify(error)
+        if isinstance(error, Failure):
+            print(f"ldm: {error}", file=sys.stderr)
+        elif isinstance(error, OSError):
+            if code is not ExitCode.USER_ERROR:
+                raise
+            place = error.filename or "while writing"
+            print(f"ldm: {error.strerror}: {place}; free space or choose another.", file=sys.stderr)
+        return code
 
 
 def _overview(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import Failure, FatalFault
 from data_pipeline.feed.resampled import ResampledLoader
 from data_pipeline.loader import Loader, build_loader, check_layout, merge_positions
 from data_pipeline.shards.dataset import Dataset, open_dataset
@@ -26,7 +26,6 @@ from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.ema import EMA
-from trainer.exit_codes import FatalFault
 from trainer.first_stage.build import load_first_stage
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.interop.initialise import initialise
@@ -142,7 +141,7 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
     """
     accumulation = config.accumulation(env.world_size)
     # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
-    dataset = collectives.from_main_rank(lambda: open_dataset(config.data), raises=DataError)
+    dataset = collectives.from_main_rank(lambda: open_dataset(config.data), raises=Failure)
     check_layout(
         config.data,
         dataset,

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 from collections.abc import Iterable
 from enum import IntEnum
 
-from data_pipeline.errors import DataError, StorageOutage, Unreachable, WorkerDied
-from trainer.config.run import ConfigError
+from data_pipeline.errors import Failure, FatalFault, RetryableFault, Unreachable, UserError, consequence_of
 
 
 class ExitCode(IntEnum):
-    """How a rank, or a whole run, ended. Launchers act on nothing else.
-
-    | code | meaning                                             | restart? |
-    |------|-----------------------------------------------------|----------|
-    | 0    | done: the last step is reached and saved            | no       |
-    | 2    | user error: a sentence says what to change          | no       |
-    | 75   | preempted: state saved, run the same command again  | yes      |
-    | 76   | retryable fault: machine, network, storage, hang    | yes      |
-    | 77   | stopped: a person asked for it, state saved         | no       |
-    | 78   | fatal fault: would fail again (too many rewinds, a bug) | no   |
-    | 130  | aborted: a second Ctrl-C, nothing saved             | no       |
+    """How a rank, or a whole run, ended. Launchers act on nothing else; docs/reliability.md has the table.
 
     75 is EX_TEMPFAIL of sysexits.h; the others are free of shell, Python and signal conventions. A
     rank that a signal ended (SIGKILL of the out-of-memory killer, SIGBUS, ...) or that died without
@@ -38,28 +26,12 @@ class ExitCode(IntEnum):
     ABORTED = 130
 
 
-class RetryableFault(RuntimeError):
-    """Something outside the run failed; the same command may well succeed."""
-
-
-class FatalFault(RuntimeError):
-    """The run cannot go on, and running it again would end here again."""
-
-
 _FINAL = frozenset({ExitCode.DONE, ExitCode.USER_ERROR, ExitCode.STOPPED, ExitCode.FATAL, ExitCode.ABORTED})
-_PROGRAMMING_ERRORS = (
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    NotImplementedError,
-    TypeError,
-)
-
-
-# No retry makes room on a disk or grants a permission; a person has to.
-_USER_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+_CODES: dict[type[Failure], ExitCode] = {
+    UserError: ExitCode.USER_ERROR,
+    RetryableFault: ExitCode.RETRYABLE,
+    FatalFault: ExitCode.FATAL,
+}
 
 
 def normalize(status: int) -> ExitCode:
@@ -104,27 +76,15 @@ def combine(statuses: Iterable[int]) -> ExitCode:
 
 
 def classify(error: BaseException, *, restarted: bool = False) -> ExitCode:
-    """The exit code for an exception that ended a rank.
+    """The exit code for an exception that ended a rank or a command: here, and nowhere else, it is decided.
 
-    Memory exhaustion is fatal: the same model and batch would exhaust it again. Unknown runtime
-    errors (CUDA, NCCL, gloo, storage) are retryable, since restarts are bounded; errors that only
-    wrong code raises are fatal. Storage that cannot be reached is a wrong URL, unless the run has been
-    `restarted`: it was reachable before.
+    Storage that cannot be reached is a wrong URL, unless the run has been `restarted`: it was reachable
+    before.
     """
     if isinstance(error, SystemExit):
         return normalize(error.code if isinstance(error.code, int) else 0 if not error.code else 1)
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.ABORTED
-    if isinstance(error, (StorageOutage, WorkerDied)) or (restarted and isinstance(error, Unreachable)):
-        return ExitCode.RETRYABLE
-    if isinstance(error, (ConfigError, DataError)):
+    if isinstance(error, Unreachable) and not restarted:
         return ExitCode.USER_ERROR
-    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
-        return ExitCode.USER_ERROR
-    if isinstance(error, RetryableFault):
-        return ExitCode.RETRYABLE
-    # torch.OutOfMemoryError by name: this module stays free of torch.
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if out_of_memory or isinstance(error, (FatalFault, *_PROGRAMMING_ERRORS)):
-        return ExitCode.FATAL
-    return ExitCode.RETRYABLE
+    return _CODES[consequence_of(error)]

@@ -9,13 +9,13 @@ from contextlib import closing
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from data_pipeline.errors import StorageOutage
+from data_pipeline.errors import FatalFault, StorageOutage
 from trainer.agreement import Agreed, Delayed, agree
 from trainer.assembly import Run, build_run
 from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
-from trainer.exit_codes import ExitCode, FatalFault
+from trainer.exit_codes import ExitCode
 from trainer.metrics.meters import Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.throughput import Throughput

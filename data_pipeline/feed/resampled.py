@@ -18,7 +18,7 @@ from webdataset import tariterators
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError, Rejected, StorageOutage
+from data_pipeline.errors import DataError, Failure, Rejected, StorageOutage
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
 from data_pipeline.feed.sample import fill_sample, sample_arrays
 from data_pipeline.order.draws import fold
@@ -27,7 +27,9 @@ from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import hash_text
 from data_pipeline.shards.selection import read_removals, removed_record
 from data_pipeline.shards.tars import split_name
-from data_pipeline.storage import urls as storage
+from data_pipeline.storage.files import open_stream
+from data_pipeline.storage.listing import list_files
+from data_pipeline.storage.urls import distinguishing_depth, shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +63,10 @@ class ResampledLoader(Iterator[Batch]):
         self._urls = [
             shard.url
             for source in sources_of(config)
-            for shard in storage.list_files(source.shards, timeout_s=config.request_timeout_s)
+            for shard in list_files(source.shards, timeout_s=config.request_timeout_s)
             for _ in range(source.repeat)
         ]
-        self._name_depth = storage.distinguishing_depth(self._urls)
+        self._name_depth = distinguishing_depth(self._urls)
         self._seed, self._rank = seed, rank
         self._size = global_batch_size // world_size
         self._global = global_batch_size
@@ -100,13 +102,12 @@ class ResampledLoader(Iterator[Batch]):
             self._hand_over(error)
 
     def _opened(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Open shards through fsspec; an outage is tried for `patience_s`."""
+        """Open shards; an outage is tried for `patience_s`."""
         failing_since: float | None = None
         for shard in shards:
-            fs, path = storage.filesystem(shard["url"], timeout_s=self._config.request_timeout_s)
             try:
-                stream = storage.guarded(lambda fs=fs, path=path: fs.open(path, "rb"), shard["url"], tries=5)
-            except DataError as error:
+                stream = open_stream(shard["url"], timeout_s=self._config.request_timeout_s)
+            except Failure as error:
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > self._config.patience_s:
                     raise StorageOutage(
@@ -130,7 +131,7 @@ class ResampledLoader(Iterator[Batch]):
         spec = sample_arrays(edge, edge) | condition_arrays(self._config, edge, edge)
         row = {name: np.zeros((1, *shape), kind) for name, (kind, shape) in spec.items()}
         own_key, url = str(sample["__key__"]), str(sample.get("__url__", ""))
-        key = f"{storage.shard_name(url, self._name_depth)}/{own_key}"
+        key = f"{shard_name(url, self._name_depth)}/{own_key}"
         try:
             if len(self._removed) and removed_record(self._removed, own_key, url, members.get("json")):
                 raise Rejected("removed")

@@ -15,10 +15,10 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError, WorkerDied
+from data_pipeline.errors import Failure, WorkerDied, consequence_of
 from data_pipeline.feed.share import Part, PartStream, PartTask
 from data_pipeline.shards.dataset import sources_of
-from data_pipeline.storage import urls as storage
+from data_pipeline.storage.client import filesystem
 
 _STOP_TIMEOUT_S = 5.0
 _PARENT_CHECK_S = 1.0
@@ -135,7 +135,7 @@ def _serve(connection: Connection[Any, Any], memory: int) -> None:
     config = connection.recv()
     with suppress(Exception):  # met again, and told, when reading
         # the library's import and its client take a while; the reader will ask for the same one
-        storage.filesystem(sources_of(config)[0].shards, timeout_s=config.request_timeout_s)
+        filesystem(sources_of(config)[0].shards, timeout_s=config.request_timeout_s)
     task, slots, parent = connection.recv()
     threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
     slot_bytes = _slot_bytes(task)
@@ -167,12 +167,12 @@ def main() -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the parent closed the pipe or is gone
     except BaseException as error:  # noqa: BLE001 - the parent raises it
-        known = isinstance(error, DataError)
-        message = error if known else DataError(f"A loader process failed: {type(error).__name__}: {error}")
+        known = isinstance(error, Failure)
         if not known:
             sys.excepthook(type(error), error, error.__traceback__)
+            error = consequence_of(error)(f"A loader process failed: {type(error).__name__}: {error}")
         try:
-            connection.send(message)
+            connection.send(error)
             connection.close()
         finally:
             # without waiting for reads that are still under way

@@ -20,7 +20,8 @@ from PIL import Image
 from data_pipeline.errors import DataError
 from data_pipeline.order.draws import fold
 from data_pipeline.scenes.scene import Scene, SceneOptions, describe, ground_truth, make_scene, render
-from data_pipeline.storage import urls as storage
+from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.urls import join, scheme_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def synthesize(url: str, options: SynthesisOptions, *, workers: int = 1) -> Iter
     Files: 00000.tar, 00000.parquet, 00000_stats.json. Equal options give equal bytes, with any number
     of workers. Raises DataError when the folder cannot be written.
     """
-    storage.scheme_of(url)
+    scheme_of(url)
     tasks = [(url, options, shard) for shard in range(options.shards)]
     if workers <= 1:
         yield from map(_write_shard, tasks)
@@ -102,8 +103,8 @@ def _write_shard(task: tuple[str, SynthesisOptions, int]) -> ShardReport:
                 tar.addfile(info, io.BytesIO(content))
             table.append(row)
     successes = sum(row["status"] == "success" for row in table)
-    name = storage.join(url, f"{shard:05d}")
-    storage.write_bytes(f"{name}.parquet", _parquet(table))
+    name = join(url, f"{shard:05d}")
+    write_bytes(f"{name}.parquet", _parquet(table))
     stats = {
         "count": rows,
         "successes": successes,
@@ -114,9 +115,9 @@ def _write_shard(task: tuple[str, SynthesisOptions, int]) -> ShardReport:
         "end_time": 1_700_000_000.0,
         "status_dict": {"success": successes, "HTTP Error 404: Not Found": rows - successes},
     }
-    storage.write_bytes(f"{name}_stats.json", json.dumps(stats, indent=1).encode())
+    write_bytes(f"{name}_stats.json", json.dumps(stats, indent=1).encode())
     # the tar last: a shard that is there is complete
-    storage.write_bytes(f"{name}.tar", buffer.getvalue())
+    write_bytes(f"{name}.tar", buffer.getvalue())
     return ShardReport(shard, rows, successes, buffer.tell())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import DataError, NotATar
+from data_pipeline.errors import AccessDenied, NotATar, NotFound
 from data_pipeline.pictures.decoding import picture_size
 from data_pipeline.shards.index import (
     ABSENT,
@@ -29,9 +29,9 @@ from data_pipeline.shards.index import (
 )
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.tars import BLOCK, IMAGE_EXTENSIONS, Member, TarScan, samples_of, scan, split_name
-from data_pipeline.storage import urls as storage
-from data_pipeline.storage.retry import ShortBody, with_retries
-from data_pipeline.storage.urls import StoredFile
+from data_pipeline.storage.files import read_bytes, read_range, write_bytes
+from data_pipeline.storage.listing import ListedFile
+from data_pipeline.storage.urls import join, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class IndexReport:
 
 
 def build_index(
-    shards: Sequence[StoredFile],
+    shards: Sequence[ListedFile],
     folder: str,
     *,
     workers: int = 0,
@@ -90,20 +90,20 @@ def build_index(
     return IndexReport(rows, len(stale), failed)
 
 
-def _is_current(shard: StoredFile, row: ManifestRow | None) -> bool:
+def _is_current(shard: ListedFile, row: ManifestRow | None) -> bool:
     return row is not None and row.size == shard.size and row.version == shard.version
 
 
 def _index_all(
-    shards: Sequence[StoredFile], folder: str, workers: int, timeout_s: float, tries: int
-) -> Iterator[tuple[StoredFile, ManifestRow | str]]:
+    shards: Sequence[ListedFile], folder: str, workers: int, timeout_s: float, tries: int
+) -> Iterator[tuple[ListedFile, ManifestRow | str]]:
     pool: Executor
     if workers > 0:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     else:
         pool = ThreadPoolExecutor(4)
     with pool:
-        futures: dict[Future[ManifestRow], StoredFile] = {
+        futures: dict[Future[ManifestRow], ListedFile] = {
             pool.submit(index_one, shard, folder, timeout_s, tries): shard for shard in shards
         }
         try:
@@ -118,29 +118,19 @@ def _index_all(
                 future.cancel()
 
 
-def index_one(shard: StoredFile, folder: str, timeout_s: float = 30.0, tries: int = 8) -> ManifestRow:
+def index_one(shard: ListedFile, folder: str, timeout_s: float = 30.0, tries: int = 8) -> ManifestRow:
     """Read one shard and write its index file. Raises NotATar or another DataError."""
     index = read_index(shard, timeout_s=timeout_s, tries=tries)
     encoded = index.encode()
-    storage.write_bytes(storage.join(folder, index_name(shard.url)), encoded)
+    write_bytes(join(folder, index_name(shard.url)), encoded)
     return row_of(index, encoded)
 
 
-def read_index(shard: StoredFile, *, timeout_s: float = 30.0, tries: int = 8) -> ShardIndex:
+def read_index(shard: ListedFile, *, timeout_s: float = 30.0, tries: int = 8) -> ShardIndex:
     """Index of one shard from its tar headers and json members, or the parquet beside it."""
-    fs, path = storage.filesystem(shard.url, timeout_s=timeout_s)
 
     def read(start: int, stop: int) -> bytes:
-        def once() -> bytes:
-            data = bytes(fs.cat_file(path, start=start, end=stop))
-            if len(data) != stop - start:
-                raise ShortBody(f"short body: {len(data)} of {stop - start} bytes of {shard.url}")
-            return data
-
-        try:
-            return with_retries(once, tries=tries)
-        except Exception as error:
-            raise storage.explain(error, shard.url) from error
+        return read_range(shard.url, start, stop, timeout_s=timeout_s, tries=tries)
 
     found = scan(read, shard.size, look=_look)
     if not found.is_tar:
@@ -153,7 +143,7 @@ def read_index(shard: StoredFile, *, timeout_s: float = 30.0, tries: int = 8) ->
     return index
 
 
-def _assemble(shard: StoredFile, found: TarScan) -> ShardIndex:
+def _assemble(shard: ListedFile, found: TarScan) -> ShardIndex:
     seen = {found.members[i].offset: value for i, value in found.seen.items()}
     groups = list(samples_of(found.members))
     extensions = tuple(sorted({e for _, group, _ in groups for e in group}))
@@ -248,26 +238,26 @@ def _number(value: object) -> float:
     return math.nan
 
 
-def _add_parquet(index: ShardIndex, shard: StoredFile) -> None:
+def _add_parquet(index: ShardIndex, shard: ListedFile) -> None:
     """Use the parquet beside the tar: columns the json lacks, and rows without members."""
     url = shard.url.removesuffix(".tar") + ".parquet"
     try:
-        raw = storage.read_bytes(url)
-    except DataError:
-        return  # plain webdataset shards have none
+        raw = read_bytes(url)
+    except (NotFound, AccessDenied):
+        return  # plain webdataset shards have none, which S3 may tell by refusing
     import pyarrow.parquet as pq
 
     try:
         table = pq.read_table(io.BytesIO(raw)).to_pydict()
         rows = {str(key): i for i, key in enumerate(table["key"])}
     except Exception as error:  # noqa: BLE001 - pyarrow raises many types for damaged files
-        index.problems += (f"parquet {storage.name_of(url)} is not readable: {str(error)[:120]}",)
+        index.problems += (f"parquet {name_of(url)} is not readable: {str(error)[:120]}",)
         return
     keys = [key.decode() for key in index.keys]
     index.missing_rows = len(rows.keys() - set(keys))
     strangers = sum(key not in rows for key in keys)
     if strangers:
-        index.problems += (f"{strangers} samples have no row in {storage.name_of(url)}",)
+        index.problems += (f"{strangers} samples have no row in {name_of(url)}",)
     have = {*index.numbers, *index.codes, *index.hashes, *index.omitted, "key", "caption"}
     extra = [name for name in table if name not in have]
     if not extra or not keys:

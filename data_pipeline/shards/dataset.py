@@ -17,8 +17,8 @@ from data_pipeline.order.buckets import Buckets, bucket_shapes, make_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
 from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.index import ManifestRow, read_manifest
-from data_pipeline.storage import urls as storage
-from data_pipeline.storage.urls import StoredFile
+from data_pipeline.storage.listing import ListedFile, list_files
+from data_pipeline.storage.urls import distinguishing_depth, expand_braces, join, name_of, parent, shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Dataset:
 
     def sample_key(self, shard: int, key: str) -> str:
         """How a sample is called in traces, reject files and removal lists: `shard/key`."""
-        return f"{storage.shard_name(self.urls[shard], self.name_depth)}/{key}"
+        return f"{shard_name(self.urls[shard], self.name_depth)}/{key}"
 
     def order(self, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
         """Order of the samples. Raises DataError for lanes that do not fit."""
@@ -87,7 +87,7 @@ def sources_of(config: DataConfig) -> tuple[SourceConfig, ...]:
 
 def index_folder(config: DataConfig, first_shard: str) -> str:
     """Where the index of a source lies."""
-    return config.index or storage.join(storage.parent(first_shard), "_index")
+    return config.index or join(parent(first_shard), "_index")
 
 
 def open_dataset(
@@ -115,10 +115,10 @@ def open_dataset(
     samples = np.asarray([row.samples for row in rows], np.int64)
     digest = hashlib.sha256()
     for i in entries:
-        digest.update(f"{storage.name_of(rows[i].shard)} {rows[i].samples} {rows[i].size}\n".encode())
+        digest.update(f"{name_of(rows[i].shard)} {rows[i].samples} {rows[i].size}\n".encode())
     return Dataset(
         urls=tuple(urls),
-        index_urls=tuple(storage.join(f, r.index) for f, r in zip(folders, rows, strict=True)),
+        index_urls=tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True)),
         sizes=tuple(row.size for row in rows),
         versions=tuple(row.version for row in rows),
         checksums=tuple(row.checksum for row in rows),
@@ -127,7 +127,7 @@ def open_dataset(
         mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
         aspects=_aspects(rows, entries),
         fingerprint=digest.hexdigest()[:16],
-        name_depth=storage.distinguishing_depth(urls),
+        name_depth=distinguishing_depth(urls),
     )
 
 
@@ -152,7 +152,7 @@ def _open_source(
                 f"`ldm data index '{source.shards}' --workers 32` once."
             )
         return folder, [known[name] for name in named]
-    shards = storage.list_files(source.shards, timeout_s=config.request_timeout_s)
+    shards = list_files(source.shards, timeout_s=config.request_timeout_s)
     folder = index_folder(config, shards[0].url)
     if len(shards) > _SMALL:
         return folder, _known_rows(source, folder, shards)
@@ -166,10 +166,10 @@ def _named_without_listing(url: str) -> list[str] | None:
     """Names of a purely braced URL: a large set is then opened without a single listing."""
     if "{" not in url or any(c in url for c in "*?["):
         return None
-    return sorted(storage.expand_braces(url))
+    return sorted(expand_braces(url))
 
 
-def _known_rows(source: SourceConfig, folder: str, shards: Sequence[StoredFile]) -> list[ManifestRow]:
+def _known_rows(source: SourceConfig, folder: str, shards: Sequence[ListedFile]) -> list[ManifestRow]:
     known = read_manifest(folder)
     stale = [s for s in shards if s.url not in known or known[s.url].size != s.size]
     if stale:

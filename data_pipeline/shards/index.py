@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, NotFound
 from data_pipeline.order.buckets import aspect_histogram
 from data_pipeline.shards.tars import BLOCK
-from data_pipeline.storage import urls as storage
+from data_pipeline.storage.files import read_bytes, write_bytes
+from data_pipeline.storage.urls import join, name_of
 
 VERSION = 2
 ABSENT = np.uint32(0xFFFFFFFF)
@@ -182,7 +183,7 @@ class ManifestRow:
 def index_name(shard: str) -> str:
     """File name of the index of a shard."""
     digest = hashlib.sha256(shard.encode()).hexdigest()[:10]
-    return f"{storage.name_of(shard).removesuffix('.tar')}-{digest}.npz"
+    return f"{name_of(shard).removesuffix('.tar')}-{digest}.npz"
 
 
 def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
@@ -203,13 +204,11 @@ def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
 
 def read_manifest(folder: str) -> dict[str, ManifestRow]:
     """Manifest rows by shard URL; empty when there is none of this version. Raises DataError when damaged."""
-    url = storage.join(folder, MANIFEST)
+    url = join(folder, MANIFEST)
     try:
-        raw = storage.read_bytes(url)
-    except DataError as error:
-        if "does not exist" in str(error):
-            return {}
-        raise
+        raw = read_bytes(url)
+    except NotFound:
+        return {}
     try:
         lines = gzip.decompress(raw).decode().splitlines()
         head = json.loads(lines[0])
@@ -235,7 +234,7 @@ def write_manifest(folder: str, rows: dict[str, ManifestRow]) -> None:
     body = "\n".join(lines)
     head = {"format": VERSION, "shards": len(rows), "checksum": hashlib.sha256(body.encode()).hexdigest()}
     data = gzip.compress((json.dumps(head) + "\n" + body).encode(), mtime=0)
-    storage.write_bytes(storage.join(folder, MANIFEST), data)
+    write_bytes(join(folder, MANIFEST), data)
 
 
 def hash_text(text: str) -> int:

@@ -15,7 +15,8 @@ from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import ShardIndex, hash_text
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.tars import IMAGE_EXTENSIONS
-from data_pipeline.storage import urls as storage
+from data_pipeline.storage.files import read_bytes
+from data_pipeline.storage.urls import shard_names
 
 _JSON_CONDITIONS = ("class_label", "layout")
 _MEMBER_CONDITIONS = {"semantic_map": "seg.png", "depth": "depth.png", "class_label": "cls"}
@@ -113,7 +114,7 @@ def removable_keys(key: str, shard: str) -> list[str]:
 
     A list written when there was one source must still hold when a second one makes the names longer.
     """
-    return [key, *(f"{name}/{key}" for name in storage.shard_names(shard))]
+    return [key, *(f"{name}/{key}" for name in shard_names(shard))]
 
 
 def removed_record(removed: NDArray[np.uint64], key: str, shard: str, body: bytes | None) -> bool:
@@ -128,7 +129,7 @@ def read_removals(urls: Iterable[str]) -> NDArray[np.uint64]:
     """Sorted hashes of every line of the files; blank lines and those that start with # are comments."""
     hashes: set[int] = set()
     for url in urls:
-        for line in storage.read_bytes(url).decode("utf-8", "replace").splitlines():
+        for line in read_bytes(url).decode("utf-8", "replace").splitlines():
             entry = line.strip()
             if entry and not entry.startswith("#"):
                 hashes.add(hash_text(_entry(entry)))

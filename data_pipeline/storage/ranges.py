@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from fsspec.asyn import sync
 
 from data_pipeline.errors import AccessDenied, ReadFailed, StorageOutage
-from data_pipeline.storage import urls as storage
-from data_pipeline.storage.retry import ShortBody, is_transient, pause_before
+from data_pipeline.storage.client import filesystem
+from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class RangeReader:
         return min(self.timeout_s, usual * 2.0 ** min(attempt - 1, 20))
 
     def _once(self, url: str, start: int, stop: int, deadline_s: float) -> bytes:
-        fs, path = storage.filesystem(url, timeout_s=self.timeout_s)
+        fs, path = filesystem(url, timeout_s=self.timeout_s)
         span = {} if stop < 0 else {"start": start, "end": stop}
         if fs.async_impl:
             # a request that stalls is cancelled and asked for again, long before the socket's timeout
@@ -91,9 +91,9 @@ class RangeReader:
     def _judge(self, error: Exception, url: str, attempt: int, began: float) -> None:
         """Return to try again; raise when it is no use."""
         if isinstance(error, PermissionError):
-            raise storage.explain(error, url) from error
+            raise explain(error, url) from error
         if not is_transient(error):
-            explained = storage.explain(error, url)
+            explained = explain(error, url)
             if isinstance(explained, AccessDenied):
                 raise explained from error
             self.counts["failures"] += 1

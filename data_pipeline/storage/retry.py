@@ -1,14 +1,35 @@
-"""Retries with exponential backoff and jitter, and which failures are worth one."""
+"""Storage calls, tried again where that helps, and explained by consequence where it does not."""
 
 from __future__ import annotations
 
+import errno
 import random
 import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from data_pipeline.errors import (
+    AccessDenied,
+    DataError,
+    Failure,
+    MissingBucket,
+    NotFound,
+    RetryableFault,
+    StorageOutage,
+    Unreachable,
+    UserError,
+)
+from data_pipeline.storage.urls import is_local
+
 T = TypeVar("T")
+
+QUICK_TRIES = 2
+"""Where a person waits for the answer."""
+TRIES = 5
+"""A few seconds: enough for a hiccup."""
+PATIENT_TRIES = 30
+"""Five to eight minutes: for what a run cannot go on without, less than the watchdog grants a save."""
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 20.0
@@ -17,6 +38,10 @@ _TRANSIENT = re.compile(
     r"internal ?error|unavailable|bad gateway|temporar|short body|\b(429|500|502|503|504)\b|eof",
     re.IGNORECASE,
 )
+_DENIED = re.compile(
+    r"NoCredentials|PartialCredentials|InvalidAccessKey|SignatureDoesNotMatch|AccessDenied|Forbidden"
+)
+_HOPELESS = frozenset({errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 class ShortBody(OSError):
@@ -52,3 +77,82 @@ def with_retries(
                 raise
         sleep(pause_before(attempt))
     raise AssertionError("tries must be at least 1")
+
+
+def guarded(action: Callable[[], T], url: str, *, tries: int = QUICK_TRIES) -> T:
+    """Run a call that reads storage; what it raises in the end is a Failure."""
+    try:
+        return with_retries(action, tries=tries)
+    except Failure:
+        raise
+    except Exception as error:
+        raise _after(tries, explain(error, url)) from error
+
+
+def guarded_change(action: Callable[[], T], url: str, *, done: str, tries: int = PATIENT_TRIES) -> T:
+    """The same for a call that changes storage; `done` is the participle for the sentence: written, ..."""
+    try:
+        return with_retries(action, tries=tries)
+    except Failure:
+        raise  # from reading what is written
+    except Exception as error:
+        raise _after(tries, explain_change(error, url, done)) from error
+
+
+def _after(tries: int, failure: Failure) -> Failure:
+    """Silence that has lasted for minutes is an outage, whatever a short one would have meant."""
+    if isinstance(failure, Unreachable) and tries >= PATIENT_TRIES:
+        return StorageOutage(str(failure))
+    return failure
+
+
+def explain(error: BaseException, url: str) -> Failure:
+    """The sentence, and the consequence, of what a storage library raised while reading."""
+    text = f"{type(error).__name__}: {error}"
+    if "NoSuchBucket" in text or "bucket does not exist" in text:
+        return missing_bucket(url.partition("://")[2].split("/", 1)[0])
+    if isinstance(error, PermissionError) or _DENIED.search(text):
+        remedy = "its permissions" if is_local(url) else "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return AccessDenied(f"Access to {url} is denied; check {remedy} ({_short(text)}).")
+    if isinstance(error, FileNotFoundError):
+        return NotFound(f"{url} does not exist; check the URL.")
+    if is_transient(error):
+        return Unreachable(
+            f"{url} cannot be reached; check the network and AWS_ENDPOINT_URL ({_short(text)})."
+        )
+    return DataError(f"{url} cannot be read ({_short(text)}); check the URL and its permissions.")
+
+
+def explain_change(error: BaseException, url: str, done: str) -> Failure:
+    """The same while writing or removing: what is not known to be a mistake is worth another try."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return UserError(
+            f"{url} cannot be {done}: the disk is full; make room or choose another place. What was stored "
+            "before is intact."
+        )
+    hopeless = isinstance(error, (FileNotFoundError, NotADirectoryError, FileExistsError)) or (
+        isinstance(error, OSError) and error.errno in _HOPELESS
+    )
+    if hopeless and is_local(url):
+        assert isinstance(error, OSError)
+        return UserError(
+            f"{url} cannot be {done} ({error.strerror or error}); check the path and its permissions. What "
+            "was stored before is intact."
+        )
+    explained = explain(error, url)
+    if hopeless or isinstance(explained, (AccessDenied, MissingBucket, Unreachable)):
+        return explained
+    return RetryableFault(f"{url} cannot be {done}: {explained}")
+
+
+def missing_bucket(bucket: str) -> MissingBucket:
+    """The sentence for a bucket that is not there."""
+    return MissingBucket(
+        f"The bucket {bucket!r} does not exist at this endpoint; create it or correct the URL "
+        "(AWS_ENDPOINT_URL chooses the endpoint)."
+    )
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else line[:157] + "..."

@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_pipeline.errors import DataError, Rejected
+from data_pipeline.errors import Failure, Rejected
 from data_pipeline.feed.captions import clean
 from data_pipeline.order.draws import permutation
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.shards.build_index import read_index
 from data_pipeline.shards.index import DEFECTS, ShardIndex
 from data_pipeline.shards.tars import IMAGE_EXTENSIONS
-from data_pipeline.storage import urls as storage
-from data_pipeline.storage.urls import StoredFile
+from data_pipeline.storage.files import read_range
+from data_pipeline.storage.listing import ListedFile, list_files
+from data_pipeline.storage.urls import name_of
 
 _TILE = 160
 _TEXT = 44
@@ -94,7 +95,7 @@ def inspect_shards(
     A shard that is no tar is reported as a problem. Raises DataError when nothing matches or storage
     does not answer.
     """
-    shards = storage.list_files(url)
+    shards = list_files(url)
     result = Inspection()
     per_sheet = -(-pictures // len(shards))
     for done, shard in enumerate(shards):
@@ -103,7 +104,7 @@ def inspect_shards(
         result.bytes += shard.size
         try:
             index = read_index(shard)
-        except DataError as error:
+        except Failure as error:
             result.problems.append(str(error))
             continue
         _count(result, index)
@@ -115,7 +116,7 @@ def inspect_shards(
 
 
 def _count(result: Inspection, index: ShardIndex) -> None:
-    name = storage.name_of(index.shard)
+    name = name_of(index.shard)
     result.samples += len(index)
     result.missing_rows += index.missing_rows
     result.problems += [f"{name}: {p}" for p in index.problems]
@@ -129,9 +130,8 @@ def _count(result: Inspection, index: ShardIndex) -> None:
 
 
 def _decode_some(
-    result: Inspection, shard: StoredFile, index: ShardIndex, rows: Sequence[int], keep: int, max_pixels: int
+    result: Inspection, shard: ListedFile, index: ShardIndex, rows: Sequence[int], keep: int, max_pixels: int
 ) -> None:
-    fs, path = storage.filesystem(shard.url)
     image_extensions = [e for e in IMAGE_EXTENSIONS if e in index.extensions]
     kept = 0
     for row in rows:
@@ -142,8 +142,7 @@ def _decode_some(
             starts, sizes = index.extents(extension)
             start, size = int(starts[row]), int(sizes[row])
             if start >= 0 and size <= _MAX_BYTES:
-                read = lambda a=start, b=start + size: fs.cat_file(path, start=a, end=b)  # noqa: E731
-                members[extension] = bytes(storage.guarded(read, shard.url, tries=5))
+                members[extension] = read_range(shard.url, start, start + size)
         caption = caption_of(members)
         if caption:
             result.captions.append(caption)
@@ -157,7 +156,7 @@ def _decode_some(
         except Rejected as error:
             result.bad_members[error.reason] += 1
             key = index.keys[row].decode("utf-8", "replace")
-            result.problems.append(f"{storage.name_of(shard.url)}/{key}: {error}")
+            result.problems.append(f"{name_of(shard.url)}/{key}: {error}")
             continue
         result.decoded += 1
         result.widths.append(picture.width)

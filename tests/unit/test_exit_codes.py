@@ -1,21 +1,25 @@
 """Exit codes are distinct, and restarts follow from them."""
 
 import errno
+import pickle
 import signal
 
 import pytest
 
-from data_pipeline.errors import NoShards, StorageOutage, WorkerDied
-from trainer.config.run import ConfigError
-from trainer.exit_codes import (
-    ExitCode,
+from data_pipeline.errors import (
+    CONSEQUENCES,
+    Failure,
     FatalFault,
+    NoShards,
+    NotATar,
     RetryableFault,
-    classify,
-    combine,
-    normalize,
-    should_restart,
+    StorageOutage,
+    Unreachable,
+    WorkerDied,
+    consequence_of,
 )
+from trainer.config.run import ConfigError
+from trainer.exit_codes import ExitCode, classify, combine, normalize, should_restart
 
 
 def test_codes_are_distinct_and_fit_a_process_status() -> None:
@@ -93,6 +97,22 @@ class OutOfMemoryError(RuntimeError):
 )
 def test_exceptions_map_to_codes(error: BaseException, code: ExitCode) -> None:
     assert classify(error) is code
+
+
+def test_silence_is_a_wrong_url_until_the_run_has_been_restarted() -> None:
+    assert classify(Unreachable("s3://a cannot be reached")) is ExitCode.USER_ERROR
+    assert classify(Unreachable("s3://a cannot be reached"), restarted=True) is ExitCode.RETRYABLE
+    assert classify(NoShards("No shard matches"), restarted=True) is ExitCode.USER_ERROR
+
+
+@pytest.mark.parametrize(
+    "failure", [ConfigError("a"), NotATar("b"), StorageOutage("c"), FatalFault("d"), Unreachable("e")]
+)
+def test_a_failure_keeps_its_consequence_in_another_process(failure: Failure) -> None:
+    name, message = consequence_of(failure).__name__, str(failure)
+    again = CONSEQUENCES[name](message)
+    assert consequence_of(again) is consequence_of(failure)
+    assert str(pickle.loads(pickle.dumps(failure))) == message == str(again)
 
 
 def test_unknown_status_is_a_retryable_fault() -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.errors import RetryableFault
 from data_pipeline.storage.local_s3 import LocalS3
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
-from trainer.exit_codes import ExitCode, RetryableFault
+from trainer.exit_codes import ExitCode
 from trainer.launch import rank
 from trainer.launch.restarts import RESTARTS_VARIABLE, is_restart
 from trainer.reliability import outage

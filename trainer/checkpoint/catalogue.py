@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from data_pipeline.storage.urls import exists, join, read_bytes
+from data_pipeline.storage.files import exists, list_names, read_bytes, remove
+from data_pipeline.storage.large import measure
+from data_pipeline.storage.urls import join
 from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest, Manifest, StoredFile
-from trainer.checkpoint.storage import list_names, measure, remove
 
 
 @dataclass(frozen=True)

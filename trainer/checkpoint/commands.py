@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_pipeline.errors import DataError
-from data_pipeline.storage.urls import exists, join
+from data_pipeline.errors import Failure
+from data_pipeline.storage.files import exists
+from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import (
     CheckpointHandle,
     checkpoints_url,
@@ -99,7 +100,7 @@ def _open(url: str) -> CheckpointHandle:
 def _row(step: int, url: str) -> CheckpointRow:
     try:
         manifest = open_checkpoint(url).manifest
-    except (BadManifest, DataError) as error:
+    except (BadManifest, Failure) as error:
         return CheckpointRow(step, url, complete=False, problem=str(error))
     kinds = [kind for kinds in manifest.kinds.values() for kind in kinds]
     return CheckpointRow(

@@ -11,12 +11,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data_pipeline.storage.urls import join, read_bytes
+from data_pipeline.storage.files import read_bytes
+from data_pipeline.storage.large import write_stream
+from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.layout import MASTER
 from trainer.checkpoint.reader import EngineReader
-from trainer.checkpoint.storage import write_stream
 from trainer.config.run import ConfigError
 
 WEIGHTS = "weights"

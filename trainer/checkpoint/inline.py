@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from data_pipeline.errors import Failure
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.manifest import StoredFile
 from trainer.checkpoint.writer import Job, write_commit, write_shard
-from trainer.config.run import ConfigError
-from trainer.exit_codes import RetryableFault
-
-Failure = ConfigError | RetryableFault
 
 
 class Writer(Protocol):
@@ -46,7 +43,7 @@ class InlineWriter:
         self._job, self._stored, self._failure = job, None, None
         try:
             self._stored = write_shard(job, buffer.view[: job.plan.data_bytes])
-        except (ConfigError, RetryableFault) as failure:
+        except Failure as failure:
             self._failure = failure
 
     def shard_result(self) -> Failure | None:
@@ -61,7 +58,7 @@ class InlineWriter:
         assert self._stored is not None
         try:
             write_commit(job, self._stored)
-        except (ConfigError, RetryableFault) as failure:
+        except Failure as failure:
             return failure
         return None
 

@@ -14,7 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data_pipeline.storage.urls import join, read_bytes
+from data_pipeline.errors import Failure
+from data_pipeline.storage.files import check_writable, read_bytes
+from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import (
     CheckpointHandle,
     Retention,
@@ -26,21 +28,19 @@ from trainer.checkpoint.catalogue import (
     steps_found,
 )
 from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.inline import Failure, InlineWriter, Writer
+from trainer.checkpoint.inline import InlineWriter, Writer
 from trainer.checkpoint.layout import MASTER, ShardPlan, Span, Table
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
 from trainer.checkpoint.reader import EngineReader, check_shapes
-from trainer.checkpoint.storage import check_writable
 from trainer.checkpoint.writer import Commit, Job
 from trainer.checkpoint.writer_client import BackgroundWriter
 from trainer.config.io import config_to_dict
-from trainer.config.run import Config, ConfigError
+from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.adamw import MOMENTS
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.ema import DECAY_PROFILE, EMA
-from trainer.exit_codes import RetryableFault
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class CheckpointManager:
     """Checkpoints of one run, in run_dir/checkpoints. Methods are collective, but for `close`."""
 
     def __init__(self, config: Config, env: DistributedEnv) -> None:
-        """Raises ConfigError or RetryableFault on all ranks when the folder cannot be written to."""
+        """Raises UserError or RetryableFault on all ranks when the folder cannot be written to."""
         self._config = config
         self._env = env
         self._folder = checkpoints_url(config.run_dir)
@@ -82,10 +82,10 @@ class CheckpointManager:
         if env.is_main:
             try:
                 check_writable(self._folder)
-            except (ConfigError, RetryableFault) as error:
+            except Failure as error:
                 failure = error
-        session, described = collectives.broadcast_object((uuid.uuid4().hex[:8], _described(failure)))
-        _raise_first([described])
+        session, failure = collectives.broadcast_object((uuid.uuid4().hex[:8], failure))
+        _raise_first([failure])
         self._session: str = session
         self._attempts = 0
         self._pending = False
@@ -112,7 +112,7 @@ class CheckpointManager:
             loss: recent training loss, by which `checkpoint.keep_best` chooses; rank 0's counts.
 
         Raises:
-            ConfigError, RetryableFault: on all ranks: this save failed, or, when asynchronous, the
+            UserError, RetryableFault: on all ranks: this save failed, or, when asynchronous, the
                 one before. Earlier checkpoints are intact.
         """
         kinds = {name: _kinds(engine, ema) for name, engine in engines.items()}
@@ -173,10 +173,10 @@ class CheckpointManager:
         if not self._pending:
             return
         self._pending = False
-        _raise_first(collectives.all_gather_object(_described(self._writer.shard_result())))
+        _raise_first(collectives.all_gather_object(self._writer.shard_result()))
         # Now every rank's shard is there, so that the commit waits for nobody.
         committed = self._writer.commit_result() if self._env.is_main else None
-        _raise_first([collectives.broadcast_object(_described(committed))])
+        _raise_first([collectives.broadcast_object(committed)])
 
     def latest_good(self) -> CheckpointHandle | None:
         """The newest checkpoint whose every byte is as written; None when there is none.
@@ -320,12 +320,7 @@ def _load_averages(reader: EngineReader, stored: tuple[str, ...], ema: EMA) -> N
             value.copy_(fragment.master)
 
 
-def _described(failure: Failure | None) -> tuple[bool, str] | None:
-    return None if failure is None else (isinstance(failure, ConfigError), str(failure))
-
-
-def _raise_first(failures: list[tuple[bool, str] | None]) -> None:
+def _raise_first(failures: list[Failure | None]) -> None:
     for failure in failures:
         if failure is not None:
-            users, message = failure
-            raise ConfigError(message) if users else RetryableFault(message)
+            raise failure

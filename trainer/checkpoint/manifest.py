@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.storage.large import checksum_bytes
 from trainer.checkpoint.layout import ShardPlan, Table, tables_from_json, tables_to_json
-from trainer.checkpoint.storage import checksum_bytes
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data_pipeline.storage.large import read_ranges
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.layout import BYTES_PER_ELEMENT, Piece, Span, index_shards, overlaps
-from trainer.checkpoint.storage import read_ranges
 from trainer.config.run import ConfigError
 
 _READ_BYTES = 64 << 20

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from data_pipeline.errors import Failure, RetryableFault
+from data_pipeline.storage.files import list_names, read_bytes
+from data_pipeline.storage.large import write_whole
+from data_pipeline.storage.retry import PATIENT_TRIES
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import Retention, folder_name, retire
 from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
 from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile
-from trainer.checkpoint.storage import list_names, read_whole, write_whole
-from trainer.exit_codes import RetryableFault
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def receipt_name(rank: int, attempt: str) -> str:
 
 
 def write_shard(job: Job, data: memoryview) -> StoredFile:
-    """Write this rank's shard. Raises ConfigError or RetryableFault."""
+    """Write this rank's shard. Raises UserError or RetryableFault."""
     assert len(data) == job.plan.data_bytes
     name = shard_name(job.rank, job.attempt)
     size, checksum = write_whole(join(job.url, name), job.plan.header(), data)
@@ -84,7 +86,7 @@ def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = l
         Steps whose checkpoints were removed.
 
     Raises:
-        ConfigError, RetryableFault: storage failed, or another rank never delivered.
+        UserError, RetryableFault: storage failed, or another rank never delivered.
     """
     commit = job.commit
     assert commit is not None
@@ -101,7 +103,7 @@ def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = l
     write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())
     try:
         return retire(job.folder, job.step, commit.retention)
-    except (OSError, ValueError, RetryableFault) as error:
+    except (OSError, ValueError, Failure) as error:
         # The new checkpoint counts; old ones that stay cost only space.
         logger.warning("old checkpoints in %s could not be removed: %s", job.folder, error)
         return []
@@ -112,11 +114,11 @@ def _receipts(job: Job, commit: Commit, cancelled: Callable[[], bool]) -> list[S
     found: dict[int, StoredFile] = {}
     deadline, pause = time.monotonic() + commit.patience_s, _FIRST_POLL_S
     while missing:
-        names = set(list_names(job.url, patient=True))
+        names = set(list_names(job.url, tries=PATIENT_TRIES))
         for rank in sorted(missing):
             name = receipt_name(rank, job.attempt)
             if name in names:
-                found[rank] = StoredFile(**json.loads(read_whole(join(job.url, name))))
+                found[rank] = StoredFile(**json.loads(read_bytes(join(job.url, name), tries=PATIENT_TRIES)))
                 missing.discard(rank)
         if not missing:
             break

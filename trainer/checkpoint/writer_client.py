@@ -12,12 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import CONSEQUENCES, Failure, RetryableFault
 from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.inline import Failure
 from trainer.checkpoint.writer import Job, job_to_header
 from trainer.checkpoint.writer_process import receive_frame, send_frame
-from trainer.config.run import ConfigError
-from trainer.exit_codes import RetryableFault
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +108,9 @@ class BackgroundWriter:
             except queue.Empty:
                 if process.poll() is not None and self._answers.empty():
                     self._expected = []
-                    return {"failure": f"its process ended with status {process.returncode}", "users": False}
+                    return {"failure": f"its process ended with status {process.returncode}"}
                 if deadline is not None and time.monotonic() > deadline:
-                    return {"failure": "it took too long", "users": False}
+                    return {"failure": "it took too long"}
 
     def _note_failure(self, answer: dict[str, Any]) -> Failure | None:
         if "event" in answer and answer["event"] in self._expected:
@@ -122,8 +120,8 @@ class BackgroundWriter:
         self._expected = []
         message = str(answer["failure"])
         if "event" not in answer:
-            message = f"the checkpoint could not be written: {message}."
-        return ConfigError(message) if answer["users"] else RetryableFault(message)
+            return RetryableFault(f"the checkpoint could not be written: {message}.")
+        return CONSEQUENCES[answer["consequence"]](message)
 
 
 def _collect(process: subprocess.Popen[bytes], answers: queue.Queue[dict[str, Any]]) -> None:

@@ -13,10 +13,9 @@ import sys
 import threading
 from typing import Any, BinaryIO
 
+from data_pipeline.errors import Failure, consequence_of
 from trainer.checkpoint.manifest import StoredFile
 from trainer.checkpoint.writer import Job, job_from_header, write_commit, write_shard
-from trainer.config.run import ConfigError
-from trainer.exit_codes import RetryableFault
 
 _PR_SET_PDEATHSIG = 1
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -64,7 +63,7 @@ def _perform(job: Job, memory: memoryview, answers: BinaryIO) -> None:
     stored: StoredFile | None = None
     try:
         stored = write_shard(job, memory[: job.plan.data_bytes])
-    except (ConfigError, RetryableFault) as failure:
+    except Failure as failure:
         _answer(answers, "shard", failure)
         return
     _answer(answers, "shard", None)
@@ -72,16 +71,16 @@ def _perform(job: Job, memory: memoryview, answers: BinaryIO) -> None:
         return
     try:
         write_commit(job, stored)
-    except (ConfigError, RetryableFault) as failure:
+    except Failure as failure:
         _answer(answers, "commit", failure)
         return
     _answer(answers, "commit", None)
 
 
-def _answer(answers: BinaryIO, event: str, failure: Exception | None) -> None:
+def _answer(answers: BinaryIO, event: str, failure: Failure | None) -> None:
     header: dict[str, Any] = {"event": event}
     if failure is not None:
-        header |= {"failure": str(failure), "users": isinstance(failure, ConfigError)}
+        header |= {"failure": str(failure), "consequence": consequence_of(failure).__name__}
     send_frame(answers, header, [])
 
 

@@ -124,7 +124,7 @@ def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from data_pipeline.storage import urls as storage
+    from data_pipeline.storage.files import write_bytes
     from data_pipeline.tools.inspection import contact_sheet, inspect_shards
 
     with _progress(None, "shards") as bar:
@@ -133,7 +133,7 @@ def _inspect(args: argparse.Namespace) -> int:
         )
     for line in found.lines():
         _say(line)
-    storage.write_bytes(args.sheet, contact_sheet(found.pictures))
+    write_bytes(args.sheet, contact_sheet(found.pictures))
     _say(f"contact sheet     {args.sheet}")
     return 0
 
@@ -154,9 +154,10 @@ def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _index(args: argparse.Namespace) -> int:
     from data_pipeline.shards.build_index import build_index
     from data_pipeline.shards.dataset import index_folder
-    from data_pipeline.storage import urls as storage
+    from data_pipeline.storage.listing import list_files
+    from data_pipeline.storage.urls import name_of
 
-    shards = storage.list_files(args.url)
+    shards = list_files(args.url)
     folder = index_folder(DataConfig(index=args.index), shards[0].url)
     with _progress(len(shards), "shards") as bar:
         report = build_index(shards, folder, workers=args.workers, progress=_updater(bar))
@@ -167,7 +168,7 @@ def _index(args: argparse.Namespace) -> int:
     _say(f"index             {folder}")
     for row in rows:
         for problem in row.problems:
-            _say(f"problem           {storage.name_of(row.shard)}: {problem}")
+            _say(f"problem           {name_of(row.shard)}: {problem}")
     for reason in report.failed.values():
         _say(f"failed            {reason}")
     return 1 if report.failed else 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.config import DataConfig
+from data_pipeline.errors import UserError
 from trainer.config.models import ConditioningConfig, FirstStageConfig, UNetConfig
 from trainer.config.training import (
     AutoencoderLossConfig,
@@ -20,7 +21,7 @@ from trainer.config.training import (
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A user's mistake in a configuration: one sentence with the key and the remedy."""
 
 

@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from data_pipeline.errors import DataError, Rejected
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.shards.tars import IMAGE_EXTENSIONS, split_name
-from data_pipeline.storage.urls import (
-    StoredFile,
-    filesystem,
-    guarded,
-    join,
-    list_files,
-    read_bytes,
-    write_bytes,
-)
+from data_pipeline.storage.files import read_bytes, read_range, remove, write_bytes
+from data_pipeline.storage.listing import ListedFile, list_files
+from data_pipeline.storage.urls import join
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank
@@ -43,8 +37,7 @@ def check_storage(config: Config, env: DistributedEnv) -> list[Check]:
         written = time.perf_counter()
         returned = read_bytes(url)
         read = time.perf_counter()
-        storage, path = filesystem(url)
-        guarded(lambda: storage.rm_file(path), url)
+        remove(url)
         if returned != content:
             raise DataError(f"{url} came back with other bytes than were written")
         rates = [_PROBE_BYTES / 1e6 / (b - a) for a, b in ((started, written), (written, read))]
@@ -90,11 +83,9 @@ class _Look:
     defects: list[str]
 
 
-def _look_into(shard: StoredFile, config: Config) -> _Look:
+def _look_into(shard: ListedFile, config: Config) -> _Look:
     """The first samples of a shard, from its first megabytes."""
-    storage, path = filesystem(shard.url)
-    stop = min(shard.size, _HEAD_BYTES)
-    head = guarded(lambda: storage.cat_file(path, start=0, end=stop), shard.url)
+    head = read_range(shard.url, 0, min(shard.size, _HEAD_BYTES))
     pictures, captions, defects = 0, 0, []
     keys: set[str] = set()
     target = (config.data.image_size, config.data.image_size)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
-from data_pipeline.storage.urls import filesystem as open_filesystem
+from data_pipeline.errors import Failure
+from data_pipeline.storage.files import list_names, read_tail
+from data_pipeline.storage.urls import join
+from trainer.checkpoint.catalogue import checkpoints_url, folder_name, is_committed, steps_found
 
 _TAIL_BYTES = 65_536
-_MANIFEST = re.compile(r"/step_(\d+)/manifest\.json$")
 
 
 def latest_record(run_dir: str) -> dict[str, Any] | None:
@@ -17,16 +18,13 @@ def latest_record(run_dir: str) -> dict[str, Any] | None:
 
     Under a remote run folder records become visible when the trainer flushes them, at checkpoints.
     """
-    filesystem, root = open_filesystem(run_dir)
-    folder = f"{root.rstrip('/')}/logs"
+    folder = join(run_dir, "logs")
     try:
-        names = [name for name in filesystem.ls(folder, detail=False) if name.endswith(".jsonl")]
+        names = [name for name in list_names(folder) if name.endswith(".jsonl")]
         if not names:
             return None
-        newest = max(names)
-        start = max(0, int(filesystem.size(newest)) - _TAIL_BYTES)
-        text = filesystem.cat_file(newest, start=start).decode("utf-8", "replace")
-    except OSError:
+        text = read_tail(join(folder, max(names)), _TAIL_BYTES).decode("utf-8", "replace")
+    except Failure:
         return None
     for line in reversed(text.splitlines()):
         try:
@@ -40,14 +38,9 @@ def latest_record(run_dir: str) -> dict[str, Any] | None:
 
 def newest_checkpoint(run_dir: str) -> tuple[int, str] | None:
     """(step, folder URL) of the newest committed checkpoint, None when there is none."""
-    filesystem, root = open_filesystem(run_dir)
-    root = root.rstrip("/")
+    folder = checkpoints_url(run_dir)
     try:
-        manifests = filesystem.glob(f"{root}/checkpoints/step_*/manifest.json")
-    except OSError:
+        newest = next((step for step in steps_found(folder) if is_committed(folder, step)), None)
+    except Failure:
         return None
-    steps = [int(found[1]) for name in manifests if (found := _MANIFEST.search(f"/{name}"))]
-    if not steps:
-        return None
-    newest = max(steps)
-    return newest, f"{run_dir.rstrip('/')}/checkpoints/step_{newest:09d}"
+    return None if newest is None else (newest, join(folder, folder_name(newest)))

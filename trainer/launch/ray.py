@@ -29,11 +29,12 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from data_pipeline.storage.urls import filesystem
+from data_pipeline.errors import RetryableFault, UserError
+from data_pipeline.storage.client import filesystem
 from trainer.config.io import config_from_dict, config_to_dict, load_config
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
-from trainer.exit_codes import ExitCode, RetryableFault, combine, normalize, should_restart
+from trainer.exit_codes import ExitCode, combine, normalize, should_restart
 from trainer.launch.attempt import describe, free_port
 from trainer.launch.progress import latest_record, newest_checkpoint
 from trainer.launch.rank_process import Place, RankProcess
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         fewest, most = _worker_range(args.workers, config)
         return _drive(config, args, fewest, most)
-    except ConfigError as error:
+    except UserError as error:
         sys.stderr.write(f"ldm: {error}\n")
         return ExitCode.USER_ERROR
 

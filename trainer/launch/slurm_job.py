@@ -23,8 +23,9 @@ from typing import Any
 
 import fsspec
 
+from data_pipeline.errors import UserError
 from trainer.config.io import config_to_dict, dump_yaml, load_config
-from trainer.config.run import Config, ConfigError
+from trainer.config.run import Config
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
 
@@ -285,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _record_and_decide(args)
     try:
         prepare(args.job_dir, args.repository, args.arguments)
-    except ConfigError as error:
+    except UserError as error:
         sys.stderr.write(f"ldm: {error}\n")
         return ExitCode.USER_ERROR
     return ExitCode.DONE

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.appending import cut_torn_line
-from data_pipeline.errors import DataError
-from data_pipeline.storage.urls import filesystem, join, scheme_of, write_bytes
+from data_pipeline.errors import Failure
+from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.urls import is_local, join, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ class JSONLWriter:
     def __init__(self, run_dir: str) -> None:
         self._folder = join(run_dir, "logs")
         self._file: Path | None = None
-        if scheme_of(run_dir) == "file":
-            self._file = Path(filesystem(self._folder)[1]) / "metrics.jsonl"
+        if is_local(run_dir):
+            self._file = Path(local_path(self._folder)) / "metrics.jsonl"
             self._file.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_line(self._file)
         self._lines: list[str] = []
@@ -83,7 +84,7 @@ class JSONLWriter:
         text = "\n".join(lines) + "\n"
         try:
             write_bytes(url, text.encode(), tries=tries)
-        except DataError as error:
+        except Failure as error:
             logger.warning("the last records are not stored yet: %s", error)
             return 0
         return len(lines) if len(text) > SEGMENT_BYTES else 0

@@ -12,7 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline.errors import Unreachable
-from data_pipeline.storage.urls import join, write_bytes
+from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.urls import join
 from trainer.config.io import dump_yaml
 from trainer.config.run import Config
 from trainer.metrics.jsonl import JSONLWriter

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterable
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError, Unreachable
-from data_pipeline.storage.urls import exists, scheme_of
-from trainer.exit_codes import RetryableFault
+from data_pipeline.errors import Failure, RetryableFault, Unreachable
+from data_pipeline.storage.files import exists
+from data_pipeline.storage.urls import scheme_of
 
 _LONGEST_WAIT_S = 600.0  # a rank that says nothing for 900 s while it starts counts as stuck
 _PAUSE_S = 5.0
@@ -45,6 +45,6 @@ def _answers(url: str) -> bool:
         exists(url)
     except Unreachable:
         return False
-    except DataError:
+    except Failure:
         pass  # an answer, if a bad one: the run itself says what is wrong
     return True

@@ -10,7 +10,10 @@ from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Self
 
-from data_pipeline.storage.urls import filesystem, scheme_of
+from data_pipeline.errors import Failure
+from data_pipeline.storage.files import exists, remove
+from data_pipeline.storage.retry import QUICK_TRIES
+from data_pipeline.storage.urls import is_local
 from trainer.exit_codes import ExitCode
 
 logger = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ class Preemption:
 
     def __init__(self, stop_file: str | None = None, *, poll_s: float | None = None) -> None:
         self._stop_file = stop_file
-        remote = stop_file is not None and scheme_of(stop_file) != "file"
+        remote = stop_file is not None and not is_local(stop_file)
         self._poll_s = poll_s if poll_s is not None else 10.0 if remote else 1.0
         self._request = StopRequest.NONE
         self._interrupts = 0
@@ -99,11 +102,9 @@ class Preemption:
         """The state is saved: remove the stop file, if there is one. Call on the polling rank."""
         if self._stop_file is None:
             return
-        storage, path = filesystem(self._stop_file)
         try:
-            if storage.exists(path):
-                storage.rm_file(path)
-        except Exception as error:  # noqa: BLE001 - whatever the storage library raises; the state is saved
+            remove(self._stop_file, tries=QUICK_TRIES)
+        except Failure as error:  # the state is saved, which matters more
             logger.warning("could not remove the stop file %s: %s", self._stop_file, error)
 
     def _ask(self, request: StopRequest, reason: str) -> None:
@@ -126,12 +127,11 @@ class Preemption:
 
     def _poll(self) -> None:
         assert self._stop_file is not None
-        storage, path = filesystem(self._stop_file)
         while not self._closing.is_set():
             try:
-                if storage.exists(path):
+                if exists(self._stop_file):
                     self._ask(StopRequest.STOPPED, f"stop file {self._stop_file}")
                     return
-            except Exception as error:  # noqa: BLE001 - whatever the storage library raises
+            except Failure as error:
                 logger.debug("could not look for the stop file: %s", error)
             self._closing.wait(self._poll_s)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.errors import UserError
+from data_pipeline.storage import files, large
 from data_pipeline.storage.local_s3 import LocalS3
 from tests.integration.ranks import ROOT
-from trainer.checkpoint import storage
 from trainer.checkpoint.commands import list_checkpoints, verify
 from trainer.checkpoint.export import export
-from trainer.config.run import ConfigError
 from trainer.weights import read_weights
 
 build_small_run: Callable[..., Any] = runpy.run_path(
@@ -75,31 +75,31 @@ def test_damage_behind_the_server_is_noticed(s3: LocalS3) -> None:
 def test_large_files_go_up_in_parts_and_come_back_by_range(
     s3: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(large, "_PART_BYTES", 5 << 20)
     data = torch.arange(3 << 20, dtype=torch.float32).numpy().tobytes()  # 12 MiB: three parts
-    size, checksum = storage.write_whole("s3://bucket/large", b"head", data)
-    assert storage.measure("s3://bucket/large", size) == (size, checksum)
+    size, checksum = large.write_whole("s3://bucket/large", b"head", data)
+    assert large.measure("s3://bucket/large", size) == (size, checksum)
     assert size == len(data) + 4
     ranges = [(4 + i * 1000, 4 + i * 1000 + 40) for i in range(20)]
-    read = list(storage.read_ranges("s3://bucket/large", ranges))
+    read = list(large.read_ranges("s3://bucket/large", ranges))
     assert read == [data[first - 4 : last - 4] for first, last in ranges]
 
 
 def test_an_interrupted_upload_leaves_nothing(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(large, "_PART_BYTES", 5 << 20)
 
     def parts() -> Iterator[memoryview]:
         yield memoryview(bytes(6 << 20))  # the first part is on its way
         raise RuntimeError("killed here")
 
     with pytest.raises(Exception, match="killed here"):
-        storage.write_stream("s3://bucket/interrupted", parts)
-    assert "interrupted" not in storage.list_names("s3://bucket")
+        large.write_stream("s3://bucket/interrupted", parts)
+    assert "interrupted" not in files.list_names("s3://bucket")
 
 
 def test_mistakes_are_one_sentence(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         build_small_run("s3://nobody-made-this/run")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY"):
+    with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY"):
         build_small_run("s3://bucket/denied")

@@ -17,7 +17,7 @@ import s3fs
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import (
     AccessDenied,
-    DataError,
+    Failure,
     MissingBucket,
     NoShards,
     NotATar,
@@ -28,8 +28,8 @@ from data_pipeline.loader import build_loader
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
+from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
-from data_pipeline.storage.urls import list_files
 from tests.integration.data.fault_proxy import FaultProxy
 
 BATCH = 16
@@ -125,8 +125,8 @@ def test_an_outage_ends_in_one_sentence(server: FaultProxy) -> None:
 def test_wrong_places_are_named_at_once(
     server: FaultProxy, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    def error(url: str) -> DataError:
-        with pytest.raises(DataError) as caught:
+    def error(url: str) -> Failure:
+        with pytest.raises(Failure) as caught:
             build_loader(config_for(url), seed=1, global_batch_size=BATCH)
         return caught.value
 

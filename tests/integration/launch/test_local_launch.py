@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from data_pipeline.errors import FatalFault
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig
-from trainer.exit_codes import ExitCode, FatalFault
+from trainer.exit_codes import ExitCode
 from trainer.launch import local, rank
 from trainer.launch.attempt import cpu_wait_s, describe, free_port
 from trainer.launch.local import launch, ranks_are_given, supervise, visible_devices

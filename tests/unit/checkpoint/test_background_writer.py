@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import RetryableFault
 from trainer.checkpoint.commands import list_checkpoints
 from trainer.checkpoint.writer_process import receive_frame, send_frame
-from trainer.exit_codes import RetryableFault
 
 from .conftest import MakeRun
 

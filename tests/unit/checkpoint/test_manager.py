@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.errors import UserError
 from trainer.checkpoint.commands import find_checkpoint, list_checkpoints, verify
 from trainer.cli import checkpoint as command
 from trainer.config.run import ConfigError
@@ -229,7 +230,7 @@ def test_an_average_that_is_new_starts_from_the_weights(
 
 def test_an_unwritable_folder_is_known_before_training(make_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         make_run(run_dir=str(tmp_path / "file" / "run"))
 
 
@@ -243,7 +244,7 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(make_run: MakeRun, asynch
     folder_of(run, 2).mkdir()
     attempt = f"{run.manager._session}{run.manager._attempts + 1:04x}"
     os.symlink("/dev/full", folder_of(run, 2) / f"rank_00000.{attempt}.safetensors.part")
-    with pytest.raises(ConfigError, match="the disk is full"):
+    with pytest.raises(UserError, match="the disk is full"):
         run.save()
     again = make_run()
     handle = again.manager.latest_good()

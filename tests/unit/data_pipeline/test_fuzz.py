@@ -32,7 +32,7 @@ from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import MANIFEST, decode_index, read_manifest
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.tars import samples_of, scan
-from data_pipeline.storage.urls import list_files
+from data_pipeline.storage.listing import list_files
 
 CASES = int(os.environ.get("LDM_FUZZ_CASES", "3000"))
 SHARES = {"tar": 0.3, "jpeg": 0.25, "other": 0.1, "json": 0.2, "filter": 0.1, "index": 0.04, "parquet": 0.01}

@@ -15,7 +15,8 @@ from data_pipeline.errors import NotATar
 from data_pipeline.shards.build_index import build_index, index_one, read_index
 from data_pipeline.shards.index import DEFECTS, decode_index
 from data_pipeline.shards.tars import TarScan, samples_of, scan, split_name
-from data_pipeline.storage.urls import list_files, read_bytes
+from data_pipeline.storage.files import read_bytes
+from data_pipeline.storage.listing import list_files
 
 LONG = "deep/" * 25 + "x" * 60
 

@@ -1,0 +1,125 @@
+"""Files at any URL, whole or by range: read, written so that no torn one is seen, listed, removed."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO, cast
+
+from data_pipeline.errors import DataError, NotFound
+from data_pipeline.storage.client import filesystem
+from data_pipeline.storage.retry import (
+    PATIENT_TRIES,
+    QUICK_TRIES,
+    TRIES,
+    ShortBody,
+    guarded,
+    guarded_change,
+)
+from data_pipeline.storage.urls import is_local, join, name_of
+
+_CHECK_TRIES = 4
+
+
+def read_bytes(url: str, *, timeout_s: float = 30.0, tries: int = TRIES) -> bytes:
+    """Whole content of a small file.
+
+    Raises:
+        NotFound, AccessDenied, Unreachable, ...: see `retry.explain`.
+    """
+    fs, path = filesystem(url, timeout_s=timeout_s)
+    return bytes(guarded(lambda: fs.cat_file(path), url, tries=tries))
+
+
+def read_text(url: str) -> str:
+    """The same as UTF-8; line ends as Python's text files give them. Raises DataError for other bytes."""
+    try:
+        text = read_bytes(url).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{url} is not a text in UTF-8 ({error}).") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_range(url: str, start: int, stop: int, *, timeout_s: float = 30.0, tries: int = TRIES) -> bytes:
+    """Bytes [start, stop), all of them."""
+    fs, path = filesystem(url, timeout_s=timeout_s)
+
+    def once() -> bytes:
+        data = bytes(fs.cat_file(path, start=start, end=stop))
+        if len(data) != stop - start:
+            raise ShortBody(f"short body: {len(data)} of {stop - start} bytes of {url}")
+        return data
+
+    return guarded(once, url, tries=tries)
+
+
+def read_tail(url: str, num_bytes: int) -> bytes:
+    """The last bytes of a file, all of a shorter one."""
+    fs, path = filesystem(url)
+
+    def once() -> bytes:
+        return bytes(fs.cat_file(path, start=max(0, int(fs.size(path)) - num_bytes)))
+
+    return guarded(once, url)
+
+
+def open_stream(url: str, *, timeout_s: float = 30.0) -> BinaryIO:
+    """A file to be read from its beginning to its end, larger than memory may be."""
+    fs, path = filesystem(url, timeout_s=timeout_s)
+    return cast(BinaryIO, guarded(lambda: fs.open(path, "rb"), url, tries=TRIES))
+
+
+def write_bytes(url: str, data: bytes, *, tries: int = TRIES) -> None:
+    """Write a small file, its folder too; on a local disk it appears under its name when it is whole."""
+    fs, path = filesystem(url)
+
+    def once() -> None:
+        if not is_local(url):
+            fs.pipe_file(path, data)
+            return
+        temporary = f"{path}.{os.getpid()}.part"
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+
+    guarded_change(once, url, done="written", tries=tries)
+
+
+def exists(url: str) -> bool:
+    """Whether a file is there."""
+    fs, path = filesystem(url)
+    return bool(guarded(lambda: fs.exists(path), url))
+
+
+def list_names(url: str, *, tries: int = QUICK_TRIES) -> list[str]:
+    """Names directly inside a folder, sorted; none when there is no folder."""
+    fs, path = filesystem(url)
+    try:
+        found = guarded(lambda: fs.ls(path, detail=False), url, tries=tries)
+    except NotFound:
+        return []
+    return sorted(name_of(name) for name in found if name.rstrip("/") != path)
+
+
+def remove(url: str, *, tries: int = PATIENT_TRIES) -> None:
+    """Remove a file, or a folder with what is in it; quiet when it is not there."""
+    fs, path = filesystem(url)
+
+    def once() -> None:
+        try:
+            fs.rm(path, recursive=True)
+        except FileNotFoundError:
+            return
+
+    guarded_change(once, url, done="removed", tries=tries)
+
+
+def check_writable(folder: str) -> None:
+    """Write and remove a small file.
+
+    Raises:
+        UserError, RetryableFault: it does not work; better known before the first checkpoint.
+    """
+    probe = join(folder, f".writable.{os.getpid()}")
+    write_bytes(probe, b"ok", tries=_CHECK_TRIES)
+    remove(probe)

@@ -1,0 +1,93 @@
+"""Which files a URL with braces or wildcards stands for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.errors import NoShards, NotFound
+from data_pipeline.storage.client import filesystem
+from data_pipeline.storage.retry import guarded, missing_bucket
+from data_pipeline.storage.urls import expand_braces, has_wildcards, is_s3, join, name_of, parent
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """One object as listed."""
+
+    url: str
+    """Full URL."""
+    size: int
+    """Bytes."""
+    version: str
+    """ETag or modification time: changes when the content does."""
+
+
+def list_files(url: str, *, timeout_s: float = 30.0) -> list[ListedFile]:
+    """Files behind a URL with braces or wildcards, sorted by URL; a folder means its `*.tar`.
+
+    Raises NoShards, MissingBucket, AccessDenied or Unreachable, within seconds.
+    """
+    if not url:
+        raise NoShards("data.shards is empty; set it to a URL such as s3://bucket/{00000..00099}.tar")
+    if "{" in url and not has_wildcards(url):
+        return _list_named(url, expand_braces(url), timeout_s)
+    found: list[ListedFile] = []
+    for pattern in expand_braces(url):
+        if not has_wildcards(pattern) and not pattern.endswith(".tar"):
+            pattern = join(pattern, "*.tar")
+        found += find(pattern, timeout_s=timeout_s)
+    if not found:
+        _check_bucket(url, timeout_s)
+        raise NoShards(f"No shard matches {url}; list the folder, or correct data.shards.")
+    return sorted(found, key=lambda f: f.url)
+
+
+def find(pattern: str, *, timeout_s: float = 30.0) -> list[ListedFile]:
+    """Files that match a pattern with wildcards; none where nothing does."""
+    fs, path = filesystem(pattern, timeout_s=timeout_s)
+    listing = guarded(lambda: fs.glob(path, detail=True), pattern)
+    return [_listed(pattern, info) for info in listing.values() if info["type"] == "file"]
+
+
+def _list_named(url: str, names: list[str], timeout_s: float) -> list[ListedFile]:
+    folders: dict[str, dict[str, ListedFile]] = {}
+    for folder in sorted({parent(name) for name in names}):
+        fs, path = filesystem(folder, timeout_s=timeout_s)
+        try:
+            listing = guarded(lambda fs=fs, path=path: fs.ls(path, detail=True), folder)  # type: ignore[misc]
+        except NotFound:
+            listing = []
+        folders[folder] = {}
+        for info in listing:
+            listed = _listed(folder, info)
+            folders[folder][name_of(listed.url)] = listed
+    missing = [name for name in names if name_of(name) not in folders[parent(name)]]
+    if missing:
+        _check_bucket(url, timeout_s)
+        raise NoShards(
+            f"{len(missing)} of the {len(names)} shards of {url} do not exist, the first is "
+            f"{missing[0]}; correct data.shards or upload them."
+        )
+    return sorted((folders[parent(n)][name_of(n)] for n in names), key=lambda f: f.url)
+
+
+def _listed(pattern: str, info: dict[str, Any]) -> ListedFile:
+    match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]+)://", pattern)
+    path = info["name"]
+    url = path if match is None or path.startswith(match.group(0)) else match.group(0) + path
+    tag = str(info.get("ETag") or info.get("etag") or "").strip('"')  # some servers send an empty one
+    version = tag or info.get("mtime") or info.get("LastModified")
+    return ListedFile(url, int(info["size"] or 0), str(version))
+
+
+def _check_bucket(url: str, timeout_s: float) -> None:
+    if not is_s3(url):
+        return
+    fs, path = filesystem(url, timeout_s=timeout_s)
+    bucket = path.split("/", 1)[0]
+    try:
+        guarded(lambda: fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1), f"s3://{bucket}")
+    except NotFound:
+        raise missing_bucket(bucket) from None
