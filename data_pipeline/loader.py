@@ -22,7 +22,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.feed.conditions import check_conditions
-from data_pipeline.feed.share import Part, PartStream, PartTask
+from data_pipeline.feed.share import Share, ShareStream, ShareTask
 from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.order.lanes import Order, deal, divisors
 from data_pipeline.order.position import merge_positions, pack, unpack
@@ -98,17 +98,17 @@ def _tasks(
     world_size: int,
     position: dict[str, Any] | Sequence[dict[str, Any]] | None,
     skip_ordinals: frozenset[int],
-) -> list[PartTask]:
+) -> list[ShareTask]:
     """What each worker of this rank does."""
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
     workers = max(1, config.workers)
-    _check_parts(order, global_batch_size, world_size, workers)
+    _check_lanes(order, global_batch_size, world_size, workers)
     buckets = dataset.buckets(config, order.lanes)
     step, states = unpack(position, order, dataset.fingerprint, buckets)
     each = len(buckets.shapes)
-    parts = deal(order.lanes, world_size * workers, f"{world_size} ranks x {workers} workers")
+    dealt = deal(order.lanes, world_size * workers, f"{world_size} ranks x {workers} workers")
     return [
-        PartTask(
+        ShareTask(
             config=config,
             dataset=dataset,
             order=order,
@@ -119,7 +119,7 @@ def _tasks(
             per_lane=global_batch_size // order.lanes,
             skip_ordinals=skip_ordinals,
         )
-        for lanes in parts[rank * workers : (rank + 1) * workers]
+        for lanes in dealt[rank * workers : (rank + 1) * workers]
     ]
 
 
@@ -128,11 +128,11 @@ def check_layout(
 ) -> Order:
     """The order of a run; raises DataError when ranks x workers do not divide its lanes."""
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
-    _check_parts(order, global_batch_size, world_size, max(1, config.workers))
+    _check_lanes(order, global_batch_size, world_size, max(1, config.workers))
     return order
 
 
-def _check_parts(order: Order, global_batch_size: int, world_size: int, workers: int) -> None:
+def _check_lanes(order: Order, global_batch_size: int, world_size: int, workers: int) -> None:
     if order.lanes % (world_size * workers) == 0:
         return
     valid = ", ".join(map(str, divisors(order.lanes)))
@@ -145,7 +145,7 @@ def _check_parts(order: Order, global_batch_size: int, world_size: int, workers:
 class Loader(Iterator[Batch]):
     """Iterator of Batch; close it, or use it as a context manager, to stop its processes."""
 
-    def __init__(self, tasks: Sequence[PartTask], workers: Sequence[WorkerProcess], *, rank: int) -> None:
+    def __init__(self, tasks: Sequence[ShareTask], workers: Sequence[WorkerProcess], *, rank: int) -> None:
         """One worker per task, or none: then this process does the only task itself."""
         task = tasks[0]
         self._tasks = tasks
@@ -178,29 +178,29 @@ class Loader(Iterator[Batch]):
     def __next__(self) -> Batch:
         began = time.monotonic()
         gathered: dict[str, NDArray[Any]] = {}
-        parts: list[Part] = []
+        shares: list[Share] = []
         filled = 0
         for source, task in zip(self._sources, self._tasks, strict=True):
-            part, memory, slot = source.take()
-            for name, piece in task.layout(part.height, part.width).arrays(memory).items():
+            share, memory, slot = source.take()
+            for name, piece in task.layout(share.height, share.width).arrays(memory).items():
                 if name not in gathered:
                     gathered[name] = np.empty((self._size, *piece.shape[1:]), dtype=piece.dtype)
                 # NumPy copies in this thread; torch would start threads that spin beside the workers.
                 gathered[name][filled : filled + len(piece)] = piece
             source.release(slot)
-            parts.append(part)
+            shares.append(share)
             filled += task.size
         self.wait_s += time.monotonic() - began
         self._step += 1
-        self._account(parts)
+        self._account(shares)
         tensors = {name: torch.from_numpy(array) for name, array in gathered.items()}
         pixels = tensors.pop("pixels").permute(0, 3, 1, 2)  # [B, 3, H, W], channels last in memory
         return Batch(
             pixels=pixels,
-            captions=tuple(itertools.chain.from_iterable(p.captions for p in parts)),
+            captions=tuple(itertools.chain.from_iterable(share.captions for share in shares)),
             ordinals=tensors.pop("ordinals"),
             conditions=tensors,
-            keys=tuple(itertools.chain.from_iterable(p.keys for p in parts)),
+            keys=tuple(itertools.chain.from_iterable(share.keys for share in shares)),
             slots=torch.arange(self._first_slot, self._first_slot + self._size),
             position=pack(
                 self._order,
@@ -208,15 +208,15 @@ class Loader(Iterator[Batch]):
                 self._buckets,
                 self._step,
                 self._tasks[0].lanes.start,
-                [state for part in parts for state in part.states],
+                [state for share in shares for state in share.states],
             ),
         )
 
-    def _account(self, parts: Sequence[Part]) -> None:
+    def _account(self, shares: Sequence[Share]) -> None:
         lines = []
-        for part in parts:
-            self.counts.update(part.counts)
-            for reason, key, detail, ordinal in part.rejects:
+        for share in shares:
+            self.counts.update(share.counts)
+            for reason, key, detail, ordinal in share.rejects:
                 self.rejected[reason] += 1
                 record = {"reason": reason, "key": key, "detail": detail, "ordinal": ordinal}
                 lines.append(json.dumps(record))
@@ -251,11 +251,11 @@ class Loader(Iterator[Batch]):
 class _Inline:
     """The same stream in this process (workers=0): reads ahead in threads, decodes when asked."""
 
-    def __init__(self, task: PartTask) -> None:
-        self._stream = PartStream(task)
+    def __init__(self, task: ShareTask) -> None:
+        self._stream = ShareStream(task)
         self._memory = memoryview(bytearray(task.layout().bytes))
 
-    def take(self) -> tuple[Part, memoryview, int]:
+    def take(self) -> tuple[Share, memoryview, int]:
         return self._stream.fill(self._memory), self._memory, 0
 
     def release(self, slot: int) -> None:

@@ -31,9 +31,6 @@ class Purpose(IntEnum):
     MASK = 7
     DEGRADATION = 8
     STRATUM = 9
-    VALIDATION_TIMESTEP = 10
-    VALIDATION_NOISE = 11
-    PREVIEW = 12
     INITIAL = 13
     """Starting noise of a sampled picture."""
     DROP = 0x100

@@ -13,7 +13,6 @@ from data_pipeline.errors import DataError, Rejected
 from data_pipeline.pictures.crops import Geometry, crop_map
 
 CONDITIONS = ("class_label", "layout", "semantic_map", "depth")
-UNLABELLED = 255
 _MIN_BOX = 0.01
 """Boxes of which less than this share of an edge is left after the crop are dropped."""
 

@@ -14,8 +14,7 @@ from data_pipeline.feed.conditions import fill_conditions
 from data_pipeline.pictures.crops import crop_pixels, plan_crop
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.records import parse_record
-from data_pipeline.shards.tars import IMAGE_EXTENSIONS
+from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record
 
 
 def fill_sample(

@@ -28,7 +28,7 @@ _THREADS = 16
 
 
 @dataclass(frozen=True)
-class PartTask:
+class ShareTask:
     """Everything a worker needs to know."""
 
     config: DataConfig
@@ -49,16 +49,16 @@ class PartTask:
         """Samples per step."""
         return len(self.lanes) * self.per_lane
 
-    def layout(self, height: int = 0, width: int = 0) -> PartLayout:
-        """Layout of a part of this picture size; 0: the largest that occurs."""
+    def layout(self, height: int = 0, width: int = 0) -> ShareLayout:
+        """Layout of a share of this picture size; 0: the largest that occurs."""
         if height and width:
-            return PartLayout(self.config, self.size, height, width)
-        layouts = [PartLayout(self.config, self.size, h, w) for h, w in self.buckets.shapes]
+            return ShareLayout(self.config, self.size, height, width)
+        layouts = [ShareLayout(self.config, self.size, h, w) for h, w in self.buckets.shapes]
         return max(layouts, key=lambda layout: layout.bytes)
 
 
 @dataclass
-class Part:
+class Share:
     """What goes with the arrays of one step."""
 
     height: int
@@ -66,15 +66,15 @@ class Part:
     captions: list[str]
     keys: list[str]
     states: list[list[Any]]
-    """JSON form of each lane's state once this part is consumed."""
+    """JSON form of each lane's state once this share is consumed."""
     rejects: list[tuple[str, str, str, int]] = field(default_factory=list)
-    """(reason, key, detail, ordinal) since the last part"""
+    """(reason, key, detail, ordinal) since the last share"""
     counts: dict[str, int] = field(default_factory=dict)
-    """requests, bytes, retries, failures since the last part"""
+    """requests, bytes, retries, failures since the last share"""
 
 
-class PartLayout:
-    """Where the arrays of one part lie in a flat buffer."""
+class ShareLayout:
+    """Where the arrays of one share lie in a flat buffer."""
 
     def __init__(self, config: DataConfig, size: int, height: int, width: int) -> None:
         self._fields: list[tuple[str, np.dtype[Any], tuple[int, ...], int]] = []
@@ -97,10 +97,10 @@ class PartLayout:
         }
 
 
-class PartStream:
-    """Produces the parts of one worker, in step order, for ever."""
+class ShareStream:
+    """Produces the shares of one worker, in step order, for ever."""
 
-    def __init__(self, task: PartTask) -> None:
+    def __init__(self, task: ShareTask) -> None:
         config = task.config
         self._task = task
         self._reader = RangeReader(
@@ -129,7 +129,7 @@ class PartStream:
         self._rejects: list[tuple[str, str, str, int]] = []
         self._walker.read_ahead()
 
-    def fill(self, buffer: memoryview) -> Part:
+    def fill(self, buffer: memoryview) -> Share:
         """Write the arrays of the next step to `buffer`. Raises DataError."""
         buckets = self._task.buckets
         bucket = buckets.of_step(self._task.order.seed, self._step)
@@ -144,7 +144,7 @@ class PartStream:
                 keys.append(key)
         self._walker.read_ahead()
         self._step += 1
-        part = Part(
+        share = Share(
             height=height,
             width=width,
             captions=captions,
@@ -155,7 +155,7 @@ class PartStream:
         )
         self._sent = self._reader.counts.copy()
         self._rejects = []
-        return part
+        return share
 
     def _fill_row(
         self, walk: LaneWalk, target: tuple[int, int], out: dict[str, NDArray[Any]], row: int

@@ -1,4 +1,4 @@
-"""A loader process: torch-free, hands finished parts over in shared memory, ends with its parent."""
+"""A loader process: torch-free, hands finished shares over in shared memory, ends with its parent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, WorkerDied, consequence_of
-from data_pipeline.feed.share import Part, PartStream, PartTask
+from data_pipeline.feed.share import Share, ShareStream, ShareTask
 from data_pipeline.shards.dataset import sources_of
 from data_pipeline.storage.client import filesystem
 
@@ -26,7 +26,7 @@ _SILENCE_S = 120.0
 
 
 class WorkerProcess:
-    """Parent's side: starts one worker and takes its parts in order.
+    """Parent's side: starts one worker and takes its shares in order.
 
     A fresh interpreter, not a fork: nothing of torch, CUDA or other threads is inherited. Shared memory
     is an unnamed file, so nothing is left behind whatever is killed.
@@ -60,15 +60,15 @@ class WorkerProcess:
         theirs.close()
         self._send(config)
 
-    def begin(self, task: PartTask) -> None:
-        """Hand over the task: parts are produced ahead, as many as there are slots."""
+    def begin(self, task: ShareTask) -> None:
+        """Hand over the task: shares are produced ahead, as many as there are slots."""
         self._slot_bytes = _slot_bytes(task)
         os.ftruncate(self._memory_file, self._slot_bytes * self._slots)
         self._memory = mmap.mmap(self._memory_file, self._slot_bytes * self._slots)
         self._send((task, self._slots, os.getpid()))
 
-    def take(self) -> tuple[Part, memoryview, int]:
-        """Wait for the next part: (part, its memory, slot). Give the slot back with `release`."""
+    def take(self) -> tuple[Share, memoryview, int]:
+        """Wait for the next share: (share, its memory, slot). Give the slot back with `release`."""
         deadline = time.monotonic() + self._patience_s
         while not self._connection.poll(0.5):
             if time.monotonic() > deadline:
@@ -82,12 +82,12 @@ class WorkerProcess:
             raise self._died() from None
         if isinstance(message, BaseException):
             raise message
-        part, slot = message
+        share, slot = message
         view = memoryview(self._memory)[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
-        return part, view, slot
+        return share, view, slot
 
     def release(self, slot: int) -> None:
-        """The part in `slot` has been copied."""
+        """The share in `slot` has been copied."""
         self._send(slot)
 
     def _send(self, message: object) -> None:
@@ -120,7 +120,7 @@ class WorkerProcess:
             self._process.wait()
 
 
-def _slot_bytes(task: PartTask) -> int:
+def _slot_bytes(task: ShareTask) -> int:
     return -(-task.layout().bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
@@ -141,13 +141,13 @@ def _serve(connection: Connection[Any, Any], memory: int) -> None:
     slot_bytes = _slot_bytes(task)
     shared = memoryview(mmap.mmap(memory, slot_bytes * slots))
     free = list(range(slots))
-    stream = PartStream(task)
+    stream = ShareStream(task)
     while True:
         while not free or connection.poll():
             free.append(connection.recv())
         slot = free.pop(0)
-        part = stream.fill(shared[slot * slot_bytes : (slot + 1) * slot_bytes])
-        connection.send((part, slot))
+        share = stream.fill(shared[slot * slot_bytes : (slot + 1) * slot_bytes])
+        connection.send((share, slot))
 
 
 def _watch_parent(parent: int) -> None:

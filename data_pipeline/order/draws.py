@@ -20,7 +20,6 @@ class Draw(IntEnum):
     FLIP = 5
     CAPTION = 6
     BUCKET = 7
-    SCENE = 8
 
 
 def mix(x: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ class Order:
         assert self.window >= 1
         assert 1 <= self.lanes <= self.total
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Raw samples of an epoch, N."""
         return int(self.counts.sum())

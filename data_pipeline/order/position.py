@@ -108,8 +108,3 @@ def unpack(
     return int(whole["step"]), [
         LaneState(s[0], s[1], list(s[2]) if len(s) > 2 else []) for s in whole["states"]
     ]
-
-
-def epochs_done(position: dict[str, Any] | None) -> float:
-    """Smallest number of whole epochs that every lane has finished, for logging."""
-    return float(min(s[0] for s in position["states"])) if position else 0.0

@@ -9,7 +9,7 @@ import random
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
@@ -191,8 +191,3 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), out)
     return out.getvalue()
-
-
-def describe_options(options: SynthesisOptions) -> dict[str, Any]:
-    """JSON-able form of the options."""
-    return asdict(options)

@@ -27,8 +27,16 @@ from data_pipeline.shards.index import (
     row_of,
     write_manifest,
 )
-from data_pipeline.shards.records import parse_record
-from data_pipeline.shards.tars import BLOCK, IMAGE_EXTENSIONS, Member, TarScan, samples_of, scan, split_name
+from data_pipeline.shards.tars import (
+    BLOCK,
+    IMAGE_EXTENSIONS,
+    Member,
+    TarScan,
+    parse_record,
+    samples_of,
+    scan,
+    split_name,
+)
 from data_pipeline.storage.files import read_bytes, read_range, write_bytes
 from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.urls import join, name_of

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,8 +178,3 @@ def _known_rows(source: SourceConfig, folder: str, shards: Sequence[ListedFile])
             f"`ldm data index '{source.shards}' --workers 32` once."
         )
     return [known[s.url] for s in shards]
-
-
-def with_shards(config: DataConfig, url: str) -> DataConfig:
-    """The same configuration for one other shard URL."""
-    return replace(config, shards=url, sources=())

@@ -13,8 +13,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.order.lanes import Order
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import ShardIndex, hash_text
-from data_pipeline.shards.records import parse_record
-from data_pipeline.shards.tars import IMAGE_EXTENSIONS
+from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record
 from data_pipeline.storage.files import read_bytes
 from data_pipeline.storage.urls import shard_names
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 BLOCK = 512
 _MAX_META = 1_000_000
+_MAX_JSON = 4_000_000
 _KNOWN = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     *("txt", "caption", "json", "cls", "seg.png", "depth.png", "npy", "pyd", "ppm"),
@@ -165,6 +167,17 @@ def samples_of(members: list[Member]) -> Iterator[tuple[str, dict[str, Member], 
         group[extension] = member
     if key is not None:
         yield key, group, problems
+
+
+def parse_record(body: bytes | None) -> dict[str, Any] | None:
+    """The json member as a dict; None when absent or not an object. Bad JSON counts as absent."""
+    if body is None or len(body) > _MAX_JSON:
+        return None
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class _Pax:

@@ -30,8 +30,7 @@ from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index, read_index
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import MANIFEST, decode_index, read_manifest
-from data_pipeline.shards.records import parse_record
-from data_pipeline.shards.tars import samples_of, scan
+from data_pipeline.shards.tars import parse_record, samples_of, scan
 from data_pipeline.storage.listing import list_files
 
 CASES = int(os.environ.get("LDM_FUZZ_CASES", "3000"))
