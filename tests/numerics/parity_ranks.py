@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.integration.whole_parameters import gather_full, whole_weights
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig, OptimizerConfig
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
-from trainer.distributed.full_state import gather_full
 
 GLOBAL_BATCH = 16
 STEPS = 3
@@ -114,7 +114,7 @@ def run_case(
         if step == 0:
             first_moment = _gather_moment(built)
     assert built.optimizer_steps == STEPS
-    return {"norms": norms, "first_moment": first_moment, "weights": _lists(dict(built.full_state()))}
+    return {"norms": norms, "first_moment": first_moment, "weights": _lists(whole_weights(built))}
 
 
 def _gather_moment(engine: Engine) -> dict[str, list[float]]:

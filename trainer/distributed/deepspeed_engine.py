@@ -1,4 +1,26 @@
-"""ZeRO through DeepSpeed, behind the engine protocol: the only file that imports deepspeed."""
+"""ZeRO through DeepSpeed, behind the engine protocol: the only file that imports deepspeed.
+
+What DeepSpeed makes of the network's parameters (w0, w1, w2 of 6, 4 and 5 elements, two ranks), and where
+`Engine.fragments` finds the fp32 state that this rank owns:
+
+    stage 0    every rank:  w0 w1 w2 whole, fp32 beside them in bf16      owned: an equal share (replicas.py)
+    stage 1/2  laid end to end, padded, cut in equal parts:
+                   rank 0  |w0 w0 w0 w0 w0 w0 w1 w1|     one flat fp32 master, which AdamW updates;
+                   rank 1  |w1 w1 w2 w2 w2 w2 w2 --|     `_hp_mapping` of a parameter says which piece
+                                                         of it lies where in it, if any (here w1 on both)
+    stage 3    each parameter cut by itself, so that it can be gathered when its layer runs:
+                   rank 0  |w0 w0 w0|w1 w1|w2 w2 w2|     `ds_tensor.ds_numel` elements of each on every
+                   rank 1  |w0 w0 w0|w1 w1|w2 w2 --|     rank; `--` is padding, which nobody owns
+
+One step, k micro-batches long:
+
+    engine(x) -> loss -> backward(loss) ... k times; the last one is the accumulation boundary
+    step(rate): clip by the global norm -> AdamW on the fp32 masters -> bf16 weights from them
+
+Where this file goes around DeepSpeed, a comment says why. It reaches for private names in three places only:
+fragments (`_hp_mapping`, `_get_fp32_opt_state_partition`), `refresh` (compute weights from masters that we
+wrote) and `backward` (its hooks on outputs would count a second autograd.grad as a backward pass).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +42,6 @@ from trainer.distributed import adamw
 from trainer.distributed.deepspeed_config import deepspeed_config
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
-from trainer.distributed.full_state import gather_full
 from trainer.distributed.replicas import replicated_fragments, synchronise
 
 logger = logging.getLogger(__name__)
@@ -61,7 +82,6 @@ class DeepSpeedEngine:
         self.device = env.device
         self.compute_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
         self._env = env
-        self._max_grad_norm = config.optimizer.max_grad_norm
         self._stage = config.distributed.zero_stage
         module.to(env.device)
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -164,10 +184,6 @@ class DeepSpeedEngine:
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """See `Engine.gathered`."""
         return self._gathered()
-
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.full_state`."""
-        return gather_full(self.parameter_shapes, self._fragments, self.device)
 
     def _masters(self) -> list[Tensor]:
         """The fp32 tensors that AdamW updates: flat partitions, or parameters at stage 0."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -80,8 +79,4 @@ class Engine(Protocol):
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """The module with whole compute weights on every rank, for sampling (ZeRO-3 gathers)."""
-        ...
-
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every trained parameter whole, fp32, on the CPU of rank 0, one at a time (others: empty)."""
         ...

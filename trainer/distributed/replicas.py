@@ -12,7 +12,7 @@ from trainer.distributed.engine import Fragment
 
 
 @dataclass(frozen=True)
-class Run:
+class Share:
     """Elements [start, stop) of the flattened tensor number `index`."""
 
     index: int
@@ -20,20 +20,20 @@ class Run:
     stop: int
 
 
-def owned_runs(sizes: list[int], rank: int, world_size: int) -> list[Run]:
-    """The runs of `rank` when all elements, laid end to end, are cut into `world_size` equal parts.
+def owned_shares(sizes: list[int], rank: int, world_size: int) -> list[Share]:
+    """The shares of `rank` when all elements, laid end to end, are cut into `world_size` equal parts.
 
-    Over all ranks the runs cover every element exactly once.
+    Over all ranks they cover every element exactly once.
     """
     total = sum(sizes)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
-    runs, offset = [], 0
+    shares, offset = [], 0
     for index, size in enumerate(sizes):
         start, stop = max(first, offset), min(last, offset + size)
         if start < stop:
-            runs.append(Run(index, start - offset, stop - offset))
+            shares.append(Share(index, start - offset, stop - offset))
         offset += size
-    return runs
+    return shares
 
 
 def replicated_fragments(
@@ -48,13 +48,15 @@ def replicated_fragments(
     assert all(master.is_contiguous() for master in masters)
     return [
         Fragment(
-            name=names[run.index],
-            shape=tuple(masters[run.index].shape),
-            start=run.start,
-            master=masters[run.index].detach().view(-1)[run.start : run.stop],
-            moments={key: value.view(-1)[run.start : run.stop] for key, value in moments[run.index].items()},
+            name=names[share.index],
+            shape=tuple(masters[share.index].shape),
+            start=share.start,
+            master=masters[share.index].detach().view(-1)[share.start : share.stop],
+            moments={
+                key: value.view(-1)[share.start : share.stop] for key, value in moments[share.index].items()
+            },
         )
-        for run in owned_runs([master.numel() for master in masters], rank, world_size)
+        for share in owned_shares([master.numel() for master in masters], rank, world_size)
     ]
 
 
@@ -66,7 +68,7 @@ def synchronise(tensors: list[Tensor], *, rank: int, world_size: int) -> None:
     flat = [tensor.detach().view(-1) for tensor in tensors]
     sizes = [tensor.numel() for tensor in tensors]
     for owner in range(world_size):
-        parts = [flat[run.index][run.start : run.stop] for run in owned_runs(sizes, owner, world_size)]
+        parts = [flat[s.index][s.start : s.stop] for s in owned_shares(sizes, owner, world_size)]
         if not parts:
             continue
         packed = torch.cat(parts)

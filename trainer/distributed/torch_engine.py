@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +13,6 @@ from trainer.config.run import Config
 from trainer.distributed import adamw
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
-from trainer.distributed.full_state import gather_full
 from trainer.distributed.replicas import replicated_fragments, synchronise
 
 
@@ -123,10 +121,6 @@ class TorchEngine:
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """See `Engine.gathered`."""
         return nullcontext(self.module)
-
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.full_state`."""
-        return gather_full(self.parameter_shapes, self._fragments, self.device)
 
     @torch.no_grad()
     def _copy_to_compute_weights(self) -> None:

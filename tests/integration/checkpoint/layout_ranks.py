@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.integration.whole_parameters import gather_full
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.run import Config
 from trainer.config.training import CheckpointConfig, DistributedConfig, EMAConfig, OptimizerConfig
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
-from trainer.distributed.full_state import gather_full
 from trainer.ema import EMA
 
 GLOBAL_BATCH = 12

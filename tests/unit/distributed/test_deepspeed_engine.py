@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.integration.whole_parameters import whole_weights
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig, OptimizerConfig
 from trainer.distributed.deepspeed_engine import DeepSpeedEngine
@@ -108,7 +109,7 @@ def refreshes(engine: DeepSpeedEngine) -> None:
     for fragment, value in zip(engine.fragments(), held, strict=True):
         fragment.master.copy_(value)
     engine.refresh(moments=True)
-    full = dict(engine.full_state())
+    full = whole_weights(engine)
     assert {name: tuple(value.shape) for name, value in full.items()} == engine.parameter_shapes
     with torch.no_grad():
         assert (forward(engine) != 0).any()

@@ -6,22 +6,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.distributed.replicas import owned_runs, replicated_fragments, synchronise
+from trainer.distributed.replicas import owned_shares, replicated_fragments, synchronise
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=8)
 
 
 @given(sizes, st.integers(1, 7))
-def test_runs_cover_every_element_once_in_equal_shares(counts: list[int], world_size: int) -> None:
+def test_shares_cover_every_element_once_in_equal_shares(counts: list[int], world_size: int) -> None:
     owners = [torch.zeros(count) for count in counts]
-    shares = []
+    totals = []
     for rank in range(world_size):
-        runs = owned_runs(counts, rank, world_size)
-        shares.append(sum(run.stop - run.start for run in runs))
-        for run in runs:
-            owners[run.index][run.start : run.stop] += 1
+        shares = owned_shares(counts, rank, world_size)
+        totals.append(sum(share.stop - share.start for share in shares))
+        for share in shares:
+            owners[share.index][share.start : share.stop] += 1
     assert all((owner == 1).all() for owner in owners)
-    assert max(shares) - min(shares) <= 1
+    assert max(totals) - min(totals) <= 1
 
 
 def test_fragments_are_views() -> None:

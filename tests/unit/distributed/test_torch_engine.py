@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.integration.whole_parameters import whole_weights
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig, OptimizerConfig
 from trainer.distributed.env import DistributedEnv
@@ -105,8 +106,8 @@ def test_bf16_keeps_fp32_masters_that_small_updates_move() -> None:
     assert not torch.equal(engine.fragments()[0].master, before)
 
 
-def test_full_state_is_whole() -> None:
+def test_fragments_make_whole_parameters() -> None:
     engine = make_engine()
-    full = dict(engine.full_state())
+    full = whole_weights(engine)
     assert {name: tuple(value.shape) for name, value in full.items()} == engine.parameter_shapes
     assert torch.equal(full["2.weight"], engine.module[2].weight)

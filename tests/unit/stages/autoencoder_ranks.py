@@ -1,20 +1,16 @@
-"""One rank of a tiny autoencoder run; tests start it as a script and compare what it writes.
-
-usage: autoencoder_ranks.py ENGINE ZERO_STAGE STAGE_NAME OUTPUT, with RANK, WORLD_SIZE ... set
-"""
+"""What the ranks of test_autoencoder_engines.py run: a tiny autoencoder, two steps."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 
 from data_pipeline.batch import Batch
+from tests.integration.whole_parameters import whole_weights
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import Config
 from trainer.config.training import AutoencoderLossConfig, DistributedConfig, OptimizerConfig
 from trainer.distributed.build import build_engine
-from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.distributed.env import DistributedEnv
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.metrics.timer import StepTimer
 from trainer.stages.autoencoder import AutoencoderStage, build_networks
@@ -70,11 +66,9 @@ def rank_batch(step: int, rank: int, world_size: int) -> Batch:
     return whole.micro_batches(GLOBAL_BATCH // world_size)[rank]
 
 
-def main() -> None:
-    engine_name, zero_stage, name, output = sys.argv[1:]
-    config = make_config(engine_name, int(zero_stage), name)
-    env = DistributedEnv.detect()
-    initialise(env, 60.0)
+def train_autoencoder(env: DistributedEnv, engine_name: str, zero_stage: int, name: str, output: str) -> None:
+    """Train, and write everything whole into the file `output`."""
+    config = make_config(engine_name, zero_stage, name)
     networks = build_networks(config)
     engines = {key: build_engine(network, config, env) for key, network in networks.items()}
     perceptual = build_perceptual(config.autoencoder_loss, env.device)
@@ -87,7 +81,7 @@ def main() -> None:
     tensors = {
         f"{key}.{parameter}": value.clone()
         for key, engine in stage.engines.items()
-        for parameter, value in engine.full_state()
+        for parameter, value in whole_weights(engine).items()
     }
     tensors |= stage.state()
     tensors["grad_norm"] = metrics["grad_norm"].float()
@@ -95,8 +89,3 @@ def main() -> None:
         tensors["codebook_usage"] = metrics["codebook_usage"]
     if env.is_main:
         write_weights(output, tensors, {})
-    shutdown()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.integration.ranks import run_ranks
 from trainer.weights import read_weights
 
-SCRIPT = Path(__file__).with_name("autoencoder_ranks.py")
-ROOT = Path(__file__).resolve().parents[3]
+RANKS = "tests/unit/stages/autoencoder_ranks.py:train_autoencoder"
 
 
-def run_ranks(
+def train_on(
     folder: Path, world_size: int, engine: str, zero_stage: int, name: str
 ) -> dict[str, torch.Tensor]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """What the ranks leave: weights, latent statistics and the last metrics."""
     output = folder / f"{engine}{zero_stage}{name}{world_size}.safetensors"
-    processes = []
-    for rank in range(world_size):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        environment = {
-            **os.environ,
-            **{key: str(value) for key, value in places.items()},
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        command = [sys.executable, str(SCRIPT), engine, str(zero_stage), name, str(output)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    logs = [process.communicate()[0].decode() for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * world_size, "\n".join(log[-3000:] for log in logs)
+    settings = {"engine_name": engine, "zero_stage": zero_stage, "name": name, "output": str(output)}
+    run_ranks(RANKS, world_size, settings)
     return read_weights(str(output))[0]
 
 
@@ -49,7 +27,7 @@ def run_ranks(
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     """One rank, two micro-batches, plain torch."""
     folder = tmp_path_factory.mktemp("reference")
-    return {name: run_ranks(folder, 1, "torch", 0, name) for name in ("kl", "vq")}
+    return {name: train_on(folder, 1, "torch", 0, name) for name in ("kl", "vq")}
 
 
 def assert_same(made: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -66,7 +44,7 @@ def assert_same(made: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 def test_two_ranks_equal_one_with_accumulation(
     tmp_path: Path, reference: dict[str, dict[str, torch.Tensor]]
 ) -> None:
-    assert_same(run_ranks(tmp_path, 2, "torch", 0, "vq"), reference["vq"])
+    assert_same(train_on(tmp_path, 2, "torch", 0, "vq"), reference["vq"])
 
 
 @pytest.mark.slow
@@ -74,4 +52,4 @@ def test_two_ranks_equal_one_with_accumulation(
 def test_zero_stages_equal_plain_torch(
     tmp_path: Path, reference: dict[str, dict[str, torch.Tensor]], name: str, zero_stage: int
 ) -> None:
-    assert_same(run_ranks(tmp_path, 2, "deepspeed", zero_stage, name), reference[name])
+    assert_same(train_on(tmp_path, 2, "deepspeed", zero_stage, name), reference[name])

@@ -1,4 +1,4 @@
-"""Whole parameters on rank 0 from the fragments that all ranks own."""
+"""Whole parameters on rank 0 from the fragments that all ranks own: how tests look at an engine's state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.distributed.collectives import rank, world_size
-from trainer.distributed.engine import Fragment
+from trainer.distributed.engine import Engine, Fragment
 
 
 @torch.no_grad()
@@ -36,3 +36,8 @@ def gather_full(
             dist.reduce(whole, dst=0)
         if rank() == 0:
             yield name, whole.cpu()
+
+
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
+    """Every trained parameter of an engine, fp32, on the CPU of rank 0 (others: empty). Collective."""
+    return dict(gather_full(engine.parameter_shapes, engine.fragments(), engine.device))
