@@ -18,22 +18,22 @@ from data_pipeline.loader import Loader, build_loader, check_layout, merge_posit
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.whole import open_weights
-from trainer.conditioning.build import build_conditioner
 from trainer.config.io import config_to_dict
-from trainer.config.run import Config, ConfigError
+from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.ema import EMA
-from trainer.first_stage.build import load_first_stage
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.interop.initialise import initialise
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.timer import StepTimer
+from trainer.model import build_autoencoder, build_model
 from trainer.reliability.healing import Healer, Incident
 from trainer.reliability.journal import read_journal, write_journal
-from trainer.stages import autoencoder, diffusion
+from trainer.stages.autoencoder import AutoencoderStage
+from trainer.stages.diffusion import DiffusionStage
 from trainer.stages.stage import Stage
 from trainer.state import TrainState
 
@@ -176,29 +176,22 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
 
 
 def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
-    if config.first_stage.name != "identity" and config.first_stage.weights is None:
-        raise ConfigError(
-            "first_stage.weights is not set: a diffusion run needs a trained first stage; name an exported "
-            "file, or train one with stage=autoencoder first."
-        )
-    first_stage = load_first_stage(config.first_stage).to(env.device)
-    conditioner = build_conditioner(config.conditioning, config.first_stage)
+    model = build_model(config)
     frozen_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
-    first_stage.to(frozen_dtype)
-    conditioner.frozen.to(env.device, frozen_dtype)
-    network = diffusion.build_network(config, conditioner)
-    _start_from(config.init_from, network)
-    engines: dict[str, Engine] = {"unet": build_engine(network, config, env)}
-    return diffusion.DiffusionStage(config, engines, conditioner, first_stage, timer), {}
+    model.first_stage.to(env.device, frozen_dtype)
+    model.conditioner.frozen.to(env.device, frozen_dtype)
+    _start_from(config.init_from, model.network)
+    engines: dict[str, Engine] = {"unet": build_engine(model.network, config, env)}
+    return DiffusionStage(config, engines, model.conditioner, model.first_stage, timer), {}
 
 
 def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
-    networks = autoencoder.build_networks(config)
-    _start_from(config.init_from, networks[autoencoder.AutoencoderStage.averaged])
+    networks = build_autoencoder(config)
+    _start_from(config.init_from, networks[AutoencoderStage.averaged])
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
     perceptual = build_perceptual(config.autoencoder_loss, env.device)
     facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
-    return autoencoder.AutoencoderStage(config, engines, perceptual, timer), facts
+    return AutoencoderStage(config, engines, perceptual, timer), facts
 
 
 def _start_from(source: str | None, network: nn.Module) -> None:

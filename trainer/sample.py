@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.conditioning.build import Conditioner
 from trainer.conditioning.image_size import uncropped
 from trainer.config.run import Config
 from trainer.diffusion.denoiser import Denoiser
@@ -19,6 +18,7 @@ from trainer.diffusion.parameterization import Prediction
 from trainer.diffusion.sampling import sample
 from trainer.diffusion.schedule import NoiseSchedule, make_schedule
 from trainer.first_stage.base import FirstStage
+from trainer.model import DiffusionModel
 from trainer.pixels import to_bytes
 from trainer.rng import Purpose, normal
 
@@ -54,6 +54,22 @@ class StartingPicture:
 
 
 @dataclass(frozen=True)
+class Request:
+    """N pictures to draw."""
+
+    captions: tuple[str, ...]
+    """N captions, empty for models without text."""
+    conditions: dict[str, Tensor] = field(default_factory=dict)
+    """Task fields by name, first axis N (docs/conditioning.md)."""
+    pixels: Tensor | None = None
+    """[N, 3, H, W] in [-1, 1], for conditions that derive from a picture."""
+    size: tuple[int, int] | None = None
+    """Height and width of the result in pixels; unset: those of `start`, or of training."""
+    start: StartingPicture | None = None
+    """A picture to start from instead of pure noise."""
+
+
+@dataclass(frozen=True)
 class _Start:
     """A StartingPicture as samplers want it, for one part of the batch."""
 
@@ -67,38 +83,28 @@ class _Start:
 @torch.no_grad()
 def generate(
     config: Config,
-    network: nn.Module,
-    conditioner: Conditioner,
-    first_stage: FirstStage,
-    captions: Sequence[str],
+    model: DiffusionModel,
+    request: Request,
     *,
     seed: int,
     first_index: int = 0,
-    conditions: dict[str, Tensor] | None = None,
-    pixels: Tensor | None = None,
-    size: tuple[int, int] | None = None,
-    start: StartingPicture | None = None,
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Pictures uint8 [N, 3, H, W] for N captions, on the network's device.
+    """Pictures uint8 [N, 3, H, W] of a request, on the network's device.
 
     Args:
         config: `sampling` names sampler, steps, spacing, guidance; the rest describes the model.
-        network: called as (x, timesteps, inputs, drop); put into evaluation mode meanwhile.
+        model: its network is put into evaluation mode meanwhile.
         seed: picture i starts from noise keyed by (seed, first_index + i).
-        conditions: task fields by name, first axis N.
-        pixels: [N, 3, H, W] in [-1, 1], for conditions that derive from a picture.
-        size: (height, width) in pixels; default: that of `start`, or the training size.
-        start: a picture to start from instead of pure noise.
         batch_size: pictures at a time.
         progress: called with the number of pictures done.
     """
+    network, first_stage = model.network, model.first_stage
     device = next(network.parameters()).device
-    if size is None and start is not None:
-        size = (start.pixels.shape[2], start.pixels.shape[3])
-    height, width = size or (config.data.image_size, config.data.image_size)
-    conditions = dict(conditions or {})
+    captions, pixels, start = request.captions, request.pixels, request.start
+    height, width = _size(config, request)
+    conditions = dict(request.conditions)
     if config.conditioning.image_size is not None:
         conditions.setdefault("size", uncropped(len(captions), height, width))
     factor = config.first_stage.downsampling
@@ -110,7 +116,7 @@ def generate(
     for first in range(0, len(captions), batch_size):
         part = slice(first, min(first + batch_size, len(captions)))
         ordinals = torch.arange(part.start, part.stop, device=device) + first_index
-        inputs = conditioner.frozen.prepare(
+        inputs = model.conditioner.frozen.prepare(
             captions[part],
             {name: value[part].to(device) for name, value in conditions.items()},
             None if pixels is None else pixels[part].to(device),
@@ -118,7 +124,7 @@ def generate(
             seed=seed,
             ordinals=ordinals,
         )
-        denoiser = _denoiser(config, network, conditioner, schedule, inputs, len(ordinals))
+        denoiser = _denoiser(config, model, schedule, inputs, len(ordinals))
         known = None if start is None else _encode(start, first_stage, part, device, shape)
         latents = _latents(config, denoiser, seed, ordinals, shape, known)
         decoded = first_stage.decode(latents)
@@ -129,15 +135,19 @@ def generate(
     return torch.cat(pictures)
 
 
+def _size(config: Config, request: Request) -> tuple[int, int]:
+    if request.size is not None:
+        return request.size
+    if request.start is not None:
+        return request.start.pixels.shape[2], request.start.pixels.shape[3]
+    return config.data.image_size, config.data.image_size
+
+
 def _denoiser(
-    config: Config,
-    network: nn.Module,
-    conditioner: Conditioner,
-    schedule: NoiseSchedule,
-    inputs: dict[str, Tensor],
-    n: int,
+    config: Config, model: DiffusionModel, schedule: NoiseSchedule, inputs: dict[str, Tensor], n: int
 ) -> Denoiser:
     sampling, prediction = config.sampling, config.diffusion.prediction
+    network, conditioner = model.network, model.conditioner
     device = next(network.parameters()).device
     keep = conditioner.keep_masks(n, device)
     guided = any(condition.guided for condition in conditioner.conditions.values())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.cli.params import count_parameters
 from trainer.config.io import load_config
+from trainer.model import count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -45,11 +45,11 @@ def hole(tmp_path: Path) -> str:
 
 def test_prompts_are_repeated_in_their_order() -> None:
     inputs = sampling_inputs(config("conditioning.openclip={}"), Wishes(prompts=("a", "b"), per_prompt=2))
-    assert inputs.captions == inputs.titles == ("a", "a", "b", "b")
-    assert inputs.size == (32, 32)
-    assert inputs.conditions == {}
-    assert inputs.pixels is None
-    assert inputs.start is None
+    assert inputs.request.captions == inputs.titles == ("a", "a", "b", "b")
+    assert inputs.request.size == (32, 32)
+    assert inputs.request.conditions == {}
+    assert inputs.request.pixels is None
+    assert inputs.request.start is None
 
 
 def test_class_labels_join_one_prompt() -> None:
@@ -57,8 +57,8 @@ def test_class_labels_join_one_prompt() -> None:
         "conditioning={openclip: {width: 8}, class_label: {width: 8}}", "data.conditions=[class_label]"
     )
     inputs = sampling_inputs(both, Wishes(prompts=("a",), class_labels=(5, -1), per_prompt=2))
-    assert inputs.captions == ("a",) * 4
-    assert inputs.conditions["class_label"].tolist() == [5, 5, -1, -1]
+    assert inputs.request.captions == ("a",) * 4
+    assert inputs.request.conditions["class_label"].tolist() == [5, 5, -1, -1]
     assert inputs.titles == ("a, class 5", "a, class 5", "a, class -1", "a, class -1")
     with pytest.raises(ConfigError, match="--prompt is given 2 times for 3"):
         sampling_inputs(both, Wishes(prompts=("a", "b"), class_labels=(1, 2, 3)))
@@ -69,8 +69,8 @@ def test_layout_as_in_the_shards(tmp_path: Path) -> None:
     file.write_text(json.dumps({"layout": BOXES, "caption": "ignored"}))
     model = config("conditioning.layout={}", "data.conditions=[layout]")
     inputs = sampling_inputs(model, Wishes(layout=str(file), per_prompt=3, size=(64, 48)))
-    assert inputs.conditions["layout"].tolist() == [BOXES] * 3
-    assert inputs.size == (64, 48)
+    assert inputs.request.conditions["layout"].tolist() == [BOXES] * 3
+    assert inputs.request.size == (64, 48)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_semantic_map_sets_the_size_and_keeps_its_labels(tmp_path: Path) -> None
     labels = np.random.default_rng(0).choice([0, 7, 181, 255], size=(40, 52))
     model = config("conditioning.semantic_map={}", "data.conditions=[semantic_map]")
     inputs = sampling_inputs(model, Wishes(semantic_map=picture(tmp_path / "map.png", labels)))
-    assert inputs.size == (40, 52)
-    assert inputs.conditions["semantic_map"].dtype == torch.uint8
-    assert inputs.conditions["semantic_map"][0].numpy().tolist() == labels.tolist()
+    assert inputs.request.size == (40, 52)
+    assert inputs.request.conditions["semantic_map"].dtype == torch.uint8
+    assert inputs.request.conditions["semantic_map"][0].numpy().tolist() == labels.tolist()
     resized = sampling_inputs(model, Wishes(semantic_map=str(tmp_path / "map.png"), size=(80, 104)))
-    assert set(resized.conditions["semantic_map"].unique().tolist()) <= {0, 7, 181, 255}
-    assert resized.conditions["semantic_map"].shape == (1, 80, 104)
+    assert set(resized.request.conditions["semantic_map"].unique().tolist()) <= {0, 7, 181, 255}
+    assert resized.request.conditions["semantic_map"].shape == (1, 80, 104)
 
 
 def test_a_coloured_semantic_map_is_refused(photo: str) -> None:
@@ -119,15 +119,15 @@ def test_a_coloured_semantic_map_is_refused(photo: str) -> None:
 
 def test_image_to_image_cuts_the_picture_to_whole_cells(photo: str) -> None:
     inputs = sampling_inputs(config("conditioning.openclip={}"), Wishes(prompts=("a", "b"), image=photo))
-    assert inputs.size == (24, 36)
-    assert inputs.start is not None
-    assert inputs.start.pixels.shape == (2, 3, 24, 36)
-    assert inputs.start.strength == 0.75
-    assert inputs.start.mask is None
-    assert inputs.pixels is None
-    assert -1 <= float(inputs.start.pixels.min()) < -0.9
+    assert inputs.request.size == (24, 36)
+    assert inputs.request.start is not None
+    assert inputs.request.start.pixels.shape == (2, 3, 24, 36)
+    assert inputs.request.start.strength == 0.75
+    assert inputs.request.start.mask is None
+    assert inputs.request.pixels is None
+    assert -1 <= float(inputs.request.start.pixels.min()) < -0.9
     given = Wishes(prompts=("a",), image=photo, strength=0.25, size=(48, 48))
-    other = sampling_inputs(config("conditioning.openclip={}"), given).start
+    other = sampling_inputs(config("conditioning.openclip={}"), given).request.start
     assert other is not None
     assert (other.strength, other.pixels.shape) == (0.25, (1, 3, 48, 48))
 
@@ -135,13 +135,13 @@ def test_image_to_image_cuts_the_picture_to_whole_cells(photo: str) -> None:
 def test_any_model_fills_a_hole_by_replacement(photo: str, hole: str) -> None:
     wishes = Wishes(prompts=("a",), image=photo, mask=hole, per_prompt=2, size=(24, 36))
     inputs = sampling_inputs(config("conditioning.openclip={}"), wishes)
-    assert inputs.start is not None
-    assert inputs.start.mask is not None
-    assert inputs.start.strength == 1.0
-    assert inputs.start.mask.shape == (2, 1, 24, 36)
+    assert inputs.request.start is not None
+    assert inputs.request.start.mask is not None
+    assert inputs.request.start.strength == 1.0
+    assert inputs.request.start.mask.shape == (2, 1, 24, 36)
     made = torch.full((2, 3, 24, 36), 9, dtype=torch.uint8)
     pasted = inputs.paste(made)
-    kept = ((inputs.start.pixels + 1) * 127.5).round().to(torch.uint8)
+    kept = ((inputs.request.start.pixels + 1) * 127.5).round().to(torch.uint8)
     assert torch.equal(pasted[..., :20], kept[..., :20])
     assert (pasted[..., 20:] == 9).all()
 
@@ -149,11 +149,11 @@ def test_any_model_fills_a_hole_by_replacement(photo: str, hole: str) -> None:
 def test_a_model_with_mask_channels_is_given_picture_and_mask(photo: str, hole: str) -> None:
     model = config("conditioning.masked_image={}")
     inputs = sampling_inputs(model, Wishes(image=photo, mask=hole, size=(24, 36)))
-    assert inputs.start is None
-    assert inputs.pixels is not None
-    assert inputs.pixels.shape == (1, 3, 24, 36)
-    assert inputs.conditions["mask"].shape == (1, 24, 36)
-    assert inputs.conditions["mask"].float().mean() == pytest.approx(16 / 36)
+    assert inputs.request.start is None
+    assert inputs.request.pixels is not None
+    assert inputs.request.pixels.shape == (1, 3, 24, 36)
+    assert inputs.request.conditions["mask"].shape == (1, 24, 36)
+    assert inputs.request.conditions["mask"].float().mean() == pytest.approx(16 / 36)
 
 
 def test_a_black_mask_is_refused(tmp_path: Path, photo: str) -> None:
@@ -165,17 +165,17 @@ def test_a_black_mask_is_refused(tmp_path: Path, photo: str) -> None:
 def test_super_resolution_multiplies_the_size(photo: str) -> None:
     model = config("conditioning.low_resolution={factor: 4, max_noise_level: 350}")
     inputs = sampling_inputs(model, Wishes(image=photo, noise_level=50))
-    assert inputs.size == (96, 152)
-    assert inputs.conditions["low_resolution"].shape == (1, 3, 24, 38)
-    assert inputs.conditions["noise_level"].tolist() == [50]
-    assert inputs.start is None
+    assert inputs.request.size == (96, 152)
+    assert inputs.request.conditions["low_resolution"].shape == (1, 3, 24, 38)
+    assert inputs.request.conditions["noise_level"].tolist() == [50]
+    assert inputs.request.start is None
 
 
 def test_depth_of_any_range(tmp_path: Path) -> None:
     file = tmp_path / "depth.png"
     Image.fromarray(np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 60).save(file)
     model = config("conditioning.depth={}", "data.conditions=[depth]")
-    depth = sampling_inputs(model, Wishes(depth=str(file))).conditions["depth"]
+    depth = sampling_inputs(model, Wishes(depth=str(file))).request.conditions["depth"]
     assert depth.shape == (1, 1, 32, 32)
     assert depth.max() == 60 * 1023
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainer.__main__ import main
-from trainer.conditioning.build import Conditioner, build_conditioner
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import Config
 from trainer.first_stage.build import build_first_stage
-from trainer.sample import StartingPicture, generate
-from trainer.stages.diffusion import build_network
+from trainer.model import DiffusionModel, build_model
+from trainer.sample import Request, StartingPicture, generate
 from trainer.weights import write_weights
 
 SETTINGS = [
@@ -30,18 +30,17 @@ SETTINGS = [
 CLASSES = ("conditioning.class_label={num_classes: 4, width: 16}", "data.conditions=[class_label]")
 
 
-def model(*settings: str) -> tuple[Config, nn.Module, Conditioner]:
+def model(*settings: str) -> tuple[Config, DiffusionModel]:
     config = load_config(None, [*SETTINGS, *settings])
     torch.manual_seed(0)
-    conditioner = build_conditioner(config.conditioning, config.first_stage)
-    network = build_network(config, conditioner)
-    for parameter in network.parameters():  # the last convolution starts at zero
+    made = build_model(config)
+    for parameter in made.network.parameters():  # the last convolution starts at zero
         nn.init.normal_(parameter, std=0.05)
-    return config, network, conditioner
+    return config, made
 
 
 def draw(
-    made: tuple[Config, nn.Module, Conditioner],
+    made: tuple[Config, DiffusionModel],
     n: int = 2,
     *,
     start: StartingPicture | None = None,
@@ -49,19 +48,8 @@ def draw(
     size: tuple[int, int] | None = None,
     batch_size: int = 16,
 ) -> Tensor:
-    config, network, conditioner = made
-    return generate(
-        config,
-        network,
-        conditioner,
-        build_first_stage(config.first_stage),
-        [""] * n,
-        seed=3,
-        start=start,
-        conditions=conditions,
-        size=size,
-        batch_size=batch_size,
-    )
+    request = Request(("",) * n, conditions or {}, size=size, start=start)
+    return generate(*made, request, seed=3, batch_size=batch_size)
 
 
 def gradient(height: int, width: int) -> Tensor:
@@ -128,21 +116,21 @@ class Counting(nn.Module):
 
 
 def test_no_second_pass_where_guidance_has_nothing_to_drop() -> None:
-    depth = torch.rand(2, 1, 16, 16)
-    config, network, conditioner = model("conditioning.depth={}", "data.conditions=[depth]")
-    counting = Counting(network)
-    draw((config, counting, conditioner), conditions={"depth": depth})
-    assert set(counting.rows) == {2}
-    config, network, conditioner = model(*CLASSES)
-    counting = Counting(network)
-    draw((config, counting, conditioner), conditions={"class_label": torch.tensor([0, 1])})
-    assert set(counting.rows) == {4}
+    depth, labels = torch.rand(2, 1, 16, 16), torch.tensor([0, 1])
+    for settings, conditions, rows in (
+        (("conditioning.depth={}", "data.conditions=[depth]"), {"depth": depth}, {2}),
+        (CLASSES, {"class_label": labels}, {4}),
+    ):
+        config, made = model(*settings)
+        counting = Counting(made.network)
+        draw((config, replace(made, network=counting)), conditions=conditions)
+        assert set(counting.rows) == rows
 
 
 def exported(folder: Path, *settings: str) -> str:
-    config, network, _ = model(*settings)
+    config, made = model(*settings)
     url = str(folder / "model.safetensors")
-    write_weights(url, dict(network.state_dict()), {"config": json.dumps(config_to_dict(config))})
+    write_weights(url, dict(made.network.state_dict()), {"config": json.dumps(config_to_dict(config))})
     return url
 
 

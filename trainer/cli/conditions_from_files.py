@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer.config.models import ConditioningConfig
 from trainer.config.run import Config, ConfigError
 from trainer.pixels import to_unit_range
-from trainer.sample import StartingPicture
+from trainer.sample import Request, StartingPicture
 
 IMAGE_TO_IMAGE_STRENGTH = 0.75
 """Where nobody says: enough to change the picture, little enough to keep its composition."""
@@ -52,20 +52,12 @@ class Wishes:
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """Arguments of `trainer.sample.generate` for N pictures."""
+    """What `trainer.sample.generate` is asked for, and what to make of its pictures."""
 
-    captions: tuple[str, ...]
-    """N captions, empty for models without text."""
+    request: Request
+    """N pictures."""
     titles: tuple[str, ...]
     """N descriptions for people."""
-    conditions: dict[str, Tensor]
-    """Task fields, first axis N."""
-    pixels: Tensor | None
-    """[N, 3, H, W] in [-1, 1], for conditions that derive from a picture."""
-    start: StartingPicture | None
-    """The picture that sampling starts from."""
-    size: tuple[int, int]
-    """Height and width of the result in pixels."""
     known: tuple[Tensor, Tensor] | None
     """uint8 picture [3, H, W] and bool mask [1, H, W] of an inpainting: outside the mask it stays."""
 
@@ -113,7 +105,7 @@ def sampling_inputs(config: Config, wishes: Wishes) -> SamplingInputs:
     if pixels is not None and known is not None:
         conditions["mask"] = _repeat(known[1][0], n)
     titles = tuple(_title(captions[i], labels[i] if labels else None) for i in range(n))
-    return SamplingInputs(captions, titles, conditions, pixels, start, size, known)
+    return SamplingInputs(Request(captions, conditions, pixels, size, start), titles, known)
 
 
 def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:

@@ -26,7 +26,7 @@ from trainer.config.checks_diffusion import check_sampling
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.metrics.pictures import grid
-from trainer.pipeline import load_pipeline
+from trainer.model import load_model
 from trainer.sample import generate
 
 EXAMPLE = (
@@ -82,29 +82,23 @@ def run(args: argparse.Namespace) -> int:
     """Sample and write."""
     wishes = _wishes(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_pipeline(
+    trained = load_model(
         args.source,
         profile=args.weights,
         step=args.checkpoint,
         first_stage_weights=args.first_stage,
         device=device,
     )
-    config = _with_choices(pipeline.config, args)
+    config = _with_choices(trained.config, args)
     inputs = sampling_inputs(config, wishes)
-    how, n = config.sampling, len(inputs.captions)
-    print(f"{pipeline.description}: {how.sampler}, {how.steps} steps, guidance {how.guidance_scale}")
+    how, n = config.sampling, len(inputs.titles)
+    print(f"{trained.description}: {how.sampler}, {how.steps} steps, guidance {how.guidance_scale}")
     with tqdm(total=n, unit="image", desc="sample") as bar:
         made = generate(
             config,
-            pipeline.network,
-            pipeline.conditioner,
-            pipeline.first_stage,
-            inputs.captions,
+            trained.model,
+            inputs.request,
             seed=args.seed,
-            conditions=inputs.conditions,
-            pixels=inputs.pixels,
-            size=inputs.size,
-            start=inputs.start,
             batch_size=args.batch_size,
             progress=lambda done: bar.update(done - bar.n),
         ).cpu()
@@ -114,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         _write_png(f"{out}/{i:05d}.png", Image.fromarray(picture.permute(1, 2, 0).numpy()))
     _write_png(f"{out}/grid.png", grid(pixels, inputs.titles, columns=min(n, 9)))
     with fsspec.open(f"{out}/prompts.json", "w", auto_mkdir=True) as file:
-        record = {"seed": args.seed, "source": args.source, "prompts": inputs.captions}
+        record = {"seed": args.seed, "source": args.source, "prompts": inputs.request.captions}
         given = {
             name: value for name, value in dataclasses.asdict(wishes).items() if value and name != "prompts"
         }

@@ -45,7 +45,7 @@ class Conditioning:
         )
 
 
-class Encoder(Protocol):
+class LatentEncoder(Protocol):
     """The part of a first stage that conditions need."""
 
     def latents(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
@@ -67,7 +67,7 @@ class Source:
     """Task fields by name, first axis B (docs/conditioning.md)."""
     pixels: Tensor | None = None
     """[B, 3, H, W] in [-1, 1]; None when sampling from prompts alone."""
-    first_stage: Encoder | None = None
+    first_stage: LatentEncoder | None = None
     """Frozen first stage, for conditions that live in latent space."""
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.conditioning.base import Condition, Conditioning, Encoder, Source
+from trainer.conditioning.base import Condition, Conditioning, LatentEncoder, Source
 from trainer.conditioning.class_label import ClassLabel
 from trainer.conditioning.image_size import ImageSize
 from trainer.conditioning.layout import Layout
@@ -67,7 +67,7 @@ class FrozenConditions:
         conditions: dict[str, Tensor],
         pixels: Tensor | None,
         *,
-        first_stage: Encoder | None,
+        first_stage: LatentEncoder | None,
         seed: int,
         ordinals: Tensor,
     ) -> dict[str, Tensor]:

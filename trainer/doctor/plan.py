@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from trainer.conditioning.build import build_conditioner
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank
-from trainer.first_stage.build import build_first_stage
-from trainer.stages import autoencoder, diffusion
+from trainer.model import count_parameters
 
 _ADAM_MOMENTS = 2
 _FP32 = 4
@@ -39,7 +36,8 @@ class Plan:
 
 def plan(config: Config, world_size: int) -> Plan:
     """Parameter counts (on the meta device) times bytes, divided as the ZeRO stage divides them."""
-    trained, frozen = _count_parameters(config)
+    counts = count_parameters(config)
+    trained, frozen = counts["trained"]["total"], counts["frozen"]["total"]
     d = config.distributed
     compute = 2 if d.precision == "bf16" else _FP32
     profiles = (config.ema.decay > 0) + len(config.ema.power_stds)
@@ -107,21 +105,6 @@ def check_disk(config: Config, env: DistributedEnv) -> list[Check]:
 
     remedy = "free space, choose another run_dir, or lower checkpoint.keep_last, keep_every or keep_best."
     return [on_every_rank("disk", remedy, examine)]
-
-
-def _count_parameters(config: Config) -> tuple[int, int]:
-    """(trained, frozen)"""
-    with torch.device("meta"):
-        if config.stage == "autoencoder":
-            return sum(_numel(n) for n in autoencoder.build_networks(config).values()), 0
-        conditioner = build_conditioner(config.conditioning, config.first_stage)
-        trained = _numel(diffusion.build_network(config, conditioner))
-        frozen = _numel(build_first_stage(config.first_stage))
-        return trained, frozen + sum(_numel(m) for m in conditioner.frozen.modules().values())
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _available_host_bytes() -> int:

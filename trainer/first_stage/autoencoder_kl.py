@@ -27,8 +27,9 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 class AutoencoderKL(FirstStage):
     """Encoder, Gaussian posterior, decoder."""
 
-    def __init__(self, config: FirstStageConfig, *, logvar: float | None = None) -> None:
-        """`logvar` adds a trainable log variance of the reconstruction error with this initial value."""
+    gaussian = True
+
+    def __init__(self, config: FirstStageConfig) -> None:
         super().__init__(config)
         z = config.latent_channels
         self.encoder = Encoder(config, out_channels=2 * z)
@@ -36,8 +37,6 @@ class AutoencoderKL(FirstStage):
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
         initialise_convolutions(self)
-        # One element, not a 0-d tensor, which DeepSpeed cannot broadcast.
-        self.logvar = None if logvar is None else nn.Parameter(torch.tensor([logvar]))
 
     def encode_whole(self, pixels: Tensor) -> Tensor:
         """Moments [B, 2z, h, w]: mean, then log variance."""
@@ -57,17 +56,13 @@ class AutoencoderKL(FirstStage):
         mean, logvar = split_moments(encoded)
         return mean, mean.square() + logvar.exp()
 
-    def forward(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        """Training forward: "reconstruction", "features", "kl" [B], and "logvar" where it is learned."""
+    def training_outputs(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """See FirstStage: with "kl" [B]."""
         moments = self.encode_whole(pixels)
         z = match_parameters(self.sample(moments, noise), self.decoder)
         features = self.decoder.features(self.post_quant_conv(z))
-        outputs = {
+        return {
             "reconstruction": self.decoder.conv_out(features),
             "features": features.detach(),
             "kl": kl_divergence(*split_moments(moments)),
         }
-        if self.logvar is not None:
-            # Through the forward, not read beside it, so that sharding engines see it being used.
-            outputs["logvar"] = self.logvar.float().sum()  # 0-d
-        return outputs

@@ -71,8 +71,7 @@ class VectorQuantizer(nn.Module):
 class AutoencoderVQ(FirstStage):
     """Encoder, codebook, decoder. For diffusion the codebook belongs to the decoder."""
 
-    def __init__(self, config: FirstStageConfig, *, logvar: float | None = None) -> None:
-        """`logvar` adds a trainable log variance of the reconstruction error with this initial value."""
+    def __init__(self, config: FirstStageConfig) -> None:
         super().__init__(config)
         z = config.latent_channels
         self.encoder = Encoder(config, out_channels=z)
@@ -81,8 +80,6 @@ class AutoencoderVQ(FirstStage):
         self.quantize = VectorQuantizer(config.codebook_size, z)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
         initialise_convolutions(self)
-        # One element, not a 0-d tensor, which DeepSpeed cannot broadcast.
-        self.logvar = None if logvar is None else nn.Parameter(torch.tensor([logvar]))
 
     def encode_whole(self, pixels: Tensor) -> Tensor:
         """Latents before quantisation, [B, z, h, w]."""
@@ -101,18 +98,15 @@ class AutoencoderVQ(FirstStage):
         """z and z**2."""
         return encoded.float(), encoded.float().square()
 
-    def forward(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        """Training forward: "reconstruction", "features", "codebook", "commitment", "indices"."""
+    def training_outputs(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """See FirstStage: with "codebook", "commitment" and "indices"."""
         quantised = self.quantize(self.encode_whole(pixels))
         latents = match_parameters(quantised.latents, self.decoder)
         features = self.decoder.features(self.post_quant_conv(latents))
-        outputs = {
+        return {
             "reconstruction": self.decoder.conv_out(features),
             "features": features.detach(),
             "codebook": quantised.codebook_loss,
             "commitment": quantised.commitment_loss,
             "indices": quantised.indices,
         }
-        if self.logvar is not None:
-            outputs["logvar"] = self.logvar.float().sum()  # 0-d
-        return outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,15 @@ class FirstStage(nn.Module, ABC):
     Latents of the second stage are (z - latent_shift) * latent_scale. Both are buffers that stay
     float32 whatever the weights are cast to, because bf16 would round the scale by up to 0.4 %.
 
-    A stage that can be trained defines forward(pixels [B, 3, H, W], noise [B, z, h, w] or None), which
-    returns "reconstruction", "features" (the input of the last layer, detached) and regulariser terms.
+    One that can be trained defines `training_outputs`. Trained weights are those of its constructor; a
+    learned log variance of the reconstruction error is added to any of them by `learn_logvar`.
     """
 
+    trainable: ClassVar[bool] = True
+    """Whether stage=autoencoder can train it."""
+    gaussian: ClassVar[bool] = False
+    """The posterior is a Gaussian, drawn with noise, and the training loss sums over a sample's elements as
+    its KL term does. Otherwise the posterior is a point and the loss a mean over elements."""
     latent_shift: Tensor
     """float32 [z], the mean to take away"""
     latent_scale: Tensor
@@ -34,6 +40,12 @@ class FirstStage(nn.Module, ABC):
         self.config = config
         self.register_buffer("latent_shift", torch.zeros(config.channels))
         self.register_buffer("latent_scale", torch.ones(config.channels))
+        self.logvar: nn.Parameter | None = None
+
+    def learn_logvar(self, initial: float) -> None:
+        """Train a log variance of the reconstruction error along with the weights; it is never exported."""
+        # One element, not a 0-d tensor, which DeepSpeed cannot broadcast.
+        self.logvar = nn.Parameter(torch.tensor([initial]))
 
     @abstractmethod
     def encode_whole(self, pixels: Tensor) -> Tensor:
@@ -53,6 +65,23 @@ class FirstStage(nn.Module, ABC):
     @abstractmethod
     def second_moment(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """E[z] and E[z**2] per element over the posterior, float32 [B, z, h, w] each."""
+
+    def training_outputs(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """One pass from pixels [B, 3, H, W] to everything that the loss reads; `noise` as for `sample`.
+
+        "reconstruction" [B, 3, H, W]; "features", the detached input of the last layer at the same height
+        and width (for the adaptive weight); and what the latents cost: "kl" [B], or 0-d "codebook" and
+        "commitment" with int64 "indices", or nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has nothing to train")
+
+    def forward(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """`training_outputs`, and 0-d "logvar" where it is learned."""
+        outputs = self.training_outputs(pixels, noise)
+        if self.logvar is not None:
+            # Through the forward, not read beside it, so that sharding engines see it being used.
+            outputs["logvar"] = self.logvar.float().sum()
+        return outputs
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] in -1 .. 1 -> what the encoder knows about z.

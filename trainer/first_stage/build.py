@@ -48,7 +48,8 @@ def load_first_stage(config: FirstStageConfig) -> FirstStage:
         return _frozen(build_first_stage(config), config)
     if config.weights is None:
         raise ConfigError(
-            "first_stage.weights is not set; name the safetensors file or folder that `ldm export` wrote."
+            "first_stage.weights is not set: a diffusion run needs a trained first stage; name an exported "
+            "file, or train one with stage=autoencoder first."
         )
     url = config.weights
     if not url.endswith(".safetensors"):

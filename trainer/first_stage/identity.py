@@ -10,6 +10,8 @@ from trainer.first_stage.base import FirstStage
 class Identity(FirstStage):
     """Latents are the pixels. There is nothing to train."""
 
+    trainable = False
+
     def encode_whole(self, pixels: Tensor) -> Tensor:
         """The pixels."""
         return pixels

@@ -15,16 +15,16 @@ from torch import Tensor
 from trainer.config.io import config_to_dict
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.run import Config, ConfigError
+from trainer.config.unet_levels import plan_levels
 from trainer.first_stage.build import WEIGHTS_FILE, build_first_stage, first_stage_metadata
 from trainer.interop.diffusers_stage import first_stage_from_diffusers
 from trainer.interop.diffusers_unet import unet_from_diffusers
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links, modern_names
 from trainer.interop.links import Link, import_tensors
-from trainer.interop.report import Report
-from trainer.interop.source import Part, Source, open_source
+from trainer.interop.report import TransferReport
+from trainer.interop.source import ForeignNetwork, ForeignWeights, open_source
 from trainer.interop.text_tower_names import open_clip_names, text_tower_links
 from trainer.interop.unet_names import UNetSizes, unet_links
-from trainer.models.levels import plan_levels
 from trainer.weights import write_weights
 
 UNET_FILE = "unet.safetensors"
@@ -39,7 +39,7 @@ Imported = tuple[dict[str, Tensor], dict[str, str]]
 """Tensors and metadata of one file."""
 
 
-def import_weights(source_url: str, destination_url: str, config: Config | None) -> Report:
+def import_weights(source_url: str, destination_url: str, config: Config | None) -> TransferReport:
     """Convert every network of the source that we know, then write one file per network.
 
     The folder gets unet.safetensors (and unet_ema.safetensors) for `init_from` and sampling,
@@ -79,16 +79,16 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
         f"{file.removesuffix('.safetensors')}: {name}" for file, made in files.items() for name in made[0]
     ]
     written = [f"{folder}/{file}" for file in (*files, STRUCTURE_FILE)]
-    return Report(taken=tuple(taken), left=tuple(source.left), files=tuple(written))
+    return TransferReport(taken=tuple(taken), left=tuple(source.left), files=tuple(written))
 
 
-def convert_unet(part: Part, config: UNetConfig, origin: str) -> dict[str, Tensor]:
+def convert_unet(part: ForeignNetwork, config: UNetConfig, origin: str) -> dict[str, Tensor]:
     """A UNet's tensors under our names (no prefix), strictly."""
     expected = UNetSizes.of(part.dialect, part.tensors).build(config).state_dict()
     return import_tensors(unet_links(config, expected, part.dialect), expected, part.tensors, origin)
 
 
-def convert_first_stage(part: Part, config: FirstStageConfig, origin: str) -> dict[str, Tensor]:
+def convert_first_stage(part: ForeignNetwork, config: FirstStageConfig, origin: str) -> dict[str, Tensor]:
     """A first stage's tensors under our names, strictly; without latent statistics."""
     with torch.device("meta"):
         expected = build_first_stage(config).state_dict()
@@ -126,7 +126,7 @@ def _write_structure(url: str, files: Mapping[str, Imported]) -> None:
         file.write(yaml.safe_dump(sections, sort_keys=False).encode())
 
 
-def _unet(part: Part, config: UNetConfig, source: Source) -> Imported:
+def _unet(part: ForeignNetwork, config: UNetConfig, source: ForeignWeights) -> Imported:
     converted = convert_unet(part, config, f"the UNet of {source.url}")
     tensors = {f"unet.{name}": tensor for name, tensor in converted.items()}
     if source.class_embedding is not None:
@@ -134,7 +134,7 @@ def _unet(part: Part, config: UNetConfig, source: Source) -> Imported:
     return tensors, {"unet": json.dumps(dataclasses.asdict(config))}
 
 
-def _first_stage(part: Part, config: Config | None, source: Source) -> Imported:
+def _first_stage(part: ForeignNetwork, config: Config | None, source: ForeignWeights) -> Imported:
     described = None if part.config is None else first_stage_from_diffusers(part.config)
     if config is not None:
         structure = config.first_stage
@@ -152,7 +152,7 @@ def _first_stage(part: Part, config: Config | None, source: Source) -> Imported:
     return tensors, first_stage_metadata(structure)
 
 
-def _text_tower(part: Part, origin: str) -> Imported:
+def _text_tower(part: ForeignNetwork, origin: str) -> Imported:
     if part.dialect == "compvis":
         return dict(part.tensors), {}
     names = open_clip_names(part.tensors)
@@ -161,14 +161,14 @@ def _text_tower(part: Part, origin: str) -> Imported:
     return import_tensors(links, expected, part.tensors, origin), {}
 
 
-def _as_ours(link: Link, part: Part, origin: str) -> Tensor:
+def _as_ours(link: Link, part: ForeignNetwork, origin: str) -> Tensor:
     missing = [name for name in link.theirs if name not in part.tensors]
     if missing:
         raise ConfigError(f"{origin} lacks {', '.join(missing)}; nothing was loaded.")
     return link.to_ours({name: part.tensors[name].to("meta") for name in link.theirs})
 
 
-def _unet_config(part: Part, config: Config | None, url: str) -> UNetConfig:
+def _unet_config(part: ForeignNetwork, config: Config | None, url: str) -> UNetConfig:
     """The configured structure, checked against the source's own description where it has one."""
     described = None if part.config is None else unet_from_diffusers(part.config).config
     if config is None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from trainer.config.models import UNetConfig
 from trainer.config.run import ConfigError
+from trainer.config.unet_levels import middle_depth, plan_levels
 from trainer.interop.unet_names import UNetSizes
-from trainer.models.levels import middle_depth, plan_levels
 
 Json = dict[str, Any]
 

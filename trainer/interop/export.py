@@ -22,7 +22,7 @@ from trainer.interop.diffusers_stage import first_stage_to_diffusers, scheduler_
 from trainer.interop.diffusers_unet import Json, unet_to_diffusers
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links
 from trainer.interop.links import export_tensors
-from trainer.interop.report import Report
+from trainer.interop.report import TransferReport
 from trainer.interop.text_tower_names import text_tower_links
 from trainer.interop.unet_names import Dialect, UNetSizes, unet_links
 from trainer.weights import write_weights
@@ -38,7 +38,7 @@ CLIP_END, CLIP_START = 49407, 49406
 
 def export_weights(
     tensors: Tensors, destination_url: str, config: Config, layout: Layout, average: Tensors | None = None
-) -> Report:
+) -> TransferReport:
     """Write weights in a layout, completely converted before the first byte is written.
 
     Args:
@@ -66,7 +66,7 @@ def export_weights(
         case "diffusers":
             files = _write_diffusers(groups, averaged, destination_url.rstrip("/"), config)
     unsaid = () if layout == "native" else tuple(n for n in tensors if _is_unsaid(n, layout))
-    return Report(taken=tuple(n for n in tensors if n not in unsaid), left=unsaid, files=tuple(files))
+    return TransferReport(taken=tuple(n for n in tensors if n not in unsaid), left=unsaid, files=tuple(files))
 
 
 def convert_part(config: Config, role: str, tensors: Tensors, dialect: Dialect) -> dict[str, Tensor]:

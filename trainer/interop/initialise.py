@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trainer.config.run import ConfigError
 from trainer.interop.links import check_names_and_shapes
-from trainer.interop.report import Report
+from trainer.interop.report import TransferReport
 
 INPUT = "conv_in.weight"
 """The tensor whose input channels may grow."""
@@ -35,7 +35,7 @@ STARTS_AT_ZERO = (
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, source: Mapping[str, Tensor], origin: str = "the source") -> Report:
+def initialise(module: nn.Module, source: Mapping[str, Tensor], origin: str = "the source") -> TransferReport:
     """Copy `source` into `module`, all or nothing.
 
     Input channels of the UNet that the source lacks start at zero, as SD2's inpainting and depth models
@@ -69,7 +69,7 @@ def initialise(module: nn.Module, source: Mapping[str, Tensor], origin: str = "t
         if name.endswith(STARTS_AT_ZERO):
             own[name].zero_()
     left = [n for n in source if n not in own]
-    return Report(taken=tuple(taken), widened=tuple(widened), new=tuple(new), left=tuple(left))
+    return TransferReport(taken=tuple(taken), widened=tuple(widened), new=tuple(new), left=tuple(left))
 
 
 def _is_widened(name: str, ours: torch.Size, theirs: torch.Size) -> bool:

@@ -9,7 +9,7 @@ MAX_LISTED = 12
 
 
 @dataclass(frozen=True)
-class Report:
+class TransferReport:
     """Tensor names by what became of them."""
 
     taken: tuple[str, ...] = ()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trainer.config.models import UNetConfig
+from trainer.config.unet_levels import plan_levels
 from trainer.interop.links import Link
-from trainer.models.levels import plan_levels
 from trainer.models.unet import UNet
 
 Dialect = Literal["diffusers", "compvis"]

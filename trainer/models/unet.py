@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config.models import UNetConfig
+from trainer.config.unet_levels import UNetLevel, middle_depth, plan_levels
 from trainer.models.attention import PlainAttention, SpatialTransformer
 from trainer.models.layers import (
     DownResBlock,
@@ -26,7 +27,6 @@ from trainer.models.layers import (
     sinusoidal_embedding,
     zero_module,
 )
-from trainer.models.levels import Level, middle_depth, plan_levels
 
 R = TypeVar("R", bound=ResBlock)
 
@@ -149,7 +149,7 @@ class _BlockFactory:
             scale_shift_norm=self.config.scale_shift_norm,
         )
 
-    def attention(self, level: Level, *, middle: bool = False) -> nn.Module:
+    def attention(self, level: UNetLevel, *, middle: bool = False) -> nn.Module:
         if self.config.attention == "plain":
             return PlainAttention(level.channels, level.heads, groups=self.config.num_groups)
         return SpatialTransformer(
@@ -162,14 +162,16 @@ class _BlockFactory:
             dropout=self.config.dropout,
         )
 
-    def attentions(self, level: Level, count: int) -> nn.ModuleList:
+    def attentions(self, level: UNetLevel, count: int) -> nn.ModuleList:
         return nn.ModuleList(self.attention(level) for _ in range(count if level.attention else 0))
 
 
 class DownBlock(nn.Module):
     """One level on the way down; also returns every feature map that the way up will need."""
 
-    def __init__(self, blocks: _BlockFactory, level: Level, in_channels: int, *, downsample: bool) -> None:
+    def __init__(
+        self, blocks: _BlockFactory, level: UNetLevel, in_channels: int, *, downsample: bool
+    ) -> None:
         super().__init__()
         count = blocks.config.num_res_blocks
         self.recompute = blocks.recompute
@@ -205,7 +207,7 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, blocks: _BlockFactory, level: Level) -> None:
+    def __init__(self, blocks: _BlockFactory, level: UNetLevel) -> None:
         super().__init__()
         self.recompute = blocks.recompute
         self.resnets = nn.ModuleList(
@@ -225,7 +227,7 @@ class UpBlock(nn.Module):
     def __init__(
         self,
         blocks: _BlockFactory,
-        level: Level,
+        level: UNetLevel,
         in_channels: int,
         skip_channels: list[int],
         *,

@@ -7,18 +7,15 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.batch import Batch
-from trainer.config.run import Config, ConfigError
+from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
 from trainer.first_stage import losses
-from trainer.first_stage.autoencoder_kl import AutoencoderKL
-from trainer.first_stage.autoencoder_vq import AutoencoderVQ
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import measure_latent_statistics
-from trainer.first_stage.discriminator import PatchDiscriminator
 from trainer.first_stage.perceptual import PerceptualDistance
 from trainer.metrics.timer import StepTimer
 from trainer.pixels import to_bytes, to_unit_range
@@ -30,30 +27,8 @@ STATISTICS_BATCHES = 32
 """Batches per rank over which the latent statistics are measured at the end."""
 
 
-def build_networks(config: Config) -> dict[str, nn.Module]:
-    """The trained networks, by the name of their engine, with weights drawn from the run's seed.
-
-    Raises:
-        ConfigError: the first stage has nothing to train.
-    """
-    first_stage, loss = config.first_stage, config.autoencoder_loss
-    if first_stage.name == "identity":
-        raise ConfigError("first_stage.name=identity has nothing to train; stage=autoencoder needs kl or vq.")
-    logvar = loss.logvar_init if loss.learned_logvar else None
-    networks: dict[str, nn.Module] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        stage = AutoencoderKL if first_stage.name == "kl" else AutoencoderVQ
-        networks["autoencoder"] = stage(first_stage, logvar=logvar)
-        if loss.discriminator_weight:
-            networks["discriminator"] = PatchDiscriminator(
-                channels=loss.discriminator_channels, num_layers=loss.discriminator_layers
-            )
-    return networks
-
-
 class AutoencoderStage:
-    """Implements `Stage` for the KL and the VQ autoencoder."""
+    """Implements `Stage` for every first stage that can be trained."""
 
     averaged = "autoencoder"
 
@@ -76,7 +51,7 @@ class AutoencoderStage:
         self._timer = timer
         channels_last = config.distributed.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._reduction: Literal["sum", "mean"] = "sum" if config.first_stage.name == "kl" else "mean"
+        self._reduction: Literal["sum", "mean"] = "sum" if self.module.gaussian else "mean"
         self._constant_logvar = torch.tensor(self._loss.logvar_init, device=self._autoencoder.device)
 
     @property
@@ -179,6 +154,8 @@ class AutoencoderStage:
         if "kl" in outputs:
             kl = outputs["kl"].mean()
             return self._loss.kl_weight * kl, {"kl": kl}
+        if "codebook" not in outputs:
+            return outputs["reconstruction"].new_zeros(()), {}
         codebook, commitment = outputs["codebook"], outputs["commitment"]
         weighted = codebook + self._loss.commitment_beta * commitment
         return self._loss.codebook_weight * weighted, {"codebook": codebook, "commitment": commitment}
@@ -199,7 +176,7 @@ class AutoencoderStage:
     def _posterior_noise(self, batch: Batch) -> Tensor | None:
         """Standard normal [B, z, h, w], keyed by the samples; None where the posterior is a point."""
         first_stage = self._config.first_stage
-        if first_stage.name != "kl":
+        if not self.module.gaussian:
             return None
         height, width = (edge // first_stage.downsampling for edge in batch.pixels.shape[2:])
         shape = (first_stage.latent_channels, height, width)
@@ -207,7 +184,7 @@ class AutoencoderStage:
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Preview:
-        """Originals, and under each row of them their reconstructions (rank 0's pictures everywhere)."""
+        """Originals of this rank, and under each row of them their reconstructions."""
         count = min(self._config.sampling.num_previews, len(batch))
         columns = min(count, PREVIEW_COLUMNS)
         count -= count % columns
@@ -223,8 +200,7 @@ class AutoencoderStage:
         pixels = torch.cat([picture for row in rows for picture in row]).cpu()
         starts = range(0, count, columns)
         captions = [batch.captions[i : i + columns] + ("reconstruction",) * columns for i in starts]
-        shown = (pixels, tuple(itertools.chain.from_iterable(captions)), columns)
-        return Preview(*collectives.broadcast_object(shown))
+        return Preview(pixels, tuple(itertools.chain.from_iterable(captions)), columns)
 
     def finish(self, batches: Iterator[Batch]) -> None:
         """Measure shift and scale of the latents over all ranks, for the second stage. Collective."""

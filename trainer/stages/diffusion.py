@@ -5,63 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.batch import Batch
-from trainer.conditioning.build import Conditioner, TrainedConditions
+from trainer.conditioning.build import Conditioner
 from trainer.config.run import Config, ConfigError
 from trainer.diffusion.objective import add_noise, draw_timesteps, loss_per_sample, offset_noise
 from trainer.diffusion.schedule import make_schedule
 from trainer.distributed.engine import Engine
 from trainer.first_stage.base import FirstStage
 from trainer.metrics.timer import StepTimer
-from trainer.models.unet import UNet
+from trainer.model import DiffusionModel
 from trainer.pixels import to_unit_range
 from trainer.rng import Purpose, normal, permutation, uniform
-from trainer.sample import generate
+from trainer.sample import Request, generate
 from trainer.stages.stage import Preview
-
-
-class ConditionedUNet(nn.Module):
-    """The trained network: the UNet and whatever conditions are learned with it."""
-
-    def __init__(self, unet: UNet, conditions: TrainedConditions, *, channels_last: bool) -> None:
-        super().__init__()
-        # The layout of activations follows the input's; weights stay flat slices of ZeRO's partitions.
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.unet = unet
-        self.conditions = conditions
-
-    def forward(
-        self, noisy: Tensor, timesteps: Tensor, inputs: dict[str, Tensor], drop: dict[str, Tensor]
-    ) -> Tensor:
-        """[B, C, H, W], [B], prepared conditions and their drop masks -> prediction [B, C, H, W]."""
-        dtype = self.unet.conv_in.weight.dtype
-        condition = self.conditions(inputs, drop).to(dtype)
-        x = noisy.to(dtype)
-        if condition.concat is not None:
-            x = torch.cat([x, condition.concat], dim=1)
-        return self.unet(
-            x.contiguous(memory_format=self._memory_format),
-            timesteps,
-            context=condition.context,
-            vector=condition.vector,
-            class_labels=condition.class_labels,
-        )
-
-
-def build_network(config: Config, conditioner: Conditioner) -> ConditionedUNet:
-    """The network, with weights drawn from torch's global generator."""
-    channels = config.first_stage.channels
-    unet = UNet(
-        config.unet,
-        in_channels=channels + conditioner.concat_channels,
-        out_channels=channels,
-        context_dim=conditioner.context_dim,
-        vector_dim=conditioner.vector_dim,
-        num_classes=conditioner.num_classes,
-    )
-    return ConditionedUNet(unet, conditioner.trained, channels_last=config.distributed.channels_last)
 
 
 class DiffusionStage:
@@ -145,28 +103,20 @@ class DiffusionStage:
     def preview(self, batch: Batch) -> Preview:
         """Pictures for the configured prompts, or for the batch's own conditions where prompts do not do."""
         config, sampling = self._config, self._config.sampling
-        from_prompts = bool(sampling.prompts) and config.conditioning.text_only
-        n = sampling.num_previews if from_prompts else min(sampling.num_previews, len(batch))
-        if from_prompts:
-            captions = tuple(sampling.prompts[i % len(sampling.prompts)] for i in range(n))
-            conditions: dict[str, Tensor] = {}
-            pixels = None
+        if sampling.prompts and config.conditioning.text_only:
+            n = sampling.num_previews
+            request = Request(tuple(sampling.prompts[i % len(sampling.prompts)] for i in range(n)))
         else:
-            captions = batch.captions[:n]
-            conditions = {name: value[:n] for name, value in batch.conditions.items()}
-            pixels = to_unit_range(batch.pixels[:n])
-        with self._engine.gathered() as network:
-            made = generate(
-                config,
-                network,
-                self._conditioner,
-                self._first_stage,
-                captions,
-                seed=config.seed,
-                conditions=conditions,
-                pixels=pixels,
+            n = min(sampling.num_previews, len(batch))
+            request = Request(
+                batch.captions[:n],
+                conditions={name: value[:n] for name, value in batch.conditions.items()},
+                pixels=to_unit_range(batch.pixels[:n]),
             )
-        return Preview(made.cpu(), captions, columns=min(n, 6))
+        with self._engine.gathered() as network:
+            model = DiffusionModel(network, self._conditioner, self._first_stage)
+            made = generate(config, model, request, seed=config.seed)
+        return Preview(made.cpu(), request.captions, columns=min(n, 6))
 
     def finish(self, batches: Iterator[Batch]) -> None:
         """Nothing is measured after training."""

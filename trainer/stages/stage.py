@@ -41,7 +41,10 @@ class Stage(Protocol):
         ...
 
     def preview(self, batch: Batch) -> Preview:
-        """Pictures with the weights as they are now; collective, the same on every rank."""
+        """Pictures with the weights as they are now, of this rank's samples or of the configured prompts.
+
+        Collective, because sharded weights are gathered for it; rank 0's pictures are the ones that are kept.
+        """
         ...
 
     def finish(self, batches: Iterator[Batch]) -> None:

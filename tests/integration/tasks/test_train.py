@@ -14,7 +14,6 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import build_loader
 from data_pipeline.scenes.scene import NUM_CLASSES, SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
-from trainer.conditioning.build import build_conditioner
 from trainer.config.io import load_config
 from trainer.config.run import Config
 from trainer.diffusion.objective import add_noise, loss_per_sample
@@ -24,13 +23,13 @@ from trainer.distributed.env import DistributedEnv
 from trainer.first_stage.build import (
     build_first_stage,
     first_stage_tensors,
-    load_first_stage,
     measure_latent_statistics,
 )
 from trainer.metrics.timer import StepTimer
+from trainer.model import build_model
 from trainer.pixels import to_unit_range
 from trainer.rng import Purpose, normal
-from trainer.stages.diffusion import DiffusionStage, build_network
+from trainer.stages.diffusion import DiffusionStage
 from trainer.weights import write_weights
 
 STEPS = 200
@@ -154,10 +153,9 @@ def configuration(shards: str, first_stage: str, folder: Path, task: Task) -> Co
 def build_stage(config: Config) -> DiffusionStage:
     torch.manual_seed(config.seed)
     env = DistributedEnv.detect({})
-    conditioner = build_conditioner(config.conditioning, config.first_stage)
-    engines = {"unet": build_engine(build_network(config, conditioner), config, env)}
-    first_stage = load_first_stage(config.first_stage)
-    return DiffusionStage(config, engines, conditioner, first_stage, StepTimer(env.device))
+    model = build_model(config)
+    engines = {"unet": build_engine(model.network, config, env)}
+    return DiffusionStage(config, engines, model.conditioner, model.first_stage, StepTimer(env.device))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer.config.io import load_config
-from trainer.stages.autoencoder import build_networks
+from trainer.model import build_autoencoder
 
 FOLDER = Path(__file__).resolve().parents[3] / "configs" / "first_stage"
 # name: (f, z, codebook or None, batch, discriminator_start, parameters of the autoencoder in millions)
@@ -43,6 +43,6 @@ def test_structure_and_recipe(name: str) -> None:
     assert (config.global_batch_size, loss.discriminator_start) == (batch, start)
     assert config.optimizer.learning_rate == pytest.approx(4.5e-6 * batch)
     with torch.device("meta"):
-        networks = build_networks(config)
+        networks = build_autoencoder(config)
     size = sum(p.numel() for p in networks["autoencoder"].parameters())
     assert size / 1e6 == pytest.approx(millions, abs=0.006)

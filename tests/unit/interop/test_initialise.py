@@ -11,7 +11,7 @@ from torch import nn
 from trainer.config.models import UNetConfig
 from trainer.config.run import ConfigError
 from trainer.interop.initialise import initialise
-from trainer.interop.report import Report
+from trainer.interop.report import TransferReport
 from trainer.models.unet import UNet
 
 TINY = UNetConfig(
@@ -115,7 +115,7 @@ def test_another_structure_is_refused_and_nothing_is_copied(source: UNet, messag
 
 
 def test_the_report_reads_well() -> None:
-    report = Report(
+    report = TransferReport(
         taken=("a", "b"),
         widened=("conv_in.weight",),
         new=("class_embedding.weight",),

@@ -13,7 +13,8 @@ from trainer.distributed.build import build_engine
 from trainer.distributed.env import DistributedEnv
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.metrics.timer import StepTimer
-from trainer.stages.autoencoder import AutoencoderStage, build_networks
+from trainer.model import build_autoencoder
+from trainer.stages.autoencoder import AutoencoderStage
 from trainer.weights import write_weights
 
 GLOBAL_BATCH = 4
@@ -69,7 +70,7 @@ def rank_batch(step: int, rank: int, world_size: int) -> Batch:
 def train_autoencoder(env: DistributedEnv, engine_name: str, zero_stage: int, name: str, output: str) -> None:
     """Train, and write everything whole into the file `output`."""
     config = make_config(engine_name, zero_stage, name)
-    networks = build_networks(config)
+    networks = build_autoencoder(config)
     engines = {key: build_engine(network, config, env) for key, network in networks.items()}
     perceptual = build_perceptual(config.autoencoder_loss, env.device)
     stage = AutoencoderStage(config, engines, perceptual, StepTimer(env.device))

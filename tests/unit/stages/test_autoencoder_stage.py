@@ -20,8 +20,9 @@ from trainer.distributed.env import DistributedEnv
 from trainer.distributed.torch_engine import TorchEngine
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.metrics.timer import StepTimer
+from trainer.model import build_autoencoder
 from trainer.rng import Purpose, normal
-from trainer.stages.autoencoder import AutoencoderStage, build_networks, to_bytes, to_unit_range
+from trainer.stages.autoencoder import AutoencoderStage, to_bytes, to_unit_range
 
 CPU = torch.device("cpu")
 ENV = DistributedEnv(0, 0, 1, 1, "127.0.0.1", 29500, "single", CPU)
@@ -51,7 +52,7 @@ def make_config(**changes: object) -> Config:
 
 
 def make_stage(config: Config) -> AutoencoderStage:
-    networks = build_networks(config)
+    networks = build_autoencoder(config)
     engines = {name: TorchEngine(network, config, ENV) for name, network in networks.items()}
     return AutoencoderStage(config, engines, build_perceptual(config.autoencoder_loss), StepTimer(CPU))
 
@@ -245,9 +246,9 @@ def test_codebook_usage_counts_the_whole_step() -> None:
 
 def test_same_seed_same_networks_and_the_global_generator_is_left_alone() -> None:
     state = torch.random.get_rng_state()
-    first, second = build_networks(make_config()), build_networks(make_config())
+    first, second = build_autoencoder(make_config()), build_autoencoder(make_config())
     assert torch.equal(state, torch.random.get_rng_state())
-    other = build_networks(make_config(seed=1))
+    other = build_autoencoder(make_config(seed=1))
     for name in first:
         pairs = zip(first[name].parameters(), second[name].parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
@@ -297,7 +298,7 @@ def test_finish_stores_unit_variance_statistics(statistics: str) -> None:
 
 def test_identity_cannot_be_trained() -> None:
     with pytest.raises(ConfigError, match="identity"):
-        build_networks(make_config(first_stage=FirstStageConfig(name="identity")))
+        build_autoencoder(make_config(first_stage=FirstStageConfig(name="identity")))
 
 
 def test_bf16_weights_train() -> None:

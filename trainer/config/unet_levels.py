@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Level:
+class UNetLevel:
     """One resolution of the UNet."""
 
     channels: int
@@ -29,7 +29,7 @@ class Level:
     """Whether self-attention is replaced by a second cross-attention."""
 
 
-def plan_levels(config: UNetConfig) -> tuple[Level, ...]:
+def plan_levels(config: UNetConfig) -> tuple[UNetLevel, ...]:
     """The levels from the finest to the coarsest.
 
     Raises:
@@ -56,7 +56,7 @@ def plan_levels(config: UNetConfig) -> tuple[Level, ...]:
                 )
         attends = 2**index in config.attention_factors
         levels.append(
-            Level(
+            UNetLevel(
                 channels=channels,
                 factor=2**index,
                 attention=attends,

@@ -1,0 +1,194 @@
+"""The one builder: from a configuration to network, conditioner and first stage, on the meta device too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint.whole import open_weights
+from trainer.conditioning.build import Conditioner, TrainedConditions, build_conditioner
+from trainer.config.io import config_from_dict
+from trainer.config.run import Config, ConfigError
+from trainer.first_stage.base import FirstStage
+from trainer.first_stage.build import build_first_stage, load_first_stage
+from trainer.first_stage.discriminator import PatchDiscriminator
+from trainer.interop.initialise import initialise
+from trainer.models.unet import UNet
+
+
+class ConditionedUNet(nn.Module):
+    """The trained network: the UNet and whatever conditions are learned with it."""
+
+    def __init__(self, unet: UNet, conditions: TrainedConditions, *, channels_last: bool) -> None:
+        super().__init__()
+        # The layout of activations follows the input's; weights stay flat slices of ZeRO's partitions.
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.unet = unet
+        self.conditions = conditions
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, inputs: dict[str, Tensor], drop: dict[str, Tensor]
+    ) -> Tensor:
+        """[B, C, H, W], [B], prepared conditions and their drop masks -> prediction [B, C, H, W]."""
+        dtype = self.unet.conv_in.weight.dtype
+        condition = self.conditions(inputs, drop).to(dtype)
+        x = noisy.to(dtype)
+        if condition.concat is not None:
+            x = torch.cat([x, condition.concat], dim=1)
+        return self.unet(
+            x.contiguous(memory_format=self._memory_format),
+            timesteps,
+            context=condition.context,
+            vector=condition.vector,
+            class_labels=condition.class_labels,
+        )
+
+
+@dataclass(frozen=True)
+class DiffusionModel:
+    """A second stage: the network that is trained, and the frozen halves that feed it."""
+
+    network: nn.Module
+    """A `ConditionedUNet`, or what an engine made of it; called as (x, timesteps, inputs, drop)."""
+    conditioner: Conditioner
+    first_stage: FirstStage
+    """Frozen, in evaluation mode."""
+
+
+def build_model(config: Config) -> DiffusionModel:
+    """The second stage on the CPU: a first stage and towers with their weights, a network with fresh ones.
+
+    Fresh weights are drawn from torch's global generator, conditions before the UNet, so seed it first.
+
+    Raises:
+        ConfigError: the first stage has no weights or other ones, or the configuration contradicts itself.
+    """
+    first_stage = load_first_stage(config.first_stage)
+    conditioner = build_conditioner(config.conditioning, config.first_stage)
+    return DiffusionModel(build_network(config, conditioner), conditioner, first_stage)
+
+
+def build_network(config: Config, conditioner: Conditioner) -> ConditionedUNet:
+    """The trained network alone, its UNet as wide as latents and conditions ask for."""
+    channels = config.first_stage.channels
+    unet = UNet(
+        config.unet,
+        in_channels=channels + conditioner.concat_channels,
+        out_channels=channels,
+        context_dim=conditioner.context_dim,
+        vector_dim=conditioner.vector_dim,
+        num_classes=conditioner.num_classes,
+    )
+    return ConditionedUNet(unet, conditioner.trained, channels_last=config.distributed.channels_last)
+
+
+def build_autoencoder(config: Config) -> dict[str, nn.Module]:
+    """The networks that a first stage is trained with, by the name of their engine.
+
+    {"autoencoder": FirstStage, "discriminator": ... unless its weight is 0}; weights are drawn from the
+    run's seed, whatever torch's global generator stands at.
+
+    Raises:
+        ConfigError: the first stage has nothing to train.
+    """
+    loss = config.autoencoder_loss
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        autoencoder = build_first_stage(config.first_stage)
+        if not autoencoder.trainable:
+            raise ConfigError(
+                f"first_stage.name={config.first_stage.name} has nothing to train; stage=autoencoder needs "
+                "kl or vq."
+            )
+        if loss.learned_logvar:
+            autoencoder.learn_logvar(loss.logvar_init)
+        networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        if loss.discriminator_weight:
+            networks["discriminator"] = PatchDiscriminator(
+                channels=loss.discriminator_channels, num_layers=loss.discriminator_layers
+            )
+    return networks
+
+
+def count_parameters(config: Config) -> dict[str, dict[str, int]]:
+    """{"trained": {module: count, ..., "total": sum}, "frozen": the same}.
+
+    Everything is built on the meta device: SD2 takes seconds and no memory, and nothing is read.
+    """
+    with torch.device("meta"):
+        trained, frozen = _modules(config)
+    counts = {
+        kind: {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+        for kind, modules in (("trained", trained), ("frozen", frozen))
+    }
+    return {kind: {**modules, "total": sum(modules.values())} for kind, modules in counts.items()}
+
+
+def _modules(config: Config) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Trained and frozen modules by name; the first stage gets fresh weights, so that no file is needed."""
+    if config.stage == "autoencoder":
+        return build_autoencoder(config), {}
+    conditioner = build_conditioner(config.conditioning, config.first_stage)
+    trained: dict[str, nn.Module] = {"unet": build_network(config, conditioner).unet}
+    parts = conditioner.trained.parts.items()
+    trained |= {f"conditioning.{name}": part for name, part in parts if any(True for _ in part.parameters())}
+    frozen: dict[str, nn.Module] = {"first_stage": build_first_stage(config.first_stage)}
+    frozen |= {f"conditioning.{name}": module for name, module in conditioner.frozen.modules().items()}
+    return trained, frozen
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A second stage with the weights of a run, ready to draw."""
+
+    config: Config
+    model: DiffusionModel
+    description: str
+    """Which weights these are, for people."""
+
+
+def load_model(
+    source: str,
+    *,
+    profile: str | None = None,
+    step: int | None = None,
+    first_stage_weights: str | None = None,
+    device: torch.device,
+) -> TrainedModel:
+    """Networks with their weights, in evaluation mode.
+
+    Args:
+        source: run folder, checkpoint folder or exported .safetensors file.
+        profile: average to take, or "weights"; unset: the average where there is one.
+        step: which checkpoint of a run folder; unset: the newest.
+        first_stage_weights: in place of the file that the run was trained with.
+
+    Raises:
+        ConfigError: nothing there, or not a diffusion model.
+    """
+    tensors, metadata = open_weights(source, profile=profile, step=step)
+    if "config" not in metadata:
+        raise ConfigError(f"{source} carries no configuration; name a run folder or a file of `ldm export`.")
+    config = config_from_dict(json.loads(metadata["config"]))
+    if config.stage != "diffusion":
+        raise ConfigError(f"{source} is a first stage, which draws nothing by itself; name a diffusion run.")
+    if first_stage_weights is not None:
+        first = dataclasses.replace(config.first_stage, weights=first_stage_weights)
+        config = dataclasses.replace(config, first_stage=first)
+    torch.manual_seed(config.seed)  # what is not in the file starts as it did in training
+    model = build_model(config)
+    absent = initialise(model.network, tensors, source).new
+    if absent:
+        raise ConfigError(
+            f"{source} lacks {len(absent)} tensors of the network, such as {absent[0]}; name a run or an "
+            "export of it."
+        )
+    model.network.eval().requires_grad_(False).to(device)
+    model.conditioner.frozen.to(device)
+    model.first_stage.to(device)
+    description = f"step {metadata.get('step', '?')}, {metadata.get('profile', 'weights')}"
+    return TrainedModel(config, model, description)
