@@ -15,9 +15,8 @@ import torch
 from trainer.conditioning.build import CONDITIONERS, Conditioner
 from trainer.config.models import FirstStageConfig
 from trainer.config.training import DiffusionConfig
-from trainer.diffusion.denoiser import ignore, no_noise
 from trainer.diffusion.levels import make_levels
-from trainer.diffusion.sampling import SAMPLERS
+from trainer.diffusion.sampling import SAMPLERS, Sampler
 from trainer.diffusion.schedule import make_schedule
 from trainer.first_stage.build import (
     FIRST_STAGES,
@@ -75,15 +74,7 @@ def test_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     alpha, sigma = levels.alphas[0], levels.sigmas[0]
     start = 2 * alpha + (0.25 * alpha**2 + sigma**2) ** 0.5 * noise
     made, euler = (
-        sampler(
-            Exact(),
-            start,
-            levels,
-            noise=no_noise,
-            eta=0.0,
-            callback=ignore,
-        )
-        for sampler in (sample_midpoint, SAMPLERS["euler"])
+        sampler(Exact(), start, levels) for sampler in (Sampler(sample_midpoint), SAMPLERS["euler"])
     )
     assert made.mean() == pytest.approx(2, abs=0.02)
     assert abs(made.std() - 0.5) < max(0.02, abs(euler.std() - 0.5))

@@ -1,4 +1,4 @@
-"""What every entry of SAMPLERS keeps: one signature, shapes, dtypes, determinism, batch independence."""
+"""What every entry of SAMPLERS keeps: what it needs, shapes, dtypes, determinism, batch independence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from trainer import rng
 from trainer.config.training import DiffusionConfig, SamplerName
-from trainer.diffusion.denoiser import Sampler
+from trainer.diffusion.levels import make_levels
 from trainer.diffusion.sampling import SAMPLERS, sample
 from trainer.diffusion.schedule import make_schedule
 from trainer.rng import Purpose
@@ -55,11 +55,10 @@ def test_the_dictionary_is_the_choice_offered_by_the_configuration():
 
 
 @every_sampler
-def test_one_signature(name):
-    expected = inspect.signature(Sampler.__call__)
-    actual = inspect.signature(SAMPLERS[name])
-    assert list(actual.parameters) == list(expected.parameters)[1:]
-    assert actual.return_annotation == expected.return_annotation
+def test_a_sampler_asks_for_what_it_needs_and_nothing_else(name):
+    sampler = SAMPLERS[name]
+    assert tuple(inspect.signature(sampler.steps).parameters) == ("look", "x", "levels", *sampler.needs)
+    assert set(sampler.needs) <= {"noise", "eta"}
 
 
 @every_sampler
@@ -127,9 +126,14 @@ def test_eta_makes_ddim_stochastic_and_nothing_else():
 @every_sampler
 def test_callback_sees_every_step_and_the_estimate(name):
     seen = []
-    out = run(name, Denoiser(), torch.arange(2), callback=lambda i, n, x0: seen.append((i, n, x0)))
+    denoiser, ordinals = Denoiser(), torch.arange(2)
+    x = rng.normal(0, ordinals, Purpose.INITIAL, SHAPE)
+    levels = make_levels(denoiser.schedule, 6)
+    noise, see = counter_noise(ordinals), lambda i, n, x0: seen.append((i, n, x0))
+    out = SAMPLERS[name](denoiser, x, levels, noise=noise, callback=see)
     assert [(i, n) for i, n, _ in seen] == [(i, 6) for i in range(6)]
     assert all(x0.shape == out.shape for _, _, x0 in seen)
+    assert torch.equal(out, run(name, denoiser, ordinals))
 
 
 @every_sampler

@@ -1,4 +1,4 @@
-"""What a sampler is given: a denoiser, a source of noise, a callback; and one evaluation of the denoiser."""
+"""What a sampler is given: a look at x through the denoiser and, if it is stochastic, a source of noise."""
 
 from __future__ import annotations
 
@@ -38,21 +38,11 @@ Callback = Callable[[int, int, Tensor], None]
 """(step index, number of steps, current estimate of x0), after each step."""
 
 
-class Sampler(Protocol):
-    """Every sampler: from x at levels 0 to x at the last level, usually clean latents."""
+Look = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""(x at level i, i) -> the (x0, eps) that the denoiser sees in it: `evaluate` of one denoiser and levels."""
 
-    def __call__(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        levels: NoiseLevels,
-        *,
-        noise: NoiseSource,
-        eta: float,
-        callback: Callback,
-    ) -> Tensor:
-        """x [B, C, H, W] has variance about 1 at every level; `eta` is read by DDIM only."""
-        ...
+Step = tuple[Tensor, Tensor]
+"""(x at the next level, estimate of x0 made on the way)."""
 
 
 def no_noise(index: int) -> Tensor:
@@ -64,7 +54,7 @@ def ignore(index: int, num_steps: int, x0: Tensor) -> None:
     """Callback that does nothing."""
 
 
-def evaluate(denoiser: Denoiser, x: Tensor, levels: NoiseLevels, index: int) -> tuple[Tensor, Tensor]:
+def evaluate(denoiser: Denoiser, levels: NoiseLevels, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """(x0, eps) that the denoiser sees in x at level `index`."""
     timestep = levels.timesteps[index]
     if timestep.is_integer():

@@ -1,4 +1,4 @@
-"""Multistep samplers: PLMS, DPM-Solver++ 2M and its SDE form, UniPC. The same signature as samplers.py.
+"""Multistep samplers: PLMS, DPM-Solver++ 2M and its SDE form, UniPC. Written like samplers.py.
 
 The last three integrate in lambda = ln(alpha / sigma), with h the width of a step and predictions of x0.
 """
@@ -6,77 +6,49 @@ The last three integrate in lambda = ln(alpha / sigma), with h the width of a st
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from trainer.diffusion.denoiser import Callback, Denoiser, NoiseSource, evaluate
+from trainer.diffusion.denoiser import Look, NoiseSource, Step
 from trainer.diffusion.levels import NoiseLevels
 
 FEW_STEPS = 15
 """Below this many steps the last step of DPM-Solver++ is first order, for stability."""
 
 
-def sample_plms(
-    denoiser: Denoiser,
-    x: Tensor,
-    levels: NoiseLevels,
-    *,
-    noise: NoiseSource,
-    eta: float,
-    callback: Callback,
-) -> Tensor:
+def sample_plms(look: Look, x: Tensor, levels: NoiseLevels) -> Iterator[Step]:
     """Pseudo linear multistep (Liu et al. 2022), started by one Heun-like step: n + 1 evaluations."""
-    levels = levels.finite()
     history: list[Tensor] = []
     for i in range(len(levels)):
-        _, eps = evaluate(denoiser, x, levels, i)
+        _, eps = look(x, i)
         history = [*history[-3:], eps]
         slope = _adams_bashforth(history)
         if i == 0 and len(levels) > 1:
-            _, eps_next = evaluate(denoiser, _transfer(x, eps, levels, i), levels, i + 1)
+            _, eps_next = look(_transfer(x, eps, levels, i), i + 1)
             slope = (eps + eps_next) / 2
         x0 = (x - levels.sigmas[i] * slope) / levels.alphas[i]
         x = _transfer(x, slope, levels, i)
-        callback(i, len(levels), x0)
-    return x
+        yield x, x0
 
 
-def sample_dpmpp_2m(
-    denoiser: Denoiser,
-    x: Tensor,
-    levels: NoiseLevels,
-    *,
-    noise: NoiseSource,
-    eta: float,
-    callback: Callback,
-) -> Tensor:
+def sample_dpmpp_2m(look: Look, x: Tensor, levels: NoiseLevels) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), one evaluation per step."""
-    levels = levels.finite()
     previous: Tensor | None = None
     for i in range(len(levels)):
-        x0, _ = evaluate(denoiser, x, levels, i)
+        x0, _ = look(x, i)
         h = levels.log_snr(i + 1) - levels.log_snr(i)
         extrapolated = _extrapolated(x0, previous, levels, i)
         x = levels.sigmas[i + 1] / levels.sigmas[i] * x - levels.alphas[i + 1] * math.expm1(-h) * extrapolated
         previous = x0
-        callback(i, len(levels), x0)
-    return x
+        yield x, x0
 
 
-def sample_dpmpp_sde(
-    denoiser: Denoiser,
-    x: Tensor,
-    levels: NoiseLevels,
-    *,
-    noise: NoiseSource,
-    eta: float,
-    callback: Callback,
-) -> Tensor:
+def sample_dpmpp_sde(look: Look, x: Tensor, levels: NoiseLevels, noise: NoiseSource) -> Iterator[Step]:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b): one evaluation and one noise per step."""
-    levels = levels.finite()
     previous: Tensor | None = None
     for i in range(len(levels)):
-        x0, _ = evaluate(denoiser, x, levels, i)
+        x0, _ = look(x, i)
         h = levels.log_snr(i + 1) - levels.log_snr(i)
         share = -math.expm1(-2.0 * h)
         extrapolated = _extrapolated(x0, previous, levels, i)
@@ -85,36 +57,25 @@ def sample_dpmpp_sde(
         if sigma_next > 0.0:
             x = x + sigma_next * math.sqrt(share) * noise(i)
         previous = x0
-        callback(i, len(levels), x0)
-    return x
+        yield x, x0
 
 
-def sample_unipc(
-    denoiser: Denoiser,
-    x: Tensor,
-    levels: NoiseLevels,
-    *,
-    noise: NoiseSource,
-    eta: float,
-    callback: Callback,
-) -> Tensor:
+def sample_unipc(look: Look, x: Tensor, levels: NoiseLevels) -> Iterator[Step]:
     """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023): every evaluation also corrects the step before it.
 
     One evaluation per step. The first step and the last are first order.
     """
-    levels = levels.finite()
     history: list[Tensor] = []  # x0 at levels i - 2, i - 1 when step i begins
     start = x  # corrected x at level i - 1
     for i in range(len(levels)):
-        x0, _ = evaluate(denoiser, x, levels, i)
+        x0, _ = look(x, i)
         if i > 0:
             x = _unipc_correct(start, x0, history, levels, i)
         history = [*history[-1:], x0]
         start = x
         order = 1 if i == 0 or i == len(levels) - 1 else 2
         x = _unipc_predict(x, history[-order:], levels, i)
-        callback(i, len(levels), x0)
-    return x
+        yield x, x0
 
 
 def _adams_bashforth(history: list[Tensor]) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from trainer.config.training import SamplerName
-from trainer.diffusion.denoiser import Callback, Denoiser, NoiseSource, Sampler, ignore, no_noise
+from trainer.diffusion.denoiser import Callback, Denoiser, NoiseSource, Step, evaluate, ignore, no_noise
 from trainer.diffusion.editing import image_to_image_start
-from trainer.diffusion.levels import Final, Spacing, make_levels
+from trainer.diffusion.levels import NoiseLevels, Spacing, make_levels
 from trainer.diffusion.multistep import sample_dpmpp_2m, sample_dpmpp_sde, sample_plms, sample_unipc
 from trainer.diffusion.samplers import (
     sample_ddim,
@@ -18,16 +23,51 @@ from trainer.diffusion.samplers import (
     sample_heun,
 )
 
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler's steps with what they need bound: called alike, whatever that is."""
+
+    steps: Callable[..., Iterator[Step]]
+    """(look, x, levels, and the arguments named in `needs`)."""
+    needs: tuple[Literal["noise", "eta"], ...] = ()
+    """Arguments beyond the first three."""
+    divides_by_alpha: bool = True
+    """Zero terminal SNR is replaced by a very small one for it (`NoiseLevels.finite`)."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        levels: NoiseLevels,
+        *,
+        noise: NoiseSource = no_noise,
+        eta: float = 0.0,
+        callback: Callback = ignore,
+    ) -> Tensor:
+        """From x [B, C, H, W] at level 0, of variance about 1, to x at the last level, usually clean."""
+        if self.divides_by_alpha:
+            levels = levels.finite()
+        given = {"noise": noise, "eta": eta}
+        steps = self.steps(
+            partial(evaluate, denoiser, levels), x, levels, **{name: given[name] for name in self.needs}
+        )
+        for index, step in enumerate(steps):
+            x, x0 = step
+            callback(index, len(levels), x0)
+        return x
+
+
 SAMPLERS: dict[SamplerName, Sampler] = {
-    "ddpm": sample_ddpm,
-    "ddim": sample_ddim,
-    "plms": sample_plms,
-    "euler": sample_euler,
-    "euler_ancestral": sample_euler_ancestral,
-    "heun": sample_heun,
-    "dpmpp_2m": sample_dpmpp_2m,
-    "dpmpp_sde": sample_dpmpp_sde,
-    "unipc": sample_unipc,
+    "ddpm": Sampler(sample_ddpm, needs=("noise",), divides_by_alpha=False),
+    "ddim": Sampler(sample_ddim, needs=("noise", "eta"), divides_by_alpha=False),
+    "plms": Sampler(sample_plms),
+    "euler": Sampler(sample_euler),
+    "euler_ancestral": Sampler(sample_euler_ancestral, needs=("noise",)),
+    "heun": Sampler(sample_heun),
+    "dpmpp_2m": Sampler(sample_dpmpp_2m),
+    "dpmpp_sde": Sampler(sample_dpmpp_sde, needs=("noise",)),
+    "unipc": Sampler(sample_unipc),
 }
 
 
@@ -41,10 +81,8 @@ def sample(
     spacing: Spacing = "leading",
     eta: float = 0.0,
     noise: NoiseSource = no_noise,
-    callback: Callback = ignore,
     latents: Tensor | None = None,
     strength: float = 1.0,
-    final: Final = "clean",
 ) -> Tensor:
     """Latents [B, C, H, W] from standard normal `start_noise` of that shape (any height and width).
 
@@ -53,8 +91,8 @@ def sample(
     """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
-    levels = make_levels(denoiser.schedule, num_steps, spacing, final)
+    levels = make_levels(denoiser.schedule, num_steps, spacing)
     x = start_noise
     if latents is not None:
         x, levels = image_to_image_start(latents, start_noise, levels, strength)
-    return SAMPLERS[name](denoiser, x, levels, noise=noise, eta=eta, callback=callback)
+    return SAMPLERS[name](denoiser, x, levels, noise=noise, eta=eta)
