@@ -12,12 +12,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import numpy as np
 from PIL import Image
 
 from data_pipeline.scenes.judge import evaluation_prompts, judge
 from data_pipeline.scenes.scene import COLORS, SHAPES
+from data_pipeline.storage.files import exists, list_names, read_text
 from data_pipeline.storage.local_s3 import LocalS3
 from trainer.config.io import load_config
 
@@ -66,7 +66,7 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         os.environ.update(server.env)
         (folder / "wandb").mkdir(exist_ok=True)
         _stage("1/6", "captioned scenes as img2dataset shards", started)
-        if not _exists(f"{SHARDS}/00000.tar"):
+        if not exists(f"{SHARDS}/00000.tar"):
             _ldm(environment, "data", "synthesize", SHARDS, "--samples", str(SAMPLES), *SCENES)
         _ldm(environment, "data", "inspect", SHARDS, "--sheet", str(folder / "shards.png"))
         _stage("2/6", "first stage: KL autoencoder with LPIPS and PatchGAN", started)
@@ -98,11 +98,6 @@ def _ldm(environment: dict[str, str], *arguments: str) -> None:
         raise DemoFailed(done.returncode)
 
 
-def _exists(url: str) -> bool:
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return bool(filesystem.exists(path))
-
-
 def _sample_and_judge(environment: dict[str, str], folder: Path) -> Accuracy:
     prompts = evaluation_prompts(PROMPTS)
     listed = folder / "prompts.txt"
@@ -122,10 +117,9 @@ def _sample_and_judge(environment: dict[str, str], folder: Path) -> Accuracy:
 
 def _images_per_s(run: str) -> float:
     """Median over the log records of all starts of the run."""
-    filesystem, path = fsspec.core.url_to_fs(run)
     rates = []
-    for name in filesystem.glob(f"{path}/logs/metrics-*.jsonl"):
-        for line in filesystem.cat_file(name).decode().splitlines():
+    for name in list_names(f"{run}/logs"):
+        for line in read_text(f"{run}/logs/{name}").splitlines():
             record = json.loads(line)
             if "images_per_s" in record:
                 rates.append(record["images_per_s"])

@@ -52,6 +52,12 @@ def read_range(url: str, start: int, stop: int, *, timeout_s: float = 30.0, trie
     return guarded(once, url, tries=tries)
 
 
+def read_head(url: str, num_bytes: int) -> bytes:
+    """The first bytes of a file, all of a shorter one."""
+    fs, path = filesystem(url)
+    return bytes(guarded(lambda: fs.cat_file(path, start=0, end=num_bytes), url))
+
+
 def read_tail(url: str, num_bytes: int) -> bytes:
     """The last bytes of a file, all of a shorter one."""
     fs, path = filesystem(url)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from trainer.config.models import UNetConfig
 from trainer.interop.diffusers_unet import unet_from_diffusers, unet_to_diffusers
-from trainer.interop.links import check_names_and_shapes, export_tensors
+from trainer.interop.links import export_tensors
 from trainer.interop.unet_names import UNetSizes, unet_links
 from trainer.models.unet import UNet
+from trainer.weights import check_fit, shapes_of
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -326,7 +327,7 @@ def test_every_name_and_shape_at_full_size(name: str) -> None:
     wanted = {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
     ours = structure.sizes.build(structure.config).state_dict()
     exported = export_tensors(unet_links(structure.config, ours, "diffusers"), ours)
-    check_names_and_shapes(wanted, {key: tuple(value.shape) for key, value in exported.items()}, name)
+    check_fit(wanted, shapes_of(exported), name, "")
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import build_first_stage
 from trainer.interop.diffusers_stage import first_stage_from_diffusers, first_stage_to_diffusers
 from trainer.interop.first_stage_names import first_stage_links, modern_names
-from trainer.interop.links import check_names_and_shapes, export_tensors, import_tensors
+from trainer.interop.links import export_tensors, import_tensors
+from trainer.weights import check_fit, shapes_of
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -140,7 +141,7 @@ def test_every_name_and_shape_at_full_size(name: str) -> None:
         wanted = {key: tuple(value.shape) for key, value in reference(json).state_dict().items()}
         ours = build_first_stage(config).state_dict()
     exported = export_tensors(first_stage_links(config, ours, "diffusers"), ours)
-    check_names_and_shapes(wanted, {key: tuple(value.shape) for key, value in exported.items()}, name)
+    check_fit(wanted, shapes_of(exported), name, "")
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

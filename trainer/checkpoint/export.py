@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.layout import MASTER
 from trainer.checkpoint.reader import EngineReader
 from trainer.config.run import ConfigError
+from trainer.weights import read_weights
 
 WEIGHTS = "weights"
 """Name under which the trained weights themselves, not an average, are exported."""
@@ -87,7 +87,7 @@ def read_state(handle: CheckpointHandle) -> dict[str, Any]:
 
 def read_small_tensors(handle: CheckpointHandle) -> dict[str, Tensor]:
     """The stage's tensors beside the trained weights (latent statistics)."""
-    return safetensors.torch.load(read_bytes(join(handle.url, handle.manifest.tensors.name)))
+    return read_weights(join(handle.url, handle.manifest.tensors.name))[0]
 
 
 def export_metadata(handle: CheckpointHandle, state: dict[str, Any], profile: str) -> dict[str, str]:

@@ -41,6 +41,7 @@ from trainer.distributed.adamw import MOMENTS
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.ema import DECAY_PROFILE, EMA
+from trainer.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ class CheckpointManager:
             if engine.fragments() is ema.fragments:
                 _load_averages(reader, handle.manifest.kinds[name], ema)
             engine.refresh(moments=True)
-        tensors = safetensors.torch.load(read_bytes(join(handle.url, handle.manifest.tensors.name)))
+        tensors, _ = read_weights(join(handle.url, handle.manifest.tensors.name))
         return Loaded(handle.step, stored["state"], tensors)
 
     def close(self) -> None:

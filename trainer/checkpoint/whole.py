@@ -16,7 +16,7 @@ def open_weights(
     """The averaged network's tensors (CPU, fp32) and metadata, as `ldm export` would write them.
 
     Args:
-        source: run folder, checkpoint folder or .safetensors file; any fsspec URL.
+        source: run folder, checkpoint folder or .safetensors file; any URL.
         profile: average to take, or "weights"; unset: the average where there is one.
         step: which checkpoint of a run folder; unset: the newest.
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from data_pipeline.errors import NotFound
+from data_pipeline.storage.files import read_bytes, read_text
 from trainer.config.models import ConditioningConfig
 from trainer.config.run import Config, ConfigError
 from trainer.pixels import to_unit_range
@@ -167,11 +169,10 @@ def read_layout(url: str, max_boxes: int) -> Tensor:
         ConfigError: not such a list.
     """
     try:
-        with fsspec.open(url, "r") as file:
-            found = json.load(file)
-    except FileNotFoundError as error:
+        found = json.loads(read_text(url))
+    except NotFound as error:
         raise ConfigError(f"there is no layout file {url}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise ConfigError(f"{url} is not JSON: {error}.") from error
     rows = found.get("layout") if isinstance(found, dict) else found
     if not isinstance(rows, list) or not rows or not all(_is_box(row) for row in rows):
@@ -263,12 +264,11 @@ def _map(picture: Image.Image, size: tuple[int, int], *, labels: bool) -> Tensor
 
 def _open_picture(url: str) -> Image.Image:
     try:
-        with fsspec.open(url, "rb") as file:
-            picture = Image.open(file)
-            picture.load()
-    except FileNotFoundError as error:
+        picture = Image.open(io.BytesIO(read_bytes(url)))
+        picture.load()
+    except NotFound as error:
         raise ConfigError(f"there is no picture {url}.") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise ConfigError(f"{url} cannot be read as a picture: {error}.") from error
     return picture
 

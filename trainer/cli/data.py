@@ -55,7 +55,7 @@ def _add_synthesize(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
         "Write img2dataset-layout shards of procedurally drawn, captioned scenes with ground truth.",
         "ldm data synthesize s3://scenes/train --samples 20000 --seed 1 --size 160:320 --objects 1:3",
     )
-    parser.add_argument("url", help="folder to write to, any fsspec URL")
+    parser.add_argument("url", help="folder to write to, any URL")
     parser.add_argument("--samples", type=int, required=True, help="rows in total")
     parser.add_argument("--seed", type=int, default=0, help="everything is a function of it")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="rows per tar (at most 10000)")

@@ -10,12 +10,12 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
-import fsspec
 from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import build_loader
+from data_pipeline.storage.files import write_bytes
 from trainer.config.io import config_from_dict
 from trainer.evaluation.reconstruction import reconstruction_metrics
 from trainer.first_stage.build import load_first_stage
@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in figures.items():
         print(f"{name:8} {value:.4f}")
     if args.out:
-        with fsspec.open(args.out, "w", auto_mkdir=True) as file:
-            json.dump(figures, file)
+        write_bytes(args.out, json.dumps(figures).encode())
     return 0
 
 

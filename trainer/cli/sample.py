@@ -14,13 +14,13 @@ import dataclasses
 import io
 import json
 import typing
-from pathlib import Path
 
-import fsspec
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipeline.errors import NotFound
+from data_pipeline.storage.files import read_text, write_bytes
 from trainer.cli.conditions_from_files import Wishes, sampling_inputs
 from trainer.config.checks_diffusion import check_sampling
 from trainer.config.run import Config, ConfigError
@@ -107,12 +107,9 @@ def run(args: argparse.Namespace) -> int:
     for i, picture in enumerate(pixels):
         _write_png(f"{out}/{i:05d}.png", Image.fromarray(picture.permute(1, 2, 0).numpy()))
     _write_png(f"{out}/grid.png", grid(pixels, inputs.titles, columns=min(n, 9)))
-    with fsspec.open(f"{out}/prompts.json", "w", auto_mkdir=True) as file:
-        record = {"seed": args.seed, "source": args.source, "prompts": inputs.request.captions}
-        given = {
-            name: value for name, value in dataclasses.asdict(wishes).items() if value and name != "prompts"
-        }
-        json.dump(record | given, file, indent=1)
+    record = {"seed": args.seed, "source": args.source, "prompts": inputs.request.captions}
+    given = {name: value for name, value in dataclasses.asdict(wishes).items() if value and name != "prompts"}
+    write_bytes(f"{out}/prompts.json", json.dumps(record | given, indent=1).encode())
     print(f"{n} pictures and {out}/grid.png")
     return 0
 
@@ -137,10 +134,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts_file:
         try:
-            with fsspec.open(args.prompts_file, "r") as file:
-                prompts += [line.strip() for line in file if line.strip()]
-        except FileNotFoundError as error:
+            lines = read_text(args.prompts_file).split("\n")
+        except NotFound as error:
             raise ConfigError(f"there is no prompts file {args.prompts_file}.") from error
+        prompts += [line.strip() for line in lines if line.strip()]
     return prompts
 
 
@@ -169,7 +166,4 @@ def _with_choices(config: Config, args: argparse.Namespace) -> Config:
 def _write_png(url: str, picture: Image.Image) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    if "://" not in url:
-        Path(url).parent.mkdir(parents=True, exist_ok=True)
-    with fsspec.open(url, "wb") as file:
-        file.write(buffer.getvalue())
+    write_bytes(url, buffer.getvalue())

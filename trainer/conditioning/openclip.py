@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import open_clip
 import open_clip.model
-import safetensors
 import torch
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPa
 from trainer.conditioning.clip_tokenizer import ClipTokenizer
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig
 from trainer.config.run import ConfigError
-from trainer.weights import read_weights
+from trainer.weights import check_fit, read_tensors, shapes_of
 
 logger = logging.getLogger(__name__)
 
@@ -195,45 +193,12 @@ def load_tower(tower: TextTransformer, url: str) -> None:
     Raises:
         ConfigError: tensors are missing or have other shapes; nothing is loaded then.
     """
-    wanted = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
-    found = _read_text_weights(url, wanted)
-    missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in found]
-    other = [
-        f"{name} {tuple(value.shape)} instead of {wanted[name]}"
-        for name, value in found.items()
-        if tuple(value.shape) != wanted[name]
-    ]
-    if missing or other:
-        listed = "; ".join([f"missing {name}" for name in missing[:8]] + other[:8])
-        raise ConfigError(
-            f"{url} does not fit this text tower ({len(missing)} tensors missing, {len(other)} of another "
-            f"shape: {listed}); name a file in open_clip's layout (`ldm import` converts others)."
-        )
+    wanted = shapes_of(tower.state_dict())
+    stored = read_tensors(url, lambda names: _names_in_file(names, wanted).values())
+    found = {name: stored[theirs] for name, theirs in _names_in_file(list(stored), wanted).items()}
+    remedy = "Name a file in open_clip's layout (`ldm import` converts others)."
+    check_fit(wanted, shapes_of(found), f"the text tower in {url}", remedy)
     tower.load_state_dict(found, strict=True)
-
-
-def _read_text_weights(url: str, wanted: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The wanted tensors of a safetensors or torch file, whatever prefix the tower has in there."""
-    if "://" in url:
-        return _pick(read_weights(url)[0], wanted)
-    try:
-        if url.endswith(".safetensors"):
-            with safetensors.safe_open(url, framework="pt") as file:
-                names = _names_in_file(list(file.keys()), wanted)
-                return {name: file.get_tensor(stored) for name, stored in names.items()}
-        content = torch.load(url, map_location="cpu", weights_only=True, mmap=True)
-        return _pick(content.get("state_dict", content), wanted)
-    except (OSError, RuntimeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{url} cannot be read as a weights file ({error}).") from error
-    except (safetensors.SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"{url} is neither a safetensors file nor a torch file of plain tensors, and nothing else is "
-            "loaded; convert it where you trust it."
-        ) from error
-
-
-def _pick(content: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: content[stored] for name, stored in _names_in_file(list(content), wanted).items()}
 
 
 def _names_in_file(stored: Sequence[str], wanted: Mapping[str, Any]) -> dict[str, str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-import fsspec
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import DataError
+from data_pipeline.storage.files import read_text
 from trainer.config.run import ConfigError
 
 PADDING, START, END, UNKNOWN = "[PAD]", "[CLS]", "[SEP]", "[UNK]"
@@ -33,9 +34,8 @@ def read_vocabulary(url: str) -> dict[str, int]:
         ConfigError: the file is absent, is not text, or lacks one of the special tokens.
     """
     try:
-        with fsspec.open(url, "rt", encoding="utf-8") as file:
-            tokens = [line.rstrip("\r\n") for line in file]
-    except (OSError, UnicodeDecodeError) as error:
+        tokens = read_text(url).removesuffix("\n").split("\n")
+    except DataError as error:
         raise ConfigError(
             f"cannot read the vocabulary {url} ({error}); name bert-base-uncased's vocab.txt or a file "
             "with one token per line."

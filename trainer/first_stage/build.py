@@ -16,7 +16,7 @@ from trainer.first_stage.autoencoder_vq import AutoencoderVQ
 from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
 from trainer.first_stage.identity import Identity
 from trainer.first_stage.networks import norm_groups
-from trainer.weights import read_weights
+from trainer.weights import check_fit, read_weights, shapes_of
 
 FIRST_STAGES: dict[str, type[FirstStage]] = {
     "kl": AutoencoderKL,
@@ -72,31 +72,19 @@ def load_first_stage_tensors(module: FirstStage, tensors: dict[str, Tensor], sou
     """Copy weights in, all or nothing; missing latent statistics are left as they are.
 
     Raises:
-        ConfigError: names or shapes differ; up to eight of each kind are listed.
+        ConfigError: names or shapes differ; they are listed.
     """
     own = module.state_dict()
     given = {name: value for name, value in tensors.items() if name != "logvar" or name in own}
     optional = (*LATENT_BUFFERS, "logvar")
-    shapes = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in given and given[name].shape != own[name].shape
-    ]
-    problems = {
-        "missing": [name for name in own if name not in given and name not in optional],
-        "unexpected": [name for name in given if name not in own],
-        "of another shape": shapes,
+    wanted = {
+        name: tuple(value.shape) for name, value in own.items() if name in given or name not in optional
     }
-    found = [
-        f"{len(names)} {problem} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-        for problem, names in problems.items()
-        if names
-    ]
-    if found:
-        raise ConfigError(
-            f"the tensors of {source} do not fit first_stage.name={module.config.name}: "
-            f"{'; '.join(found)}; adapt the first_stage section, or convert the file with `ldm import`."
-        )
+    remedy = (
+        f"Adapt the first_stage section (first_stage.name={module.config.name}), or convert the file with "
+        "`ldm import`."
+    )
+    check_fit(wanted, shapes_of(given), source, remedy)
     module.load_state_dict(given, strict=False)
 
 

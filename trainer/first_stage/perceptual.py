@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import fsspec
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_pipeline.errors import UserError
 from trainer.config.run import ConfigError
 from trainer.config.training import AutoencoderLossConfig
+from trainer.weights import check_fit, read_tensors, shapes_of
 
 LOG = logging.getLogger(__name__)
 LAYERS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -120,7 +117,7 @@ def load_perceptual(weights: str | None) -> PerceptualDistance:
     with torch.device("meta"):
         network = VGG16Features()
     network.to_empty(device="cpu")
-    _load_vgg16(network, _read_tensors(source), source)
+    _load_vgg16(network, source)
     LOG.info("Perceptual distance: LPIPS with VGG16 weights from %s.", source)
     return PerceptualDistance(network, _lpips_weights(), "lpips-vgg16")
 
@@ -157,38 +154,21 @@ def _lpips_weights() -> list[Tensor]:
     return [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(len(LAYERS))]
 
 
-def _read_tensors(url: str) -> dict[str, Any]:
-    try:
-        with fsspec.open(url, "rb") as file:
-            if url.endswith(".safetensors"):
-                return safetensors.torch.load(file.read())
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"autoencoder_loss.perceptual_weights={url} does not exist; give a VGG16 file or unset it."
-        ) from error
-    except (safetensors.SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise ConfigError(
-            f"autoencoder_loss.perceptual_weights={url} is not readable as weights; it must be a "
-            "safetensors file or one that torch.save wrote."
-        ) from error
-
-
-def _load_vgg16(network: VGG16Features, tensors: dict[str, Any], url: str) -> None:
-    """Copy torchvision's `features.N.weight` and `.bias`; N counts convolutions, ReLUs and poolings."""
+def _load_vgg16(network: VGG16Features, url: str) -> None:
+    """torchvision's `features.N.weight` and `.bias`; N counts convolutions, ReLUs and poolings."""
+    targets: dict[str, Tensor] = {}
     index = 0
     for stage in network.stages:
         for convolution in stage:  # type: ignore[attr-defined]
             for part in ("weight", "bias"):
-                name = f"features.{index}.{part}"
-                target = getattr(convolution, part)
-                source = tensors.get(name)
-                if not isinstance(source, Tensor) or source.shape != target.shape:
-                    raise ConfigError(
-                        f"autoencoder_loss.perceptual_weights={url} has no {name} of shape "
-                        f"{tuple(target.shape)}; it must be torchvision's VGG16."
-                    )
-                with torch.no_grad():
-                    target.copy_(source)
+                targets[f"features.{index}.{part}"] = getattr(convolution, part)
             index += 2  # convolution and ReLU
         index += 1  # pooling
+    try:
+        found = read_tensors(url, lambda names: [name for name in targets if name in names])
+        check_fit(shapes_of(targets), shapes_of(found), url, "It must be torchvision's VGG16.")
+    except UserError as error:
+        raise ConfigError(f"autoencoder_loss.perceptual_weights: {error}") from error
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(found[name])

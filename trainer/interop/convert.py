@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import fsspec
 import torch
 import yaml
 from torch import Tensor
 
+from data_pipeline.storage.files import write_bytes
 from trainer.config.io import config_to_dict
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.run import Config, ConfigError
@@ -49,7 +49,7 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
 
     Args:
         source_url: .safetensors or .ckpt file in the original layout, a lone network's file, or a folder
-            that diffusers saved; any fsspec URL.
+            that diffusers saved; any URL.
         destination_url: folder to write.
         config: structure of the networks; None takes it from the config.json files of diffusers.
 
@@ -122,8 +122,7 @@ def _write_structure(url: str, files: Mapping[str, Imported]) -> None:
     sections: dict[str, Any] = {}
     for _, metadata in files.values():
         sections |= {name: json.loads(text) for name, text in metadata.items() if name != "config"}
-    with fsspec.open(url, "wb", auto_mkdir=True) as file:
-        file.write(yaml.safe_dump(sections, sort_keys=False).encode())
+    write_bytes(url, yaml.safe_dump(sections, sort_keys=False).encode())
 
 
 def _unet(part: ForeignNetwork, config: UNetConfig, source: ForeignWeights) -> Imported:

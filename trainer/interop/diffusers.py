@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 from torch import Tensor
 
+from data_pipeline.storage.files import exists, read_bytes, write_bytes
 from trainer.config.run import ConfigError
 from trainer.interop.diffusers_unet import Json
 from trainer.weights import read_weights, write_weights
@@ -40,7 +40,7 @@ class Component:
 
 def is_folder(url: str) -> bool:
     """Whether the URL is a pipeline's or a component's folder."""
-    return _exists(f"{url}/model_index.json") or _exists(f"{url}/config.json")
+    return exists(f"{url}/model_index.json") or exists(f"{url}/config.json")
 
 
 def read_folder(url: str) -> dict[str, Component]:
@@ -50,10 +50,10 @@ def read_folder(url: str) -> dict[str, Component]:
         ConfigError: no network of a kind that we know, or weights are missing.
     """
     url = url.rstrip("/")
-    if _exists(f"{url}/config.json"):
+    if exists(f"{url}/config.json"):
         component = _read_component(url)
         return {_role(component.kind): component}
-    found = {name: f"{url}/{name}" for name in FOLDERS if _exists(f"{url}/{name}/config.json")}
+    found = {name: f"{url}/{name}" for name in FOLDERS if exists(f"{url}/{name}/config.json")}
     if not found:
         raise ConfigError(f"{url} holds none of {', '.join(FOLDERS)}; name a folder that diffusers saved.")
     return {name: _read_component(folder) for name, folder in found.items()}
@@ -65,7 +65,7 @@ def write_folder(
     """Write a pipeline folder; weights come first and model_index.json last.
 
     Args:
-        url: folder, at any fsspec URL.
+        url: folder, at any URL.
         components: by folder name.
         scheduler: scheduler_config.json.
         pipeline: class of the pipeline, written into model_index.json.
@@ -85,28 +85,26 @@ def write_folder(
 
 
 def read_json(url: str) -> Json:
-    """A JSON object at any fsspec URL."""
-    with fsspec.open(url, "rb") as file:
-        content = json.load(file)
+    """A JSON object at any URL."""
+    content = json.loads(read_bytes(url))
     if not isinstance(content, dict):
         raise ConfigError(f"{url} is not a JSON object.")
     return content
 
 
 def write_json(url: str, content: Mapping[str, Any]) -> None:
-    """Write a JSON object at any fsspec URL."""
-    with fsspec.open(url, "wb", auto_mkdir=True) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+    """Write a JSON object at any URL."""
+    write_bytes(url, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _read_component(folder: str) -> Component:
     component = Component(read_json(f"{folder}/config.json"))
     stems = ("diffusion_pytorch_model", "model")
     for stem in stems:
-        if _exists(f"{folder}/{stem}.safetensors"):
+        if exists(f"{folder}/{stem}.safetensors"):
             component.tensors = read_weights(f"{folder}/{stem}.safetensors")[0]
             return component
-        if _exists(f"{folder}/{stem}.safetensors.index.json"):
+        if exists(f"{folder}/{stem}.safetensors.index.json"):
             shards = set(read_json(f"{folder}/{stem}.safetensors.index.json")["weight_map"].values())
             for shard in sorted(shards):
                 component.tensors |= read_weights(f"{folder}/{shard}")[0]
@@ -123,8 +121,3 @@ def _role(kind: str) -> str:
             return role
     known = ", ".join((*UNETS, *FIRST_STAGES, *TEXT_TOWERS))
     raise ConfigError(f"a component of class {kind} cannot be imported; {known} can.")
-
-
-def _exists(url: str) -> bool:
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return bool(filesystem.exists(path))

@@ -44,7 +44,7 @@ def export_weights(
     Args:
         tensors: under our names: "unet.*" and "conditions.*" as in the trained network, "first_stage.*",
             and text towers in open_clip's names as "text_encoder.*" and "text_encoder_2.*"; any subset.
-        destination_url: folder, or for compvis a .safetensors file; any fsspec URL.
+        destination_url: folder, or for compvis a .safetensors file; any URL.
         config: the run's configuration.
         layout: native (what `init_from` and `first_stage.weights` read), compvis (one file as of Stable
             Diffusion), diffusers (a pipeline's folder).

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.run import ConfigError
-from trainer.interop.links import check_names_and_shapes
+from trainer.interop.links import ANOTHER
 from trainer.interop.report import TransferReport
+from trainer.weights import check_fit
 
 INPUT = "conv_in.weight"
 """The tensor whose input channels may grow."""
@@ -55,7 +56,7 @@ def initialise(module: nn.Module, source: Mapping[str, Tensor], origin: str = "t
     wanted = {n: tuple(t.shape) for n, t in own.items() if n in source or not n.startswith(OPTIONAL)}
     found = {n: tuple(t.shape) for n, t in source.items() if n in own or not n.startswith(OPTIONAL)}
     found |= {n: wanted[n] for n in widened}
-    check_names_and_shapes(wanted, found, origin)
+    check_fit(wanted, found, origin, ANOTHER)
     taken = [n for n in own if n in source and n not in widened]
     if not taken:
         raise ConfigError(f"{origin} has no tensor of this network; name weights of the same structure.")

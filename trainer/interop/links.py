@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.config.run import ConfigError
+from trainer.weights import check_fit, shapes_of
 
-MAX_LISTED = 40
+ANOTHER = "Change the configuration or name another file."
+"""The remedy where tensors do not fit."""
 
 
 @dataclass(frozen=True)
@@ -71,33 +72,5 @@ def import_tensors(
     Raises:
         ConfigError: names or shapes differ; all of them are listed, and nothing is converted.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in export_tensors(links, expected).items()}
-    check_names_and_shapes(shapes, {name: tuple(value.shape) for name, value in theirs.items()}, source)
+    check_fit(shapes_of(export_tensors(links, expected)), shapes_of(theirs), source, ANOTHER)
     return {link.ours: link.to_ours(theirs) for link in links}
-
-
-def check_names_and_shapes(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str
-) -> None:
-    """Refuse unless both have the same names with the same shapes.
-
-    Raises:
-        ConfigError: every missing and unexpected name with its shape, and every differing shape.
-    """
-    missing = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
-    unexpected = [f"unexpected {name} {shape}" for name, shape in found.items() if name not in wanted]
-    different = [
-        f"{name} is {found[name]} and should be {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    problems = missing + unexpected + different
-    if not problems:
-        return
-    listed = "\n  ".join(problems[:MAX_LISTED])
-    more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    raise ConfigError(
-        f"{source} does not fit the configured structure: {len(missing)} tensors missing, {len(unexpected)} "
-        f"unexpected, {len(different)} of another shape; nothing was loaded. Change the configuration or "
-        f"name another file.\n  {listed}{more}"
-    )

@@ -9,9 +9,9 @@ from torch import Tensor
 from trainer.config.run import ConfigError
 from trainer.interop import compvis, diffusers
 from trainer.interop.diffusers_unet import Json
-from trainer.interop.files import WEIGHT_ENDINGS, read_tensors
 from trainer.interop.text_tower_names import NO_WEIGHTS
 from trainer.interop.unet_names import Dialect
+from trainer.weights import WEIGHT_ENDINGS, read_tensors
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from data_pipeline.errors import UserError
+from data_pipeline.errors import Failure, UserError
+from data_pipeline.storage.files import write_bytes
 from trainer.config.io import config_to_dict, dump_yaml, load_config
 from trainer.config.run import Config
 from trainer.console import configure_logging
@@ -253,9 +252,8 @@ def _store_in_run(run_dir: str, job_dir: Path, submission: dict[str, Any]) -> No
             ("code.tar.gz", buffer.getvalue()),
             ("submission.json", json.dumps(submission, indent=2).encode()),
         ):
-            with fsspec.open(f"{folder}/{name}", "wb", auto_mkdir=True) as file:
-                file.write(content)
-    except OSError as error:
+            write_bytes(f"{folder}/{name}", content)
+    except Failure as error:
         # The ranks will say the same with more authority; the job folder has the snapshot anyway.
         logger.warning("the snapshot could not be stored in %s: %s", folder, error)
 

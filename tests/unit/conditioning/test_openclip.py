@@ -143,7 +143,7 @@ def test_misfits_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"1 tensors missing.*1 of another") as error:
         load_tower(tower, url)
     assert "ln_final.bias" in str(error.value)
-    assert "token_embedding.weight (9, 32) instead of (49408, 32)" in str(error.value)
+    assert "token_embedding.weight is (9, 32) and should be (49408, 32)" in str(error.value)
     for name, value in tower.state_dict().items():
         assert torch.equal(value, before[name])
 

@@ -13,8 +13,8 @@ import torch
 
 from trainer.config.run import ConfigError
 from trainer.interop.compvis import average_name, split
-from trainer.interop.files import read_tensors
 from trainer.interop.source import open_source
+from trainer.weights import read_tensors
 
 
 class ModelCheckpoint:
