@@ -9,6 +9,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from trainer.kernels import philox as kernel
+from trainer.kernels.language import fused
+
 # Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", table 2).
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -88,6 +91,8 @@ def words(seed: int, ordinals: Tensor, purpose: int, count: int) -> tuple[Tensor
 def uniform(seed: int, ordinals: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
     """Uniform float32 [B, *shape] in [0, 1), multiples of 2**-24, for int64 `ordinals` [B]."""
     count = math.prod(shape)
+    if fused(ordinals):
+        return kernel.draw(ordinals, seed, purpose, count, False).view(len(ordinals), *shape)
 
     def draw(part: Tensor) -> Tensor:
         even, odd = words(seed, part, purpose, count)
@@ -106,6 +111,8 @@ def normal(seed: int, ordinals: Tensor, purpose: int, shape: tuple[int, ...]) ->
     changes the float32 with a probability of about 1e-8 per value.
     """
     count = math.prod(shape)
+    if fused(ordinals):
+        return kernel.draw(ordinals, seed, purpose, count, True).view(len(ordinals), *shape)
 
     def draw(part: Tensor) -> Tensor:
         even, odd = words(seed, part, purpose, count)

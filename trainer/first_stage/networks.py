@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
+from trainer.kernels.group_norm import GroupNorm
+from trainer.kernels.residual import add_residual, product_and_bias
 
 NORM_EPS = 1e-6
 
@@ -39,19 +41,24 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.norm1 = GroupNorm(groups, in_channels, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.norm2 = GroupNorm(groups, out_channels, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Features after the block."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return shortcut + hidden
+        x, hidden = self.norm1(x, silu=True, fork=True)
+        hidden, bias = product_and_bias(self.conv1, hidden)
+        hidden = self.norm2(hidden, None if bias is None else bias.expand(len(x), -1), silu=True)
+        hidden, bias = product_and_bias(self.conv2, self.dropout(hidden))
+        if self.conv_shortcut is not None:
+            x, shortcut_bias = product_and_bias(self.conv_shortcut, x)
+            if bias is not None and shortcut_bias is not None:
+                bias = bias + shortcut_bias
+        return add_residual(x, hidden, bias)
 
 
 class SpatialAttention(nn.Module):
@@ -59,7 +66,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, *, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.group_norm = GroupNorm(groups, channels, eps=NORM_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -67,14 +74,16 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]"""
-        batch, channels, height, width = x.shape
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+        x, normed = self.group_norm(x, fork=True)
+        tokens = normed.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, C]; a view where x is channels-last
         query, key, value = (
             layer(tokens).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v)
         )  # [B, 1, HW, C]
         mixed = F.scaled_dot_product_attention(query, key, value).squeeze(1)
-        mixed = self.to_out[0](mixed)
-        return x + mixed.transpose(1, 2).reshape(batch, channels, height, width)
+        to_out = self.to_out[0]
+        assert isinstance(to_out, nn.Linear)
+        mixed, bias = product_and_bias(to_out, mixed)
+        return add_residual(x, mixed.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2), bias)
 
 
 class Downsample(nn.Module):
@@ -183,7 +192,7 @@ class Encoder(nn.Module):
         self.mid_block = Middle(
             widths[-1], attention=config.middle_attention, groups=groups, dropout=config.dropout
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -191,7 +200,7 @@ class Encoder(nn.Module):
         x = self.conv_in(pixels)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
 
 
 class Decoder(nn.Module):
@@ -218,7 +227,7 @@ class Decoder(nn.Module):
             if i < len(widths) - 1:
                 level.upsamplers = nn.ModuleList([Upsample(width)])
             self.up_blocks.append(level)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def features(self, latents: Tensor) -> Tensor:
@@ -226,7 +235,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(latents))
         for level in self.up_blocks:
             x = level(x)
-        return F.silu(self.conv_norm_out(x))
+        return self.conv_norm_out(x, silu=True)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Pixels, about -1 .. 1."""

@@ -10,6 +10,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.kernels.geglu import geglu
+from trainer.kernels.group_norm import GroupNorm
+from trainer.kernels.layer_norm import LayerNorm
+from trainer.kernels.residual import add_residual, product_and_bias
 from trainer.models.layers import zero_module
 
 
@@ -28,8 +32,8 @@ class Attention(nn.Module):
         self.attends_to_context = context_dim is not None
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x [B, N, C], context [B, L, D] -> [B, N, C]."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], context [B, L, D] -> [B, N, C], and the output's bias where it is yet to be added."""
         if self.attends_to_context:
             assert context is not None
             query = self.to_q(x)
@@ -40,7 +44,7 @@ class Attention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
         )
         out = F.scaled_dot_product_attention(query, key, value)  # [B, heads, N, C / heads]
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return product_and_bias(self.to_out, out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -52,9 +56,9 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.proj_out = nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(self.dropout(hidden * F.gelu(gate)))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C] -> [B, N, C], and the output's bias where it is still to be added."""
+        return product_and_bias(self.proj_out, self.dropout(geglu(*product_and_bias(self.proj_in, x))))
 
 
 class TransformerBlock(nn.Module):
@@ -70,22 +74,31 @@ class TransformerBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, heads, context_dim if cross_attention_only else None)
         self.attends_to_context = context_dim is not None
         if context_dim is not None:
-            self.norm2 = nn.LayerNorm(dim)
+            self.norm2 = LayerNorm(dim)
             self.attn2 = Attention(dim, heads, context_dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """x [B, N, C], context [B, L, D] -> [B, N, C]."""
-        x = x + self.dropout(self.attn1(self.norm1(x), context))
+        x, hidden = self.norm1(x)
+        branch, bias = self._dropped(*self.attn1(hidden, context))
         if self.attends_to_context:
-            x = x + self.dropout(self.attn2(self.norm2(x), context))
-        return x + self.ff(self.norm3(x))
+            x, hidden = self.norm2(x, branch, bias)
+            branch, bias = self._dropped(*self.attn2(hidden, context))
+        x, hidden = self.norm3(x, branch, bias)
+        return add_residual(x, *self.ff(hidden))
+
+    def _dropped(self, branch: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Dropout of a branch, which must see the bias, too."""
+        if self.dropout.p == 0 or not self.training:
+            return branch, bias
+        return self.dropout(branch if bias is None else branch + bias), None
 
 
 class SpatialTransformer(nn.Module):
@@ -103,7 +116,7 @@ class SpatialTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(
@@ -115,10 +128,12 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """x [B, C, H, W], context [B, L, D] -> [B, C, H, W]."""
-        hidden = self.proj_in(to_tokens(self.norm(x)))
+        x, hidden = self.norm(x, fork=True)
+        hidden = self.proj_in(to_tokens(hidden))
         for block in self.transformer_blocks:
             hidden = block(hidden, context)
-        return x + to_feature_map(self.proj_out(hidden), x)
+        branch, bias = product_and_bias(self.proj_out, hidden)
+        return add_residual(x, to_feature_map(branch, x), bias)
 
 
 class PlainAttention(nn.Module):
@@ -126,13 +141,15 @@ class PlainAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, *, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-5)
+        self.norm = GroupNorm(groups, channels, eps=1e-5)
         self.attn = Attention(channels, heads, bias=True)
         zero_module(self.attn.to_out)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """x [B, C, H, W] -> [B, C, H, W]."""
-        return x + to_feature_map(self.attn(to_tokens(self.norm(x))), x)
+        x, hidden = self.norm(x, fork=True)
+        branch, bias = self.attn(to_tokens(hidden))
+        return add_residual(x, to_feature_map(branch, x), bias)
 
 
 def to_tokens(x: Tensor) -> Tensor:

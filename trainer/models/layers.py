@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.kernels.group_norm import GroupNorm
+from trainer.kernels.residual import add_residual, product_and_bias
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -92,10 +95,10 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift_norm = scale_shift_norm
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.norm1 = GroupNorm(groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding_dim, out_channels * (2 if scale_shift_norm else 1))
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.norm2 = GroupNorm(groups, out_channels, eps=1e-5)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut: nn.Module = nn.Identity()
@@ -104,25 +107,33 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B, C, H, W], activated embedding [B, E] -> [B, C', H, W]."""
-        return self._merge(x, F.silu(self.norm1(x)), embedding)
+        x, hidden = self.norm1(x, silu=True, fork=True)
+        return self._merge(x, hidden, embedding)
 
     def _merge(self, x: Tensor, hidden: Tensor, embedding: Tensor) -> Tensor:
         """Everything after the first activation: `hidden` becomes the residual that is added to x."""
-        hidden = self.conv1(hidden)
-        condition = self.time_emb_proj(embedding)[:, :, None, None]
+        hidden, bias = product_and_bias(self.conv1, hidden)
+        condition = self.time_emb_proj(embedding)
         if self.scale_shift_norm:
-            scale, shift = condition.chunk(2, dim=1)
-            hidden = self.norm2(hidden) * (1 + scale) + shift
+            scale, shift = condition[:, :, None, None].chunk(2, dim=1)
+            pending = None if bias is None else bias.expand(len(x), -1)
+            hidden = F.silu(self.norm2(hidden, pending) * (1 + scale) + shift)
         else:
-            hidden = self.norm2(hidden + condition)
-        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(hidden)))
+            hidden = self.norm2(hidden, condition if bias is None else condition + bias, silu=True)
+        hidden, bias = product_and_bias(self.conv2, self.dropout(hidden))
+        if isinstance(self.conv_shortcut, nn.Conv2d):
+            x, shortcut_bias = product_and_bias(self.conv_shortcut, x)
+            if bias is not None and shortcut_bias is not None:
+                bias = bias + shortcut_bias
+        return add_residual(x, hidden, bias)
 
 
 class DownResBlock(ResBlock):
     """Residual block that halves its feature map by average pooling (BigGAN, ADM); odd sizes round up."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        hidden = F.avg_pool2d(F.silu(self.norm1(x)), 2, ceil_mode=True)
+        x, hidden = self.norm1(x, silu=True, fork=True)
+        hidden = F.avg_pool2d(hidden, 2, ceil_mode=True)
         return self._merge(F.avg_pool2d(x, 2, ceil_mode=True), hidden, embedding)
 
 
@@ -130,5 +141,6 @@ class UpResBlock(ResBlock):
     """Residual block that enlarges its feature map by nearest neighbour (BigGAN, ADM)."""
 
     def forward(self, x: Tensor, embedding: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        hidden = F.interpolate(F.silu(self.norm1(x)), size=size, mode="nearest")
+        x, hidden = self.norm1(x, silu=True, fork=True)
+        hidden = F.interpolate(hidden, size=size, mode="nearest")
         return self._merge(F.interpolate(x, size=size, mode="nearest"), hidden, embedding)

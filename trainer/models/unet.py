@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.config.models import UNetConfig
 from trainer.config.unet_levels import UNetLevel, middle_depth, plan_levels
+from trainer.kernels.group_norm import GroupNorm
+from trainer.kernels.residual import concatenate
 from trainer.models.attention import PlainAttention, SpatialTransformer
 from trainer.models.layers import (
     DownResBlock,
@@ -73,7 +75,7 @@ class UNet(nn.Module):
             level_skips = [skips.pop() for _ in range(config.num_res_blocks + 1)]
             self.up_blocks.append(UpBlock(blocks, level, channels, level_skips, upsample=index > 0))
             channels = level.channels
-        self.conv_norm_out = nn.GroupNorm(config.num_groups, channels, eps=1e-5)
+        self.conv_norm_out = GroupNorm(config.num_groups, channels, eps=1e-5)
         self.conv_out = zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(
@@ -112,7 +114,7 @@ class UNet(nn.Module):
             size = skips[start - 1].shape[-2:] if start else None
             hidden = up_block(hidden, embedding, context, skips[start:], size)
             del skips[start:]
-        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        return self.conv_out(self.conv_norm_out(hidden, silu=True))
 
     def _embed(
         self, timesteps: Tensor, vector: Tensor | None, class_labels: Tensor | None, dtype: torch.dtype
@@ -256,7 +258,7 @@ class UpBlock(nn.Module):
     ) -> Tensor:
         """`size` is that of the next level, which is not always twice ours; None at the last."""
         for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            x = torch.cat([x, skip], dim=1)
+            x = concatenate(x, skip)
             x = _run(resnet, self.recompute, x, embedding)
             if self.attentions:
                 x = _run(self.attentions[index], self.recompute, x, context)

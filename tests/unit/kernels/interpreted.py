@@ -1,0 +1,130 @@
+"""Run as a process of its own with TRITON_INTERPRET=1: every kernel against plain torch in float64."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from trainer import rng
+from trainer.kernels.geglu import geglu
+from trainer.kernels.group_norm import GroupNorm
+from trainer.kernels.language import INTERPRETED, fused, plain
+from trainer.kernels.layer_norm import LayerNorm
+from trainer.kernels.residual import add_residual, concatenate
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+
+
+def compare(name: str, dtype: torch.dtype, function, inputs: list[Tensor]) -> None:
+    """Outputs and gradients of `function(*inputs)`, fused in `dtype` against plain in float64."""
+    results = []
+    for kind in (dtype, torch.float64):
+        own = [x.detach().to(kind).requires_grad_() for x in inputs]
+        if kind == torch.float64:
+            with plain():
+                outputs = function(*own)
+        else:
+            assert fused(own[0])
+            outputs = function(*own)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        weights = [torch.linspace(-1, 1, o.numel(), device=DEVICE).view(o.shape).cos() for o in outputs]
+        total = sum((o.double() * w.double()).sum() for o, w in zip(outputs, weights, strict=True))
+        results.append([*outputs, *torch.autograd.grad(total, own)])
+    for i, (got, want) in enumerate(zip(*results, strict=True)):
+        assert got.shape == want.shape, (name, i, got.shape, want.shape)
+        error = float(((got.double() - want).norm() / want.norm().clamp_min(1e-30)).detach())
+        assert error < TOLERANCE[dtype], f"{name} {dtype} value {i}: relative error {error:.2e}"
+
+
+def random(*shape: int, seed: int = 0, mean: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator).add_(mean)
+    # What bf16 can hold, or the comparison would measure the rounding of the inputs.
+    x = x.bfloat16().float().to(DEVICE)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def group_norms() -> None:
+    # Channels per group that are no power of two, odd sizes, one sample, one cell, a mean far from zero.
+    shapes = [(3, 40, 4, 7, 8, 0.0), (1, 320, 32, 5, 3, 2.0), (2, 96, 8, 9, 9, 30.0), (2, 64, 1, 4, 4, 0.0)]
+    shapes += [(1, 120, 2, 1, 1, 1.0), (2, 240, 6, 3, 11, 0.0), (1, 160, 2, 33, 31, 0.0)]
+    for batch, channels, groups, height, width, mean in shapes:
+        x = random(batch, channels, height, width, mean=mean)
+        shift, weight, bias = (
+            random(batch, channels, seed=1),
+            random(channels, seed=2),
+            random(channels, seed=3),
+        )
+        norm = GroupNorm(groups, channels, eps=1e-5).to(DEVICE)
+
+        def run(x, weight, bias, *shift, silu, norm=norm):
+            norm._parameters.clear()
+            norm.weight, norm.bias = weight, bias
+            x, y = norm(x, *shift, silu=silu, fork=True)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            return x * 0.5, y
+
+        for dtype in TOLERANCE:
+            name = f"group norm {tuple(x.shape)} / {groups}"
+            compare(name, dtype, lambda *a: run(*a, silu=False), [x, weight, bias])
+            compare(name + " silu shift", dtype, lambda *a: run(*a, silu=True), [x, weight, bias, shift])
+
+
+def layer_norms() -> None:
+    for rows, channels in ((7, 40), (130, 320), (1, 96)):
+        x, branch = random(1, rows, channels, mean=1.0), random(1, rows, channels, seed=4)
+        weight, bias, pending = (random(channels, seed=s) for s in (5, 6, 7))
+        norm = LayerNorm(channels).to(DEVICE)
+
+        def run(x, weight, offset, *rest, norm=norm):
+            norm._parameters.clear()
+            norm.weight, norm.bias = weight, offset
+            x, y = norm(x, *rest)
+            return x * 0.5, y
+
+        for dtype in TOLERANCE:
+            compare("layer norm", dtype, run, [x, weight, bias])
+            compare("branch", dtype, run, [x, weight, bias, branch])
+            compare("branch and bias", dtype, run, [x, weight, bias, branch, pending])
+
+
+def others() -> None:
+    for dtype in TOLERANCE:
+        for rows, width in ((5, 40), (67, 320)):
+            compare("geglu", dtype, geglu, [random(2, rows, 2 * width), random(2 * width, seed=1)])
+            compare(
+                "add",
+                dtype,
+                add_residual,
+                [random(2, rows, width), random(2, rows, width, seed=1), random(width, seed=2)],
+            )
+        maps = [random(2, 40, 5, 7), random(2, 40, 5, 7, seed=1), random(40, seed=2)]
+        compare("add maps", dtype, add_residual, maps)
+        compare("concatenate", dtype, concatenate, [random(2, 40, 5, 7), random(2, 96, 5, 7, seed=1)])
+
+
+def random_numbers() -> None:
+    """The same bits, at counts that are no multiple of four and ordinals and seeds above 32 bits."""
+    for seed in (0, 1, 2**40 + 7, 2**63 - 1):
+        for ordinals in ([5], [0, 1, 2**33 + 5, 2**62 - 1]):
+            where = torch.tensor(ordinals, device=DEVICE)
+            for shape in ((), (1,), (3, 7), (4, 33, 9)):
+                for draw in (rng.normal, rng.uniform):
+                    made = draw(seed, where, 1, shape)
+                    with plain():
+                        want = draw(seed, where, 1, shape)
+                    assert made.shape == want.shape
+                    assert torch.equal(made, want), f"{draw.__name__} {seed} {ordinals} {shape}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    group_norms()
+    layer_norms()
+    others()
+    random_numbers()
+    print("all kernels agree")
+    sys.exit(0)

@@ -1,0 +1,94 @@
+"""Triton, where it can be had: its only importer. Elsewhere every operator takes its plain torch form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "INTERPRETED",
+    "cdiv",
+    "channel_block",
+    "fused",
+    "plain",
+    "power_of_two",
+    "register",
+    "tl",
+    "triton",
+]
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows
+
+    class _NoTriton:
+        """Lets modules with kernels in them be imported."""
+
+        @staticmethod
+        def jit(function: Any = None, **options: Any) -> Any:
+            return function or (lambda decorated: decorated)
+
+    triton, tl = _NoTriton(), None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run as Python on the CPU: slow, for tests of their arithmetic."""
+
+OPERATORS = torch.library.Library("ldm", "DEF")
+"""Namespace of our operators: torch.compile sees each as one node and does not look inside."""
+
+_RUNS_ON = {"cuda", "cpu"} if INTERPRETED else {"cuda"}
+_switched_on = tl is not None
+
+
+def fused(x: Tensor) -> bool:
+    """Whether kernels take this tensor; otherwise the plain torch form, which is also their reference."""
+    return _switched_on and x.device.type in _RUNS_ON
+
+
+@contextmanager
+def plain() -> Generator[None]:
+    """Inside, nothing is fused: what benchmarks and tests compare with."""
+    global _switched_on
+    before, _switched_on = _switched_on, False
+    try:
+        yield
+    finally:
+        _switched_on = before
+
+
+def use_kernels(wanted: bool) -> None:
+    """`distributed.fused_kernels` of this process."""
+    global _switched_on
+    _switched_on = wanted and tl is not None
+
+
+def register(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """Define an operator `ldm::<schema>` with its launch and its result for tensors without data."""
+    name = OPERATORS.define(schema)
+    for device in ("CUDA", "CPU"):
+        OPERATORS.impl(name, kernel, device)
+    torch.library.register_fake(f"ldm::{name}", shapes, lib=OPERATORS)
+    operator: Callable[..., Any] = getattr(torch.ops.ldm, name).default
+    return operator
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def channel_block(channels: int, most: int = 128) -> int:
+    """Channels per tile: the largest power of two that divides them, or else 64 with a mask."""
+    divisor = channels & -channels
+    return min(divisor, most) if divisor >= 32 else min(64, power_of_two(channels))
