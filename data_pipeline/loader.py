@@ -22,7 +22,8 @@ from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.feed.conditions import check_conditions
-from data_pipeline.feed.share import Share, ShareStream, ShareTask
+from data_pipeline.feed.share import Share, ShareStream
+from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.order.lanes import Order, deal, divisors
 from data_pipeline.order.position import merge_positions, pack, unpack

@@ -1,4 +1,26 @@
-"""One worker's share of every step: walks its lanes and fills arrays in shared memory."""
+"""One worker's share of every step: walks its lanes and fills arrays in shared memory.
+
+A global batch is cut by lanes. Eight samples, four lanes, two ranks with two workers each: a lane gives two
+samples per step, a worker has one lane.
+
+    slot      0   1 | 2   3 | 4   5 | 6   7
+    lane        0   |   1   |   2   |   3
+    worker    0.0   |  0.1  |  1.0  |  1.1        (rank.worker)
+
+On one rank with one worker the same worker would have all four lanes: the slots keep their samples, and
+whoever joins the shares of all workers of all ranks, in order, has the same global batch.
+
+One row, from the inside out:
+
+    fill            for lane: for each of its two rows      -> Share, with every lane's state after the step
+      _fill_row     until one visit is served:  take the next, commit it
+        _serve      visit -> reason against it?   -> Rejected: counted, and the lane moves on
+                          -> bytes do not come?   -> set aside, the lane moves on
+                          -> decode, crop, caption, conditions into the row   -> its caption
+
+A rejection moves the lane, never the row: each row is filled from the lane that owns it, so no other
+lane's samples shift, and the states differ only in the lanes that met one.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +28,22 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, ReadFailed, Rejected
-from data_pipeline.feed.conditions import condition_arrays
 from data_pipeline.feed.lane_walk import LaneWalk, Visit, Walker
-from data_pipeline.feed.sample import fill_sample, sample_arrays
-from data_pipeline.order.buckets import Buckets
-from data_pipeline.order.lanes import Order
-from data_pipeline.order.position import LaneState
-from data_pipeline.shards.dataset import Dataset
+from data_pipeline.feed.reads import MemberReads
+from data_pipeline.feed.sample import fill_sample
+from data_pipeline.feed.task import ShareTask
 from data_pipeline.shards.selection import make_selection
+from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.cache import BlockCache
 from data_pipeline.storage.ranges import Background, RangeReader
 
-_ALIGN = 64
 _MIN_REJECTED_RUN = 1000
+"""Rejections in a row that a lane may have, or two epochs of the lane, before it is called hopeless."""
 _THREADS = 16
-
-
-@dataclass(frozen=True)
-class ShareTask:
-    """Everything a worker needs to know."""
-
-    config: DataConfig
-    dataset: Dataset
-    order: Order
-    lanes: range
-    buckets: Buckets
-    step: int
-    """Steps done before."""
-    states: tuple[LaneState, ...]
-    """One per lane and bucket, lane-major."""
-    per_lane: int
-    """Samples per lane and step."""
-    skip_ordinals: frozenset[int] = frozenset()
-
-    @property
-    def size(self) -> int:
-        """Samples per step."""
-        return len(self.lanes) * self.per_lane
-
-    def layout(self, height: int = 0, width: int = 0) -> ShareLayout:
-        """Layout of a share of this picture size; 0: the largest that occurs."""
-        if height and width:
-            return ShareLayout(self.config, self.size, height, width)
-        layouts = [ShareLayout(self.config, self.size, h, w) for h, w in self.buckets.shapes]
-        return max(layouts, key=lambda layout: layout.bytes)
+"""Requests under way at a time; nearly all of a thread's time is waiting."""
 
 
 @dataclass
@@ -73,30 +62,6 @@ class Share:
     """requests, bytes, retries, failures since the last share"""
 
 
-class ShareLayout:
-    """Where the arrays of one share lie in a flat buffer."""
-
-    def __init__(self, config: DataConfig, size: int, height: int, width: int) -> None:
-        self._fields: list[tuple[str, np.dtype[Any], tuple[int, ...], int]] = []
-        position = 0
-        spec = sample_arrays(height, width) | condition_arrays(config, height, width)
-        for name, (kind, shape) in spec.items():
-            dtype = np.dtype(kind)
-            self._fields.append((name, dtype, (size, *shape), position))
-            count = int(np.prod((size, *shape), dtype=np.int64))
-            position += -(-count * dtype.itemsize // _ALIGN) * _ALIGN
-        self.bytes = position
-
-    def arrays(self, buffer: memoryview) -> dict[str, NDArray[Any]]:
-        """Views of a buffer of at least `bytes`."""
-        return {
-            name: np.frombuffer(
-                buffer, dtype, count=int(np.prod(shape, dtype=np.int64)), offset=position
-            ).reshape(shape)
-            for name, dtype, shape, position in self._fields
-        }
-
-
 class ShareStream:
     """Produces the shares of one worker, in step order, for ever."""
 
@@ -110,20 +75,12 @@ class ShareStream:
             probes=(*task.dataset.urls[:2], *task.dataset.urls[-2:], *task.dataset.index_urls[:1]),
         )
         self._background = Background(_THREADS)
-        self._walker = Walker(
-            task.dataset,
-            task.order,
-            make_selection(config, task.skip_ordinals),
-            task.buckets,
-            self._reader,
-            self._background,
-            lanes=task.lanes,
-            states=[s.copy() for s in task.states],
-            per_lane=task.per_lane,
-            cache=BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None,
-            range_bytes=config.read_ahead_bytes,
-            budget_bytes=config.buffer_bytes,
-        )
+        cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
+        # A lane is in one shard, and reads ahead in the next.
+        capacity = 2 * len(task.lanes) + 8
+        views = ShardViews(task.dataset, make_selection(config), task.buckets, self._reader, capacity)
+        reads = MemberReads(task.dataset, self._reader, self._background, cache, config.read_ahead_bytes)
+        self._walker = Walker(task, views, reads)
         self._step = task.step
         self._sent: Counter[str] = Counter()
         self._rejects: list[tuple[str, str, str, int]] = []

@@ -16,7 +16,8 @@ from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, WorkerDied, consequence_of
-from data_pipeline.feed.share import Share, ShareStream, ShareTask
+from data_pipeline.feed.share import Share, ShareStream
+from data_pipeline.feed.task import ShareTask
 from data_pipeline.shards.dataset import sources_of
 from data_pipeline.storage.client import filesystem
 

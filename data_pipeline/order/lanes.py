@@ -1,4 +1,37 @@
-"""The order of samples: a pure function of (seed, epoch, shard list), cut into lanes."""
+"""The order of samples: a pure function of (seed, epoch, shard list), cut into lanes.
+
+An epoch is one stream, the shards in a permutation of (seed, epoch), each in file order. The stream is
+cut into equal lanes, whose number has nothing to do with ranks or workers, and each lane into windows that
+are shuffled. Say three shards A, B, C of 6, 4 and 6 samples, four lanes, windows of three:
+
+    stream    C0 C1 C2 C3 | C4 C5 A0 A1 | A2 A3 A4 A5 | B0 B1 B2 B3        epoch 0 takes C, A, B
+    lane           0      |      1      |      2      |      3
+    windows   [      ][ ] | [      ][ ] | [   ][    ] | [][       ]        later lanes start theirs earlier
+    walked    C2 C1 C0 C3 | C5 C4 A0 A1 | A3 A2 A5 A4 | B0 B2 B1 B3
+
+>>> order = Order(counts=np.array([6, 4, 6]), seed=2, lanes=4, window=3)
+>>> for lane in range(4):
+...     walked, offset = [], 0
+...     while offset < order.lane_size(lane):
+...         first, stop = order.window_of(lane, offset)
+...         shards, rows = order.visits(0, lane, first, stop)
+...         walked += [f"{'ABC'[shard]}{row}" for shard, row in zip(shards, rows)]
+...         offset = stop
+...     print(*walked)
+C2 C1 C0 C3
+C5 C4 A0 A1
+A3 A2 A5 A4
+B0 B2 B1 B3
+
+A step of four samples takes the next of each lane: C2 C5 A3 B0, then C1 C4 A2 B2, and so on. Two ranks
+have two lanes each, four ranks one; the steps are the same. Where a lane stands is (epoch, raw offset),
+and where it goes on from there needs one window, however deep in the epoch that is.
+
+Why lanes are slices of one stream, and not a set of shards each: they differ by at most one sample, so
+that they end an epoch together whatever the sizes of the shards, as long as they reject alike. And why
+windows, not whole lanes, are shuffled: a window lies in one or a few shards, so a lane reads neighbouring
+members in one range, and needs few indexes at a time.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +53,9 @@ _SHUFFLE_BYTES = 1_000_000_000
 class Order:
     """The endless walk of every lane over an epoch's samples, repeated with new permutations.
 
-    An epoch is one stream: the shards in the permutation of (seed, epoch), their samples in file order.
-    Lane l walks the slice [l N / L, (l + 1) N / L) of it, so lanes differ by at most one sample; inside
-    the slice, windows of `window` samples are shuffled. A raw offset counts every sample of the slice,
-    also those that are rejected later, so no rejection can shift anything.
+    Lane l walks the slice [l N / L, (l + 1) N / L) of the stream; inside it, windows of `window` samples
+    are shuffled. A raw offset counts every sample of the slice, also those that are rejected later, so no
+    rejection can shift anything.
     """
 
     counts: NDArray[np.int64]
@@ -38,7 +70,7 @@ class Order:
 
     @cached_property
     def total(self) -> int:
-        """Raw samples of an epoch, N."""
+        """Raw samples of an epoch, N. Kept: every sample asks for it, and there may be 200,000 shards."""
         return int(self.counts.sum())
 
     def lane_slice(self, lane: int) -> tuple[int, int]:
@@ -54,7 +86,8 @@ class Order:
     def window_of(self, lane: int, offset: int) -> tuple[int, int]:
         """Raw offsets [first, stop) of the shuffle window that holds `offset`.
 
-        Lanes are staggered, so that not all of them reach a new window at the same step.
+        Lanes are staggered, so that not all of them reach a new window, and ask for new ranges, at the
+        same step: the first window of lane l is l / lanes shorter than the others.
         """
         shift = lane * self.window // self.lanes
         start = (offset + shift) // self.window * self.window - shift
@@ -69,24 +102,24 @@ class Order:
         while offset < stop:
             low, high = self.window_of(lane, offset)
             assert (low, min(high, stop)) == (offset, high), (lane, low, offset, high, stop)
+            # The key names the window by its first offset, so entering here or walking here is the same.
             key = fold(self.seed, epoch, lane, low, int(Draw.WINDOW_ORDER))
             positions.append(low + permutation(key, high - low))
             offset = high
         stream = self.lane_slice(lane)[0] + np.concatenate(positions)
-        shards, ends = self._epoch(epoch)
+        shards, ends = _epoch_shards(self, epoch)
+        # Shards without samples have the end of the one before: side="right" passes over them.
         place = np.searchsorted(ends, stream, side="right")
         return shards[place], stream - (ends[place] - self.counts[shards[place]])
-
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return _epoch_shards(self, epoch)
 
     def ordinal(self, epoch: int, lane: int, offset: int) -> int:
         """Identity of one visit, unique over all epochs: the epoch's base plus the walk position."""
         return epoch * self.total + self.lane_slice(lane)[0] + offset
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # lanes that reject more run ahead, so several epochs are in use at once
 def _epoch_shards(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Shards in the order of an epoch, and the stream position past the last sample of each."""
     shards = permutation(fold(order.seed, epoch, int(Draw.SHARD_ORDER)), len(order.counts))
     return shards, np.cumsum(order.counts[shards])
 

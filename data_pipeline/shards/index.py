@@ -1,4 +1,29 @@
-"""Per-shard index (keys, member offsets and sizes, filter columns) and the manifest of a shard set."""
+"""Per-shard index (keys, member offsets and sizes, filter columns) and the manifest of a shard set.
+
+A tar of two samples, the second without a caption, and what is kept of it:
+
+    byte      0        512     1536     2048    2560     3072
+              [header] [a.jpg] [header] [a.txt] [header] [b.jpg]
+                         700 B              5 B            300 B
+
+    keys            a   b
+    offsets  jpg    1   6         of the first data byte, in blocks of 512
+             txt    4   ABSENT
+    sizes    jpg  700 300         bytes
+             txt    5   0
+
+So a member is the range [512 offset, 512 offset + size) of the tar, and nobody parses a tar while training.
+The fields of the json (or parquet) become columns of n values, by what is in them:
+
+    {"punsafe": 0.1, "status": "success", "url": "http://a.b/c.jpg", "exif": "{...long...}"}
+         |                |                   |                          |
+      numbers          codes and words     hashes, omitted            omitted: a filter on it must read
+      float32, NaN     few short texts     for removal lists          each json ("late" clauses)
+
+The manifest has one row per shard, with what is needed before any index is: how many samples (the order),
+their aspects (the buckets), and name and checksum of the index file. So a set of 200,000 shards is opened
+by reading one file, and the index of a shard is read when a lane comes to it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples are read and which of their members: filters, removal lists, skipped ordinals."""
+"""Which samples are read and which of their members: filters and removal lists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig
-from data_pipeline.order.lanes import Order
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import ShardIndex, hash_text
 from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record
@@ -31,8 +30,6 @@ class Selection:
     max_member_bytes: int
     removed: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     """Sorted hashes of removed keys, URLs and digests."""
-    skip_ordinals: frozenset[int] = frozenset()
-    """Visits that the trainer does not want again (loss spikes)."""
     reads_json: bool = False
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
 
@@ -77,15 +74,8 @@ class Selection:
             hit |= np.isin(column, self.removed)
         return hit
 
-    def skipped(self, order: Order, epoch: int, lane: int, offset: int, n: int) -> frozenset[int]:
-        """Those of the n raw offsets from `offset` on that are not wanted again."""
-        if not self.skip_ordinals:
-            return frozenset()
-        base = order.ordinal(epoch, lane, 0)
-        return frozenset(o for o in range(offset, offset + n) if base + o in self.skip_ordinals)
 
-
-def make_selection(config: DataConfig, skip_ordinals: Iterable[int] = ()) -> Selection:
+def make_selection(config: DataConfig) -> Selection:
     """Selection of a configuration; reads the removal lists. Raises DataError."""
     conditions = config.conditions
     reads_json = any(source != "txt" for source in config.captions) or any(
@@ -103,7 +93,6 @@ def make_selection(config: DataConfig, skip_ordinals: Iterable[int] = ()) -> Sel
         members=tuple(members),
         max_member_bytes=config.max_member_bytes,
         removed=read_removals(config.removal_lists),
-        skip_ordinals=frozenset(skip_ordinals),
         reads_json=reads_json,
     )
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.feed.lane_walk import ShardViews
 from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import LaneState
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.selection import make_selection
+from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.ranges import RangeReader
 
 _FAR = 1_000_000
@@ -75,7 +75,7 @@ def explain_step(
             yield {
                 "step": step,
                 "slot": lane * per_lane + i,
-                "key": dataset.sample_key(shard, view.keys[row].decode("utf-8", "replace")),
+                "key": dataset.sample_key(shard, view.key(row)),
                 "lane": lane,
                 "epoch": state.epoch,
                 "offset": state.offset,
@@ -97,7 +97,7 @@ def _accepted(
             shard = int(dataset.shard_of[entry])
             if views.get(shard).buckets[row] != bucket:
                 continue
-            if views.get(shard).reasons[row] >= 0:
+            if views.get(shard).codes[row] >= 0:
                 rejected += 1
                 continue
             if seen >= skip:

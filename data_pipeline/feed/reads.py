@@ -1,0 +1,113 @@
+"""Reads the members of many samples with few requests: neighbours in a shard come in one range.
+
+A plan of a lane wants, of one shard, the members
+
+    byte     0                  40k         90k         150k                 2.0M        2.05M
+             [ jpg of visit 7 ] [ txt of 7] [ jpg of 9 ]                     [ jpg of 3 ]
+             `-------------- one request --------------'                     `- another -'
+
+because a gap of up to 128 kB is cheaper to read than a second request is to wait for. The bytes of a
+range are cut into members as soon as they are there, and `MemberReads` keeps none of them: they belong to
+the visits, and are free once their sample is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.storage.cache import BlockCache
+from data_pipeline.storage.ranges import Background, RangeReader
+
+_GAP = 128_000
+"""Unwanted bytes between two members that are cheaper to read than a second request."""
+_FIRST_RANGE_BYTES = 1_000_000
+"""Most bytes asked for at once in the first windows of a lane."""
+
+Contents: TypeAlias = dict[tuple[int, str], bytes]
+"""Bytes of the members of one range, by slot and extension."""
+
+
+class Extent(NamedTuple):
+    """One member's place in its shard. The order of the fields is the order of the tar."""
+
+    start: int
+    stop: int
+    slot: int
+    """Which visit of the plan wants it."""
+    extension: str
+
+
+class MemberReads:
+    """Starts the range reads of plans, in the background, through the cache when there is one."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        reader: RangeReader,
+        background: Background,
+        cache: BlockCache | None,
+        range_bytes: int,
+    ) -> None:
+        self.background = background
+        self._dataset, self._reader, self._cache = dataset, reader, cache
+        self._range_bytes = max(1, range_bytes)
+
+    def start(
+        self, wanted: Mapping[int, list[Extent]], due: float
+    ) -> dict[tuple[int, str], Future[Contents]]:
+        """Ask for the members `wanted` by shard; returns the future that brings each (slot, extension).
+
+        `due` is the number of samples that the lane serves before the plan's first: a read with fewer
+        samples before it goes first, whatever lane it is for.
+        """
+        futures: dict[tuple[int, str], Future[Contents]] = {}
+        # Right after a start somebody waits for these very samples, and a range is of use when it is whole.
+        limit = self._range_bytes if due else min(self._range_bytes, _FIRST_RANGE_BYTES)
+        for shard, extents in wanted.items():
+            for group in ranges(sorted(extents), limit):
+                urgency = due + min(extent.slot for extent in group)
+                future = self.background.submit(urgency, partial(self._read, shard, group))
+                for extent in group:
+                    futures[extent.slot, extent.extension] = future
+        return futures
+
+    def _read(self, shard: int, group: list[Extent]) -> Contents:
+        start = group[0].start
+        stop = max(extent.stop for extent in group)
+        data = self._bytes(shard, start, stop) if stop > start else b""
+        # Copies, not views: a view of one member would keep the bytes of the whole range alive.
+        return {(e.slot, e.extension): data[e.start - start : e.stop - start] for e in group}
+
+    def _bytes(self, shard: int, start: int, stop: int) -> bytes:
+        url = self._dataset.urls[shard]
+        if self._cache is None:
+            return self._reader.read(url, start, stop)
+        identity = f"{url} {self._dataset.versions[shard]}"
+        fetch = partial(self._reader.read, url)
+        return self._cache.read(identity, self._dataset.sizes[shard], start, stop, fetch)
+
+
+def ranges(extents: list[Extent], limit: int) -> list[list[Extent]]:
+    """Extents in order of their place, grouped into requests of at most `limit` bytes.
+
+    >>> places = [(0, 40_000, 7), (40_000, 40_100, 7), (90_000, 150_000, 9), (2_000_000, 2_050_000, 3)]
+    >>> extents = [Extent(*place, kind) for place, kind in zip(places, ("jpg", "txt", "jpg", "jpg"))]
+    >>> [[extent.slot for extent in group] for group in ranges(extents, limit=8_000_000)]
+    [[7, 7, 9], [3]]
+    >>> [[extent.slot for extent in group] for group in ranges(extents, limit=100_000)]
+    [[7, 7], [9], [3]]
+    """
+    groups: list[list[Extent]] = []
+    for extent in extents:
+        if groups:
+            last = groups[-1]
+            near = extent.start - last[-1].stop <= _GAP
+            if near and extent.stop - last[0].start <= limit:
+                last.append(extent)
+                continue
+        groups.append([extent])
+    return groups

@@ -1,0 +1,114 @@
+"""One shard's index as a lane sees it: which rows are read, why the others are not, where the bytes lie."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import DataError
+from data_pipeline.order.buckets import Buckets
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.index import DEFECTS, ShardIndex, decode_index
+from data_pipeline.shards.selection import Selection
+from data_pipeline.storage.ranges import RangeReader
+
+
+@dataclass(frozen=True)
+class ShardView:
+    """What is decided about the n samples of one shard before a byte of it is read."""
+
+    keys: NDArray[np.bytes_]
+    codes: NDArray[np.int32]
+    """[n] -1: read it; else position of the reason in `names`."""
+    names: tuple[str, ...]
+    members: tuple[str, ...]
+    """Extensions that are read, one row of offsets and sizes each."""
+    offsets: NDArray[np.int64]
+    """[members, n] first byte, -1 where absent."""
+    sizes: NDArray[np.int64]
+    late: Filter | None
+    """Clauses that the index cannot decide: they look at each json once it is read."""
+    buckets: NDArray[np.int16]
+    """[n] bucket of every sample."""
+
+    def key(self, row: int) -> str:
+        """Key of one sample."""
+        return bytes(self.keys[row]).decode("utf-8", "replace")
+
+    def reason(self, row: int) -> str | None:
+        """Why a sample is rejected unread; None: read it."""
+        code = int(self.codes[row])
+        return self.names[code] if code >= 0 else None
+
+
+class ShardViews:
+    """Views of the shards in use, each loaded once, the least recently used dropped."""
+
+    def __init__(
+        self, dataset: Dataset, selection: Selection, buckets: Buckets, reader: RangeReader, capacity: int
+    ) -> None:
+        self._dataset, self._selection, self._reader = dataset, selection, reader
+        self._buckets = buckets
+        self._capacity = capacity
+        self._views: OrderedDict[int, Future[ShardView]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, shard: int) -> ShardView:
+        """View of one distinct shard; other threads that want it meanwhile wait for the same load."""
+        with self._lock:
+            future = self._views.get(shard)
+            mine = future is None
+            if future is None:
+                future = self._views[shard] = Future()
+            self._views.move_to_end(shard)
+            while len(self._views) > self._capacity:
+                self._views.popitem(last=False)
+        if mine:
+            # Outside the lock: sixteen threads load sixteen shards at once.
+            try:
+                future.set_result(self._load(shard))
+            except BaseException as error:
+                # Forgotten before it is told, so that whoever asks next tries again.
+                with self._lock:
+                    self._views.pop(shard, None)
+                future.set_exception(error)
+                raise
+        return future.result()
+
+    def _load(self, shard: int) -> ShardView:
+        url = self._dataset.index_urls[shard]
+        data = self._reader.read_all(url)
+        if hashlib.sha256(data).hexdigest() != self._dataset.checksums[shard]:
+            raise DataError(f"The index {url} does not match its manifest; run `ldm data index` again.")
+        return self._view(decode_index(data, url))
+
+    def _view(self, index: ShardIndex) -> ShardView:
+        codes, names = self._selection.reasons(index)
+        late = self._selection.undecided(index)
+        offsets, sizes = [], []
+        for extension in self._selection.members:
+            first, size = np.full(len(index), -1, np.int64), np.zeros(len(index), np.int64)
+            needed = extension != "json" or self._selection.reads_json or late is not None
+            if extension in index.extensions and needed:
+                first, size = index.extents(extension)
+            offsets.append(first)
+            sizes.append(size)
+        # A defect outranks filter and removal list: DEFECTS is appended to the names, its codes shifted.
+        defects = index.defects.astype(np.int32)
+        return ShardView(
+            keys=index.keys,
+            codes=np.where(defects > 0, defects + len(names), codes),
+            names=(*names, *DEFECTS),
+            members=self._selection.members,
+            offsets=np.stack(offsets),
+            sizes=np.stack(sizes),
+            late=late,
+            buckets=self._buckets.assign(*index.picture_sizes()),
+        )
