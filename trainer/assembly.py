@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from trainer.interop.initialise import initialise
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.timer import StepTimer
 from trainer.model import build_autoencoder, build_model
+from trainer.provenance import git_commit
 from trainer.reliability.healing import Healer, Incident
 from trainer.reliability.journal import read_journal, write_journal
 from trainer.stages.autoencoder import AutoencoderStage
@@ -160,7 +160,7 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
         **config_to_dict(config),
         "world_size": env.world_size,
         "accumulation": accumulation,
-        "git_commit": git_commit(),
+        "git_commit": git_commit(Path(__file__).resolve().parent) or "unknown",
         **facts,
     }
     sinks = Sinks(config, main_rank=env.is_main, resolved=resolved)
@@ -200,15 +200,3 @@ def _start_from(source: str | None, network: nn.Module) -> None:
         return
     tensors, _ = open_weights(source)
     logger.info("starting from %s\n%s", source, initialise(network, tensors, source).describe())
-
-
-def git_commit() -> str:
-    """Commit of the code that runs, `unknown` outside a checkout."""
-    try:
-        root = Path(__file__).resolve().parent
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found.stdout.strip()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.conditioning.clip_tokenizer import ClipTokenizer
-from trainer.conditioning.openclip import OpenCLIP, architecture, load_tower
+from trainer.conditioning.open_clip_towers import architecture, load_tower
+from trainer.conditioning.openclip import OpenCLIP
 from trainer.conditioning.text_transformer import TextEncoder
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig, TextTransformerConfig
 from trainer.weights import write_weights

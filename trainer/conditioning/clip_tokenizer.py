@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from open_clip import SimpleTokenizer
+    from trainer.conditioning.open_clip_towers import SimpleTokenizer
 
 REMEMBERED_WORDS = 200_000
 """Words whose ids are kept; beyond that all are forgotten. Billions of captions hold endless rare words."""
@@ -71,6 +71,7 @@ class ClipTokenizer:
 
 @functools.cache
 def _shared_encoder() -> SimpleTokenizer:
-    import open_clip  # takes seconds, and only CLIP's vocabulary needs it
+    # Takes seconds, and only CLIP's vocabulary needs it.
+    from trainer.conditioning.open_clip_towers import SimpleTokenizer
 
-    return open_clip.SimpleTokenizer()
+    return SimpleTokenizer()

@@ -158,7 +158,7 @@ def _write_diffusers(
 
 def _text_config(config: OpenCLIPConfig, tensors: Tensors) -> Json:
     """config.json of the CLIPTextModel with these weights."""
-    from trainer.conditioning.openclip import architecture  # imports open_clip, which takes seconds
+    from trainer.conditioning.open_clip_towers import architecture  # imports open_clip, which takes seconds
 
     model = architecture(config)
     text: dict[str, Any] = model["text_cfg"]

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -27,6 +26,7 @@ from trainer.config.io import config_to_dict, dump_yaml, load_config
 from trainer.config.run import Config
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
+from trainer.provenance import git_commit
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "arguments": list(arguments),
         "working_directory": str(Path.cwd()),
-        "commit": _commit(repository),
+        "commit": git_commit(repository, mark_changes=True),
         "run_dir": config.run_dir,
         "config": config_to_dict(config),
     }
@@ -228,17 +228,6 @@ def _record_and_decide(args: argparse.Namespace) -> int:
     action, exclude = decide(read_attempts(args.job_dir), Policy.from_environment())
     sys.stdout.write(f"{action} {','.join(exclude) or '-'}\n")
     return 0
-
-
-def _commit(repository: Path) -> str | None:
-    """Commit of the working tree, with `+changes` when it is not clean; None outside git."""
-    git = ["git", "-C", str(repository)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
 def _store_in_run(run_dir: str, job_dir: Path, submission: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trainer.conditioning.base import Source
-from trainer.conditioning.openclip import OpenCLIP, build_tower, load_tower, weights_file
+from trainer.conditioning.open_clip_towers import build_tower, load_tower, weights_file
+from trainer.conditioning.openclip import OpenCLIP
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.weights import write_weights
@@ -112,7 +113,7 @@ def stored(tmp_path: Path, prefix: str, extra: dict[str, Tensor]) -> tuple[dict[
 
 
 def _model() -> dict[str, Any]:
-    from trainer.conditioning.openclip import architecture
+    from trainer.conditioning.open_clip_towers import architecture
 
     return architecture(TOWER)
 

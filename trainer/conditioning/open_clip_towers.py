@@ -1,0 +1,132 @@
+"""The only importer of open_clip, which takes seconds: its text towers, their weights, and its vocabulary."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import open_clip.model
+import torch
+from open_clip import SimpleTokenizer
+from open_clip.transformer import TextTransformer
+
+from trainer.config.models import OpenCLIPConfig
+from trainer.config.run import ConfigError
+from trainer.weights import check_fit, read_tensors, shapes_of
+
+__all__ = ["SimpleTokenizer", "TextTransformer", "architecture", "build_tower", "load_tower", "weights_file"]
+
+logger = logging.getLogger(__name__)
+
+
+def architecture(config: OpenCLIPConfig) -> dict[str, Any]:
+    """open_clip's model configuration with the overrides for small towers applied.
+
+    Raises:
+        ConfigError: no such model, a text tower that is not open_clip's own, or sizes that do not fit.
+    """
+    names = open_clip.list_models()
+    if config.model not in names:
+        near = difflib.get_close_matches(config.model, names, n=3, cutoff=0.4)
+        raise ConfigError(
+            f"open_clip has no model {config.model!r}; did you mean {', '.join(near) or 'ViT-H-14'}?"
+        )
+    model: dict[str, Any] = open_clip.get_model_config(config.model)
+    text = model["text_cfg"]
+    foreign = text.get("hf_model_name") or text.get("hf_tokenizer_name")
+    if foreign:
+        raise ConfigError(
+            f"the text tower of {config.model} needs {foreign} from the Hugging Face hub; choose a model "
+            "with CLIP's own tokenizer, such as ViT-H-14, ViT-bigG-14 or ViT-L-14."
+        )
+    for name in ("width", "layers", "heads", "context_length"):
+        value = getattr(config, name)
+        if value is not None:
+            text[name] = value
+            if name == "width":
+                model["embed_dim"] = value
+    if text["width"] % text["heads"]:
+        raise ConfigError(
+            f"a text tower of width {text['width']} cannot have {text['heads']} heads; set the tower's "
+            "heads to a divisor of its width."
+        )
+    if config.layer == "penultimate" and text["layers"] < 2:
+        raise ConfigError("the penultimate layer needs a text tower of at least 2 layers; use layer=last.")
+    return model
+
+
+def build_tower(config: OpenCLIPConfig, model: Mapping[str, Any], seed: int) -> TextTransformer:
+    """open_clip's text tower without its image tower, with its weights.
+
+    Under `torch.device("meta")` no memory is used and no weights are read. What the chosen output never
+    reads (last layer, projection) is left out.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # A frozen random tower is part of the model: the same for every run, resume and sampling.
+        torch.manual_seed(seed)
+        tower = open_clip.model._build_text_tower(
+            model["embed_dim"], dict(model["text_cfg"]), quick_gelu=model.get("quick_gelu", False)
+        )
+    if not config.pooled:
+        tower.text_projection = None
+        if config.layer == "penultimate":
+            tower.transformer.resblocks = tower.transformer.resblocks[:-1]
+    if tower.positional_embedding.is_meta:
+        return tower
+    if config.pretrained is None:
+        logger.warning(
+            "text tower %s: no pretrained weights are named, so it has seeded RANDOM weights", config.model
+        )
+    else:
+        load_tower(tower, weights_file(config.model, config.pretrained))
+    return tower
+
+
+def weights_file(model: str, pretrained: str) -> str:
+    """Where the weights lie: a file or URL as given, or open_clip's (downloaded) file for a tag.
+
+    Raises:
+        ConfigError: neither a file nor a tag, or the tag cannot be downloaded.
+    """
+    if "://" in pretrained or Path(pretrained).is_file():
+        return pretrained
+    if pretrained not in open_clip.list_pretrained_tags_by_model(model):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise ConfigError(
+            f"pretrained={pretrained!r} is neither a file nor one of open_clip's tags for {model} ({tags})."
+        )
+    try:
+        path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"cannot download {model} {pretrained} ({error}); fetch the file elsewhere and name its path as "
+            "pretrained."
+        ) from error
+    return str(path)
+
+
+def load_tower(tower: TextTransformer, url: str) -> None:
+    """Load the text tower's weights out of a file that may hold a whole CLIP model or SD checkpoint.
+
+    Raises:
+        ConfigError: tensors are missing or have other shapes; nothing is loaded then.
+    """
+    wanted = shapes_of(tower.state_dict())
+    stored = read_tensors(url, lambda names: _names_in_file(names, wanted).values())
+    found = {name: stored[theirs] for name, theirs in _names_in_file(list(stored), wanted).items()}
+    remedy = "Name a file in open_clip's layout (`ldm import` converts others)."
+    check_fit(wanted, shapes_of(found), f"the text tower in {url}", remedy)
+    tower.load_state_dict(found, strict=True)
+
+
+def _names_in_file(stored: Sequence[str], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """Tower name -> name in the file, under the prefix that covers most of the tower."""
+    present = set(stored)
+    mark = "token_embedding.weight"
+    prefixes = [name.removesuffix(mark) for name in stored if name.endswith(mark)]
+    candidates = [{name: p + name for name in wanted if p + name in present} for p in prefixes]
+    return max(candidates, key=len, default={})
