@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -18,6 +17,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, WorkerDied, consequence_of
 from data_pipeline.feed.share import Share, ShareStream
 from data_pipeline.feed.task import ShareTask
+from data_pipeline.processes import unnamed_file
 from data_pipeline.shards.dataset import sources_of
 from data_pipeline.storage.client import filesystem
 
@@ -38,7 +38,7 @@ class WorkerProcess:
         self.name = name
         self._patience_s = config.patience_s + _SILENCE_S
         self._slots = max(1, config.prefetch)
-        self._memory_file = _unnamed_file()
+        self._memory_file = unnamed_file("loader")
         ours, theirs = Pipe(duplex=True)
         self._connection: Connection[Any, Any] = ours
         command = [
@@ -123,13 +123,6 @@ class WorkerProcess:
 
 def _slot_bytes(task: ShareTask) -> int:
     return -(-task.layout().bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _unnamed_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("loader")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 def _serve(connection: Connection[Any, Any], memory: int) -> None:

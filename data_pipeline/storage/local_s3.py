@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import http.client
 import logging
 import os
@@ -11,18 +10,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import time
 from pathlib import Path
 from types import TracebackType
 
 from data_pipeline.errors import DataError
+from data_pipeline.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
-_PR_SET_PDEATHSIG = 1
 
 
 def find_rclone() -> str:
@@ -114,7 +112,7 @@ class LocalS3:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
             # its own session, so that Ctrl-C reaches the owner first, who still needs the server
             start_new_session=True,
         )
@@ -168,7 +166,3 @@ class LocalS3:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

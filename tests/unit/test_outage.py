@@ -18,7 +18,7 @@ from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode
 from trainer.launch import rank
-from trainer.launch.restarts import RESTARTS_VARIABLE, is_restart
+from trainer.launch.rank import RESTARTS_VARIABLE, is_restart
 from trainer.reliability import outage
 from trainer.reliability.journal import read_journal, write_journal
 

@@ -6,24 +6,22 @@ import contextlib
 import mmap
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from data_pipeline.processes import unnamed_file
+
 _POPULATE_WRITE = 23  # madvise(2) MADV_POPULATE_WRITE, Linux 5.14
 
 
 class HostBuffer:
-    """Anonymous memory behind a file descriptor, pinned when a GPU copies into it.
-
-    Unlike /dev/shm, its size is limited by memory alone, also in a container.
-    """
+    """Unnamed memory behind a file descriptor, pinned when a GPU copies into it."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.num_bytes = num_bytes
-        self.descriptor = _anonymous_file()
+        self.descriptor = unnamed_file("ldm-checkpoint")
         os.ftruncate(self.descriptor, max(num_bytes, 1))
         self._memory = mmap.mmap(self.descriptor, max(num_bytes, 1))
         if hasattr(self._memory, "madvise") and sys.platform == "linux":
@@ -82,10 +80,3 @@ def adjoining_views(tensors: Sequence[Tensor]) -> list[Tensor]:
             assert tensor.is_contiguous()
             merged.append(tensor)
     return merged
-
-
-def _anonymous_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("ldm-checkpoint")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import mmap
@@ -14,10 +13,10 @@ import threading
 from typing import Any, BinaryIO
 
 from data_pipeline.errors import Failure, consequence_of
+from data_pipeline.processes import die_with_parent
 from trainer.checkpoint.manifest import StoredFile
 from trainer.checkpoint.writer import Job, job_from_header, write_commit, write_shard
 
-_PR_SET_PDEATHSIG = 1
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 Frame = tuple[dict[str, Any], list[bytes]]
@@ -97,8 +96,7 @@ def main() -> None:
     """Speak over standard input and output; the trainer's signals are not for this process."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="checkpoint writer: %(levelname)s %(message)s")
     os.nice(19)  # training comes first on a busy host; when it waits for this process it is idle itself
     answers = os.fdopen(os.dup(1), "wb")

@@ -13,26 +13,15 @@ import torch
 import torch.distributed as dist
 
 from trainer.config.run import ConfigError
+from trainer.distributed.place import Place
 
 Launcher = Literal["torchrun", "slurm", "single"]
 
 
 @dataclass(frozen=True)
-class DistributedEnv:
-    """The place of this process among its peers. Ray Train sets the same variables as torchrun."""
+class DistributedEnv(Place):
+    """The place of this process among its peers, who said so, and the device it computes on."""
 
-    rank: int
-    """0 .. world_size - 1."""
-    local_rank: int
-    """0 .. local_world_size - 1."""
-    world_size: int
-    """Ranks of the job."""
-    local_world_size: int
-    """Ranks on this node."""
-    master_addr: str
-    """Host of rank 0."""
-    master_port: int
-    """Rendezvous port on that host."""
     launcher: Launcher
     """Where the facts come from."""
     device: torch.device
@@ -139,14 +128,7 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
     """
     assert not dist.is_initialized()
     # DeepSpeed reads these, also where it was SLURM that said who we are.
-    facts = {
-        "RANK": str(env.rank),
-        "LOCAL_RANK": str(env.local_rank),
-        "WORLD_SIZE": str(env.world_size),
-        "LOCAL_WORLD_SIZE": str(env.local_world_size),
-        "MASTER_ADDR": env.master_addr,
-        "MASTER_PORT": str(env.master_port),
-    }
+    facts = env.variables()
     _environment_before.update({name: os.environ.get(name) for name in facts})
     os.environ.update(facts)
     if env.device.type == "cuda":

@@ -16,9 +16,8 @@ from types import FrameType
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode, should_restart
-from trainer.launch.attempt import Attempt, rank_command
-from trainer.launch.rank import Task, run_rank
-from trainer.launch.restarts import RESTARTS_VARIABLE
+from trainer.launch.attempt import Attempt
+from trainer.launch.rank import Task, rank_command, run_rank
 
 # Why not torch.distributed.elastic: its agent restarts after any failure, a mistake in the
 # configuration included, knows no heartbeat (a SIGSTOPped rank lives on until the collective's
@@ -69,10 +68,11 @@ def supervise(
             attempt = Attempt(
                 command,
                 ranks,
-                environment={**_thread_settings(ranks), RESTARTS_VARIABLE: str(restarts)},
+                environment=_thread_settings(ranks),
                 scratch=scratch,
                 log_dir=log_dir,
                 watchdog_s=watchdog_s,
+                restarts=restarts,
             )
             try:
                 stop.attach(attempt)

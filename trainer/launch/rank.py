@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.processes import die_with_parent
 from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, classify, normalize
-from trainer.launch.restarts import RESTARTS_VARIABLE, is_restart
 
 LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
 """Environment variable with the launcher's process id; a rank does not outlive it."""
+RESTARTS_VARIABLE = "LDM_RESTARTS"
+"""Environment variable that tells a rank how often its launcher has restarted the run."""
 
 Task = Literal["train", "doctor"]
 
-_PR_SET_PDEATHSIG = 1
+_COUNTERS = (RESTARTS_VARIABLE, "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 logger = logging.getLogger(__name__)
+
+
+def rank_command(config_file: Path, task: Task) -> list[str]:
+    """The command line of a rank."""
+    return [sys.executable, "-m", "trainer.launch.rank", str(config_file), task]
+
+
+def is_restart(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the same command has run before, so that its URLs are known to be right."""
+    return any(environment.get(name, "0") not in ("", "0") for name in _COUNTERS)
 
 
 def run_rank(config: Config, task: Task = "train") -> ExitCode:
@@ -83,19 +94,17 @@ def _examine(config: Config) -> ExitCode:
     with tempfile.TemporaryDirectory(prefix="ldm-doctor-") as scratch:
         path = Path(scratch) / "config.json"
         path.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
-        command = [sys.executable, "-m", "trainer.launch.rank", str(path), "doctor"]
         environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid())}
-        return normalize(subprocess.run(command, env=environment, check=False).returncode)
+        done = subprocess.run(rank_command(path, "doctor"), env=environment, check=False)
+        return normalize(done.returncode)
 
 
 def _die_with_launcher() -> None:
-    """Ask Linux for SIGKILL when the launcher ends, however it ends."""
     launcher = os.environ.get(LAUNCHER_VARIABLE)
-    if launcher is None or sys.platform != "linux":
+    if launcher is None:
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # It may have ended before the request was in place.
-    if os.getppid() != int(launcher):
+    die_with_parent()
+    if os.getppid() != int(launcher):  # it ended before the request was in place
         sys.exit(ExitCode.RETRYABLE)
 
 

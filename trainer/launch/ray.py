@@ -1,7 +1,9 @@
 """`python -m trainer.launch.ray CONFIG a.b=c`: the same run on a Ray cluster. Sole importer of ray.
 
-Ray Train places one worker per GPU and watches them; each worker starts its rank as a process of its
-own, since ranks fork loaders and take signals, which threads inside a Ray worker cannot.
+driver (main)        starts the board and Ray Train; a stop of the job becomes a request to save
+board (actor)        what all of them tell each other: ray_board.py
+controller (Ray's)   places workers, restarts them all, resizes; `_SaveBeforeResize` runs in it
+worker (train_rank)  starts its rank as a process and follows it: ray_worker.py
 """
 
 from __future__ import annotations
@@ -29,22 +31,20 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from data_pipeline.errors import RetryableFault, UserError
+from data_pipeline.errors import UserError
 from data_pipeline.storage.client import filesystem
 from trainer.config.io import config_from_dict, config_to_dict, load_config
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
-from trainer.exit_codes import ExitCode, combine, normalize, should_restart
-from trainer.launch.attempt import describe, free_port
+from trainer.distributed.place import Place, free_port
+from trainer.exit_codes import ExitCode
 from trainer.launch.progress import latest_record, newest_checkpoint
-from trainer.launch.rank_process import Place, RankProcess
-from trainer.launch.ray_board import Request, RunBoard, forbids_restart, usable_ranks
+from trainer.launch.ray_board import Request, RunBoard, usable_ranks
+from trainer.launch.ray_worker import ROUND_S, Facts, Follower, started_rank
 
 logger = logging.getLogger(__name__)
 
-_TICK_S = 1.0
 _REPORT_S = 10.0
-_GRACE_S = 10.0
 _SILENCE_S = 15.0
 _METRICS = ("loss", "images_per_s", "data_wait", "learning_rate", "grad_norm")
 
@@ -85,7 +85,7 @@ class _SaveBeforeResize(ControllerCallback):
             # Silence: a worker has failed, and the others wait for it.
             if len(state["codes"]) >= state["ranks"] or state["quiet_s"] > _SILENCE_S:
                 return
-            time.sleep(_TICK_S / 2)
+            time.sleep(ROUND_S / 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +123,7 @@ def _drive(config: Config, args: argparse.Namespace, fewest: int, most: int) -> 
     thread.start()
     told = False
     while thread.is_alive():
-        thread.join(_TICK_S / 2)
+        thread.join(ROUND_S / 2)
         if asked.is_set() and not told:
             told = True
             logger.warning("asked to stop: the ranks save and leave")
@@ -137,7 +137,7 @@ def train_rank(settings: dict[str, Any]) -> int:
     """One Ray Train worker: the exit code of the whole run, or an exception for Ray Train to retry.
 
     Raises:
-        RetryableFault: this rank died, was preempted with its node, or could not go on.
+        RetryableFault: this rank died, hung, was preempted with its node, or could not go on.
     """
     config = config_from_dict(settings["config"])
     context = ray.train.get_context()
@@ -151,9 +151,11 @@ def train_rank(settings: dict[str, Any]) -> int:
     if give_up:
         logger.error("too many faults in a row without progress (distributed.max_restarts); giving up")
         return ExitCode.RETRYABLE
+    group = _Group(board, rank)
+    news = _Reporter(config, ranks).news if rank == 0 else _no_news
     if rank >= ranks:
         logger.info("the batch divides over %d ranks: this worker is a spare", ranks)
-        return _Follower(config, rank, ranks, None, board).run()
+        return Follower(rank, ranks, None, group, news).run()
     place = Place(
         rank=rank,
         local_rank=context.get_local_rank(),
@@ -163,99 +165,52 @@ def train_rank(settings: dict[str, Any]) -> int:
         master_port=port,
     )
     log = _log_folder() / f"{context.get_experiment_name()}-attempt-{attempt}-rank-{rank:04d}.log"
-    process = RankProcess(
-        settings["config"],
-        place,
-        log=log,
-        watchdog_s=config.distributed.watchdog_s,
-        restarts=attempt - 1,
-    )
-    logger.info("rank %d of %d is process %d; log: %s", rank, ranks, process.pid, log)
-    try:
-        return _Follower(config, rank, ranks, process, board).run()
-    finally:
-        process.kill()
+    with started_rank(config, place, log=log, restarts=attempt - 1) as process:
+        logger.info("rank %d of %d is process %d; log: %s", rank, ranks, process.pid, log)
+        return Follower(rank, ranks, process, group, news).run()
 
 
-class _Follower:
-    """Follows one rank's process; all workers go through the same rounds, which rank 0 ends."""
+def _no_news(step: int, final: bool) -> Facts | None:
+    return None
 
-    def __init__(
-        self, config: Config, rank: int, ranks: int, process: RankProcess | None, board: Any
-    ) -> None:
-        self._config = config
-        self._rank, self._ranks = rank, ranks
-        self._process = process
+
+class _Group:
+    """Implements ray_worker.Group: the board is an actor, the rest is Ray Train."""
+
+    def __init__(self, board: Any, rank: int) -> None:
         self._board = board
-        self._asked = False
-        self._code: int | None = None
-        self._doomed_since: float | None = None
-        self._reporter = _Reporter(config, ranks) if rank == 0 else None
+        self._rank = rank
 
-    def run(self) -> int:
-        """The run's exit code, once rank 0 says that the round was the last."""
-        while True:
-            time.sleep(_TICK_S)
-            request, codes = ray.get(self._board.tick.remote(self._process.step if self._process else 0))
-            self._watch(Request(request), codes)
-            preemption = ray.train.get_preemption_info()
-            if preemption is not None:
-                self._ask_to_save("this node or another one is to be taken away")
-            message = None
-            if self._reporter is not None:
-                over = self._code is not None and len(codes) >= self._ranks
-                step = self._process.step if self._process else 0
-                message = {
-                    "over": over,
-                    "code": int(combine(codes.values())) if over else 0,
-                    "report": self._reporter.news(step, final=over),
-                }
-            message = ray.train.collective.broadcast_from_rank_zero(message)
-            if message["report"] is not None:
-                _report(message["report"], self._rank)
-            if message["over"]:
-                code = ExitCode(message["code"])
-                if code is ExitCode.PREEMPTED and request == Request.NONE:
-                    raise RetryableFault("preempted with its node; the state is saved")
-                return code
+    def tick(self, step: int) -> tuple[str, dict[int, int]]:
+        """See Group."""
+        asked, codes = ray.get(self._board.tick.remote(step))
+        return asked, codes
 
-    def _watch(self, request: Request, codes: dict[int, int]) -> None:
-        if self._process is None or self._code is not None:
+    def ended(self, rank: int, code: int) -> None:
+        """See Group."""
+        ray.get(self._board.ended.remote(rank, code))
+
+    def is_preempted(self) -> bool:
+        """See Group."""
+        return ray.train.get_preemption_info() is not None
+
+    def share(self, message: Any) -> Any:
+        """See Group."""
+        return ray.train.collective.broadcast_from_rank_zero(message)
+
+    def report(self, facts: Facts) -> None:
+        """Ray gets a pointer to a checkpoint: it neither copies nor deletes any."""
+        if self._rank or "checkpoint" not in facts:
+            ray.train.report(facts)
             return
-        if request is not Request.NONE:
-            self._ask_to_save(f"request: {request}")
-        if forbids_restart(codes):
-            # The others would wait for that rank until their collectives time out.
-            self._doomed_since = self._doomed_since or time.monotonic()
-            if time.monotonic() - self._doomed_since > _GRACE_S:
-                self._process.kill()
-                self._end(combine(codes.values()))
-                return
-        status = self._process.poll()
-        if status is None:
-            return
-        code = normalize(status)
-        if self._asked and status == -signal.SIGUSR1:
-            code = ExitCode.PREEMPTED  # it was still importing, and had nothing to save yet
-        if code is not ExitCode.PREEMPTED and should_restart(code):
-            raise RetryableFault(f"rank {self._rank} {describe(status)}:\n{self._process.tail()}")
-        if code not in (ExitCode.DONE, ExitCode.PREEMPTED):
-            logger.error("rank %d %s:\n%s", self._rank, describe(status), self._process.tail())
-        self._end(code)
-
-    def _end(self, code: ExitCode) -> None:
-        self._code = code
-        ray.get(self._board.ended.remote(self._rank, int(code)))
-
-    def _ask_to_save(self, reason: str) -> None:
-        if self._process is not None and not self._asked:
-            self._asked = True
-            logger.warning("rank %d: %s; saving", self._rank, reason)
-            self._process.signal(signal.SIGUSR1)
+        with tempfile.TemporaryDirectory() as folder:
+            pointer = {"step": facts["checkpoint_step"], "url": facts["checkpoint"]}
+            (Path(folder) / "pointer.json").write_text(json.dumps(pointer), encoding="utf-8")
+            ray.train.report(facts, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 class _Reporter:
-    """On rank 0: turns the run's own records into Ray metrics and Ray Train reports."""
+    """On worker 0: turns the run's own records into Ray metrics, and says what Ray Train is told."""
 
     def __init__(self, config: Config, ranks: int) -> None:
         self._config = config
@@ -268,14 +223,14 @@ class _Reporter:
             self._gauges[name] = Gauge(f"ldm_{name}", f"{name} of the training run", tag_keys=("run",))
             self._gauges[name].set_default_tags(tags)
 
-    def news(self, step: int, *, final: bool) -> dict[str, Any] | None:
+    def news(self, step: int, final: bool) -> Facts | None:
         """Something to report every few seconds: numbers, and a checkpoint that was not yet reported."""
         now = time.monotonic()
         if now < self._next and not final:
             return None
         self._next = now + _REPORT_S
         record = latest_record(self._config.run_dir) or {}
-        report: dict[str, Any] = {"step": step, "ranks": self._ranks}
+        report: Facts = {"step": step, "ranks": self._ranks}
         report["samples_seen"] = step * self._config.global_batch_size
         report.update({name: record[name] for name in _METRICS if name in record})
         for name, value in report.items():
@@ -285,17 +240,6 @@ class _Reporter:
             report["checkpoint_step"], self._checkpoint = newest
             report["checkpoint"] = self._checkpoint
         return report
-
-
-def _report(report: dict[str, Any], rank: int) -> None:
-    """Collective, as Ray Train wants it. Ray gets a pointer: it neither copies nor deletes checkpoints."""
-    if rank or "checkpoint" not in report:
-        ray.train.report(report)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        pointer = {"step": report["checkpoint_step"], "url": report["checkpoint"]}
-        (Path(folder) / "pointer.json").write_text(json.dumps(pointer), encoding="utf-8")
-        ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def _arrow(storage: Any) -> Any:

@@ -17,11 +17,12 @@ import pytest
 from data_pipeline.errors import FatalFault
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig
+from trainer.distributed.place import free_port
 from trainer.exit_codes import ExitCode
 from trainer.launch import local, rank
-from trainer.launch.attempt import cpu_wait_s, describe, free_port
 from trainer.launch.local import launch, ranks_are_given, supervise, visible_devices
 from trainer.launch.rank import run_rank
+from trainer.launch.rank_process import cpu_wait_s, describe
 
 UNEXAMINED = Config(distributed=DistributedConfig(doctor=False))
 PREAMBLE = """

@@ -1,21 +1,13 @@
-"""What the parts of a Ray run tell each other; the rank as a child process; a run's progress from outside."""
+"""What the parts of a Ray run tell each other; a run's progress from outside."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-import time
 from pathlib import Path
-
-import pytest
 
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode
-from trainer.launch import rank_process
 from trainer.launch.progress import latest_record, newest_checkpoint
-from trainer.launch.rank_process import Place, RankProcess
 from trainer.launch.ray_board import Request, RunBoard, forbids_restart, usable_ranks
 
 
@@ -63,75 +55,6 @@ def test_workers_that_the_batch_cannot_use_are_spares() -> None:
 def test_only_final_codes_end_the_run_for_all() -> None:
     assert not forbids_restart({0: ExitCode.DONE, 1: ExitCode.PREEMPTED, 2: ExitCode.RETRYABLE})
     assert forbids_restart({0: ExitCode.DONE, 1: ExitCode.USER_ERROR})
-
-
-PLACE = Place(rank=3, local_rank=1, world_size=4, local_world_size=2, master_addr="127.0.0.1", master_port=1)
-CHILD = """
-import os, sys, time, signal
-from trainer.reliability.heartbeat import board_from_environment
-board = board_from_environment(1)
-board.write(1, deadline=time.monotonic() + float(sys.argv[1]), step=17, phase="step")
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
-assert os.environ["LDM_RESTARTS"] == "3"
-for _ in range(600):
-    board.tick(1)
-    time.sleep(0.05)
-"""
-
-
-@pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A child that speaks like a rank but imports no torch."""
-    made: list[RankProcess] = []
-
-    def make(deadline_s: float) -> RankProcess:
-        def command(config_file: Path, task: str) -> list[str]:
-            assert json.loads(config_file.read_text()) == {"steps": 1}
-            assert task == "train"
-            return [sys.executable, "-c", CHILD, str(deadline_s)]
-
-        monkeypatch.setattr(rank_process, "rank_command", command)
-        made.append(
-            RankProcess({"steps": 1}, PLACE, log=tmp_path / "logs" / "r.log", watchdog_s=2.0, restarts=3)
-        )
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.kill()
-
-
-def wait_for_step(process: RankProcess) -> None:
-    while process.step != 17:
-        assert process.poll() is None, process.tail()
-        time.sleep(0.02)
-
-
-def wait_for_status(process: RankProcess) -> int:
-    while (status := process.poll()) is None:
-        time.sleep(0.02)
-    return status
-
-
-def test_a_rank_process_knows_its_place_and_obeys_signals(start) -> None:
-    process = start(deadline_s=600.0)
-    wait_for_step(process)
-    process.signal(signal.SIGUSR1)
-    assert wait_for_status(process) == ExitCode.PREEMPTED
-    assert process.tail() == "rank 3 of 4"
-
-
-def test_a_frozen_rank_process_is_a_retryable_fault(start) -> None:
-    process = start(deadline_s=600.0)
-    wait_for_step(process)
-    os.kill(process.pid, signal.SIGSTOP)
-    assert wait_for_status(process) == ExitCode.RETRYABLE
-
-
-def test_a_rank_process_without_progress_is_a_retryable_fault(start) -> None:
-    process = start(deadline_s=0.1)
-    assert wait_for_status(process) == ExitCode.RETRYABLE
 
 
 def test_progress_of_a_run(tmp_path: Path) -> None:
