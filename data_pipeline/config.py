@@ -2,8 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
+
+CONDITIONS = ("class_label", "layout", "semantic_map", "depth")
+"""Fields that shards may carry beside picture and caption; a condition of the model bears the same name."""
+
+RANGE = "range"
+"""Key of a field's metadata under which its `Range` lies."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have; NaN lies in none."""
+
+    low: float
+    high: float
+    low_allowed: bool
+    high_allowed: bool
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low <= value if self.low_allowed else self.low < value
+        return above and (value <= self.high if self.high_allowed else value < self.high)
+
+    def __str__(self) -> str:
+        low = f"{'at least' if self.low_allowed else 'above'} {self.low:.12g}"
+        return f"{low} and {'at most' if self.high_allowed else 'below'} {self.high:.12g}"
+
+
+def number(
+    default: T,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> T:
+    """A field whose numbers (those of a tuple one by one, null never) lie in a range, open or closed."""
+    assert (least is None) != (above is None), "one lower limit"
+    assert (most is None) != (below is None), "one upper limit"
+    low, high = (least if above is None else above), (most if below is None else below)
+    assert low is not None
+    assert high is not None
+    allowed = Range(low, high, low_allowed=above is None, high_allowed=below is None)
+    return field(default=default, metadata={RANGE: allowed})
 
 
 @dataclass(frozen=True)
@@ -12,7 +56,7 @@ class SourceConfig:
 
     shards: str
     """URL with braces or wildcards, e.g. s3://laion/{00000..18699}.tar or /data/*.tar."""
-    repeat: int = 1
+    repeat: int = number(1, least=1, most=10**6)
     """How often an epoch contains each of its samples."""
 
 
@@ -28,15 +72,15 @@ class DataConfig:
     """URL of the folder that holds the index; unset: `_index` beside the shards."""
     order: Literal["indexed", "resampled"] = "indexed"
     """indexed: exact order and resume; resampled: plain webdataset streaming, resume is approximate."""
-    lanes: int = 0
+    lanes: int = number(0, least=0, most=10**9)
     """Independent walks over the shards; ranks x workers must divide it. 0: derived from the global batch."""
-    shuffle_window: int = 0
+    shuffle_window: int = number(0, least=0, most=10**9)
     """Samples of one lane that are shuffled together; 1: shard order; 0: derived (about 1 GB in all)."""
     filter: str = ""
     """Rows to keep, e.g. punsafe < 0.1 and min(width, height) >= 512; empty: all."""
     removal_lists: tuple[str, ...] = ()
     """URLs of files with keys, image URLs or sha256 hashes (one per line) never to be served."""
-    image_size: int = 256
+    image_size: int = number(256, least=1, most=2**16)
     """Edge length of the square crop, in pixels."""
     crop: Literal["random", "center"] = "center"
     """Crop after resizing the shorter side to image_size."""
@@ -44,39 +88,40 @@ class DataConfig:
     """Flip half of the samples (never with text about left and right)."""
     buckets: bool = False
     """Aspect-ratio buckets of about image_size ** 2 pixels instead of square crops."""
-    bucket_step: int = 64
+    bucket_step: int = number(64, least=1, most=2**16)
     """Bucket edges are multiples of this."""
-    bucket_max_aspect: float = 2.0
+    bucket_max_aspect: float = number(2.0, least=1, most=100)
     """Largest ratio of longer to shorter edge of a bucket."""
     captions: tuple[str, ...] = ("txt",)
     """Where captions come from: txt, or columns of the json (a list there means several captions)."""
     require_caption: bool = True
     """Reject samples without a caption; otherwise they get the empty caption."""
     conditions: tuple[str, ...] = ()
-    """Extra fields of each sample: class_label, layout, semantic_map, depth."""
-    max_layout_boxes: int = 30
-    """Boxes kept per image, largest first (layout)."""
-    max_image_pixels: int = 64_000_000
+    """Extra fields of each sample: class_label, layout, semantic_map, depth. Derived: those that sections of
+    `conditioning` need; may be written out, but not otherwise."""
+    max_layout_boxes: int = number(30, least=1, most=10_000)
+    """Boxes kept per image, largest first. Derived: conditioning.layout.max_boxes."""
+    max_image_pixels: int = number(64_000_000, least=1, most=10**12)
     """Larger pictures are rejected before decoding (decompression bombs)."""
-    max_member_bytes: int = 64_000_000
+    max_member_bytes: int = number(64_000_000, least=1, most=10**13)
     """Larger tar members are rejected before reading."""
-    workers: int = 2
+    workers: int = number(2, least=0, most=4096)
     """Loader processes per rank; 0: in the training process."""
-    prefetch: int = 4
+    prefetch: int = number(4, least=1, most=10**5)
     """Batches that each worker prepares ahead."""
-    read_ahead_bytes: int = 8_000_000
+    read_ahead_bytes: int = number(8_000_000, least=1, most=10**12)
     """Most bytes asked for in one range request."""
-    buffer_bytes: int = 256_000_000
+    buffer_bytes: int = number(256_000_000, least=1, most=10**13)
     """Bytes that each worker may have read or requested ahead of decoding."""
     reject_file: str | None = None
     """Local path (`{rank}` is filled in) where every rejected sample is appended as a JSON line."""
-    request_timeout_s: float = 30.0
+    request_timeout_s: float = number(30.0, above=0, most=10**6)
     """Per-request timeout, also for a body that stops arriving."""
-    max_retries: int = 8
+    max_retries: int = number(8, least=0, most=1000)
     """Tries of one read, with exponential backoff and jitter, before its shard is set aside."""
-    patience_s: float = 600.0
+    patience_s: float = number(600.0, least=0, most=10**7)
     """How long storage may be unreachable before the run saves and stops."""
     cache_dir: str | None = None
     """Local folder that keeps shards already read; unset: no cache."""
-    cache_bytes: int = 0
+    cache_bytes: int = number(0, least=0, most=10**16)
     """Size bound of the cache."""

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import CONDITIONS, DataConfig
 from data_pipeline.errors import DataError, Rejected
 from data_pipeline.pictures.crops import Geometry, crop_map
 
-CONDITIONS = ("class_label", "layout", "semantic_map", "depth")
 _MIN_BOX = 0.01
 """Boxes of which less than this share of an edge is left after the crop are dropped."""
 

@@ -249,7 +249,7 @@ def test_a_missing_field_is_named(name: str) -> None:
     field = "size" if name == "image_size" else name
     batch = samples()
     del batch["conditions"][field]
-    with pytest.raises(ConfigError, match=f"needs the field {field} .*data.conditions"):
+    with pytest.raises(ConfigError, match=f"needs the field {field} .*in the shards"):
         prepare(build(name), batch)
 
 

@@ -53,9 +53,7 @@ def test_prompts_are_repeated_in_their_order() -> None:
 
 
 def test_class_labels_join_one_prompt() -> None:
-    both = config(
-        "conditioning={openclip: {width: 8}, class_label: {width: 8}}", "data.conditions=[class_label]"
-    )
+    both = config("conditioning={openclip: {width: 8}, class_label: {width: 8}}")
     inputs = sampling_inputs(both, Wishes(prompts=("a",), class_labels=(5, -1), per_prompt=2))
     assert inputs.request.captions == ("a",) * 4
     assert inputs.request.conditions["class_label"].tolist() == [5, 5, -1, -1]
@@ -67,7 +65,7 @@ def test_class_labels_join_one_prompt() -> None:
 def test_layout_as_in_the_shards(tmp_path: Path) -> None:
     file = tmp_path / "layout.json"
     file.write_text(json.dumps({"layout": BOXES, "caption": "ignored"}))
-    model = config("conditioning.layout={}", "data.conditions=[layout]")
+    model = config("conditioning.layout={}")
     inputs = sampling_inputs(model, Wishes(layout=str(file), per_prompt=3, size=(64, 48)))
     assert inputs.request.conditions["layout"].tolist() == [BOXES] * 3
     assert inputs.request.size == (64, 48)
@@ -101,7 +99,7 @@ def test_layout_with_too_many_boxes(tmp_path: Path) -> None:
 
 def test_semantic_map_sets_the_size_and_keeps_its_labels(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).choice([0, 7, 181, 255], size=(40, 52))
-    model = config("conditioning.semantic_map={}", "data.conditions=[semantic_map]")
+    model = config("conditioning.semantic_map={}")
     inputs = sampling_inputs(model, Wishes(semantic_map=picture(tmp_path / "map.png", labels)))
     assert inputs.request.size == (40, 52)
     assert inputs.request.conditions["semantic_map"].dtype == torch.uint8
@@ -112,7 +110,7 @@ def test_semantic_map_sets_the_size_and_keeps_its_labels(tmp_path: Path) -> None
 
 
 def test_a_coloured_semantic_map_is_refused(photo: str) -> None:
-    model = config("conditioning.semantic_map={}", "data.conditions=[semantic_map]")
+    model = config("conditioning.semantic_map={}")
     with pytest.raises(ConfigError, match="label indices"):
         sampling_inputs(model, Wishes(semantic_map=photo))
 
@@ -174,7 +172,7 @@ def test_super_resolution_multiplies_the_size(photo: str) -> None:
 def test_depth_of_any_range(tmp_path: Path) -> None:
     file = tmp_path / "depth.png"
     Image.fromarray(np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 60).save(file)
-    model = config("conditioning.depth={}", "data.conditions=[depth]")
+    model = config("conditioning.depth={}")
     depth = sampling_inputs(model, Wishes(depth=str(file))).request.conditions["depth"]
     assert depth.shape == (1, 1, 32, 32)
     assert depth.max() == 60 * 1023
@@ -203,8 +201,7 @@ def test_depth_of_any_range(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_missing_or_means_nothing(sections: str, wishes: Wishes, sentence: str) -> None:
-    named = [name for name in ("class_label", "layout", "semantic_map", "depth") if name in sections]
-    model = config(f"conditioning={sections}", f"data.conditions=[{', '.join(named)}]")
+    model = config(f"conditioning={sections}")
     with pytest.raises(ConfigError, match=sentence):
         check_wishes(model.conditioning, wishes)
 

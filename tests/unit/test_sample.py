@@ -27,7 +27,7 @@ SETTINGS = [
     "head_dim: 16, num_groups: 4}",
     "sampling={steps: 8, guidance_scale: 3.0}",
 ]
-CLASSES = ("conditioning.class_label={num_classes: 4, width: 16}", "data.conditions=[class_label]")
+CLASSES = ("conditioning.class_label={num_classes: 4, width: 16}",)
 
 
 def model(*settings: str) -> tuple[Config, DiffusionModel]:
@@ -118,7 +118,7 @@ class Counting(nn.Module):
 def test_no_second_pass_where_guidance_has_nothing_to_drop() -> None:
     depth, labels = torch.rand(2, 1, 16, 16), torch.tensor([0, 1])
     for settings, conditions, rows in (
-        (("conditioning.depth={}", "data.conditions=[depth]"), {"depth": depth}, {2}),
+        (("conditioning.depth={}",), {"depth": depth}, {2}),
         (CLASSES, {"class_label": labels}, {4}),
     ):
         config, made = model(*settings)

@@ -90,8 +90,8 @@ class Source:
         if name not in self.conditions:
             raise ConfigError(
                 f"a condition of this model needs the field {name} of every sample and there are "
-                f"{', '.join(sorted(self.conditions)) or 'none'}; add {name} to data.conditions (training) "
-                "or give it (sampling)."
+                f"{', '.join(sorted(self.conditions)) or 'none'}; it must be in the shards (training) or "
+                "be given (sampling)."
             )
         return self.conditions[name].to(self.device, non_blocking=True)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
-from trainer.config.bounds import check_bounds
 from trainer.config.checks_diffusion import check_diffusion, check_sampling
+from trainer.config.derived import check_derived
 from trainer.config.run import Config, ConfigError
+from trainer.config.unet_levels import plan_levels
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError, with the remedy, for the first impossible combination found."""
-    check_bounds(config)
+    """Raise ConfigError, with the remedy, for the first impossible combination; ranges come before."""
     _check_sizes(config)
-    _check_unet(config)
+    plan_levels(config.unet)
     _check_stage(config)
+    check_derived(config)
     _check_conditioning(config)
     if config.stage == "diffusion":
         check_diffusion(config.diffusion)
@@ -41,40 +40,10 @@ def _check_sizes(config: Config) -> None:
         f"data.image_size={config.data.image_size} must be a multiple of the first stage's downsampling "
         f"factor {factor}.",
     )
-    optimizer = config.optimizer
-    _require(optimizer.learning_rate > 0, "optimizer.learning_rate must be positive.")
-    _require(all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas must lie in [0, 1).")
     _require(
         not (config.data.shards and config.data.sources),
         "give either data.shards or data.sources, not both.",
     )
-
-
-def _check_unet(config: Config) -> None:
-    unet = config.unet
-    levels = len(unet.channel_multipliers)
-    _require(
-        (unet.num_heads is None) != (unet.head_dim is None),
-        "set exactly one of unet.num_heads and unet.head_dim (set the other one to null).",
-    )
-    _require(
-        len(unet.transformer_depth) in (1, levels),
-        f"unet.transformer_depth needs 1 or {levels} entries, one per level of unet.channel_multipliers.",
-    )
-    for i, multiplier in enumerate(unet.channel_multipliers):
-        channels = unet.model_channels * multiplier
-        groups = math.lcm(unet.num_groups, unet.res_block_groups or unet.num_groups)
-        _require(
-            channels % groups == 0,
-            f"unet level {i} has {channels} channels, not a multiple of num_groups {groups}; change "
-            "unet.model_channels or unet.num_groups.",
-        )
-        if 2**i in unet.attention_factors:
-            divisor, key = (unet.num_heads, "num_heads") if unet.num_heads else (unet.head_dim, "head_dim")
-            _require(
-                channels % (divisor or 1) == 0,
-                f"unet level {i} has {channels} channels, not a multiple of unet.{key} {divisor}.",
-            )
 
 
 def _check_stage(config: Config) -> None:
@@ -94,18 +63,6 @@ def _check_stage(config: Config) -> None:
 
 def _check_conditioning(config: Config) -> None:
     conditioning = config.conditioning
-    needed = {
-        name
-        for name in ("class_label", "layout", "semantic_map", "depth")
-        if getattr(conditioning, name) is not None
-    }
-    if config.stage == "diffusion":
-        missing = sorted(needed - set(config.data.conditions))
-        _require(
-            not missing,
-            f"conditioning.{missing[0] if missing else ''} needs its field in the batch; add it to "
-            f"data.conditions, e.g. data.conditions=[{', '.join(sorted(needed))}].",
-        )
     tau = conditioning.text_transformer
     _require(
         tau is None or tau.tokenizer != "wordpiece" or tau.vocabulary is not None,
@@ -119,6 +76,11 @@ def _check_conditioning(config: Config) -> None:
             f"conditioning.low_resolution.factor={low.factor} must equal the first stage's downsampling "
             f"factor {config.first_stage.downsampling}, since the image is concatenated to the latents.",
         )
+    sizes = conditioning.image_size
+    _require(
+        sizes is None or sizes.width % 2 == 0,
+        "conditioning.image_size.width must be even: half of the features are sines, half cosines.",
+    )
     for name in ("openclip", "openclip_second"):
         tower = getattr(conditioning, name)
         shrunk = tower is not None and any(

@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from trainer.config.checks import check
+from trainer.config.derived import derive
+from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 
 
@@ -38,6 +40,9 @@ def load_config(path: str | None, overrides: typing.Sequence[str] = ()) -> Confi
     for override in overrides:
         _apply_override(tree, override)
     config: Config = _build(Config, tree, "")
+    check_ranges(config)
+    data = tree.get("data")
+    config = derive(config, given=data if isinstance(data, dict) else ())
     check(config)
     return config
 

@@ -5,28 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from data_pipeline.config import CONDITIONS, number
+
 
 @dataclass(frozen=True)
 class UNetConfig:
     """The denoiser. Input channels, context width and class count are derived, never written here."""
 
-    model_channels: int = 320
+    model_channels: int = number(320, least=1, most=2**16)
     """Channels of the first level; level i has model_channels * channel_multipliers[i]."""
-    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    channel_multipliers: tuple[int, ...] = number((1, 2, 4, 4), least=1, most=1024)
     """One entry per resolution level."""
-    num_res_blocks: int = 2
+    num_res_blocks: int = number(2, least=1, most=64)
     """Residual blocks per level on the way down (one more on the way up)."""
-    attention_factors: tuple[int, ...] = (4, 2, 1)
+    attention_factors: tuple[int, ...] = number((4, 2, 1), least=1, most=2**16)
     """Downsampling factors (not feature-map sizes) at which attention blocks follow residual blocks."""
     attention: Literal["transformer", "plain"] = "transformer"
     """transformer: self- and cross-attention with a feed-forward part; plain: one self-attention (ADM)."""
-    num_heads: int | None = None
+    num_heads: int | None = number(None, least=1, most=4096)
     """Attention heads, the same at every level; exactly one of num_heads and head_dim is set."""
-    head_dim: int | None = 64
+    head_dim: int | None = number(64, least=1, most=2**16)
     """Channels per attention head; exactly one of num_heads and head_dim is set."""
-    transformer_depth: tuple[int, ...] = (1,)
+    transformer_depth: tuple[int, ...] = number((1,), least=0, most=1024)
     """Transformer blocks per attention layer: one number for all levels, or one per level."""
-    middle_transformer_depth: int | None = None
+    middle_transformer_depth: int | None = number(None, least=0, most=1024)
     """Transformer blocks in the middle; unset: the depth of the last level."""
     projection: Literal["conv", "linear"] = "linear"
     """How a transformer projects its input: 1x1 convolution (SD1) or linear layer (SD2)."""
@@ -36,11 +38,11 @@ class UNetConfig:
     """The timestep embedding scales and shifts the normalised features instead of being added."""
     resblock_updown: bool = False
     """Resample inside residual blocks instead of with a strided or nearest+3x3 convolution."""
-    num_groups: int = 32
+    num_groups: int = number(32, least=1, most=2**16)
     """Groups of every group normalisation."""
-    res_block_groups: int | None = None
+    res_block_groups: int | None = number(None, least=1, most=2**16)
     """Groups inside residual blocks where they differ (MLPerf uses 16); unset: num_groups."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1)
     """Dropout inside residual blocks and feed-forward parts."""
     activation_checkpointing: bool = False
     """Recompute residual and attention blocks in backward: less memory, about a quarter slower."""
@@ -54,32 +56,32 @@ class FirstStageConfig:
     """KL-regularised, vector-quantised, or none at all (pixel space)."""
     weights: str | None = None
     """URL of exported weights (safetensors file or `ldm export` folder); needed to train a second stage."""
-    base_channels: int = 128
+    base_channels: int = number(128, least=1, most=2**16)
     """Channels of the first encoder level."""
-    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    channel_multipliers: tuple[int, ...] = number((1, 2, 4, 4), least=1, most=1024)
     """One entry per level; the downsampling factor is 2 ** (levels - 1)."""
-    num_res_blocks: int = 2
+    num_res_blocks: int = number(2, least=1, most=64)
     """Residual blocks per encoder level (one more per decoder level)."""
-    latent_channels: int = 4
+    latent_channels: int = number(4, least=1, most=2**16)
     """z: channels of the latent."""
-    attention_factors: tuple[int, ...] = ()
+    attention_factors: tuple[int, ...] = number((), least=1, most=2**16)
     """Downsampling factors of levels with attention (CompVis lists feature-map sizes at 256 px)."""
     middle_attention: bool = True
     """Attention in the middle of encoder and decoder."""
-    codebook_size: int = 8192
+    codebook_size: int = number(8192, least=1, most=2**31)
     """Entries of the codebook (vq)."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1)
     """Dropout inside residual blocks."""
-    num_groups: int | None = None
+    num_groups: int | None = number(None, least=1, most=2**16)
     """Groups of every group normalisation; unset: 32, or base_channels / 4 where that is fewer."""
-    latent_scale: float | None = None
+    latent_scale: float | None = number(None, above=0, most=10**6)
     """Multiplies latents before diffusion (SD: 0.18215); unset: the value stored with the weights."""
     input_range: Literal["-1..1", "0..1"] = "-1..1"
     """Range of the pixels that a second stage's encoder is shown. 0..1 is wrong for every published VAE and
     exists to repeat the MLPerf Stable Diffusion benchmark, which forgot to normalise; decoding undoes it."""
-    tile_pixels: int = 0
+    tile_pixels: int = number(0, least=0, most=10**6)
     """Encode and decode in overlapping tiles of this edge length; 0: whole images."""
-    encode_chunk: int = 0
+    encode_chunk: int = number(0, least=0, most=10**6)
     """Images per encoder call inside a micro-batch, to bound memory; 0: all at once."""
 
     @property
@@ -107,19 +109,19 @@ class OpenCLIPConfig:
     """Apply the tower's final layer norm to the penultimate layer (SD2: yes; SDXL: no)."""
     padding: Literal["zero", "end"] = "zero"
     """Token after the end of a caption: 0 (open_clip, SD2) or the end token again (SD1's CLIP ViT-L)."""
-    width: int | None = None
+    width: int | None = number(None, least=1, most=2**16)
     """Shrink the tower: text width (with `layers` and `heads`), for small runs without `pretrained`."""
-    layers: int | None = None
+    layers: int | None = number(None, least=1, most=1024)
     """Shrink the tower: number of transformer layers."""
-    heads: int | None = None
+    heads: int | None = number(None, least=1, most=4096)
     """Shrink the tower: number of heads."""
-    context_length: int | None = None
+    context_length: int | None = number(None, least=1, most=2**16)
     """Shrink the tower: tokens per caption, longer ones are cut."""
     pooled: bool = False
     """Also pass the pooled text embedding on as a vector condition (SDXL)."""
     null: Literal["empty", "zeros"] = "empty"
     """The unconditional form: the encoded empty prompt (SD) or zeros; sampling uses the same."""
-    drop_probability: float = 0.1
+    drop_probability: float = number(0.1, least=0, most=1)
     """Probability of replacing a sample's condition by its null form in training."""
 
 
@@ -127,21 +129,21 @@ class OpenCLIPConfig:
 class TextTransformerConfig:
     """Text transformer trained jointly with the UNet (the paper's tau, appendix E.2.1)."""
 
-    width: int = 1280
+    width: int = number(1280, least=1, most=2**16)
     """Token width, and the context width."""
-    layers: int = 32
+    layers: int = number(32, least=1, most=1024)
     """Transformer layers."""
-    heads: int = 8
+    heads: int = number(8, least=1, most=4096)
     """Attention heads."""
-    head_dim: int = 64
+    head_dim: int = number(64, least=1, most=2**16)
     """Channels per head."""
-    max_tokens: int = 77
+    max_tokens: int = number(77, least=1, most=2**16)
     """Tokens per caption."""
     tokenizer: Literal["wordpiece", "clip"] = "clip"
     """wordpiece: a BERT vocabulary file (`vocabulary`); clip: open_clip's byte-pair encoding."""
     vocabulary: str | None = None
     """URL of the WordPiece vocabulary file (one token per line)."""
-    drop_probability: float = 0.1
+    drop_probability: float = number(0.1, least=0, most=1)
     """Probability of the empty caption in training."""
 
 
@@ -149,13 +151,13 @@ class TextTransformerConfig:
 class ClassLabelConfig:
     """A class index, as one context token (LDM) or added to the timestep embedding (ADM, DiT)."""
 
-    num_classes: int = 1000
+    num_classes: int = number(1000, least=1, most=10**9)
     """Number of real classes; one more index is the null class."""
-    width: int = 512
+    width: int = number(512, least=1, most=2**16)
     """Embedding width."""
     inject: Literal["context", "timestep"] = "context"
     """Where the embedding enters the UNet."""
-    drop_probability: float = 0.1
+    drop_probability: float = number(0.1, least=0, most=1)
     """Probability of the null class in training."""
 
 
@@ -163,23 +165,23 @@ class ClassLabelConfig:
 class LayoutConfig:
     """Bounding boxes with labels as tokens of a jointly trained transformer (paper, section 4.3.1)."""
 
-    num_labels: int = 600
+    num_labels: int = number(600, least=1, most=10**6)
     """Object labels."""
-    max_boxes: int = 30
-    """Boxes per image; each is one label token and two corner tokens."""
-    grid: int = 64
+    max_boxes: int = number(30, least=1, most=10_000)
+    """Boxes per image, the largest where there are more; each is one label token and two corner tokens."""
+    grid: int = number(64, least=1, most=2**12)
     """Corners are quantised to grid x grid cells."""
-    width: int = 512
+    width: int = number(512, least=1, most=2**16)
     """Token width, and the context width."""
-    layers: int = 16
+    layers: int = number(16, least=1, most=1024)
     """Transformer layers."""
-    heads: int = 8
+    heads: int = number(8, least=1, most=4096)
     """Attention heads."""
-    head_dim: int = 64
+    head_dim: int = number(64, least=1, most=2**16)
     """Channels per head."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1)
     """Dropout inside the transformer."""
-    drop_probability: float = 0.1
+    drop_probability: float = number(0.1, least=0, most=1)
     """Probability of the empty layout in training."""
 
 
@@ -187,11 +189,11 @@ class LayoutConfig:
 class SemanticMapConfig:
     """A label map, one-hot, reduced to latent resolution and concatenated (paper, section 4.3.2)."""
 
-    num_labels: int = 182
+    num_labels: int = number(182, least=1, most=255)
     """Labels; the map holds indices 0 .. num_labels - 1, and 255 for unlabelled."""
-    channels: int = 3
+    channels: int = number(3, least=1, most=2**16)
     """Channels after the learned 1x1 reduction."""
-    drop_probability: float = 0.0
+    drop_probability: float = number(0.0, least=0, most=1)
     """Probability of the null (all-zero) map in training."""
 
 
@@ -199,19 +201,19 @@ class SemanticMapConfig:
 class LowResolutionConfig:
     """Super-resolution: the low-resolution image is concatenated (paper, section 4.4)."""
 
-    factor: int = 4
+    factor: int = number(4, least=1, most=1024)
     """Edge-length ratio of high to low resolution; must match the first stage's downsampling."""
     degradation: Literal["bicubic", "bsr_light"] = "bicubic"
     """How the low-resolution image is made from the original."""
-    max_noise_level: int = 0
+    max_noise_level: int = number(0, least=0, most=10**6)
     """Noise augmentation of the condition up to this timestep (x4 upscaler: 350); 0: none."""
-    noise_num_timesteps: int = 1000
+    noise_num_timesteps: int = number(1000, least=2, most=10**6)
     """Length of the noise-level schedule and number of noise-level classes."""
-    noise_beta_start: float = 1e-4
+    noise_beta_start: float = number(1e-4, above=0, below=1)
     """First beta of the (linear) noise-level schedule."""
-    noise_beta_end: float = 2e-2
+    noise_beta_end: float = number(2e-2, above=0, below=1)
     """Last beta of the noise-level schedule."""
-    drop_probability: float = 0.0
+    drop_probability: float = number(0.0, least=0, most=1)
     """Probability of the null (all-zero) image in training."""
 
 
@@ -219,11 +221,11 @@ class LowResolutionConfig:
 class MaskedImageConfig:
     """Inpainting: mask and encoded masked image are concatenated (paper, section 4.5; SD2 inpainting)."""
 
-    mask_channels: int = 1
+    mask_channels: int = number(1, least=1, most=2**16)
     """Channels of the mask: 1 (SD, big-lama style)."""
-    full_mask_probability: float = 0.25
+    full_mask_probability: float = number(0.25, least=0, most=1)
     """Probability of hiding everything, so that the model stays a generator (SD2 inpainting: 0.25)."""
-    drop_probability: float = 0.0
+    drop_probability: float = number(0.0, least=0, most=1)
     """Probability of the null (all-zero) condition in training."""
 
 
@@ -231,9 +233,9 @@ class MaskedImageConfig:
 class DepthConfig:
     """An extra image-like condition with one channel, normalised to [-1, 1] (SD2 depth)."""
 
-    channels: int = 1
+    channels: int = number(1, least=1, most=2**16)
     """Channels of the condition."""
-    drop_probability: float = 0.0
+    drop_probability: float = number(0.0, least=0, most=1)
     """Probability of the null (all-zero) condition in training."""
 
 
@@ -241,9 +243,9 @@ class DepthConfig:
 class ImageSizeConfig:
     """Original size, crop corner and target size as Fourier features in the vector condition (SDXL)."""
 
-    width: int = 256
+    width: int = number(256, least=1, most=2**16)
     """Fourier features per number; six numbers."""
-    drop_probability: float = 0.0
+    drop_probability: float = number(0.0, least=0, most=1)
     """Probability of zeros in training."""
 
 
@@ -271,6 +273,11 @@ class ConditioningConfig:
     """Depth-like extra channels."""
     image_size: ImageSizeConfig | None = None
     """Size and crop numbers (SDXL)."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that samples must carry for these conditions, beside picture and caption."""
+        return tuple(name for name in CONDITIONS if getattr(self, name, None) is not None)
 
     @property
     def text_only(self) -> bool:

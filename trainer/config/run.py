@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, number
 from data_pipeline.errors import UserError
 from trainer.config.models import ConditioningConfig, FirstStageConfig, UNetConfig
 from trainer.config.training import (
@@ -33,13 +33,13 @@ class Config:
     """What is trained: the UNet on latents, or the first stage itself."""
     run_dir: str = "runs/default"
     """Folder or URL of checkpoints, logs and samples; running again with the same one resumes."""
-    steps: int = 1_000_000
+    steps: int = number(1_000_000, least=1, most=10**12)
     """Optimizer steps of the whole run."""
-    global_batch_size: int = 2048
+    global_batch_size: int = number(2048, least=1, most=10**9)
     """Samples per optimizer step, over all ranks."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = number(8, least=1, most=10**7)
     """Samples per rank and forward pass; gradient accumulation is derived."""
-    seed: int = 0
+    seed: int = number(0, least=-(2**63), most=2**63 - 1)
     """Seeds the initial weights, the order of samples and every random draw."""
     init_from: str | None = None
     """Start from these weights (an exported file or a run folder) instead of random ones."""

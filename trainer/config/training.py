@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from data_pipeline.config import number
+
 SamplerName = Literal[
     "ddpm", "ddim", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde", "unipc"
 ]
@@ -14,13 +16,13 @@ SamplerName = Literal[
 class DiffusionConfig:
     """Forward process and objective (Ho et al. 2020; LDM paper, section 3.2)."""
 
-    num_timesteps: int = 1000
+    num_timesteps: int = number(1000, least=2, most=10**6)
     """T: number of discrete noise levels."""
     beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
     """scaled_linear is linear in sqrt(beta), which CompVis configs call "linear"."""
-    beta_start: float = 0.00085
+    beta_start: float = number(0.00085, least=0, below=1)
     """First beta."""
-    beta_end: float = 0.012
+    beta_end: float = number(0.012, above=0, below=1)
     """Last beta."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last step is pure noise (Lin et al. 2023); needs v prediction."""
@@ -28,11 +30,11 @@ class DiffusionConfig:
     """What the UNet predicts."""
     loss: Literal["l2", "l1", "huber"] = "l2"
     """Distance between prediction and target, averaged per sample."""
-    huber_delta: float = 0.1
+    huber_delta: float = number(0.1, above=0, most=10**6)
     """Where huber turns from quadratic to linear."""
-    min_snr_gamma: float | None = None
+    min_snr_gamma: float | None = number(None, above=0, most=10**6)
     """Min-SNR loss weighting (Hang et al. 2023) with this gamma; unset: unweighted."""
-    offset_noise: float = 0.0
+    offset_noise: float = number(0.0, least=0, most=100)
     """Strength of a per-channel constant added to the noise."""
     timesteps: Literal["uniform", "stratified"] = "uniform"
     """stratified: the timesteps of one global batch are spread evenly over [0, T)."""
@@ -44,29 +46,29 @@ class AutoencoderLossConfig:
 
     reconstruction: Literal["l1", "l2"] = "l1"
     """Pixel distance."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = number(1.0, least=0, most=10**6)
     """Weight of LPIPS; 0 switches it off."""
     perceptual_weights: str | None = None
     """LPIPS VGG16 weights: a file, or unset for torchvision's cache, else a named random-feature network."""
-    kl_weight: float = 1e-6
+    kl_weight: float = number(1e-6, least=0, most=10**6)
     """Weight of the KL term, summed per sample (kl)."""
-    codebook_weight: float = 1.0
+    codebook_weight: float = number(1.0, least=0, most=10**6)
     """Weight of the codebook loss (vq)."""
-    commitment_beta: float = 0.25
+    commitment_beta: float = number(0.25, least=0, most=10**6)
     """Relative weight of the commitment part (vq)."""
     learned_logvar: bool = False
     """Learn one log variance of the reconstruction error, with the generator's optimizer."""
-    logvar_init: float = 0.0
+    logvar_init: float = number(0.0, least=-100, most=100)
     """Initial (or constant) log variance."""
-    discriminator_weight: float = 0.5
+    discriminator_weight: float = number(0.5, least=0, most=10**6)
     """Weight of the adversarial term; 0 trains without a discriminator."""
-    discriminator_start: int = 50_001
+    discriminator_start: int = number(50_001, least=0, most=10**12)
     """Generator steps before the discriminator takes part."""
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     """Adversarial loss."""
-    discriminator_channels: int = 64
+    discriminator_channels: int = number(64, least=1, most=2**16)
     """Channels of the first PatchGAN layer."""
-    discriminator_layers: int = 3
+    discriminator_layers: int = number(3, least=0, most=16)
     """Strided layers of the PatchGAN."""
     adaptive_weight: bool = True
     """Scale the adversarial term by the ratio of last-layer gradient norms (VQGAN, equation 7)."""
@@ -78,21 +80,21 @@ class AutoencoderLossConfig:
 class OptimizerConfig:
     """AdamW with warm-up. Rates are final rates: nothing is multiplied by batch or GPU count."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = number(1e-4, above=0, most=10)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = number((0.9, 0.999), least=0, below=1)
     """Adam moment decay rates."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, above=0, most=1)
     """Adam epsilon."""
-    weight_decay: float = 0.01
+    weight_decay: float = number(0.01, least=0, most=100)
     """Decoupled weight decay, on every parameter as in the SD recipes."""
-    warmup_steps: int = 0
+    warmup_steps: int = number(0, least=0, most=10**12)
     """Linear warm-up from 0."""
     schedule: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
     """Rate after warm-up; cosine and linear fall to final_fraction at the last step."""
-    final_fraction: float = 0.0
+    final_fraction: float = number(0.0, least=0, most=1)
     """Fraction of the peak rate at the end of cosine and linear."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = number(1.0, least=0, most=10**9)
     """Global gradient norm clip; 0 switches it off."""
 
 
@@ -100,13 +102,13 @@ class OptimizerConfig:
 class EMAConfig:
     """Exponential moving averages of the trained weights, in fp32, beside the optimizer's partition."""
 
-    decay: float = 0.9999
+    decay: float = number(0.9999, least=0, below=1)
     """Per-step decay of the profile named `decay`; 0 keeps no average."""
     warmup: bool = True
     """Use min(decay, (1 + n) / (10 + n)) at update n."""
-    power_stds: tuple[float, ...] = ()
+    power_stds: tuple[float, ...] = number((), above=0, below=0.2886)
     """Relative widths of extra power-function profiles (EDM2, equation 123), e.g. 0.05, 0.10."""
-    snapshot_every: int = 0
+    snapshot_every: int = number(0, least=0, most=10**12)
     """Steps between stored snapshots of the power-function profiles, for `ldm ema`; 0: none."""
 
 
@@ -114,7 +116,7 @@ class EMAConfig:
 class DistributedConfig:
     """Ranks and precision. Under torchrun, SLURM or Ray the ranks are taken as given."""
 
-    ranks: int = 0
+    ranks: int = number(0, least=0, most=10**6)
     """Local ranks that `ldm train` starts by itself; 0: one per visible GPU, or one on a CPU."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed: ZeRO; torch: plain data parallel, for debugging and as the reference in tests."""
@@ -126,15 +128,15 @@ class DistributedConfig:
     """Keep activations in channels-last memory layout."""
     compile: bool = False
     """torch.compile the trained network."""
-    reduce_bucket_elements: int = 50_000_000
+    reduce_bucket_elements: int = number(50_000_000, least=1, most=10**12)
     """Gradients per communication bucket (DeepSpeed's 5e8 hardly overlaps at this model size)."""
     overlap_communication: bool = False
     """Overlap gradient reduction with backward."""
-    timeout_s: float = 600.0
+    timeout_s: float = number(600.0, least=1, most=10**7)
     """Collective timeout."""
-    max_restarts: int = 3
+    max_restarts: int = number(3, least=0, most=10**6)
     """How often `ldm train` restarts its local ranks after a retryable fault."""
-    watchdog_s: float = 15.0
+    watchdog_s: float = number(15.0, least=0, most=10**7)
     """Seconds beyond the expected step time after which a silent rank counts as hung; 0: no watchdog."""
     doctor: bool = True
     """Run the checks of `ldm doctor` before training; not again when its ranks are restarted."""
@@ -144,13 +146,13 @@ class DistributedConfig:
 class CheckpointConfig:
     """When to save and what to keep; checkpoints live under run_dir/checkpoints."""
 
-    every: int = 5_000
+    every: int = number(5_000, least=0, most=10**12)
     """Steps between checkpoints (the last step is always saved); 0: only the last."""
-    keep_last: int = 2
+    keep_last: int = number(2, least=1, most=10**6)
     """Newest checkpoints kept."""
-    keep_every: int = 0
+    keep_every: int = number(0, least=0, most=10**12)
     """Also keep, for ever, checkpoints whose step is a multiple of this; 0: none."""
-    keep_best: int = 0
+    keep_best: int = number(0, least=0, most=10**6)
     """Also keep the checkpoints with the lowest recent training loss; 0: none."""
     asynchronous: bool = True
     """Write from a separate process while training goes on; only the copy to host memory blocks."""
@@ -162,11 +164,11 @@ class HealingConfig:
 
     enabled: bool = True
     """Rewind to the last good checkpoint and skip the offending samples instead of stopping."""
-    spike_zscore: float = 0.0
+    spike_zscore: float = number(0.0, least=0, most=10**6)
     """Robust z-score of the loss that counts as a spike; 0: only NaN and Inf count."""
-    spike_window: int = 256
+    spike_window: int = number(256, least=1, most=10**6)
     """Steps in the running median and deviation."""
-    max_rewinds: int = 5
+    max_rewinds: int = number(5, least=0, most=10**6)
     """Rewinds before the run stops."""
 
 
@@ -174,7 +176,7 @@ class HealingConfig:
 class LoggingConfig:
     """Console, JSONL and W&B."""
 
-    every: int = 10
+    every: int = number(10, least=1, most=10**12)
     """Steps between log records."""
     wandb: Literal["online", "offline", "disabled"] = "offline"
     """online needs WANDB_API_KEY in the environment; offline writes files for `wandb sync`."""
@@ -190,21 +192,21 @@ class LoggingConfig:
 class SamplingConfig:
     """Preview pictures during training, and the defaults of `ldm sample`."""
 
-    every: int = 0
+    every: int = number(0, least=0, most=10**12)
     """Steps between preview grids; 0: none."""
     prompts: tuple[str, ...] = ()
     """Preview prompts."""
-    num_previews: int = 16
+    num_previews: int = number(16, least=1, most=10**5)
     """Pictures per grid (reconstructions for a first stage)."""
     sampler: SamplerName = "ddim"
     """Sampler."""
-    steps: int = 50
+    steps: int = number(50, least=1, most=10**6)
     """Sampler steps."""
-    eta: float = 0.0
+    eta: float = number(0.0, least=0, most=1)
     """DDIM stochasticity: 0 deterministic, 1 DDPM-like."""
-    guidance_scale: float = 7.5
+    guidance_scale: float = number(7.5, least=0, most=10**4)
     """Classifier-free guidance; 1 switches it off."""
-    guidance_rescale: float = 0.0
+    guidance_rescale: float = number(0.0, least=0, most=1)
     """Rescale the guided prediction's deviation (Lin et al. 2023, section 3.4)."""
     spacing: Literal["leading", "trailing", "karras"] = "leading"
     """Which timesteps the sampler visits."""

@@ -64,21 +64,17 @@ TASKS = {
     "unconditional": Task(("diffusion.prediction=eps",), conditional=False),
     "text": Task((TEXT,)),
     "text_trained_jointly": Task((TAU,)),
-    "class_as_context": Task((f"conditioning.class_label={{{CLASS}}}", "data.conditions=[class_label]")),
-    "class_as_timestep": Task(
-        (f"conditioning.class_label={{{CLASS}, inject: timestep}}", "data.conditions=[class_label]")
-    ),
-    "layout": Task((LAYOUT, "data.conditions=[layout]")),
-    "semantic_map": Task((SEMANTIC, "data.conditions=[semantic_map]")),
-    "depth": Task(("conditioning.depth={}", "data.conditions=[depth]")),
+    "class_as_context": Task((f"conditioning.class_label={{{CLASS}}}",)),
+    "class_as_timestep": Task((f"conditioning.class_label={{{CLASS}, inject: timestep}}",)),
+    "layout": Task((LAYOUT,)),
+    "semantic_map": Task((SEMANTIC,)),
+    "depth": Task(("conditioning.depth={}",)),
     "super_resolution": Task(("conditioning.low_resolution={factor: 2}",), autoencoder=True),
     "upscaler_with_noise": Task(
         ("conditioning.low_resolution={factor: 2, max_noise_level: 350}", TEXT), autoencoder=True
     ),
     "inpainting": Task(("conditioning.masked_image={full_mask_probability: 0.0}",), autoencoder=True),
-    "text_and_layout_and_sizes": Task(
-        (TEXT, LAYOUT, "conditioning.image_size={width: 8}", "data.conditions=[layout]")
-    ),
+    "text_and_layout_and_sizes": Task((TEXT, LAYOUT, "conditioning.image_size={width: 8}")),
 }
 
 

@@ -69,11 +69,12 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: list[str]) -> N
         ("micro_batch_size=7", "multiple"),
         ("unet.num_heads=8", "exactly one"),
         ("unet.model_channels=100", "num_groups"),
-        ("unet.transformer_depth=[1,2]", "1 or 4 entries"),
+        ("unet.transformer_depth=[1,2]", "2 entries for 4 levels"),
         ("data.image_size=100", "multiple"),
-        ("conditioning.class_label={}", "data.conditions"),
+        ("unet={model_channels: 96, channel_multipliers: [1, 3], attention_factors: []}", "head_dim=64"),
+        ("conditioning.image_size.width=7", "even"),
         ("sampling.steps=2000", "num_timesteps"),
-        ("checkpoint.keep_best=-1", "checkpoint.keep_best=-1 must be at least 0"),
+        ("checkpoint.keep_best=-1", "checkpoint.keep_best=-1 must be at least 0 and at most 1000000"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last=0 must be at least 1"),
         ("optimizer.weight_decay=.nan", "optimizer.weight_decay=nan must be at least 0"),
         ("diffusion.zero_terminal_snr=true", "prediction"),
@@ -82,6 +83,35 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: list[str]) -> N
 def test_impossible_combinations(override: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_config(None, [override])
+
+
+def test_fields_of_the_samples_follow_from_the_conditions() -> None:
+    config = load_config(None, ["conditioning={depth: {}, layout: {max_boxes: 7}, openclip: {}}"])
+    assert config.data.conditions == ("layout", "depth")
+    assert config.data.max_layout_boxes == 7
+    written = load_config(
+        None,
+        ["conditioning={layout: {max_boxes: 7}}", "data={conditions: [layout], max_layout_boxes: 7}"],
+    )
+    assert written.data == load_config(None, ["conditioning={layout: {max_boxes: 7}}"]).data
+    first_stage = ["stage=autoencoder", "conditioning.depth={}", "data.max_layout_boxes=3"]
+    assert load_config(None, first_stage).data.conditions == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["conditioning.class_label={}", "data.conditions=[]"], "class_label"),
+        (["conditioning={class_label: {}, depth: {}}", "data.conditions=[class_label]"], "depth"),
+        (["data.conditions=[depth]"], "no section conditioning.depth"),
+        (["conditioning.layout={}", "data.max_layout_boxes=10"], "max_boxes=30"),
+        (["conditioning.layout.max_boxes=10", "data.max_layout_boxes=30"], "max_boxes=10"),
+    ],
+)
+def test_contradicting_fields_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_config(None, overrides)
+    assert "data." in str(caught.value)
 
 
 def test_missing_file_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

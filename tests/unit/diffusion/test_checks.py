@@ -27,7 +27,7 @@ REFUSED = {
     "huber without width": ({"loss": "huber", "huber_delta": 0.0}, "huber_delta=0.0"),
     "negative offset noise": ({"offset_noise": -0.1}, "offset_noise=-0.1"),
     "beta 0 has infinite SNR": ({"beta_start": 0.0}, "0 < beta_start"),
-    "beta 1 ends the signal": ({"beta_end": 1.0}, "beta_end < 1"),
+    "beta 1 ends the signal": ({"beta_end": 1.0}, "beta_end=1.0 must be above 0 and below 1"),
     "falling betas": ({"beta_start": 0.02, "beta_end": 0.01}, "beta_start <= beta_end"),
     "one step": ({"num_timesteps": 1}, "num_timesteps=1"),
 }
@@ -57,9 +57,9 @@ def test_accepted(settings):
 
 REFUSED_SAMPLING = {
     "unknown sampler": ({}, {"sampler": "ddmi"}, "dpmpp_2m"),
-    "no steps": ({}, {"steps": 0}, "between 1 and"),
+    "no steps": ({}, {"steps": 0}, "at least 1"),
     "more steps than noise levels": ({"num_timesteps": 20}, {"steps": 21}, "num_timesteps=20"),
-    "eta above 1": ({}, {"eta": 1.5}, "between 0 and 1"),
+    "eta above 1": ({}, {"eta": 1.5}, "at least 0 and at most 1"),
     "eta that nothing reads": ({}, {"eta": 0.5, "sampler": "euler"}, "only applies"),
     "negative guidance": ({}, {"guidance_scale": -1.0}, "guidance_scale=-1.0"),
     "rescale above 1": ({}, {"guidance_rescale": 1.1}, "guidance_rescale=1.1"),
