@@ -15,8 +15,8 @@ from data_pipeline.errors import Failure, FatalFault
 from data_pipeline.feed.resampled import ResampledLoader
 from data_pipeline.loader import Loader, build_loader, check_layout, merge_positions
 from data_pipeline.shards.dataset import Dataset, open_dataset
+from trainer.checkpoint.export import open_weights
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.checkpoint.whole import open_weights
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.distributed import collectives

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.whole import open_weights
+from trainer.checkpoint.export import open_weights
 from trainer.conditioning.build import Conditioner, TrainedConditions, build_conditioner
 from trainer.config.io import config_from_dict
 from trainer.config.run import Config, ConfigError

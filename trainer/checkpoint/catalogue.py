@@ -96,28 +96,25 @@ def steps_to_keep(losses: Mapping[int, float | None], retention: Retention) -> s
     return {*newest, *for_ever, *best}
 
 
-def retire(folder: str, newest: int, retention: Retention) -> list[int]:
+def retire(folder: str, newest: int, retention: Retention) -> None:
     """Remove the checkpoints that are not kept, and what older attempts left half-written.
 
     Args:
         newest: step that has just been committed; folders of later steps are left alone.
-
-    Returns:
-        Steps removed.
     """
     steps = [step for step in steps_found(folder) if step <= newest]
     committed = [step for step in steps if is_committed(folder, step)]
     # Each manifest is a request to storage and may be large: they are opened only if losses matter.
     losses = {step: _loss(folder, step) if retention.keep_best else None for step in committed}
     kept = steps_to_keep(losses, retention)
-    removed = [step for step in steps if step not in kept]
-    for step in removed:
+    for step in steps:
+        if step in kept:
+            continue
         url = join(folder, folder_name(step))
         # Without its manifest it no longer counts, whatever happens next.
         remove(join(url, MANIFEST_NAME))
         remove(url)
     _remove_leftovers(join(folder, folder_name(newest)))
-    return removed
 
 
 def _loss(folder: str, step: int) -> float | None:

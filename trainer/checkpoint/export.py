@@ -1,4 +1,4 @@
-"""One safetensors file of weights from a checkpoint, streamed: memory does not grow with the model."""
+"""Weights out of a checkpoint: streamed into one safetensors file, or whole in memory."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def export(
 ) -> Exported:
     """Write the averaged network of a checkpoint as one file, with the configuration in its metadata.
 
+    Streamed: memory does not grow with the model.
+
     Args:
         source: run folder, or the folder of one checkpoint.
         destination: URL of a .safetensors file; a folder gets weights.safetensors.
@@ -77,6 +79,29 @@ def export(
     return Exported(
         destination, handle.url, handle.step, profile, sum(map(_numel, shapes.values())), num_bytes
     )
+
+
+def open_weights(
+    source: str, *, profile: str | None = None, step: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The averaged network's tensors (CPU, fp32) and metadata, as `ldm export` would write them.
+
+    Args:
+        source: run folder, checkpoint folder or .safetensors file; any URL.
+        profile: average to take, or "weights"; unset: the average where there is one.
+        step: which checkpoint of a run folder; unset: the newest.
+
+    Raises:
+        ConfigError: there is nothing there.
+    """
+    if source.endswith(".safetensors"):
+        return read_weights(source)
+    handle = find_checkpoint(source, step)
+    state = read_state(handle)
+    engine = str(state["averaged"])
+    profile, kind = choose_kind(handle, engine, profile)
+    tensors = EngineReader(handle, engine).whole(kind, list(handle.manifest.shapes[engine]))
+    return {**tensors, **read_small_tensors(handle)}, export_metadata(handle, state, profile)
 
 
 def read_state(handle: CheckpointHandle) -> dict[str, Any]:

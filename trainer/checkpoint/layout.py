@@ -1,4 +1,23 @@
-"""What a shard file holds: flat fp32 tensors of one rank, and the table that says where parameters lie."""
+"""What a shard file holds: flat fp32 tensors of one rank, and the table that says where parameters lie.
+
+The life of one fragment. Parameters v and w have 10 elements each; two ranks train them under ZeRO-1, which
+lays them end to end and cuts: rank 0 owns v0 .. v9, w0 .. w1 and rank 1 the fragment w2 .. w9. Of rank 1:
+
+    in its optimizer      master | w2 w3 w4 w5 w6 w7 w8 w9 |   and so exp_avg, exp_avg_sq and each average
+    its table             Span(w, start 2, numel 8)            (`Engine.fragments` without the values)
+    its shard             a safetensors header, with the table as JSON, then the flat tensors one by one:
+                          unet.master | unet.exp_avg | unet.exp_avg_sq | unet.ema.decay
+
+Later the run goes on under ZeRO-3 on three ranks, which cuts each parameter by itself: of w, rank 1 now owns
+w4 .. w7. It takes all ranks' tables from the manifest, turns them around by parameter (`index_shards`), and
+asks where its span lies (`overlaps`):
+
+    Index[w]              (start 0, numel 2, shard 0, from element 10), (start 2, numel 8, shard 1, from 0)
+    wanted                Span(w, start 4, numel 4)
+    Piece                 shard 1, from element 2 of each flat tensor -> the local span from 0, 4 elements
+
+Nothing is assembled whole: a rank fetches the byte ranges of its pieces, straight into its new fragments.
+"""
 
 from __future__ import annotations
 

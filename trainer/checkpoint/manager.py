@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
-import torch
 from torch import Tensor
 
 from data_pipeline.errors import Failure
@@ -27,26 +25,23 @@ from trainer.checkpoint.catalogue import (
     snapshots_url,
     steps_found,
 )
+from trainer.checkpoint.contents import Contents, load_averages, load_engine
 from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.inline import InlineWriter, Writer
-from trainer.checkpoint.layout import MASTER, ShardPlan, Span, Table
+from trainer.checkpoint.layout import ShardPlan, Table
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
 from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.writer import Commit, Job
-from trainer.checkpoint.writer_client import BackgroundWriter
-from trainer.config.io import config_to_dict
+from trainer.checkpoint.writer_client import BackgroundWriter, InlineWriter, Writer
 from trainer.config.run import Config
 from trainer.distributed import collectives
-from trainer.distributed.adamw import MOMENTS
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
-from trainer.ema import DECAY_PROFILE, EMA
+from trainer.ema import EMA
 from trainer.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 1800.0
-_EMPTY = StoredFile("", 0, "")
 
 
 @dataclass(frozen=True)
@@ -116,10 +111,10 @@ class CheckpointManager:
             UserError, RetryableFault: on all ranks: this save failed, or, when asynchronous, the
                 one before. Earlier checkpoints are intact.
         """
-        kinds = {name: _kinds(engine, ema) for name, engine in engines.items()}
+        contents = Contents.of_checkpoint(step, engines, ema, state=state, tensors=tensors, loss=loss)
         wanted = self._config.checkpoint
         retention = Retention(wanted.keep_last, wanted.keep_every, wanted.keep_best)
-        self._submit(self._folder, step, engines, ema, kinds, state, tensors, loss, retention)
+        self._submit(contents, self._folder, retention)
 
     def save_snapshot(
         self, step: int, engines: Mapping[str, Engine], ema: EMA, *, tensors: dict[str, Tensor]
@@ -128,46 +123,30 @@ class CheckpointManager:
 
         Costs and raises what `save` does.
         """
-        profiles = tuple(f"ema.{profile}" for profile in ema.profiles if profile != DECAY_PROFILE)
-        averaged = {name: engine for name, engine in engines.items() if engine.fragments() is ema.fragments}
-        kinds = dict.fromkeys(averaged, profiles)
-        folder = snapshots_url(self._config.run_dir)
+        contents = Contents.of_snapshot(step, engines, ema, tensors)
         for_ever = Retention(keep_last=1, keep_every=1, keep_best=0)
-        self._submit(folder, step, averaged, ema, kinds, {}, tensors, None, for_ever)
+        self._submit(contents, snapshots_url(self._config.run_dir), for_ever)
 
-    def _submit(
-        self,
-        folder: str,
-        step: int,
-        engines: Mapping[str, Engine],
-        ema: EMA,
-        kinds: dict[str, tuple[str, ...]],
-        state: dict[str, Any],
-        tensors: dict[str, Tensor],
-        loss: float | None,
-        retention: Retention,
-    ) -> None:
+    def _submit(self, contents: Contents, folder: str, retention: Retention) -> None:
         begun = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - begun
-        plan = ShardPlan({name: tuple(_spans(engine)) for name, engine in engines.items()}, kinds)
+        plan = contents.plan()
         all_tables = self._tables_of_all_ranks(plan)
         buffer = self._buffer_for(plan.data_bytes)
-        buffer.fill(_flat_order(engines, ema, plan))
-        commit: Commit | None = None
-        if self._env.is_main:
-            shapes = {name: engine.parameter_shapes for name, engine in engines.items()}
-            manifest = Manifest(step, (), _EMPTY, _EMPTY, all_tables, kinds, shapes, loss)
-            commit = self._commit(manifest, engines, ema, state, tensors, retention)
+        buffer.fill(contents.vectors(plan))
+        commit = self._commit(contents, all_tables, retention) if self._env.is_main else None
         self._attempts += 1
         attempt = f"{self._session}{self._attempts:04x}"
-        self._writer.submit(Job(folder, step, attempt, self._env.rank, plan, commit), buffer)
+        self._writer.submit(Job(folder, contents.step, attempt, self._env.rank, plan, commit), buffer)
         self._pending = True
         if not self._config.checkpoint.asynchronous:
             self.wait()
         blocked = time.perf_counter() - begun
-        self.last_save = SaveReport(step, blocked, waited, plan.data_bytes)
-        logger.debug("checkpoint of step %d: blocked %.3f s, %d bytes", step, blocked, plan.data_bytes)
+        self.last_save = SaveReport(contents.step, blocked, waited, plan.data_bytes)
+        logger.debug(
+            "checkpoint of step %d: blocked %.3f s, %d bytes", contents.step, blocked, plan.data_bytes
+        )
 
     def wait(self) -> None:
         """Return when everything submitted is committed. Raises like `save`."""
@@ -204,10 +183,9 @@ class CheckpointManager:
             check_shapes(handle, name, engine.parameter_shapes)
         for name, engine in engines.items():
             reader = EngineReader(handle, name)
-            _load_engine(reader, engine)
-            engine.optimizer_steps = int(stored["optimizer_steps"][name])
+            load_engine(reader, engine, int(stored["optimizer_steps"][name]))
             if engine.fragments() is ema.fragments:
-                _load_averages(reader, handle.manifest.kinds[name], ema)
+                load_averages(reader, handle.manifest.kinds[name], ema)
             engine.refresh(moments=True)
         tensors, _ = read_weights(join(handle.url, handle.manifest.tensors.name))
         return Loaded(handle.step, stored["state"], tensors)
@@ -250,75 +228,25 @@ class CheckpointManager:
         return self._buffer
 
     def _commit(
-        self,
-        manifest: Manifest,
-        engines: Mapping[str, Engine],
-        ema: EMA,
-        state: dict[str, Any],
-        tensors: dict[str, Tensor],
-        retention: Retention,
+        self, contents: Contents, tables: tuple[dict[str, Table], ...], retention: Retention
     ) -> Commit:
-        everything = {
-            "step": manifest.step,
-            "world_size": self._env.world_size,
-            "averaged": next(n for n, e in engines.items() if e.fragments() is ema.fragments),
-            "optimizer_steps": {name: engine.optimizer_steps for name, engine in engines.items()},
-            "config": config_to_dict(self._config),
-            "versions": {"torch": torch.__version__},
-            "state": state,
-        }
-        small = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        unknown = StoredFile("", 0, "")
         return Commit(
-            manifest=manifest,
-            state=json.dumps(everything).encode(),
-            tensors=safetensors.torch.save(small),
+            manifest=Manifest(
+                step=contents.step,
+                shards=(),
+                state=unknown,
+                tensors=unknown,
+                tables=tables,
+                kinds=contents.kinds,
+                shapes=contents.shapes(),
+                loss=contents.loss,
+            ),
+            state=contents.state_file(self._config, self._env.world_size),
+            tensors=contents.tensors_file(),
             retention=retention,
             patience_s=_PATIENCE_S,
         )
-
-
-def _spans(engine: Engine) -> list[Span]:
-    return [Span(f.name, f.start, f.master.numel()) for f in engine.fragments()]
-
-
-def _kinds(engine: Engine, ema: EMA) -> tuple[str, ...]:
-    averages = tuple(f"ema.{profile}" for profile in ema.profiles)
-    return (MASTER, *MOMENTS, *(averages if engine.fragments() is ema.fragments else ()))
-
-
-def _flat_order(engines: Mapping[str, Engine], ema: EMA, plan: ShardPlan) -> list[Tensor]:
-    """The vectors of a shard in file order."""
-    vectors: list[Tensor] = []
-    for name, kind, _ in plan.tensors():
-        fragments = engines[name].fragments()
-        if kind == MASTER:
-            vectors += [fragment.master for fragment in fragments]
-        elif kind in MOMENTS:
-            vectors += [fragment.moments[kind] for fragment in fragments]
-        else:
-            vectors += ema.values(kind.removeprefix("ema."))
-    return vectors
-
-
-def _load_engine(reader: EngineReader, engine: Engine) -> None:
-    fragments = engine.fragments()
-    spans = _spans(engine)
-    reader.read_into(MASTER, spans, [fragment.master for fragment in fragments])
-    for key in MOMENTS:
-        reader.read_into(key, spans, [fragment.moments[key] for fragment in fragments])
-
-
-@torch.no_grad()
-def _load_averages(reader: EngineReader, stored: tuple[str, ...], ema: EMA) -> None:
-    spans = [Span(f.name, f.start, f.master.numel()) for f in ema.fragments]
-    for profile in ema.profiles:
-        kind, values = f"ema.{profile}", ema.values(profile)
-        if kind in stored:
-            reader.read_into(kind, spans, values)
-            continue
-        logger.warning("no average %r is stored: it starts from the trained weights", profile)
-        for value, fragment in zip(values, ema.fragments, strict=True):
-            value.copy_(fragment.master)
 
 
 def _raise_first(failures: list[Failure | None]) -> None:

@@ -1,11 +1,25 @@
-"""Writing one checkpoint from one rank: its shard, a receipt, and on rank 0 the commit. Needs no torch."""
+"""Writing one checkpoint from one rank: its shard, a receipt, and on rank 0 the commit. Needs no torch.
+
+In time, on two ranks (attempt 5e0f0001 of step 500; the names are those in checkpoints/step_000000500/):
+
+    rank 1   fills its host buffer | rank_00001.5e0f0001.safetensors | rank_00001.5e0f0001.receipt
+    rank 0   fills its host buffer | rank_00000.5e0f0001.safetensors | state.5e0f0001.{json,safetensors}
+                                   |      looks for the receipts until it has one of every other rank
+                                   | manifest.json            <- from here on the checkpoint counts
+                                   | older checkpoints go; files of earlier attempts at this step go
+    training stands still          | and goes on
+
+Killed anywhere before the manifest, a save leaves files that nothing refers to: the next commit removes them.
+A receipt holds name, size and checksum of a shard, measured by the rank that wrote it: rank 0 reads no shard.
+The attempt is in every name but the manifest's, since a shard of a killed attempt at the same step must not
+be taken for one of this.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from data_pipeline.errors import Failure, RetryableFault
@@ -79,11 +93,8 @@ def write_shard(job: Job, data: memoryview) -> StoredFile:
     return stored
 
 
-def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = lambda: False) -> list[int]:
+def write_commit(job: Job, own: StoredFile) -> None:
     """On rank 0: wait for the other shards, then write the manifest, then retire old checkpoints.
-
-    Returns:
-        Steps whose checkpoints were removed.
 
     Raises:
         UserError, RetryableFault: storage failed, or another rank never delivered.
@@ -93,7 +104,7 @@ def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = l
     state_name, tensors_name = f"state.{job.attempt}.json", f"state.{job.attempt}.safetensors"
     state = write_whole(join(job.url, state_name), commit.state)
     tensors = write_whole(join(job.url, tensors_name), commit.tensors)
-    shards = (own, *_receipts(job, commit, cancelled))
+    shards = (own, *_receipts(job, commit))
     manifest = replace(
         commit.manifest,
         shards=shards,
@@ -102,14 +113,13 @@ def write_commit(job: Job, own: StoredFile, *, cancelled: Callable[[], bool] = l
     )
     write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())
     try:
-        return retire(job.folder, job.step, commit.retention)
+        retire(job.folder, job.step, commit.retention)
     except (OSError, ValueError, Failure) as error:
         # The new checkpoint counts; old ones that stay cost only space.
         logger.warning("old checkpoints in %s could not be removed: %s", job.folder, error)
-        return []
 
 
-def _receipts(job: Job, commit: Commit, cancelled: Callable[[], bool]) -> list[StoredFile]:
+def _receipts(job: Job, commit: Commit) -> list[StoredFile]:
     missing = set(range(1, len(commit.manifest.tables)))
     found: dict[int, StoredFile] = {}
     deadline, pause = time.monotonic() + commit.patience_s, _FIRST_POLL_S
@@ -122,7 +132,7 @@ def _receipts(job: Job, commit: Commit, cancelled: Callable[[], bool]) -> list[S
                 missing.discard(rank)
         if not missing:
             break
-        if cancelled() or time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             late = ", ".join(map(str, sorted(missing)[:8]))
             raise RetryableFault(f"the checkpoint of step {job.step} was given up: no shard of ranks {late}.")
         time.sleep(pause)

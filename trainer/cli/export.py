@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from trainer.checkpoint.export import export
-from trainer.checkpoint.whole import open_weights
+from trainer.checkpoint.export import export, open_weights
 from trainer.config.io import config_from_dict
 from trainer.first_stage.build import first_stage_tensors, load_first_stage
 from trainer.interop.export import export_weights

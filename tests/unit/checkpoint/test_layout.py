@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.checkpoint.layout import (
+    Piece,
     ShardPlan,
     Span,
     Table,
@@ -89,3 +90,10 @@ def test_missing_and_doubled_elements_are_refused() -> None:
         overlaps([Span("a", 0, 4)], index_shards([(Span("a", 0, 3),)]))
     with pytest.raises(ValueError, match="5 of 4"):
         overlaps([Span("a", 0, 4)], index_shards([(Span("a", 0, 3),), (Span("a", 2, 2),)]))
+
+
+def test_the_example_in_the_module_is_true() -> None:
+    shards = [(Span("v", 0, 10), Span("w", 0, 2)), (Span("w", 2, 8),)]
+    index = index_shards(shards)
+    assert index["w"] == [(0, 2, 0, 10), (2, 8, 1, 0)]
+    assert overlaps([Span("w", 4, 4)], index) == [Piece(shard=1, source=2, target=0, offset=0, numel=4)]

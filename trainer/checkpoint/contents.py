@@ -1,0 +1,135 @@
+"""What of a run goes into a checkpoint, in which order, and how it comes back into engines and averages."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.layout import MASTER, ShardPlan, Span
+from trainer.checkpoint.reader import EngineReader
+from trainer.config.io import config_to_dict
+from trainer.config.run import Config
+from trainer.distributed.adamw import MOMENTS
+from trainer.distributed.engine import Engine, Fragment
+from trainer.ema import DECAY_PROFILE, EMA
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One checkpoint, or one snapshot, about to be taken."""
+
+    step: int
+    engines: Mapping[str, Engine]
+    ema: EMA
+    kinds: dict[str, tuple[str, ...]]
+    """By engine: which of its vectors are stored, in file order."""
+    state: dict[str, Any]
+    """JSON-able; the same on every rank."""
+    tensors: dict[str, Tensor]
+    """Small ones beside the weights; rank 0's count."""
+    loss: float | None
+    """Recent training loss, by which `checkpoint.keep_best` chooses; rank 0's counts."""
+
+    @staticmethod
+    def of_checkpoint(
+        step: int,
+        engines: Mapping[str, Engine],
+        ema: EMA,
+        *,
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+        loss: float | None,
+    ) -> Contents:
+        """Everything that a run needs to go on."""
+        averages = tuple(f"ema.{profile}" for profile in ema.profiles)
+        kinds = {
+            name: (MASTER, *MOMENTS, *(averages if engine.fragments() is ema.fragments else ()))
+            for name, engine in engines.items()
+        }
+        return Contents(step, engines, ema, kinds, state, tensors, loss)
+
+    @staticmethod
+    def of_snapshot(
+        step: int, engines: Mapping[str, Engine], ema: EMA, tensors: dict[str, Tensor]
+    ) -> Contents:
+        """The power-function averages alone, from which `ldm ema` makes others."""
+        profiles = tuple(f"ema.{profile}" for profile in ema.profiles if profile != DECAY_PROFILE)
+        averaged = {name: engine for name, engine in engines.items() if engine.fragments() is ema.fragments}
+        return Contents(step, averaged, ema, dict.fromkeys(averaged, profiles), {}, tensors, None)
+
+    def plan(self) -> ShardPlan:
+        """Layout of this rank's shard."""
+        tables = {name: tuple(spans_of(engine.fragments())) for name, engine in self.engines.items()}
+        return ShardPlan(tables, self.kinds)
+
+    def vectors(self, plan: ShardPlan) -> list[Tensor]:
+        """The fp32 vectors of this rank's shard in file order; views, not copies."""
+        vectors: list[Tensor] = []
+        for name, kind, _ in plan.tensors():
+            fragments = self.engines[name].fragments()
+            if kind == MASTER:
+                vectors += [fragment.master for fragment in fragments]
+            elif kind in MOMENTS:
+                vectors += [fragment.moments[kind] for fragment in fragments]
+            else:
+                vectors += self.ema.values(kind.removeprefix("ema."))
+        return vectors
+
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Whole shape of every parameter, by engine."""
+        return {name: engine.parameter_shapes for name, engine in self.engines.items()}
+
+    def state_file(self, config: Config, world_size: int) -> bytes:
+        """JSON beside the shards: progress, configuration, versions."""
+        everything = {
+            "step": self.step,
+            "world_size": world_size,
+            "averaged": next(n for n, e in self.engines.items() if e.fragments() is self.ema.fragments),
+            "optimizer_steps": {name: engine.optimizer_steps for name, engine in self.engines.items()},
+            "config": config_to_dict(config),
+            "versions": {"torch": torch.__version__},
+            "state": self.state,
+        }
+        return json.dumps(everything).encode()
+
+    def tensors_file(self) -> bytes:
+        """safetensors beside the shards."""
+        return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in self.tensors.items()})
+
+
+def spans_of(fragments: list[Fragment]) -> list[Span]:
+    """The fragments as a table has them."""
+    return [Span(fragment.name, fragment.start, fragment.master.numel()) for fragment in fragments]
+
+
+def load_engine(reader: EngineReader, engine: Engine, optimizer_steps: int) -> None:
+    """Masters and moments into what this rank owns now; `Engine.refresh` is still to be called."""
+    fragments = engine.fragments()
+    spans = spans_of(fragments)
+    reader.read_into(MASTER, spans, [fragment.master for fragment in fragments])
+    for key in MOMENTS:
+        reader.read_into(key, spans, [fragment.moments[key] for fragment in fragments])
+    engine.optimizer_steps = optimizer_steps
+
+
+@torch.no_grad()
+def load_averages(reader: EngineReader, stored: tuple[str, ...], ema: EMA) -> None:
+    """The averages that this run keeps, of the `stored` kinds; after `load_engine`."""
+    spans = spans_of(list(ema.fragments))
+    for profile in ema.profiles:
+        kind, values = f"ema.{profile}", ema.values(profile)
+        if kind in stored:
+            reader.read_into(kind, spans, values)
+            continue
+        logger.warning("no average %r is stored: it starts from the trained weights", profile)
+        for value, fragment in zip(values, ema.fragments, strict=True):
+            value.copy_(fragment.master)
