@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.appending import cut_torn_line
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.feed.conditions import check_conditions
-from data_pipeline.feed.share import Share, ShareStream
+from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.order.lanes import Order, deal, divisors
 from data_pipeline.order.position import merge_positions, pack, unpack
 from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.storage.files import cut_torn_line
 
 if TYPE_CHECKING:
     from data_pipeline.feed.resampled import ResampledLoader
@@ -179,7 +179,7 @@ class Loader(Iterator[Batch]):
     def __next__(self) -> Batch:
         began = time.monotonic()
         gathered: dict[str, NDArray[Any]] = {}
-        shares: list[Share] = []
+        shares: list[FilledShare] = []
         filled = 0
         for source, task in zip(self._sources, self._tasks, strict=True):
             share, memory, slot = source.take()
@@ -213,7 +213,7 @@ class Loader(Iterator[Batch]):
             ),
         )
 
-    def _account(self, shares: Sequence[Share]) -> None:
+    def _account(self, shares: Sequence[FilledShare]) -> None:
         lines = []
         for share in shares:
             self.counts.update(share.counts)
@@ -256,7 +256,7 @@ class _Inline:
         self._stream = ShareStream(task)
         self._memory = memoryview(bytearray(task.layout().bytes))
 
-    def take(self) -> tuple[Share, memoryview, int]:
+    def take(self) -> tuple[FilledShare, memoryview, int]:
         return self._stream.fill(self._memory), self._memory, 0
 
     def release(self, slot: int) -> None:

@@ -20,6 +20,7 @@ from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.distributed import collectives
+from trainer.distributed.acceleration import configure_process
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
@@ -139,6 +140,7 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
     Raises:
         ConfigError, DataError: a mistake of the user's; nothing has been written.
     """
+    configure_process(config.distributed)
     accumulation = config.accumulation(env.world_size)
     # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
     dataset = collectives.from_main_rank(lambda: open_dataset(config.data), raises=Failure)
@@ -179,6 +181,10 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> t
     model = build_model(config)
     frozen_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
     model.first_stage.to(env.device, frozen_dtype)
+    if config.distributed.channels_last and env.device.type == "cuda":
+        model.first_stage.to(
+            memory_format=torch.channels_last
+        )  # it is not ZeRO's, so its weights may be, too
     model.conditioner.frozen.to(env.device, frozen_dtype)
     _start_from(config.init_from, model.network)
     engines: dict[str, Engine] = {"unet": build_engine(model.network, config, env)}

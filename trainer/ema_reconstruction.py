@@ -27,8 +27,7 @@ from trainer.checkpoint.export import export_metadata, read_small_tensors, read_
 from trainer.checkpoint.manifest import BadManifest
 from trainer.checkpoint.reader import EngineReader
 from trainer.config.run import ConfigError
-from trainer.ema import power_profile
-from trainer.power_ema import exponent_from_std
+from trainer.ema import exponent_from_std, power_profile
 
 _PREFIX = "ema.power_"
 _NEGLIGIBLE = 1e-6

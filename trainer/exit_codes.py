@@ -26,6 +26,22 @@ class ExitCode(IntEnum):
     ABORTED = 130
 
 
+class StopRequest(IntEnum):
+    """What was asked for. Ordered, so that the maximum over ranks is the agreed request."""
+
+    NONE = 0
+    PREEMPTED = 1
+    """The machine is wanted back: save, exit, and be started again."""
+    STOPPED = 2
+    """A person wants the run to stop: save, exit, and stay stopped."""
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The exit code of a run that honoured this request."""
+        assert self is not StopRequest.NONE
+        return ExitCode.PREEMPTED if self is StopRequest.PREEMPTED else ExitCode.STOPPED
+
+
 _FINAL = frozenset({ExitCode.DONE, ExitCode.USER_ERROR, ExitCode.STOPPED, ExitCode.FATAL, ExitCode.ABORTED})
 _CODES: dict[type[Failure], ExitCode] = {
     UserError: ExitCode.USER_ERROR,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -16,10 +16,6 @@ class TrainState:
     """Images consumed by those steps; the x axis of W&B."""
     position: dict[str, Any] | None = None
     """Loader position of this rank's lanes (all lanes' once merged for a checkpoint)."""
-    skipped_ordinals: list[int] = field(default_factory=list)
-    """Samples that are never served again (NaN and spike policy)."""
-    healing: dict[str, Any] = field(default_factory=dict)
-    """State of the spike detector."""
     wandb_run_id: str | None = None
     """W&B run that a restart continues."""
 
@@ -34,6 +30,6 @@ class TrainState:
         return {**vars(self), "position": position}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`; what earlier versions stored besides is passed over."""
         for name in vars(self):
             setattr(self, name, values[name])

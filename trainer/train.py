@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-
-from torch import Tensor
+from itertools import chain
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import FatalFault, StorageOutage
-from trainer.agreement import Agreed, Delayed, agree
 from trainer.assembly import Run, build_run
 from trainer.config.run import Config
 from trainer.distributed import collectives
+from trainer.distributed.collectives import Agreed
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
-from trainer.exit_codes import ExitCode
-from trainer.metrics.meters import Meters
+from trainer.exit_codes import ExitCode, StopRequest
+from trainer.metrics.meters import Delayed, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.throughput import Throughput
 from trainer.optim import learning_rate
 from trainer.reliability.healing import Incident
 from trainer.reliability.heartbeat import board_from_environment
-from trainer.reliability.preemption import Preemption, StopRequest
-from trainer.reliability.slow_ranks import SlowRanks
+from trainer.reliability.preemption import Preemption
+from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, gather_reports
 from trainer.reliability.watchdog import Watchdog
-from trainer.reports import data_record, gather_reports, slow_record
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +95,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         run.sinks.advance(state.step)
         if due(state.step, config.logging.every) or last_step:
             record = {**meters.reduce(), **throughput.read(state.step, timer), "learning_rate": rate}
-            reports = gather_reports(batches, record)
+            reports = gather_reports(batches.rejected, batches.counts, record)
             record |= data_record(reports) | slow_record(run, slow_ranks, reports, record) | run.save_record()
             run.sinks.log(state.step, state.samples_seen, record)
         if due(state.step, config.sampling.every):
@@ -147,14 +145,17 @@ def judge(
     """
     ready = delayed.pop(everything=everything)
     losses = [float(metrics["loss"]) for _, metrics, _ in ready]
-    agreed = agree(request, data_lost=data_lost, losses=losses)
+    agreed = collectives.agree(request, data_lost=data_lost, losses=losses)
     for (step, metrics, ordinals), loss in zip(ready, agreed.losses, strict=True):
-        verdict = run.healer.check(step, loss, float(metrics["grad_norm"]), of_all_ranks(ordinals))
+        verdict = run.healer.check(step, loss, float(metrics["grad_norm"]))
         if verdict.action == "stop":
             raise FatalFault(verdict.message)
-        if verdict.action == "rewind":
-            logger.warning("%s", verdict.message)
-            return verdict.incident, agreed
+        if verdict.symptom is not None:
+            # Alike on all ranks, so that all of them are here.
+            parts = collectives.all_gather_object(ordinals.tolist())
+            incident = run.healer.record(verdict.symptom, chain.from_iterable(parts))
+            logger.warning("%s; rewinding and skipping %d samples", verdict.symptom, len(incident.ordinals))
+            return incident, agreed
     if not everything and must_stop(agreed):  # and a checkpoint is about to be written after all
         return judge(run, delayed, agreed.request, agreed.data_lost, everything=True)
     return None, agreed
@@ -165,10 +166,26 @@ def must_stop(agreed: Agreed) -> bool:
     return agreed.request is not StopRequest.NONE or agreed.data_lost
 
 
-def of_all_ranks(ordinals: Tensor) -> Iterator[int]:
-    """Gathered only when somebody looks; verdicts are alike on all ranks, so all of them look or none."""
-    for part in collectives.all_gather_object(ordinals.tolist()):
-        yield from part
+def slow_record(
+    run: Run, slow_ranks: SlowRanks, reports: Sequence[RankReport], record: dict[str, float]
+) -> dict[str, float]:
+    """On rank 0, the number of slow ranks; who has just become one is an event and a warning.
+
+    Nothing while `record` has no seconds per step: the first interval warms up.
+    """
+    if "step_s" not in record or not run.env.is_main:
+        return {}
+    slow = slow_ranks.observe(reports, record["step_s"])
+    new = [found for found in slow if found.reports == slow_ranks.patience]
+    for found in new:
+        details = {"rank": found.rank, "host": found.host, "own_s": found.seconds, "step_s": record["step_s"]}
+        run.sinks.event(run.state.step, run.state.samples_seen, "slow rank", **details)
+    if new:
+        names = ", ".join(f"rank {s.rank} ({s.host}) needs {s.times_median:.1f}x" for s in new)
+        logger.warning(
+            "%s the median time for its own work, for %d reports running", names, slow_ranks.patience
+        )
+    return {"slow_ranks": float(len(slow))}
 
 
 def preview(run: Run, batch: Batch) -> None:

@@ -12,7 +12,7 @@ whoever joins the shares of all workers of all ranks, in order, has the same glo
 
 One row, from the inside out:
 
-    fill            for lane: for each of its two rows      -> Share, with every lane's state after the step
+    fill            for lane: for each of its two rows  -> FilledShare, with the lanes' states after the step
       _fill_row     until one visit is served:  take the next, commit it
         _serve      visit -> reason against it?   -> Rejected: counted, and the lane moves on
                           -> bytes do not come?   -> set aside, the lane moves on
@@ -47,7 +47,7 @@ _THREADS = 16
 
 
 @dataclass
-class Share:
+class FilledShare:
     """What goes with the arrays of one step."""
 
     height: int
@@ -86,7 +86,7 @@ class ShareStream:
         self._rejects: list[tuple[str, str, str, int]] = []
         self._walker.read_ahead()
 
-    def fill(self, buffer: memoryview) -> Share:
+    def fill(self, buffer: memoryview) -> FilledShare:
         """Write the arrays of the next step to `buffer`. Raises DataError."""
         buckets = self._task.buckets
         bucket = buckets.of_step(self._task.order.seed, self._step)
@@ -101,7 +101,7 @@ class ShareStream:
                 keys.append(key)
         self._walker.read_ahead()
         self._step += 1
-        share = Share(
+        share = FilledShare(
             height=height,
             width=width,
             captions=captions,

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, WorkerDied, consequence_of
-from data_pipeline.feed.share import Share, ShareStream
+from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.processes import unnamed_file
 from data_pipeline.shards.dataset import sources_of
@@ -68,7 +68,7 @@ class WorkerProcess:
         self._memory = mmap.mmap(self._memory_file, self._slot_bytes * self._slots)
         self._send((task, self._slots, os.getpid()))
 
-    def take(self) -> tuple[Share, memoryview, int]:
+    def take(self) -> tuple[FilledShare, memoryview, int]:
         """Wait for the next share: (share, its memory, slot). Give the slot back with `release`."""
         deadline = time.monotonic() + self._patience_s
         while not self._connection.poll(0.5):

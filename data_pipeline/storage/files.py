@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from pathlib import Path
 from typing import BinaryIO, cast
 
 from data_pipeline.errors import DataError, NotFound
@@ -18,6 +20,7 @@ from data_pipeline.storage.retry import (
 from data_pipeline.storage.urls import is_local, join, name_of
 
 _CHECK_TRIES = 4
+_BLOCK_BYTES = 65_536
 
 
 def read_bytes(url: str, *, timeout_s: float = 30.0, tries: int = TRIES) -> bytes:
@@ -129,3 +132,20 @@ def check_writable(folder: str) -> None:
     probe = join(folder, f".writable.{os.getpid()}")
     write_bytes(probe, b"ok", tries=_CHECK_TRIES)
     remove(probe)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut what a crash or a full disk left of a local file's last line, so that the next gets its own."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        size = position = file.seek(0, io.SEEK_END)
+        tail = b""
+        while position and b"\n" not in tail:
+            block = min(_BLOCK_BYTES, position)
+            position -= block
+            file.seek(position)
+            tail = file.read(block) + tail
+        whole = position + tail.rfind(b"\n") + 1
+        if whole < size:
+            file.truncate(whole)

@@ -51,8 +51,9 @@ def explain_step(
 ) -> Iterator[dict[str, Any]]:
     """Samples of one step in global order, one record per slot, without reading pictures.
 
-    Index-level rejections (filters, removal lists, defects) are counted; pictures that turn out to be
-    unreadable later are not known here, so lanes that met some are ahead of what this says.
+    `rejected_before` counts what the index rejects (filters, removal lists, defects) in the sample's lane
+    and bucket from the start of the run to the sample. Pictures that turn out to be unreadable later are
+    not known here, so lanes that met some are ahead of what this says.
     """
     if step < 0:
         raise DataError(f"--step is {step}; steps count from 0.")
@@ -87,7 +88,7 @@ def explain_step(
 def _accepted(
     order: Order, dataset: Dataset, views: ShardViews, lane: int, bucket: int, skip: int, take: int
 ) -> Iterator[tuple[LaneState, int, int, int]]:
-    """The `take` accepted visits of a lane after the first `skip`."""
+    """The `take` accepted visits of a lane after the first `skip`: (place, shard, row, rejections before)."""
     seen = rejected = 0
     state = LaneState()
     for _ in range(_FAR):
@@ -102,7 +103,6 @@ def _accepted(
                 continue
             if seen >= skip:
                 yield LaneState(state.epoch, offset), shard, row, rejected
-                rejected = 0
             seen += 1
             if seen == skip + take:
                 return

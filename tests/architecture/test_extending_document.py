@@ -11,19 +11,29 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from data_pipeline.batch import Batch
 from trainer.conditioning.build import CONDITIONERS, Conditioner
-from trainer.config.models import FirstStageConfig
-from trainer.config.training import DiffusionConfig
+from trainer.config.models import FirstStageConfig, UNetConfig
+from trainer.config.run import Config, ConfigError
+from trainer.config.training import AutoencoderLossConfig, DiffusionConfig, DistributedConfig
 from trainer.diffusion.levels import make_levels
 from trainer.diffusion.sampling import SAMPLERS, Sampler
 from trainer.diffusion.schedule import make_schedule
+from trainer.distributed.build import build_engine
+from trainer.distributed.env import DistributedEnv
 from trainer.first_stage.build import (
     FIRST_STAGES,
     build_first_stage,
     first_stage_tensors,
     load_first_stage,
 )
+from trainer.interop.unet_names import unet_links
+from trainer.metrics.timer import StepTimer
+from trainer.model import build_autoencoder
+from trainer.models.unet import ATTENTIONS, UNet
+from trainer.stages.autoencoder import AutoencoderStage
 from trainer.weights import write_weights
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +90,27 @@ def test_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(made.std() - 0.5) < max(0.02, abs(euler.std() - 0.5))
 
 
+def test_unet_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ATTENTIONS, "mixing", shown("trainer/models/mixing.py", monkeypatch)["Mixing"])
+    small = {"model_channels": 16, "channel_multipliers": (1, 2), "num_groups": 4, "head_dim": 16}
+    config = UNetConfig(attention="mixing", attention_factors=(1,), **small)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    plain = dataclasses.replace(config, attention_factors=())
+    unet, without = (UNet(c, in_channels=3, out_channels=3, context_dim=5) for c in (config, plain))
+    without.load_state_dict(unet.state_dict(), strict=False)
+    nn.init.normal_(unet.conv_out.weight, std=0.1)
+    without.conv_out.load_state_dict(unet.conv_out.state_dict())
+    x, timesteps, context = torch.randn(2, 3, 8, 8), torch.tensor([1, 9]), torch.randn(2, 4, 5)
+    out = unet(x, timesteps, context)
+    torch.testing.assert_close(out, without(x, timesteps, context))  # it starts as the identity
+    out.square().sum().backward()
+    pointwise = [p for name, p in unet.named_parameters() if "pointwise.weight" in name]
+    assert len(pointwise) == 2 + 3 + 1  # down, up, middle
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pointwise)
+    with pytest.raises(ConfigError, match="depthwise"):
+        unet_links(config, unet.state_dict(), "compvis")
+
+
 def test_first_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(
         FIRST_STAGES, "shuffle", shown("trainer/first_stage/shuffle.py", monkeypatch)["Shuffle"]
@@ -101,9 +132,47 @@ def test_first_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert torch.equal(loaded.latents(pixels, None), latents)
 
 
+def test_first_stage_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `stage=autoencoder` does: builder, engines, loss, discriminator and a learned log variance."""
+    Shuffle = shown("trainer/first_stage/shuffle.py", monkeypatch)["Shuffle"]
+    monkeypatch.setitem(FIRST_STAGES, "shuffle", Shuffle)
+    first_stage = FirstStageConfig(name="shuffle", channel_multipliers=(1, 1, 1), latent_channels=48)  # type: ignore[arg-type]
+    config = Config(
+        stage="autoencoder",
+        global_batch_size=4,
+        micro_batch_size=2,
+        first_stage=first_stage,
+        autoencoder_loss=AutoencoderLossConfig(
+            perceptual_weight=0.0,
+            learned_logvar=True,
+            discriminator_weight=0.01,
+            discriminator_start=0,
+            discriminator_channels=4,
+            discriminator_layers=1,
+        ),
+        distributed=DistributedConfig(engine="torch", precision="fp32"),
+    )
+    networks = build_autoencoder(config)
+    assert isinstance(networks["autoencoder"], Shuffle)
+    with torch.no_grad():
+        networks["autoencoder"].gain.fill_(0.5)
+    env = DistributedEnv.detect({})
+    engines = {name: build_engine(network, config, env) for name, network in networks.items()}
+    stage = AutoencoderStage(config, engines, None, StepTimer(env.device))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    batch = Batch(pixels, ("",) * 4, {}, ("",) * 4, torch.arange(4), torch.arange(4), {})
+    metrics = [stage.train_step(batch, step, 0.02) for step in range(40)]
+    assert float(metrics[-1]["reconstruction"]) < 0.3 * float(metrics[0]["reconstruction"])
+    assert 0.9 < float(stage.module.gain) < 1.1  # type: ignore[arg-type]
+    assert {"generator", "adaptive_weight", "discriminator", "logvar"} <= metrics[-1].keys()
+    stage.finish(iter([batch]))
+    assert (stage.state()["latent_scale"] > 1).all()
+
+
 def test_what_the_document_names_exists() -> None:
     for path in set(re.findall(r"`((?:trainer|tests|data_pipeline|docs)/[\w./]+?)`", DOCUMENT)):
         assert (ROOT / path).exists(), path
     assert "brightness" not in CONDITIONERS
-    for name in ("CONDITIONERS", "SAMPLERS", "FIRST_STAGES"):
+    for name in ("CONDITIONERS", "SAMPLERS", "ATTENTIONS", "FIRST_STAGES"):
         assert name in DOCUMENT

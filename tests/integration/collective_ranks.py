@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from data_pipeline.errors import DataError, NoShards
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
+from trainer.exit_codes import StopRequest
 
 
 def once(env: DistributedEnv, marker: str, fails: bool) -> list[str]:
@@ -25,3 +27,19 @@ def once(env: DistributedEnv, marker: str, fails: bool) -> list[str]:
         found = str(error)
     collectives.barrier()
     return [found, Path(marker).read_text()]
+
+
+def agree(env: DistributedEnv) -> list[list[object]]:
+    """What the ranks agree on in four steps, in which they hand in different things."""
+    first = env.is_main
+    steps = [
+        collectives.agree(StopRequest.NONE, data_lost=False, losses=[]),
+        collectives.agree(StopRequest.NONE, data_lost=first, losses=[1.0 if first else 2.0]),
+        collectives.agree(
+            StopRequest.PREEMPTED if first else StopRequest.STOPPED,
+            data_lost=False,
+            losses=[0.25, math.nan if first else 1.0, math.inf],
+        ),
+        collectives.agree(StopRequest.PREEMPTED, data_lost=True, losses=[0.1 + env.rank]),
+    ]
+    return [[step.request.name, step.data_lost, [repr(loss) for loss in step.losses]] for step in steps]

@@ -10,8 +10,7 @@ from trainer.config.run import Config
 from trainer.config.training import DistributedConfig, EMAConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.torch_engine import TorchEngine
-from trainer.ema import EMA, power_profile
-from trainer.power_ema import exponent_from_std, power_decay, std_from_exponent
+from trainer.ema import EMA, exponent_from_std, power_decay, power_profile, std_from_exponent
 
 
 def make_engine(precision: str = "fp32") -> TorchEngine:

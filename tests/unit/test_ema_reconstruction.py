@@ -14,9 +14,8 @@ from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig, EMAConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.torch_engine import TorchEngine
-from trainer.ema import EMA
+from trainer.ema import EMA, exponent_from_std
 from trainer.ema_reconstruction import Profile, fit, inner_product, reconstruct
-from trainer.power_ema import exponent_from_std
 from trainer.weights import read_weights
 
 STEPS, EVERY = 400, 40

@@ -15,6 +15,15 @@ def gaussian_losses(count: int, seed: int = 0) -> list[float]:
     return [draw.gauss(0.5, 0.05) for _ in range(count)]
 
 
+def heal(healer: Healer, step: int, loss: float, ordinals: list[int]) -> bool:
+    """What the loop does about a step; whether it rewinds."""
+    verdict = healer.check(step, loss, None)
+    if verdict.action == "rewind":
+        assert verdict.symptom is not None
+        healer.record(verdict.symptom, ordinals)
+    return verdict.action == "rewind"
+
+
 def test_zscore_of_a_gaussian_is_its_sigma_distance() -> None:
     history = gaussian_losses(4001)
     assert robust_zscore(0.5 + 4 * 0.05, history) == pytest.approx(4.0, abs=0.25)
@@ -43,44 +52,47 @@ def test_zscore_of_a_flat_history_is_finite() -> None:
 )
 def test_nan_and_inf_rewind_and_skip_that_steps_samples(loss: float, grad_norm: float, kind: str) -> None:
     healer = Healer(HealingConfig())
-    assert healer.check(1, 0.4, 1.0, [0, 1]).action == "continue"
-    verdict = healer.check(2, loss, grad_norm, [3, 2])
+    assert healer.check(1, 0.4, 1.0).action == "continue"
+    verdict = healer.check(2, loss, grad_norm)
     assert verdict.action == "rewind"
-    assert verdict.incident is not None
-    assert (verdict.incident.kind, verdict.incident.step) == (kind, 2)
+    assert verdict.symptom is not None
+    assert healer.skipped == set()
+    incident = healer.record(verdict.symptom, iter([3, 2]))
+    assert (incident.kind, incident.step, incident.ordinals) == (kind, 2, (2, 3))
+    assert incident.value == repr(loss if kind in ("nan", "inf") else grad_norm)
     assert healer.skipped == {2, 3}
-    assert "step 2" in verdict.message
+    assert str(verdict.symptom).endswith("at step 2")
 
 
 def test_spikes_count_only_when_configured_and_after_some_history() -> None:
     losses = gaussian_losses(64)
     silent, alert = Healer(HealingConfig()), Healer(HealingConfig(spike_zscore=8.0))
-    assert alert.check(0, 100.0, 1.0, [0]).action == "continue"
+    assert alert.check(0, 100.0, 1.0).action == "continue"
     for step, loss in enumerate(losses):
-        assert silent.check(step, loss, 1.0, [step]).action == "continue"
-        assert alert.check(step, loss, 1.0, [step]).action == "continue"
-    assert silent.check(64, 5.0, 1.0, [64]).action == "continue"
-    verdict = alert.check(64, 5.0, 1.0, [64])
+        assert silent.check(step, loss, 1.0).action == "continue"
+        assert alert.check(step, loss, 1.0).action == "continue"
+    assert silent.check(64, 5.0, 1.0).action == "continue"
+    verdict = alert.check(64, 5.0, 1.0)
     assert verdict.action == "rewind"
-    assert verdict.incident is not None
-    assert verdict.incident.kind == "spike"
-    assert verdict.incident.zscore is not None
-    assert verdict.incident.zscore > 8
+    assert verdict.symptom is not None
+    assert verdict.symptom.kind == "spike"
+    assert verdict.symptom.zscore is not None
+    assert verdict.symptom.zscore > 8
     # A sudden fall is no spike.
-    assert alert.check(65, 0.01, 1.0, [65]).action == "continue"
+    assert alert.check(65, 0.01, 1.0).action == "continue"
 
 
 def test_it_gives_up_after_the_configured_number_of_rewinds() -> None:
     healer = Healer(HealingConfig(max_rewinds=2))
     for step in (1, 2):
-        assert healer.check(step, math.nan, None, [step]).action == "rewind"
-    verdict = healer.check(3, math.nan, None, [3])
+        assert heal(healer, step, math.nan, [step])
+    verdict = healer.check(3, math.nan, None)
     assert verdict.action == "stop"
     assert "healing.max_rewinds=2" in verdict.message
 
 
 def test_switched_off_it_stops_at_once() -> None:
-    verdict = Healer(HealingConfig(enabled=False)).check(1, math.nan, None, [1])
+    verdict = Healer(HealingConfig(enabled=False)).check(1, math.nan, None)
     assert verdict.action == "stop"
     assert "healing.enabled" in verdict.message
 
@@ -90,12 +102,12 @@ def test_state_makes_the_same_decisions_after_a_restart() -> None:
     unbroken = Healer(config)
     losses = gaussian_losses(80, seed=3)
     for step, loss in enumerate(losses[:40]):
-        unbroken.check(step, loss, 1.0, [step])
-    unbroken.check(40, math.nan, 1.0, [400, 401])
+        unbroken.check(step, loss, 1.0)
+    assert heal(unbroken, 40, math.nan, [400, 401])
     resumed = Healer(config)
     resumed.load_state(json.loads(json.dumps(unbroken.state())))
     for step, loss in enumerate([*losses[40:], 9.0]):
-        assert unbroken.check(step, loss, 1.0, [step]) == resumed.check(step, loss, 1.0, [step])
+        assert unbroken.check(step, loss, 1.0) == resumed.check(step, loss, 1.0)
     assert unbroken.state() == resumed.state()
     assert resumed.skipped >= {400, 401}
 
@@ -103,12 +115,12 @@ def test_state_makes_the_same_decisions_after_a_restart() -> None:
 def test_a_rewind_keeps_incidents_and_restores_the_history() -> None:
     healer = Healer(HealingConfig(spike_zscore=6.0))
     for step in range(10):
-        healer.check(step, 0.5 + step / 100, 1.0, [step])
+        healer.check(step, 0.5 + step / 100, 1.0)
     saved = json.loads(json.dumps(healer.state()))
     for step in range(10, 20):
-        healer.check(step, 0.6, 1.0, [step])
-    healer.check(20, math.inf, 1.0, [77])
-    healer.rewound(saved)
+        healer.check(step, 0.6, 1.0)
+    assert heal(healer, 20, math.inf, [77])
+    healer.load_state(saved)
     assert healer.skipped == {77}
     assert healer.state()["losses"] == saved["losses"]
 
@@ -117,7 +129,7 @@ def test_the_recent_loss_is_the_mean_of_the_window_and_travels_with_the_state() 
     healer = Healer(HealingConfig(spike_window=2))
     assert healer.recent_loss is None
     for step, loss in enumerate((9.0, 0.5, math.nan, 0.25)):
-        healer.check(step, loss, 1.0, [step])
+        healer.check(step, loss, 1.0)
     assert healer.recent_loss == 0.375
     resumed = Healer(HealingConfig(spike_window=2))
     resumed.load_state(json.loads(json.dumps(healer.state())))
@@ -126,9 +138,10 @@ def test_the_recent_loss_is_the_mean_of_the_window_and_travels_with_the_state() 
 
 def test_journal_is_merged_once() -> None:
     first = Healer(HealingConfig())
-    first.check(5, math.nan, None, [8, 9])
+    assert heal(first, 5, math.nan, [8, 9])
     journal = json.loads(json.dumps(first.journal()))
     second = Healer(HealingConfig())
     second.merge(journal)
     second.merge(journal)
-    assert second.incidents == first.incidents
+    assert second.journal() == first.journal()
+    assert second.skipped == {8, 9}

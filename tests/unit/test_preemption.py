@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.exit_codes import ExitCode
-from trainer.reliability.preemption import PREEMPTION_SIGNALS, Preemption, StopRequest
+from trainer.exit_codes import ExitCode, StopRequest
+from trainer.reliability.preemption import PREEMPTION_SIGNALS, Preemption
 
 
 def wait_for(condition: object, seconds: float = 10.0) -> bool:

@@ -16,13 +16,17 @@ from trainer.config.run import Config
 from trainer.config.training import LoggingConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.metrics.sinks import Sinks
-from trainer.reliability.slow_ranks import SlowRanks, own_seconds
-from trainer.reports import Report, slow_record
+from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, own_seconds
 from trainer.state import TrainState
+from trainer.train import slow_record
+
+
+def reports(*own_s: float) -> list[RankReport]:
+    return [RankReport(Counter(), Counter(), f"node-{rank}", seconds) for rank, seconds in enumerate(own_s)]
 
 
 def slow_in(slow_ranks: SlowRanks, seconds: list[float], step_s: float = 2.0) -> list[int]:
-    return [found.rank for found in slow_ranks.observe(seconds, step_s)]
+    return [found.rank for found in slow_ranks.observe(reports(*seconds), step_s)]
 
 
 def test_a_rank_must_be_slow_repeatedly() -> None:
@@ -30,8 +34,8 @@ def test_a_rank_must_be_slow_repeatedly() -> None:
     for _ in range(2):
         assert slow_in(slow_ranks, [1.0, 1.1, 1.6, 0.9]) == []
     assert slow_in(slow_ranks, [1.0, 1.1, 1.6, 0.9]) == [2]
-    (found,) = slow_ranks.observe([1.0, 1.1, 1.8, 0.9], 2.0)
-    assert (found.seconds, found.reports) == (1.8, 4)
+    (found,) = slow_ranks.observe(reports(1.0, 1.1, 1.8, 0.9), 2.0)
+    assert (found.seconds, found.reports, found.host) == (1.8, 4, "node-2")
     assert found.times_median == pytest.approx(1.8)
     assert slow_in(slow_ranks, [1.0, 1.1, 1.2, 0.9]) == []
     assert slow_in(slow_ranks, [1.0, 1.1, 1.6, 0.9]) == []
@@ -70,10 +74,6 @@ def run(tmp_path: Path) -> Run:
     return cast(Run, SimpleNamespace(env=DistributedEnv.detect({}), state=state, sinks=sinks))
 
 
-def reports(*own_s: float) -> list[Report]:
-    return [Report(Counter(), Counter(), f"node-{rank}", seconds) for rank, seconds in enumerate(own_s)]
-
-
 def test_a_slow_rank_is_named_once_and_counted_while_it_lasts(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,3 +105,11 @@ def test_the_interval_that_warms_up_is_not_judged(run: Run) -> None:
     slow_ranks = SlowRanks(patience=1)
     assert slow_record(run, slow_ranks, reports(0.2, 0.9), {}) == {}
     assert slow_record(run, slow_ranks, reports(0.2, 0.9), {"step_s": 1.0}) == {"slow_ranks": 1.0}
+
+
+def test_counts_of_all_ranks_are_added() -> None:
+    told = [
+        RankReport(Counter({"small": 2}), Counter({"requests": 5}), "a", 0.0),
+        RankReport(Counter({"small": 1, "torn": 1}), Counter({"requests": 6}), "b", 0.0),
+    ]
+    assert data_record(told) == {"rejected/small": 3.0, "rejected/torn": 1.0, "storage/requests": 11.0}

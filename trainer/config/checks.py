@@ -15,6 +15,7 @@ def check(config: Config) -> None:
     _check_stage(config)
     check_derived(config)
     _check_conditioning(config)
+    _check_graphs(config)
     if config.stage == "diffusion":
         check_diffusion(config.diffusion)
         check_sampling(config.diffusion, config.sampling)
@@ -43,6 +44,24 @@ def _check_sizes(config: Config) -> None:
     _require(
         not (config.data.shards and config.data.sources),
         "give either data.shards or data.sources, not both.",
+    )
+
+
+def _check_graphs(config: Config) -> None:
+    if not config.distributed.cuda_graphs:
+        return
+    obstacles = {
+        "stage=autoencoder": config.stage == "autoencoder",
+        # The gradients of a graph lie where the next replay writes; only bf16 engines take them away at once.
+        "distributed.precision=fp32": config.distributed.precision == "fp32",
+        "distributed.zero_stage=3": config.distributed.zero_stage == 3,
+        "unet.activation_checkpointing": config.unet.activation_checkpointing,
+        "unet.dropout": config.unet.dropout > 0,
+    }
+    present = [name for name, there in obstacles.items() if there]
+    _require(
+        not present,
+        f"distributed.cuda_graphs does not go together with {' and '.join(present)}; leave one of them out.",
     )
 
 

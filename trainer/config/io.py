@@ -11,10 +11,12 @@ from typing import Any
 
 import yaml
 
+from trainer.config import yaml_values
 from trainer.config.checks import check
 from trainer.config.derived import derive
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
+from trainer.config.yaml_values import Written, bare, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,36 +82,24 @@ def _read_yaml(path: str) -> _Tree:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}.") from error
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}.") from error
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}:1 must be a mapping of keys to values.")
-    return _from_mapping(node, path)
+        node = yaml_values.compose(text)
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:1 must be a mapping of keys to values.")
+        return _from_mapping(node, path)
+    except yaml_values.BadValue as error:
+        raise ConfigError(f"{path}:{error.line}: {error}.") from error
 
 
 def _from_mapping(node: yaml.MappingNode, path: str) -> _Tree:
     tree: _Tree = {}
-    for key_node, value_node in node.value:
-        origin = f"{path}:{key_node.start_mark.line + 1}"
-        key = str(key_node.value)
-        if key in tree:
-            raise ConfigError(f"{origin}: `{key}` is given twice.")
-        if isinstance(value_node, yaml.MappingNode):
-            tree[key] = _from_mapping(value_node, path)
+    for key, value in node.value:
+        if isinstance(value, yaml.MappingNode):
+            tree[key.value] = _from_mapping(value, path)
         else:
-            tree[key] = _Given(_python_value(value_node), origin)
+            tree[key.value] = _Given(yaml_values.value_of(value), f"{path}:{key.start_mark.line + 1}")
     return tree
-
-
-def _python_value(node: yaml.Node) -> Any:
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_object(node, deep=True)
-    finally:
-        loader.dispose()
 
 
 def _tree_of(values: dict[str, Any], origin: str) -> _Tree:
@@ -123,18 +113,15 @@ def _apply_override(tree: _Tree, override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"`{override}` is not an override; write section.key=value.")
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of `{dotted}` on the command line is not valid YAML.") from error
-    origin = "command line"
     *parents, leaf = dotted.split(".")
     for name in parents:
         child = tree.get(name)
-        if not isinstance(child, dict):
+        if isinstance(child, _Given) and isinstance(bare(child.value), dict):
+            child = tree[name] = _tree_of(bare(child.value), child.origin)
+        elif not isinstance(child, dict):
             child = tree[name] = {}
         tree = child
-    tree[leaf] = _tree_of(value, origin) if isinstance(value, dict) else _Given(value, origin)
+    tree[leaf] = _Given(yaml_values.parse_argument(text), "command line")
 
 
 def _build(cls: type, tree: _Tree, prefix: str) -> Any:
@@ -195,24 +182,27 @@ def _value(hint: Any, given: _Tree | _Given, dotted: str) -> Any:
     if section is not None:
         if isinstance(given, dict):
             return _build(section, given, f"{dotted}.")
-        if given.value is None and _is_union(hint):
+        value = bare(given.value)
+        if value is None and _is_union(hint):
             return None
-        if given.value is None or given.value == {}:
+        if value is None:
             return section()
+        if isinstance(value, dict):
+            return _build(section, _tree_of(value, given.origin), f"{dotted}.")
         raise ConfigError(f"{given.origin}: `{dotted}` is a section; give it keys, not a value.")
     if isinstance(given, dict):
         raise ConfigError(f"{_origin(given)}: `{dotted}` is {_words(hint)}, not a section.")
     found, value = _coerce(hint, given.value, given.origin, dotted)
     if not found:
         raise ConfigError(
-            f"{given.origin}: `{dotted}` must be {_words(hint)}, not {given.value!r}"
-            f"{_nearest_choice(hint, given.value)}"
+            f"{given.origin}: `{dotted}` must be {_words(hint)}, not {shown(given.value)}"
+            f"{_nearest_choice(hint, bare(given.value))}"
         )
     return value
 
 
 def _coerce(hint: Any, value: Any, origin: str, dotted: str) -> tuple[bool, Any]:
-    """(fits, converted): ints become floats, `1e-4` (a YAML string) too, lists become tuples."""
+    """(fits, converted): ints become floats, lists become tuples, and texts are what was written."""
     if _is_union(hint):
         for option in typing.get_args(hint):
             fits, converted = _coerce(option, value, origin, dotted)
@@ -221,7 +211,12 @@ def _coerce(hint: Any, value: Any, origin: str, dotted: str) -> tuple[bool, Any]
         return False, None
     kind = typing.get_origin(hint)
     if kind is typing.Literal:
+        written = value.text if isinstance(value, Written) else value
+        value = written if written in typing.get_args(hint) else bare(value)
         return value in typing.get_args(hint) and not isinstance(value, bool), value
+    if hint is str and isinstance(value, Written):
+        return value.value is not None, value.text
+    value = bare(value)
     if kind is tuple:
         return _coerce_tuple(typing.get_args(hint), value, origin, dotted)
     if dataclasses.is_dataclass(hint):
@@ -235,8 +230,6 @@ def _coerce(hint: Any, value: Any, origin: str, dotted: str) -> tuple[bool, Any]
             return isinstance(value, (int, float, str)), float(value)
         except (TypeError, ValueError):
             return False, None
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return True, str(value)
     return type(value) is hint, value
 
 

@@ -126,8 +126,14 @@ class DistributedConfig:
     """Compute precision; master weights, Adam state and EMA are always fp32."""
     channels_last: bool = True
     """Keep activations in channels-last memory layout."""
+    fused_kernels: bool = True
+    """On a GPU with channels_last, run norms, activations and residuals as our own fused kernels."""
     compile: bool = False
-    """torch.compile the trained network."""
+    """torch.compile the blocks that repeat in the trained network, each kind once."""
+    cuda_graphs: bool = False
+    """Replay forward and backward as CUDA graphs: for small micro-batches."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN time its algorithms for every shape of convolution when it is first met."""
     reduce_bucket_elements: int = number(50_000_000, least=1, most=10**12)
     """Gradients per communication bucket (DeepSpeed's 5e8 hardly overlaps at this model size)."""
     overlap_communication: bool = False

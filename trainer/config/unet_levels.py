@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from trainer.config.models import UNetConfig
@@ -66,6 +66,12 @@ def plan_levels(config: UNetConfig) -> tuple[UNetLevel, ...]:
             )
         )
     return tuple(levels)
+
+
+def middle_level(config: UNetConfig) -> UNetLevel:
+    """The last level as the middle of the UNet has it: always with self-attention, and a depth of its own."""
+    last = plan_levels(config)[-1]
+    return replace(last, attention=True, depth=middle_depth(config), cross_attention_only=False)
 
 
 def middle_depth(config: UNetConfig) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from trainer.exit_codes import StopRequest
 
 T = TypeVar("T")
 
@@ -20,15 +23,6 @@ def world_size() -> int:
 def rank() -> int:
     """This rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean over ranks of a floating-point tensor, on every rank, as a new tensor."""
-    if world_size() == 1:
-        return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size()
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
@@ -84,3 +78,34 @@ def from_main_rank(make: Callable[[], T], *, raises: type[Exception]) -> T:
 def barrier() -> None:
     """Wait until every rank is here. Goes through the CPU, so it does not wait for a GPU."""
     any_rank(False)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The same on every rank."""
+
+    request: StopRequest
+    """Strongest stop request of any rank."""
+    data_lost: bool
+    """Whether some rank cannot get its next batch."""
+    losses: tuple[float, ...]
+    """Means over ranks of the losses that were handed in; NaN where one rank's was."""
+
+
+def agree(request: StopRequest, *, data_lost: bool, losses: Sequence[float]) -> Agreed:
+    """What all ranks decide together, once a step: one small all-reduce that waits for no GPU. Collective.
+
+    Every rank hands in equally many losses. With one rank, the answer is what was handed in.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return Agreed(request, data_lost, tuple(losses))
+    # One slot per request level makes the maximum a sum, so a single reduction carries everything.
+    levels = len(StopRequest)
+    message = torch.zeros(levels + 1 + len(losses), dtype=torch.float64)
+    message[int(request)] = 1
+    message[levels] = float(data_lost)
+    message[levels + 1 :] = torch.tensor(losses, dtype=torch.float64)
+    dist.all_reduce(message)
+    asked = max(level for level in StopRequest if message[int(level)] > 0)
+    return Agreed(asked, bool(message[levels] > 0), tuple((message[levels + 1 :] / ranks).tolist()))

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from trainer.config.run import Config
 from trainer.distributed import adamw
+from trainer.distributed.acceleration import GraphedForward, compile_regions
 from trainer.distributed.deepspeed_config import deepspeed_config
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
@@ -103,7 +104,9 @@ class DeepSpeedEngine:
         self._fragments = self._make_fragments()
         self._load_initial_weights(initial)
         if config.distributed.compile:
-            self._engine.compile()
+            # Stage 3 gathers weights in hooks of every module, which DeepSpeed alone knows how to compile.
+            self._engine.compile() if self._stage == 3 else compile_regions(module)
+        self._forward = GraphedForward(module) if config.distributed.cuda_graphs else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Training forward.
@@ -113,7 +116,7 @@ class DeepSpeedEngine:
         """
         if self._stage > 0:
             self._zero.clear_backward_seen_flag()
-        return self.module(*args, **kwargs)
+        return self._forward(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config.run import Config
 from trainer.distributed import adamw
+from trainer.distributed.acceleration import GraphedForward, compile_regions
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.replicas import replicated_fragments, synchronise
@@ -56,11 +57,12 @@ class TorchEngine:
             world_size=env.world_size,
         )
         if config.distributed.compile:
-            module.compile()
+            compile_regions(module)
+        self._forward = GraphedForward(module) if config.distributed.cuda_graphs else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Training forward."""
-        return self.module(*args, **kwargs)
+        return self._forward(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch's mean loss, accumulated in fp32."""

@@ -61,6 +61,10 @@ def unet_to_diffusers(config: UNetConfig, sizes: UNetSizes, sample_size: int) ->
     """
     if config.res_block_groups not in (None, config.num_groups):
         raise ConfigError("diffusers has one number of groups; unet.res_block_groups cannot be exported.")
+    if config.attention not in ("transformer", "plain"):
+        raise ConfigError(
+            f"diffusers has no block like unet.attention={config.attention}; use layout=native."
+        )
     if config.attention == "plain":
         return _plain_to_diffusers(config, sizes, sample_size)
     if config.resblock_updown:

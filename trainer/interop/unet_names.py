@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.config.models import UNetConfig
+from trainer.config.run import ConfigError
 from trainer.config.unet_levels import plan_levels
 from trainer.interop.links import Link
 from trainer.models.unet import UNet
@@ -34,6 +36,16 @@ COMPVIS_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+KNOWN = re.compile(
+    r"""(time|vector)_embedding\.linear_[12] | class_embedding | conv_in | conv_norm_out | conv_out
+    | (down_blocks\.\d+ | up_blocks\.\d+ | mid_block) \.
+      ( ( resnets\.\d+ | downsampler | upsampler ) \. (norm[12] | conv[12] | time_emb_proj | conv_shortcut)
+      | (downsampler | upsampler) \.conv
+      | attentions\.\d+ \. ( norm | attn\.to_(qkv|out) | proj_(in|out)
+        | transformer_blocks\.\d+ \. (norm[123] | attn[12]\.to_(q|kv|qkv|out) | ff\.proj_(in|out)) ) )""",
+    re.VERBOSE,
+)
+"""The layers whose names both dialects have a word for."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,18 @@ class UNetSizes:
 
 
 def unet_links(config: UNetConfig, names: Iterable[str], dialect: Dialect) -> list[Link]:
-    """One link per parameter name of our UNet."""
+    """One link per parameter name of our UNet.
+
+    Raises:
+        ConfigError: a block that the tables below have no word for; the sentence names it.
+    """
+    names = list(names)
+    for name in names:
+        if KNOWN.fullmatch(name.rpartition(".")[0]) is None:
+            raise ConfigError(
+                f"trainer/interop/unet_names.py has no {dialect} name for {name}; teach it the block, or "
+                "keep to --layout native."
+            )
     blocks = compvis_blocks(config) if dialect == "compvis" else {}
     return [_link(config, name, dialect, blocks) for name in names]
 

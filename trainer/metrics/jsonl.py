@@ -10,9 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.appending import cut_torn_line
 from data_pipeline.errors import Failure
-from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.files import cut_torn_line, write_bytes
 from data_pipeline.storage.urls import is_local, join, local_path
 
 logger = logging.getLogger(__name__)

@@ -1,10 +1,11 @@
-"""Running means on the device, reduced over ranks once per log interval."""
+"""Values that stay on the device: means until a log interval, a step's own until the next step."""
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from trainer.distributed import collectives
 
 
 class Meters:
@@ -27,9 +28,24 @@ class Meters:
             return {}
         names = sorted(self._sums)
         means = torch.stack([self._sums[name] / self._counts[name] for name in names])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
+        means = collectives.reduce_sum(means) / collectives.world_size()
         self._sums.clear()
         self._counts.clear()
         return dict(zip(names, means.tolist(), strict=True))
+
+
+class Delayed:
+    """Hands values of the device to the host one step late, so that reading them stalls nothing."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, dict[str, Tensor], Tensor]] = []
+
+    def push(self, step: int, metrics: dict[str, Tensor], ordinals: Tensor) -> None:
+        """Remember one step's metrics and this rank's sample ordinals."""
+        self._pending.append((step, metrics, ordinals))
+
+    def pop(self, *, everything: bool = False) -> list[tuple[int, dict[str, Tensor], Tensor]]:
+        """Steps whose values may be read now: all but the newest, or all of them."""
+        keep = 0 if everything else 1
+        ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[-keep:] * keep
+        return ready

@@ -71,11 +71,6 @@ class Sinks:
         """W&B run id, None when W&B is disabled."""
         return self._wandb.run_id if self._wandb else None
 
-    @property
-    def wandb_folder(self) -> str | None:
-        """Local W&B folder, None when W&B is disabled."""
-        return self._wandb.folder if self._wandb else None
-
     def advance(self, step: int) -> None:
         """Move the console bar."""
         if self._bar is not None:

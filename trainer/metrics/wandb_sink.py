@@ -59,11 +59,6 @@ class WandbSink:
         """Stored in checkpoints, so that a restart goes on with the same run."""
         return str(self._run.id)
 
-    @property
-    def folder(self) -> str:
-        """Local folder for `wandb sync`."""
-        return os.path.dirname(str(self._run.dir))
-
     def log(self, samples_seen: int, record: dict[str, Any]) -> None:
         """Scalars of one log interval."""
         self._run.log({**record, "samples_seen": samples_seen})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config.models import UNetConfig
-from trainer.config.unet_levels import UNetLevel, middle_depth, plan_levels
+from trainer.config.unet_levels import UNetLevel, middle_level, plan_levels
 from trainer.kernels.group_norm import GroupNorm
 from trainer.kernels.residual import concatenate
 from trainer.models.attention import PlainAttention, SpatialTransformer
@@ -31,6 +31,30 @@ from trainer.models.layers import (
 )
 
 R = TypeVar("R", bound=ResBlock)
+
+
+def _transformer(config: UNetConfig, level: UNetLevel, context_dim: int | None) -> nn.Module:
+    return SpatialTransformer(
+        level.channels,
+        level.heads,
+        context_dim,
+        depth=level.depth,
+        groups=config.num_groups,
+        cross_attention_only=level.cross_attention_only,
+        dropout=config.dropout,
+    )
+
+
+def _plain(config: UNetConfig, level: UNetLevel, context_dim: int | None) -> nn.Module:
+    return PlainAttention(level.channels, level.heads, groups=config.num_groups)
+
+
+ATTENTIONS: dict[str, Callable[[UNetConfig, UNetLevel, int | None], nn.Module]] = {
+    "transformer": _transformer,
+    "plain": _plain,
+}
+"""UNetConfig.attention -> the block that follows every residual block of a level with attention, and the
+first of the middle, from (configuration, level, context width); called as (x, context)."""
 
 
 class UNet(nn.Module):
@@ -69,7 +93,7 @@ class UNet(nn.Module):
             self.down_blocks.append(DownBlock(blocks, level, channels, downsample=down))
             channels = level.channels
             skips += [channels] * (config.num_res_blocks + down)
-        self.mid_block = MidBlock(blocks, levels[-1])
+        self.mid_block = MidBlock(blocks, middle_level(config))
         self.up_blocks = nn.ModuleList()
         for index, level in reversed(list(enumerate(levels))):
             level_skips = [skips.pop() for _ in range(config.num_res_blocks + 1)]
@@ -151,18 +175,8 @@ class _BlockFactory:
             scale_shift_norm=self.config.scale_shift_norm,
         )
 
-    def attention(self, level: UNetLevel, *, middle: bool = False) -> nn.Module:
-        if self.config.attention == "plain":
-            return PlainAttention(level.channels, level.heads, groups=self.config.num_groups)
-        return SpatialTransformer(
-            level.channels,
-            level.heads,
-            self.context_dim,
-            depth=middle_depth(self.config) if middle else level.depth,
-            groups=self.config.num_groups,
-            cross_attention_only=level.cross_attention_only and not middle,
-            dropout=self.config.dropout,
-        )
+    def attention(self, level: UNetLevel) -> nn.Module:
+        return ATTENTIONS[self.config.attention](self.config, level, self.context_dim)
 
     def attentions(self, level: UNetLevel, count: int) -> nn.ModuleList:
         return nn.ModuleList(self.attention(level) for _ in range(count if level.attention else 0))
@@ -215,7 +229,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(
             blocks.residual(ResBlock, level.channels, level.channels) for _ in range(2)
         )
-        self.attentions = nn.ModuleList([blocks.attention(level, middle=True)])
+        self.attentions = nn.ModuleList([blocks.attention(level)])
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
         x = _run(self.resnets[0], self.recompute, x, embedding)

@@ -16,13 +16,31 @@ _MAD_TO_SIGMA = 1.4826
 _MIN_HISTORY = 16
 
 
+Kind = Literal["nan", "inf", "spike", "gradient"]
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """What is wrong with a step."""
+
+    step: int
+    kind: Kind
+    value: float
+    """Loss or gradient norm."""
+    zscore: float | None
+    """Robust z-score of the loss (spike)."""
+
+    def __str__(self) -> str:
+        return f"{_DESCRIPTIONS[self.kind]} ({self.value:.6g}) at step {self.step}"
+
+
 @dataclass(frozen=True)
 class Incident:
     """A rewind, as it goes into the ledger, JSONL and W&B."""
 
     step: int
     """The offending step."""
-    kind: Literal["nan", "inf", "spike", "gradient"]
+    kind: Kind
     """What was seen there."""
     value: str
     """Loss or gradient norm, as text (JSON has no NaN)."""
@@ -34,10 +52,10 @@ class Incident:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do after a step."""
+    """What to do after a step: go on; `record` the symptom and rewind; or give up, and say why."""
 
     action: Literal["continue", "rewind", "stop"]
-    incident: Incident | None = None
+    symptom: Symptom | None = None
     message: str = ""
 
 
@@ -71,49 +89,43 @@ class Healer:
         return frozenset(o for incident in self._incidents for o in incident.ordinals)
 
     @property
-    def incidents(self) -> tuple[Incident, ...]:
-        """Every rewind of this run, oldest first."""
-        return tuple(self._incidents)
-
-    @property
     def recent_loss(self) -> float | None:
         """Mean of the losses in the running window, the same on every rank; None while there are none."""
         return statistics.fmean(self._losses) if self._losses else None
 
-    def check(self, step: int, loss: float, grad_norm: float | None, ordinals: Iterable[int]) -> Verdict:
-        """The verdict on optimizer step `step`, whose global batch was `ordinals`."""
-        kind, value, zscore = self._symptom(loss, grad_norm)
-        if kind is None:
+    def check(self, step: int, loss: float, grad_norm: float | None) -> Verdict:
+        """The verdict on optimizer step `step`."""
+        symptom = self._symptom(step, loss, grad_norm)
+        if symptom is None:
             self._losses.append(loss)
             return Verdict("continue")
-        incident = Incident(step, kind, repr(value), zscore, tuple(sorted(ordinals)))
-        what = f"{_DESCRIPTIONS[kind]} ({value:.6g}) at step {step}"
         if not self._config.enabled:
-            return Verdict(
-                "stop", incident, f"{what}; healing.enabled=true would rewind and skip its samples."
-            )
+            message = f"{symptom}; healing.enabled=true would rewind and skip its samples."
+            return Verdict("stop", symptom, message)
         if len(self._incidents) >= self._config.max_rewinds:
-            return Verdict(
-                "stop",
-                incident,
-                f"{what}, after {len(self._incidents)} rewinds already (healing.max_rewinds="
+            message = (
+                f"{symptom}, after {len(self._incidents)} rewinds already (healing.max_rewinds="
                 f"{self._config.max_rewinds}); lower optimizer.learning_rate or look at the samples "
-                "of the incidents in the run's ledger.",
+                "of the incidents in the run's ledger."
             )
-        self._incidents.append(incident)
-        return Verdict("rewind", incident, f"{what}; rewinding and skipping {len(incident.ordinals)} samples")
+            return Verdict("stop", symptom, message)
+        return Verdict("rewind", symptom)
 
-    def rewound(self, state: dict[str, Any]) -> None:
-        """Take over the loss history of the checkpoint that was rewound to; keep the incidents."""
-        self._losses = deque(state["losses"], maxlen=self._config.spike_window)
+    def record(self, symptom: Symptom, ordinals: Iterable[int]) -> Incident:
+        """Never serve these samples again: the global batch of the step, gathered from all ranks."""
+        incident = Incident(
+            symptom.step, symptom.kind, repr(symptom.value), symptom.zscore, tuple(sorted(ordinals))
+        )
+        self._incidents.append(incident)
+        return incident
 
     def state(self) -> dict[str, Any]:
         """JSON-able; goes into the checkpoint."""
         return {"losses": list(self._losses), "incidents": self.journal()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`; incidents known already are kept."""
-        self.rewound(state)
+        """The inverse of `state`, also when rewinding: incidents known already are kept."""
+        self._losses = deque(state["losses"], maxlen=self._config.spike_window)
         self.merge(state["incidents"])
 
     def journal(self) -> list[dict[str, Any]]:
@@ -128,22 +140,19 @@ class Healer:
             if (incident.step, incident.ordinals) not in known:
                 self._incidents.append(incident)
 
-    def _symptom(
-        self, loss: float, grad_norm: float | None
-    ) -> tuple[Literal["nan", "inf", "spike", "gradient"] | None, float, float | None]:
+    def _symptom(self, step: int, loss: float, grad_norm: float | None) -> Symptom | None:
         if math.isnan(loss):
-            return "nan", loss, None
+            return Symptom(step, "nan", loss, None)
         if math.isinf(loss):
-            return "inf", loss, None
+            return Symptom(step, "inf", loss, None)
         if grad_norm is not None and not math.isfinite(grad_norm):
-            return "gradient", grad_norm, None
-        if self._config.spike_zscore > 0 and len(self._losses) >= min(
-            _MIN_HISTORY, self._config.spike_window
-        ):
+            return Symptom(step, "gradient", grad_norm, None)
+        known = len(self._losses)
+        if self._config.spike_zscore > 0 and known >= min(_MIN_HISTORY, self._config.spike_window):
             zscore = robust_zscore(loss, self._losses)
             if zscore > self._config.spike_zscore:
-                return "spike", loss, zscore
-        return None, loss, None
+                return Symptom(step, "spike", loss, zscore)
+        return None
 
 
 _DESCRIPTIONS = {

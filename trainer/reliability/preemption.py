@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import threading
-from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -14,27 +13,11 @@ from data_pipeline.errors import Failure
 from data_pipeline.storage.files import exists, remove
 from data_pipeline.storage.retry import QUICK_TRIES
 from data_pipeline.storage.urls import is_local
-from trainer.exit_codes import ExitCode
+from trainer.exit_codes import StopRequest
 
 logger = logging.getLogger(__name__)
 
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class StopRequest(IntEnum):
-    """What was asked for. Ordered, so that the maximum over ranks is the agreed request."""
-
-    NONE = 0
-    PREEMPTED = 1
-    """The machine is wanted back: save, exit, and be started again."""
-    STOPPED = 2
-    """A person wants the run to stop: save, exit, and stay stopped."""
-
-    @property
-    def exit_code(self) -> ExitCode:
-        """The exit code of a run that honoured this request."""
-        assert self is not StopRequest.NONE
-        return ExitCode.PREEMPTED if self is StopRequest.PREEMPTED else ExitCode.STOPPED
 
 
 class Preemption:

@@ -1,14 +1,31 @@
-"""Ranks that are slower than the others at work that waits for no other rank."""
+"""What ranks tell each other at a log interval, and which of them are slow at work that waits for nobody."""
 
 from __future__ import annotations
 
+import socket
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from trainer.distributed import collectives
+
 OWN_PHASES = ("data", "encode")
 """Phases of StepTimer that wait for no other rank; forward and backward contain collectives."""
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank tells the others at a log interval."""
+
+    rejected: Counter[str]
+    """Samples rejected since the start, by reason."""
+    storage: Counter[str]
+    """Reads and their retries since the start, by name."""
+    host: str
+    """Name of its machine."""
+    own_s: float
+    """Seconds per step of work that waits for no other rank."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +33,7 @@ class SlowRank:
     """A rank that was found slow."""
 
     rank: int
+    host: str
     seconds: float
     """Per step, of its own work."""
     times_median: float
@@ -24,12 +42,33 @@ class SlowRank:
     """Reports running in which it was slow, this one included."""
 
 
+def gather_reports(
+    rejected: Counter[str], storage: Counter[str], record: Mapping[str, float]
+) -> list[RankReport]:
+    """The reports of all ranks, in rank order; `record` holds this rank's times. Collective."""
+    report = RankReport(rejected, storage, socket.gethostname(), own_seconds(record))
+    return collectives.all_gather_object(report)
+
+
+def own_seconds(record: Mapping[str, float]) -> float:
+    """Seconds per step that this rank spent on its own work, from a record of Throughput."""
+    return sum(record.get(f"time/{phase}_s", 0.0) for phase in OWN_PHASES)
+
+
+def data_record(reports: Sequence[RankReport]) -> dict[str, float]:
+    """Rejected samples by reason, and reads of storage, over all ranks since the start."""
+    total: Counter[str] = Counter()
+    for report in reports:
+        total.update({f"rejected/{reason}": count for reason, count in report.rejected.items()})
+        total.update({f"storage/{name}": count for name, count in report.storage.items()})
+    return {name: float(count) for name, count in total.items()}
+
+
 class SlowRanks:
     """Finds ranks that do their own work slower than the others, again and again.
 
-    Feed it, at each log interval, every rank's seconds of work that waits for no other rank; step
-    time itself is the same on all ranks, since everyone waits for the slowest. A rank is slow once
-    it took `ratio` times the median, and more than it by at least `floor` of the step time, in
+    Step time itself is the same on all ranks, since everyone waits for the slowest. A rank is slow once
+    its own work took `ratio` times the median, and more than it by at least `floor` of the step time, in
     `patience` reports running.
     """
 
@@ -39,24 +78,21 @@ class SlowRanks:
         self._floor = floor
         self._strikes: dict[int, int] = defaultdict(int)
 
-    def observe(self, seconds: Sequence[float], step_s: float) -> list[SlowRank]:
-        """The slow ranks as of this report.
+    def observe(self, reports: Sequence[RankReport], step_s: float) -> list[SlowRank]:
+        """The slow ranks as of these reports.
 
         Args:
-            seconds: of own work per step, one figure per rank.
+            reports: in rank order.
             step_s: seconds per step of the whole job, against which noise is told from a loss.
         """
         # The lower one: the mean of two ranks would hide the slow one behind its own time.
-        median = statistics.median_low(seconds)
+        median = statistics.median_low(report.own_s for report in reports)
         found = []
-        for rank, value in enumerate(seconds):
-            slow = value > self._ratio * median > 0 and value - median > self._floor * step_s
+        for rank, report in enumerate(reports):
+            excess = report.own_s - median
+            slow = report.own_s > self._ratio * median > 0 and excess > self._floor * step_s
             self._strikes[rank] = self._strikes[rank] + 1 if slow else 0
             if self._strikes[rank] >= self.patience:
-                found.append(SlowRank(rank, value, value / median, self._strikes[rank]))
+                times = report.own_s / median
+                found.append(SlowRank(rank, report.host, report.own_s, times, self._strikes[rank]))
         return found
-
-
-def own_seconds(record: Mapping[str, float]) -> float:
-    """Seconds per step that this rank spent on its own work, from a record of Throughput."""
-    return sum(record.get(f"time/{phase}_s", 0.0) for phase in OWN_PHASES)

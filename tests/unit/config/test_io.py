@@ -131,3 +131,126 @@ def test_accumulation_lists_valid_ranks() -> None:
     assert config.accumulation(2) == 4
     with pytest.raises(ConfigError, match="1, 2, 4, 8"):
         config.accumulation(3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0123",
+        "007",
+        "12:30",
+        "1e-3",
+        "1_000",
+        "0x1F",
+        "2024-01-31",
+        "2024-13-45",
+        "yes",
+        "3.10",
+        "=",
+        "s3://a/b",
+    ],
+)
+def test_a_text_keeps_its_characters(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: {text}\ndata:\n  captions: [txt, {text}]\n")
+    config = load_config(str(path))
+    assert config.run_dir == text
+    assert config.data.captions == ("txt", text)
+    assert load_config(None, [f"run_dir={text}"]).run_dir == text
+    dumped = tmp_path / "again.yaml"
+    dumped.write_text(dump_yaml(config))
+    assert load_config(str(dumped)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("/data/*.tar", "/data/*.tar"),
+        ("*.tar", "*.tar"),
+        ("{00000..00009}.tar", "{00000..00009}.tar"),
+        ("{a,b}", "{a,b}"),
+        ("a #b", "a #b"),
+        ("[x]/y", "[x]/y"),
+        ("a: b", "a: b"),
+        ("@x", "@x"),
+        ("'0123'", "0123"),
+        ('"a #b"', "a #b"),
+        ("", ""),
+    ],
+)
+def test_an_argument_keeps_what_yaml_would_cut_or_refuse(text: str, kept: str) -> None:
+    assert load_config(None, [f"data.shards={text}"]).data.shards == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("010", 10), ("0o10", 8), ("0x10", 16), ("1_000", 1000), ("+7", 7), ("-3", -3)],
+)
+def test_whole_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, number: int) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"seed: {text}\n")
+    assert load_config(str(path)).seed == number
+    assert load_config(None, [f"seed={text}"]).seed == number
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e-3", 0.001), ("1.5E-2", 0.015), (".5", 0.5), ("0", 0.0)])
+def test_numbers_are_those_of_yaml_1_2(text: str, number: float) -> None:
+    assert load_config(None, [f"optimizer.weight_decay={text}"]).optimizer.weight_decay == number
+
+
+def test_null_and_booleans_are_as_before() -> None:
+    config = load_config(None, ["init_from=null", "distributed.doctor=off", "data.index=~"])
+    assert (config.init_from, config.distributed.doctor, config.data.index) == (None, False, None)
+    with pytest.raises(ConfigError, match="`run_dir` must be a text, not null"):
+        load_config(None, ["run_dir=null"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 12:30\n", "run.yaml:1: `seed` must be a whole number, not '12:30'"),
+        ("steps: 5\nseed: !!int abc\n", "run.yaml:2: 'abc' is no int"),
+        ("seed: !!float x\n", "run.yaml:1: 'x' is no float"),
+        ("run_dir: !!python/object:os.system x\n", "run.yaml:1: the tag .* means nothing here"),
+        ("run_dir: !mine x\n", "run.yaml:1: the tag '!mine' means nothing here"),
+        ("run_dir: !!binary aGk=\n", "run.yaml:1: the tag"),
+        ("data: !!set {a}\n", "run.yaml:1: the tag"),
+        ("data: &x {shards: *x}\n", "run.yaml:1: this anchor contains itself"),
+        ("data: &x\n  sources: [*x]\n", "this anchor contains itself"),
+        ("ema: {power_stds: &x [*x]}\n", "this anchor contains itself"),
+        ("steps: 5\n? [a]\n: 3\n", "run.yaml:2: a key must be a text"),
+        ("data: {sources: [{shards: a, shards: b}]}\n", "`shards` is given twice"),
+        ("run_dir: *unknown\n", "run.yaml:1: not valid YAML"),
+        ("seed: " + "1" * 5000 + "\n", "run.yaml:1: .* is no int"),
+        ("run_dir: a\0b\n", "run.yaml:1: not valid YAML"),
+        ("run_dir: " + "[" * 3000 + "\n", "run.yaml:1"),
+        ("a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(2)), "unknown key `a`"),
+    ],
+)
+def test_yaml_that_cannot_be_meant_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!int abc", "2024-13-45", "!!python/name:os.system", "[", "&x [*x]", "*y", "{"]
+)
+def test_arguments_that_cannot_be_meant_are_one_sentence(value: str) -> None:
+    with pytest.raises(ConfigError, match="command line: `seed` must be a whole number"):
+        load_config(None, [f"seed={value}"])
+
+
+def test_a_section_on_the_command_line_and_a_key_of_it() -> None:
+    config = load_config(None, ["data={shards: 0123, image_size: 64}", "data.workers=3"])
+    assert (config.data.shards, config.data.image_size, config.data.workers) == ("0123", 64, 3)
+
+
+def test_aliases_of_aliases_do_not_explode(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    lines = ["x0: &x0 [a, a]", *(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40))]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:16: aliases make this more than 100000 values"):
+        load_config(str(path))
