@@ -1,0 +1,48 @@
+"""What docs/architecture.md says about the house holds of the house."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from data_pipeline.order.draws import Draw
+from trainer.rng import Purpose
+from trainer.stages.stage import Stage
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs/architecture.md").read_text()
+
+
+def test_every_purpose_of_both_generators_is_listed() -> None:
+    section = DOCUMENT.split("## Every random number")[1].split("\n## ")[0]
+    assert set(re.findall(r"`([A-Z_]+)`", section)) == {d.name for d in Draw} | {p.name for p in Purpose}
+
+
+def test_every_purpose_is_drawn_for() -> None:
+    files = [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "data_pipeline").rglob("*.py")]
+    text = "\n".join(path.read_text() for path in files)
+    assert [p.name for p in Purpose if f"Purpose.{p.name}" not in text] == []
+    assert [d.name for d in Draw if f"Draw.{d.name}" not in text] == []
+
+
+def test_the_map_is_the_tree() -> None:
+    drawn = DOCUMENT.split("## The map")[1].split("```")[1]
+    for package in ("data_pipeline", "trainer"):
+        text = drawn.split(f"{package}/")[1].split("\ntrainer/")[0]
+        folders = {path.name for path in (ROOT / package).iterdir() if (path / "__init__.py").exists()}
+        assert set(re.findall(r"(\w+)/(?=[\s])", text)) == folders, package
+        for name in re.findall(r"\b(\w+\.py)\b", text):
+            assert (ROOT / package / name).exists(), name
+
+
+def test_paths_exist() -> None:
+    for path in set(re.findall(r"`((?:trainer|data_pipeline|docs|tests)/[\w./]+?)(?::\w+)?`", DOCUMENT)):
+        assert (ROOT / path).exists(), path
+
+
+def test_a_stage_has_the_methods_that_are_counted() -> None:
+    methods = [name for name, _ in inspect.getmembers(Stage, inspect.isfunction) if not name.startswith("_")]
+    named = re.findall(r"`(\w+)`", DOCUMENT.split("`Stage` of five methods:")[1].split(". The")[0])
+    assert sorted(methods) == sorted(named)
+    assert len(methods) == 5
