@@ -35,15 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _overview(argv)
     configure_logging()
     verb = importlib.import_module(f"trainer.cli.{argv[0]}")
-    parser = argparse.ArgumentParser(
-        prog=f"ldm {argv[0]}",
-        description=verb.__doc__,
-        epilog=verb.EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.add_arguments(parser)
+    arguments = parse(verb_parser(argv[0]), argv[1:])
     try:
-        return int(verb.run(parser.parse_args(argv[1:])))
+        return int(verb.run(arguments))
     except (Failure, OSError, KeyboardInterrupt) as error:
         code = classify(error)
         if isinstance(error, Failure):
@@ -54,6 +48,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             place = error.filename or "while writing"
             print(f"ldm: {error.strerror}: {place}; free space or choose another.", file=sys.stderr)
         return code
+
+
+def verb_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one verb."""
+    verb = importlib.import_module(f"trainer.cli.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"ldm {name}",
+        description=verb.__doc__,
+        epilog=verb.EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_arguments(parser)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Like `parse_args`, and settings (a.b=c) may follow options, where argparse would refuse them."""
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and hasattr(arguments, "overrides") and not any(word.startswith("-") for word in rest):
+        arguments.overrides = [*arguments.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 def _overview(argv: list[str]) -> int:

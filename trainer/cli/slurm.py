@@ -6,7 +6,9 @@ import argparse
 
 from trainer.launch.slurm import add_commands
 
-EXAMPLE = "example: ldm slurm submit --nodes=32 configs/sd/sd2_base_512.yaml run_dir=s3://bucket/run"
+EXAMPLE = (
+    "example: ldm slurm submit configs/sd/sd2_base_512.yaml --sbatch='--nodes=32' run_dir=s3://bucket/run"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
