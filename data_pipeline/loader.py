@@ -156,8 +156,6 @@ class Loader(Iterator[Batch]):
         self._fingerprint = task.dataset.fingerprint
         self._size = sum(t.size for t in tasks)
         self._first_slot = tasks[0].lanes.start * task.per_lane
-        self.batches_per_epoch = task.order.total / (task.order.lanes * task.per_lane)
-        """Optimizer steps per epoch when nothing is rejected."""
         self.rejected: Counter[str] = Counter()
         """Rejected samples by reason, of this rank, since the start of the process."""
         self.counts: Counter[str] = Counter()
@@ -170,11 +168,6 @@ class Loader(Iterator[Batch]):
         for worker, each in zip(workers, tasks, strict=bool(workers)):
             worker.begin(each)
         self._sources: Sequence[WorkerProcess | _Inline] = workers or [_Inline(task)]
-
-    @property
-    def lanes(self) -> int:
-        """Lanes of the order; ranks x workers must divide it."""
-        return self._order.lanes
 
     def __next__(self) -> Batch:
         began = time.monotonic()

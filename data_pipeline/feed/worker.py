@@ -1,4 +1,15 @@
-"""A loader process: torch-free, hands finished shares over in shared memory, ends with its parent."""
+"""A loader process: torch-free, hands finished shares over in shared memory, ends with its parent.
+
+    rank (torch, CUDA)                         pipe                  loader process (NumPy, no torch)
+    WorkerProcess(config)  ------------------ config ------------->  imports, storage client
+    begin(task)            ------------------ task --------------->  ShareStream: reads begin
+    take()                 <------- FilledShare, slot 0 -----------  fill(slot 0), fill(slot 1), ...
+      copies slot 0                                                  ... until no slot is free
+    release(0)             ------------------ 0 ------------------>  fill(slot 0) again
+
+The arrays never pass through the pipe: both map one unnamed file of `data.prefetch` slots. So the worker
+is at most that many steps ahead, and a position always belongs to a share that has been handed over.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +35,7 @@ from data_pipeline.storage.client import filesystem
 _STOP_TIMEOUT_S = 5.0
 _PARENT_CHECK_S = 1.0
 _SILENCE_S = 120.0
+"""Patience with a worker on top of data.patience_s, after which it tells of an outage by itself."""
 
 
 class WorkerProcess:

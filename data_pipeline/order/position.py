@@ -1,4 +1,14 @@
-"""Loader positions: one raw offset per lane; small, JSON-able and free of the world size."""
+"""Loader positions: one raw offset per lane; small, JSON-able and free of the world size.
+
+Every batch carries the states of its own rank's lanes, as they are once it is consumed. A checkpoint joins
+those of all ranks into one list by lane, which any other division of the lanes can be cut from:
+
+    2 ranks, 4 lanes     {"first": 0, "states": [[0, 5], [0, 4]]}  {"first": 2, "states": [[0, 4], [1, 0]]}
+    merge_positions      {"first": 0, "states": [[0, 5], [0, 4], [0, 4], [1, 0]]}
+    4 ranks              lane 0, lane 1, lane 2, lane 3
+
+With B buckets a lane has B states, side by side.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,14 @@
-"""Reads tar headers by ranges: ustar, pax and GNU long names, with every defect reported."""
+"""Reads tar headers by ranges: ustar, pax and GNU long names, with every defect reported.
+
+A tar is a chain of blocks of 512 bytes; each header gives the size of its data, and so the next header:
+
+    [x: path=...] [its records] [0: a.jpg, 700] [data][data] [0: a.txt, 5] [data] [zeros] [zeros]
+     pax, about    path, size    a member        2 blocks     a member             two empty blocks: the end
+     the next one
+
+`x` (pax) and `L` (GNU) headers speak about the next member, `g` about all that follow, and win over what
+the member's own header has room for (100 characters of name, 8 GB).
+"""
 
 from __future__ import annotations
 
@@ -75,7 +85,7 @@ def scan(
     """
     window = _Window(read, size, chunk)
     found = TarScan()
-    position, long_name, pax = 0, "", _Pax()
+    position, said = 0, _Said()
     while position + BLOCK <= size:
         header = window.get(position, position + BLOCK)
         if header.count(0) == BLOCK:
@@ -98,14 +108,9 @@ def scan(
             if length > _MAX_META or data + length > size:
                 found.problems.append(f"bad extension header at byte {position}")
                 return found
-            body = window.get(data, data + length)
-            if kind == b"L":
-                long_name = _text(body)
-            elif kind != b"K":
-                pax.update(body, everywhere=kind == b"g")
+            said.add(kind, window.get(data, data + length))
         else:
-            length = pax.size(length)
-            name = pax.path() or long_name or _name(header)
+            length, name = said.size(length), said.name(header)
             if data + length > size:
                 found.problems.append(
                     f"truncated inside {name[:80]!r}: {data + length - size} bytes are missing"
@@ -118,8 +123,7 @@ def scan(
                 found.members.append(Member(name, data, length))
             elif kind == b"S":
                 found.problems.append(f"sparse member {name[:80]!r} is not supported")
-            long_name = ""
-            pax.forget()
+            said.forget()
         position = data + -(-length // BLOCK) * BLOCK
     if position > size or size == 0 or size % BLOCK:
         found.problems.append("the archive ends inside a block")
@@ -180,15 +184,23 @@ def parse_record(body: bytes | None) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-class _Pax:
-    """Values of pax headers: for the next member and for all."""
+class _Said:
+    """What extension headers say, about the next member and about all."""
 
     def __init__(self) -> None:
         self._all: dict[str, str] = {}
         self._next: dict[str, str] = {}
+        self._long_name = ""
 
-    def update(self, body: bytes, *, everywhere: bool) -> None:
-        target = self._all if everywhere else self._next
+    def add(self, kind: bytes, body: bytes) -> None:
+        """Take in the body of a header of kind L, K (a link's long target: of no use here), x or g."""
+        if kind == b"L":
+            self._long_name = _text(body)
+        elif kind != b"K":
+            self._add_records(body, self._all if kind == b"g" else self._next)
+
+    def _add_records(self, body: bytes, target: dict[str, str]) -> None:
+        """Records `<length> <name>=<value>\\n`, where the length counts the whole record."""
         position = 0
         while position < len(body):
             digits, space, _ = body[position : position + 20].partition(b" ")
@@ -200,10 +212,10 @@ class _Pax:
             position += int(digits)
 
     def forget(self) -> None:
-        self._next = {}
+        self._next, self._long_name = {}, ""
 
-    def path(self) -> str:
-        return self._next.get("path", self._all.get("path", ""))
+    def name(self, header: bytes) -> str:
+        return self._next.get("path", self._all.get("path", "")) or self._long_name or _name(header)
 
     def size(self, default: int) -> int:
         text = self._next.get("size", "")

@@ -36,8 +36,6 @@ class BlockCache:
         self._limit = limit_bytes
         self._writes = 0
         self._lock = threading.Lock()
-        self.hits = 0
-        """Blocks that were there."""
 
     def read(
         self, identity: str, size: int, start: int, stop: int, fetch: Callable[[int, int], bytes]
@@ -70,8 +68,6 @@ class BlockCache:
             return None
         if len(data) != min(BLOCK, size - block * BLOCK):
             return None
-        with self._lock:
-            self.hits += 1
         return data
 
     def _put(self, name: str, block: int, data: bytes) -> None:

@@ -28,6 +28,7 @@ from data_pipeline.loader import build_loader
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
+from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
 from tests.integration.data.fault_proxy import FaultProxy
@@ -94,7 +95,7 @@ def test_a_dead_shard_is_set_aside_and_tried_again(folder: Path, server: FaultPr
     run(config, 1)  # the index exists
     server.broken = ("00001.tar",)
     with build_loader(config, seed=5, global_batch_size=BATCH) as loader:
-        total = loader.batches_per_epoch * BATCH
+        total = int(open_dataset(config).counts.sum())
         visits: Counter[str] = Counter()
         for step in itertools.count():
             if step == 3:

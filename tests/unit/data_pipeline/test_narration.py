@@ -16,9 +16,9 @@ from data_pipeline.feed.reads import MemberReads
 from data_pipeline.feed.share import ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.loader import build_loader
-from data_pipeline.order import lanes
+from data_pipeline.order import lanes, position
 from data_pipeline.order.buckets import Buckets
-from data_pipeline.order.position import LaneState
+from data_pipeline.order.position import LaneState, merge_positions
 from data_pipeline.shards import index as index_module
 from data_pipeline.shards.build_index import read_index
 from data_pipeline.shards.dataset import open_dataset
@@ -135,6 +135,14 @@ def test_the_loader_serves_the_example(three_shards: DataConfig) -> None:
     told = [keys for keys, _ in rows_of_the_table()]
     assert [step[:2] for step in steps] == [keys[:2] for keys in told]
     assert [step[2] for step in steps] == ["A3", "A2", "A5", "A4"]
+
+
+def test_position_example() -> None:
+    lines = {line.split("  ")[2]: line for line in (position.__doc__ or "").splitlines() if "{" in line}
+    told = {name.strip(): re.findall(r"\{[^}]+\}", line) for name, line in lines.items()}
+    common = {"lanes": 4, "buckets": [[16, 16]]}
+    ranks = [{**common, **json.loads(part)} for part in told["2 ranks, 4 lanes"]]
+    assert merge_positions(ranks[::-1]) == {**common, **json.loads(told["merge_positions"][0])}
 
 
 def test_index_example(tmp_path: Path, write_tar) -> None:
