@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
@@ -171,23 +170,22 @@ class Loader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         began = time.monotonic()
-        gathered: dict[str, NDArray[Any]] = {}
+        tensors: dict[str, torch.Tensor] = {}
         shares: list[FilledShare] = []
         filled = 0
         for source, task in zip(self._sources, self._tasks, strict=True):
             share, memory, slot = source.take()
             for name, piece in task.layout(share.height, share.width).arrays(memory).items():
-                if name not in gathered:
-                    gathered[name] = np.empty((self._size, *piece.shape[1:]), dtype=piece.dtype)
+                if name not in tensors:
+                    tensors[name] = _host_tensor((self._size, *piece.shape[1:]), piece.dtype)
                 # NumPy copies in this thread; torch would start threads that spin beside the workers.
-                gathered[name][filled : filled + len(piece)] = piece
+                tensors[name].numpy()[filled : filled + len(piece)] = piece
             source.release(slot)
             shares.append(share)
             filled += task.size
         self.wait_s += time.monotonic() - began
         self._step += 1
         self._account(shares)
-        tensors = {name: torch.from_numpy(array) for name, array in gathered.items()}
         pixels = tensors.pop("pixels").permute(0, 3, 1, 2)  # [B, 3, H, W], channels last in memory
         return Batch(
             pixels=pixels,
@@ -240,6 +238,12 @@ class Loader(Iterator[Batch]):
     def __del__(self) -> None:
         with suppress(Exception):
             self.close()
+
+
+def _host_tensor(shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
+    """Uninitialised; pinned where there is a GPU, or its copy would wait for all work that was launched."""
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(shape, dtype=kind, pin_memory=torch.cuda.is_available())
 
 
 class _Inline:

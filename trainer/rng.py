@@ -132,7 +132,7 @@ def permutation(
     seed: int, ordinal: int, purpose: int, size: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """A permutation of range(size), int64 [size], keyed by one ordinal (say, the step)."""
-    keys = _integers(seed, torch.tensor([ordinal], device=device), purpose, 2 * size)
+    keys = _integers(seed, torch.full((1,), ordinal, dtype=torch.int64, device=device), purpose, 2 * size)
     return torch.argsort(keys[0], stable=True)
 
 

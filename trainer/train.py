@@ -144,15 +144,15 @@ def judge(
         FatalFault: too many rewinds.
     """
     ready = delayed.pop(everything=everything)
-    losses = [float(metrics["loss"]) for _, metrics, _ in ready]
-    agreed = collectives.agree(request, data_lost=data_lost, losses=losses)
-    for (step, metrics, ordinals), loss in zip(ready, agreed.losses, strict=True):
-        verdict = run.healer.check(step, loss, float(metrics["grad_norm"]))
+    read = [late.read() for late in ready]
+    agreed = collectives.agree(request, data_lost=data_lost, losses=[values["loss"] for values in read])
+    for late, values, loss in zip(ready, read, agreed.losses, strict=True):
+        verdict = run.healer.check(late.step, loss, values["grad_norm"])
         if verdict.action == "stop":
             raise FatalFault(verdict.message)
         if verdict.symptom is not None:
             # Alike on all ranks, so that all of them are here.
-            parts = collectives.all_gather_object(ordinals.tolist())
+            parts = collectives.all_gather_object(late.ordinals.tolist())
             incident = run.healer.record(verdict.symptom, chain.from_iterable(parts))
             logger.warning("%s; rewinding and skipping %d samples", verdict.symptom, len(incident.ordinals))
             return incident, agreed

@@ -188,6 +188,12 @@ class LabelCheck:
             )
 
 
+def upload(numbers: Sequence[int | float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor on the device; launched like a kernel, nothing waits."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def replace_dropped(values: Tensor, null: Tensor | float, drop: Tensor) -> Tensor:
     """Values [B, ...] with the rows where `drop` [B] is True replaced by `null` (broadcast)."""
     mask = drop.view(-1, *(1 for _ in values.shape[1:]))

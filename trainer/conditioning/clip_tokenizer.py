@@ -42,7 +42,8 @@ class ClipTokenizer:
         for caption in captions:
             row = [start, *self.encode(caption)[: self.max_tokens - 2], end]
             rows.append(row + [self._padding] * (self.max_tokens - len(row)))
-        return torch.tensor(rows)
+        tokens = torch.tensor(rows)
+        return tokens.pin_memory() if torch.cuda.is_available() else tokens
 
     def encode(self, caption: str) -> list[int]:
         """Ids of a caption's pieces, without start and end."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart, replace_dropped
+from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart, replace_dropped, upload
 from trainer.config.models import FirstStageConfig, ImageSizeConfig
 
 NUMBERS = 6
@@ -47,5 +47,5 @@ class FourierFeatures(TrainedPart):
 
 def uncropped(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """The field size [batch, 6] of pictures that were neither resized nor cropped, for sampling."""
-    numbers = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=device)
+    numbers = upload([height, width, 0, 0, height, width], torch.device(device), torch.float32)
     return numbers.expand(batch, NUMBERS)

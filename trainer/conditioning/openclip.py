@@ -8,7 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart, freeze, replace_dropped
+from trainer.conditioning.base import (
+    Condition,
+    Conditioning,
+    Source,
+    TrainedPart,
+    freeze,
+    replace_dropped,
+    upload,
+)
 from trainer.conditioning.clip_tokenizer import ClipTokenizer
 from trainer.conditioning.open_clip_towers import TextTransformer, architecture, build_tower
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig
@@ -42,7 +50,7 @@ class OpenCLIP(Condition):
         inputs = self.encode(distinct)
         if len(distinct) < len(source):
             row = {caption: i for i, caption in enumerate(distinct)}
-            rows = torch.tensor([row[caption] for caption in source.captions], device=source.device)
+            rows = upload([row[caption] for caption in source.captions], source.device)
             inputs = {name: value[rows] for name, value in inputs.items()}
         for name, value in self.null().items():
             inputs[f"null_{name}"] = value.expand(len(source), *value.shape[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -34,17 +36,46 @@ class Meters:
         return dict(zip(names, means.tolist(), strict=True))
 
 
+@dataclass(frozen=True)
+class LateValues:
+    """One step's metrics on their way to the host."""
+
+    step: int
+    ordinals: Tensor
+    """int64 [B]: this rank's samples of the step."""
+    names: tuple[str, ...]
+    values: Tensor
+    """Host memory that the device fills; pinned where there is a GPU."""
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> dict[str, float]:
+        """The metrics; waits for this step's kernels, and not for those of later steps behind them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
 class Delayed:
-    """Hands values of the device to the host one step late, so that reading them stalls nothing."""
+    """Hands values of the device to the host one step late, so that reading them stalls nothing.
+
+    A copy to pinned memory is queued with the step itself. `.item()` one step later would queue its copy
+    behind everything launched since, and so stop the host until the device has nothing left to do.
+    """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[int, dict[str, Tensor], Tensor]] = []
+        self._pending: list[LateValues] = []
 
     def push(self, step: int, metrics: dict[str, Tensor], ordinals: Tensor) -> None:
-        """Remember one step's metrics and this rank's sample ordinals."""
-        self._pending.append((step, metrics, ordinals))
+        """Remember one step's 0-d metrics and this rank's sample ordinals."""
+        values = torch.stack([value.detach().float() for value in metrics.values()])
+        arrived = None
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._pending.append(LateValues(step, ordinals, tuple(metrics), values, arrived))
 
-    def pop(self, *, everything: bool = False) -> list[tuple[int, dict[str, Tensor], Tensor]]:
+    def pop(self, *, everything: bool = False) -> list[LateValues]:
         """Steps whose values may be read now: all but the newest, or all of them."""
         keep = 0 if everything else 1
         ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[-keep:] * keep
