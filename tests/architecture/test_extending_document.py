@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import struct
 import sys
 import types
 from pathlib import Path
@@ -23,6 +24,8 @@ from trainer.diffusion.sampling import SAMPLERS, Sampler
 from trainer.diffusion.schedule import make_schedule
 from trainer.distributed.build import build_engine
 from trainer.distributed.env import DistributedEnv
+from trainer.distributed.place import Place
+from trainer.exit_codes import ExitCode
 from trainer.first_stage.build import (
     FIRST_STAGES,
     build_first_stage,
@@ -30,9 +33,11 @@ from trainer.first_stage.build import (
     load_first_stage,
 )
 from trainer.interop.unet_names import unet_links
+from trainer.launch.rank import LAUNCHER_VARIABLE, RESTARTS_VARIABLE
 from trainer.metrics.timer import StepTimer
 from trainer.model import build_autoencoder
 from trainer.models.unet import ATTENTIONS, UNet
+from trainer.reliability.heartbeat import BOARD_VARIABLE
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.weights import write_weights
 
@@ -168,6 +173,37 @@ def test_first_stage_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"generator", "adaptive_weight", "discriminator", "logvar"} <= metrics[-1].keys()
     stage.finish(iter([batch]))
     assert (stage.state()["latent_scale"] > 1).all()
+
+
+SPEAKING_RANK = """
+import os, sys
+from trainer.reliability.heartbeat import board_from_environment
+rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+board_from_environment(local_rank).write(local_rank, deadline=1e9, step=rank, phase="step")
+print(rank, local_rank, *(os.environ[name] for name in sys.argv[2:]))
+sys.exit(int(sys.argv[1]) if rank == 3 else 0)
+"""
+
+
+@pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.RETRYABLE, ExitCode.USER_ERROR])
+def test_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: ExitCode) -> None:
+    run_node = shown("trainer/launch/hosts.py", monkeypatch)["run_node"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    command = [sys.executable, "-c", SPEAKING_RANK, str(int(code)), *names]
+    ended = [run_node(command, node, 2, 2, "10.0.0.1", 4711, tmp_path) for node in range(2)]
+    assert ended == [ExitCode.DONE, code]
+    said = [(tmp_path / f"rank_{rank}.log").read_text().split() for rank in (0, 1, 3)]
+    assert said == [[str(rank), str(rank % 2), "4", "2", "10.0.0.1", "4711"] for rank in (0, 1, 3)]
+    deadline, _, _, step, phase = struct.unpack_from("=dddq24s", (tmp_path / "heartbeat-1").read_bytes(), 64)
+    assert (deadline, step, phase.rstrip(b"\0")) == (1e9, 3, b"step")
+
+
+def test_a_launcher_s_variables_are_all_in_the_document() -> None:
+    table = DOCUMENT[DOCUMENT.index("## A launcher") :]
+    place = Place(0, 0, 1, 1, "host", 1)
+    for name in (*place.variables(), BOARD_VARIABLE, LAUNCHER_VARIABLE, RESTARTS_VARIABLE):
+        assert f"`{name}`" in table, name
 
 
 def test_what_the_document_names_exists() -> None:
