@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from gpu_sections.recipe import (
 )
 from gpu_sections.timing import forget, measure, peak_gib, profile_kinds
 from trainer.config.run import Config
+from trainer.distributed.acceleration import GraphedForward, compile_regions, configure_process
 from trainer.kernels.language import plain
 from trainer.rng import Purpose, normal, permutation, uniform
 
@@ -34,12 +36,18 @@ CAPTIONS = (
 )
 
 
-def training_step(network: nn.Module, inputs: dict[str, Any]) -> Callable[[], object]:
-    """Forward and backward with fresh gradients, as one micro-batch of training has them."""
+def training_step(
+    network: nn.Module, inputs: dict[str, Any], forward: Callable[..., torch.Tensor] | None = None
+) -> Callable[[], object]:
+    """Forward and backward with fresh gradients, as one micro-batch of training has them.
+
+    `forward` is what stands for the network's own forward, such as its CUDA graphs.
+    """
+    call, args = forward or network, tuple(inputs.values())
 
     def run() -> None:
         network.zero_grad(set_to_none=True)
-        network(**inputs).float().square().mean().backward()
+        call(*args).float().square().mean().backward()
 
     return run
 
@@ -54,41 +62,83 @@ def flops_per_sample(config: Config) -> float:
 
 
 def unet(setup: Setup) -> None:
-    """Images per second of forward and backward at batch 32, 16 and 2, fused or not, and its kernels."""
-    config = setup.config()
-    flops = flops_per_sample(config)
-    network = random_network(config, setup.device, setup.dtype).train()
-    parameters = sum(p.numel() for p in network.parameters())
-    setup.report(parameters=parameters, flops_per_sample=flops)
-    rates = {size: _unet_rate(setup, network, size, flops) for size in (32, 16, 2)}
+    """Images per second of forward and backward at batch 32, 16 and 2, its kernels, and without our own."""
+    bench = Bench(setup)
+    rates = {size: bench.rate(size, f"batch_{size}") for size in (32, 16, 2)}
     setup.report(small_batch_ratio=rates[2] / rates[32])
+    inputs = network_inputs(bench.config, setup.batch(16), setup.device, setup.dtype)
+    setup.report(kernels=profile_kinds(training_step(bench.network, inputs), setup.device))
     with plain():
-        _unet_rate(setup, network, 16, flops, suffix="_plain")
-    inputs = network_inputs(config, setup.batch(16), setup.device, setup.dtype)
-    setup.report(kernels=profile_kinds(training_step(network, inputs), setup.device))
+        bench.rate(16, "batch_16_plain")
+    torch.backends.cudnn.benchmark = True
+    bench.rate(16, "batch_16_cudnn_benchmark")
 
 
-def _unet_rate(setup: Setup, network: nn.Module, size: int, flops: float, suffix: str = "") -> float:
-    """Images per second at one batch size, reported; NaN where memory does not suffice."""
-    forget()
-    batch = setup.batch(size)
-    inputs = network_inputs(setup.config(), batch, setup.device, setup.dtype)
-    try:
-        times = measure(training_step(network, inputs), setup.device, repeats=setup.repeats)
-    except torch.OutOfMemoryError:
-        setup.report(**{f"batch_{size}{suffix}": "out of memory"})
-        network.zero_grad(set_to_none=True)
-        return math.nan
-    rate = 1e3 * batch / times["ms"]
-    tflops = rate * flops / 1e12
-    work = {"tflops": tflops, "share_of_peak": tflops / PEAK_TFLOPS, "peak_gib": peak_gib()}
-    setup.report(**{f"batch_{size}{suffix}": {**times, "images_per_s": rate, **work}})
-    return rate
+def unet_compiled(setup: Setup) -> None:
+    """The same with `distributed.compile`, how long its first call takes, and graphs on top."""
+    bench = Bench(setup)
+    compile_regions(bench.network)
+    begun = time.perf_counter()
+    bench.rate(32, "batch_32", repeats=1)
+    setup.report(first_call_s=time.perf_counter() - begun)
+    for size in (32, 16, 2):
+        bench.rate(size, f"batch_{size}")
+    inputs = network_inputs(bench.config, setup.batch(16), setup.device, setup.dtype)
+    setup.report(
+        kernels=profile_kinds(training_step(bench.network, inputs), setup.device),
+        compilations=dict(torch._dynamo.utils.counters["stats"]),
+    )
+    if not setup.small:
+        bench.rate(2, "batch_2_graphs", graphs=True)
+
+
+def unet_graphs(setup: Setup) -> None:
+    """The same with `distributed.cuda_graphs`, for small batches."""
+    if setup.device.type != "cuda":
+        setup.report(skipped="no GPU, no CUDA graphs")
+        return
+    bench = Bench(setup)
+    for size in (2, 4, 8, 16):
+        bench.rate(size, f"batch_{size}", graphs=True)
+
+
+class Bench:
+    """A UNet with random weights whose training step is measured at several batch sizes."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.config = setup, setup.config()
+        configure_process(self.config.distributed)
+        self.flops = flops_per_sample(self.config)
+        self.network = random_network(self.config, setup.device, setup.dtype).train()
+        parameters = sum(p.numel() for p in self.network.parameters())
+        setup.report(parameters=parameters, flops_per_sample=self.flops)
+
+    def rate(self, size: int, name: str, *, repeats: int | None = None, graphs: bool = False) -> float:
+        """Images per second at one batch size, reported under `name`; NaN where memory does not suffice."""
+        setup, network = self.setup, self.network
+        forget()
+        batch = setup.batch(size)
+        inputs = network_inputs(self.config, batch, setup.device, setup.dtype)
+        forward = GraphedForward(network) if graphs else None
+        try:
+            run = training_step(network, inputs, forward)
+            times = measure(run, setup.device, repeats=repeats or setup.repeats)
+        except torch.OutOfMemoryError:
+            setup.report(**{name: "out of memory"})
+            return math.nan
+        finally:
+            network.zero_grad(set_to_none=True)
+        rate = 1e3 * batch / times["ms"]
+        tflops = rate * self.flops / 1e12
+        work = {"tflops": tflops, "share_of_peak": tflops / PEAK_TFLOPS, "peak_gib": peak_gib()}
+        setup.report(**{name: {**times, "images_per_s": rate, **work}})
+        return rate
 
 
 def vae(setup: Setup) -> None:
     """Images per second of the frozen encoder at batch 16 and 32, posterior sample included."""
     config = setup.config()
+    configure_process(config.distributed)
     first_stage = random_first_stage(config, setup.device, setup.dtype)
     edge = config.data.image_size
     for size in (16, 32):
@@ -108,11 +158,15 @@ def vae(setup: Setup) -> None:
             setup.report(kernels=profile_kinds(encode, setup.device))
             with plain():
                 setup.report(batch_16_plain=measure(encode, setup.device, repeats=setup.repeats))
+            torch.backends.cudnn.benchmark = True
+            setup.report(batch_16_cudnn_benchmark=measure(encode, setup.device, repeats=setup.repeats))
+            torch.backends.cudnn.benchmark = config.distributed.cudnn_benchmark
 
 
 def text(setup: Setup) -> None:
     """Milliseconds per micro-batch of 32: tokens, tower, null form, and every random number of a step."""
     config = setup.config()
+    configure_process(config.distributed)
     conditioner = trained_conditioner(config, setup.device, setup.dtype)
     batch, device, shape = setup.batch(32), setup.device, latent_shape(config)
     ordinals = torch.arange(batch, device=device)

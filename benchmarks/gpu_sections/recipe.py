@@ -57,7 +57,7 @@ class Setup:
     small: bool
     train_steps: int
     overrides: tuple[str, ...] = ()
-    """Extra settings of training runs."""
+    """Extra settings of the recipe."""
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +95,7 @@ class Setup:
     def config(self, edge: int = 512, overrides: Sequence[str] = ()) -> Config:
         """The same as an object."""
         path, *own = self.arguments(edge)
-        return load_config(path, [*own, *overrides])
+        return load_config(path, [*own, *self.overrides, *overrides])
 
     def report(self, **figures: Any) -> None:
         """Add figures to the result file at once: a section that is killed later keeps them."""

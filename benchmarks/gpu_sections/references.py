@@ -15,6 +15,7 @@ from trainer.config.run import Config
 from trainer.diffusion.guidance import ClassifierFreeGuidance
 from trainer.diffusion.sampling import sample
 from trainer.diffusion.schedule import make_schedule
+from trainer.distributed.acceleration import configure_process
 from trainer.first_stage.base import FirstStage
 from trainer.interop.diffusers_stage import first_stage_to_diffusers, scheduler_to_diffusers
 from trainer.interop.diffusers_unet import unet_to_diffusers
@@ -81,6 +82,7 @@ def _stock(name: str, described: dict[str, Any], tensors: dict[str, Tensor], set
 def eager(setup: Setup) -> None:
     """Training step at batch 16 and 32 of ours and of stock diffusers, in turns, and its kernels."""
     config = setup.config()
+    configure_process(config.distributed)
     ours = random_network(config, setup.device, setup.dtype).train()
     theirs = stock_unet(ours, config, setup)
     for size in (16, 32):
@@ -104,6 +106,7 @@ def eager(setup: Setup) -> None:
 def compiled(setup: Setup) -> None:
     """diffusers as its users tune it: channels-last, its repeated blocks or all of it under torch.compile."""
     config = setup.config()
+    configure_process(config.distributed)
     ours = random_network(config, setup.device, setup.dtype).train()
     theirs = stock_unet(ours, config, setup).to(memory_format=torch.channels_last)
     batch = setup.batch(16)
@@ -131,6 +134,7 @@ def _rates(times: dict[str, dict[str, float]], batch: int) -> dict[str, dict[str
 def encoder(setup: Setup) -> None:
     """The first stage's encoder of ours and of stock diffusers, in turns, at batch 16."""
     config = setup.config()
+    configure_process(config.distributed)
     ours = random_first_stage(config, setup.device, setup.dtype)
     theirs = stock_first_stage(ours, config, setup)
     batch, edge = setup.batch(16), config.data.image_size
@@ -151,6 +155,7 @@ def encoder(setup: Setup) -> None:
 def sampling(setup: Setup) -> None:
     """Latents of 8 pictures by DPM-Solver++ with guidance: our sampler and network, and diffusers' own."""
     config = setup.config()
+    configure_process(config.distributed)
     ours = random_network(config, setup.device, setup.dtype).eval()
     theirs = stock_unet(ours, config, setup).eval()
     batch = setup.batch(8)

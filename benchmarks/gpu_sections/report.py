@@ -46,6 +46,13 @@ ROWS = (
         lambda f: f["unet"]["batch_32"]["images_per_s"],
     ),
     Row(
+        "the same, compiled blocks, img/s",
+        None,
+        200,
+        False,
+        lambda f: f["unet_compile"]["batch_32"]["images_per_s"],
+    ),
+    Row(
         "against diffusers eager, batch 16, x",
         1.04,
         1.7,
@@ -60,6 +67,13 @@ ROWS = (
         _ratio("diffusers_compile", "ours", "regional|whole"),
     ),
     Row("rate at batch 2 / batch 32", None, 0.55, False, lambda f: f["unet"]["small_batch_ratio"]),
+    Row(
+        "the same, CUDA graphs at batch 2",
+        None,
+        0.55,
+        False,
+        lambda f: f["unet_graphs"]["batch_2"]["images_per_s"] / f["unet"]["batch_32"]["images_per_s"],
+    ),
     Row("VAE encoder 512 px, img/s", 171, 450, False, lambda f: f["vae"]["batch_16"]["images_per_s"]),
     Row("text and random numbers of 32, ms", 55, 6, True, lambda f: f["text"]["both"]["ms"]),
     Row("sampling against diffusers, batch 8, x", None, 1.5, False, _ratio("sampling", "ours", "diffusers")),
@@ -106,6 +120,11 @@ def _sections(sections: dict[str, Any]) -> list[str]:
 def _phases(figures: Figures) -> list[str]:
     """Where the step's time goes, for each run that says so."""
     lines = [""]
+    for name in ("unet", "unet_compile", "unet_graphs", "vae"):
+        found = figures.get(name, {})
+        shown = {k: v["images_per_s"] for k, v in found.items() if "images_per_s" in str(v) and "batch" in k}
+        if shown:
+            lines.append(f"{name}, img/s: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
     for name in ("train512", "train256", "step", "step_compile", "step_graphs"):
         found = figures.get(name, {})
         shown = {k.removeprefix("time/"): v for k, v in found.items() if k.startswith("time/") or k in SHOWN}

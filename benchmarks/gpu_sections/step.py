@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from gpu_sections.recipe import Setup
 from gpu_sections.timing import forget, measure, peak_gib, profile_kinds
 from trainer.assembly import build_run
-from trainer.config.training import DistributedConfig
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 
 LEARNING_RATE = 1e-5
@@ -25,9 +24,9 @@ def compiled(setup: Setup) -> None:
 
 
 def graphs(setup: Setup) -> None:
-    """With `distributed.cuda_graphs`, where the tree knows it."""
-    if "cuda_graphs" not in {field.name for field in dataclasses.fields(DistributedConfig)}:
-        setup.report(skipped="this tree has no distributed.cuda_graphs")
+    """With `distributed.cuda_graphs`."""
+    if setup.device.type != "cuda":
+        setup.report(skipped="no GPU, no CUDA graphs")
         return
     whole_step(setup, ["distributed.cuda_graphs=true"])
 
@@ -45,7 +44,6 @@ def whole_step(setup: Setup, overrides: Sequence[str]) -> None:
             "logging.progress_bar=false",
             "data.workers=1",
             *overrides,
-            *setup.overrides,
         ]
     )
     env = DistributedEnv.detect()
