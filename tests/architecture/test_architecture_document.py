@@ -6,24 +6,10 @@ import inspect
 import re
 from pathlib import Path
 
-from data_pipeline.order.draws import Draw
-from trainer.rng import Purpose
 from trainer.stages.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs/architecture.md").read_text()
-
-
-def test_every_purpose_of_both_generators_is_listed() -> None:
-    section = DOCUMENT.split("## Every random number")[1].split("\n## ")[0]
-    assert set(re.findall(r"`([A-Z_]+)`", section)) == {d.name for d in Draw} | {p.name for p in Purpose}
-
-
-def test_every_purpose_is_drawn_for() -> None:
-    files = [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "data_pipeline").rglob("*.py")]
-    text = "\n".join(path.read_text() for path in files)
-    assert [p.name for p in Purpose if f"Purpose.{p.name}" not in text] == []
-    assert [d.name for d in Draw if f"Draw.{d.name}" not in text] == []
 
 
 def test_the_map_is_the_tree() -> None:
