@@ -27,6 +27,7 @@ from data_pipeline.order.lanes import Order, deal, divisors
 from data_pipeline.order.position import merge_positions, pack, unpack
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.storage.files import cut_torn_line
+from data_pipeline.storage.urls import local_path
 
 if TYPE_CHECKING:
     from data_pipeline.feed.resampled import ResampledLoader
@@ -163,7 +164,7 @@ class Loader(Iterator[Batch]):
         """Seconds that __next__ has waited for data in total."""
         self._reject_file = task.config.reject_file and task.config.reject_file.replace("{rank}", str(rank))
         if self._reject_file:
-            cut_torn_line(Path(self._reject_file))
+            cut_torn_line(Path(local_path(self._reject_file)))
         for worker, each in zip(workers, tasks, strict=bool(workers)):
             worker.begin(each)
         self._sources: Sequence[WorkerProcess | _Inline] = workers or [_Inline(task)]
@@ -213,7 +214,7 @@ class Loader(Iterator[Batch]):
                 record = {"reason": reason, "key": key, "detail": detail, "ordinal": ordinal}
                 lines.append(json.dumps(record))
         if lines and self._reject_file:
-            path = Path(self._reject_file)
+            path = Path(local_path(self._reject_file))
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as f:
                 f.write("\n".join(lines) + "\n")

@@ -18,7 +18,14 @@ from data_pipeline.order.lanes import Order, choose_lanes, choose_window
 from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.index import ManifestRow, read_manifest
 from data_pipeline.storage.listing import ListedFile, list_files
-from data_pipeline.storage.urls import distinguishing_depth, expand_braces, join, name_of, parent, shard_name
+from data_pipeline.storage.urls import (
+    distinguishing_depth,
+    join,
+    name_of,
+    parent,
+    shard_name,
+    spelled_out,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +148,7 @@ def _aspects(rows: Sequence[ManifestRow], entries: Sequence[int]) -> dict[str, i
 def _open_source(
     config: DataConfig, source: SourceConfig, progress: Callable[[int, int], None]
 ) -> tuple[str, list[ManifestRow]]:
-    named = _named_without_listing(source.shards)
+    named = spelled_out(source.shards)  # a large set is then opened without a single listing
     if named is not None and len(named) > _SMALL:
         folder = index_folder(config, named[0])
         known = read_manifest(folder)
@@ -160,13 +167,6 @@ def _open_source(
     if report.failed:
         raise NotATar(next(iter(report.failed.values())))
     return folder, [report.rows[s.url] for s in shards]
-
-
-def _named_without_listing(url: str) -> list[str] | None:
-    """Names of a purely braced URL: a large set is then opened without a single listing."""
-    if "{" not in url or any(c in url for c in "*?["):
-        return None
-    return sorted(expand_braces(url))
 
 
 def _known_rows(source: SourceConfig, folder: str, shards: Sequence[ListedFile]) -> list[ManifestRow]:

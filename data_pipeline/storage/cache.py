@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.storage.urls import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class BlockCache:
     def __init__(self, folder: str, limit_bytes: int) -> None:
         if limit_bytes < 16 * BLOCK:
             raise DataError(f"data.cache_bytes={limit_bytes} is too small; use at least {16 * BLOCK}.")
-        self._folder = Path(folder).expanduser()
+        self._folder = Path(local_path(folder))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 
+from data_pipeline.errors import DataError
 from data_pipeline.storage.urls import is_local, is_s3, local_path
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -35,7 +36,10 @@ def filesystem(url: str, *, timeout_s: float = 30.0) -> tuple[Any, str]:
         environment = tuple(os.environ.get(name) for name in _S3_ENVIRONMENT)
         with _CONNECTING:
             fs = _s3_filesystem(environment, timeout_s, os.getpid())
-        return fs, fs._strip_protocol(url)
+        path = url.partition("://")[2]
+        if not path or path.startswith("/"):
+            raise DataError(f"{url!r} names no bucket; write s3://BUCKET/PATH.")
+        return fs, path.rstrip("/")
     if is_local(url):
         fs = fsspec.filesystem("file", auto_mkdir=True)
         return fs, fs._strip_protocol(local_path(url))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from data_pipeline.errors import DataError, NotFound
 from data_pipeline.storage.client import filesystem
@@ -17,9 +19,10 @@ from data_pipeline.storage.retry import (
     guarded,
     guarded_change,
 )
-from data_pipeline.storage.urls import is_local, join, name_of
+from data_pipeline.storage.urls import is_local, is_s3, join, name_of
 
 _CHECK_TRIES = 4
+_OBJECTS_PER_REQUEST = 1000  # S3's limit
 _BLOCK_BYTES = 65_536
 
 
@@ -110,17 +113,50 @@ def list_names(url: str, *, tries: int = QUICK_TRIES) -> list[str]:
     return sorted(name_of(name) for name in found if name.rstrip("/") != path)
 
 
-def remove(url: str, *, tries: int = PATIENT_TRIES) -> None:
-    """Remove a file, or a folder with what is in it; quiet when it is not there."""
+def remove_file(url: str, *, tries: int = PATIENT_TRIES) -> None:
+    """Remove a file; quiet when it is not there."""
     fs, path = filesystem(url)
 
     def once() -> None:
-        try:
-            fs.rm(path, recursive=True)
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError):
+            fs.rm_file(path)
 
     guarded_change(once, url, done="removed", tries=tries)
+
+
+def remove(url: str, *, tries: int = PATIENT_TRIES) -> None:
+    """Remove a folder with what is in it, or a file; quiet when it is not there.
+
+    The name is taken as it is: fsspec's own `rm` would take a `*` or `[` in it for a pattern.
+    """
+    fs, path = filesystem(url)
+
+    def once() -> None:
+        if is_local(url):
+            with suppress(FileNotFoundError):
+                if os.path.isdir(path) and not os.path.islink(path):
+                    shutil.rmtree(path)
+                else:
+                    os.remove(path)
+            return
+        names = fs.find(path)
+        if is_s3(url):
+            _remove_objects(fs, names)
+        else:
+            for name in names:
+                fs.rm_file(name)
+
+    guarded_change(once, url, done="removed", tries=tries)
+
+
+def _remove_objects(fs: Any, names: list[str]) -> None:
+    """In bulk, and with what the server refused, about which s3fs says nothing."""
+    for first in range(0, len(names), _OBJECTS_PER_REQUEST):
+        parts = [fs.split_path(name) for name in names[first : first + _OBJECTS_PER_REQUEST]]
+        wanted = {"Objects": [{"Key": key} for _, key, _ in parts], "Quiet": True}
+        answer = fs.call_s3("delete_objects", Bucket=parts[0][0], Delete=wanted)
+        for refused in answer.get("Errors", []):
+            raise OSError(f"{refused.get('Code')}: {refused.get('Message')} ({refused.get('Key')})")
 
 
 def check_writable(folder: str) -> None:
@@ -131,7 +167,7 @@ def check_writable(folder: str) -> None:
     """
     probe = join(folder, f".writable.{os.getpid()}")
     write_bytes(probe, b"ok", tries=_CHECK_TRIES)
-    remove(probe)
+    remove_file(probe)
 
 
 def cut_torn_line(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from data_pipeline.errors import NoShards, NotFound
 from data_pipeline.storage.client import filesystem
 from data_pipeline.storage.retry import guarded, missing_bucket
-from data_pipeline.storage.urls import expand_braces, has_wildcards, is_s3, join, name_of, parent
+from data_pipeline.storage.urls import expand_braces, is_s3, join, literal, name_of, parent, spelled_out
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,24 @@ class ListedFile:
 def list_files(url: str, *, timeout_s: float = 30.0) -> list[ListedFile]:
     """Files behind a URL with braces or wildcards, sorted by URL; a folder means its `*.tar`.
 
+    Special characters in brackets belong to the name (see `urls.literal`).
+
     Raises NoShards, MissingBucket, AccessDenied or Unreachable, within seconds.
     """
     if not url:
         raise NoShards("data.shards is empty; set it to a URL such as s3://bucket/{00000..00099}.tar")
-    if "{" in url and not has_wildcards(url):
-        return _list_named(url, expand_braces(url), timeout_s)
+    names = spelled_out(url)
+    if names is not None:
+        return _list_named(url, names, timeout_s)
     found: list[ListedFile] = []
     for pattern in expand_braces(url):
-        if not has_wildcards(pattern) and not pattern.endswith(".tar"):
+        if literal(pattern) is not None and not pattern.endswith(".tar"):
             pattern = join(pattern, "*.tar")
         found += find(pattern, timeout_s=timeout_s)
     if not found:
         _check_bucket(url, timeout_s)
-        raise NoShards(f"No shard matches {url}; list the folder, or correct data.shards.")
+        brackets = " A [ that belongs to a name is written [[]." if re.search(r"\[[^\]]{2,}\]", url) else ""
+        raise NoShards(f"No shard matches {url}; list the folder, or correct data.shards.{brackets}")
     return sorted(found, key=lambda f: f.url)
 
 

@@ -12,6 +12,7 @@ from data_pipeline.errors import DataError
 _SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "memory")
 _S3 = ("s3", "s3a")
 _MAX_EXPANSION = 10_000_000
+_PROTECTED = {chr(0xE000 + i): character for i, character in enumerate("[]*?{}")}  # private use: in no name
 
 
 def scheme_of(url: str) -> str:
@@ -80,13 +81,36 @@ def shard_names(url: str) -> list[str]:
     return [shard_name(url, depth) for depth in range(1, url.count("/") + 2)]
 
 
-def has_wildcards(url: str) -> bool:
-    """Whether a URL is a pattern that only a listing can resolve."""
-    return any(character in url for character in "*?[")
+def literal(pattern: str) -> str | None:
+    """The one name that a pattern without wildcards stands for; None where only a listing can tell.
+
+    A character of the pattern language that belongs to a name is put in brackets: `run[[]1]`, `a[*]b`.
+    """
+    protected = _protect(pattern)
+    if any(character in protected for character in "*?["):
+        return None
+    return _named(protected)
 
 
 def expand_braces(url: str) -> list[str]:
     """Expand `{00000..00009}` and `{a,b}`; zero padding is kept. Raises DataError for a bad range."""
+    return [_unprotect(found) for found in _expand(_protect(url))]
+
+
+def spelled_out(url: str) -> list[str] | None:
+    """All shards of a URL that names each of them by braces, sorted; None where only a listing can tell."""
+    patterns = expand_braces(url)
+    names = [name for pattern in patterns if (name := literal(pattern)) is not None]
+    whole = len(names) == len(patterns) > 1 and all(name.endswith(".tar") for name in names)
+    return sorted(names) if whole else None
+
+
+def folder_before_patterns(url: str) -> str:
+    """The folder that holds all that a URL with braces and wildcards can stand for."""
+    return _named(re.split(r"[{*?\[]", _protect(url))[0].rpartition("/")[0])
+
+
+def _expand(url: str) -> list[str]:
     match = re.search(r"\{([^{}]*)\}", url)
     if match is None:
         return [url]
@@ -100,5 +124,22 @@ def expand_braces(url: str) -> list[str]:
         choices = [f"{i:0{width}d}" for i in range(first, last + 1)]
     else:
         choices = inner.split(",")
-    head, tails = url[: match.start()], expand_braces(url[match.end() :])
+    head, tails = url[: match.start()], _expand(url[match.end() :])
     return [head + choice + tail for choice, tail in itertools.product(choices, tails)]
+
+
+def _protect(pattern: str) -> str:
+    """Each bracketed special character as one character that no name has."""
+    for stand_in, character in _PROTECTED.items():
+        pattern = pattern.replace(f"[{character}]", stand_in)
+    return pattern
+
+
+def _unprotect(pattern: str) -> str:
+    for stand_in, character in _PROTECTED.items():
+        pattern = pattern.replace(stand_in, f"[{character}]")
+    return pattern
+
+
+def _named(pattern: str) -> str:
+    return "".join(_PROTECTED.get(character, character) for character in pattern)

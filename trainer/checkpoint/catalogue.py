@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from data_pipeline.storage.files import exists, list_names, read_bytes, remove
+from data_pipeline.storage.files import exists, list_names, read_bytes, remove, remove_file
 from data_pipeline.storage.large import measure
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest, Manifest, StoredFile
@@ -112,7 +112,7 @@ def retire(folder: str, newest: int, retention: Retention) -> None:
             continue
         url = join(folder, folder_name(step))
         # Without its manifest it no longer counts, whatever happens next.
-        remove(join(url, MANIFEST_NAME))
+        remove_file(join(url, MANIFEST_NAME))
         remove(url)
     _remove_leftovers(join(folder, folder_name(newest)))
 
@@ -130,4 +130,4 @@ def _remove_leftovers(url: str) -> None:
     named = {MANIFEST_NAME, *(file.name for file in manifest.files)}
     for name in list_names(url):
         if name not in named:
-            remove(join(url, name))
+            remove_file(join(url, name))

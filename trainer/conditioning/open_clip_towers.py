@@ -14,6 +14,7 @@ import torch
 from open_clip import SimpleTokenizer
 from open_clip.transformer import TextTransformer
 
+from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.models import OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.weights import check_fit, read_tensors, shapes_of
@@ -92,7 +93,7 @@ def weights_file(model: str, pretrained: str) -> str:
     Raises:
         ConfigError: neither a file nor a tag, or the tag cannot be downloaded.
     """
-    if "://" in pretrained or Path(pretrained).is_file():
+    if not is_local(pretrained) or Path(local_path(pretrained)).is_file():
         return pretrained
     if pretrained not in open_clip.list_pretrained_tags_by_model(model):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"

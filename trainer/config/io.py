@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.storage.urls import local_path
 from trainer.config import yaml_values
 from trainer.config.checks import check
 from trainer.config.derived import derive
@@ -73,7 +74,7 @@ def dump_yaml(config: Config) -> str:
 
 def _read_yaml(path: str) -> _Tree:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(local_path(path)).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         known = sorted(str(p) for p in Path("configs").rglob("*.yaml"))
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.4)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from data_pipeline.errors import DataError, Rejected
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.shards.tars import IMAGE_EXTENSIONS, split_name
-from data_pipeline.storage.files import read_bytes, read_range, remove, write_bytes
+from data_pipeline.storage.files import read_bytes, read_range, remove_file, write_bytes
 from data_pipeline.storage.listing import ListedFile, list_files
 from data_pipeline.storage.urls import join
 from trainer.config.run import Config
@@ -37,7 +37,7 @@ def check_storage(config: Config, env: DistributedEnv) -> list[Check]:
         written = time.perf_counter()
         returned = read_bytes(url)
         read = time.perf_counter()
-        remove(url)
+        remove_file(url)
         if returned != content:
             raise DataError(f"{url} came back with other bytes than were written")
         rates = [_PROBE_BYTES / 1e6 / (b - a) for a, b in ((started, written), (written, read))]

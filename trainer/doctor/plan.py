@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank
@@ -96,9 +97,9 @@ def check_disk(config: Config, env: DistributedEnv) -> list[Check]:
     detail = f"{kept} checkpoints of {size / 2**30:.2f} GiB"
 
     def examine() -> str:
-        if "://" in config.run_dir:
+        if not is_local(config.run_dir):
             return f"{detail} in object storage"
-        free = shutil.disk_usage(_existing_parent(Path(config.run_dir))).free
+        free = shutil.disk_usage(_existing_parent(Path(local_path(config.run_dir)))).free
         if free < wanted:
             raise OSError(f"{detail} need {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
         return f"{detail}, {free / 2**30:.1f} GiB are free"

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode, should_restart
@@ -158,8 +159,8 @@ def _thread_settings(ranks: int) -> dict[str, str]:
 
 def _log_dir(config: Config, scratch: Path) -> Path:
     """Where the console output of ranks other than 0 goes: beside the run if that is local."""
-    if "://" not in config.run_dir:
-        folder = Path(config.run_dir) / "logs"
+    if is_local(config.run_dir):
+        folder = Path(local_path(config.run_dir)) / "logs"
     else:
         # Kept after the run: it may be needed to understand a failure.
         folder = Path(tempfile.gettempdir()) / f"ldm-logs-{os.getpid()}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import trainer
+from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.io import load_config
 from trainer.config.run import ConfigError
 from trainer.exit_codes import ExitCode
@@ -183,8 +184,8 @@ def _states() -> dict[str, str]:
 
 def _progress(submission: dict[str, Any]) -> str:
     run_dir = submission["run_dir"]
-    if "://" not in run_dir:
-        run_dir = str(Path(submission["working_directory"]) / run_dir)
+    if is_local(run_dir):
+        run_dir = str(Path(submission["working_directory"]) / local_path(run_dir))
     steps = submission["config"]["steps"]
     record, checkpoint = latest_record(run_dir), newest_checkpoint(run_dir)
     if record is None and checkpoint is None:

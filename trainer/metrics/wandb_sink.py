@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.run import ConfigError
 from trainer.config.training import LoggingConfig
 
@@ -27,7 +28,7 @@ class WandbSink:
         import wandb
 
         elsewhere = os.environ.get("WANDB_DIR", os.path.join(tempfile.gettempdir(), "ldm-wandb"))
-        folder = elsewhere if "://" in run_dir else run_dir
+        folder = local_path(run_dir) if is_local(run_dir) else elsewhere
         os.makedirs(folder, exist_ok=True)
         self._wandb = wandb
         mode = config.wandb

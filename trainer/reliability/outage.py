@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterable
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, RetryableFault, Unreachable
 from data_pipeline.storage.files import exists
-from data_pipeline.storage.urls import scheme_of
+from data_pipeline.storage.urls import folder_before_patterns, is_local
 
 _LONGEST_WAIT_S = 600.0  # a rank that says nothing for 900 s while it starts counts as stuck
 _PAUSE_S = 5.0
@@ -36,8 +35,8 @@ def wait_for_storage(run_dir: str, data: DataConfig) -> None:
 
 def _remote_folders(run_dir: str, data: DataConfig) -> Iterable[str]:
     patterns = [data.shards, *(source.shards for source in data.sources)]
-    folders = [re.split(r"[{*?\[]", pattern)[0].rpartition("/")[0] for pattern in patterns if pattern]
-    return [url for url in dict.fromkeys([run_dir, *folders]) if scheme_of(url) != "file"]
+    folders = [folder_before_patterns(pattern) for pattern in patterns if pattern]
+    return [url for url in dict.fromkeys([run_dir, *folders]) if not is_local(url)]
 
 
 def _answers(url: str) -> bool:

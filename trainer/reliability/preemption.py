@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from data_pipeline.errors import Failure
-from data_pipeline.storage.files import exists, remove
+from data_pipeline.storage.files import exists, remove_file
 from data_pipeline.storage.retry import QUICK_TRIES
 from data_pipeline.storage.urls import is_local
 from trainer.exit_codes import StopRequest
@@ -86,7 +86,7 @@ class Preemption:
         if self._stop_file is None:
             return
         try:
-            remove(self._stop_file, tries=QUICK_TRIES)
+            remove_file(self._stop_file, tries=QUICK_TRIES)
         except Failure as error:  # the state is saved, which matters more
             logger.warning("could not remove the stop file %s: %s", self._stop_file, error)
 

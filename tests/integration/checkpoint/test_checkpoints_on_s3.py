@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import AccessDenied, UserError
 from data_pipeline.storage import files, large
 from data_pipeline.storage.local_s3 import LocalS3
 from tests.integration.ranks import ROOT
@@ -103,3 +103,24 @@ def test_mistakes_are_one_sentence(s3: LocalS3, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY"):
         build_small_run("s3://bucket/denied")
+
+
+def test_removal_takes_names_as_they_are(s3: LocalS3) -> None:
+    for name in ("run[1]x", "run1x", "run1"):
+        for i in range(3):
+            files.write_bytes(f"s3://bucket/removal/{name}/deep/{i}", b"a")
+    files.remove("s3://bucket/removal/run[1]x")
+    files.remove("S3://bucket/removal/run1/deep/1")
+    files.remove_file("s3://bucket/removal/run1/deep/2")
+    files.remove("s3://bucket/removal/absent")
+    files.remove_file("s3://bucket/removal/absent")
+    assert files.list_names("s3://bucket/removal") == ["run1", "run1x"]
+    assert files.list_names("s3://bucket/removal/run1/deep") == ["0"]
+    assert files.list_names("s3://bucket/removal/run1x/deep") == ["0", "1", "2"]
+
+
+def test_a_refused_removal_is_said(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_bytes("s3://bucket/kept/a", b"a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(AccessDenied, match="s3://bucket/kept is denied"):
+        files.remove("s3://bucket/kept")

@@ -12,6 +12,7 @@ from data_pipeline.errors import (
     DataError,
     Failure,
     MissingBucket,
+    NoShards,
     NotFound,
     RetryableFault,
     StorageOutage,
@@ -19,7 +20,9 @@ from data_pipeline.errors import (
     UserError,
 )
 from data_pipeline.storage import files, large, retry
-from data_pipeline.storage.urls import is_local, local_path
+from data_pipeline.storage.client import filesystem
+from data_pipeline.storage.listing import list_files
+from data_pipeline.storage.urls import folder_before_patterns, is_local, local_path
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -68,6 +71,65 @@ def test_a_short_answer_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "ten").write_bytes(b"0123456789")
     with pytest.raises(Unreachable, match="short body: 5 of 15 bytes"):
         files.read_range(str(tmp_path / "ten"), 5, 20)
+
+
+def test_names_with_wildcards_are_taken_as_they_are(folder: str) -> None:
+    for name in ("run[1]*", "run1", "run1x", "run[1]?"):
+        files.write_bytes(f"{folder}/{name}/step/a", b"a")
+        files.write_bytes(f"{folder}/{name}/b", b"b")
+    files.remove(f"{folder}/run[1]*/step")
+    assert not files.exists(f"{folder}/run[1]*/step/a")
+    assert files.read_bytes(f"{folder}/run[1]*/b") == b"b"
+    files.remove(f"{folder}/run[1]?")
+    files.remove_file(f"{folder}/run1*/b")
+    for name in ("run1", "run1x"):
+        assert files.read_bytes(f"{folder}/{name}/step/a") == b"a"
+        assert files.read_bytes(f"{folder}/{name}/b") == b"b"
+
+
+def test_a_link_is_removed_and_not_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a").write_bytes(b"a")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    files.remove(str(tmp_path / "link"))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there" / "a").read_bytes() == b"a"
+
+
+@pytest.mark.parametrize("name", ["set[1]", "set*", "set?", "a{b}", "]["])
+def test_special_characters_of_a_name_are_escaped_by_brackets(folder: str, name: str) -> None:
+    escaped = "".join(f"[{c}]" if c in "[]*?{}" else c for c in name)
+    for shard in (0, 1):
+        files.write_bytes(f"{folder}/{name}/0000{shard}.tar", b"x" * (shard + 1))
+        files.write_bytes(f"{folder}/set1/0000{shard}.tar", b"other")
+    patterns = (f"{escaped}/*.tar", f"{escaped}/{{00000..00001}}.tar", f"{escaped}/0000[01].tar", escaped)
+    for pattern in patterns:
+        found = list_files(f"{folder}/{pattern}")
+        assert [file.size for file in found] == [1, 2], pattern
+        assert [files.read_bytes(file.url) for file in found] == [b"x", b"xx"]
+    assert [file.size for file in list_files(f"{folder}/{escaped}/00001.tar")] == [2]
+    assert folder_before_patterns(f"{folder}/{escaped}/{{00000..00001}}.tar") == f"{folder}/{name}"
+
+
+def test_an_unescaped_bracket_is_explained(tmp_path: Path) -> None:
+    files.write_bytes(f"{tmp_path}/set[12]/00000.tar", b"x")
+    with pytest.raises(NoShards, match=r"written \[\[\]"):
+        list_files(f"{tmp_path}/set[12]/*.tar")
+
+
+def test_braces_over_folders_mean_their_shards(folder: str) -> None:
+    for part in ("a", "b"):
+        files.write_bytes(f"{folder}/{part}/00000.tar", part.encode())
+    found = list_files(f"{folder}/{{a,b}}")
+    assert [files.read_bytes(file.url) for file in found] == [b"a", b"b"]
+
+
+def test_the_scheme_may_be_written_large_and_the_bucket_not_left_out() -> None:
+    with pytest.raises(DataError, match="names no bucket"):
+        files.read_bytes("s3:///key")
+    with pytest.raises(DataError, match="names no bucket"):
+        files.exists("s3://")
+    assert filesystem("S3://Bucket/Key/")[1] == filesystem("s3a://Bucket/Key")[1] == "Bucket/Key"
 
 
 def test_a_home_folder_is_expanded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
