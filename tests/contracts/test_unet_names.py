@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from trainer.config.io import load_config
 from trainer.config.models import UNetConfig
+from trainer.config.network_plan import UNetLevel
 from trainer.config.run import ConfigError
-from trainer.config.unet_levels import UNetLevel
 from trainer.interop.export import export_weights
 from trainer.interop.unet_names import Dialect, UNetSizes, unet_links
 from trainer.models.unet import ATTENTIONS, UNet

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from trainer.config.checks_diffusion import check_diffusion, check_sampling
 from trainer.config.derived import check_derived
+from trainer.config.network_plan import norm_groups, plan_levels
 from trainer.config.run import Config, ConfigError
-from trainer.config.unet_levels import plan_levels
 
 
 def check(config: Config) -> None:
     """Raise ConfigError, with the remedy, for the first impossible combination; ranges come before."""
     _check_sizes(config)
     plan_levels(config.unet)
+    if config.first_stage.name != "identity":
+        norm_groups(config.first_stage)
     _check_stage(config)
     check_derived(config)
     _check_conditioning(config)

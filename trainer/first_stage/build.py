@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from trainer.config.models import FirstStageConfig
+from trainer.config.network_plan import norm_groups
 from trainer.config.run import ConfigError
 from trainer.first_stage.autoencoder_kl import AutoencoderKL
 from trainer.first_stage.autoencoder_vq import AutoencoderVQ
 from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
 from trainer.first_stage.identity import Identity
-from trainer.first_stage.networks import norm_groups
 from trainer.weights import check_fit, read_weights, shapes_of
 
 FIRST_STAGES: dict[str, type[FirstStage]] = {

@@ -10,30 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config.models import FirstStageConfig
-from trainer.config.run import ConfigError
+from trainer.config.network_plan import norm_groups
 from trainer.kernels.group_norm import GroupNorm
 from trainer.kernels.residual import add_residual, product_and_bias
 
 NORM_EPS = 1e-6
-
-
-def norm_groups(config: FirstStageConfig) -> int:
-    """Groups of every group normalisation in the network.
-
-    Small networks keep at least four channels per group: with one channel per group the
-    normalisation would erase the mean of every feature map, and flat colours with it.
-
-    Raises:
-        ConfigError: `num_groups` does not divide the channels of some level.
-    """
-    groups = config.num_groups or min(32, max(1, config.base_channels // 4))
-    for multiplier in config.channel_multipliers:
-        if (config.base_channels * multiplier) % groups:
-            raise ConfigError(
-                f"first_stage.base_channels={config.base_channels} times multiplier {multiplier} is not "
-                f"a multiple of {groups} groups; set first_stage.num_groups to a divisor."
-            )
-    return groups
 
 
 class ResidualBlock(nn.Module):

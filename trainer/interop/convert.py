@@ -14,8 +14,8 @@ from torch import Tensor
 from data_pipeline.storage.files import write_bytes
 from trainer.config.io import config_to_dict
 from trainer.config.models import FirstStageConfig, UNetConfig
+from trainer.config.network_plan import plan_levels
 from trainer.config.run import Config, ConfigError
-from trainer.config.unet_levels import plan_levels
 from trainer.first_stage.build import WEIGHTS_FILE, build_first_stage, first_stage_metadata
 from trainer.interop.diffusers_stage import first_stage_from_diffusers
 from trainer.interop.diffusers_unet import unet_from_diffusers

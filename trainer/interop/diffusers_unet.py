@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.models import UNetConfig
+from trainer.config.network_plan import middle_depth, plan_levels
 from trainer.config.run import ConfigError
-from trainer.config.unet_levels import middle_depth, plan_levels
 from trainer.interop.unet_names import UNetSizes
 
 Json = dict[str, Any]

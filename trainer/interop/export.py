@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from trainer.config.models import OpenCLIPConfig
+from trainer.config.network_plan import norm_groups
 from trainer.config.run import Config, ConfigError
 from trainer.diffusion.schedule import make_schedule
 from trainer.first_stage.build import WEIGHTS_FILE, first_stage_metadata
-from trainer.first_stage.networks import norm_groups
 from trainer.interop import compvis, diffusers
 from trainer.interop.convert import CLASS_TOKENS, TEXT_FILES, UNET_AVERAGE_FILE, UNET_FILE
 from trainer.interop.diffusers import Component

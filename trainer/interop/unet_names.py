@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from trainer.config.models import UNetConfig
+from trainer.config.network_plan import plan_levels
 from trainer.config.run import ConfigError
-from trainer.config.unet_levels import plan_levels
 from trainer.interop.links import Link
 from trainer.models.unet import UNet
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config.models import UNetConfig
-from trainer.config.unet_levels import UNetLevel, middle_level, plan_levels
+from trainer.config.network_plan import UNetLevel, middle_level, plan_levels
 from trainer.kernels.group_norm import GroupNorm
 from trainer.kernels.residual import concatenate
 from trainer.models.attention import PlainAttention, SpatialTransformer

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from trainer.config.models import FirstStageConfig
+from trainer.config.network_plan import norm_groups
 from trainer.config.run import ConfigError
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import build_first_stage
-from trainer.first_stage.networks import SpatialAttention, norm_groups
+from trainer.first_stage.networks import SpatialAttention
 
 
 def on_meta(config: FirstStageConfig) -> FirstStage:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from trainer.config.models import UNetConfig
+from trainer.config.network_plan import middle_depth, plan_levels
 from trainer.config.run import ConfigError
-from trainer.config.unet_levels import middle_depth, plan_levels
 
 
 def test_sd2_heads_follow_the_head_width() -> None:
@@ -48,5 +48,5 @@ def test_contradictions_are_named(change: dict[str, Any], word: str) -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, trainer.config.unet_levels; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainer.config.network_plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

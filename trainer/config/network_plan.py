@@ -1,11 +1,11 @@
-"""Plan of a UNet's resolution levels, derived from its configuration; torch-free."""
+"""What configurations mean for networks: the levels of a UNet, the groups of a first stage; torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from trainer.config.models import UNetConfig
+from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.run import ConfigError
 
 T = TypeVar("T")
@@ -79,6 +79,25 @@ def middle_depth(config: UNetConfig) -> int:
     if config.middle_transformer_depth is not None:
         return config.middle_transformer_depth
     return config.transformer_depth[-1]
+
+
+def norm_groups(config: FirstStageConfig) -> int:
+    """Groups of every group normalisation in a first stage.
+
+    Small networks keep at least four channels per group: with one channel per group the
+    normalisation would erase the mean of every feature map, and flat colours with it.
+
+    Raises:
+        ConfigError: `num_groups` does not divide the channels of some level.
+    """
+    groups = config.num_groups or min(32, max(1, config.base_channels // 4))
+    for multiplier in config.channel_multipliers:
+        if (config.base_channels * multiplier) % groups:
+            raise ConfigError(
+                f"first_stage.base_channels={config.base_channels} times multiplier {multiplier} is not "
+                f"a multiple of {groups} groups; set first_stage.num_groups to a divisor."
+            )
+    return groups
 
 
 def _heads(config: UNetConfig, channels: int, *, needed: bool) -> int:
