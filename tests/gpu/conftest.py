@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 
