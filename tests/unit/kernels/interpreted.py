@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import torch
 from torch import Tensor
 
 from trainer import rng
+from trainer.config.models import FirstStageConfig, UNetConfig
+from trainer.first_stage.autoencoder_kl import AutoencoderKL
 from trainer.kernels.geglu import geglu
 from trainer.kernels.group_norm import GroupNorm
 from trainer.kernels.language import INTERPRETED, fused, plain
 from trainer.kernels.layer_norm import LayerNorm
 from trainer.kernels.residual import add_residual, concatenate
+from trainer.models.unet import UNet
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
@@ -120,11 +124,52 @@ def random_numbers() -> None:
                     assert torch.equal(made, want), f"{draw.__name__} {seed} {ordinals} {shape}"
 
 
+def whole_networks() -> None:
+    """A UNet with every kind of block, and an autoencoder: outputs and all gradients, fused against plain."""
+    configs = [
+        UNetConfig(model_channels=16, channel_multipliers=(1, 2), num_res_blocks=1, head_dim=8, num_groups=4),
+        UNetConfig(
+            model_channels=16,
+            channel_multipliers=(1, 2),
+            num_res_blocks=1,
+            attention_factors=(2,),
+            attention="plain",
+            head_dim=8,
+            num_groups=4,
+            scale_shift_norm=True,
+            resblock_updown=True,
+        ),
+    ]
+    networks = [UNet(c, in_channels=4, out_channels=4, context_dim=6) for c in configs]
+    x, context, pixels = random(2, 4, 7, 5), random(2, 3, 6, seed=1), random(1, 3, 16, 16, seed=2)
+    calls = [lambda n: n(x, torch.tensor([3, 500], device=DEVICE), context)] * 2
+    stage = AutoencoderKL(FirstStageConfig(base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1))
+    calls.append(lambda n: torch.cat([v.flatten() for v in n(pixels, None).values()]))
+    for network, call in zip([*networks, stage], calls, strict=True):
+        network.to(DEVICE)
+        for i, parameter in enumerate(network.parameters()):
+            parameter.data = random(*parameter.shape, seed=i).mul_(0.2)
+        results = []
+        for context_manager in (contextlib.nullcontext, plain):
+            with context_manager():
+                y = call(network)
+                loss = y.double().square().mean()
+                results.append([y, *torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)])
+        names = ["output", *(name for name, _ in network.named_parameters())]
+        for name, got, want in zip(names, *results, strict=True):
+            if want is None:
+                assert got is None, name
+                continue
+            error = float((got - want).detach().norm() / want.detach().norm().clamp_min(1e-12))
+            assert error < 1e-4 or float(want.detach().abs().max()) < 1e-6, f"{name}: {error:.2e}"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     group_norms()
     layer_norms()
     others()
     random_numbers()
+    whole_networks()
     print("all kernels agree")
     sys.exit(0)
