@@ -1,7 +1,7 @@
 """The lane walk: the raw samples of a worker's lanes, in order, their bytes already on the way.
 
-`order/lanes.py` says which sample stands at which offset of which lane. Here an offset becomes a `Visit`
-with bytes. Nested, from the step down:
+A lane is an endless row of samples; `order/lanes.py` says which one stands at each (epoch, offset). Here an
+offset becomes a `Visit`: the sample's key, a reason against it or its bytes. Nested, from the step down:
 
     ShareStream.fill                 a step: per_lane usable samples of every lane      (share.py)
       LaneWalk.next_visit            the lane's next raw sample, usable or not; the only place that waits
@@ -23,8 +23,10 @@ Four marks move along a lane and never pass one another:
 `state` is all that a checkpoint keeps of a lane. What was read ahead of it is read again after a restart;
 nothing else is lost, and nothing depends on how far ahead the reading was.
 
-The lanes of the example in order/lanes.py at a global batch of four, one sample per lane and step. The
-filter rejects C4, and A3 cannot be read at its first visit:
+Four lanes, a global batch of four, so one sample per lane and step. The filter rejects C4, and A3 cannot
+be read at its first visit:
+
+    lane 0  C2 C1 C0 C3      lane 1  C5 C4 A0 A1      lane 2  A3 A2 A5 A4      lane 3  B0 B2 B1 B3
 
     step | rank 0           | rank 1           | state of each lane after it: epoch, offset, set aside
        0 | C2      C5       | A2      B0       | [0, 1]   [0, 1]   [0, 2, [0]]   [0, 1]
@@ -82,7 +84,7 @@ class Visit:
 
     def load(self) -> dict[str, bytes]:
         """Member contents by extension; waits for them. Raises ReadFailed."""
-        # pop: the future lives as long as its plan, and must not keep what has been decoded
+        # pop: all samples of a range share its future, which must not keep those that are decoded
         return {e: future.result().pop((self.slot, e)) for e, future in self.members.items()}
 
 
@@ -102,10 +104,9 @@ class LaneWalk:
         self._visits: deque[Visit] = deque()
         self._planned = 0
 
-    @property
-    def ready(self) -> int:
-        """Raw samples planned and not yet visited."""
-        return len(self._visits) + sum(n for n, _ in self._plans)
+    def ready(self, share: float) -> float:
+        """Expected number of visits ahead, if `share` of the raw samples belong to the bucket."""
+        return len(self._visits) + share * sum(n for n, _ in self._plans)
 
     def plan_next(self) -> int:
         """Start planning and reading the next windows; returns how many raw samples they hold."""
@@ -189,8 +190,7 @@ class Walker:
 
     def read_ahead(self) -> None:
         """Plan further windows, the most urgent lanes first, while the memory budget lasts."""
-        # Of the raw samples that a walk has planned, those of its bucket are read: their expected number.
-        waiting = [(walk.ready * self._weights[walk.bucket], i) for i, walk in enumerate(self.walks)]
+        waiting = [(walk.ready(self._weights[walk.bucket]), i) for i, walk in enumerate(self.walks)]
         total = sum(ready for ready, _ in waiting)
         for ready, i in sorted(waiting):
             walk = self.walks[i]

@@ -104,6 +104,13 @@ def test_lane_walk_example(three_shards: DataConfig) -> None:
         walker.background.close()
 
 
+def test_both_files_tell_of_the_same_lanes() -> None:
+    walked = [line for line in (lanes.__doc__ or "").splitlines() if re.fullmatch(r"([ABC]\d ?){4}", line)]
+    told = re.findall(r"lane \d  ((?:[ABC]\d ?){4})", lane_walk.__doc__ or "")
+    assert [row.strip() for row in told] == walked
+    assert len(walked) == 4
+
+
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 2), (4, 1), (1, 2)])
 def test_share_example(three_shards: DataConfig, ranks: int, workers: int) -> None:
     """Two samples of every lane per step: slots 0 and 1 from lane 0, whatever the layout."""
