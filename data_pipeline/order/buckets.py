@@ -1,4 +1,24 @@
-"""Aspect-ratio buckets: which exist, which sample belongs where, and which one step k uses."""
+"""Aspect-ratio buckets: which exist, which sample belongs where, and which one step k uses.
+
+A batch has one shape, so the buckets take turns, and no rank may have to ask another whose turn it is.
+
+>>> shapes = bucket_shapes(64, step=16, max_aspect=2.0)
+>>> shapes
+[(48, 80), (64, 64), (80, 48)]
+
+The index knows the aspects of the samples, here 60 of 1:1, 30 of 1.5:1 and 10 of 1:1.4 (bins of a
+sixteenth of a factor of two). Each bucket gets as many steps as it has samples, spread evenly:
+
+>>> buckets = make_buckets(shapes, {"0": 60, "9": 30, "-8": 10}, lanes=2)
+>>> buckets.weights
+(0.3, 0.6, 0.1)
+>>> "".join("wst"[buckets.of_step(seed=0, step=k)] for k in range(20))        # wide, square, tall
+'sswsstswsswswsswssts'
+
+Step k takes the bucket in which the point (offset + k * golden ratio) mod 1 falls, when [0, 1) is divided
+by the weights. The golden ratio is the number whose multiples are spread most evenly, so that after any
+number of steps each bucket is within a few of its due; random turns would be off by the root of that number.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +34,11 @@ from data_pipeline.order.draws import Draw, uniform
 
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 _PER_OCTAVE = 16
+"""Bins of the histogram per factor of two of the aspect."""
 _BIN_LIMIT = 3 * _PER_OCTAVE
+"""All aspects beyond 8:1 share the outermost bins."""
 _MIN_PER_LANE = 4
+"""Samples that a bucket has in a lane on average at least; with fewer, some lane would have none."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +52,7 @@ class Buckets:
 
     def assign(self, heights: NDArray[np.float64], widths: NDArray[np.float64]) -> NDArray[np.int16]:
         """[n] bucket of nearest aspect (in logarithm); unknown sizes go to bucket 0."""
+        # In logarithm, since 2:1 and 1:2 are equally far from a square.
         edges = np.log2([w / h for h, w in self.shapes])
         with np.errstate(all="ignore"):
             aspects = np.log2(widths / heights)

@@ -1,4 +1,24 @@
-"""Crops, resizes and flips pictures, and the maps that follow them."""
+"""Crops, resizes and flips pictures, and the maps that follow them.
+
+A picture of 640 x 480 on its way to 64 x 64, from the centre:
+
+    original    640 x 480      known from the header; a crop is planned in shares of it: 1/8 to 7/8, 0 to 1
+    decoded     160 x 120      the quarter, which libjpeg reads several times as fast, is large enough
+    cropped     120 x 120      whole decoded pixels, 20 to 140; maps and boxes follow this crop exactly
+    resized      64 x 64       into the batch's row, mirrored there if it is to be
+
+>>> geometry = plan_crop(480, 640, (64, 64), random_crop=False, may_flip=False, seed=0, ordinal=0)
+>>> geometry.left, geometry.right, geometry.top, geometry.bottom
+(0.125, 0.875, 0.0, 1.0)
+>>> picture = Picture(np.zeros((120, 160, 3), np.uint8), height=480, width=640, scale=0.25)
+>>> geometry.on_grid(picture)[1:]
+(slice(0, 120, None), slice(20, 140, None))
+
+SDXL's size condition speaks of the crop in the resized picture, here 85 x 64, whose left 11 columns are cut:
+
+>>> geometry.size_row()
+[480, 640, 0, 11, 64, 64]
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,19 @@
-"""Builds the index of a shard set: in parallel, resumable, only what is new or changed."""
+"""Builds the index of a shard set: in parallel, resumable, only what is new or changed.
+
+    list of shards --- size and ETag as in the manifest? ---> its row is kept
+          |  no
+          v                          (one task per shard, in processes or threads)
+    read_index    scan    tar headers, json members, first bytes of each picture; pixels are jumped over
+                  _assemble          members -> samples -> arrays
+                  _add_columns       fields of the json, by type
+                  _add_parquet       fields that only the parquet has; rows whose download failed
+    index_one     writes <name>.npz, returns its manifest row
+          |
+          v
+    write_manifest                   every 30 s and at the end: what is written need not be read again
+
+An index file that no manifest names, left by a build that was killed, is overwritten by the next.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +59,13 @@ from data_pipeline.storage.urls import join, name_of
 logger = logging.getLogger(__name__)
 
 _IDENTITIES = ("url", "sha256", "md5", "hash")
+"""Fields that removal lists may name; their hashes are kept."""
 _MAX_WORDS = 256
+"""Different texts up to which a column is kept ("status", "license"); with more it is a caption or a URL."""
 _MAX_WORD = 64
 _MAX_JSON = 1_000_000
 _PICTURE_HEAD = 65_536
+"""Bytes of a picture that are read for its size."""
 _SAVE_EVERY_S = 30.0
 
 

@@ -1,4 +1,29 @@
-"""The filter language: comparisons over columns, parsed by hand, evaluated over whole columns."""
+"""The filter language: comparisons over columns, parsed by hand, evaluated over whole columns.
+
+A text becomes clauses, cut at the `and`s of the top level, so that each rejection has a name. A clause is a
+tree of closures; a node maps columns to (values, known), where `known` is False for what is missing or NaN.
+Nothing is ever evaluated as Python.
+
+    punsafe < 0.1 and min(width, height) >= 512
+    `----------'      `---------------------'
+     clause 0            clause 1:   >=  --- min --- column width
+                                      |          `-- column height
+                                      `-- constant 512
+
+Unknown is a truth value of its own, as in SQL, and only what is certainly true is kept:
+
+>>> kept = Filter("punsafe < 0.1 and min(width, height) >= 512")
+>>> kept.check({"punsafe": 0.05, "width": 640, "height": 480})
+'filter: min(width, height) >= 512'
+>>> kept.check({"width": 640, "height": 640})
+'filter: punsafe < 0.1'
+>>> Filter("not punsafe >= 0.1").check({})
+'filter: not punsafe >= 0.1'
+>>> Filter("punsafe < 0.1 or width > 100").check({"width": 640}) is None
+True
+>>> Filter("default(punsafe, 0) < 0.1").check({}) is None
+True
+"""
 
 from __future__ import annotations
 
@@ -69,6 +94,7 @@ class Filter:
         known = {name: _known(columns[name]) for name in self.columns}
         result = np.full(n, -1, np.int32)
         with np.errstate(all="ignore"):
+            # Backwards, so that the first failing clause is written last.
             for i, clause in reversed(list(enumerate(self.clauses))):
                 value, certain = clause.node(known, n)
                 result[~(_truth(value) & certain)] = i
@@ -124,6 +150,7 @@ class _Parser:
     def clauses(self) -> list[Clause]:
         parts = []
         while True:
+            # Where an `or` binds the top level, the whole rest is one clause.
             start, self.used = self.tokens[self.at][2], set()
             node = self._or() if not self._and_follows() else self._not()
             stop = self.tokens[self.at][2]
@@ -179,6 +206,7 @@ class _Parser:
         while self._peek()[1] in ("<", "<=", ">", ">=", "==", "!=") and self._peek()[0] == "op":
             symbol = self._next()[1]
             right = self._sum()
+            # a < b < c is (a < b) and (b < c), as in Python
             step = _compare(symbol, node, right)
             result_node = step if result_node is None else _logic(result_node, step, any_true=False)
             node = right

@@ -16,9 +16,11 @@ from data_pipeline.feed.reads import MemberReads
 from data_pipeline.feed.share import ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.loader import build_loader
-from data_pipeline.order import lanes, position
+from data_pipeline.order import buckets, lanes, position
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.position import LaneState, merge_positions
+from data_pipeline.pictures import crops
+from data_pipeline.shards import filters
 from data_pipeline.shards import index as index_module
 from data_pipeline.shards.build_index import read_index
 from data_pipeline.shards.dataset import open_dataset
@@ -29,7 +31,9 @@ from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.ranges import Background, RangeReader
 
 
-@pytest.mark.parametrize("module", [lanes, reads], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [lanes, buckets, reads, filters, crops], ids=lambda module: module.__name__
+)
 def test_examples_run(module) -> None:
     failed, tried = doctest.testmod(module)
     assert tried
@@ -87,13 +91,13 @@ def test_lane_walk_example(three_shards: DataConfig) -> None:
     assert len(table) == 4
     dataset = open_dataset(three_shards)
     order = dataset.order(three_shards, seed=2, global_batch_size=4)
-    buckets = Buckets(((16, 16),), (1.0,))
+    square = Buckets(((16, 16),), (1.0,))
     ranks = [range(0, 2), range(2, 4)]
     walkers = []
     for mine in ranks:
-        task = ShareTask(three_shards, dataset, order, mine, buckets, 0, (LaneState(),) * 2, 1)
+        task = ShareTask(three_shards, dataset, order, mine, square, 0, (LaneState(),) * 2, 1)
         reader = RangeReader(timeout_s=10, tries=1, patience_s=10)
-        views = ShardViews(dataset, make_selection(three_shards), buckets, reader, 8)
+        views = ShardViews(dataset, make_selection(three_shards), square, reader, 8)
         walkers.append(Walker(task, views, MemberReads(dataset, reader, Background(2), None, 10**6)))
     walks = [walk for walker in walkers for walk in walker.walks]
     failing = {"A3"}
