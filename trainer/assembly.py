@@ -83,8 +83,17 @@ class Run:
         )
         self.sinks.flush()
 
+    def settle(self) -> None:
+        """Return when the newest checkpoint is committed; one that failed is made again, now. Collective."""
+        failure = self.checkpoints.settle()
+        if failure is not None:
+            logger.error("%s Saving the present state once more.", failure)
+            self.save()
+            self.checkpoints.wait()
+
     def save_snapshot(self) -> None:
         """Store the power-function averages for `ldm ema`. Collective."""
+        self.settle()
         self.checkpoints.save_snapshot(
             self.state.step, self.stage.engines, self.ema, tensors=self.stage.state()
         )
@@ -117,7 +126,9 @@ class Run:
             write_journal(self.config.run_dir, self.healer.journal())
         details = {"kind": incident.kind, "value": incident.value, "skipped": list(incident.ordinals)}
         self.sinks.event(incident.step, self.state.samples_seen, "rewind", **details)
-        self.checkpoints.wait()
+        failure = self.checkpoints.settle()
+        if failure is not None:
+            logger.error("%s", failure)
         if not self.restore():
             raise FatalFault(f"{incident.kind} at step {incident.step}, and no checkpoint to go back to.")
         logger.warning("rewound to step %d", self.state.step)

@@ -104,7 +104,9 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         if last_step:
             watchdog.beat(state.step, "finish")
             finish(run)
-        if saving or must_stop(agreed):
+        if agreed.save_failed:
+            run.sinks.event(state.step, state.samples_seen, "save failed")
+        if saving or must_save(agreed):
             watchdog.beat(state.step, "checkpoint")
             run.save()
         if due(state.step, config.ema.snapshot_every):
@@ -114,7 +116,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         batch = upcoming
 
     watchdog.beat(state.step, "finish")
-    run.checkpoints.wait()
+    run.settle()
     logger.info("done: %d steps, %d samples", state.step, state.samples_seen)
     return ExitCode.DONE
 
@@ -145,7 +147,12 @@ def judge(
     """
     ready = delayed.pop(everything=everything)
     read = [late.read() for late in ready]
-    agreed = collectives.agree(request, data_lost=data_lost, losses=[values["loss"] for values in read])
+    agreed = collectives.agree(
+        request,
+        data_lost=data_lost,
+        save_failed=run.checkpoints.failed,
+        losses=[values["loss"] for values in read],
+    )
     for late, values, loss in zip(ready, read, agreed.losses, strict=True):
         verdict = run.healer.check(late.step, loss, values["grad_norm"])
         if verdict.action == "stop":
@@ -156,9 +163,14 @@ def judge(
             incident = run.healer.record(verdict.symptom, chain.from_iterable(parts))
             logger.warning("%s; rewinding and skipping %d samples", verdict.symptom, len(incident.ordinals))
             return incident, agreed
-    if not everything and must_stop(agreed):  # and a checkpoint is about to be written after all
+    if not everything and must_save(agreed):  # a checkpoint is about to be written after all
         return judge(run, delayed, agreed.request, agreed.data_lost, everything=True)
     return None, agreed
+
+
+def must_save(agreed: Agreed) -> bool:
+    """Whether the state is saved now, due or not: the last upload failed, or the run ends."""
+    return agreed.save_failed or must_stop(agreed)
 
 
 def must_stop(agreed: Agreed) -> bool:
@@ -206,8 +218,8 @@ def finish(run: Run) -> None:
 
 
 def leave(run: Run, preemption: Preemption, agreed: Agreed) -> ExitCode:
-    """The state is saved: say why the run stops."""
-    run.checkpoints.wait()
+    """Once the state is saved: say why the run stops."""
+    run.settle()
     if agreed.data_lost:
         run.sinks.event(run.state.step, run.state.samples_seen, "storage outage")
         return ExitCode.RETRYABLE

@@ -33,13 +33,19 @@ def agree(env: DistributedEnv) -> list[list[object]]:
     """What the ranks agree on in four steps, in which they hand in different things."""
     first = env.is_main
     steps = [
-        collectives.agree(StopRequest.NONE, data_lost=False, losses=[]),
-        collectives.agree(StopRequest.NONE, data_lost=first, losses=[1.0 if first else 2.0]),
+        collectives.agree(StopRequest.NONE, data_lost=False, save_failed=False, losses=[]),
+        collectives.agree(
+            StopRequest.NONE, data_lost=first, save_failed=False, losses=[1.0 if first else 2.0]
+        ),
         collectives.agree(
             StopRequest.PREEMPTED if first else StopRequest.STOPPED,
             data_lost=False,
+            save_failed=not first,
             losses=[0.25, math.nan if first else 1.0, math.inf],
         ),
-        collectives.agree(StopRequest.PREEMPTED, data_lost=True, losses=[0.1 + env.rank]),
+        collectives.agree(StopRequest.PREEMPTED, data_lost=True, save_failed=True, losses=[0.1 + env.rank]),
     ]
-    return [[step.request.name, step.data_lost, [repr(loss) for loss in step.losses]] for step in steps]
+    return [
+        [step.request.name, step.data_lost, step.save_failed, [repr(loss) for loss in step.losses]]
+        for step in steps
+    ]

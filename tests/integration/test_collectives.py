@@ -18,16 +18,16 @@ def test_one_rank_makes_it_and_all_get_it_or_its_error(tmp_path: Path) -> None:
     assert bad == [["nothing there", "0\n"]] * 2
 
 
-def test_the_strongest_request_any_loss_of_data_and_mean_losses_are_agreed_on() -> None:
+def test_the_strongest_request_any_flag_and_mean_losses_are_agreed_on() -> None:
     agreed = [
-        ["NONE", False, []],
-        ["NONE", True, ["1.5"]],
-        ["STOPPED", False, ["0.25", "nan", "inf"]],
-        ["PREEMPTED", True, ["0.6000000000000001"]],  # (0.1 + 1.1) / 2 in fp64
+        ["NONE", False, False, []],
+        ["NONE", True, False, ["1.5"]],
+        ["STOPPED", False, True, ["0.25", "nan", "inf"]],
+        ["PREEMPTED", True, True, ["0.6000000000000001"]],  # (0.1 + 1.1) / 2 in fp64
     ]
     assert run_ranks(f"{RANKS}:agree", 2) == [agreed, agreed]
 
 
 def test_one_rank_agrees_with_itself() -> None:
-    agreed = collectives.agree(StopRequest.STOPPED, data_lost=True, losses=[0.5])
-    assert agreed == collectives.Agreed(StopRequest.STOPPED, True, (0.5,))
+    agreed = collectives.agree(StopRequest.STOPPED, data_lost=True, save_failed=False, losses=[0.5])
+    assert agreed == collectives.Agreed(StopRequest.STOPPED, True, False, (0.5,))

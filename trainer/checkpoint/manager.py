@@ -81,7 +81,8 @@ class CheckpointManager:
             except Failure as error:
                 failure = error
         session, failure = collectives.broadcast_object((uuid.uuid4().hex[:8], failure))
-        _raise_first([failure])
+        if failure is not None:
+            raise failure
         self._session: str = session
         self._attempts = 0
         self._pending = False
@@ -107,9 +108,11 @@ class CheckpointManager:
             tensors: small ones beside the weights; rank 0's count.
             loss: recent training loss, by which `checkpoint.keep_best` chooses; rank 0's counts.
 
+        If the one before could not be written, this one is waited for.
+
         Raises:
-            UserError, RetryableFault: on all ranks: this save failed, or, when asynchronous, the
-                one before. Earlier checkpoints are intact.
+            UserError, RetryableFault: on all ranks: this save failed, and the one before, when
+                asynchronous. Earlier checkpoints are intact.
         """
         contents = Contents.of_checkpoint(step, engines, ema, state=state, tensors=tensors, loss=loss)
         wanted = self._config.checkpoint
@@ -129,7 +132,9 @@ class CheckpointManager:
 
     def _submit(self, contents: Contents, folder: str, retention: Retention) -> None:
         begun = time.perf_counter()
-        self.wait()
+        failure = self.settle()
+        if failure is not None and self._env.is_main:
+            logger.error("%s Saving the present state instead, of step %d.", failure, contents.step)
         waited = time.perf_counter() - begun
         plan = contents.plan()
         all_tables = self._tables_of_all_ranks(plan)
@@ -140,7 +145,7 @@ class CheckpointManager:
         attempt = f"{self._session}{self._attempts:04x}"
         self._writer.submit(Job(folder, contents.step, attempt, self._env.rank, plan, commit), buffer)
         self._pending = True
-        if not self._config.checkpoint.asynchronous:
+        if failure is not None or not self._config.checkpoint.asynchronous:
             self.wait()
         blocked = time.perf_counter() - begun
         self.last_save = SaveReport(contents.step, blocked, waited, plan.data_bytes)
@@ -148,15 +153,32 @@ class CheckpointManager:
             "checkpoint of step %d: blocked %.3f s, %d bytes", contents.step, blocked, plan.data_bytes
         )
 
-    def wait(self) -> None:
-        """Return when everything submitted is committed. Raises like `save`."""
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows by now that the newest save failed. Does not wait; not collective."""
+        return self._pending and self._writer.failed()
+
+    def settle(self) -> Failure | None:
+        """Return when everything submitted is committed, or with the reason why it is not."""
         if not self._pending:
-            return
+            return None
         self._pending = False
-        _raise_first(collectives.all_gather_object(self._writer.shard_result()))
+        failures = [
+            failure for failure in collectives.all_gather_object(self._writer.shard_result()) if failure
+        ]
+        if failures:
+            self._writer.abandon()  # rank 0's waits for the shard that is missing
+            return failures[0]
         # Now every rank's shard is there, so that the commit waits for nobody.
         committed = self._writer.commit_result() if self._env.is_main else None
-        _raise_first([collectives.broadcast_object(committed)])
+        answer: Failure | None = collectives.broadcast_object(committed)
+        return answer
+
+    def wait(self) -> None:
+        """The same, but raises that reason: UserError or RetryableFault, on all ranks."""
+        failure = self.settle()
+        if failure is not None:
+            raise failure
 
     def latest_good(self) -> CheckpointHandle | None:
         """The newest checkpoint whose every byte is as written; None when there is none.
@@ -247,9 +269,3 @@ class CheckpointManager:
             retention=retention,
             patience_s=_PATIENCE_S,
         )
-
-
-def _raise_first(failures: list[Failure | None]) -> None:
-    for failure in failures:
-        if failure is not None:
-            raise failure

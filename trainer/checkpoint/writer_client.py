@@ -31,12 +31,20 @@ class Writer(Protocol):
         """Begin. The previous job must have been waited for."""
         ...
 
+    def failed(self) -> bool:
+        """Whether it is known by now that the job cannot be completed. Does not wait."""
+        ...
+
     def shard_result(self) -> Failure | None:
         """Wait until this rank's shard is stored and the buffer is free; what went wrong, if anything."""
         ...
 
     def commit_result(self) -> Failure | None:
         """On rank 0: wait for the commit, which needs the other ranks' shards."""
+        ...
+
+    def abandon(self) -> None:
+        """Give the job up, since another rank's part of it has failed."""
         ...
 
     def close(self) -> None:
@@ -60,6 +68,10 @@ class InlineWriter:
         except Failure as failure:
             self._failure = failure
 
+    def failed(self) -> bool:
+        """See `Writer`."""
+        return self._failure is not None
+
     def shard_result(self) -> Failure | None:
         """See `Writer`."""
         return self._failure
@@ -76,6 +88,10 @@ class InlineWriter:
             return failure
         return None
 
+    def abandon(self) -> None:
+        """Nothing runs beside the caller."""
+        self._job = None
+
     def close(self) -> None:
         """Nothing runs beside the caller."""
 
@@ -91,18 +107,32 @@ class BackgroundWriter:
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._expected: list[str] = []
+        self._failure: Failure | None = None  # noticed, and not yet asked for
 
     def submit(self, job: Job, buffer: HostBuffer) -> None:
         """Hand the job over; returns at once."""
         assert not self._expected, "the previous job has not been waited for"
         header, blobs = job_to_header(job)
+        self._failure = None
         self._expected = ["shard", "commit"] if job.commit is not None else ["shard"]
         try:
             if self._process is None or self._process.poll() is not None:
                 self._start(buffer)
             self._send({"order": "write", **header}, blobs)
         except OSError as error:
-            logger.error("the checkpoint writer process is gone: %s", error)
+            self._fail(RetryableFault(f"the checkpoint could not be written: its process is gone ({error})."))
+
+    def failed(self) -> bool:
+        """See `Writer`."""
+        while self._expected and self._process is not None:
+            try:
+                answer = self._answers.get_nowait()
+            except queue.Empty:
+                if self._process.poll() is None or not self._answers.empty():
+                    break
+                answer = _ended(self._process)
+            self._note(answer)
+        return self._failure is not None
 
     def shard_result(self) -> Failure | None:
         """See `Writer`."""
@@ -112,6 +142,14 @@ class BackgroundWriter:
         """See `Writer`."""
         return self._wait_for("commit")
 
+    def abandon(self) -> None:
+        """End the process if it is still at work; the next job starts another."""
+        if self._expected and self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        self._expected = []
+
     def close(self) -> None:
         """Give a submitted job a minute to finish, then end the process."""
         process, self._process = self._process, None
@@ -120,7 +158,7 @@ class BackgroundWriter:
         deadline = time.monotonic() + _CLOSE_PATIENCE_S
         try:
             while self._expected and process.poll() is None and time.monotonic() < deadline:
-                self._note_failure(self._next_answer(process, deadline))
+                self._note(self._next_answer(process, deadline))
             assert process.stdin is not None
             send_frame(process.stdin, {"order": "stop"}, [])  # type: ignore[arg-type]  # is buffered
             process.wait(timeout=5.0)
@@ -153,10 +191,9 @@ class BackgroundWriter:
     def _wait_for(self, event: str) -> Failure | None:
         while event in self._expected:
             assert self._process is not None
-            failure = self._note_failure(self._next_answer(self._process, None))
-            if failure is not None:
-                return failure
-        return None
+            self._note(self._next_answer(self._process, None))
+        failure, self._failure = self._failure, None
+        return failure
 
     def _next_answer(self, process: subprocess.Popen[bytes], deadline: float | None) -> dict[str, Any]:
         while True:
@@ -164,21 +201,25 @@ class BackgroundWriter:
                 return self._answers.get(timeout=_POLL_S)
             except queue.Empty:
                 if process.poll() is not None and self._answers.empty():
-                    self._expected = []
-                    return {"failure": f"its process ended with status {process.returncode}"}
+                    return _ended(process)
                 if deadline is not None and time.monotonic() > deadline:
                     return {"failure": "it took too long"}
 
-    def _note_failure(self, answer: dict[str, Any]) -> Failure | None:
-        if "event" in answer and answer["event"] in self._expected:
-            self._expected.remove(answer["event"])
+    def _note(self, answer: dict[str, Any]) -> None:
         if "failure" not in answer:
-            return None
+            self._expected.remove(answer["event"])
+        elif "event" in answer:
+            self._fail(CONSEQUENCES[answer["consequence"]](str(answer["failure"])))
+        else:
+            self._fail(RetryableFault(f"the checkpoint could not be written: {answer['failure']}."))
+
+    def _fail(self, failure: Failure) -> None:
         self._expected = []
-        message = str(answer["failure"])
-        if "event" not in answer:
-            return RetryableFault(f"the checkpoint could not be written: {message}.")
-        return CONSEQUENCES[answer["consequence"]](message)
+        self._failure = failure
+
+
+def _ended(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    return {"failure": f"its process ended with status {process.returncode}"}
 
 
 def _collect(process: subprocess.Popen[bytes], answers: queue.Queue[dict[str, Any]]) -> None:

@@ -88,24 +88,25 @@ class Agreed:
     """Strongest stop request of any rank."""
     data_lost: bool
     """Whether some rank cannot get its next batch."""
+    save_failed: bool
+    """Whether some rank knows that the newest checkpoint could not be written."""
     losses: tuple[float, ...]
     """Means over ranks of the losses that were handed in; NaN where one rank's was."""
 
 
-def agree(request: StopRequest, *, data_lost: bool, losses: Sequence[float]) -> Agreed:
+def agree(request: StopRequest, *, data_lost: bool, save_failed: bool, losses: Sequence[float]) -> Agreed:
     """What all ranks decide together, once a step: one small all-reduce that waits for no GPU. Collective.
 
     Every rank hands in equally many losses. With one rank, the answer is what was handed in.
     """
     ranks = world_size()
     if ranks == 1:
-        return Agreed(request, data_lost, tuple(losses))
+        return Agreed(request, data_lost, save_failed, tuple(losses))
     # One slot per request level makes the maximum a sum, so a single reduction carries everything.
-    levels = len(StopRequest)
-    message = torch.zeros(levels + 1 + len(losses), dtype=torch.float64)
-    message[int(request)] = 1
-    message[levels] = float(data_lost)
-    message[levels + 1 :] = torch.tensor(losses, dtype=torch.float64)
+    levels = [float(level is request) for level in StopRequest]
+    message = torch.tensor([*levels, float(data_lost), float(save_failed), *losses], dtype=torch.float64)
     dist.all_reduce(message)
-    asked = max(level for level in StopRequest if message[int(level)] > 0)
-    return Agreed(asked, bool(message[levels] > 0), tuple((message[levels + 1 :] / ranks).tolist()))
+    *counts, lost, failed = message[: len(levels) + 2].tolist()
+    asked = max(level for level, count in zip(StopRequest, counts, strict=True) if count > 0)
+    means = message[len(levels) + 2 :] / ranks
+    return Agreed(asked, lost > 0, failed > 0, tuple(means.tolist()))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import RetryableFault
+from data_pipeline.errors import RetryableFault, UserError
 from trainer.checkpoint.commands import list_checkpoints
 from trainer.checkpoint.writer_process import receive_frame, send_frame
 
@@ -61,6 +61,42 @@ def test_a_killed_writer_is_reported_and_replaced(make_run: MakeRun) -> None:
     run.save()
     complete = [row.step for row in list_checkpoints(run.config.run_dir) if row.complete]
     assert complete == [2, 0]
+
+
+def test_a_failed_save_is_known_without_waiting_and_the_next_makes_up_for_it(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(asynchronous=True)
+    run.save()
+    os.kill(process_of(run).pid, signal.SIGSTOP)
+    run.train(1)
+    run.begin_save()
+    assert not run.manager.failed
+    os.kill(process_of(run).pid, signal.SIGKILL)
+    while not run.manager.failed:  # the suite's timeout bounds this
+        time.sleep(0.01)
+    run.train(1)
+    run.begin_save()
+    assert "Saving the present state instead, of step 2." in caplog.text
+    # It has been waited for: the state is safe when training goes on.
+    assert [row.step for row in list_checkpoints(run.config.run_dir) if row.complete] == [2, 0]
+    assert not run.manager.failed
+    assert run.manager.settle() is None
+
+
+def test_two_failures_in_a_row_are_raised(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(asynchronous=True)
+    run.save()
+    for step in (1, 2):
+        (Path(run.config.run_dir) / "checkpoints" / f"step_{step:09d}").write_text("in the way")
+    run.train(1)
+    run.begin_save()
+    while not run.manager.failed:
+        time.sleep(0.01)
+    run.train(1)
+    with pytest.raises(UserError, match="step_000000002"):
+        run.begin_save()
+    assert [row.step for row in list_checkpoints(run.config.run_dir) if row.complete] == [0]
 
 
 def test_close_finishes_the_last_save(make_run: MakeRun) -> None:
