@@ -29,8 +29,10 @@ FIRST_ORDER = ("ddpm", "ddim", "euler", "euler_ancestral")
 class GaussianDenoiser:
     """E[x0 | x_t] for x0 ~ N(mean, deviation^2), per element, expressed in any prediction type."""
 
-    def __init__(self, prediction="eps", *, rescaled=False, mean=MEAN, deviation=DEVIATION):
-        self.schedule = make_schedule(DiffusionConfig(prediction=prediction, zero_terminal_snr=rescaled))
+    def __init__(self, prediction="eps", *, rescaled=False, mean=MEAN, deviation=DEVIATION, **settings):
+        self.schedule = make_schedule(
+            DiffusionConfig(prediction=prediction, zero_terminal_snr=rescaled, **settings)
+        )
         self.prediction = prediction
         self.mean, self.deviation = mean, deviation
 
@@ -75,6 +77,28 @@ def test_recovers_them_with_every_spacing(name, spacing):
     # Karras timesteps are real numbers and reach the denoiser in float32.
     assert mean == pytest.approx(MEAN, abs=1e-7)
     assert deviation == pytest.approx(DEVIATION, abs=0.016 if name in FIRST_ORDER else 0.004)
+
+
+SCHEDULES = {
+    "scaled_linear": {},
+    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "cosine": {"beta_schedule": "cosine"},
+    "zero_terminal": {"rescaled": True},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "karras"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_schedule_spacing_or_number_of_steps_biases_the_mean(name, spacing, schedule):
+    if schedule == "zero_terminal" and spacing != "trailing":
+        pytest.skip("refused by check_sampling")
+    for steps in (1, 2, 9, 30, 501):
+        mean, deviation = moments(name, GaussianDenoiser("v", **SCHEDULES[schedule]), steps, spacing)
+        # 2e-3: the stand-in for alpha = 0, which the denoiser is not told. Karras timesteps are float32.
+        assert mean == pytest.approx(MEAN, abs=2e-3 if schedule == "zero_terminal" else 1e-7), steps
+        assert math.isfinite(deviation)
+    assert deviation == pytest.approx(DEVIATION, abs=0.02)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -14,6 +14,8 @@ Final = Literal["clean", "first"]
 KARRAS_RHO = 7.0
 MIN_ALPHA = 2.0**-12
 """Stands for the alpha = 0 of zero terminal SNR in samplers that divide by it (sigma / alpha = 4096)."""
+FEW_LEADING = 10
+"""With fewer steps "leading" would leave out more than a tenth of the schedule."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,17 @@ class NoiseLevels:
         return NoiseLevels(self.timesteps[start:], self.alphas[start:], self.sigmas[start:])
 
     def finite(self) -> NoiseLevels:
-        """The same levels with alpha raised to MIN_ALPHA where it is smaller."""
-        alphas = tuple(max(alpha, MIN_ALPHA) for alpha in self.alphas)
-        raised = tuple(a > old for a, old in zip(alphas, self.alphas, strict=True))
-        sigmas = tuple(
-            math.sqrt(1.0 - a * a) if up else sigma
-            for a, sigma, up in zip(alphas, self.sigmas, raised, strict=True)
+        """The same levels with a small alpha in the place of 0, which only the first can have.
+
+        Small ones that are not 0, as the cosine schedule has them, stay: raised to one value they would
+        coincide, and samplers divide by the distance of neighbours too.
+        """
+        if self.alphas[0] > 0.0:
+            return self
+        alpha = min(MIN_ALPHA, self.alphas[1] / 2)  # neighbours of a long schedule may lie below MIN_ALPHA
+        return NoiseLevels(
+            self.timesteps, (alpha, *self.alphas[1:]), (math.sqrt(1.0 - alpha * alpha), *self.sigmas[1:])
         )
-        return NoiseLevels(self.timesteps, alphas, sigmas)
 
 
 def make_levels(
@@ -60,7 +65,8 @@ def make_levels(
 ) -> NoiseLevels:
     """`num_steps` levels of a schedule of T timesteps, then the end.
 
-    leading: multiples of T // n, plus 1 (the SD convention), so t = T - 1 is not visited.
+    leading: multiples of T / n, rounded down, plus 1 (the SD convention): from T - T / n + 1 to 1. Fewer than
+    ten steps would start where much of the picture should already be visible, so they are trailing.
     trailing: T - 1 first, then down in steps of T / n (Lin et al. 2023, table 2).
     karras: from the largest to the smallest sigma / alpha, evenly in its 7th root (Karras et al. 2022,
     equation 5); timesteps are then real numbers.
@@ -73,12 +79,11 @@ def make_levels(
         raise ValueError(f"the number of sampler steps must lie between 1 and {total}, not {num_steps}")
     if spacing == "karras":
         timesteps = _karras_timesteps(schedule, num_steps)
-    elif spacing == "trailing":
+    elif spacing == "trailing" or num_steps < min(FEW_LEADING, total):
         timesteps = tuple(float(round(total - i * total / num_steps) - 1) for i in range(num_steps))
     else:
-        stride = total // num_steps
-        offset = 1 if (num_steps - 1) * stride + 1 < total else 0
-        timesteps = tuple(float(i * stride + offset) for i in reversed(range(num_steps)))
+        offset = 0 if num_steps == total else 1
+        timesteps = tuple(float(i * total // num_steps + offset) for i in reversed(range(num_steps)))
     levels = [schedule.level(timestep) for timestep in timesteps]
     levels.append((1.0, 0.0) if final == "clean" else schedule.level(0.0))
     return NoiseLevels(timesteps, tuple(a for a, _ in levels), tuple(s for _, s in levels))

@@ -44,6 +44,26 @@ def test_leading_never_leaves_the_schedule():
         assert make_levels(small, steps, "leading").timesteps[0] <= 9
 
 
+@pytest.mark.parametrize("num_timesteps", [7, 10, 999, 1000, 4000])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_any_number_of_steps_covers_the_schedule(spacing, num_timesteps):
+    schedule = make_schedule(DiffusionConfig(num_timesteps=num_timesteps))
+    for steps in {*range(1, min(60, num_timesteps) + 1), num_timesteps // 2 + 1, num_timesteps - 1}:
+        levels = make_levels(schedule, steps, spacing)
+        assert levels.timesteps[0] >= 0.9 * num_timesteps - 1
+        assert levels.timesteps[-1] <= num_timesteps / steps
+        widths = [a - b for a, b in itertools.pairwise(levels.timesteps)]
+        assert all(abs(width - num_timesteps / steps) <= 1 for width in widths)
+        assert len(set(levels.timesteps)) == steps
+
+
+def test_leading_with_few_steps_is_trailing():
+    assert make_levels(SCHEDULE, 1, "leading").timesteps == (999.0,)
+    assert make_levels(SCHEDULE, 9, "leading") == make_levels(SCHEDULE, 9, "trailing")
+    assert make_levels(SCHEDULE, 10, "leading").timesteps == tuple(range(901, 0, -100))
+    assert make_levels(SCHEDULE, 501, "leading").timesteps[0] == 999.0
+
+
 def test_karras_is_even_in_the_seventh_root():
     levels = make_levels(SCHEDULE, 12, "karras")
     roots = [levels.ratio(i) ** (1 / 7) for i in range(12)]
@@ -69,6 +89,23 @@ def test_zero_terminal_snr_levels():
     assert finite.sigmas[1:] == levels.sigmas[1:]
     with pytest.raises(ValueError, match="trailing"):
         make_levels(schedule, 10, "karras")
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "karras"])
+@pytest.mark.parametrize("steps", [1, 2, 25, 1000])
+def test_the_cosine_schedule_keeps_its_levels_apart(spacing, steps):
+    """Its last alpha is 5e-5, below MIN_ALPHA; Karras spacing has hundreds of levels down there."""
+    levels = make_levels(make_schedule(DiffusionConfig(beta_schedule="cosine")), steps, spacing)
+    assert levels.finite() == levels
+    distances = [levels.log_snr(i + 1) - levels.log_snr(i) for i in range(steps - 1)]
+    assert all(distance > 1e-4 for distance in distances)
+
+
+def test_the_stand_in_for_zero_stays_below_its_neighbour():
+    config = DiffusionConfig(num_timesteps=8000, beta_start=1e-5, beta_end=1e-3, zero_terminal_snr=True)
+    levels = make_levels(make_schedule(config), 8000, "trailing")
+    assert 0 < levels.alphas[1] < MIN_ALPHA
+    assert levels.finite().alphas[0] == levels.alphas[1] / 2
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
