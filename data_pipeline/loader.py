@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -34,7 +34,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Loader", "build_loader", "check_layout", "merge_positions"]
+__all__ = [
+    "AnyLoader",
+    "Dataset",
+    "Loader",
+    "build_loader",
+    "check_layout",
+    "merge_positions",
+    "open_dataset",
+]
+
+AnyLoader: TypeAlias = "Loader | ResampledLoader"
 
 
 def build_loader(
@@ -47,7 +57,7 @@ def build_loader(
     position: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     skip_ordinals: Iterable[int] = (),
     dataset: Dataset | None = None,
-) -> Loader | ResampledLoader:
+) -> AnyLoader:
     """Loader of rank `rank`: an endless iterator of Batch with global_batch_size / world_size samples.
 
     `position` is `merge_positions` of what all ranks' last consumed batches carry; it fits any world size

@@ -12,9 +12,14 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import Failure, FatalFault
-from data_pipeline.feed.resampled import ResampledLoader
-from data_pipeline.loader import Loader, build_loader, check_layout, merge_positions
-from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.loader import (
+    AnyLoader,
+    Dataset,
+    build_loader,
+    check_layout,
+    merge_positions,
+    open_dataset,
+)
 from trainer.checkpoint.export import open_weights
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.io import config_to_dict
@@ -56,7 +61,7 @@ class Run:
     sinks: Sinks
     dataset: Dataset
 
-    def open_loader(self, *, from_start: bool = False) -> Loader | ResampledLoader:
+    def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
         return build_loader(
             self.config.data,

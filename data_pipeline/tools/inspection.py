@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, Rejected
 from data_pipeline.feed.captions import clean
 from data_pipeline.order.draws import permutation
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.shards.build_index import read_index
 from data_pipeline.shards.index import DEFECTS, ShardIndex
-from data_pipeline.shards.tars import IMAGE_EXTENSIONS
+from data_pipeline.shards.tars import IMAGE_EXTENSIONS, split_name
 from data_pipeline.storage.files import read_range
 from data_pipeline.storage.listing import ListedFile, list_files
 from data_pipeline.storage.urls import name_of
@@ -28,6 +30,8 @@ _TILE = 160
 _TEXT = 44
 _COLUMNS = 6
 _MAX_BYTES = 64_000_000
+_HEAD_BYTES = 4_000_000
+_HEAD_SAMPLES = 8
 
 
 @dataclass
@@ -164,6 +168,46 @@ def _decode_some(
         if kept < keep:
             result.pictures.append((picture.pixels, caption))
             kept += 1
+
+
+@dataclass(frozen=True)
+class HeadLook:
+    """What `look_at_head` found."""
+
+    pictures: int
+    captions: int
+    defects: list[str]
+
+
+def look_at_head(shard: ListedFile, config: DataConfig) -> HeadLook:
+    """The first samples of a shard, from its first megabytes."""
+    head = read_range(shard.url, 0, min(shard.size, _HEAD_BYTES))
+    pictures, captions, defects = 0, 0, []
+    keys: set[str] = set()
+    target = (config.image_size, config.image_size)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as tar:
+            for member in tar:
+                stream = tar.extractfile(member)
+                if stream is None or member.offset_data + member.size > len(head):
+                    continue
+                key, extension = split_name(member.name)
+                keys.add(key)
+                if len(keys) > _HEAD_SAMPLES:
+                    break
+                captions += extension == "txt" and member.size > 0
+                if extension not in IMAGE_EXTENSIONS:
+                    continue
+                try:
+                    decode(stream.read(), target=target, max_pixels=config.max_image_pixels)
+                    pictures += 1
+                except Rejected as rejected:
+                    defects.append(f"{shard.url} {member.name}: {rejected}")
+    except tarfile.TarError as error:
+        # The head ends inside a member; that is a defect only if nothing came before it.
+        if pictures == 0:
+            defects.append(f"{shard.url} is not a tar archive ({error})")
+    return HeadLook(pictures, captions, defects)
 
 
 def caption_of(members: dict[str, bytes]) -> str:

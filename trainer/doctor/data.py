@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import os
-import tarfile
 import time
-from dataclasses import dataclass
 
-from data_pipeline.errors import DataError, Rejected
-from data_pipeline.pictures.decoding import decode
-from data_pipeline.shards.tars import IMAGE_EXTENSIONS, split_name
-from data_pipeline.storage.files import read_bytes, read_range, remove_file, write_bytes
-from data_pipeline.storage.listing import ListedFile, list_files
+from data_pipeline.errors import DataError
+from data_pipeline.storage.files import read_bytes, remove_file, write_bytes
+from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.urls import join
+from data_pipeline.tools.inspection import look_at_head
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank
 
 _PROBE_BYTES = 16_000_000
-_HEAD_BYTES = 4_000_000
-_SAMPLES_PER_SHARD = 8
 _SHARDS_PER_RANK = 3
 
 
@@ -55,7 +49,7 @@ def check_shards(config: Config, env: DistributedEnv) -> list[Check]:
         shards = [shard for source in sources for shard in list_files(source)]
         count = min(len(shards), _SHARDS_PER_RANK * env.world_size)
         chosen = [shards[i * len(shards) // count] for i in range(count)][env.rank :: env.world_size]
-        looks = [_look_into(shard, config) for shard in chosen]
+        looks = [look_at_head(shard, config.data) for shard in chosen]
         pictures = sum(look.pictures for look in looks)
         captions = sum(look.captions for look in looks)
         bad = [defect for look in looks for defect in look.defects]
@@ -74,41 +68,3 @@ def check_shards(config: Config, env: DistributedEnv) -> list[Check]:
 
     remedy = "look at them with `ldm data inspect`, and correct data.shards or data.captions."
     return [on_every_rank("shards", remedy, examine)]
-
-
-@dataclass(frozen=True)
-class _Look:
-    pictures: int
-    captions: int
-    defects: list[str]
-
-
-def _look_into(shard: ListedFile, config: Config) -> _Look:
-    """The first samples of a shard, from its first megabytes."""
-    head = read_range(shard.url, 0, min(shard.size, _HEAD_BYTES))
-    pictures, captions, defects = 0, 0, []
-    keys: set[str] = set()
-    target = (config.data.image_size, config.data.image_size)
-    try:
-        with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as tar:
-            for member in tar:
-                stream = tar.extractfile(member)
-                if stream is None or member.offset_data + member.size > len(head):
-                    continue
-                key, extension = split_name(member.name)
-                keys.add(key)
-                if len(keys) > _SAMPLES_PER_SHARD:
-                    break
-                captions += extension == "txt" and member.size > 0
-                if extension not in IMAGE_EXTENSIONS:
-                    continue
-                try:
-                    decode(stream.read(), target=target, max_pixels=config.data.max_image_pixels)
-                    pictures += 1
-                except Rejected as rejected:
-                    defects.append(f"{shard.url} {member.name}: {rejected}")
-    except tarfile.TarError as error:
-        # The head ends inside a member; that is a defect only if nothing came before it.
-        if pictures == 0:
-            defects.append(f"{shard.url} is not a tar archive ({error})")
-    return _Look(pictures, captions, defects)
