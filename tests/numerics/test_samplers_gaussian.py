@@ -93,10 +93,11 @@ SCHEDULES = {
 def test_no_schedule_spacing_or_number_of_steps_biases_the_mean(name, spacing, schedule):
     if schedule == "zero_terminal" and spacing != "trailing":
         pytest.skip("refused by check_sampling")
-    for steps in (1, 2, 9, 30, 501):
+    # A few long steps would magnify the stand-in for alpha = 0, of which the denoiser is not told.
+    for steps in (9, 30, 501) if schedule == "zero_terminal" else (1, 2, 9, 30, 501):
         mean, deviation = moments(name, GaussianDenoiser("v", **SCHEDULES[schedule]), steps, spacing)
-        # 2e-3: the stand-in for alpha = 0, which the denoiser is not told. Karras timesteps are float32.
-        assert mean == pytest.approx(MEAN, abs=2e-3 if schedule == "zero_terminal" else 1e-7), steps
+        # Karras timesteps reach the denoiser in float32.
+        assert mean == pytest.approx(MEAN, abs=1e-3 if schedule == "zero_terminal" else 1e-7), steps
         assert math.isfinite(deviation)
     assert deviation == pytest.approx(DEVIATION, abs=0.02)
 
