@@ -26,7 +26,7 @@ from trainer.config.run import ConfigError
 TORCH_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_ENDINGS = (".safetensors", *TORCH_ENDINGS)
 MAX_LISTED = 40
-"""Names that a sentence about tensors that do not fit lists at most."""
+"""Names that follow the sentence about tensors that do not fit, at most."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 Choice = Callable[[Sequence[str]], Iterable[str]]
@@ -112,12 +112,13 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check_fit(wanted: Shapes, found: Shapes, source: str, remedy: str) -> None:
+def check_fit(wanted: Shapes, found: Shapes, source: str, remedy: str, *, listed: int = MAX_LISTED) -> None:
     """Refuse unless both have the same names with the same shapes: call it before anything is copied.
 
     Args:
         source: where the tensors come from; begins the sentence.
         remedy: what to do about it; ends the sentence.
+        listed: how many of the names that differ are listed at most.
 
     Raises:
         ConfigError: every missing and unexpected name with its shape, and every differing shape.
@@ -132,11 +133,11 @@ def check_fit(wanted: Shapes, found: Shapes, source: str, remedy: str) -> None:
     problems = missing + unexpected + different
     if not problems:
         return
-    listed = "\n  ".join(problems[:MAX_LISTED])
-    more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    lines = [*problems[:listed], *([f"and {len(problems) - listed} more"] if len(problems) > listed else [])]
+    names = "".join(f"\n  {line}" for line in lines)
     raise ConfigError(
         f"{source} does not fit the configured structure: {len(missing)} tensors missing, {len(unexpected)} "
-        f"unexpected, {len(different)} of another shape; nothing was loaded. {remedy}\n  {listed}{more}"
+        f"unexpected, {len(different)} of another shape; nothing was loaded. {remedy}{names}"
     )
 
 

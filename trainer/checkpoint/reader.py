@@ -12,8 +12,10 @@ from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.layout import BYTES_PER_ELEMENT, Piece, Span, index_shards, overlaps
 from trainer.config.run import ConfigError
+from trainer.weights import check_fit
 
 _READ_BYTES = 64 << 20
+_LISTED = 3  # every rank says it
 
 
 def check_shapes(handle: CheckpointHandle, engine: str, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -24,22 +26,8 @@ def check_shapes(handle: CheckpointHandle, engine: str, shapes: dict[str, tuple[
             f"the checkpoint {handle.url} has no network {engine!r}, only "
             f"{', '.join(handle.manifest.shapes)}; use its configuration, or another run_dir."
         )
-    if stored == shapes:
-        return
-    differences = [
-        f"{name} is {_dimensions(stored.get(name))} there and {_dimensions(shapes.get(name))} here"
-        for name in [*shapes, *(name for name in stored if name not in shapes)]
-        if stored.get(name) != shapes.get(name)
-    ]
-    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    raise ConfigError(
-        f"the checkpoint {handle.url} is of another architecture: {'; '.join(differences[:3])}{more}. "
-        "Use its configuration, or another run_dir."
-    )
-
-
-def _dimensions(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else "[" + ", ".join(map(str, shape)) + "]"
+    remedy = "Use its configuration, or another run_dir."
+    check_fit(shapes, stored, f"the checkpoint {handle.url}", remedy, listed=_LISTED)
 
 
 class EngineReader:

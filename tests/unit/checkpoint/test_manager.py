@@ -204,7 +204,7 @@ def test_another_architecture_is_named(make_run: MakeRun) -> None:
     handle = other.manager.latest_good()
     assert handle is not None
     before = other.everything()
-    with pytest.raises(ConfigError, match=r"0\.weight is \[4, 3\] there and \[5, 3\] here"):
+    with pytest.raises(ConfigError, match=r"0\.weight is \(4, 3\) and should be \(5, 3\)"):
         other.manager.load(handle, {"unet": other.engine}, other.ema)
     with pytest.raises(ConfigError, match="no network 'discriminator'"):
         other.manager.load(handle, {"discriminator": other.engine}, other.ema)
