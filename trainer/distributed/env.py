@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.config.run import ConfigError
+from trainer.distributed import collectives
 from trainer.distributed.place import Place
 
 Launcher = Literal["torchrun", "slurm", "single"]
@@ -39,7 +41,7 @@ class DistributedEnv(Place):
             return _from_torchrun(environ)
         if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
             return _from_slurm(environ)
-        return cls(0, 0, 1, 1, "127.0.0.1", 29500, "single", choose_device(0, 1))
+        return cls(0, 0, 1, 1, "127.0.0.1", 29500, "single", choose_device(0, 1, bound=False))
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +66,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> DistributedEnv:
         master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
         master_port=int(environ.get("MASTER_PORT", "29500")),
         launcher="torchrun",
-        device=choose_device(local_rank, local_world_size),
+        # Ray and wrappers of torchrun may give each rank a mask of its own.
+        device=choose_device(local_rank, local_world_size, bound=_names_one(environ)),
     )
 
 
@@ -83,7 +86,7 @@ def _from_slurm(environ: Mapping[str, str]) -> DistributedEnv:
         # Jobs that share a node must not share a port, and all ranks must agree without talking.
         master_port=int(environ.get("MASTER_PORT", 20_000 + int(environ.get("SLURM_JOB_ID", "0")) % 20_000)),
         launcher="slurm",
-        device=choose_device(local_rank, local_world_size, one_visible_each=True),
+        device=choose_device(local_rank, local_world_size, bound=True),  # srun may bind by cgroups
     )
 
 
@@ -98,16 +101,17 @@ def first_host(nodelist: str) -> str:
     return prefix + re.split(r"[-,]", ranges)[0] + (suffix or "")
 
 
-def choose_device(local_rank: int, local_world_size: int, *, one_visible_each: bool = False) -> torch.device:
-    """cuda:local_rank when there are GPUs, else cpu.
+def choose_device(local_rank: int, local_world_size: int, *, bound: bool) -> torch.device:
+    """cuda:local_rank where the ranks of a node see all its GPUs, cuda:0 where each sees its own, else cpu.
 
     Args:
-        one_visible_each: SLURM may bind one GPU to each task, which then is cuda:0 everywhere.
+        bound: whether the launcher may have bound each rank to one GPU. Then one that is visible is taken
+            for this rank's own, and `initialise` looks whether that is true.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if count == 1 and one_visible_each:
+    if count == 1 and bound:
         return torch.device("cuda:0")
     if local_world_size > count:
         raise ConfigError(
@@ -115,6 +119,11 @@ def choose_device(local_rank: int, local_world_size: int, *, one_visible_each: b
             'or set CUDA_VISIBLE_DEVICES="" to train on the CPU.'
         )
     return torch.device(f"cuda:{local_rank}")
+
+
+def _names_one(environ: Mapping[str, str]) -> bool:
+    names = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return len(names) == 1
 
 
 _environment_before: dict[str, str | None] = {}
@@ -127,8 +136,7 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
     waiting for the GPU.
     """
     assert not dist.is_initialized()
-    # DeepSpeed reads these, also where it was SLURM that said who we are.
-    facts = env.variables()
+    facts = deepspeed_variables(env)
     _environment_before.update({name: os.environ.get(name) for name in facts})
     os.environ.update(facts)
     if env.device.type == "cuda":
@@ -146,6 +154,33 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
         world_size=env.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+
+    if env.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(env.device)
+        refuse_shared_devices(collectives.all_gather_object((socket.gethostname(), str(properties.uuid))))
+
+
+def deepspeed_variables(env: DistributedEnv) -> dict[str, str]:
+    """What DeepSpeed reads, also where it was SLURM that said who we are.
+
+    It takes LOCAL_RANK for the number of the device, which it is not where each rank sees its own alone.
+    """
+    facts = env.variables()
+    if env.device.type == "cuda":
+        facts["LOCAL_RANK"] = str(env.device.index)
+    return facts
+
+
+def refuse_shared_devices(devices: Sequence[Hashable]) -> None:
+    """Raises ConfigError when two ranks compute on one GPU; `devices` identifies each rank's."""
+    owner: dict[Hashable, int] = {}
+    for rank, device in enumerate(devices):
+        first = owner.setdefault(device, rank)
+        if first != rank:
+            raise ConfigError(
+                f"ranks {first} and {rank} see the same single GPU; start one rank per GPU, "
+                'or set CUDA_VISIBLE_DEVICES="" to train on the CPU.'
+            )
 
 
 def shutdown() -> None:

@@ -39,7 +39,7 @@ from trainer.console import configure_logging
 from trainer.distributed.place import Place, free_port
 from trainer.exit_codes import ExitCode
 from trainer.launch.progress import latest_record, newest_checkpoint
-from trainer.launch.ray_board import Request, RunBoard, usable_ranks
+from trainer.launch.ray_board import RunBoard, RunRequest, usable_ranks
 from trainer.launch.ray_worker import ROUND_S, Facts, Follower, started_rank
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,13 @@ _METRICS = ("loss", "images_per_s", "data_wait", "learning_rate", "grad_norm")
 
 
 class _NoProcessGroup(Backend):
-    """Ray's workers hold no process group: the ranks, their children, do."""
+    """Ray's workers hold no process group: the ranks, their children, do.
+
+    Each of them sees all GPUs that this run has on its node, and takes number local_rank: a rank that
+    cannot see its neighbours' GPUs loses NVLink peer access.
+    """
+
+    share_cuda_visible_devices = True
 
 
 @dataclass
@@ -78,7 +84,7 @@ class _SaveBeforeResize(ControllerCallback):
         """In the controller. Its loop waits meanwhile, and so does everything it would do to us."""
         if not self._planned:
             return
-        ray.get(self._board.ask.remote(Request.RESIZE))
+        ray.get(self._board.ask.remote(RunRequest.RESIZE))
         limit = time.monotonic() + self._patience_s
         while time.monotonic() < limit:
             state = ray.get(self._board.state.remote())
@@ -127,7 +133,7 @@ def _drive(config: Config, args: argparse.Namespace, fewest: int, most: int) -> 
         if asked.is_set() and not told:
             told = True
             logger.warning("asked to stop: the ranks save and leave")
-            ray.get(board.ask.remote(Request.PREEMPT))
+            ray.get(board.ask.remote(RunRequest.PREEMPT))
     code = ExitCode(outcome[0]) if outcome else ExitCode.RETRYABLE
     logger.info("the run ends: %s", code.name.lower())
     return code

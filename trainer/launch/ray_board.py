@@ -10,7 +10,7 @@ from trainer.config.run import Config, ConfigError
 from trainer.exit_codes import ExitCode
 
 
-class Request(StrEnum):
+class RunRequest(StrEnum):
     """What the ranks are asked for. All of them mean: save at the next step, and leave."""
 
     NONE = ""
@@ -29,7 +29,7 @@ class RunBoard:
     def __init__(self, max_faults: int) -> None:
         self._max_faults = max_faults
         self._attempt = 0
-        self._request = Request.NONE
+        self._request = RunRequest.NONE
         self._planned = True
         self._step = 0
         self._step_before = -1
@@ -47,8 +47,8 @@ class RunBoard:
         self._attempt += 1
         self._expected = ranks
         self._codes = {}
-        if self._request is Request.RESIZE:
-            self._request = Request.NONE
+        if self._request is RunRequest.RESIZE:
+            self._request = RunRequest.NONE
         return self._attempt, self._faults > self._max_faults
 
     def tick(self, step: int) -> tuple[str, dict[int, int]]:
@@ -65,8 +65,8 @@ class RunBoard:
 
     def ask(self, request: str) -> None:
         """Ask all ranks to save and leave; a stop is never taken back by a resize."""
-        if self._request is not Request.PREEMPT:
-            self._request = Request(request)
+        if self._request is not RunRequest.PREEMPT:
+            self._request = RunRequest(request)
 
     def state(self) -> dict[str, object]:
         """For the driver, the controller and tests."""

@@ -31,7 +31,7 @@ from trainer.distributed.place import Place
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
 from trainer.launch.rank import rank_command
 from trainer.launch.rank_process import RankProcess, collect_stacks, describe
-from trainer.launch.ray_board import Request, forbids_restart
+from trainer.launch.ray_board import RunRequest, forbids_restart
 from trainer.reliability.heartbeat import Board
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Follower:
             time.sleep(ROUND_S)
             step = self._process.step if self._process else 0
             asked, codes = self._group.tick(step)
-            request = Request(asked)
+            request = RunRequest(asked)
             self._watch(request, codes)
             if self._group.is_preempted():
                 self._ask_to_save("this node or another one is to be taken away")
@@ -139,7 +139,7 @@ class Follower:
                 self._group.report(message["facts"])
             if message["over"]:
                 code = ExitCode(message["code"])
-                if code is ExitCode.PREEMPTED and request is Request.NONE:
+                if code is ExitCode.PREEMPTED and request is RunRequest.NONE:
                     raise RetryableFault("preempted with its node; the state is saved")
                 return code
 
@@ -148,11 +148,11 @@ class Follower:
         code = combine(codes.values()) if over else ExitCode.DONE
         return {"over": over, "code": int(code), "facts": self._news(step, over)}
 
-    def _watch(self, request: Request, codes: dict[int, int]) -> None:
+    def _watch(self, request: RunRequest, codes: dict[int, int]) -> None:
         process = self._process
         if process is None or self._code is not None:
             return
-        if request is not Request.NONE:
+        if request is not RunRequest.NONE:
             self._ask_to_save(f"request: {request}")
         if forbids_restart(codes):
             # The others would wait for that rank until their collectives time out.

@@ -1,1 +1,0 @@
-"""Noticing that ranks hang, slow down, diverge or are asked to stop, and what the run then does."""

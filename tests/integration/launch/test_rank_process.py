@@ -22,7 +22,7 @@ from trainer.exit_codes import ExitCode
 from trainer.launch import ray_worker
 from trainer.launch.local import supervise
 from trainer.launch.rank_process import RankProcess
-from trainer.launch.ray_board import Request, RunBoard
+from trainer.launch.ray_board import RunBoard, RunRequest
 from trainer.launch.ray_worker import Facts, Follower, started_rank
 
 CHILD = """
@@ -192,7 +192,7 @@ def test_a_stop_of_the_job_reaches_the_rank_under_ray(start: Start) -> None:
     group = OneWorker()
     rank = start(OBEDIENT, place=ALONE)
     wait_for_step(rank)
-    group.board.ask(Request.PREEMPT)
+    group.board.ask(RunRequest.PREEMPT)
     assert follow(rank, group) is ExitCode.PREEMPTED
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode
 from trainer.launch.progress import latest_record, newest_checkpoint
-from trainer.launch.ray_board import Request, RunBoard, forbids_restart, usable_ranks
+from trainer.launch.ray_board import RunBoard, RunRequest, forbids_restart, usable_ranks
 
 
 def test_faults_in_a_row_without_progress_are_bounded() -> None:
@@ -29,7 +29,7 @@ def test_planned_restarts_are_no_faults() -> None:
     board = RunBoard(max_faults=0)
     board.begin(2)
     for attempt in range(2, 6):
-        board.ask(Request.RESIZE)
+        board.ask(RunRequest.RESIZE)
         assert board.tick(5)[0] == "resize"
         board.ended(0, ExitCode.PREEMPTED)
         board.ended(1, ExitCode.PREEMPTED)
@@ -40,8 +40,8 @@ def test_planned_restarts_are_no_faults() -> None:
 def test_a_stop_is_not_taken_back_by_a_resize() -> None:
     board = RunBoard(max_faults=3)
     board.begin(2)
-    board.ask(Request.PREEMPT)
-    board.ask(Request.RESIZE)
+    board.ask(RunRequest.PREEMPT)
+    board.ask(RunRequest.RESIZE)
     assert board.tick(0)[0] == "preempt"
     board.begin(1)
     assert board.tick(0)[0] == "preempt"

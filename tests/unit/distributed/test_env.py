@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from trainer.config.run import ConfigError
 from trainer.distributed import env as env_module
-from trainer.distributed.env import DistributedEnv, choose_device, first_host
+from trainer.distributed.env import (
+    DistributedEnv,
+    choose_device,
+    deepspeed_variables,
+    first_host,
+    refuse_shared_devices,
+)
 
 
 def test_nothing_set_means_one_process() -> None:
@@ -75,12 +83,50 @@ def test_half_set_variables_are_explained() -> None:
         DistributedEnv.detect({"RANK": "0", "WORLD_SIZE": "2"})
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_device(0, 1) == torch.device("cpu") or torch.cuda.is_available()
-    monkeypatch.setattr(env_module.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(env_module.torch.cuda, "device_count", lambda: 4)
-    assert choose_device(3, 4) == torch.device("cuda:3")
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets torch report so many GPUs."""
+
+    def report(count: int) -> None:
+        monkeypatch.setattr(env_module.torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(env_module.torch.cuda, "device_count", lambda: count)
+
+    return report
+
+
+def test_devices(gpus: Callable[[int], None]) -> None:
+    assert choose_device(0, 1, bound=False) == torch.device("cpu") or torch.cuda.is_available()
+    gpus(4)
+    assert choose_device(3, 4, bound=False) == torch.device("cuda:3")
     with pytest.raises(ConfigError, match="8 ranks on a node with 4 visible GPUs"):
-        choose_device(0, 8)
-    monkeypatch.setattr(env_module.torch.cuda, "device_count", lambda: 1)
-    assert choose_device(3, 4, one_visible_each=True) == torch.device("cuda:0")
+        choose_device(0, 8, bound=True)
+
+
+TORCHRUN = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {"SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, SRUN])
+@pytest.mark.parametrize(
+    ("visible", "device"), [("0,1,2,3", "cuda:2"), ("2", "cuda:0"), ("MIG-12ab", "cuda:0")]
+)
+def test_every_launcher_may_show_all_gpus_or_one_each(
+    gpus: Callable[[int], None], launcher: dict[str, str], visible: str, device: str
+) -> None:
+    gpus(visible.count(",") + 1)
+    env = DistributedEnv.detect({**launcher, "CUDA_VISIBLE_DEVICES": visible})
+    assert env.device == torch.device(device)
+    # DeepSpeed takes it for the number of its device.
+    assert deepspeed_variables(env) == {**env.variables(), "LOCAL_RANK": device[-1]}
+
+
+def test_a_node_of_one_gpu_does_not_take_four_ranks(gpus: Callable[[int], None]) -> None:
+    gpus(1)
+    with pytest.raises(ConfigError, match="4 ranks on a node with 1 visible GPUs"):
+        DistributedEnv.detect(TORCHRUN)
+
+
+def test_ranks_that_share_a_gpu_are_refused() -> None:
+    refuse_shared_devices([("a", "GPU-0"), ("a", "GPU-1"), ("b", "GPU-0")])
+    with pytest.raises(ConfigError, match="ranks 1 and 2 see the same single GPU"):
+        refuse_shared_devices([("a", "GPU-0"), ("a", "GPU-1"), ("a", "GPU-1")])
