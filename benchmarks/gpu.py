@@ -8,8 +8,8 @@
 Needs torch 2.11 or newer and no network, Ray, W&B or weights: it draws its own JPEG shards and random weights
 of the real structure (SD2's UNet, KL f8, ViT-H text tower). Each section is a process of its own with a time
 limit; one that fails or hangs does not stop the rest, and one that would outlast `--budget-s` is left out and
-named. `figures/gpu.json` is rewritten after every section, `figures/kernels.txt` holds device time by kind of
-kernel, `figures/SECTION.log` what a section printed.
+named. `figures/gpu.json` and `table.txt` are rewritten after every section, `kernels.txt` holds
+device time by kind of kernel, `logs.txt` what the sections printed.
 
 On a machine that has torch and torchvision but not the rest, carry wheels of what constraints.txt names:
 aiobotocore aioitertools annotated-types botocore braceexpand deepspeed (DS_BUILD_OPS=0 pip wheel --no-deps)
@@ -67,7 +67,7 @@ SECTIONS = {
     "sampling": Section("references:sampling", 60, 20),
     "step": Section("step:plain", 100, 40),
     "encoder": Section("references:encoder", 45, 15),
-    "startup_compiled": Section("training:startup_compiled", 150, 50),
+    "startup_compiled": Section("training:startup_compiled", 200, 80),
     "diffusers_compile": Section("references:compiled", 200, 60),
     "step_compile": Section("step:compiled", 150, 50),
     "step_graphs": Section("step:graphs", 100, 40),
@@ -92,7 +92,9 @@ def main() -> int:
     begun = time.monotonic()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    work = Path(args.work or tempfile.mkdtemp(prefix="ldm-gpu-"))
+    (out / "logs.txt").write_text("")
+    work = Path(args.work or tempfile.mkdtemp(prefix="ldm-gpu-")).resolve()
+    work.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"about": about(args), "sections": {}}
     try:
         for name in chosen(args.sections):
@@ -113,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, help="folder for gpu.json, table.txt, kernels.txt and logs")
+    parser.add_argument("--out", required=True, help="folder for gpu.json, table.txt, kernels.txt, logs.txt")
     parser.add_argument(
         "--sections", default=",".join(SECTIONS), help="names, comma-separated (default: all)"
     )
@@ -166,12 +168,12 @@ def run_section(name: str, args: argparse.Namespace, work: Path, out: Path, left
         return {"status": "left out", "why": f"{left:.0f} s of the budget were left"}
     if name == "prepare" and (work / "prepared").exists():
         return {"status": "done", "seconds": 0.0, "figures": {}}
-    result = out / f"{name}.json"
+    result, log_file = work / f"{name}.json", work / f"{name}.log"
     result.unlink(missing_ok=True)
     command = [sys.executable, str(HERE), *sys.argv[1:], "--run-section", name]
-    command += ["--work", str(work), "--result", str(result.resolve())]
+    command += ["--work", str(work), "--result", str(result)]
     begun = time.monotonic()
-    with (out / f"{name}.log").open("wb") as log:
+    with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
         try:
             code = process.wait(timeout=None if args.small else max(1.0, min(section.limit_s, left)))
@@ -187,8 +189,11 @@ def run_section(name: str, args: argparse.Namespace, work: Path, out: Path, left
         (work / "prepared").touch()
     figures = json.loads(result.read_text()) if result.exists() else {}
     answer = {"status": status, "seconds": seconds, "figures": figures, "clocks": clocks()}
+    words = log_file.read_text(errors="replace")
+    with (out / "logs.txt").open("a", encoding="utf-8") as logs:
+        logs.write(f"== {name}: {status}, {seconds:.1f} s\n{words[-100_000:]}\n")
     if status != "done":
-        answer["log"] = (out / f"{name}.log").read_text(errors="replace")[-2000:]
+        answer["log"] = words[-2000:]
         print("\n".join("    " + line for line in answer["log"].splitlines()[-12:]), flush=True)
     return answer
 

@@ -7,14 +7,17 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from gpu_sections.processes import ROOT, environment, kill_family
 from gpu_sections.recipe import Setup
+from trainer.checkpoint.manifest import MANIFEST_NAME
 
 INTERVALS = 5
 """Log records in the measured steps; the first has no rate and the second still warms up."""
@@ -37,8 +40,11 @@ def startup(setup: Setup) -> None:
 
 
 def startup_compiled(setup: Setup) -> None:
-    """The same with `distributed.compile`."""
-    first_step(setup, ["distributed.compile=true"])
+    """The same with `distributed.compile`: with nothing on disk, then with what that start left."""
+    with tempfile.TemporaryDirectory() as cache:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+        for name in ("cold_first_step_s", "first_step_s"):
+            first_step(setup, ["distributed.compile=true"], name, caches)
 
 
 def run_training(setup: Setup, edge: int, *, global_batch: int, micro_batch: int) -> None:
@@ -52,35 +58,49 @@ def run_training(setup: Setup, edge: int, *, global_batch: int, micro_batch: int
     ]
     with training(setup, edge, settings) as run:
         for records in run.records():
-            setup.report(**figures(records, every, run.started))
-            if records[-1]["step"] >= setup.train_steps:
+            saved_at = run.saved_at()
+            setup.report(**figures(records, every, run.started, saved_at))
+            enough = setup.train_steps if saved_at else 2 * setup.train_steps
+            if records[-1]["step"] >= enough:
                 return
 
 
-def first_step(setup: Setup, overrides: Sequence[str]) -> None:
-    """Report when the first step is done, seen from the start of the process."""
+def first_step(
+    setup: Setup,
+    overrides: Sequence[str],
+    name: str = "first_step_s",
+    variables: Mapping[str, str] | None = None,
+) -> None:
+    """Report as `name` when the first step is done, seen from the start of the process."""
     settings = [
         f"global_batch_size={2 if setup.small else 64}",
         f"micro_batch_size={1 if setup.small else 32}",
         "logging.every=1",
         *overrides,
     ]
-    with training(setup, 512, settings) as run:
+    with training(setup, 512, settings, variables) as run:
         for records in run.records():
-            setup.report(first_step_s=records[0]["time"] - run.started)
-            if len(records) >= 2:
-                setup.report(second_step_s=records[1]["time"] - records[0]["time"])
-                return
+            setup.report(**{name: records[0]["time"] - run.started})
+            return
 
 
-def figures(records: Sequence[Record], every: int, started: float) -> dict[str, Any]:
-    """Medians over the steady intervals; all of them when there are too few to leave any out."""
+def figures(
+    records: Sequence[Record], every: int, started: float, saved_at: float | None = None
+) -> dict[str, Any]:
+    """Medians over the steady intervals: those that began when the first checkpoint was on disk, if two did.
+
+    The very first interval has no rate, the next one still warms up; the rates of all are there too.
+    """
     rated = [record for record in records if "images_per_s" in record]
     steady = rated[1:] or rated
+    begun = {after["step"]: before["time"] for before, after in pairwise(records)}
+    quiet = [r for r in steady if saved_at is not None and begun[r["step"]] >= saved_at]
+    steady = quiet if len(quiet) >= 2 else steady
     result: dict[str, Any] = {
         "first_record_s": records[0]["time"] - started,
         "losses": [record.get("loss") for record in records],
         "memory_gib": records[-1].get("memory_gib"),
+        "saved_s": None if saved_at is None else saved_at - started,
     }
     saves = [record["checkpoint/blocked_s"] for record in records if "checkpoint/blocked_s" in record]
     if saves:
@@ -92,8 +112,10 @@ def figures(records: Sequence[Record], every: int, started: float) -> dict[str, 
     result["first_step_s"] = result["first_record_s"] - (every - 1) * step_s
     names = [name for name in steady[-1] if name.startswith("time/") or name in ("data_wait", "step_s")]
     result |= {name: statistics.median(record.get(name, 0.0) for record in steady) for name in names}
-    rates = [record["images_per_s"] for record in steady]
-    return {**result, "images_per_s": statistics.median(rates), "rates": [r["images_per_s"] for r in rated]}
+    result["images_per_s"] = statistics.median(record["images_per_s"] for record in steady)
+    result["rates"] = [record["images_per_s"] for record in rated]
+    result["rates_after_the_save"] = [record["images_per_s"] for record in quiet]
+    return result
 
 
 class Training:
@@ -102,8 +124,14 @@ class Training:
     def __init__(self, process: subprocess.Popen[bytes], run_dir: Path, log: Path) -> None:
         self.started = time.time()
         self._process = process
+        self._run_dir = run_dir
         self._metrics = run_dir / "logs" / "metrics.jsonl"
         self._log = log
+
+    def saved_at(self) -> float | None:
+        """When the first checkpoint was committed: until then its writer competes with training."""
+        manifests = self._run_dir.glob(f"checkpoints/*/{MANIFEST_NAME}")
+        return min((path.stat().st_mtime for path in manifests), default=None)
 
     def records(self) -> Iterator[list[Record]]:
         """All log records so far, each time there is a new one.
@@ -127,10 +155,12 @@ class Training:
 
 
 @contextmanager
-def training(setup: Setup, edge: int, settings: Sequence[str]) -> Iterator[Training]:
+def training(
+    setup: Setup, edge: int, settings: Sequence[str], variables: Mapping[str, str] | None = None
+) -> Iterator[Training]:
     """`ldm train` in a process of its own; killed with everything it started, its folder removed."""
     name = setup.result.stem
-    run_dir, log = setup.work / f"run-{name}", setup.result.with_suffix(".log")
+    run_dir, log = setup.work / f"run-{name}", setup.result.with_suffix(".train.log")
     command = [
         *(sys.executable, "-m", "trainer", "train", *setup.arguments(edge)),
         f"run_dir={run_dir}",
@@ -146,7 +176,11 @@ def training(setup: Setup, edge: int, settings: Sequence[str]) -> Iterator[Train
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment()
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**environment(), **(variables or {})},
         )
         try:
             yield Training(process, run_dir, log)

@@ -84,6 +84,11 @@ def test_a_run_is_judged_by_its_steady_intervals() -> None:
     assert figures["first_step_s"] == pytest.approx(40 - 3 * 3.0)
     assert figures["first_save_blocked_s"] == 0.2
     assert figures["memory_gib"] == 40.0
+    # The checkpoint was on disk before step 12 ended: only the last two intervals are undisturbed.
+    figures = import_module("gpu_sections.training").figures(records, 4, started=100.0, saved_at=165.0)
+    assert figures["rates_after_the_save"] == [64 / 4.0, 64 / 3.0]
+    assert figures["step_s"] == 3.5
+    assert figures["saved_s"] == 65.0
 
 
 def test_the_table_shows_what_is_there_and_a_dash_for_the_rest() -> None:
@@ -145,4 +150,8 @@ def test_the_dry_run_fills_every_row(tmp_path: Path) -> None:
     assert "convolution" in (tmp_path / "kernels.txt").read_text()
     rows = results["table"]["rows"]
     missing = [name for name, value in rows.items() if value is None or not math.isfinite(value)]
-    assert missing == ["the same, CUDA graphs at batch 2", "the same, compiled, s"]
+    assert missing == [
+        "the same, CUDA graphs at batch 2",
+        "compiled, cold caches, s",
+        "compiled, warm caches, s",
+    ]
