@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     STRATUM = 9
     INITIAL = 13
     """Starting noise of a sampled picture."""
+    DROP_ALL = 14
+    """Whether a sample loses all of its conditions together."""
     DROP = 0x100
     """DROP + index of the condition, 256 values."""
     CONDITION = 0x200

@@ -171,6 +171,14 @@ def test_the_command_enlarges(tmp_path: Path) -> None:
     assert np.asarray(Image.open(out / "00000.png")).shape == (24, 20, 3)
 
 
+def test_guidance_needs_a_trained_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    never = "conditioning.class_label={num_classes: 4, width: 16, drop_probability: 0}"
+    arguments = ["sample", exported(tmp_path, never), "--class-label", "1", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "conditioning.class_label.drop_probability=0" in capsys.readouterr().err
+    assert main([*arguments, "--guidance", "1"]) == 0
+
+
 def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = exported(tmp_path, *CLASSES)
     assert main(["sample", source, "--out", str(tmp_path / "out")]) == 2

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import read_text, write_bytes
 from trainer.cli.conditions_from_files import Wishes, sampling_inputs
-from trainer.config.checks_diffusion import check_sampling
+from trainer.config.checks_diffusion import check_guidance, check_sampling
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.metrics.pictures import grid
@@ -160,7 +160,9 @@ def _with_choices(config: Config, args: argparse.Namespace) -> Config:
     given = {name: value for name, value in chosen.items() if value is not None}
     sampling: SamplingConfig = dataclasses.replace(config.sampling, **given)
     check_sampling(config.diffusion, sampling)
-    return dataclasses.replace(config, sampling=sampling)
+    config = dataclasses.replace(config, sampling=sampling)
+    check_guidance(config)
+    return config
 
 
 def _write_png(url: str, picture: Image.Image) -> None:

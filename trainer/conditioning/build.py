@@ -41,7 +41,7 @@ CONDITIONERS: dict[str, Callable[[Any, FirstStageConfig, int], Condition]] = {
     "image_size": ImageSize,
 }
 """Section of ConditioningConfig -> what makes its condition from (section, first stage, index). The index is
-the section's position in ConditioningConfig: random draws and seeded weights are keyed by it."""
+the entry's position here and in ConditioningConfig: random draws and seeded weights are keyed by it."""
 
 
 class FrozenConditions:
@@ -125,8 +125,9 @@ class TrainedConditions(nn.Module):
 class Conditioner:
     """All conditions of one run: what to build the UNet with, and both halves of the computation."""
 
-    def __init__(self, conditions: Mapping[str, Condition]) -> None:
+    def __init__(self, conditions: Mapping[str, Condition], *, drop_all_probability: float = 0.0) -> None:
         self.conditions = dict(conditions)
+        self._drop_all_probability = drop_all_probability
         self.frozen = FrozenConditions(conditions)
         self.trained = TrainedConditions(conditions)
         self.context_dim = _context_dim(conditions)
@@ -136,11 +137,15 @@ class Conditioner:
 
     def drop_masks(self, seed: int, ordinals: Tensor) -> dict[str, Tensor]:
         """Which samples lose which condition in training: bool [B] each, a function of (seed, ordinal)."""
-        return {
+        masks = {
             name: uniform(seed, ordinals, Purpose.DROP + condition_index(name), ())
             < condition.drop_probability
             for name, condition in self.conditions.items()
         }
+        if self._drop_all_probability:
+            every = uniform(seed, ordinals, Purpose.DROP_ALL, ()) < self._drop_all_probability
+            masks = {n: mask | every if self.conditions[n].guided else mask for n, mask in masks.items()}
+        return masks
 
     def keep_masks(self, n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Everything kept: the conditional branch."""
@@ -166,13 +171,14 @@ def build_conditioner(config: ConditioningConfig, first_stage: FirstStageConfig)
             name: make(getattr(config, name), first_stage, condition_index(name))
             for name, make in CONDITIONERS.items()
             if getattr(config, name) is not None
-        }
+        },
+        drop_all_probability=config.drop_all_probability,
     )
 
 
 def condition_index(name: str) -> int:
     """Position of a condition among all that exist; stable, since random draws depend on it."""
-    return list(ConditioningConfig.__dataclass_fields__).index(name)
+    return list(CONDITIONERS).index(name)
 
 
 def _context_dim(conditions: Mapping[str, Condition]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config.checks_diffusion import check_diffusion, check_sampling
+from trainer.config.checks_diffusion import check_diffusion, check_guidance, check_sampling
 from trainer.config.derived import check_derived
 from trainer.config.network_plan import norm_groups, plan_levels
 from trainer.config.run import Config, ConfigError
@@ -21,6 +21,8 @@ def check(config: Config) -> None:
     if config.stage == "diffusion":
         check_diffusion(config.diffusion)
         check_sampling(config.diffusion, config.sampling)
+        if config.sampling.every:
+            check_guidance(config)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from trainer.config.ranges import check_ranges
-from trainer.config.run import ConfigError
+from trainer.config.run import Config, ConfigError
 from trainer.config.training import DiffusionConfig, SamplerName, SamplingConfig
 
 
@@ -49,6 +49,33 @@ def check_sampling(diffusion: DiffusionConfig, sampling: SamplingConfig) -> None
             f"sampling.spacing={sampling.spacing} misses the last step (or asks for an infinite sigma), "
             "where diffusion.zero_terminal_snr=true starts sampling; set sampling.spacing=trailing."
         )
+
+
+GUIDED = ("openclip", "openclip_second", "text_transformer", "class_label", "layout")
+"""Sections that guidance always drops in its unconditional branch. The others stay unless they were dropped
+in training, since without them there is nothing to enlarge or to fill."""
+
+
+def check_guidance(config: Config) -> None:
+    """Raise ConfigError where guidance would ask for a null form that training never showed.
+
+    Weights that a run started from may have learned it before.
+    """
+    conditioning = config.conditioning
+    if (
+        config.sampling.guidance_scale == 1.0
+        or config.init_from is not None
+        or conditioning.drop_all_probability
+    ):
+        return
+    for name in GUIDED:
+        section = getattr(conditioning, name)
+        if section is not None and section.drop_probability == 0.0:
+            raise ConfigError(
+                f"guidance {config.sampling.guidance_scale:g} compares with a picture without {name}, which "
+                f"conditioning.{name}.drop_probability=0 never trains; set guidance to 1 "
+                "(sampling.guidance_scale, --guidance), or train with a drop_probability above 0."
+            )
 
 
 def _check_min_snr(config: DiffusionConfig) -> None:

@@ -273,6 +273,9 @@ class ConditioningConfig:
     """Depth-like extra channels."""
     image_size: ImageSizeConfig | None = None
     """Size and crop numbers (SDXL)."""
+    drop_all_probability: float = number(0.0, least=0, most=1)
+    """Probability that a sample loses all conditions that guidance drops, beside each section's own. With
+    several of them guidance needs it: three dropped 10 % each are all missing in 0.1 % of the samples."""
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -147,6 +147,24 @@ def test_drops_of_two_conditions_are_independent_and_stable() -> None:
     assert condition_index("openclip") == 0
 
 
+def test_all_conditions_are_dropped_together_as_often_as_asked() -> None:
+    config = ConditioningConfig(
+        openclip=dataclasses.replace(TOWER, drop_probability=0.1),
+        class_label=ClassLabelConfig(width=16, drop_probability=0.0),
+        masked_image=MaskedImageConfig(),
+    )
+    ordinals = torch.arange(20_000)
+    alone = build_conditioner(config, FIRST_STAGE).drop_masks(SEED, ordinals)
+    joint = dataclasses.replace(config, drop_all_probability=0.1)
+    masks = build_conditioner(joint, FIRST_STAGE).drop_masks(SEED, ordinals)
+    every = masks["class_label"]  # nothing else drops it
+    assert every.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(masks["openclip"], alone["openclip"] | every)
+    assert not masks["masked_image"].any()  # its null form is never trained
+    part = build_conditioner(joint, FIRST_STAGE).drop_masks(SEED, ordinals[5:9])
+    assert torch.equal(masks["class_label"][5:9], part["class_label"])
+
+
 def test_conditionings_join_for_guidance_and_change_type() -> None:
     one = Conditioning(context=torch.ones(2, 3, 4), class_labels=torch.tensor([1, 2]))
     two = Conditioning(context=torch.zeros(2, 3, 4), class_labels=torch.tensor([7, 7]))

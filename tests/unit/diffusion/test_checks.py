@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from trainer.config.checks_diffusion import check_diffusion, check_sampling
+from trainer.config.io import load_config
 from trainer.config.run import ConfigError
 from trainer.config.training import DiffusionConfig, SamplingConfig
 
@@ -96,6 +97,32 @@ def test_refused_sampling(diffusion, sampling, message):
 )
 def test_accepted_sampling(diffusion, sampling):
     check_sampling(DiffusionConfig(**diffusion), SamplingConfig(**sampling))
+
+
+NEVER = "drop_probability: 0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ([f"conditioning.openclip={{{NEVER}}}"], "conditioning.openclip.drop_probability=0"),
+        ([f"conditioning.class_label={{{NEVER}}}"], "conditioning.class_label.drop_probability=0"),
+        ([f"conditioning={{openclip: {{}}, layout: {{{NEVER}, width: 1024}}}}"], "conditioning.layout"),
+        ([f"conditioning.openclip={{{NEVER}}}", "sampling.guidance_scale=1"], None),
+        ([f"conditioning.openclip={{{NEVER}}}", "conditioning.drop_all_probability=0.1"], None),
+        ([f"conditioning.openclip={{{NEVER}}}", "init_from=somewhere"], None),
+        (["conditioning={openclip: {}, depth: {}}"], None),
+        ([], None),
+    ],
+)
+def test_guidance_needs_a_null_form_that_was_trained(settings, named):
+    load_config(None, settings)  # a run without previews may do as it likes
+    if named is None:
+        load_config(None, [*settings, "sampling.every=10"])
+    else:
+        with pytest.raises(ConfigError, match=named) as caught:
+            load_config(None, [*settings, "sampling.every=10"])
+        assert "--guidance" in str(caught.value)
 
 
 def test_checks_do_not_import_torch():
