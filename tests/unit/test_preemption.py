@@ -25,7 +25,7 @@ def wait_for(condition: object, seconds: float = 10.0) -> bool:
 def test_signal_requests_a_saved_exit_and_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Preemption() as preemption:
-        assert not preemption.requested
+        assert preemption.request is StopRequest.NONE
         os.kill(os.getpid(), number)
         assert preemption.request is StopRequest.PREEMPTED
         assert preemption.request.exit_code is ExitCode.PREEMPTED
@@ -56,10 +56,10 @@ def test_stop_file_is_seen_and_removed_once_acknowledged(tmp_path: Path, scheme:
     url = str(tmp_path / "STOP") if scheme == "file" else f"memory://{tmp_path.name}/STOP"
     with Preemption(url, poll_s=0.01) as preemption:
         time.sleep(0.05)
-        assert not preemption.requested
+        assert preemption.request is StopRequest.NONE
         with fsspec.open(url, "w") as stream:
             stream.write("")
-        assert wait_for(lambda: preemption.requested)
+        assert wait_for(lambda: preemption.request is not StopRequest.NONE)
         assert preemption.request is StopRequest.STOPPED
         preemption.acknowledge()
     filesystem, path = fsspec.core.url_to_fs(url)
@@ -73,7 +73,7 @@ def test_outside_the_main_thread_the_stop_file_still_works(tmp_path: Path) -> No
     def rank() -> None:
         with Preemption(str(stop_file), poll_s=0.01) as preemption:
             stop_file.touch()
-            seen.append(wait_for(lambda: preemption.requested))
+            seen.append(wait_for(lambda: preemption.request is not StopRequest.NONE))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=rank)
@@ -89,7 +89,7 @@ def test_a_forked_worker_ignores_the_signals_of_its_rank() -> None:
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-            os.write(writing, b"requested" if preemption.requested else b"alive")
+            os.write(writing, b"requested" if preemption.request else b"alive")
             os._exit(0)
         os.waitpid(child, 0)
         assert os.read(reading, 16) == b"alive"

@@ -50,11 +50,6 @@ class Preemption:
         """The strongest request so far on this rank."""
         return self._request
 
-    @property
-    def requested(self) -> bool:
-        """Whether this rank was asked to stop."""
-        return self._request is not StopRequest.NONE
-
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in PREEMPTION_SIGNALS:
