@@ -114,3 +114,13 @@ def consequence_of(error: BaseException) -> type[Failure]:
     if out_of_memory or isinstance(error, _PROGRAMMING_ERRORS):
         return FatalFault
     return RetryableFault
+
+
+def as_failure(error: BaseException, where: str) -> Failure:
+    """The same if it is one of ours, else one of its consequence that says where it came from.
+
+    For what crosses to another process, where the classes and the traceback of a library may not exist.
+    """
+    if isinstance(error, Failure):
+        return error
+    return consequence_of(error)(f"{where}: {type(error).__name__}: {error}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipeline.errors import Failure, FatalFault
+from data_pipeline.errors import FatalFault
 from data_pipeline.loader import (
     AnyLoader,
     Dataset,
@@ -159,7 +159,7 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
     configure_process(config.distributed)
     accumulation = config.accumulation(env.world_size)
     # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
-    dataset = collectives.from_main_rank(lambda: open_dataset(config.data), raises=Failure)
+    dataset = collectives.from_main_rank(lambda: open_dataset(config.data))
     check_layout(
         config.data,
         dataset,

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import Failure, WorkerDied, consequence_of
+from data_pipeline.errors import Failure, WorkerDied, as_failure
 from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.processes import unnamed_file
@@ -173,12 +173,10 @@ def main() -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the parent closed the pipe or is gone
     except BaseException as error:  # noqa: BLE001 - the parent raises it
-        known = isinstance(error, Failure)
-        if not known:
+        if not isinstance(error, Failure):
             sys.excepthook(type(error), error, error.__traceback__)
-            error = consequence_of(error)(f"A loader process failed: {type(error).__name__}: {error}")
         try:
-            connection.send(error)
+            connection.send(as_failure(error, "A loader process failed"))
             connection.close()
         finally:
             # without waiting for reads that are still under way

@@ -43,7 +43,10 @@ def filesystem(url: str, *, timeout_s: float = 30.0) -> tuple[Any, str]:
     if is_local(url):
         fs = fsspec.filesystem("file", auto_mkdir=True)
         return fs, fs._strip_protocol(local_path(url))
-    return fsspec.core.url_to_fs(url)
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:  # the clients of other clouds are installed by those who use them
+        raise DataError(f"{url} cannot be opened: {error}.") from error
 
 
 @lru_cache(maxsize=8)

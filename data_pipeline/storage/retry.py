@@ -139,6 +139,8 @@ def explain_change(error: BaseException, url: str, done: str) -> Failure:
             f"{url} cannot be {done} ({error.strerror or error}); check the path and its permissions. What "
             "was stored before is intact."
         )
+    if isinstance(error, NotImplementedError):
+        return UserError(f"{url} cannot be {done}: storage of this kind is read only; choose another place.")
     explained = explain(error, url)
     if hopeless or isinstance(explained, (AccessDenied, MissingBucket, Unreachable)):
         return explained

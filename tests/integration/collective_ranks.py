@@ -5,26 +5,28 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from data_pipeline.errors import DataError, NoShards
+from data_pipeline.errors import FatalFault, NoShards
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.exit_codes import StopRequest
 
 
-def once(env: DistributedEnv, marker: str, fails: bool) -> list[str]:
+def once(env: DistributedEnv, marker: str, fails: str) -> list[str]:
     """What `from_main_rank` gives on this rank, and how often anybody made it."""
 
     def make() -> str:
         with Path(marker).open("a") as file:
             file.write(f"{env.rank}\n")
-        if fails:
+        if fails == "mistake":
             raise NoShards("nothing there")
+        if fails == "bug":
+            raise KeyError("no such key")
         return "made"
 
     try:
-        found = collectives.from_main_rank(make, raises=DataError)
-    except NoShards as error:
-        found = str(error)
+        found = collectives.from_main_rank(make)
+    except (NoShards, FatalFault) as error:
+        found = f"{type(error).__name__}: {error}"
     collectives.barrier()
     return [found, Path(marker).read_text()]
 

@@ -12,10 +12,12 @@ RANKS = "tests/integration/collective_ranks.py"
 
 
 def test_one_rank_makes_it_and_all_get_it_or_its_error(tmp_path: Path) -> None:
-    good = run_ranks(f"{RANKS}:once", 2, {"marker": str(tmp_path / "good"), "fails": False})
+    good = run_ranks(f"{RANKS}:once", 2, {"marker": str(tmp_path / "good"), "fails": ""})
     assert good == [["made", "0\n"]] * 2
-    bad = run_ranks(f"{RANKS}:once", 2, {"marker": str(tmp_path / "bad"), "fails": True})
-    assert bad == [["nothing there", "0\n"]] * 2
+    bad = run_ranks(f"{RANKS}:once", 2, {"marker": str(tmp_path / "bad"), "fails": "mistake"})
+    assert bad == [["NoShards: nothing there", "0\n"]] * 2
+    bug = run_ranks(f"{RANKS}:once", 2, {"marker": str(tmp_path / "bug"), "fails": "bug"})
+    assert bug == [["FatalFault: rank 0: KeyError: 'no such key'", "0\n"]] * 2
 
 
 def test_the_strongest_request_any_flag_and_mean_losses_are_agreed_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -10,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.errors import as_failure
 from trainer.exit_codes import StopRequest
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -61,17 +64,19 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return values[0]
 
 
-def from_main_rank(make: Callable[[], T], *, raises: type[Exception]) -> T:
-    """What `make` gives on rank 0, or the `raises` it raises there, on every rank; the others only wait."""
-    value, error = None, None
+def from_main_rank(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, or the failure it ends in there, on every rank; the others only wait."""
+    value, failure = None, None
     if rank() == 0:
         try:
             value = make()
-        except raises as raised:
-            error = raised
-    value, error = broadcast_object((value, error))
-    if error is not None:
-        raise error
+        except Exception as error:
+            failure = as_failure(error, "rank 0")
+            if failure is not error:  # the others get the sentence, this rank keeps the traceback
+                logger.exception("only rank 0 does this, and it failed")
+    value, failure = broadcast_object((value, failure))
+    if failure is not None:
+        raise failure
     return cast(T, value)
 
 

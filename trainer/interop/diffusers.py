@@ -86,7 +86,10 @@ def write_folder(
 
 def read_json(url: str) -> Json:
     """A JSON object at any URL."""
-    content = json.loads(read_bytes(url))
+    try:
+        content = json.loads(read_bytes(url))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{url} is not JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{url} is not a JSON object.")
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -172,11 +173,18 @@ def test_reading_failures_by_consequence(error: Exception, kind: type[Failure]) 
         (FileNotFoundError("NoSuchBucket"), "s3://bucket/a", MissingBucket),
         (PermissionError("x"), "s3://bucket/a", AccessDenied),
         (ConnectionResetError("peer"), "s3://bucket/a", Unreachable),
+        (NotImplementedError(), "https://host/a", UserError),
         (RuntimeError("PermanentRedirect"), "s3://bucket/a", RetryableFault),
     ],
 )
 def test_writing_failures_by_consequence(error: Exception, url: str, kind: type[Failure]) -> None:
     assert type(retry.explain_change(error, url, "written")) is kind
+
+
+def test_a_cloud_without_its_client_is_one_sentence() -> None:
+    if find_spec("gcsfs") is None:
+        with pytest.raises(DataError, match=r"gs://bucket/a cannot be opened: .*gcsfs"):
+            files.read_bytes("gs://bucket/a")
 
 
 def test_silence_that_lasts_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
