@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --out figures                        # everything, most important first
     python benchmarks/gpu.py --out figures --sections unet,vae,text
     python benchmarks/gpu.py --out figures --sections train512 --train-override distributed.compile=true
+    python benchmarks/gpu.py --out figures --variant tuned:distributed.cudnn_benchmark=true
     python benchmarks/gpu.py --out figures --small                # tiny networks on a CPU: the dry run
 
 Needs torch 2.11 or newer and no network, Ray, W&B or weights: it draws its own JPEG shards and random weights
@@ -74,6 +75,7 @@ SECTIONS = {
     "machine": Section("networks:machine", 30, 8),
 }
 """In the order in which they run: the most important first."""
+BEFORE_VARIANTS = ("prepare", "train512", "unet", "vae", "text", "unet_compile", "unet_graphs")
 ALSO_NAMED = {
     "batch2": "unet",
     "save": "train512",
@@ -97,7 +99,7 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"about": about(args), "sections": {}}
     try:
-        for name in chosen(args.sections):
+        for name in chosen(args.sections, args.variant):
             left = args.budget_s - (time.monotonic() - begun)
             results["sections"][name] = run_section(name, args, work, out, left)
             write(out, results)
@@ -125,6 +127,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--train-override", action="append", default=[], metavar="a.b=c", help="of the recipe; repeatable"
     )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME:a.b=c,d.e=f",
+        help="train512 once more under these settings too, as train512@NAME; repeatable",
+    )
     parser.add_argument("--work", help="folder of shards and weights, kept and used again")
     parser.add_argument("--commit", help="of the code, where there is no git")
     parser.add_argument("--run-section", help=argparse.SUPPRESS)
@@ -132,8 +141,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen(names: str) -> list[str]:
-    """Sections in their order, `prepare` always among them.
+def chosen(names: str, variants: list[str]) -> list[str]:
+    """Sections in their order, `prepare` always first, variants of training behind the networks alone.
 
     Raises:
         SystemExit: no such section.
@@ -141,20 +150,30 @@ def chosen(names: str) -> list[str]:
     wanted = {ALSO_NAMED.get(name, name) for name in names.split(",")}
     if unknown := wanted - SECTIONS.keys():
         raise SystemExit(f"no section {', '.join(unknown)}; there are {', '.join([*SECTIONS, *ALSO_NAMED])}.")
-    return [name for name in SECTIONS if name in wanted or name == "prepare"]
+    found = [name for name in SECTIONS if name in wanted or name == "prepare"]
+    place = sum(name in found for name in BEFORE_VARIANTS)
+    return [*found[:place], *(f"train512@{v.partition(':')[0]}" for v in variants), *found[place:]]
+
+
+def overrides_of(name: str, args: argparse.Namespace) -> list[str]:
+    """What a section changes in the recipe: `--train-override`, and for a variant its own settings."""
+    settings = {v.partition(":")[0]: v.partition(":")[2].split(",") for v in args.variant}
+    variant = name.partition("@")[2]
+    return [*args.train_override, *(settings[variant] if variant else [])]
 
 
 def run_here(args: argparse.Namespace) -> int:
     """One section, in this process."""
     from gpu_sections.recipe import Setup
 
-    module, function = SECTIONS[args.run_section].code.split(":")
+    name = args.run_section
+    module, function = SECTIONS[name.partition("@")[0]].code.split(":")
     if args.small:  # a C++ compiler needs minutes for what a GPU's compiler does in seconds
         import torch
 
         torch.compiler.set_stance("force_eager")
     setup = Setup(
-        Path(args.work), Path(args.result), args.small, args.train_steps, tuple(args.train_override)
+        Path(args.work), Path(args.result), args.small, args.train_steps, tuple(overrides_of(name, args))
     )
     getattr(importlib.import_module(f"gpu_sections.{module}"), function)(setup)
     return 0
@@ -162,7 +181,7 @@ def run_here(args: argparse.Namespace) -> int:
 
 def run_section(name: str, args: argparse.Namespace, work: Path, out: Path, left: float) -> dict[str, Any]:
     """One section in a process of its own; what it reported before it failed or was killed is kept."""
-    section = SECTIONS[name]
+    section = SECTIONS[name.partition("@")[0]]
     if left < section.expected_s and not args.small:
         print(f"{name}: left out, {left:.0f} s of the budget are left", flush=True)
         return {"status": "left out", "why": f"{left:.0f} s of the budget were left"}
@@ -189,7 +208,8 @@ def run_section(name: str, args: argparse.Namespace, work: Path, out: Path, left
         (work / "prepared").touch()
     figures = json.loads(result.read_text()) if result.exists() else {}
     answer = {"status": status, "seconds": seconds, "figures": figures, "clocks": clocks()}
-    words = log_file.read_text(errors="replace")
+    trained = log_file.with_suffix(".train.log")
+    words = "".join(path.read_text(errors="replace") for path in (trained, log_file) if path.exists())
     with (out / "logs.txt").open("a", encoding="utf-8") as logs:
         logs.write(f"== {name}: {status}, {seconds:.1f} s\n{words[-100_000:]}\n")
     if status != "done":
@@ -217,14 +237,20 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "card": card or f"CPU, {os.cpu_count()} cores",
         "driver": smi("driver_version"),
-        "torch": importlib.metadata.version("torch"),
-        "deepspeed": importlib.metadata.version("deepspeed"),
-        "diffusers": importlib.metadata.version("diffusers"),
+        **{name: version(name) for name in ("torch", "triton", "deepspeed", "diffusers")},
         "python": platform.python_version(),
         "commit": args.commit or commit(),
         "arguments": {k: v for k, v in vars(args).items() if v is not None},
         "clocks": clocks(),
     }
+
+
+def version(name: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> str:

@@ -126,8 +126,9 @@ def _phases(figures: Figures) -> list[str]:
         shown = {k: v["images_per_s"] for k, v in found.items() if "images_per_s" in str(v) and "batch" in k}
         if shown:
             lines.append(f"{name}, img/s: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
-    for name in ("train512", "train256", "step", "step_compile", "step_graphs"):
-        found = figures.get(name, {})
+    for name, found in figures.items():
+        if not name.startswith(("train", "step")):
+            continue
         shown = {k.removeprefix("time/"): v for k, v in found.items() if k.startswith("time/") or k in SHOWN}
         if shown:
             lines.append(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))

@@ -55,6 +55,7 @@ def run_training(setup: Setup, edge: int, *, global_batch: int, micro_batch: int
         f"micro_batch_size={1 if setup.small else micro_batch}",
         f"logging.every={every}",
         "distributed.doctor=false",
+        "distributed.watchdog_s=0",
     ]
     with training(setup, edge, settings) as run:
         for records in run.records():

@@ -109,6 +109,20 @@ def test_the_table_shows_what_is_there_and_a_dash_for_the_rest() -> None:
     assert rows["train 512 px, img/s"] == ["57", ">=", "140", "-"]
 
 
+def test_sections_keep_their_order_and_variants_change_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = import_module("gpu")
+    assert gpu.chosen("sampling,unet,kernels", []) == ["prepare", "unet", "sampling", "step"]
+    variants = ["tuned:distributed.cudnn_benchmark=true,distributed.compile=true", "plain:ema.decay=0"]
+    found = gpu.chosen("memory,startup", variants)
+    assert found == ["prepare", "train512", "train512@tuned", "train512@plain", "startup"]
+    options = ["--out", "x", "--train-override", "seed=1", "--variant", variants[0], "--variant", variants[1]]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    args = gpu.parse_arguments()
+    assert gpu.overrides_of("train512", args) == ["seed=1"]
+    tuned = ["seed=1", "distributed.cudnn_benchmark=true", "distributed.compile=true"]
+    assert gpu.overrides_of("train512@tuned", args) == tuned
+
+
 def test_operations_are_counted_as_the_recipe_has_them(tmp_path: Path) -> None:
     recipe, networks = (import_module(f"gpu_sections.{name}") for name in ("recipe", "networks"))
     setup = recipe.Setup(tmp_path, tmp_path / "unet.json", small=False, train_steps=1)
