@@ -88,17 +88,8 @@ class Run:
         )
         self.sinks.flush()
 
-    def settle(self) -> None:
-        """Return when the newest checkpoint is committed; one that failed is made again, now. Collective."""
-        failure = self.checkpoints.settle()
-        if failure is not None:
-            logger.error("%s Saving the present state once more.", failure)
-            self.save()
-            self.checkpoints.wait()
-
     def save_snapshot(self) -> None:
         """Store the power-function averages for `ldm ema`. Collective."""
-        self.settle()
         self.checkpoints.save_snapshot(
             self.state.step, self.stage.engines, self.ema, tensors=self.stage.state()
         )

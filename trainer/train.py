@@ -83,7 +83,9 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
             upcoming, data_lost = (None, False) if last_step else fetch(batches)
         watchdog.beat(state.step, "step")
         saving = last_step or due(state.step, config.checkpoint.every)
-        incident, agreed = judge(run, delayed, preemption.request, data_lost, everything=saving)
+        snapshot = due(state.step, config.ema.snapshot_every)
+        storing = saving or snapshot
+        incident, agreed = judge(run, delayed, preemption.request, data_lost, everything=storing)
         if incident is not None:
             batches.close()
             watchdog.beat(state.step, "start")
@@ -104,19 +106,20 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         if last_step:
             watchdog.beat(state.step, "finish")
             finish(run)
-        if agreed.save_failed:
-            run.sinks.event(state.step, state.samples_seen, "save failed")
         if saving or must_save(agreed):
             watchdog.beat(state.step, "checkpoint")
-            run.save()
-        if due(state.step, config.ema.snapshot_every):
+            if not settle(run, watchdog):
+                run.save()
+        if snapshot:
+            settle(run, watchdog)
             run.save_snapshot()
         if must_stop(agreed) and not last_step:
+            settle(run, watchdog)
             return leave(run, preemption, agreed)
         batch = upcoming
 
     watchdog.beat(state.step, "finish")
-    run.settle()
+    settle(run, watchdog)
     logger.info("done: %d steps, %d samples", state.step, state.samples_seen)
     return ExitCode.DONE
 
@@ -178,6 +181,25 @@ def must_stop(agreed: Agreed) -> bool:
     return agreed.request is not StopRequest.NONE or agreed.data_lost
 
 
+def settle(run: Run, watchdog: Watchdog) -> bool:
+    """Return when the newest checkpoint is committed; the present state takes the place of one that failed.
+
+    Collective. Whether it did.
+
+    Raises:
+        UserError, RetryableFault: that failed, too.
+    """
+    failure = run.checkpoints.settle()
+    if failure is None:
+        return False
+    logger.error("%s Saving the present state instead.", failure)
+    run.sinks.event(run.state.step, run.state.samples_seen, "save failed")
+    watchdog.beat(run.state.step, "checkpoint")  # the tries that failed took their time
+    run.save()
+    run.checkpoints.wait()
+    return True
+
+
 def slow_record(
     run: Run, slow_ranks: SlowRanks, reports: Sequence[RankReport], record: dict[str, float]
 ) -> dict[str, float]:
@@ -218,8 +240,7 @@ def finish(run: Run) -> None:
 
 
 def leave(run: Run, preemption: Preemption, agreed: Agreed) -> ExitCode:
-    """Once the state is saved: say why the run stops."""
-    run.settle()
+    """The state is saved: say why the run stops."""
     if agreed.data_lost:
         run.sinks.event(run.state.step, run.state.samples_seen, "storage outage")
         return ExitCode.RETRYABLE

@@ -86,6 +86,7 @@ class CheckpointManager:
         self._session: str = session
         self._attempts = 0
         self._pending = False
+        self._waited_s = 0.0  # since the last save
         self._buffer: HostBuffer | None = None
         self._tables: dict[tuple[str, ...], tuple[dict[str, Table], ...]] = {}
         self._writer: Writer = BackgroundWriter() if config.checkpoint.asynchronous else InlineWriter()
@@ -108,11 +109,9 @@ class CheckpointManager:
             tensors: small ones beside the weights; rank 0's count.
             loss: recent training loss, by which `checkpoint.keep_best` chooses; rank 0's counts.
 
-        If the one before could not be written, this one is waited for.
-
         Raises:
-            UserError, RetryableFault: on all ranks: this save failed, and the one before, when
-                asynchronous. Earlier checkpoints are intact.
+            UserError, RetryableFault: on all ranks: this save failed, or, when asynchronous, the one
+                before (unless `settle` has been told). Earlier checkpoints are intact.
         """
         contents = Contents.of_checkpoint(step, engines, ema, state=state, tensors=tensors, loss=loss)
         wanted = self._config.checkpoint
@@ -131,11 +130,9 @@ class CheckpointManager:
         self._submit(contents, snapshots_url(self._config.run_dir), for_ever)
 
     def _submit(self, contents: Contents, folder: str, retention: Retention) -> None:
+        self.wait()
+        waited, self._waited_s = self._waited_s, 0.0
         begun = time.perf_counter()
-        failure = self.settle()
-        if failure is not None and self._env.is_main:
-            logger.error("%s Saving the present state instead, of step %d.", failure, contents.step)
-        waited = time.perf_counter() - begun
         plan = contents.plan()
         all_tables = self._tables_of_all_ranks(plan)
         buffer = self._buffer_for(plan.data_bytes)
@@ -145,9 +142,9 @@ class CheckpointManager:
         attempt = f"{self._session}{self._attempts:04x}"
         self._writer.submit(Job(folder, contents.step, attempt, self._env.rank, plan, commit), buffer)
         self._pending = True
-        if failure is not None or not self._config.checkpoint.asynchronous:
+        if not self._config.checkpoint.asynchronous:
             self.wait()
-        blocked = time.perf_counter() - begun
+        blocked = waited + time.perf_counter() - begun
         self.last_save = SaveReport(contents.step, blocked, waited, plan.data_bytes)
         logger.debug(
             "checkpoint of step %d: blocked %.3f s, %d bytes", contents.step, blocked, plan.data_bytes
@@ -162,17 +159,18 @@ class CheckpointManager:
         """Return when everything submitted is committed, or with the reason why it is not."""
         if not self._pending:
             return None
+        begun = time.perf_counter()
         self._pending = False
-        failures = [
-            failure for failure in collectives.all_gather_object(self._writer.shard_result()) if failure
-        ]
-        if failures:
+        of_ranks: list[Failure | None] = collectives.all_gather_object(self._writer.shard_result())
+        failure = next(filter(None, of_ranks), None)
+        if failure is None:
+            # Every rank's shard is there, so that the commit waits for nobody.
+            committed = self._writer.commit_result() if self._env.is_main else None
+            failure = collectives.broadcast_object(committed)
+        else:
             self._writer.abandon()  # rank 0's waits for the shard that is missing
-            return failures[0]
-        # Now every rank's shard is there, so that the commit waits for nobody.
-        committed = self._writer.commit_result() if self._env.is_main else None
-        answer: Failure | None = collectives.broadcast_object(committed)
-        return answer
+        self._waited_s += time.perf_counter() - begun
+        return failure
 
     def wait(self) -> None:
         """The same, but raises that reason: UserError or RetryableFault, on all ranks."""

@@ -26,6 +26,7 @@ def test_a_rank_whose_writer_died_costs_one_save(tmp_path: Path, loser: int) -> 
         {"run_dir": str(tmp_path), "loser": loser},
     )
     assert [rank["knew"] for rank in told] == [loser == 0, loser == 1]
+    assert all("could not be written" in rank["failure"] for rank in told)
     assert [(row.step, row.complete) for row in list_checkpoints(str(tmp_path))][:1] == [(2, True)]
     # Rank 0's writer would wait for the missing shard for half an hour.
     assert max(rank["seconds"] for rank in told) < 100

@@ -54,7 +54,9 @@ def lose_a_writer(env: DistributedEnv, run_dir: str, loser: int) -> dict[str, An
         turns += 1
         time.sleep(0.01)
     knew = manager.failed
+    failure = manager.settle()
     save(2)
+    manager.wait()
     seconds = time.monotonic() - began
     manager.close()
-    return {"knew": knew, "seconds": seconds}
+    return {"knew": knew, "failure": str(failure), "seconds": seconds}
