@@ -42,6 +42,8 @@ class RayCluster:
             **environment,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",
+            # With a token in the home folder Ray would ask for it; the cluster is on loopback and ours.
+            "RAY_AUTH_MODE": "disabled",
             # A lost node is declared dead after some seconds instead of half a minute.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "8",

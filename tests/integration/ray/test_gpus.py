@@ -61,6 +61,9 @@ def test_all_gpus_of_the_node_are_visible_to_each_rank(tmp_path: Path, gpus: int
 
 
 def environment() -> dict[str, str]:
-    """Ours, without what would make Ray look for a cluster or for real devices."""
+    """Ours, but no cluster or real device is to be found, and no token left in the home folder."""
     left_out = ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")
-    return {k: v for k, v in os.environ.items() if k not in left_out} | {"RAY_USAGE_STATS_ENABLED": "0"}
+    return {k: v for k, v in os.environ.items() if k not in left_out} | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+    }
