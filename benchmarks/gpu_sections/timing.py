@@ -24,7 +24,7 @@ KINDS = (
     ("layer norm and GEGLU", r"^_(forward|backward)\b"),
     ("attention", r"fmha|flash|sdpa|attention|softmax"),
     ("layout conversion", r"nchwtonhwc|nhwctonchw|transpose|permute"),
-    ("group norm", r"group_?norm|rowwisemoments|computefusedparams|computeinternalgradients|gn_|_gn"),
+    ("group norm", r"group_?norm|rowwisemoments|computefusedparams|computeinternalgradients"),
     ("layer norm and GEGLU", r"layer_?norm|gammabeta|computegradinput"),
     ("convolution", r"conv|fprop|dgrad|wgrad|implicit_gemm"),
     ("optimizer", r"adam|multi_tensor|foreach|lerp|lpnorm"),
