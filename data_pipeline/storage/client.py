@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import fsspec
+from fsspec.asyn import sync
 
 from data_pipeline.errors import DataError
 from data_pipeline.storage.urls import is_local, is_s3, local_path
@@ -47,6 +48,13 @@ def filesystem(url: str, *, timeout_s: float = 30.0) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:  # the clients of other clouds are installed by those who use them
         raise DataError(f"{url} cannot be opened: {error}.") from error
+
+
+def read_within(deadline_s: float, fs: Any, path: str, **span: int) -> bytes:
+    """One read that is given up at its deadline, long before the socket's timeout, where the library can."""
+    if fs.async_impl:
+        return bytes(sync(fs.loop, fs._cat_file, path, timeout=deadline_s, **span))
+    return bytes(fs.cat_file(path, **span))
 
 
 @lru_cache(maxsize=8)

@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from fsspec.asyn import sync
-
 from data_pipeline.errors import AccessDenied, ReadFailed, StorageOutage
-from data_pipeline.storage.client import filesystem
+from data_pipeline.storage.client import filesystem, read_within
 from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before
 
 logger = logging.getLogger(__name__)
@@ -77,11 +75,7 @@ class RangeReader:
     def _once(self, url: str, start: int, stop: int, deadline_s: float) -> bytes:
         fs, path = filesystem(url, timeout_s=self.timeout_s)
         span = {} if stop < 0 else {"start": start, "end": stop}
-        if fs.async_impl:
-            # a request that stalls is cancelled and asked for again, long before the socket's timeout
-            data = bytes(sync(fs.loop, fs._cat_file, path, timeout=deadline_s, **span))
-        else:
-            data = bytes(fs.cat_file(path, **span))
+        data = read_within(deadline_s, fs, path, **span)
         if stop < 0:
             return data
         if len(data) != stop - start:
