@@ -18,12 +18,11 @@ import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError
 from data_pipeline.feed.conditions import check_conditions
 from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
-from data_pipeline.order.lanes import Order, deal, divisors
+from data_pipeline.order.lanes import Order, deal
 from data_pipeline.order.position import merge_positions, pack, unpack
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.storage.files import cut_torn_line
@@ -113,11 +112,10 @@ def _tasks(
     """What each worker of this rank does."""
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
     workers = max(1, config.workers)
-    _check_lanes(order, global_batch_size, world_size, workers)
+    dealt = deal(order.lanes, world_size, workers)
     buckets = dataset.buckets(config, order.lanes)
     step, states = unpack(position, order, dataset.fingerprint, buckets)
     each = len(buckets.shapes)
-    dealt = deal(order.lanes, world_size * workers, f"{world_size} ranks x {workers} workers")
     return [
         ShareTask(
             config=config,
@@ -139,18 +137,8 @@ def check_layout(
 ) -> Order:
     """The order of a run; raises DataError when ranks x workers do not divide its lanes."""
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
-    _check_lanes(order, global_batch_size, world_size, max(1, config.workers))
+    deal(order.lanes, world_size, max(1, config.workers))
     return order
-
-
-def _check_lanes(order: Order, global_batch_size: int, world_size: int, workers: int) -> None:
-    if order.lanes % (world_size * workers) == 0:
-        return
-    valid = ", ".join(map(str, divisors(order.lanes)))
-    raise DataError(
-        f"{world_size} ranks x {workers} workers = {world_size * workers} does not divide the {order.lanes} "
-        f"lanes (global_batch_size={global_batch_size}); ranks x data.workers can be {valid}."
-    )
 
 
 class Loader(Iterator[Batch]):

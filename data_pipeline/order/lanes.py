@@ -152,11 +152,19 @@ def choose_window(requested: int, lanes: int, mean_bytes: float) -> int:
     return max(_MIN_WINDOW, min(_MAX_WINDOW, fitting // _MIN_WINDOW * _MIN_WINDOW))
 
 
-def deal(lanes: int, parts: int, what: str) -> list[range]:
-    """Deal lanes to `parts` ranks x workers as contiguous blocks. Raises DataError with the valid numbers."""
+def deal(lanes: int, ranks: int, workers: int) -> list[range]:
+    """Lanes of every worker of every rank, in this order, as contiguous blocks of equal length.
+
+    Raises DataError, with the numbers that are possible, when the workers do not divide the lanes.
+    """
+    parts = ranks * workers
     if parts < 1 or lanes % parts:
         valid = ", ".join(map(str, divisors(lanes)))
-        raise DataError(f"{lanes} lanes cannot be dealt to {what}; ranks x workers can be {valid}.")
+        raise DataError(
+            f"{ranks} ranks x {workers} workers = {parts} does not divide the {lanes} lanes (data.lanes, by "
+            "default the largest divisor of global_batch_size that the data fill); ranks x data.workers can "
+            f"be {valid}."
+        )
     each = lanes // parts
     return [range(i * each, (i + 1) * each) for i in range(parts)]
 

@@ -121,7 +121,7 @@ def test_share_example(three_shards: DataConfig, ranks: int, workers: int) -> No
     dataset = open_dataset(three_shards)
     order = dataset.order(DataConfig(lanes=4, shuffle_window=3), seed=2, global_batch_size=8)
     keys, dealt = [], []
-    for mine in lanes.deal(4, ranks * workers, "layout"):
+    for mine in lanes.deal(4, ranks, workers):
         task = ShareTask(
             three_shards, dataset, order, mine, Buckets(((16, 16),), (1.0,)), 0, (LaneState(),) * len(mine), 2
         )

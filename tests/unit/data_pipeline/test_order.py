@@ -122,9 +122,9 @@ def test_lanes_are_chosen_and_refused() -> None:
 
 
 def test_deal_names_valid_numbers() -> None:
-    assert [list(r) for r in deal(6, 3, "3 ranks")] == [[0, 1], [2, 3], [4, 5]]
+    assert [list(r) for r in deal(6, 3, 1)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(DataError, match="1, 2, 3, 4, 6, 12"):
-        deal(12, 5, "5 ranks x 1 workers")
+        deal(12, 5, 1)
 
 
 def test_window_keeps_memory_bounded() -> None:
