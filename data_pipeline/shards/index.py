@@ -32,6 +32,7 @@ import hashlib
 import io
 import json
 import struct
+import threading
 import tokenize
 import zipfile
 import zlib
@@ -57,6 +58,9 @@ _DAMAGE = (
     *(ArithmeticError, MemoryError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile),
 )
 """What zipfile, gzip, json and numpy raise for damaged bytes."""
+_ONE_AT_A_TIME = threading.Lock()
+"""numpy parses array headers with `ast`, whose nesting counter CPython 3.11 shares between threads: when a
+garbage collection runs Python code in the middle, two threads raise SystemError at each other."""
 
 
 @dataclass
@@ -154,7 +158,7 @@ class ShardIndex:
 def decode_index(data: bytes, where: str) -> ShardIndex:
     """Inverse of ShardIndex.encode. Raises DataError for anything else."""
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        with _ONE_AT_A_TIME, np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             if header["format"] != VERSION:
                 raise ValueError(f"format {header['format']}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import shutil
 import subprocess
+import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,3 +190,25 @@ def _three() -> bytes:
         for name in ("a.jpg", "a.txt", "b.jpg"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     return buffer.getvalue()
+
+
+def test_indexes_are_decoded_in_many_threads(make_shards) -> None:
+    """A collection that runs Python code hands the interpreter to another thread in the middle of a parse."""
+    url, keys = make_shards([40])
+    encoded = read_index(list_files(url)[0]).encode()
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        time.sleep(0)
+
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(20)
+    gc.callbacks.append(callback)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda i: len(decode_index(encoded, f"{i}")), range(400)))
+    finally:
+        gc.callbacks.remove(callback)
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(interval)
+    assert found == [len(keys)] * 400
