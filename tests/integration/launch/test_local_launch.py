@@ -24,6 +24,7 @@ from trainer.launch.local import launch, ranks_are_given, supervise, visible_dev
 from trainer.launch.rank import run_rank
 from trainer.launch.rank_process import cpu_wait_s, describe
 
+ROOT = Path(__file__).parents[3]
 UNEXAMINED = Config(distributed=DistributedConfig(doctor=False))
 PREAMBLE = """
 import json, os, signal, sys, time
@@ -376,6 +377,12 @@ def test_waiting_for_a_processor_is_measured() -> None:
     sum(range(1_000_000))
     assert 0.0 <= before <= cpu_wait_s(os.getpid())
     assert cpu_wait_s(2**22 + 1) == 0.0
+
+
+def test_the_launcher_stays_small() -> None:
+    """What watches the ranks for weeks imports neither torch nor numpy, nor a storage library."""
+    code = "import sys, trainer.launch.local; sys.exit(bool({'torch', 'numpy', 'fsspec'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_statuses_in_words() -> None:
