@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.conditioning.base import Conditioning
 from trainer.conditioning.build import CONDITIONERS, Conditioner, build_conditioner
+from trainer.config.checks_diffusion import GUIDED
 from trainer.config.models import (
     ClassLabelConfig,
     ConditioningConfig,
@@ -224,6 +225,11 @@ def test_drop_probability_is_kept_and_zero_never_drops(name: str) -> None:
     share = build(name).drop_masks(SEED, ordinals)[name].float().mean().item()
     assert share == pytest.approx(0.3, abs=0.015)  # 4.6 standard deviations
     assert not build(name, drop_probability=0.0).drop_masks(SEED, ordinals)[name].any()
+
+
+def test_guidance_drops_what_the_configuration_check_believes_it_drops(name: str) -> None:
+    assert build(name).conditions[name].guided
+    assert build(name, drop_probability=0.0).conditions[name].guided == (name in GUIDED)
 
 
 def test_half_precision_weights_work(name: str) -> None:
