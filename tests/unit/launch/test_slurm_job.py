@@ -29,7 +29,7 @@ from trainer.launch.slurm_job import (
     read_attempts,
 )
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 # As a real srun 22.05 wrote them.
 KILLED = """\
