@@ -36,8 +36,7 @@ from trainer.metrics.sinks import Sinks
 from trainer.metrics.timer import StepTimer
 from trainer.model import build_autoencoder, build_model
 from trainer.provenance import git_commit
-from trainer.reliability.healing import Healer, Incident
-from trainer.reliability.journal import read_journal, write_journal
+from trainer.reliability.healing import Healer, Incident, read_journal, write_journal
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.stages.diffusion import DiffusionStage
 from trainer.stages.stage import Stage

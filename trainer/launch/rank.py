@@ -1,4 +1,16 @@
-"""One rank as a process: `python -m trainer.launch.rank CONFIG_JSON TASK`, started by the launcher."""
+"""One rank as a process: `python -m trainer.launch.rank CONFIG_JSON TASK`, started by the launcher.
+
+Who is whose child; whatever ends a process ends those below it, too:
+
+    launcher        `ldm train`, or a worker of Ray
+      rank          on a restart it waits for storage; at a first start it has the doctor look; then it trains
+        doctor      the same module with another task, over before training begins
+        loader      data_pipeline/feed/worker.py, data.workers of them
+        writer      checkpoint/writer_process.py
+
+Under torchrun and SLURM the process of `ldm train` itself becomes the rank (`run_rank`), watched by what
+started it and by its own watchdog thread.
+"""
 
 from __future__ import annotations
 

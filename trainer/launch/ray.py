@@ -38,7 +38,7 @@ from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
 from trainer.distributed.place import Place, free_port
 from trainer.exit_codes import ExitCode
-from trainer.launch.progress import latest_record, newest_checkpoint
+from trainer.launch.observe import latest_record, newest_checkpoint
 from trainer.launch.ray_board import RunBoard, RunRequest, usable_ranks
 from trainer.launch.ray_worker import ROUND_S, Facts, Follower, started_rank
 

@@ -20,7 +20,7 @@ from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.io import load_config
 from trainer.config.run import ConfigError
 from trainer.exit_codes import ExitCode
-from trainer.launch.progress import latest_record, newest_checkpoint
+from trainer.launch.observe import latest_record, newest_checkpoint
 from trainer.launch.slurm_job import read_attempts, snapshot
 
 _FOLLOW_S = 1.0

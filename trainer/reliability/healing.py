@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import deque
@@ -9,11 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from data_pipeline.errors import NotFound
+from data_pipeline.storage.files import read_bytes
+from data_pipeline.storage.large import write_whole
+from data_pipeline.storage.urls import join
 from trainer.config.training import HealingConfig
 
 # Scales the median absolute deviation to the standard deviation of a Gaussian.
 _MAD_TO_SIGMA = 1.4826
 _MIN_HISTORY = 16
+_JOURNAL = "healing.json"
 
 
 Kind = Literal["nan", "inf", "spike", "gradient"]
@@ -161,3 +167,21 @@ _DESCRIPTIONS = {
     "spike": "loss spike",
     "gradient": "gradient norm is not finite",
 }
+
+
+def write_journal(run_dir: str, journal: list[dict[str, Any]]) -> None:
+    """Store all incidents so far beside the checkpoints, whole or not at all: older ones do not know them.
+
+    Raises:
+        UserError, RetryableFault: it does not work; the run must not go back without it.
+    """
+    write_whole(join(run_dir, _JOURNAL), json.dumps(journal).encode())
+
+
+def read_journal(run_dir: str) -> list[dict[str, Any]]:
+    """Stored incidents; none when there is no file."""
+    try:
+        journal: list[dict[str, Any]] = json.loads(read_bytes(join(run_dir, _JOURNAL)))
+    except NotFound:
+        return []
+    return journal

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BOARD_VARIABLE = "LDM_HEARTBEAT"
-"""Environment variable that names the board's file; set by the local launcher."""
+"""Environment variable that names the board's file; set for ranks that RankProcess starts."""
 
 _RECORD = struct.Struct("=dddq24s")
 _STRIDE = 64
@@ -75,7 +75,7 @@ class Board:
 
 
 def board_from_environment(local_rank: int) -> Board | None:
-    """The board that the local launcher set up, if it started this process."""
+    """The board that the launcher set up, if it was one of ours that started this process."""
     path = os.environ.get(BOARD_VARIABLE)
     if path is None:
         return None

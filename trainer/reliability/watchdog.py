@@ -55,7 +55,7 @@ class Watchdog:
     ExitCode.RETRYABLE, long before a collective's own timeout.
 
     A thread cannot see that its own process is frozen (SIGSTOP) or that the GIL is stuck. So every
-    beat and every tick of the thread is also written to the `board`, which the local launcher reads;
+    beat and every tick of the thread is also written to the `board`, which a launcher of ours reads;
     the thread then waits a little longer, to let the launcher collect the stacks of every rank.
 
     timeout_s: 0 switches the watchdog off. grace_s: overrides of GRACE_S, e.g. how long storage may

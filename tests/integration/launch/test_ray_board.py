@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode
-from trainer.launch.progress import latest_record, newest_checkpoint
+from trainer.launch.observe import latest_record, newest_checkpoint
 from trainer.launch.ray_board import RunBoard, RunRequest, forbids_restart, usable_ranks
 
 

@@ -20,7 +20,7 @@ from trainer.exit_codes import ExitCode
 from trainer.launch import rank
 from trainer.launch.rank import RESTARTS_VARIABLE, is_restart
 from trainer.reliability import outage
-from trainer.reliability.journal import read_journal, write_journal
+from trainer.reliability.healing import read_journal, write_journal
 
 
 def free_port() -> int:
