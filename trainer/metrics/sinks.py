@@ -6,12 +6,13 @@ import io
 import logging
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from data_pipeline.errors import Unreachable
+from data_pipeline.errors import Failure
 from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.urls import join
 from trainer.config.io import dump_yaml
@@ -53,6 +54,8 @@ class Sinks:
         self._jsonl: JSONLWriter | None = None
         self._wandb: WandbSink | None = None
         self._bar: Any = None
+        # A thread, because storage that hangs on this rank must not keep the others waiting.
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="pictures")
 
     def open(self, *, start_step: int, run_id: str | None) -> None:
         """Begin to write, now that it is known where the run stands."""
@@ -100,15 +103,13 @@ class Sinks:
             self._wandb.log(samples_seen, {"event": name, **{f"event/{k}": v for k, v in details.items()}})
 
     def picture(self, step: int, samples_seen: int, name: str, picture: Image.Image) -> None:
-        """A grid: into the run folder and W&B."""
+        """A grid: into the run folder, beside training, and W&B."""
         if self._jsonl is None:
             return
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
-        try:
-            write_bytes(join(self._run_dir, "samples", f"{name}-{step:08d}.png"), buffer.getvalue())
-        except Unreachable as error:
-            logger.warning("a picture is not stored: %s", error)  # no reason to stop training
+        url = join(self._run_dir, "samples", f"{name}-{step:08d}.png")
+        self._uploads.submit(_store, url, buffer.getvalue())
         if self._wandb:
             self._wandb.image(samples_seen, name, picture)
 
@@ -118,10 +119,18 @@ class Sinks:
             self._jsonl.flush()
 
     def close(self) -> None:
-        """Finish all of them."""
+        """Finish all of them; waits for pictures that are on their way."""
+        self._uploads.shutdown()
         if self._jsonl:
             self._jsonl.close()
         if self._bar is not None:
             self._bar.close()
         if self._wandb:
             self._wandb.close()
+
+
+def _store(url: str, data: bytes) -> None:
+    try:
+        write_bytes(url, data)
+    except (Failure, OSError) as error:
+        logger.warning("a picture is not stored: %s", error)  # no reason to stop training

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from PIL import Image
 
-from trainer.config.run import ConfigError
+from data_pipeline.storage.files import write_bytes
+from trainer.config.run import Config, ConfigError
 from trainer.config.training import LoggingConfig
 from trainer.metrics import jsonl
+from trainer.metrics import sinks as sinks_module
 from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.meters import Meters
 from trainer.metrics.pictures import grid
+from trainer.metrics.sinks import Sinks
 from trainer.metrics.throughput import Throughput
 from trainer.metrics.timer import StepTimer
 from trainer.metrics.wandb_sink import WandbSink
@@ -93,6 +98,30 @@ def test_grid_holds_every_picture() -> None:
     assert sheet.width == 2 * (128 + 4) + 4
     colours = sheet.convert("RGB").getcolors(maxcolors=1_000_000)
     assert any(colour == (255, 0, 0) for _, colour in colours or [])
+
+
+def test_a_picture_keeps_nobody_from_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
+
+    def slow(url: str, data: bytes) -> None:
+        assert released.wait(60)
+        write_bytes(url, data)
+
+    config = Config(run_dir=str(tmp_path), logging=LoggingConfig(wandb="disabled", progress_bar=False))
+    sinks = Sinks(config, main_rank=True, resolved={})
+    sinks.open(start_step=0, run_id=None)
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "preview-00000001.png").mkdir()  # in the way of the first
+    monkeypatch.setattr(sinks_module, "write_bytes", slow)
+    for step in (1, 2):
+        sinks.picture(step, 8 * step, "preview", Image.new("RGB", (4, 4), "red"))
+    assert not (tmp_path / "samples" / "preview-00000002.png").exists()
+    released.set()
+    sinks.close()
+    assert Image.open(tmp_path / "samples" / "preview-00000002.png").size == (4, 4)
+    assert "a picture is not stored" in caplog.text
 
 
 @pytest.mark.parametrize("key", [None, "too-short"])
