@@ -78,9 +78,7 @@ def compose(text: str) -> yaml.Node | None:
         if node is not None:
             _check(node, (), {})
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark is not None else 1
-        raise BadValue(f"not valid YAML: {' '.join(str(error).split())}", line) from error
+        raise _invalid(error) from error
     except RecursionError as error:
         raise BadValue("nested too deeply", 1) from error
     return node
@@ -134,6 +132,14 @@ def shown(value: Any, depth: int = 3) -> str:
     if isinstance(value, dict):
         return "{...}"
     return repr(value)
+
+
+def _invalid(error: yaml.YAMLError) -> BadValue:
+    line, what = 1, " ".join(str(error).split())
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        what = ", ".join(filter(None, [error.context, error.problem]))
+    return BadValue(f"not valid YAML: {what}", line)
 
 
 def _check(node: yaml.Node, within: tuple[yaml.Node, ...], sizes: dict[int, int]) -> int:

@@ -223,6 +223,10 @@ def test_null_and_booleans_are_as_before() -> None:
         ("data: {sources: [{shards: a, shards: b}]}\n", "`shards` is given twice"),
         ("run_dir: *unknown\n", "run.yaml:1: not valid YAML"),
         ("seed: " + "1" * 5000 + "\n", "run.yaml:1: .* is no int"),
+        (
+            "steps: 5\n---\nseed: 1\n",
+            "run.yaml:2: not valid YAML: expected a single document in the stream, but",
+        ),
         ("run_dir: a\0b\n", "run.yaml:1: not valid YAML"),
         ("run_dir: " + "[" * 3000 + "\n", "run.yaml:1"),
         ("a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(2)), "unknown key `a`"),
