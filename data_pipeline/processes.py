@@ -1,4 +1,4 @@
-"""Between processes of one machine: a child that ends with its parent, memory that both can map."""
+"""This process and its children: what it imports, a child that ends with it, memory that both can map."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -30,3 +32,18 @@ def unnamed_file(name: str) -> int:
         return os.memfd_create(name)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
+
+
+@contextmanager
+def without_packages(*names: str) -> Generator[None]:
+    """Inside, importing these raises ImportError as if they were not installed; those imported already stay.
+
+    For libraries that import heavy packages on the chance that somebody will want them.
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is the import system's sign
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

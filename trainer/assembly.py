@@ -184,7 +184,7 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
 
 
 def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
-    model = build_model(config)
+    model = build_model(config, env.device)
     frozen_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
     model.first_stage.to(env.device, frozen_dtype)
     if config.distributed.channels_last and env.device.type == "cuda":
@@ -198,7 +198,8 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> t
 
 
 def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
-    networks = build_autoencoder(config)
+    with env.device:
+        networks = build_autoencoder(config)
     _start_from(config.init_from, networks[AutoencoderStage.averaged])
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
     perceptual = build_perceptual(config.autoencoder_loss, env.device)

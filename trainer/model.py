@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from trainer.first_stage.build import build_first_stage, load_first_stage
 from trainer.first_stage.discriminator import PatchDiscriminator
 from trainer.interop.initialise import initialise
 from trainer.models.unet import UNet
+from trainer.weights import Undrawn
 
 
 class ConditionedUNet(nn.Module):
@@ -59,21 +61,29 @@ class DiffusionModel:
     """Frozen, in evaluation mode."""
 
 
-def build_model(config: Config) -> DiffusionModel:
-    """The second stage on the CPU: a first stage and towers with their weights, a network with fresh ones.
+def build_model(config: Config, device: torch.device | None = None, *, fresh: bool = True) -> DiffusionModel:
+    """The second stage: a first stage and towers with their weights, a network with fresh ones.
 
     Fresh weights are drawn from torch's global generator, conditions before the UNet, so seed it first.
+
+    Args:
+        device: where everything is built and drawn, so by another generator than on the CPU, the default.
+        fresh: False leaves the network's random weights undrawn, for weights that are about to be loaded.
 
     Raises:
         ConfigError: the first stage has no weights or other ones, or the configuration contradicts itself.
     """
-    first_stage = load_first_stage(config.first_stage)
-    conditioner = build_conditioner(config.conditioning, config.first_stage)
-    return DiffusionModel(build_network(config, conditioner), conditioner, first_stage)
+    device = device or torch.device("cpu")
+    first_stage = load_first_stage(config.first_stage, device)
+    with device:
+        conditioner = build_conditioner(config.conditioning, config.first_stage)
+        with nullcontext() if fresh else Undrawn():
+            network = build_network(config, conditioner)
+    return DiffusionModel(network, conditioner, first_stage)
 
 
 def build_network(config: Config, conditioner: Conditioner) -> ConditionedUNet:
-    """The trained network alone, its UNet as wide as latents and conditions ask for."""
+    """The trained network alone, on the default device, its UNet as wide as latents and conditions want."""
     channels = config.first_stage.channels
     unet = UNet(
         config.unet,
@@ -87,16 +97,17 @@ def build_network(config: Config, conditioner: Conditioner) -> ConditionedUNet:
 
 
 def build_autoencoder(config: Config) -> dict[str, nn.Module]:
-    """The networks that a first stage is trained with, by the name of their engine.
+    """The networks that a first stage is trained with, by the name of their engine, on the default device.
 
     {"autoencoder": FirstStage, "discriminator": ... unless its weight is 0}; weights are drawn from the
-    run's seed, whatever torch's global generator stands at.
+    run's seed, whatever torch's global generators stand at.
 
     Raises:
         ConfigError: the first stage has nothing to train.
     """
     loss = config.autoencoder_loss
-    with torch.random.fork_rng(devices=[]):
+    device = torch.get_default_device()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         autoencoder = build_first_stage(config.first_stage)
         if not autoencoder.trainable:
@@ -179,16 +190,13 @@ def load_model(
     if first_stage_weights is not None:
         first = dataclasses.replace(config.first_stage, weights=first_stage_weights)
         config = dataclasses.replace(config, first_stage=first)
-    torch.manual_seed(config.seed)  # what is not in the file starts as it did in training
-    model = build_model(config)
+    model = build_model(config, device, fresh=False)
     absent = initialise(model.network, tensors, source).new
     if absent:
         raise ConfigError(
             f"{source} lacks {len(absent)} tensors of the network, such as {absent[0]}; name a run or an "
             "export of it."
         )
-    model.network.eval().requires_grad_(False).to(device)
-    model.conditioner.frozen.to(device)
-    model.first_stage.to(device)
+    model.network.eval().requires_grad_(False)
     description = f"step {metadata.get('step', '?')}, {metadata.get('profile', 'weights')}"
     return TrainedModel(config, model, description)

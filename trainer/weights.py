@@ -11,11 +11,14 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import read_bytes, read_head
@@ -42,6 +45,37 @@ class _InertCallback:
 _INERT_NAMES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+)
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, modules are built without drawing their random weights, which a file is about to replace.
+
+    Everything else of a constructor happens as ever: zeros, ones, masks, and the draws of `torch.randn`.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skip what fills a tensor with random numbers in place; see TorchFunctionMode."""
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_DRAWS = frozenset(
+    {
+        Tensor.normal_,
+        Tensor.uniform_,
+        init.uniform_,
+        init.normal_,
+        init.trunc_normal_,
+        init.kaiming_uniform_,
+        init.kaiming_normal_,
+        init.xavier_uniform_,
+        init.xavier_normal_,
+    }
 )
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
-import open_clip.model
 import torch
-from open_clip import SimpleTokenizer
-from open_clip.transformer import TextTransformer
 
+from data_pipeline.processes import without_packages
 from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.models import OpenCLIPConfig
 from trainer.config.run import ConfigError
-from trainer.weights import check_fit, read_tensors, shapes_of
+from trainer.weights import Undrawn, check_fit, read_tensors, shapes_of
+
+# It wants them for towers that are not its own, which `architecture` refuses: half of its import.
+with without_packages("timm", "transformers"):
+    import open_clip
+    import open_clip.model
+    from open_clip import SimpleTokenizer
+    from open_clip.transformer import TextTransformer
 
 __all__ = ["SimpleTokenizer", "TextTransformer", "architecture", "build_tower", "load_tower", "weights_file"]
 
@@ -61,14 +66,20 @@ def architecture(config: OpenCLIPConfig) -> dict[str, Any]:
 
 
 def build_tower(config: OpenCLIPConfig, model: Mapping[str, Any], seed: int) -> TextTransformer:
-    """open_clip's text tower without its image tower, with its weights.
+    """open_clip's text tower without its image tower, with its weights, on torch's default device.
 
     Under `torch.device("meta")` no memory is used and no weights are read. What the chosen output never
     reads (last layer, projection) is left out.
     """
-    with torch.random.fork_rng(devices=[]):
-        # A frozen random tower is part of the model: the same for every run, resume and sampling.
-        torch.manual_seed(seed)
+    target = torch.get_default_device()
+    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
+        if config.pretrained is not None:
+            stack.enter_context(Undrawn())
+        elif target.type != "meta":
+            # A frozen random tower is part of the model: the same for every run, resume and sampling,
+            # and on every device. The generators of other devices keep their places.
+            stack.enter_context(torch.device("cpu"))
+            torch.default_generator.manual_seed(seed)
         tower = open_clip.model._build_text_tower(
             model["embed_dim"], dict(model["text_cfg"]), quick_gelu=model.get("quick_gelu", False)
         )
@@ -82,6 +93,7 @@ def build_tower(config: OpenCLIPConfig, model: Mapping[str, Any], seed: int) -> 
         logger.warning(
             "text tower %s: no pretrained weights are named, so it has seeded RANDOM weights", config.model
         )
+        tower.to(target)
     else:
         load_tower(tower, weights_file(config.model, config.pretrained))
     return tower

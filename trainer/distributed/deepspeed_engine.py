@@ -263,12 +263,16 @@ class DeepSpeedEngine:
         return grad_norm.detach()
 
     def _initial_weights(self, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Rank 0's fp32 weights, because DeepSpeed makes its masters from the bf16 weights."""
+        """Rank 0's fp32 weights by name, flat and where they lie.
+
+        DeepSpeed makes its masters from the bf16 weights that it puts in their place, so that no copy is
+        needed to keep these.
+        """
         if self.compute_dtype == torch.float32:
             return {}
         for parameter in trained.values():
             dist.broadcast(parameter.data, src=0)
-        return {name: p.detach().float().flatten().cpu() for name, p in trained.items()}
+        return {name: p.detach().float().flatten() for name, p in trained.items()}
 
     @torch.no_grad()
     def _load_initial_weights(self, initial: dict[str, Tensor]) -> None:

@@ -37,15 +37,15 @@ def build_first_stage(config: FirstStageConfig) -> FirstStage:
     return FIRST_STAGES[config.name](config)
 
 
-def load_first_stage(config: FirstStageConfig) -> FirstStage:
-    """The frozen network in eval mode on the CPU, with its weights and latent statistics.
+def load_first_stage(config: FirstStageConfig, device: torch.device | str = "cpu") -> FirstStage:
+    """The frozen network in eval mode on the device, with its weights and latent statistics.
 
     Raises:
         ConfigError: no weights are named, they belong to another structure, or nothing says how
             latents are scaled.
     """
     if config.name == "identity":
-        return _frozen(build_first_stage(config), config)
+        return _frozen(build_first_stage(config).to(device), config)
     if config.weights is None:
         raise ConfigError(
             "first_stage.weights is not set: a diffusion run needs a trained first stage; name an exported "
@@ -58,7 +58,7 @@ def load_first_stage(config: FirstStageConfig) -> FirstStage:
     with torch.device("meta"):
         module = build_first_stage(config)
     _check_structure(config, metadata, url)
-    module.to_empty(device="cpu")
+    module.to_empty(device=device)
     load_first_stage_tensors(module, tensors, url)
     if config.latent_scale is None and any(name not in tensors for name in LATENT_BUFFERS):
         raise ConfigError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from trainer.conditioning.base import Source
 from trainer.conditioning.open_clip_towers import build_tower, load_tower, weights_file
@@ -182,3 +185,43 @@ def test_impossible_towers_are_refused_with_a_remedy(changes: dict[str, Any], me
 def test_an_unknown_tag_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="laion2b_s32b_b79k"):
         weights_file("ViT-H-14", "laion_3b")
+
+
+def test_a_tower_with_weights_draws_none_and_keeps_its_mask(tmp_path: Path) -> None:
+    weights, url = stored(tmp_path, "", {})
+    mask = build_tower(TOWER, _model(), seed=0).attn_mask
+    with _Calls() as calls:
+        tower = build_tower(dataclasses.replace(TOWER, pretrained=url), _model(), seed=0)
+    assert not calls.functions & {Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
+    for name, value in tower.state_dict().items():
+        assert torch.equal(value, weights[name])
+    assert torch.equal(tower.attn_mask, mask)
+    with _Calls() as calls:
+        build_tower(TOWER, _model(), seed=0)
+    assert nn.init.normal_ in calls.functions
+
+
+class _Calls(TorchFunctionMode):
+    """Which functions of torch are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_random_tower_is_the_same_whatever_the_default_generator_and_device() -> None:
+    drawn = build_tower(TOWER, _model(), seed=5).state_dict()
+    with torch.device("cpu"):
+        torch.manual_seed(1)
+        again = build_tower(TOWER, _model(), seed=5).state_dict()
+    assert all(torch.equal(drawn[name], value) for name, value in again.items())
+
+
+def test_open_clip_comes_without_what_only_other_towers_need() -> None:
+    code = "import sys, trainer.conditioning.openclip; print({'timm', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
