@@ -44,6 +44,7 @@ from trainer.distributed.deepspeed_config import deepspeed_config
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.replicas import replicated_fragments, synchronise
+from trainer.kernels.accumulate import FlatGradients
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class DeepSpeedEngine:
             )
         adamw.initialise_state(self._optimizer, self._masters())
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if type(self._zero).__name__ == "BF16_Optimizer":
+            self._gather_gradients_at_once()
         self._fragments = self._make_fragments()
         self._load_initial_weights(initial)
         if config.distributed.compile:
@@ -137,6 +140,55 @@ class DeepSpeedEngine:
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
         # DeepSpeed reports some overflows as -1.
         return torch.where(norm < 0, torch.inf, norm).to(torch.float32).detach()
+
+    def _gather_gradients_at_once(self) -> None:
+        """Stage 1 in bf16: two parts of DeepSpeed's step in fewer passes and without waiting for the device.
+
+        It casts, adds and clears gradients parameter by parameter, adding onto bf16 gradients that it has
+        just zeroed. Here autograd hands them over and one kernel adds all of them to the fp32 vector.
+        """
+        zero = self._zero
+        flats = [
+            FlatGradients(flat, [parameter.numel() for parameter in group])
+            for group, flat in zip(zero.bf16_groups, zero.fp32_groups_gradients_flat, strict=True)
+        ]
+
+        def gather(clear_lp_grads: bool = False) -> None:
+            for index, group in enumerate(zero.bf16_groups):
+                gradients = [parameter.grad for parameter in group]
+                flats[index].add(gradients)
+                known = zero.fp32_groups_has_gradients[index]
+                zero.fp32_groups_has_gradients[index] = [
+                    before or gradient is not None for before, gradient in zip(known, gradients, strict=True)
+                ]
+            zero.clear_lp_grads(set_to_none=True)
+
+        zero.update_hp_grads = gather
+        zero.backward_prologue = lambda: zero.clear_lp_grads(set_to_none=True)
+        if self._optimizer.defaults["fused"]:
+            zero.step = self._step_on_the_device
+
+    @torch.no_grad()
+    def _step_on_the_device(self) -> None:
+        """BF16_Optimizer.step, with clipping and the check for overflow inside AdamW's kernel.
+
+        DeepSpeed's reads the norm on the host twice, which leaves the device without work, and clips in a
+        pass of its own. AdamW divides gradients by `grad_scale` and leaves everything alone at `found_inf`.
+        """
+        zero, optimizer = self._zero, self._optimizer
+        norm = nn.utils.get_total_norm(zero.fp32_groups_actual_gradients_flat)
+        zero.overflow, zero._global_grad_norm = False, norm
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        if zero.clip_grad > 0:
+            optimizer.grad_scale = ((norm + 1e-6) / zero.clip_grad).clamp(min=1.0)  # type: ignore[attr-defined]
+        partitions = zip(
+            zero.fp32_groups_flat_partition, zero.fp32_groups_gradient_flat_partition, strict=True
+        )
+        for partition, gradient in partitions:
+            partition.grad = gradient
+        optimizer.step()
+        zero._lazy_init_hp_params_optimizer_state()
+        zero.update_lp_params()
 
     def fragments(self) -> list[Fragment]:
         """See `Engine.fragments`."""

@@ -1,7 +1,9 @@
 """Convolutional encoder and decoder that the KL and VQ autoencoders share (LDM paper, appendix G).
 
-Parameter names follow diffusers. Legend: B batch, C channels, H W height and width in pixels,
-h w height and width of the latent, z latent channels, f downsampling factor.
+Parameter names follow diffusers. On a GPU a bias is not added by its convolution, but by the next kernel that
+reads the feature map anyway; until then it travels beside the map as `pending` [C] (None: there is none).
+Legend: B batch, C channels, H W height and width in pixels, h w height and width of the latent, z latent
+channels, f downsampling factor.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from trainer.config.models import FirstStageConfig
 from trainer.config.network_plan import norm_groups
 from trainer.kernels.group_norm import GroupNorm
-from trainer.kernels.residual import add_residual, product_and_bias
+from trainer.kernels.residual import add_residual, leaves_bias, product_and_bias
 
 NORM_EPS = 1e-6
 
@@ -29,17 +31,30 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
         """Features after the block."""
-        x, hidden = self.norm1(x, silu=True, fork=True)
+        x, hidden = self.norm1(x, _per_sample(pending, x), silu=True, fork=True)
         hidden, bias = product_and_bias(self.conv1, hidden)
-        hidden = self.norm2(hidden, None if bias is None else bias.expand(len(x), -1), silu=True)
+        hidden = self.norm2(hidden, _per_sample(bias, x), silu=True)
         hidden, bias = product_and_bias(self.conv2, self.dropout(hidden))
         if self.conv_shortcut is not None:
             x, shortcut_bias = product_and_bias(self.conv_shortcut, x)
-            if bias is not None and shortcut_bias is not None:
-                bias = bias + shortcut_bias
-        return add_residual(x, hidden, bias)
+            if pending is not None:
+                pending = self.conv_shortcut.weight.flatten(1) @ pending
+            pending = _sum(pending, shortcut_bias)
+        return add_residual(x, hidden, _sum(bias, pending))
+
+
+def _per_sample(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """[C] -> [B, C]"""
+    return None if bias is None else bias.expand(len(x), -1)
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Of two pending biases."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
 
 
 class SpatialAttention(nn.Module):
@@ -74,9 +89,13 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H/2, W/2]"""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, C, H, W] -> [B, C, H/2, W/2] and its pending bias."""
+        if not leaves_bias(self.conv, x):
+            return self.conv(F.pad(x, (0, 1, 0, 1))), None
+        # The same sums without a padded copy of the map: a leading row and column of zero weights and one
+        # cell of padding on every side leave the window where it was.
+        return F.conv2d(x, F.pad(self.conv.weight, (1, 0, 1, 0)), stride=2, padding=1), self.conv.bias
 
 
 class Upsample(nn.Module):
@@ -86,9 +105,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, 2H, 2W]"""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, C, H, W] -> [B, C, 2H, 2W] and its pending bias."""
+        return product_and_bias(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -117,16 +136,17 @@ class Level(nn.Module):
             )
         self.attends = attention
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features after the blocks and, where there is one, the resampling layer."""
+    def forward(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features after the blocks and, where there is one, the resampling layer with its pending bias."""
         for j, resnet in enumerate(self.resnets):
-            x = resnet(x)
+            x = resnet(x, pending)
+            pending = None
             if self.attends:
                 x = self.attentions[j](x)
         for name in ("downsamplers", "upsamplers"):
             for layer in getattr(self, name, ()):
-                x = layer(x)
-        return x
+                x, pending = layer(x)
+        return x, pending
 
 
 class Middle(nn.Module):
@@ -141,9 +161,9 @@ class Middle(nn.Module):
             ResidualBlock(channels, channels, groups=groups, dropout=dropout) for _ in range(2)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]"""
-        x = self.resnets[0](x)
+        x = self.resnets[0](x, pending)
         if self.attends:
             x = self.attentions[0](x)
         return self.resnets[1](x)
@@ -178,10 +198,10 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features for the quantisation convolution."""
-        x = self.conv_in(pixels)
+        x, pending = product_and_bias(self.conv_in, pixels)
         for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
+            x, pending = level(x, pending)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x, pending), silu=True))
 
 
 class Decoder(nn.Module):
@@ -213,9 +233,9 @@ class Decoder(nn.Module):
 
     def features(self, latents: Tensor) -> Tensor:
         """What the last layer sees, [B, base_channels, H, W]; the adaptive weight is made from it."""
-        x = self.mid_block(self.conv_in(latents))
+        x, pending = self.mid_block(*product_and_bias(self.conv_in, latents)), None
         for level in self.up_blocks:
-            x = level(x)
+            x, pending = level(x, pending)
         return self.conv_norm_out(x, silu=True)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -17,21 +17,31 @@ from trainer.kernels.language import cdiv, channel_block, fused, register, tl, t
 
 TILE = 4096
 """Elements that one program holds at a time."""
+ALIGNED = 8
+"""Input channels that convolutions on tensor cores want a multiple of."""
 SLICES = 256
 """Most partial sums per column."""
 
 
 def product_and_bias(layer: nn.Linear | nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The layer's product, and the bias that is still to be added: None where it has been.
-
-    Under ZeRO-3 a layer's weights are there only while the layer itself runs, so there it adds its own.
-    """
-    if not fused(x) or layer.bias is None or hasattr(layer.weight, "ds_id"):
+    """The layer's product, and the bias that is still to be added: None where it has been."""
+    if not leaves_bias(layer, x):
         return layer(x), None
     if isinstance(layer, nn.Linear):
         return F.linear(x, layer.weight), layer.bias
+    weight = layer.weight
+    if x.shape[1] < ALIGNED:  # pixels: tensor cores take channels by eight, and zeros add nothing
+        x, weight = (F.pad(t, (0, 0, 0, 0, 0, ALIGNED - x.shape[1])) for t in (x, weight))
     assert isinstance(layer.padding, tuple)
-    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding), layer.bias
+    return F.conv2d(x, weight, None, layer.stride, layer.padding), layer.bias
+
+
+def leaves_bias(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
+    """Whether a kernel after this layer adds its bias.
+
+    Under ZeRO-3 a layer's weights are there only while the layer itself runs, so there it adds its own.
+    """
+    return fused(x) and layer.bias is not None and not hasattr(layer.weight, "ds_id")
 
 
 def add_residual(x: Tensor, branch: Tensor, bias: Tensor | None = None) -> Tensor:

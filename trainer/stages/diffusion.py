@@ -46,10 +46,12 @@ class DiffusionStage:
     def train_step(self, batch: Batch, step: int, learning_rate: float) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches (see `Stage`)."""
         config = self._config
-        # Shuffled anew each step, or a lane's samples would always meet the same stratum of noise levels.
-        strata = permutation(
-            config.seed, step, Purpose.STRATUM, config.global_batch_size, self._engine.device
-        )
+        strata = None
+        if config.diffusion.timesteps == "stratified":
+            # Shuffled anew each step, or a lane's samples would always meet the same stratum of noise levels.
+            strata = permutation(
+                config.seed, step, Purpose.STRATUM, config.global_batch_size, self._engine.device
+            )
         micro_batches = batch.micro_batches(config.micro_batch_size)
         total = torch.zeros((), device=self._engine.device)
         grad_norm = None
@@ -57,7 +59,8 @@ class DiffusionStage:
             with self._timer("encode"):
                 latents, inputs = self._encode(micro)
             with self._timer("unet"):
-                loss = self._loss(micro, latents, inputs, strata[micro.slots])
+                slots = micro.slots if strata is None else strata[micro.slots]
+                loss = self._loss(micro, latents, inputs, slots)
                 self._engine.backward(loss)
             with self._timer("optimizer"):
                 grad_norm = self._engine.step(learning_rate)
@@ -84,10 +87,10 @@ class DiffusionStage:
         )
         return latents.float(), inputs
 
-    def _loss(self, batch: Batch, latents: Tensor, inputs: dict[str, Tensor], strata: Tensor) -> Tensor:
+    def _loss(self, batch: Batch, latents: Tensor, inputs: dict[str, Tensor], slots: Tensor) -> Tensor:
         config, seed, ordinals = self._config, self._config.seed, batch.ordinals
         uniforms = uniform(seed, ordinals, Purpose.TIMESTEP, ())
-        timesteps = draw_timesteps(config.diffusion, uniforms, strata, config.global_batch_size)
+        timesteps = draw_timesteps(config.diffusion, uniforms, slots, config.global_batch_size)
         noise = normal(seed, ordinals, Purpose.NOISE, tuple(latents.shape[1:]))
         if config.diffusion.offset_noise:
             shift = normal(seed, ordinals, Purpose.OFFSET_NOISE, (latents.shape[1],))

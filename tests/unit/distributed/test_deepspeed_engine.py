@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from tests.integration.whole_parameters import whole_weights
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig, OptimizerConfig
+from trainer.distributed import adamw
 from trainer.distributed.deepspeed_engine import DeepSpeedEngine
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 
@@ -135,3 +138,42 @@ def test_two_engines_take_turns(env: DistributedEnv) -> None:
     # The same data twice, averaged, is the data once.
     for a, b in zip(masters(first), masters(second), strict=True):
         assert torch.allclose(a, b, rtol=1e-6)
+
+
+def test_the_step_on_the_device_is_deepspeeds_step(
+    env: DistributedEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipped steps, one with a NaN, one after it: the same weights and norms with and without our step.
+
+    GPUs have a fused AdamW by default; it exists on CPUs, too.
+    """
+    results = []
+    for ours in (False, True):
+        with monkeypatch.context() as patch:
+            make = adamw.build_adamw
+
+            def fused(*args: Any, make: Any = make) -> torch.optim.AdamW:
+                optimizer: torch.optim.AdamW = make(*args)
+                group = optimizer.param_groups[0]
+                options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+                return torch.optim.AdamW(group["params"], **options, fused=True)
+
+            if ours:
+                patch.setattr(adamw, "build_adamw", fused)
+            engine = make_engine(env, 1, "bf16", accumulation=2)
+        assert ("_step_on_the_device" in str(engine._zero.step)) == ours
+        norms = []
+        for scale in (1.0, 100.0, float("nan"), 1.0):
+            for _ in range(2):
+                engine.backward(scale * forward(engine).square().mean())
+                norm = engine.step(0.05)
+            assert norm is not None
+            norms.append(float(norm))
+        assert engine.optimizer_steps == 3
+        results.append((norms, masters(engine)))
+    (plain_norms, plain), (norms, fused_masters) = results
+    assert not math.isfinite(plain_norms[2])
+    assert not math.isfinite(norms[2])
+    assert [norms[i] for i in (0, 1, 3)] == pytest.approx([plain_norms[i] for i in (0, 1, 3)], rel=1e-6)
+    for a, b in zip(plain, fused_masters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

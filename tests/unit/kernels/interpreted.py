@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer import rng
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.first_stage.autoencoder_kl import AutoencoderKL
+from trainer.kernels.accumulate import CHUNK, FlatGradients
 from trainer.kernels.geglu import geglu
 from trainer.kernels.group_norm import GroupNorm
 from trainer.kernels.language import INTERPRETED, fused, plain
@@ -68,7 +69,7 @@ def group_norms() -> None:
             norm._parameters.clear()
             norm.weight, norm.bias = weight, bias
             x, y = norm(x, *shift, silu=silu, fork=True)
-            assert y.is_contiguous(memory_format=torch.channels_last)
+            assert not fused(x) or y.is_contiguous(memory_format=torch.channels_last)
             return x * 0.5, y
 
         for dtype in TOLERANCE:
@@ -124,6 +125,23 @@ def random_numbers() -> None:
                     assert torch.equal(made, want), f"{draw.__name__} {seed} {ordinals} {shape}"
 
 
+def flat_gradients() -> None:
+    """Parameters larger than a chunk, smaller ones, one without a gradient, and padding left alone."""
+    sizes = [5, CHUNK + 3, 1, 2 * CHUNK, 40]
+    flat = torch.arange(sum(sizes) + 9, dtype=torch.float32, device=DEVICE)
+    for dtype in (torch.bfloat16, torch.float32):
+        gradients = [random(size, seed=i).to(dtype) for i, size in enumerate(sizes)]
+        gradients[2] = None
+        want = flat.clone()
+        with plain():
+            FlatGradients(want, sizes).add(gradients)
+        got = flat.clone()
+        FlatGradients(got, sizes).add(gradients)
+        assert torch.equal(got, want)
+        assert not torch.equal(got, flat)
+        assert torch.equal(got[-9:], flat[-9:])
+
+
 def whole_networks() -> None:
     """A UNet with every kind of block, and an autoencoder: outputs and all gradients, fused against plain."""
     configs = [
@@ -170,6 +188,7 @@ if __name__ == "__main__":
     layer_norms()
     others()
     random_numbers()
+    flat_gradients()
     whole_networks()
     print("all kernels agree")
     sys.exit(0)

@@ -1,0 +1,74 @@
+"""Gradients of hundreds of parameters added to one flat vector in fp32, in a single launch.
+
+    parameters   [ a a a a a ][ b b ][ c c c c c c c ]     gradients, each in memory of its own, bf16
+    flat         [ a a a a a b b c c c c c c c ]           what the optimizer reads, fp32
+    programs       0   1   2   3  4   5   6   7            each adds one chunk of one parameter
+
+Per parameter it would be a cast, an addition and two launches; together they read and write each byte once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.kernels.language import cdiv, fused, tl, triton
+
+CHUNK = 8192
+"""Elements that one program adds."""
+
+
+class FlatGradients:
+    """Where in `flat` [sum of sizes, possibly padded] each parameter's gradient belongs."""
+
+    def __init__(self, flat: Tensor, sizes: Sequence[int]) -> None:
+        self._flat = flat
+        self._parts = flat[: sum(sizes)].split(list(sizes))
+        if not fused(flat):
+            return
+        starts = [part.storage_offset() - flat.storage_offset() for part in self._parts]
+        chunks = [(p, c * CHUNK) for p, size in enumerate(sizes) for c in range(cdiv(size, CHUNK))]
+        self._chunks = torch.tensor(chunks, dtype=torch.int64).to(flat.device)  # [programs, 2]
+        self._places = torch.tensor([starts, list(sizes)], dtype=torch.int64).to(
+            flat.device
+        )  # [2, parameters]
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one gradient per parameter, in their order; None counts as zero."""
+        if not fused(self._flat):
+            for part, gradient in zip(self._parts, gradients, strict=True):
+                if gradient is not None:
+                    part.add_(gradient.reshape(-1))
+            return
+        for dtype in {gradient.dtype for gradient in gradients if gradient is not None}:
+            self._add(dtype, [None if g is None or g.dtype != dtype else g.contiguous() for g in gradients])
+
+    def _add(self, dtype: torch.dtype, gradients: Sequence[Tensor | None]) -> None:
+        addresses = torch.tensor([0 if g is None else g.data_ptr() for g in gradients], dtype=torch.int64)
+        if self._flat.is_cuda:
+            addresses = addresses.pin_memory().to(self._flat.device, non_blocking=True)
+        _accumulate[(len(self._chunks),)](
+            addresses, self._chunks, self._places, self._flat, len(gradients),
+            BF16=dtype == torch.bfloat16, CHUNK=CHUNK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _accumulate(addresses, chunks, places, flat, count, BF16: tl.constexpr, CHUNK: tl.constexpr):
+    chunk = tl.program_id(0).to(tl.int64)
+    parameter = tl.load(chunks + chunk * 2)
+    at = tl.load(chunks + chunk * 2 + 1) + tl.arange(0, CHUNK)
+    address = tl.load(addresses + parameter)
+    if address != 0:
+        if BF16:
+            source = address.to(tl.pointer_type(tl.bfloat16))
+        else:
+            source = address.to(tl.pointer_type(tl.float32))
+        source = tl.multiple_of(source, 16)  # torch's allocator aligns to more
+        inside = at < tl.load(places + count + parameter)
+        target = flat + tl.load(places + parameter) + at
+        gradient = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target, tl.load(target, mask=inside, other=0.0) + gradient, mask=inside)
