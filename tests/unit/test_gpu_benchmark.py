@@ -152,6 +152,7 @@ def test_no_network_is_measured_against_another_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # sixteen processes that import torch: three minutes on a quiet machine
 def test_the_dry_run_fills_every_row(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     gpu = import_module("gpu")
