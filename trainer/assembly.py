@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -20,7 +21,9 @@ from data_pipeline.loader import (
     merge_positions,
     open_dataset,
 )
+from trainer.checkpoint.contents import share_bytes
 from trainer.checkpoint.export import open_weights
+from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
@@ -43,6 +46,9 @@ from trainer.stages.stage import Stage
 from trainer.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+_Built: TypeAlias = tuple[Stage, HostBuffer, dict[str, Any]]
+"""A stage, the memory begun for its checkpoints, and facts about it for the log."""
 
 
 @dataclass
@@ -160,10 +166,10 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)
     make = _build_autoencoder if config.stage == "autoencoder" else _build_diffusion
-    stage, facts = make(config, env, timer)
+    stage, buffer, facts = make(config, env, timer)
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
     state, healer = TrainState(), Healer(config.healing)
-    checkpoints = CheckpointManager(config, env)
+    checkpoints = CheckpointManager(config, env, buffer)
     resolved = {
         **config_to_dict(config),
         "world_size": env.world_size,
@@ -183,7 +189,7 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
     return run
 
 
-def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
+def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> _Built:
     model = build_model(config, env.device)
     frozen_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
     model.first_stage.to(env.device, frozen_dtype)
@@ -193,18 +199,27 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> t
         )  # it is not ZeRO's, so its weights may be, too
     model.conditioner.frozen.to(env.device, frozen_dtype)
     _start_from(config.init_from, model.network)
+    buffer = _begin_buffer({"unet": model.network}, DiffusionStage.averaged, config, env)
     engines: dict[str, Engine] = {"unet": build_engine(model.network, config, env)}
-    return DiffusionStage(config, engines, model.conditioner, model.first_stage, timer), {}
+    return DiffusionStage(config, engines, model.conditioner, model.first_stage, timer), buffer, {}
 
 
-def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) -> tuple[Stage, dict[str, Any]]:
+def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) -> _Built:
     with env.device:
         networks = build_autoencoder(config)
     _start_from(config.init_from, networks[AutoencoderStage.averaged])
+    buffer = _begin_buffer(networks, AutoencoderStage.averaged, config, env)
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
     perceptual = build_perceptual(config.autoencoder_loss, env.device)
     facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
-    return AutoencoderStage(config, engines, perceptual, timer), facts
+    return AutoencoderStage(config, engines, perceptual, timer), buffer, facts
+
+
+def _begin_buffer(
+    networks: Mapping[str, nn.Module], averaged: str, config: Config, env: DistributedEnv
+) -> HostBuffer:
+    """The memory that checkpoints are copied to, made ready while engines are built."""
+    return HostBuffer(share_bytes(networks, averaged, config.ema, env.world_size), env.device)
 
 
 def _start_from(source: str | None, network: nn.Module) -> None:

@@ -16,6 +16,11 @@ DECAY_PROFILE = "decay"
 """The profile with a constant decay, which is sampled and exported by default."""
 
 
+def profile_names(config: EMAConfig) -> list[str]:
+    """Names of the averages that a run keeps, `decay` first."""
+    return ([DECAY_PROFILE] if config.decay > 0 else []) + [power_profile(std) for std in config.power_stds]
+
+
 def power_profile(std: float) -> str:
     """Name of the power-function profile of this relative width: 0.05 -> "power_0.05"."""
     return f"power_{std:g}"
@@ -34,8 +39,9 @@ class EMA:
         self._config = config
         self._masters = [fragment.master for fragment in fragments]
         self._exponents = {power_profile(std): exponent_from_std(std) for std in config.power_stds}
-        names = ([DECAY_PROFILE] if config.decay > 0 else []) + list(self._exponents)
-        self._averages = {name: [master.clone() for master in self._masters] for name in names}
+        self._averages = {
+            name: [master.clone() for master in self._masters] for name in profile_names(config)
+        }
         self._swapped: str | None = None
 
     @property

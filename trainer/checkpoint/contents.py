@@ -10,17 +10,21 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.checkpoint.layout import MASTER, ShardPlan, Span
 from trainer.checkpoint.reader import EngineReader
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
+from trainer.config.training import EMAConfig
 from trainer.distributed.adamw import MOMENTS
 from trainer.distributed.engine import Engine, Fragment
-from trainer.ema import DECAY_PROFILE, EMA
+from trainer.ema import DECAY_PROFILE, EMA, profile_names
 
 logger = logging.getLogger(__name__)
+
+_PADDING = 1024
+"""Elements; DeepSpeed rounds a rank's partition up to a few."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,19 @@ class Contents:
     def tensors_file(self) -> bytes:
         """safetensors beside the shards."""
         return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in self.tensors.items()})
+
+
+def share_bytes(networks: Mapping[str, nn.Module], averaged: str, config: EMAConfig, world_size: int) -> int:
+    """What a rank's shard of a checkpoint will take at most, known before there are engines.
+
+    Engines divide either all elements or each parameter's, and pad both.
+    """
+    total = 0
+    for name, network in networks.items():
+        each = [-(-p.numel() // world_size) for p in network.parameters() if p.requires_grad]
+        kinds = 1 + len(MOMENTS) + (len(profile_names(config)) if name == averaged else 0)
+        total += kinds * (sum(each) + _PADDING)
+    return 4 * total
 
 
 def spans_of(fragments: list[Fragment]) -> list[Span]:

@@ -69,8 +69,11 @@ class SaveReport:
 class CheckpointManager:
     """Checkpoints of one run, in run_dir/checkpoints. Methods are collective, but for `close`."""
 
-    def __init__(self, config: Config, env: DistributedEnv) -> None:
-        """Raises UserError or RetryableFault on all ranks when the folder cannot be written to."""
+    def __init__(self, config: Config, env: DistributedEnv, buffer: HostBuffer | None = None) -> None:
+        """Raises UserError or RetryableFault on all ranks when the folder cannot be written to.
+
+        buffer: memory for the copy, begun early so that the first save need not wait for it; closed here.
+        """
         self._config = config
         self._env = env
         self._folder = checkpoints_url(config.run_dir)
@@ -87,7 +90,7 @@ class CheckpointManager:
         self._attempts = 0
         self._pending = False
         self._waited_s = 0.0  # since the last save
-        self._buffer: HostBuffer | None = None
+        self._buffer = buffer
         self._tables: dict[tuple[str, ...], tuple[dict[str, Table], ...]] = {}
         self._writer: Writer = BackgroundWriter() if config.checkpoint.asynchronous else InlineWriter()
         self.last_save: SaveReport | None = None

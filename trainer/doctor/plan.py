@@ -13,6 +13,7 @@ from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank
+from trainer.ema import profile_names
 from trainer.model import count_parameters
 
 _ADAM_MOMENTS = 2
@@ -41,7 +42,7 @@ def plan(config: Config, world_size: int) -> Plan:
     trained, frozen = counts["trained"]["total"], counts["frozen"]["total"]
     d = config.distributed
     compute = 2 if d.precision == "bf16" else _FP32
-    profiles = (config.ema.decay > 0) + len(config.ema.power_stds)
+    profiles = len(profile_names(config.ema))
     master = _FP32 if compute != _FP32 or d.zero_stage > 0 else 0
     zero = d.zero_stage if d.engine == "deepspeed" else 0
     bytes_each = {
