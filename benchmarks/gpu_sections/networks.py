@@ -176,7 +176,8 @@ def text(setup: Setup) -> None:
         conditioner.frozen.prepare(captions, {}, None, first_stage=None, seed=config.seed, ordinals=ordinals)
 
     def draw() -> None:
-        permutation(config.seed, 1, Purpose.STRATUM, 2 * batch, device)
+        if config.diffusion.timesteps == "stratified":
+            permutation(config.seed, 1, Purpose.STRATUM, 2 * batch, device)
         normal(config.seed, ordinals, Purpose.POSTERIOR, shape)
         uniform(config.seed, ordinals, Purpose.TIMESTEP, ())
         normal(config.seed, ordinals, Purpose.NOISE, shape)

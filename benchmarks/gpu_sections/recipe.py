@@ -105,7 +105,8 @@ class Setup:
 
 def trained_conditioner(config: Config, device: torch.device, dtype: torch.dtype) -> Conditioner:
     """The conditioner as training has it, with the weights that the configuration names."""
-    conditioner = build_conditioner(config.conditioning, config.first_stage)
+    with device:
+        conditioner = build_conditioner(config.conditioning, config.first_stage)
     conditioner.frozen.to(device, dtype)
     return conditioner
 
@@ -138,6 +139,8 @@ def random_first_stage(config: Config, device: torch.device, dtype: torch.dtype)
     fill(module)
     scale = torch.full_like(module.latent_scale, config.first_stage.latent_scale or 1.0)
     module.set_latent_statistics(torch.zeros_like(scale), scale)
+    if config.distributed.channels_last and device.type == "cuda":  # as training has it
+        module.to(memory_format=torch.channels_last)
     return module.to(dtype).requires_grad_(False).eval()
 
 
