@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_IMPORTED = time.monotonic()
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
@@ -32,6 +34,16 @@ def unnamed_file(name: str) -> int:
         return os.memfd_create(name)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
+
+
+def process_age_s() -> float:
+    """Seconds since this process started; where the system does not say, since this module was imported."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # proc(5): starttime
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.monotonic() - _IMPORTED
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from trainer.ema import EMA
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.interop.initialise import initialise
 from trainer.metrics.sinks import Sinks
-from trainer.metrics.timer import StepTimer
+from trainer.metrics.timer import StartTimer, StepTimer
 from trainer.model import build_autoencoder, build_model
 from trainer.provenance import git_commit
 from trainer.reliability.healing import Healer, Incident, read_journal, write_journal
@@ -65,6 +65,7 @@ class Run:
     timer: StepTimer
     sinks: Sinks
     dataset: Dataset
+    start: StartTimer
 
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
@@ -146,7 +147,7 @@ class Run:
         self.sinks.close()
 
 
-def build_run(config: Config, env: DistributedEnv) -> Run:
+def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = None) -> Run:
     """Models, engines, averages and the newest checkpoint. Collective.
 
     Raises:
@@ -163,10 +164,13 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
         global_batch_size=config.global_batch_size,
         world_size=env.world_size,
     )
+    start = start or StartTimer()
+    start.mark("data set")
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)
     make = _build_autoencoder if config.stage == "autoencoder" else _build_diffusion
-    stage, buffer, facts = make(config, env, timer)
+    stage, buffer, facts = make(config, env, timer, start)
+    start.mark("engines")
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
     state, healer = TrainState(), Healer(config.healing)
     checkpoints = CheckpointManager(config, env, buffer)
@@ -178,7 +182,7 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
         **facts,
     }
     sinks = Sinks(config, main_rank=env.is_main, resolved=resolved)
-    run = Run(config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset)
+    run = Run(config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
     resumed = run.restore()
     healer.merge(read_journal(config.run_dir))
     sinks.open(start_step=state.step, run_id=state.wandb_run_id)
@@ -186,10 +190,11 @@ def build_run(config: Config, env: DistributedEnv) -> Run:
     if resumed:
         logger.info("resuming from step %d (%d samples)", state.step, state.samples_seen)
         sinks.event(state.step, state.samples_seen, "resume", world_size=env.world_size)
+    start.mark("averages and checkpoint")
     return run
 
 
-def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> _Built:
+def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer, start: StartTimer) -> _Built:
     model = build_model(config, env.device)
     frozen_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
     model.first_stage.to(env.device, frozen_dtype)
@@ -199,15 +204,17 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer) -> _
         )  # it is not ZeRO's, so its weights may be, too
     model.conditioner.frozen.to(env.device, frozen_dtype)
     _start_from(config.init_from, model.network)
+    start.mark("networks")
     buffer = _begin_buffer({"unet": model.network}, DiffusionStage.averaged, config, env)
     engines: dict[str, Engine] = {"unet": build_engine(model.network, config, env)}
     return DiffusionStage(config, engines, model.conditioner, model.first_stage, timer), buffer, {}
 
 
-def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer) -> _Built:
+def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer, start: StartTimer) -> _Built:
     with env.device:
         networks = build_autoencoder(config)
     _start_from(config.init_from, networks[AutoencoderStage.averaged])
+    start.mark("networks")
     buffer = _begin_buffer(networks, AutoencoderStage.averaged, config, env)
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
     perceptual = build_perceptual(config.autoencoder_loss, env.device)

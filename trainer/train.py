@@ -18,6 +18,7 @@ from trainer.exit_codes import ExitCode, StopRequest
 from trainer.metrics.meters import Delayed, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.throughput import Throughput
+from trainer.metrics.timer import StartTimer
 from trainer.optim import learning_rate
 from trainer.reliability.healing import Incident
 from trainer.reliability.heartbeat import board_from_environment
@@ -35,6 +36,8 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
         ConfigError, DataError: a mistake of the user's.
         FatalFault: the loss does not recover.
     """
+    start = StartTimer()
+    start.mark("imports and checks")
     watchdog = Watchdog(
         config.distributed.watchdog_s,
         local_rank=env.local_rank,
@@ -45,8 +48,9 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
     stop_file = f"{config.run_dir.rstrip('/')}/STOP" if env.is_main else None
     with watchdog, Preemption(stop_file) as preemption:
         initialise(env, config.distributed.timeout_s)
+        start.mark("process group")
         try:
-            parts = build_run(config, env)
+            parts = build_run(config, env, start)
             try:
                 return train(parts, preemption, watchdog)
             finally:
@@ -62,8 +66,10 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
     slow_ranks = SlowRanks()
     batches = run.open_loader()
     batch = next(batches) if state.step < config.steps else None
+    run.start.mark("first batch")
     if state.step == 0:
         run.save()  # what a rewind of the first steps goes back to
+        run.start.mark("first save")
 
     while state.step < config.steps:
         assert batch is not None
@@ -73,6 +79,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         state.advance(config.global_batch_size, batch.position)
         with timer("optimizer"):
             run.ema.update(state.step)
+        run.start.first_step(run.env.device)
         meters.add(metrics)
         delayed.push(state.step, metrics, batch.ordinals)
         last_step = state.step == config.steps

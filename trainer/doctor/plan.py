@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Plan:
     """One checkpoint, over all ranks."""
 
 
+@functools.cache
 def plan(config: Config, world_size: int) -> Plan:
     """Parameter counts (on the meta device) times bytes, divided as the ZeRO stage divides them."""
     counts = count_parameters(config)

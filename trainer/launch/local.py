@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -145,10 +146,27 @@ def visible_devices(environment: Mapping[str, str]) -> int:
         return len([name for name in masked.split(",") if name.strip() not in ("", "-1")])
     if not Path("/dev/nvidiactl").exists():
         return 0
-    # Only here: a machine without GPUs need not import torch in the launcher.
-    import torch
+    count = _devices_by_driver()
+    if count is None:
+        # Only here: the launcher need not import torch.
+        import torch
 
-    return torch.cuda.device_count()
+        count = torch.cuda.device_count()
+    return count
+
+
+def _devices_by_driver() -> int | None:
+    """What the driver's library counts, which torch asks as well; None where it does not answer."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return None
+        count = ctypes.c_int(-1)
+        status = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):
+        return None
+    return count.value if status == 0 and count.value >= 0 else None
 
 
 def _thread_settings(ranks: int) -> dict[str, str]:

@@ -14,6 +14,7 @@ started it and by its own watchdog thread.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -101,14 +102,28 @@ def _examine(config: Config) -> ExitCode:
     """The doctor as a child of this rank, at the same place among the ranks.
 
     In a process of its own, because DeepSpeed does not survive a second process group, and so that the
-    training finds the device's memory untouched.
+    training finds the device's memory untouched. Meanwhile this one imports what training takes.
     """
     with tempfile.TemporaryDirectory(prefix="ldm-doctor-") as scratch:
         path = Path(scratch) / "config.json"
         path.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
         environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid())}
-        done = subprocess.run(rank_command(path, "doctor"), env=environment, check=False)
-        return normalize(done.returncode)
+        doctor = subprocess.Popen(rank_command(path, "doctor"), env=environment)
+        try:
+            _import_ahead(config)
+            return normalize(doctor.wait())
+        finally:
+            doctor.kill()  # does nothing when it has ended
+            doctor.wait()
+
+
+def _import_ahead(config: Config) -> None:
+    """Seconds of imports that no device notices; torch wants its compiler for the first optimizer."""
+    names = ["trainer.train", "torch._dynamo"]
+    if config.conditioning.openclip is not None:
+        names.append("trainer.conditioning.openclip")
+    for name in names:
+        importlib.import_module(name)
 
 
 def _die_with_launcher() -> None:

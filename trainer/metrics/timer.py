@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from data_pipeline.processes import process_age_s
+
+logger = logging.getLogger(__name__)
 
 
 class StepTimer:
@@ -42,3 +47,29 @@ class StepTimer:
         self._events.clear()
         self._seconds.clear()
         return taken
+
+
+class StartTimer:
+    """Where the time from the start of this process to its first optimizer step goes; told once."""
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+        self._age = 0.0
+        self._parts: dict[str, float] = {}
+
+    def mark(self, part: str) -> None:
+        """Everything since the last mark, or since the process began, was `part`."""
+        age = process_age_s()
+        self._parts[part] = self._parts.get(part, 0.0) + age - self._age
+        self._age = age
+
+    def first_step(self, device: torch.device) -> None:
+        """Wait for the device, and write the parts into the log. Later calls do nothing."""
+        if self._device is not None:
+            return
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.mark("first step")
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._parts.items())
+        logger.info("first step after %.1f s: %s", self._age, parts)

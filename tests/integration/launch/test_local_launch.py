@@ -336,13 +336,33 @@ def test_a_failing_doctor_keeps_the_training_from_starting(monkeypatch: pytest.M
     monkeypatch.delenv("LDM_RESTARTS", raising=False)
     config = Config()
     statuses = iter([2, 0])
-    monkeypatch.setattr(rank.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=next(statuses)))
+
+    def doctor(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return popen([sys.executable, "-c", f"raise SystemExit({next(statuses)})"])
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(rank.subprocess, "Popen", doctor)
     assert run_rank(config) is ExitCode.USER_ERROR
     assert started == []
     assert run_rank(config) is ExitCode.DONE
     assert started == ["train"]
     monkeypatch.setenv("LDM_RESTARTS", "1")  # a restart does not examine again
     assert run_rank(config) is ExitCode.DONE
+
+
+def test_imports_that_fail_beside_the_doctor_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def doctor(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        return started[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(rank.subprocess, "Popen", doctor)
+    monkeypatch.setitem(sys.modules, "trainer.train", None)
+    monkeypatch.delenv("LDM_RESTARTS", raising=False)
+    assert run_rank(Config()) not in (ExitCode.DONE, ExitCode.PREEMPTED)
+    assert started[0].returncode == -9
 
 
 def test_given_ranks_are_recognised() -> None:
@@ -356,6 +376,15 @@ def test_masked_devices_are_counted() -> None:
     assert visible_devices({"CUDA_VISIBLE_DEVICES": "0,2,5"}) == 3
     assert visible_devices({"CUDA_VISIBLE_DEVICES": ""}) == 0
     assert visible_devices({"CUDA_VISIBLE_DEVICES": "-1"}) == 0
+
+
+def test_counting_devices_takes_no_torch() -> None:
+    code = (
+        "import sys\nfrom trainer.launch import local\n"
+        "print(local.visible_devices({}) == (local._devices_by_driver() or 0), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_an_indivisible_batch_is_refused_before_anything_is_spawned(
