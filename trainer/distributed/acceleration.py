@@ -9,7 +9,6 @@ micro-batches so small that the processor cannot launch kernels as fast as the G
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,36 +46,82 @@ def compile_regions(network: nn.Module) -> int:
 class GraphedForward:
     """A network's training forward as CUDA graphs, captured once per set of input shapes.
 
-    Inputs are tensors in tuples and dictionaries, none of which needs a gradient. What is returned, and the
-    gradients that backward hands over, lie in memory that the next call overwrites: engines take gradients
-    away after each micro-batch.
+    Inputs are tensors in tuples and dictionaries, none of which needs a gradient; the result is one tensor.
+    It and the gradients that backward hands over lie in memory that the next call overwrites: engines take
+    gradients away after each micro-batch. All captures share that memory: no two are ever under way.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._captured: dict[Any, Callable[..., Any]] = {}
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._captured: dict[Any, _Captured] = {}
+        self._pool: Any = None
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any) -> Tensor:
         """As the network's own."""
         tensors, structure = pytree.tree_flatten(args)
-        key = (str(structure), tuple((t.shape, t.dtype) for t in tensors), torch.is_grad_enabled())
-        if key not in self._captured:
-            self._captured[key] = self._capture(tensors, structure)
-        return self._captured[key](*tensors)
+        key = (str(structure), tuple((t.shape, t.dtype) for t in tensors))
+        captured = self._captured.get(key)
+        if captured is None:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            captured = _Captured(self._network, self._parameters, tensors, structure, self._pool)
+            self._captured[key] = captured
+        for static, tensor in zip(captured.inputs, tensors, strict=True):
+            static.copy_(tensor)
+        result: Tensor = _Replay.apply(captured, *self._parameters)
+        return result
 
-    def _capture(self, tensors: list[Tensor], structure: pytree.TreeSpec) -> Callable[..., Any]:
-        examples = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
-        flat = _FlatForward(self._network, structure)
-        return torch.cuda.make_graphed_callables(flat, examples, allow_unused_input=True)
+
+class _Captured:
+    """Forward and backward of one set of shapes."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parameters: list[nn.Parameter],
+        tensors: list[Tensor],
+        structure: pytree.TreeSpec,
+        pool: Any,
+    ) -> None:
+        self.inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+
+        def run() -> Tensor:
+            output: Tensor = network(*pytree.tree_unflatten(self.inputs, structure))
+            return output
+
+        def differentiate(output: Tensor, doutput: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(output, parameters, doutput, allow_unused=True)
+
+        # Once before: kernels are compiled and libraries choose their algorithms, neither of which may happen
+        # while a stream is captured. Then the memory that this took goes back, or there would not be enough.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            output = run()
+            differentiate(output, torch.zeros_like(output))
+        del output
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        # Other threads (pinned memory for checkpoints and batches) may go on calling CUDA.
+        options: Any = {"pool": pool, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.forward, **options):
+            self.output = run()
+        self.doutput = torch.empty_like(self.output)
+        with torch.cuda.graph(self.backward, **options):
+            self.gradients = differentiate(self.output, self.doutput)
 
 
-class _FlatForward(nn.Module):
-    """The network as a function of a flat list of tensors."""
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, captured: _Captured, *parameters: Tensor) -> Tensor:
+        ctx.captured = captured
+        captured.forward.replay()
+        return captured.output.detach()
 
-    def __init__(self, network: nn.Module, structure: pytree.TreeSpec) -> None:
-        super().__init__()
-        self.network = network
-        self._structure = structure
-
-    def forward(self, *tensors: Tensor) -> Any:
-        return self.network(*pytree.tree_unflatten(tensors, self._structure))
+    @staticmethod
+    def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
+        captured: _Captured = ctx.captured
+        captured.doutput.copy_(doutput)
+        captured.backward.replay()
+        return None, *(None if g is None else g.detach() for g in captured.gradients)

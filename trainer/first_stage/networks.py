@@ -15,6 +15,7 @@ from trainer.config.models import FirstStageConfig
 from trainer.config.network_plan import norm_groups
 from trainer.kernels.group_norm import GroupNorm
 from trainer.kernels.residual import add_residual, leaves_bias, product_and_bias
+from trainer.kernels.softmax import wide_attention
 
 NORM_EPS = 1e-6
 
@@ -72,10 +73,7 @@ class SpatialAttention(nn.Module):
         """[B, C, H, W] -> [B, C, H, W]"""
         x, normed = self.group_norm(x, fork=True)
         tokens = normed.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, C]; a view where x is channels-last
-        query, key, value = (
-            layer(tokens).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v)
-        )  # [B, 1, HW, C]
-        mixed = F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        mixed = wide_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         to_out = self.to_out[0]
         assert isinstance(to_out, nn.Linear)
         mixed, bias = product_and_bias(to_out, mixed)

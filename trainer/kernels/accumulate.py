@@ -18,6 +18,8 @@ from trainer.kernels.language import cdiv, fused, tl, triton
 
 CHUNK = 8192
 """Elements that one program adds."""
+ALIGNED = 4
+"""Parameters that begin at multiples of this are read and written in wide words."""
 
 
 class FlatGradients:
@@ -31,6 +33,7 @@ class FlatGradients:
         starts = [part.storage_offset() - flat.storage_offset() for part in self._parts]
         chunks = [(p, c * CHUNK) for p, size in enumerate(sizes) for c in range(cdiv(size, CHUNK))]
         self._chunks = torch.tensor(chunks, dtype=torch.int64).to(flat.device)  # [programs, 2]
+        self._aligned = all(start % ALIGNED == 0 for start in starts)
         self._places = torch.tensor([starts, list(sizes)], dtype=torch.int64).to(
             flat.device
         )  # [2, parameters]
@@ -52,23 +55,29 @@ class FlatGradients:
             addresses = addresses.pin_memory().to(self._flat.device, non_blocking=True)
         _accumulate[(len(self._chunks),)](
             addresses, self._chunks, self._places, self._flat, len(gradients),
-            BF16=dtype == torch.bfloat16, CHUNK=CHUNK,
+            BF16=dtype == torch.bfloat16, CHUNK=CHUNK, ALIGNED=ALIGNED if self._aligned else 1,
         )  # fmt: skip
 
 
 @triton.jit
-def _accumulate(addresses, chunks, places, flat, count, BF16: tl.constexpr, CHUNK: tl.constexpr):
+def _accumulate(
+    addresses, chunks, places, flat, count, BF16: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr
+):
     chunk = tl.program_id(0).to(tl.int64)
     parameter = tl.load(chunks + chunk * 2)
-    at = tl.load(chunks + chunk * 2 + 1) + tl.arange(0, CHUNK)
+    begin = tl.multiple_of(tl.load(chunks + chunk * 2 + 1), CHUNK)
     address = tl.load(addresses + parameter)
     if address != 0:
         if BF16:
             source = address.to(tl.pointer_type(tl.bfloat16))
         else:
             source = address.to(tl.pointer_type(tl.float32))
-        source = tl.multiple_of(source, 16)  # torch's allocator aligns to more
-        inside = at < tl.load(places + count + parameter)
-        target = flat + tl.load(places + parameter) + at
-        gradient = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(target, tl.load(target, mask=inside, other=0.0) + gradient, mask=inside)
+        at = begin + tl.arange(0, CHUNK)
+        source = tl.multiple_of(source, 16) + at  # torch's allocator aligns to more
+        target = flat + tl.multiple_of(tl.load(places + parameter), ALIGNED) + at
+        size = tl.load(places + count + parameter)
+        if begin + CHUNK <= size:  # without a mask, loads are as wide as the alignment allows
+            tl.store(target, tl.load(target) + tl.load(source).to(tl.float32))
+        else:
+            gradient = tl.load(source, mask=at < size, other=0.0).to(tl.float32)
+            tl.store(target, tl.load(target, mask=at < size, other=0.0) + gradient, mask=at < size)

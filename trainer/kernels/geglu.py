@@ -11,8 +11,10 @@ from torch import Tensor
 from trainer.kernels.language import cdiv, channel_block, fused, register, tl, triton
 from trainer.kernels.residual import dense, rows_and_channels, sum_slices
 
-TILE = 2048
+TILE, BACKWARD_TILE = 2048, 1024
 """Elements of one half that one program holds at a time."""
+SLICES = 128
+"""Most partial sums per column of the backward pass."""
 
 
 def geglu(hidden: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,7 +40,7 @@ class _GEGLU(torch.autograd.Function):
 
 
 @triton.jit
-def _forward(hidden, bias, y, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _geglu_forward(hidden, bias, y, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = c < width
@@ -54,7 +56,7 @@ def _forward(hidden, bias, y, rows, width, ROWS: tl.constexpr, COLS: tl.constexp
 
 
 @triton.jit
-def _backward(
+def _geglu_backward(
     hidden, bias, dy, dhidden, sums, rows, width, rows_per_slice, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     s = tl.program_id(0)
@@ -90,8 +92,8 @@ def _launch_forward(hidden: Tensor, bias: Tensor) -> Tensor:
     width = double // 2
     cols = channel_block(width)
     y = _forward_result(hidden, bias)
-    _forward[(cdiv(rows, TILE // cols), cdiv(width, cols))](
-        hidden, bias, y, rows, width, ROWS=TILE // cols, COLS=cols
+    _geglu_forward[(cdiv(rows, TILE // cols), cdiv(width, cols))](
+        hidden, bias, y, rows, width, ROWS=TILE // cols, COLS=cols, num_warps=8
     )
     return y
 
@@ -104,17 +106,18 @@ def _launch_backward(hidden: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, 
     rows, double = rows_and_channels(hidden)
     width = double // 2
     cols = channel_block(width)
-    slices, per_slice = sum_slices(rows, TILE // cols)
+    tile = BACKWARD_TILE // cols
+    slices, per_slice = sum_slices(rows, tile, SLICES)
     dhidden, sums = _backward_results(hidden, bias, dy)
-    _backward[(slices, cdiv(width, cols))](
-        hidden, bias, dy, dhidden, sums, rows, width, per_slice, ROWS=TILE // cols, COLS=cols
+    _geglu_backward[(slices, cdiv(width, cols))](
+        hidden, bias, dy, dhidden, sums, rows, width, per_slice, ROWS=tile, COLS=cols
     )
     return dhidden, sums
 
 
 def _backward_results(hidden: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     rows, double = rows_and_channels(hidden)
-    slices, _ = sum_slices(rows, TILE // channel_block(double // 2))
+    slices, _ = sum_slices(rows, BACKWARD_TILE // channel_block(double // 2), SLICES)
     return torch.empty_like(hidden), hidden.new_empty((slices, double), dtype=torch.float32)
 
 

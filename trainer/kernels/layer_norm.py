@@ -19,8 +19,8 @@ from trainer.kernels.residual import add_residual, dense, rows_and_channels
 
 TILE = 4096
 """Elements that one program holds at a time."""
-PROGRAMS = 528
-"""Programs of the backward pass, each with its own partial sums: four per multiprocessor of an H100."""
+PROGRAMS = 264
+"""Programs of the backward pass, each with its own partial sums: two per multiprocessor of an H100."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -70,7 +70,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 @triton.jit
-def _forward(
+def _layer_norm_forward(
     x, branch, bias, weight, offset, stream, y, moments, rows, channels, eps,
     HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _layer_norm_backward(
     stream, dy, dskip, weight, moments, dx, sums, rows, channels, rows_per_program,
     HAS_SKIP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -150,9 +150,9 @@ def _launch_forward(
     moments = x.new_empty((rows, 2), dtype=torch.float32)
     cols = power_of_two(channels)
     tile = max(1, TILE // cols)
-    _forward[(cdiv(rows, tile),)](
+    _layer_norm_forward[(cdiv(rows, tile),)](
         x, branch, bias, weight, offset, stream, y, moments, rows, channels, eps,
-        HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None, ROWS=tile, COLS=cols,
+        HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None, ROWS=tile, COLS=cols, num_warps=8,
     )  # fmt: skip
     return y, moments
 
@@ -180,7 +180,7 @@ def _add_norm_results(
 
 def _backward_split(rows: int, channels: int) -> tuple[int, int, int]:
     """(rows per tile, rows per program, programs)"""
-    tile = max(1, TILE // 2 // power_of_two(channels))
+    tile = max(1, TILE // power_of_two(channels))
     per_program = cdiv(cdiv(rows, PROGRAMS), tile) * tile
     return tile, per_program, cdiv(rows, per_program)
 
@@ -191,9 +191,9 @@ def _launch_backward(
     rows, channels = rows_and_channels(stream)
     tile, per_program, programs = _backward_split(rows, channels)
     dx, sums = _backward_results(stream, dy, dskip, weight, moments)
-    _backward[(programs,)](
+    _layer_norm_backward[(programs,)](
         stream, dy, dskip, weight, moments, dx, sums, rows, channels, per_program,
-        HAS_SKIP=dskip is not None, ROWS=tile, COLS=power_of_two(channels),
+        HAS_SKIP=dskip is not None, ROWS=tile, COLS=power_of_two(channels), num_warps=8,
     )  # fmt: skip
     return dx, sums
 

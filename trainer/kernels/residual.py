@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from trainer.kernels.language import cdiv, channel_block, fused, register, tl, triton
 
-TILE = 4096
+TILE = 2048
 """Elements that one program holds at a time."""
-ALIGNED = 8
-"""Input channels that convolutions on tensor cores want a multiple of."""
-SLICES = 256
+SLICES = 1024
 """Most partial sums per column."""
 
 
@@ -29,11 +27,8 @@ def product_and_bias(layer: nn.Linear | nn.Conv2d, x: Tensor) -> tuple[Tensor, T
         return layer(x), None
     if isinstance(layer, nn.Linear):
         return F.linear(x, layer.weight), layer.bias
-    weight = layer.weight
-    if x.shape[1] < ALIGNED:  # pixels: tensor cores take channels by eight, and zeros add nothing
-        x, weight = (F.pad(t, (0, 0, 0, 0, 0, ALIGNED - x.shape[1])) for t in (x, weight))
     assert isinstance(layer.padding, tuple)
-    return F.conv2d(x, weight, None, layer.stride, layer.padding), layer.bias
+    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding), layer.bias
 
 
 def leaves_bias(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
@@ -142,9 +137,9 @@ def _launch_add(x: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def sum_slices(rows: int, rows_per_tile: int) -> tuple[int, int]:
+def sum_slices(rows: int, rows_per_tile: int, most: int = SLICES) -> tuple[int, int]:
     """(slices, rows per slice) for partial sums over rows."""
-    per_slice = cdiv(cdiv(rows, SLICES), rows_per_tile) * rows_per_tile
+    per_slice = cdiv(cdiv(rows, most), rows_per_tile) * rows_per_tile
     return cdiv(rows, per_slice), per_slice
 
 
