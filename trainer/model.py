@@ -198,5 +198,6 @@ def load_model(
             "export of it."
         )
     model.network.eval().requires_grad_(False)
+    model.conditioner.frozen.to(device)
     description = f"step {metadata.get('step', '?')}, {metadata.get('profile', 'weights')}"
     return TrainedModel(config, model, description)

@@ -89,7 +89,8 @@ class NoisedPicture(TrainedPart):
 def noise_level_alphas_cumprod(config: LowResolutionConfig) -> Tensor:
     """Signal power by noise level, float32 [noise_num_timesteps]; linear in sqrt(beta), as the upscaler's."""
     start, end = config.noise_beta_start**0.5, config.noise_beta_end**0.5
-    betas = torch.linspace(start, end, config.noise_num_timesteps, dtype=torch.float64) ** 2
+    # On the CPU whatever the default device is: the same numbers everywhere.
+    betas = torch.linspace(start, end, config.noise_num_timesteps, dtype=torch.float64, device="cpu") ** 2
     return torch.cumprod(1 - betas, dim=0).float()
 
 

@@ -95,7 +95,8 @@ def build_tower(config: OpenCLIPConfig, model: Mapping[str, Any], seed: int) -> 
         )
         tower.to(target)
     else:
-        load_tower(tower, weights_file(config.model, config.pretrained))
+        with torch.device("cpu"):  # where the file's pages are; copied once, to where the tower lies
+            load_tower(tower, weights_file(config.model, config.pretrained))
     return tower
 
 
