@@ -28,8 +28,8 @@ def wide_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     cells, width = query.shape[1:]
     slow = torch.is_grad_enabled() or width <= FLASH_WIDTH or key.shape[1] > ROW
     if not query.is_cuda or not fused(query) or slow or query.dtype != torch.bfloat16:
-        one_head = (part.unsqueeze(1) for part in (query, key, value))
-        return F.scaled_dot_product_attention(*one_head).squeeze(1)
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)  # [B, 1, N, C]
+        return F.scaled_dot_product_attention(query, key, value).squeeze(1)
     at_once = max(1, SCORE_BYTES // (4 * cells * key.shape[1]))
     groups = zip(query.split(at_once), key.split(at_once), value.split(at_once), strict=True)
     return torch.cat([_attend(*group) for group in groups])
