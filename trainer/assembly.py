@@ -190,6 +190,8 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     if resumed:
         logger.info("resuming from step %d (%d samples)", state.step, state.samples_seen)
         sinks.event(state.step, state.samples_seen, "resume", world_size=env.world_size)
+    if config.distributed.cuda_graphs:
+        buffer.wait()  # while one thread captures, no other may pin memory
     start.mark("averages and checkpoint")
     return run
 
