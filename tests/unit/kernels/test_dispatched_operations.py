@@ -1,0 +1,142 @@
+"""What one micro-batch of SD2 asks of a GPU, counted without one: operations, layout copies, host reads.
+
+Tensors are on the meta device (shapes and strides, no data) and the fused operators are told to take them, so
+the whole UNet and VAE run in seconds, and what is dispatched is what a GPU would be given. A count cannot say how fast a kernel is; it says that nobody
+has put back the conversions, copies and synchronisations that made most of the step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trainer.config.io import load_config
+from trainer.first_stage.build import build_first_stage
+from trainer.kernels import language
+from trainer.kernels.language import plain
+from trainer.models.unet import UNet
+
+CONFIG = load_config("configs/sd/sd2_base_512.yaml", [])
+BATCH, HEIGHT, WIDTH = 2, 40, 24  # no level has the size of a kernel, no head that of a level
+VIEWS = ("view", "reshape", "permute", "transpose", "t.", "expand", "slice", "split", "unsqueeze", "detach")
+VIEWS += ("prim", "alias", "as_strided", "select", "squeeze", "unbind", "empty", "chunk", "_unsafe_view")
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what is dispatched, and notes what must not be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.channels_first: list[str] = []
+        self.layout_copies: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result, name = func(*args, **(kwargs or {})), str(func)
+        if name == "aten.convolution.default" and layout(args[0]):
+            result = channels_last(result)
+        if name == "aten.convolution_backward.default" and layout(args[1]):
+            result = (channels_last(result[0]), *result[1:])
+        if not any(name.removeprefix("aten.").startswith(view) for view in VIEWS):
+            self.launches[name] += 1
+        for value in tree_leaves(result):
+            if is_feature_map(value) and not value.is_contiguous(memory_format=torch.channels_last):
+                # Slices of a channels-last map and views of tokens are no maps in memory.
+                if value.is_contiguous():
+                    self.channels_first.append(f"{name} {tuple(value.shape)}")
+        if "clone" in name or "_to_copy" in name or "copy_" in name:
+            source = args[1] if "copy_" in name else args[0]
+            if is_feature_map(source) and layout(source) != layout(result):
+                self.layout_copies.append(f"{name} {tuple(source.shape)}")
+        return result
+
+
+def channels_last(value: Tensor | None) -> Tensor | None:
+    """cuDNN answers in the layout of its input, which the meta device does not know."""
+    return None if value is None else torch.empty_like(value, memory_format=torch.channels_last)
+
+
+def is_feature_map(value: object) -> bool:
+    """Not a weight (a kernel of 3 x 3 or 1 x 1), and large enough to have a layout."""
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 4
+        and value.shape[0] == BATCH
+        and value.shape[1] > 16
+        and tuple(value.shape[2:]) not in ((3, 3), (1, 1), (4, 4))
+        and value.shape[2] * WIDTH == value.shape[3] * HEIGHT
+    )
+
+
+def layout(value: Tensor) -> bool:
+    return value.is_contiguous(memory_format=torch.channels_last)
+
+
+def record(run: Callable[[], object]) -> Recorder:
+    with Recorder() as recorder:
+        run()
+    return recorder
+
+
+@pytest.fixture(autouse=True)
+def fused_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "_RUNS_ON", {"meta"})
+
+
+def unet_step() -> Recorder:
+    with torch.device("meta"):
+        unet = UNet(CONFIG.unet, in_channels=4, out_channels=4, context_dim=1024).bfloat16()
+        x = torch.empty(BATCH, 4, HEIGHT, WIDTH, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last)
+        context = torch.empty(BATCH, 77, 1024, dtype=torch.bfloat16)
+        timesteps = torch.empty(BATCH, dtype=torch.int64)
+    parameters = list(unet.parameters())
+
+    def run() -> None:
+        loss = unet(x, timesteps, context).float().square().mean()
+        torch.autograd.grad(loss, parameters)
+
+    return record(run)
+
+
+def vae_encode() -> Recorder:
+    with torch.device("meta"):
+        stage = build_first_stage(CONFIG.first_stage).bfloat16().eval().requires_grad_(False)
+        stage.to(memory_format=torch.channels_last)
+        pixels = torch.empty(BATCH, 3, 8 * HEIGHT, 8 * WIDTH)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    return record(lambda: stage.encode(pixels))
+
+
+def test_a_step_of_the_unet_stays_in_one_layout_and_fuses_what_surrounds_products() -> None:
+    fused = unet_step()
+    with plain():
+        before = unet_step()
+    assert not fused.channels_first, fused.channels_first[:5]
+    assert not fused.layout_copies, fused.layout_copies[:5]
+    assert fused.launches["aten._local_scalar_dense.default"] == 0
+    assert before.channels_first, "the plain form has what this test looks for"
+    assert before.launches["aten.silu.default"] + before.launches["aten.gelu.default"] > 60
+    assert fused.launches["aten.silu.default"] + fused.launches["aten.gelu.default"] == 0
+    assert fused.launches["aten.add.Tensor"] < 0.3 * before.launches["aten.add.Tensor"]
+    # Sums of parameters' gradients are small operations of their own, so there are not fewer in all: they are
+    # what `distributed.cuda_graphs` takes away.
+    assert fused.launches.total() < 2500
+
+
+def test_encoding_stays_in_one_layout_without_padded_copies() -> None:
+    fused = vae_encode()
+    assert not fused.channels_first, fused.channels_first[:5]
+    assert not fused.layout_copies, fused.layout_copies[:5]
+    assert fused.launches["aten._local_scalar_dense.default"] == 0
+    assert fused.launches["aten.constant_pad_nd.default"] == 3, "kernels of the strided convolutions alone"
+    assert fused.launches.total() < 110
