@@ -113,8 +113,7 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(
     assert train(again, its_ema, 3, 6) == pytest.approx(unbroken, rel=1e-2)
 
 
-@pytest.mark.parametrize("setting", ["compile", "cuda_graphs"])
-def test_switches_keep_losses_under_deepspeed(setting: str, env: DistributedEnv, tmp_path: Path) -> None:
+def test_compiled_regions_keep_losses_under_deepspeed(env: DistributedEnv, tmp_path: Path) -> None:
     plain = train(make_engine(make_config(tmp_path, zero_stage=1), env), None, 0, 3)
-    switched = train(make_engine(make_config(tmp_path, zero_stage=1, **{setting: True}), env), None, 0, 3)
-    assert switched == pytest.approx(plain, rel=2e-2)
+    compiled = train(make_engine(make_config(tmp_path, zero_stage=1, compile=True), env), None, 0, 3)
+    assert compiled == pytest.approx(plain, rel=2e-2)

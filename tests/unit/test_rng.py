@@ -288,6 +288,7 @@ def test_one_graph_without_breaks():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_draws_are_the_same():
+    torch._dynamo.reset()  # or it would generalise over the shapes of the test before
     compiled = draws(normal=torch.compile(rng.normal, fullgraph=True))
     for actual, expected in zip(compiled, draws(), strict=True):
         different = actual != expected

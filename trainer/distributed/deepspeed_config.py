@@ -35,6 +35,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "zero_optimization": _zero_optimization(config),
         "zero_allow_untested_optimizer": False,
         "wall_clock_breakdown": False,
+        # Its meter of throughput would wait for the device before every forward and after every step.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "steps_per_print": None,
     }
 
