@@ -34,7 +34,7 @@ def benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("void at::native::RowwiseMomentsCUDAKernel<c10::BFloat16>", "group norm"),
         ("_forward_sums", "group norm"),
         ("_backward_apply", "group norm"),
-        ("_forward", "layer norm and GEGLU"),
+        ("_layer_norm_forward", "layer norm and GEGLU"),
         (
             "void at::native::vectorized_layer_norm_kernel<c10::BFloat16, float, false>",
             "layer norm and GEGLU",

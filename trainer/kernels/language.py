@@ -48,7 +48,8 @@ _switched_on = tl is not None
 
 def fused(x: Tensor) -> bool:
     """Whether kernels take this tensor; otherwise the plain torch form, which is also their reference."""
-    return _switched_on and x.device.type in _RUNS_ON
+    # Kernels compute in fp32, which float64 did not ask for.
+    return _switched_on and x.device.type in _RUNS_ON and x.dtype != torch.float64
 
 
 @contextmanager

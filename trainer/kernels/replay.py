@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 SHAPES = 4
 """Shapes that are captured at most; each holds memory of its own."""
@@ -18,6 +21,7 @@ class Replayed:
     def __init__(self, function: Callable[[Tensor], Outputs]) -> None:
         self._function = function
         self._seen: set[torch.Size] = set()
+        self._may_capture = True
         self._captured: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Outputs]] = {}
 
     def __call__(self, x: Tensor) -> Outputs:
@@ -25,10 +29,17 @@ class Replayed:
         if not x.is_cuda or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
             return self._function(x)
         if x.shape not in self._captured:
-            if x.shape not in self._seen or len(self._captured) == SHAPES:
+            if x.shape not in self._seen or len(self._captured) == SHAPES or not self._may_capture:
                 self._seen.add(x.shape)
                 return self._function(x)
-            self._captured[x.shape] = self._capture(x)
+            before = torch.cuda.current_stream()
+            try:
+                self._captured[x.shape] = self._capture(x)
+            except RuntimeError as error:  # slower, and no reason to end a run
+                torch.cuda.set_stream(before)
+                self._may_capture = False
+                logger.warning("a frozen network runs without its CUDA graph: %s", error)
+                return self._function(x)
         graph, static, outputs = self._captured[x.shape]
         static.copy_(x)
         graph.replay()
@@ -41,6 +52,7 @@ class Replayed:
             side.wait_stream(torch.cuda.default_stream(x.device))
             self._function(static)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        # Other threads (pinned memory for checkpoints and batches) may go on calling CUDA.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = self._function(static)
         return graph, static, outputs
