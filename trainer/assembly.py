@@ -24,7 +24,7 @@ from data_pipeline.loader import (
 from trainer.checkpoint.contents import share_bytes
 from trainer.checkpoint.export import open_weights
 from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.manager import CheckpointManager, Loaded
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.distributed import collectives
@@ -111,16 +111,32 @@ class Run:
             "checkpoint/bytes": float(last.num_bytes),
         }
 
-    def restore(self) -> bool:
-        """Take over the newest good checkpoint; False when there is none. Collective."""
+    def restore(self) -> Loaded | None:
+        """Take over the newest good checkpoint; None when there is none. Collective.
+
+        Raises:
+            ConfigError: it is of another network, or of other settings without the word for it.
+        """
         handle = self.checkpoints.latest_good()
         if handle is None:
-            return False
+            return None
         loaded = self.checkpoints.load(handle, self.stage.engines, self.ema)
         self.stage.load_state(loaded.tensors)
         self.state.load_state_dict(loaded.state["train"])
         self.healer.load_state(loaded.state["healer"])
-        return True
+        return loaded
+
+    def tell_resume(self, loaded: Loaded) -> None:
+        """Into log and records: where the run goes on, and as what else than before."""
+        step, samples = self.state.step, self.state.samples_seen
+        logger.info("resuming from step %d (%d samples)", step, samples)
+        self.sinks.event(step, samples, "resume", world_size=self.env.world_size)
+        if not loaded.changed:
+            return
+        changed = [str(difference) for difference in loaded.changed]
+        self.sinks.event(step, samples, "resume changed", changed=changed)
+        if self.env.is_main:
+            logger.warning("going on with other settings, as resume_changed says: %s", "; ".join(changed))
 
     def rewind(self, incident: Incident) -> None:
         """Back to the newest good checkpoint, never to see the incident's samples again. Collective."""
@@ -131,7 +147,7 @@ class Run:
         failure = self.checkpoints.settle()
         if failure is not None:
             logger.error("%s", failure)
-        if not self.restore():
+        if self.restore() is None:
             raise FatalFault(f"{incident.kind} at step {incident.step}, and no checkpoint to go back to.")
         logger.warning("rewound to step %d", self.state.step)
 
@@ -187,9 +203,8 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     healer.merge(read_journal(config.run_dir))
     sinks.open(start_step=state.step, run_id=state.wandb_run_id)
     state.wandb_run_id = collectives.broadcast_object(sinks.run_id)
-    if resumed:
-        logger.info("resuming from step %d (%d samples)", state.step, state.samples_seen)
-        sinks.event(state.step, state.samples_seen, "resume", world_size=env.world_size)
+    if resumed is not None:
+        run.tell_resume(resumed)
     if config.distributed.cuda_graphs:
         buffer.wait()  # while one thread captures, no other may pin memory
     start.mark("averages and checkpoint")

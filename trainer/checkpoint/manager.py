@@ -32,6 +32,7 @@ from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
 from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.writer import Commit, Job
 from trainer.checkpoint.writer_client import BackgroundWriter, InlineWriter, Writer
+from trainer.config.identity import Difference, check_resume
 from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
@@ -46,11 +47,13 @@ _PATIENCE_S = 1800.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `CheckpointManager.save` was given."""
+    """What `CheckpointManager.save` was given, and what has changed since."""
 
     step: int
     state: dict[str, Any]
     tensors: dict[str, Tensor]
+    changed: tuple[Difference, ...]
+    """Settings that define the run and are not what they were; `resume_changed` names them."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +202,11 @@ class CheckpointManager:
         """Restore engines and averages, whatever the layout of ranks and ZeRO stage that saved them.
 
         Raises:
-            ConfigError: the networks are not the stored ones.
+            ConfigError: the networks are not the stored ones, or a setting that defines the run is not
+                what it was (`trainer/config/identity.py`); nothing has been restored.
         """
         stored = json.loads(read_bytes(join(handle.url, handle.manifest.state.name)))
+        changed = check_resume(stored["config"], self._config, handle.url)
         for name, engine in engines.items():
             check_shapes(handle, name, engine.parameter_shapes)
         for name, engine in engines.items():
@@ -211,7 +216,7 @@ class CheckpointManager:
                 load_averages(reader, handle.manifest.kinds[name], ema)
             engine.refresh(moments=True)
         tensors, _ = read_weights(join(handle.url, handle.manifest.tensors.name))
-        return Loaded(handle.step, stored["state"], tensors)
+        return Loaded(handle.step, stored["state"], tensors, changed)
 
     def close(self) -> None:
         """Let go of the writer and the buffer. Not collective; `wait` first to learn of failures."""

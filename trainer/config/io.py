@@ -47,6 +47,7 @@ def load_config(path: str | None, overrides: typing.Sequence[str] = ()) -> Confi
     data = tree.get("data")
     config = derive(config, given=data if isinstance(data, dict) else ())
     check(config)
+    _check_words(config)
     return config
 
 
@@ -70,6 +71,24 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def dump_yaml(config: Config) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, width=110)
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass behind `Section` or `Section | None`."""
+    for option in typing.get_args(hint) if _is_union(hint) else (hint,):
+        if dataclasses.is_dataclass(option):
+            return typing.cast(type, option)
+    return None
+
+
+def _check_words(config: Config) -> None:
+    """A key of `resume_changed` that does not exist would allow nothing."""
+    known = _all_keys(Config, "")
+    for key in config.resume_changed:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "write section.key, or a section."
+            raise ConfigError(f"resume_changed names {key!r}, which is no setting; {hint}")
 
 
 def _read_yaml(path: str) -> _Tree:
@@ -159,19 +178,11 @@ def _unknown_key(dotted: str, key: str, names: list[str], origin: str, prefix: s
 def _all_keys(cls: type, prefix: str) -> list[str]:
     keys: list[str] = []
     for name, hint in typing.get_type_hints(cls).items():
-        section = _section_of(hint)
+        section = section_of(hint)
         keys.append(prefix + name)
         if section is not None:
             keys += _all_keys(section, f"{prefix}{name}.")
     return keys
-
-
-def _section_of(hint: Any) -> type | None:
-    """The dataclass behind `Section` or `Section | None`."""
-    for option in typing.get_args(hint) if _is_union(hint) else (hint,):
-        if dataclasses.is_dataclass(option):
-            return typing.cast(type, option)
-    return None
 
 
 def _is_union(hint: Any) -> bool:
@@ -179,7 +190,7 @@ def _is_union(hint: Any) -> bool:
 
 
 def _value(hint: Any, given: _Tree | _Given, dotted: str) -> Any:
-    section = _section_of(hint)
+    section = section_of(hint)
     if section is not None:
         if isinstance(given, dict):
             return _build(section, given, f"{dotted}.")

@@ -1,0 +1,89 @@
+"""A run that resumes as something else: what a rank does, from its configuration file to its exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.scenes.scene import SceneOptions
+from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from trainer.config.io import config_to_dict, load_config
+from trainer.distributed.place import free_port
+from trainer.exit_codes import ExitCode
+from trainer.launch import rank
+
+TINY = (
+    "data.image_size=16",
+    "data.workers=0",
+    "first_stage.name=identity",
+    "unet={model_channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, attention_factors: [2]}",
+    "unet.head_dim=16",
+    "unet.num_groups=4",
+    "unet.attention=plain",
+    "global_batch_size=2",
+    "micro_batch_size=2",
+    "logging={every: 1, wandb: disabled, progress_bar: false}",
+    "distributed={engine: torch, zero_stage: 0, precision: fp32, doctor: false, watchdog_s: 0}",
+    "checkpoint.asynchronous=false",
+)
+CHANGED = ("steps=2", "diffusion.prediction=v", "diffusion.beta_end=0.02", "optimizer.learning_rate=1e-3")
+Train = Callable[..., int]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """One rank of `ldm train` in this process; its exit code."""
+    scene = SceneOptions(min_edge=16, max_edge=24)
+    list(synthesize(str(tmp_path / "shards"), SynthesisOptions(samples=8, failed_share=0.0, scene=scene)))
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    where = (f"run_dir={tmp_path}/run", f"data.shards={tmp_path}/shards/*.tar")
+
+    def run(*overrides: str) -> int:
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config_to_dict(load_config(None, [*TINY, *where, *overrides]))))
+        return rank.main([str(path), "train"])
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "logs/metrics.jsonl").read_text().splitlines()]
+
+
+def test_another_objective_is_refused_before_anything_is_written_and_goes_on_with_the_word(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train("steps=1") == ExitCode.DONE
+    before = contents(tmp_path / "run")
+
+    assert train(*CHANGED) == ExitCode.USER_ERROR
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "diffusion.beta_end was 0.012, is 0.02; diffusion.prediction was eps, is v;" in error
+    assert "'resume_changed=[diffusion.beta_end,diffusion.prediction]'" in error
+    assert "learning_rate" not in error
+    assert contents(tmp_path / "run") == before
+
+    caplog.clear()
+    assert train(*CHANGED, "resume_changed=[diffusion.beta_end,diffusion.prediction]") == ExitCode.DONE
+    differences = ["diffusion.beta_end was 0.012, is 0.02", "diffusion.prediction was eps, is v"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text for text in warnings if "; ".join(differences) in text]
+    events = [record for record in records(tmp_path / "run") if "event" in record]
+    assert [(event["step"], event["event"]) for event in events] == [(1, "resume"), (1, "resume changed")]
+    assert events[1]["changed"] == differences
+
+    # What it goes on as is what the next checkpoint says: the word is not needed again.
+    assert train("steps=3", *CHANGED[1:]) == ExitCode.DONE
+    assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == [1, 2, 3]

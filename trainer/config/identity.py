@@ -1,0 +1,177 @@
+"""What makes a run the run that it is: the settings that say what is learned, compared when it resumes.
+
+Compared are those that change what the loss is an estimate of: the stage, its networks, its objective, its
+conditions with the probabilities of leaving them out, and which pictures and texts it is an average over.
+Free are those that say how far, how fast and where: steps, rates, batch, seed, averages, ranks, precision.
+A new field of a compared section is compared, unless it is named as free here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from trainer.config.io import config_to_dict, section_of
+from trainer.config.models import FirstStageConfig
+from trainer.config.network_plan import norm_groups
+from trainer.config.run import Config, ConfigError
+
+_Flat = dict[str, Any]
+"""Values by dotted key; a section that may be absent is itself a key, with `_THERE` or null."""
+
+_THERE = "there"
+_SECTIONS = {
+    "diffusion": ("unet", "first_stage", "conditioning", "diffusion"),
+    "autoencoder": ("first_stage", "autoencoder_loss"),
+}
+"""By stage: the sections that define it. The others of these do nothing there."""
+_FREE = (
+    "unet.activation_checkpointing",  # memory against time, the same numbers
+    "first_stage.encode_chunk",
+    "first_stage.tile_pixels",
+    "diffusion.timesteps",  # changes the variance of the loss, not its mean
+    "autoencoder_loss.latent_statistics",  # measured again before they are stored
+)
+_DATA = ("image_size", "crop", "horizontal_flip", "buckets", "filter", "require_caption")
+"""Where shards lie, and what is removed from them, may change: an opt-out needs no permission.
+data.conditions and data.max_layout_boxes follow from `conditioning`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One setting that is not what it was."""
+
+    key: str
+    """Dotted."""
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {_shown(self.was)}, is {_shown(self.now)}"
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """In which settings that define a run two configurations differ, as `config_to_dict` writes them.
+
+    A key that the stored one lacks, because it is older, has its default; one that is unknown by now is
+    ignored. Different ways of writing the same (one depth for all levels) are equal, and so are settings
+    that do nothing on one of the sides (those of buckets without buckets).
+    """
+    old, new = _defining(_completed(Config, stored)), _defining(_completed(Config, now))
+    if old["stage"] != new["stage"]:
+        return (Difference("stage", old["stage"], new["stage"]),)  # nothing else can be compared
+    return tuple(Difference(key, old[key], new[key]) for key in new if key in old and old[key] != new[key])
+
+
+def check_resume(stored: Mapping[str, Any], config: Config, checkpoint: str) -> tuple[Difference, ...]:
+    """What `config.resume_changed` allows to differ from the stored configuration of a checkpoint.
+
+    Raises:
+        ConfigError: something differs that it does not name; the sentence names all of that.
+    """
+    found = differences(stored, config_to_dict(config))
+    refused = [difference for difference in found if not _allowed(difference.key, config.resume_changed)]
+    if refused:
+        keys = ",".join(dict.fromkeys((*config.resume_changed, *(difference.key for difference in refused))))
+        raise ConfigError(
+            f"the checkpoint {checkpoint} was trained with other settings: "
+            f"{'; '.join(map(str, refused))}; set them back, name another run_dir "
+            f"(init_from={config.run_dir} starts it from these weights), or go on with the change by "
+            f"'resume_changed=[{keys}]'."
+        )
+    return found
+
+
+def _allowed(key: str, words: Collection[str]) -> bool:
+    return any(key == word or key.startswith(f"{word}.") for word in words)
+
+
+def _completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a section, with the defaults of those that are missing."""
+    hints, completed = typing.get_type_hints(cls), config_to_dict(cls())
+    for name in completed:
+        section, value = section_of(hints[name]), values.get(name, completed[name])
+        inside = section is not None and isinstance(value, Mapping)
+        completed[name] = _completed(typing.cast(type, section), value) if inside else _plain(value)
+    return completed
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _defining(config: dict[str, Any]) -> _Flat:
+    """What defines the run, in one form whatever the way of writing it, without what does nothing."""
+    stage = config["stage"]
+    flat: _Flat = {"stage": stage}
+    for section in _SECTIONS[stage]:
+        flat |= _flattened(config[section], f"{section}.")
+    flat |= {f"data.{name}": config["data"][name] for name in _DATA}
+    flat["data.filter"] = flat["data.filter"].strip()
+    if config["data"]["buckets"]:
+        flat |= {f"data.{name}": config["data"][name] for name in ("bucket_step", "bucket_max_aspect")}
+    if stage == "diffusion":
+        flat["data.captions"] = config["data"]["captions"]
+        _normalise_unet(flat)
+    _normalise_first_stage(flat, stage)
+    if flat.get("diffusion.loss") != "huber":
+        flat.pop("diffusion.huber_delta", None)
+    return {key: value for key, value in flat.items() if key not in _FREE}
+
+
+def _flattened(section: dict[str, Any], prefix: str) -> _Flat:
+    flat: _Flat = {}
+    for name, value in section.items():
+        if isinstance(value, dict):
+            flat |= {prefix + name: _THERE, **_flattened(value, f"{prefix}{name}.")}
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _normalise_unet(flat: _Flat) -> None:
+    levels = len(flat["unet.channel_multipliers"])
+    depths, cross_only = flat["unet.transformer_depth"], flat["unet.cross_attention_only"] or [False]
+    if flat["unet.middle_transformer_depth"] is None:
+        flat["unet.middle_transformer_depth"] = depths[-1]
+    flat["unet.transformer_depth"] = depths * levels if len(depths) == 1 else depths
+    flat["unet.cross_attention_only"] = cross_only * levels if len(cross_only) == 1 else cross_only
+    if flat["unet.res_block_groups"] is None:
+        flat["unet.res_block_groups"] = flat["unet.num_groups"]
+
+
+def _normalise_first_stage(flat: _Flat, stage: str) -> None:
+    name, idle = flat["first_stage.name"], list[str]()
+    if name == "identity":
+        fields = (field.name for field in dataclasses.fields(FirstStageConfig))
+        idle += [field for field in fields if field not in ("name", "input_range", "latent_scale")]
+    else:
+        idle += ["codebook_size"] if name != "vq" else []
+        sizes = FirstStageConfig(
+            base_channels=flat["first_stage.base_channels"],
+            num_groups=flat["first_stage.num_groups"],
+            channel_multipliers=(),
+        )
+        flat["first_stage.num_groups"] = norm_groups(sizes)
+    if stage == "autoencoder":
+        idle += ["weights", "latent_scale", "input_range"]  # a second stage's
+    else:
+        idle.append("dropout")  # frozen
+        # The latent statistics in the file tell another first stage; a scale that is set hides them.
+        if flat["first_stage.latent_scale"] is None:
+            idle.append("weights")
+    for key in idle:
+        flat.pop(f"first_stage.{key}", None)
+
+
+def _shown(value: Any) -> str:
+    """As it is written in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value) if value != "" else "empty"
