@@ -237,7 +237,7 @@ class Walker:
             if reason is None and ordinal + slot in self._skip_ordinals:
                 reason = "skipped"
             visits[slot] = Visit(
-                epoch, offset + slot, shard, view.key(row), reason, slot=slot, late=view.late
+                epoch, offset + slot, shard, view.key(row), reason, slot=slot, late=view.late_filter(row)
             )
             if reason is not None:
                 continue

@@ -22,11 +22,13 @@ from data_pipeline.errors import DataError, Failure, Rejected, StorageOutage
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
 from data_pipeline.feed.sample import fill_sample, sample_arrays
 from data_pipeline.order.draws import fold
+from data_pipeline.pictures.decoding import picture_size
 from data_pipeline.shards.dataset import sources_of
+from data_pipeline.shards.filter_columns import unknown_column
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import hash_text
 from data_pipeline.shards.selection import read_removals, removed_record
-from data_pipeline.shards.tars import split_name
+from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record, split_name
 from data_pipeline.storage.files import open_stream
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.urls import distinguishing_depth, shard_name
@@ -34,6 +36,9 @@ from data_pipeline.storage.urls import distinguishing_depth, shard_name
 logger = logging.getLogger(__name__)
 
 _TAKE_S = 1.0
+_PICTURE = ("picture_height", "picture_width")
+_RECORDS = 1000
+"""A column of the filter that is in none of so many first samples is not there."""
 
 
 class ResampledLoader(Iterator[Batch]):
@@ -72,10 +77,14 @@ class ResampledLoader(Iterator[Batch]):
         self._global = global_batch_size
         self._step = int(position["step"]) if position else 0
         self._filter = Filter(config.filter)
+        self._seen: set[str] = set()
+        self._records = 0
+        self._unseen = set(self._filter.columns)
         self._removed = read_removals(config.removal_lists)
         self.rejected: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.wait_s = 0.0
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(2, config.prefetch) * self._size)
         self._threads = [
@@ -125,6 +134,28 @@ class ResampledLoader(Iterator[Batch]):
         self.rejected["shard_cut_short"] += 1
         return True
 
+    def _late(self, members: dict[str, bytes]) -> Filter | None:
+        """The filter for one sample; raises DataError when records keep coming without one of its columns.
+
+        No index tells the columns here, so the records do. picture_* are what an index would read.
+        """
+        if not self._filter.clauses:
+            return None
+        picture: dict[str, int | None] = dict.fromkeys(_PICTURE)
+        if self._filter.columns & picture.keys():
+            head = next((members[e] for e in IMAGE_EXTENSIONS if e in members), b"")
+            picture = dict(zip(_PICTURE, picture_size(head) or (None, None), strict=True))
+        if self._unseen:
+            names = {*(parse_record(members.get("json")) or {}), *picture}
+            with self._lock:
+                self._seen.update(names)
+                self._records += 1
+                self._unseen -= names
+                if self._unseen and self._records >= _RECORDS:
+                    where = f"any of the first {self._records} samples"
+                    raise DataError(unknown_column(min(self._unseen), self._seen, where))
+        return self._filter.given(picture)
+
     def _put(self, sample: dict[str, Any]) -> None:
         members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
         edge = self._config.image_size
@@ -138,7 +169,7 @@ class ResampledLoader(Iterator[Batch]):
             caption = fill_sample(
                 self._config,
                 members,
-                late=self._filter if self._filter.clauses else None,
+                late=self._late(members),
                 target=(edge, edge),
                 seed=self._seed,
                 ordinal=fold(self._step, hash_text(key)) >> 1,

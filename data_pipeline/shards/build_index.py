@@ -31,6 +31,7 @@ import numpy as np
 
 from data_pipeline.errors import AccessDenied, NotATar, NotFound
 from data_pipeline.pictures.decoding import picture_size
+from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
 from data_pipeline.shards.index import (
     ABSENT,
     DEFECTS,
@@ -228,40 +229,50 @@ def _record(group: dict[str, Member], seen: dict[int, Any]) -> dict[str, Any]:
     return record
 
 
-def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]]) -> None:
-    """Sort the fields of the json (or parquet) into numeric, text, identity and omitted columns."""
-    names = sorted({name for record in records for name in record})
+def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]], *, parquet: bool = False) -> None:
+    """Keep the fields of the json (or parquet) as numbers and texts, hashes for removal lists.
+
+    What is too long or too varied is omitted: a filter reads it from each json. The parquet is not there
+    while training, so of its columns more is kept: numbers that are spelled as texts, and where a value was.
+    """
     omitted = list(index.omitted)
-    for name in names:
-        values = [record.get(name) for record in records]
-        present = [v for v in values if v is not None]
+    for name in sorted({name for record in records for name in record}):
+        raw = [record.get(name) for record in records]
         if name in _IDENTITIES:
-            hashed = [0 if v is None else hash_text(str(v)) for v in values]
+            hashed = [0 if v is None else hash_text(str(v)) for v in raw]
             index.hashes[name] = np.asarray(hashed, np.uint64)
-        if present and all(isinstance(v, (int, float)) for v in present):
-            index.numbers[name] = np.asarray([_number(v) for v in values], np.float64)
-        elif present and all(isinstance(v, str) and len(v) <= _MAX_WORD for v in present):
-            words = sorted(set(present))
-            if len(words) > min(_MAX_WORDS, max(8, len(present) // 4)) or name in _IDENTITIES:
-                omitted.append(name)
-                continue
-            place = {word: i for i, word in enumerate(words)}
-            index.words[name] = words
-            index.codes[name] = np.asarray(
-                [place.get(v, -1) if v else place.get("", -1) for v in values], np.int16
-            )
-        elif present:
+        values = [plain(v) for v in raw]
+        if parquet:
+            values = _keepable(name, values)
+        words = {v for v in values if isinstance(v, str)}
+        numeric = any(isinstance(v, float) for v in values)
+        if not parquet and (OTHER in values or (words and not _fit(name, words, values))):
             omitted.append(name)
+            continue
+        if numeric:
+            numbers = [v if isinstance(v, float) else math.nan for v in values]
+            index.numbers[name] = np.asarray(numbers, np.float64)
+        if words or OTHER in values or not numeric:
+            index.words[name] = sorted(words)
+            place: dict[Any, int] = {word: i for i, word in enumerate(index.words[name])} | {OTHER: -2}
+            codes = [-1 if v is None or isinstance(v, float) else place[v] for v in values]
+            index.codes[name] = np.asarray(codes, np.int16)
     index.omitted = tuple(omitted)
 
 
-def _number(value: object) -> float:
-    if isinstance(value, (int, float)):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf
-    return math.nan
+def _fit(name: str, words: set[str], values: Sequence[Any]) -> bool:
+    """Whether the texts of a column are few and short enough to be kept."""
+    present = sum(v is not None for v in values)
+    few = len(words) <= min(_MAX_WORDS, max(8, present // 4)) and name not in _IDENTITIES
+    return few and all(len(word) <= _MAX_WORD for word in words)
+
+
+def _keepable(name: str, values: list[Any]) -> list[Any]:
+    """Values of a parquet column with the texts that do not fit as the number that they spell, or OTHER."""
+    if _fit(name, {v for v in values if isinstance(v, str)}, values):
+        return values
+    spelled = [spelled_number(v) if isinstance(v, str) else v for v in values]
+    return [OTHER if s is None and v is not None else s for s, v in zip(spelled, values, strict=True)]
 
 
 def _add_parquet(index: ShardIndex, shard: ListedFile) -> None:
@@ -275,18 +286,36 @@ def _add_parquet(index: ShardIndex, shard: ListedFile) -> None:
 
     try:
         table = pq.read_table(io.BytesIO(raw)).to_pydict()
-        rows = {str(key): i for i, key in enumerate(table["key"])}
+        keys = [key.decode() for key in index.keys]
+        rows = {key: i for i, key in enumerate(_member_keys(table["key"], keys))}
     except Exception as error:  # noqa: BLE001 - pyarrow raises many types for damaged files
         index.problems += (f"parquet {name_of(url)} is not readable: {str(error)[:120]}",)
         return
-    keys = [key.decode() for key in index.keys]
     index.missing_rows = len(rows.keys() - set(keys))
     strangers = sum(key not in rows for key in keys)
     if strangers:
         index.problems += (f"{strangers} samples have no row in {name_of(url)}",)
-    have = {*index.numbers, *index.codes, *index.hashes, *index.omitted, "key", "caption"}
+    empty = {name for name, words in index.words.items() if not words}
+    have = {*index.numbers, *index.codes, *index.hashes, *index.omitted} - empty
     extra = [name for name in table if name not in have]
     if not extra or not keys:
         return
     records = [{n: table[n][rows[k]] for n in extra} if k in rows else {} for k in keys]
-    _add_columns(index, [{n: v for n, v in r.items() if v is not None} for r in records])
+    _add_columns(index, records, parquet=True)
+
+
+def _member_keys(column: Sequence[Any], keys: Sequence[str]) -> Iterator[str]:
+    """The parquet's keys as the members spell them: 12 (or 12.0, or a Decimal) is sample 000000012."""
+    spellings: dict[int, list[str]] = {}
+    for key in set(keys):
+        if key.isascii() and key.isdigit() and len(key) < 40:
+            spellings.setdefault(int(key), []).append(key)
+    for key in column:
+        number = None if isinstance(key, (str, bool)) else plain(key)
+        if isinstance(number, float) and number.is_integer():
+            whole = int(key)
+            # Two members that differ in zeros alone: only the one that is spelled as the number is.
+            found = spellings.get(whole, [])
+            yield found[0] if len(found) == 1 else str(whole)
+        else:
+            yield key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)

@@ -16,6 +16,8 @@ from data_pipeline.errors import DataError, NoShards, NotATar
 from data_pipeline.order.buckets import Buckets, bucket_shapes, make_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
 from data_pipeline.shards.build_index import build_index
+from data_pipeline.shards.filter_columns import check_columns
+from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import ManifestRow, read_manifest
 from data_pipeline.storage.listing import ListedFile, list_files
 from data_pipeline.storage.urls import (
@@ -102,8 +104,10 @@ def open_dataset(
 ) -> Dataset:
     """Find the shards and their index; small sets are checked and indexed on first use.
 
-    Raises DataError: no shards, a shard that is not a tar, or a large set without an index.
+    Raises DataError: no shards, a shard that is not a tar, a large set without an index, or a filter that is
+    wrong or names columns that no shard has.
     """
+    rule = Filter(config.filter)
     urls: list[str] = []
     rows: list[ManifestRow] = []
     folders: list[str] = []
@@ -118,6 +122,8 @@ def open_dataset(
         entries += [first + i for _ in range(source.repeat) for i in range(len(found))]
     if len(set(urls)) != len(urls):
         raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
+    index_urls = tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True))
+    check_columns(rule, list(zip(rows, index_urls, strict=True)))
     shard_of = np.asarray(entries, np.int64)
     samples = np.asarray([row.samples for row in rows], np.int64)
     digest = hashlib.sha256()
@@ -125,7 +131,7 @@ def open_dataset(
         digest.update(f"{name_of(rows[i].shard)} {rows[i].samples} {rows[i].size}\n".encode())
     return Dataset(
         urls=tuple(urls),
-        index_urls=tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True)),
+        index_urls=index_urls,
         sizes=tuple(row.size for row in rows),
         versions=tuple(row.version for row in rows),
         checksums=tuple(row.checksum for row in rows),

@@ -27,20 +27,31 @@ True
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-
-Column: TypeAlias = "tuple[NDArray[Any], NDArray[np.bool_]]"
-"""Values and, per row, whether they are known (False: missing or NaN)."""
-Node: TypeAlias = "Callable[[Mapping[str, Column], int], Column]"
+from data_pipeline.shards.filter_values import (
+    Node,
+    arithmetic,
+    as_column,
+    combined,
+    comparison,
+    constant,
+    default,
+    logic,
+    missing,
+    named,
+    negation,
+    numeric,
+    spelled_number,
+    truth,
+)
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<text>'[^']*'|\"[^\"]*\")"
@@ -49,10 +60,6 @@ _TOKEN = re.compile(
 _KEYWORDS = {"and", "or", "not", "in", "true", "false"}
 _FUNCTIONS = {"min": 2, "max": 2, "abs": 1, "missing": 1, "default": 2}
 _MAX_DEPTH = 50
-_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "<": operator.lt, "<=": operator.le, ">": operator.gt,
-    ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class Clause:
     """As written; a rejected row is counted under `filter: <text>`."""
     node: Node
     columns: frozenset[str]
+    asked: frozenset[tuple[str, str]] = frozenset()
+    """(column, "number" or "text"): what the columns' values must be readable as."""
 
 
 class Filter:
@@ -70,62 +79,60 @@ class Filter:
 
     `and`, `or` and `not` follow Kleene's logic and a row is kept only if the result is true. To keep
     rows whose value is missing say so: `missing(punsafe) or punsafe < 0.1`, `default(punsafe, 0) < 0.1`.
+    A value that is there but cannot be read (see filter_values) rejects under a reason of its own.
     """
 
     def __init__(self, text: str) -> None:
         """Parse. Raises DataError that shows the place of a mistake."""
         self.text = text
         self.clauses = _Parser(text).clauses() if text.strip() else []
+        self._given: Mapping[str, Any] = {}
 
     @property
     def columns(self) -> frozenset[str]:
         """Columns that are used."""
         return frozenset().union(*(c.columns for c in self.clauses)) if self.clauses else frozenset()
 
+    def part(self, clauses: Sequence[Clause]) -> Filter:
+        """Filter of some of the clauses."""
+        some = Filter("")
+        some.text, some.clauses = self.text, list(clauses)
+        return some
+
+    def given(self, values: Mapping[str, Any]) -> Filter:
+        """The same for one row: what `values` has is known already, `check` asks its record for the rest."""
+        with_values = self.part(self.clauses)
+        with_values._given = values
+        return with_values
+
     def reasons(self) -> list[str]:
-        """Name of each clause's rejections."""
-        return [f"filter: {c.text}" for c in self.clauses]
+        """Names of rejections: of each clause, then of each clause for a value that cannot be read."""
+        names = [f"filter: {c.text}" for c in self.clauses]
+        return names + [f"{name} (unreadable value)" for name in names]
 
     def first_failing(self, columns: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.int32]:
-        """[n] position of the first clause that is not true, -1 where all are.
+        """[n] position in `reasons` of the first clause that is not true, -1 where all are.
 
         `columns` maps every used column to n values; a numeric NaN or a None is missing.
         """
-        known = {name: _known(columns[name]) for name in self.columns}
+        known = {name: as_column(columns[name]) for name in self.columns}
         result = np.full(n, -1, np.int32)
         with np.errstate(all="ignore"):
             # Backwards, so that the first failing clause is written last.
             for i, clause in reversed(list(enumerate(self.clauses))):
-                value, certain = clause.node(known, n)
-                result[~(_truth(value) & certain)] = i
+                true, _, unreadable = truth(clause.node.run(known, n))
+                result[~true] = i
+                result[~true & unreadable] = i + len(self.clauses)
         return result
 
     def check(self, record: Mapping[str, Any]) -> str | None:
         """Reason one json record is rejected for, or None."""
-        columns = {name: _single(record.get(name)) for name in self.columns}
+        columns = {}
+        for name in self.columns:
+            columns[name] = np.empty(1, dtype=object)
+            columns[name][0] = self._given[name] if name in self._given else record.get(name)
         failing = int(self.first_failing(columns, 1)[0])
         return None if failing < 0 else self.reasons()[failing]
-
-
-def _single(value: object) -> NDArray[Any]:
-    if isinstance(value, (int, float)):
-        try:
-            return np.asarray([float(value)])
-        except OverflowError:
-            return np.asarray([np.inf])
-    return np.asarray([value if isinstance(value, str) else None], dtype=object)
-
-
-def _known(values: NDArray[Any]) -> Column:
-    if values.dtype == object:
-        return values, np.asarray([isinstance(v, str) for v in values], dtype=np.bool_)
-    return values, ~np.isnan(values)
-
-
-def _truth(value: NDArray[Any]) -> NDArray[np.bool_]:
-    if value.dtype == object:
-        return np.zeros(len(value), np.bool_)
-    return value.astype(np.bool_)
 
 
 class _Parser:
@@ -146,15 +153,17 @@ class _Parser:
         self.at = 0
         self.depth = 0
         self.used: set[str] = set()
+        self.asked: set[tuple[str, str]] = set()
 
     def clauses(self) -> list[Clause]:
         parts = []
         while True:
             # Where an `or` binds the top level, the whole rest is one clause.
-            start, self.used = self.tokens[self.at][2], set()
-            node = self._or() if not self._and_follows() else self._not()
+            start, self.used, self.asked = self.tokens[self.at][2], set(), set()
+            node = self._number(self._or() if not self._and_follows() else self._not(), start)
             stop = self.tokens[self.at][2]
-            parts.append(Clause(self.source[start:stop].strip(), node, frozenset(self.used)))
+            text = self.source[start:stop].strip()
+            parts.append(Clause(text, node, frozenset(self.used), frozenset(self.asked)))
             if not self._take("and"):
                 break
         if self._peek()[0] != "end":
@@ -171,75 +180,85 @@ class _Parser:
         return True
 
     def _or(self) -> Node:
-        node = self._and()
+        place, node = self._peek()[2], self._and()
         while self._take("or"):
-            node = _logic(node, self._and(), any_true=True)
+            node = self._number(node, place)
+            place = self._peek()[2]
+            node = logic(node, self._number(self._and(), place), any_true=True)
         return node
 
     def _and(self) -> Node:
-        node = self._not()
+        place, node = self._peek()[2], self._not()
         while self._take("and"):
-            node = _logic(node, self._not(), any_true=False)
+            node = self._number(node, place)
+            place = self._peek()[2]
+            node = logic(node, self._number(self._not(), place), any_true=False)
         return node
 
     def _not(self) -> Node:
         if self._take("not"):
             self._deeper()
-            inner = self._not()
+            place, inner = self._peek()[2], self._not()
             self.depth -= 1
-            return lambda c, n: (lambda v: (~_truth(v[0]), v[1]))(inner(c, n))
+            return negation(self._number(inner, place))
         return self._comparison()
 
     def _comparison(self) -> Node:
-        node = self._sum()
+        place, node = self._peek()[2], self._sum()
         if self._take("in"):
             self._expect("(")
             options = [self._sum()]
             while self._take(","):
                 options.append(self._sum())
             self._expect(")")
-            result = _compare("==", node, options[0])
+            result = self._compare("==", node, options[0], place)
             for option in options[1:]:
-                result = _logic(result, _compare("==", node, option), any_true=True)
+                result = logic(result, self._compare("==", node, option, place), any_true=True)
             return result
         result_node: Node | None = None
         while self._peek()[1] in ("<", "<=", ">", ">=", "==", "!=") and self._peek()[0] == "op":
             symbol = self._next()[1]
             right = self._sum()
             # a < b < c is (a < b) and (b < c), as in Python
-            step = _compare(symbol, node, right)
-            result_node = step if result_node is None else _logic(result_node, step, any_true=False)
+            step = self._compare(symbol, node, right, place)
+            result_node = step if result_node is None else logic(result_node, step, any_true=False)
             node = right
         return result_node or node
 
     def _sum(self) -> Node:
-        node = self._product()
+        place, node = self._peek()[2], self._product()
         while self._peek()[1] in ("+", "-") and self._peek()[0] == "op":
-            node = _arithmetic(self._next()[1], node, self._product())
+            node = self._arithmetic(node, place, self._product)
         return node
 
     def _product(self) -> Node:
-        node = self._unary()
+        place, node = self._peek()[2], self._unary()
         while self._peek()[1] in ("*", "/") and self._peek()[0] == "op":
-            node = _arithmetic(self._next()[1], node, self._unary())
+            node = self._arithmetic(node, place, self._unary)
         return node
+
+    def _arithmetic(self, left: Node, place: int, operand: Callable[[], Node]) -> Node:
+        left, symbol, after = self._number(left, place), self._next()[1], self._peek()[2]
+        return arithmetic(symbol, left, self._number(operand(), after))
 
     def _unary(self) -> Node:
         if self._take("-"):
             self._deeper()
-            inner = self._unary()
+            place, inner = self._peek()[2], self._unary()
             self.depth -= 1
-            return _arithmetic("-", _constant(0.0), inner)
+            return arithmetic("-", constant(0.0), self._number(inner, place))
         return self._atom()
 
     def _atom(self) -> Node:
         kind, text, place = self._next()
         if kind == "number":
-            return _constant(float(text))
+            return constant(float(text))
         if kind == "text":
-            return _constant(text[1:-1])
-        if text in ("true", "false"):
-            return _constant(float(text == "true"))
+            return constant(text[1:-1])
+        if kind == "name" and text.lower() in ("true", "false"):  # Python's and SQL's spellings too
+            return constant(float(text.lower() == "true"))
+        if kind == "name" and text.lower() in ("none", "null", "nan"):
+            raise self._wrong(place, f"{text} equals nothing; write missing(column)")
         if text == "(":
             self._deeper()
             node = self._or()
@@ -250,7 +269,7 @@ class _Parser:
             if self._peek()[1] == "(":
                 return self._call(text, place)
             self.used.add(text)
-            return lambda columns, n: columns[text]
+            return named(text)
         raise self._wrong(place, "expected a column, a number, a 'text' or (")
 
     def _call(self, name: str, place: int) -> Node:
@@ -258,15 +277,41 @@ class _Parser:
             raise self._wrong(place, f"{name} is not a function; there are {', '.join(_FUNCTIONS)}")
         self._expect("(")
         self._deeper()
-        arguments = [self._sum()]
+        places, arguments = [self._peek()[2]], [self._sum()]
         while self._take(","):
+            places.append(self._peek()[2])
             arguments.append(self._sum())
         self.depth -= 1
         self._expect(")")
         least = _FUNCTIONS[name]
         if len(arguments) < least or (name not in ("min", "max") and len(arguments) != least):
             raise self._wrong(place, f"{name} takes {least} value{'s' * (least > 1)}")
-        return _function(name, arguments)
+        if name == "missing":
+            return missing(arguments[0])
+        if name == "default":
+            if "number" in (arguments[0].kind, arguments[1].kind):
+                arguments = [self._number(a, p) for a, p in zip(arguments, places, strict=True)]
+            return default(*arguments)
+        return combined(name, [self._number(a, p) for a, p in zip(arguments, places, strict=True)])
+
+    def _number(self, node: Node, place: int) -> Node:
+        """The node as numbers; a text constant is refused, a column noted as wanted so."""
+        if node.kind == "text":
+            raise self._wrong(place, f"a number is wanted, '{node.text}' is a text")
+        if node.kind == "any":
+            self.asked |= {(name, "number") for name in node.names}
+        return numeric(node)
+
+    def _compare(self, symbol: str, left: Node, right: Node, place: int) -> Node:
+        kinds = {left.kind, right.kind}
+        if kinds == {"number", "text"}:
+            text = left.text or right.text
+            raise self._wrong(place, f"the text '{text}' is compared with a number; write it without quotes")
+        if "number" in kinds:
+            left, right = self._number(left, place), self._number(right, place)
+        elif kinds == {"any", "text"} and spelled_number(left.text or right.text) is None:
+            self.asked |= {(name, "text") for name in left.names | right.names}
+        return comparison(symbol, left, right)
 
     def _deeper(self) -> None:
         self.depth += 1
@@ -297,80 +342,3 @@ class _Parser:
             f"({self.source[:position]!s}>>>{self.source[position : position + 30]!s}); an example is "
             "punsafe < 0.1 and min(width, height) >= 512."
         )
-
-
-def _constant(value: float | str) -> Node:
-    kind = object if isinstance(value, str) else np.float64
-    return lambda columns, n: (np.full(n, value, dtype=kind), np.ones(n, np.bool_))
-
-
-def _logic(left: Node, right: Node, *, any_true: bool) -> Node:
-    def node(columns: Mapping[str, Column], n: int) -> Column:
-        (a, a_known), (b, b_known) = left(columns, n), right(columns, n)
-        a, b = _truth(a), _truth(b)
-        # Kleene: one certain decisive operand settles the result
-        decisive = (a_known & (a == any_true)) | (b_known & (b == any_true))
-        return np.where(decisive, any_true, not any_true), decisive | (a_known & b_known)
-
-    return node
-
-
-def _compare(symbol: str, left: Node, right: Node) -> Node:
-    def node(columns: Mapping[str, Column], n: int) -> Column:
-        (a, a_known), (b, b_known) = left(columns, n), right(columns, n)
-        known = a_known & b_known
-        if (a.dtype == object) != (b.dtype == object):  # a text is never equal to a number
-            return np.full(n, symbol == "!="), known
-        result = np.zeros(n, np.bool_)
-        x, y = a[known], b[known]
-        result[known] = _COMPARISONS[symbol](x, y)
-        return result, known
-
-    return node
-
-
-def _arithmetic(symbol: str, left: Node, right: Node) -> Node:
-    def node(columns: Mapping[str, Column], n: int) -> Column:
-        (a, a_known), (b, b_known) = _numeric(left(columns, n)), _numeric(right(columns, n))
-        if symbol == "+":
-            value = a + b
-        elif symbol == "-":
-            value = a - b
-        elif symbol == "*":
-            value = a * b
-        else:
-            value = np.divide(a, b)
-        return value, a_known & b_known & ~np.isnan(value)
-
-    return node
-
-
-def _function(name: str, arguments: list[Node]) -> Node:
-    def node(columns: Mapping[str, Column], n: int) -> Column:
-        values = [argument(columns, n) for argument in arguments]
-        if name == "missing":
-            return ~values[0][1], np.ones(n, np.bool_)
-        if name == "default":
-            (a, a_known), (b, b_known) = values
-            mixed = a.dtype != b.dtype
-            chosen = (
-                np.where(a_known, a.astype(object), b.astype(object)) if mixed else np.where(a_known, a, b)
-            )
-            if mixed and all(isinstance(v, (int, float)) for v in chosen):
-                chosen = chosen.astype(np.float64)
-            return chosen, a_known | b_known
-        numbers = [_numeric(v) for v in values]
-        known = np.logical_and.reduce([k for _, k in numbers])
-        if name == "abs":
-            return np.abs(numbers[0][0]), known
-        combine = np.minimum if name == "min" else np.maximum
-        return combine.reduce([v for v, _ in numbers]), known
-
-    return node
-
-
-def _numeric(column: Column) -> Column:
-    values, known = column
-    if values.dtype == object:
-        return np.full(len(values), np.nan), np.zeros(len(values), np.bool_)
-    return values.astype(np.float64), known

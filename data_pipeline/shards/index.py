@@ -18,7 +18,7 @@ The fields of the json (or parquet) become columns of n values, by what is in th
     {"punsafe": 0.1, "status": "success", "url": "http://a.b/c.jpg", "exif": "{...long...}"}
          |                |                   |                          |
       numbers          codes and words     hashes, omitted            omitted: a filter on it must read
-      float32, NaN     few short texts     for removal lists          each json ("late" clauses)
+      floats, NaN      few short texts     for removal lists          each json ("late" clauses)
 
 The manifest has one row per shard, with what is needed before any index is: how many samples (the order),
 their aspects (the buckets), and name and checksum of the index file. So a set of 200,000 shards is opened
@@ -44,11 +44,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, NotFound
 from data_pipeline.order.buckets import aspect_histogram
+from data_pipeline.shards.filter_values import OTHER, spelled_number
 from data_pipeline.shards.tars import BLOCK
 from data_pipeline.storage.files import read_bytes, write_bytes
 from data_pipeline.storage.urls import join, name_of
 
 VERSION = 2
+COLUMN_KINDS = ("number", "text", "mixed", "unkept", "empty")
+"""Numbers; texts that spell no number; anything else; in the parquet alone and not kept; without a value."""
 ABSENT = np.uint32(0xFFFFFFFF)
 DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
@@ -85,10 +88,13 @@ class ShardIndex:
     """[n] position in DEFECTS."""
     numbers: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Numeric columns [n]; NaN is missing."""
+    decimal: frozenset[str] = frozenset()
+    """Numeric columns whose float32 stand for the shortest decimals that round to them."""
     codes: dict[str, NDArray[np.int16]] = field(default_factory=dict)
-    """Low-cardinality text columns [n]: position in `words`, -1 is missing."""
+    """Low-cardinality text columns [n]: position in `words`, -1 is missing or in `numbers` (a column of both
+    kinds), -2 a value that is not kept and stands in no json either."""
     words: dict[str, list[str]] = field(default_factory=dict)
-    """Values of the text columns."""
+    """Values of the text columns; none for a column that is empty in the whole shard."""
     hashes: dict[str, NDArray[np.uint64]] = field(default_factory=dict)
     """64-bit hashes of identifying columns (url, sha256, ...) for removal lists; 0 is missing."""
     omitted: tuple[str, ...] = ()
@@ -110,14 +116,33 @@ class ShardIndex:
 
     def column(self, name: str) -> NDArray[Any] | None:
         """One filter column: float64 with NaN, or objects with None; None when it is not kept."""
-        if name in self.numbers:
-            return self.numbers[name].astype(np.float64)
         if name in self.codes:
-            words = np.asarray([*self.words[name], None], dtype=object)
-            return words[self.codes[name]]
+            texts: NDArray[Any] = np.asarray([*self.words[name], OTHER, None], dtype=object)[self.codes[name]]
+            if name in self.numbers:
+                numbers = self._numbers(name)
+                texts = np.where(np.isnan(numbers), texts, numbers.astype(object))
+            return texts
+        if name in self.numbers:
+            return self._numbers(name)
         if name in self.omitted:
             return None
         return np.full(len(self), np.nan)
+
+    def _numbers(self, name: str) -> NDArray[np.float64]:
+        return _widen(self.numbers[name], name in self.decimal)
+
+    def column_kinds(self) -> dict[str, str]:
+        """What the values of each column are: one of COLUMN_KINDS."""
+        kinds = dict.fromkeys(self.omitted, "mixed") | dict.fromkeys(self.numbers, "number")
+        for name, codes in self.codes.items():
+            lost = bool((codes == -2).any())
+            if name in self.numbers or any(spelled_number(w) is not None for w in self.words[name]):
+                kinds[name] = "mixed"
+            elif self.words[name]:
+                kinds[name] = "mixed" if lost else "text"
+            else:
+                kinds[name] = "unkept" if lost else "empty"
+        return kinds
 
     def picture_sizes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Heights and widths [n] of the pictures as read from their headers; NaN where unknown."""
@@ -129,7 +154,9 @@ class ShardIndex:
 
     def encode(self) -> bytes:
         """Compact bytes: a zip of .npy arrays, no pickle."""
+        narrowed = {k: _narrow(self._numbers(k)) for k in self.numbers}
         header = {
+            "decimal": [k for k, (_, decimal) in narrowed.items() if decimal],
             "format": VERSION,
             "shard": self.shard,
             "size": self.size,
@@ -147,7 +174,7 @@ class ShardIndex:
             "sizes": self.sizes,
             "defects": self.defects,
         }
-        arrays |= {f"n:{k}": _narrow(v) for k, v in self.numbers.items()}
+        arrays |= {f"n:{k}": v for k, (v, _) in narrowed.items()}
         arrays |= {f"c:{k}": v for k, v in self.codes.items()}
         arrays |= {f"h:{k}": v for k, v in self.hashes.items()}
         out = io.BytesIO()
@@ -175,6 +202,7 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
                 codes={k[2:]: arrays[k] for k in arrays if k.startswith("c:")},
                 words=header["words"],
                 hashes={k[2:]: arrays[k] for k in arrays if k.startswith("h:")},
+                decimal=frozenset(header.get("decimal", ())),
                 omitted=tuple(header["omitted"]),
                 problems=tuple(header["problems"]),
                 missing_rows=header["missing_rows"],
@@ -207,6 +235,8 @@ class ManifestRow:
     missing_rows: int = 0
     aspects: dict[str, int] = field(default_factory=dict)
     """Samples by aspect ratio (see buckets.aspect_histogram)."""
+    columns: dict[str, str] | None = None
+    """Filter columns of the shard and their COLUMN_KINDS; None: written before manifests told."""
 
 
 def index_name(shard: str) -> str:
@@ -228,6 +258,7 @@ def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
         problems=index.problems,
         missing_rows=index.missing_rows,
         aspects=aspect_histogram(*index.picture_sizes()),
+        columns=index.column_kinds(),
     )
 
 
@@ -246,8 +277,13 @@ def read_manifest(folder: str) -> dict[str, ManifestRow]:
         body = "\n".join(lines[1:])
         if hashlib.sha256(body.encode()).hexdigest() != head["checksum"]:
             raise ValueError("checksum")
+        # Rows name their set of columns by its place in the head: a million shards share a few objects.
+        sets = [{str(k): str(v) for k, v in c.items()} for c in head.get("columns", [])]
         rows = [json.loads(line) for line in lines[1:]]
-        return {r["shard"]: ManifestRow(**{**r, "problems": tuple(r["problems"])}) for r in rows}
+        for row in rows:
+            row["problems"] = tuple(row["problems"])
+            row["columns"] = None if row.get("columns") is None else sets[row["columns"]]
+        return {row["shard"]: ManifestRow(**row) for row in rows}
     except _DAMAGE as error:
         raise DataError(
             f"The manifest {url} is damaged or of another version ({error}); delete it and run "
@@ -257,11 +293,16 @@ def read_manifest(folder: str) -> dict[str, ManifestRow]:
 
 def write_manifest(folder: str, rows: dict[str, ManifestRow]) -> None:
     """Write the manifest, with a checksum over its rows."""
-    lines = [
-        json.dumps({**vars(rows[shard]), "problems": list(rows[shard].problems)}) for shard in sorted(rows)
-    ]
+    sets: dict[tuple[tuple[str, str], ...], int] = {}
+    lines = []
+    for shard in sorted(rows):
+        columns = rows[shard].columns
+        place = None if columns is None else sets.setdefault(tuple(sorted(columns.items())), len(sets))
+        changed = {"problems": list(rows[shard].problems), "columns": place}
+        lines.append(json.dumps({**vars(rows[shard]), **changed}))
     body = "\n".join(lines)
-    head = {"format": VERSION, "shards": len(rows), "checksum": hashlib.sha256(body.encode()).hexdigest()}
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    head = {"format": VERSION, "shards": len(rows), "checksum": digest, "columns": [dict(s) for s in sets]}
     data = gzip.compress((json.dumps(head) + "\n" + body).encode(), mtime=0)
     write_bytes(join(folder, MANIFEST), data)
 
@@ -271,10 +312,20 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
-def _narrow(values: NDArray[np.float64]) -> NDArray[Any]:
-    """float32 where nothing is lost beyond its rounding of measured scores; float64 for large integers."""
-    finite = values[np.isfinite(values)]
-    whole = bool((finite == np.floor(finite)).all())
-    if whole and finite.size and np.abs(finite).max() > 1 << 24:
-        return values
-    return values.astype(np.float32)
+def _narrow(values: NDArray[np.float64]) -> tuple[NDArray[Any], bool]:
+    """The same numbers in 4 bytes where that is possible, and whether they are to be read by their decimals.
+
+    0.1 is no float32, but it is what the nearest float32 is written as: `p <= 0.1` must hold of it as it does
+    where a shard has the text 0.1.
+    """
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    for decimal in (False, True):
+        if np.array_equal(_widen(narrow, decimal), values, equal_nan=True):
+            return narrow, decimal
+    return values, False
+
+
+def _widen(values: NDArray[Any], decimal: bool) -> NDArray[np.float64]:
+    """Inverse of _narrow: float64."""
+    return (values.astype(str) if decimal and values.dtype == np.float32 else values).astype(np.float64)

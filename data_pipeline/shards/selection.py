@@ -42,9 +42,10 @@ class Selection:
         if early.clauses and n:
             columns = {name: index.column(name) for name in early.columns}
             known = {name: column for name, column in columns.items() if column is not None}
+            # Either of a clause's two reasons: the second ones follow all of the first.
             place = [self.filter.clauses.index(clause) for clause in early.clauses]
-            failing = early.first_failing(known, n)
-            result = np.where(failing >= 0, np.asarray([*place, -1])[failing], -1).astype(np.int32)
+            place += [len(self.filter.clauses) + i for i in place]
+            result = np.asarray([*place, -1], np.int32)[early.first_failing(known, n)]
         if n:
             image_rows = [i for i, e in enumerate(index.extensions) if e in self.members]
             if image_rows:
@@ -58,11 +59,9 @@ class Selection:
         return late if late.clauses else None
 
     def _part(self, index: ShardIndex, *, decidable: bool) -> Filter:
-        part = Filter("")
-        part.clauses = [
-            c for c in self.filter.clauses if decidable == (not any(n in index.omitted for n in c.columns))
-        ]
-        return part
+        return self.filter.part(
+            [c for c in self.filter.clauses if decidable == (not any(n in index.omitted for n in c.columns))]
+        )
 
     def _is_removed(self, index: ShardIndex) -> NDArray[np.bool_]:
         hit = np.zeros(len(index), np.bool_)

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +35,21 @@ class ShardView:
     """[members, n] first byte, -1 where absent."""
     sizes: NDArray[np.int64]
     late: Filter | None
-    """Clauses that the index cannot decide: they look at each json once it is read."""
+    """Clauses that the index cannot decide alone: they look at each json once it is read."""
+    late_columns: dict[str, NDArray[Any]]
+    """Columns of those that the index does have; [n] each."""
     buckets: NDArray[np.int16]
     """[n] bucket of every sample."""
 
     def key(self, row: int) -> str:
         """Key of one sample."""
         return bytes(self.keys[row]).decode("utf-8", "replace")
+
+    def late_filter(self, row: int) -> Filter | None:
+        """What the json of one sample must still satisfy."""
+        if self.late is None:
+            return None
+        return self.late.given({name: column[row] for name, column in self.late_columns.items()})
 
     def reason(self, row: int) -> str | None:
         """Why a sample is rejected unread; None: read it."""
@@ -92,6 +101,7 @@ class ShardViews:
     def _view(self, index: ShardIndex) -> ShardView:
         codes, names = self._selection.reasons(index)
         late = self._selection.undecided(index)
+        late_columns = {n: index.column(n) for n in sorted(late.columns)} if late is not None else {}
         offsets, sizes = [], []
         for extension in self._selection.members:
             first, size = np.full(len(index), -1, np.int64), np.zeros(len(index), np.int64)
@@ -110,5 +120,6 @@ class ShardViews:
             offsets=np.stack(offsets),
             sizes=np.stack(sizes),
             late=late,
+            late_columns={name: column for name, column in late_columns.items() if column is not None},
             buckets=self._buckets.assign(*index.picture_sizes()),
         )

@@ -1,0 +1,113 @@
+"""Whether the columns of a filter exist: asked at the start, where the answer is a sentence."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from data_pipeline.errors import DataError
+from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.index import ManifestRow, decode_index
+from data_pipeline.storage.files import read_bytes
+
+logger = logging.getLogger(__name__)
+
+_OLD_INDEXES = 256
+"""Of shards whose manifest row does not tell its columns, so many indexes are looked into."""
+
+
+def check_columns(rule: Filter, rows: Sequence[tuple[ManifestRow, str]]) -> None:
+    """Compare a filter with the columns of a set; `rows` are manifest rows and URLs of their index files.
+
+    Raises DataError for a column of no shard, and for comparisons that no value of a column can satisfy.
+    Says which columns are missing in some shards: they count as missing there.
+    """
+    rows = [(row, url) for row, url in rows if row.samples]
+    if not rule.columns or not rows:
+        return
+    old = [(row, url) for row, url in rows if row.columns is None]
+    # Evenly spread, for shards of one source lie together.
+    looked = old[:: -(-len(old) // _OLD_INDEXES)] if old else []
+    tables = [row.columns for row, _ in rows if row.columns is not None] + _columns_of(looked)
+    where = f"the {len(tables)} shards"
+    if old:
+        logger.warning(
+            "data.filter: the index of %d shards is of an older version, for which Decimals, spelled numbers "
+            "and integer keys of a parquet are missing; delete it and run `ldm data index` to have them",
+            len(old),
+        )
+        if len(looked) < len(old):
+            where += f" that were looked at (of {len(rows)})"
+    holders = Counter(name for table in tables for name in table)
+    for name in sorted(rule.columns):
+        if not holders[name]:
+            raise DataError(unknown_column(name, holders, f"any of {where}"))
+        if holders[name] < len(tables):
+            logger.warning(
+                "data.filter: %d of %s have no column %s, which counts as missing there%s",
+                len(tables) - holders[name],
+                where,
+                name,
+                _other_spelling(name, holders),
+            )
+    kinds = {name: {t[name] for t in tables if name in t} - {"empty"} for name in rule.columns}
+    if len(looked) == len(old):  # else "every shard" would be a guess
+        _check_kinds(rule, kinds)
+
+
+def _columns_of(rows: Sequence[tuple[ManifestRow, str]]) -> list[dict[str, str]]:
+    if not rows:
+        return []
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda row: decode_index(read_bytes(row[1]), row[1]).column_kinds(), rows))
+
+
+def _check_kinds(rule: Filter, kinds: dict[str, set[str]]) -> None:
+    for clause in rule.clauses:
+        for name, asked in sorted(clause.asked):
+            found = kinds[name]
+            if not found:
+                continue
+            if found == {"unkept"}:
+                raise DataError(
+                    f"data.filter: `{clause.text}` cannot be decided: {name} is in the parquet alone, and "
+                    "the index keeps no values that are long, of many different texts or no number or text; "
+                    "put it into the json, or filter on another column."
+                )
+            if asked == "number" and found <= {"text", "unkept"}:
+                raise DataError(
+                    f"data.filter: `{clause.text}` wants a number, but {name} is a text that spells none in "
+                    f"every shard; compare it with a text, e.g. {name} == 'text'."
+                )
+            if asked == "text" and found == {"number"}:
+                raise DataError(
+                    f"data.filter: `{clause.text}` compares {name} with a text, but it is a number in every "
+                    f"shard; compare it with a number (true is 1), e.g. {name} == 1."
+                )
+
+
+def unknown_column(name: str, known: Iterable[str], where: str) -> str:
+    """Sentence about a column that is not there, with the nearest that is."""
+    names = sorted(known)
+    if not names:
+        return (
+            f"data.filter uses the column {name}, but there are no columns in {where}: neither json members "
+            "nor a parquet with the samples' keys; remove the filter or correct the shards."
+        )
+    said = f"data.filter uses the column {name}, which is not in {where}"
+    if spelling := _other_spelling(name, names):
+        return f"{said}{spelling}."
+    by_lower = {other.lower(): other for other in names}
+    near = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.0)
+    nearest = by_lower[near[0]] if near else names[0]
+    others = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"{said}; the nearest is {nearest} (there are {others})."
+
+
+def _other_spelling(name: str, known: Iterable[str]) -> str:
+    """What is said of columns that differ in upper and lower case alone."""
+    same = sorted(other for other in known if other != name and other.lower() == name.lower())
+    return f"; {' and '.join(same)} is there: upper and lower case differ" if same else ""
