@@ -79,7 +79,7 @@ class DataConfig:
     filter: str = ""
     """Rows to keep, e.g. punsafe < 0.1 and min(width, height) >= 512; empty: all."""
     removal_lists: tuple[str, ...] = ()
-    """URLs of files with keys, image URLs or sha256 hashes (one per line) never to be served."""
+    """URLs of files with keys, image URLs or digests never to be served: text, CSV, JSON lines, Parquet."""
     image_size: int = number(256, least=1, most=2**16)
     """Edge length of the square crop, in pixels."""
     crop: Literal["random", "center"] = "center"

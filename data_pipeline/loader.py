@@ -25,6 +25,7 @@ from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.order.lanes import Order, deal
 from data_pipeline.order.position import merge_positions, pack, unpack
 from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.removals import read_removals
 from data_pipeline.storage.files import cut_torn_line
 from data_pipeline.storage.urls import local_path
 
@@ -116,6 +117,7 @@ def _tasks(
     buckets = dataset.buckets(config, order.lanes)
     step, states = unpack(position, order, dataset.fingerprint, buckets)
     each = len(buckets.shapes)
+    removals = read_removals(config.removal_lists)
     return [
         ShareTask(
             config=config,
@@ -127,6 +129,7 @@ def _tasks(
             states=tuple(states[lanes.start * each : lanes.stop * each]),
             per_lane=global_batch_size // order.lanes,
             skip_ordinals=skip_ordinals,
+            removals=removals,
         )
         for lanes in dealt[rank * workers : (rank + 1) * workers]
     ]

@@ -27,7 +27,8 @@ from data_pipeline.shards.dataset import sources_of
 from data_pipeline.shards.filter_columns import unknown_column
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import hash_text
-from data_pipeline.shards.selection import read_removals, removed_record
+from data_pipeline.shards.removals import read_removals
+from data_pipeline.shards.selection import removed_by
 from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record, split_name
 from data_pipeline.storage.files import open_stream
 from data_pipeline.storage.listing import list_files
@@ -80,7 +81,7 @@ class ResampledLoader(Iterator[Batch]):
         self._seen: set[str] = set()
         self._records = 0
         self._unseen = set(self._filter.columns)
-        self._removed = read_removals(config.removal_lists)
+        self._removals = read_removals(config.removal_lists)
         self.rejected: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.wait_s = 0.0
@@ -164,8 +165,8 @@ class ResampledLoader(Iterator[Batch]):
         own_key, url = str(sample["__key__"]), str(sample.get("__url__", ""))
         key = f"{shard_name(url, self._name_depth)}/{own_key}"
         try:
-            if len(self._removed) and removed_record(self._removed, own_key, url, members.get("json")):
-                raise Rejected("removed")
+            if self._removals and (why := removed_by(self._removals, own_key, url, members.get("json"))):
+                raise Rejected(why)
             caption = fill_sample(
                 self._config,
                 members,

@@ -78,7 +78,8 @@ class ShareStream:
         cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
         # A lane is in one shard, and reads ahead in the next.
         capacity = 2 * len(task.lanes) + 8
-        views = ShardViews(task.dataset, make_selection(config), task.buckets, self._reader, capacity)
+        selection = make_selection(config, task.removals)
+        views = ShardViews(task.dataset, selection, task.buckets, self._reader, capacity)
         reads = MemberReads(task.dataset, self._reader, self._background, cache, config.read_ahead_bytes)
         self._walker = Walker(task, views, reads)
         self._step = task.step

@@ -15,6 +15,7 @@ from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import LaneState
 from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.removals import RemovalList
 
 _ALIGN = 64
 
@@ -36,6 +37,8 @@ class ShareTask:
     """Samples per lane and step."""
     skip_ordinals: frozenset[int] = frozenset()
     """Visits that the trainer does not want again (loss spikes)."""
+    removals: tuple[RemovalList, ...] | None = None
+    """The removal lists as the rank has read them; None: the worker reads them itself."""
 
     @property
     def size(self) -> int:

@@ -35,9 +35,10 @@ from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
 from data_pipeline.shards.index import (
     ABSENT,
     DEFECTS,
+    IDENTITIES,
     ManifestRow,
     ShardIndex,
-    hash_text,
+    hash_identity,
     index_name,
     read_manifest,
     row_of,
@@ -59,8 +60,6 @@ from data_pipeline.storage.urls import join, name_of
 
 logger = logging.getLogger(__name__)
 
-_IDENTITIES = ("url", "sha256", "md5", "hash")
-"""Fields that removal lists may name; their hashes are kept."""
 _MAX_WORDS = 256
 """Different texts up to which a column is kept ("status", "license"); with more it is a caption or a URL."""
 _MAX_WORD = 64
@@ -238,8 +237,8 @@ def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]], *, parque
     omitted = list(index.omitted)
     for name in sorted({name for record in records for name in record}):
         raw = [record.get(name) for record in records]
-        if name in _IDENTITIES:
-            hashed = [0 if v is None else hash_text(str(v)) for v in raw]
+        if name in IDENTITIES:
+            hashed = [0 if v is None else hash_identity(str(v)) for v in raw]
             index.hashes[name] = np.asarray(hashed, np.uint64)
         values = [plain(v) for v in raw]
         if parquet:
@@ -263,7 +262,7 @@ def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]], *, parque
 def _fit(name: str, words: set[str], values: Sequence[Any]) -> bool:
     """Whether the texts of a column are few and short enough to be kept."""
     present = sum(v is not None for v in values)
-    few = len(words) <= min(_MAX_WORDS, max(8, present // 4)) and name not in _IDENTITIES
+    few = len(words) <= min(_MAX_WORDS, max(8, present // 4)) and name not in IDENTITIES
     return few and all(len(word) <= _MAX_WORD for word in words)
 
 

@@ -31,6 +31,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import struct
 import threading
 import tokenize
@@ -49,13 +50,22 @@ from data_pipeline.shards.tars import BLOCK
 from data_pipeline.storage.files import read_bytes, write_bytes
 from data_pipeline.storage.urls import join, name_of
 
-VERSION = 2
+VERSION = 3
 COLUMN_KINDS = ("number", "text", "mixed", "unkept", "empty")
 """Numbers; texts that spell no number; anything else; in the parquet alone and not kept; without a value."""
 ABSENT = np.uint32(0xFFFFFFFF)
 DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
 MANIFEST = "manifest.jsonl.gz"
+DIGESTS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
+"""Hexadecimal digits of the digests that are told from other texts by their looks."""
+IDENTITIES = ("url", "uid", "hash", *DIGESTS)
+"""Fields of a sample that removal lists may name; their hashes are kept."""
+_DIGEST = re.compile(
+    r"\s*(?:0x|(?:md5|sha-?\d+)[:=])?((?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{56}|[0-9a-f]{64}|[0-9a-f]{96}"
+    r"|[0-9a-f]{128}))\s*",
+    re.IGNORECASE,
+)
 _DAMAGE = (
     *(ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, SyntaxError, RuntimeError),
     *(ArithmeticError, MemoryError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile),
@@ -308,8 +318,24 @@ def write_manifest(folder: str, rows: dict[str, ManifestRow]) -> None:
 
 
 def hash_text(text: str) -> int:
+    """64-bit hash of a text, never 0."""
+    return (
+        int.from_bytes(
+            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+        )
+        or 1
+    )
+
+
+def identity(text: str) -> str:
+    """The one spelling of a key, URL or digest: a digest in lower case without `0x` or `sha256:`."""
+    found = _DIGEST.fullmatch(text)
+    return found.group(1).lower() if found else text.strip()
+
+
+def hash_identity(text: str) -> int:
     """64-bit hash under which keys, URLs and digests are compared with removal lists."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") or 1
+    return hash_text(identity(text))
 
 
 def _narrow(values: NDArray[np.float64]) -> tuple[NDArray[Any], bool]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.index import ShardIndex, hash_text
+from data_pipeline.shards.index import IDENTITIES, ShardIndex, hash_identity
+from data_pipeline.shards.removals import RemovalList, read_removals
 from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record
-from data_pipeline.storage.files import read_bytes
 from data_pipeline.storage.urls import shard_names
 
 _JSON_CONDITIONS = ("class_label", "layout")
@@ -28,14 +27,14 @@ class Selection:
     members: tuple[str, ...]
     """Extensions that are read."""
     max_member_bytes: int
-    removed: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    """Sorted hashes of removed keys, URLs and digests."""
+    removals: tuple[RemovalList, ...] = ()
     reads_json: bool = False
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
 
     def reasons(self, index: ShardIndex) -> tuple[NDArray[np.int32], tuple[str, ...]]:
         """[n] -1 for samples to read, else position in the returned names."""
-        names = (*self.filter.reasons(), "removed", "too_large")
+        removed = [f"removed: {removal.name}" for removal in self.removals]
+        names = (*self.filter.reasons(), *removed, "too_large")
         n = len(index)
         result = np.full(n, -1, np.int32)
         early = self._part(index, decidable=True)
@@ -50,7 +49,7 @@ class Selection:
             image_rows = [i for i, e in enumerate(index.extensions) if e in self.members]
             if image_rows:
                 result[index.sizes[image_rows].max(axis=0) > self.max_member_bytes] = names.index("too_large")
-            result[self._is_removed(index)] = names.index("removed")
+            self._mark_removed(index, result, [names.index(name) for name in removed])
         return result, names
 
     def undecided(self, index: ShardIndex) -> Filter | None:
@@ -63,19 +62,17 @@ class Selection:
             [c for c in self.filter.clauses if decidable == (not any(n in index.omitted for n in c.columns))]
         )
 
-    def _is_removed(self, index: ShardIndex) -> NDArray[np.bool_]:
-        hit = np.zeros(len(index), np.bool_)
-        if not len(self.removed):
-            return hit
-        spellings = [removable_keys(key.decode("utf-8", "replace"), index.shard) for key in index.keys]
-        keys = np.asarray([[hash_text(name) for name in names] for names in spellings], np.uint64)
-        for column in (*keys.T, *index.hashes.values()):
-            hit |= np.isin(column, self.removed)
-        return hit
+    def _mark_removed(self, index: ShardIndex, result: NDArray[np.int32], codes: Sequence[int]) -> None:
+        """Give the samples of each list its code; a sample of several lists counts for the first."""
+        if not self.removals or not len(index):
+            return
+        columns = identity_hashes(index)
+        for removal, code in reversed(list(zip(self.removals, codes, strict=True))):
+            result[removal.matches(columns).any(axis=0)] = code
 
 
-def make_selection(config: DataConfig) -> Selection:
-    """Selection of a configuration; reads the removal lists. Raises DataError."""
+def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None = None) -> Selection:
+    """Selection of a configuration; reads the removal lists unless given them. Raises DataError."""
     conditions = config.conditions
     reads_json = any(source != "txt" for source in config.captions) or any(
         c in _JSON_CONDITIONS for c in conditions
@@ -91,7 +88,7 @@ def make_selection(config: DataConfig) -> Selection:
         filter=rows,
         members=tuple(members),
         max_member_bytes=config.max_member_bytes,
-        removed=read_removals(config.removal_lists),
+        removals=read_removals(config.removal_lists) if removals is None else removals,
         reads_json=reads_json,
     )
 
@@ -104,33 +101,16 @@ def removable_keys(key: str, shard: str) -> list[str]:
     return [key, *(f"{name}/{key}" for name in shard_names(shard))]
 
 
-def removed_record(removed: NDArray[np.uint64], key: str, shard: str, body: bytes | None) -> bool:
-    """Whether a sample that is not in any index is on the removal lists, by key or its json's identity."""
+def identity_hashes(index: ShardIndex) -> NDArray[np.uint64]:
+    """[ways to name a sample, n] hashes of all that a removal list may have of each sample; 0 is missing."""
+    spellings = [removable_keys(key.decode("utf-8", "replace"), index.shard) for key in index.keys]
+    keys = np.asarray([[hash_identity(name) for name in names] for names in spellings], np.uint64)
+    return np.stack([*keys.reshape(len(index), -1).T, *index.hashes.values()])
+
+
+def removed_by(removals: Sequence[RemovalList], key: str, shard: str, body: bytes | None) -> str | None:
+    """Reason against a sample that is not in any index: a list has its key or one of its json's fields."""
     record = parse_record(body) or {}
-    identities = (str(record[n]) for n in ("url", "sha256", "md5", "hash") if record.get(n) is not None)
-    names = [*removable_keys(key, shard), *identities]
-    return bool(np.isin([hash_text(n) for n in names], removed).any())
-
-
-def read_removals(urls: Iterable[str]) -> NDArray[np.uint64]:
-    """Sorted hashes of every line of the files; blank lines and those that start with # are comments."""
-    hashes: set[int] = set()
-    for url in urls:
-        for line in read_bytes(url).decode("utf-8", "replace").splitlines():
-            entry = line.strip()
-            if entry and not entry.startswith("#"):
-                hashes.add(hash_text(_entry(entry)))
-    return np.asarray(sorted(hashes), np.uint64)
-
-
-def _entry(line: str) -> str:
-    """A plain line, or the key, url or sha256 of a JSON one."""
-    if line.startswith("{"):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return line
-        for name in ("key", "url", "sha256", "md5", "hash"):
-            if isinstance(record, dict) and isinstance(record.get(name), str):
-                return str(record[name])
-    return line
+    fields = [str(record[name]) for name in IDENTITIES if record.get(name) is not None]
+    hashes = np.asarray([hash_identity(name) for name in (*removable_keys(key, shard), *fields)], np.uint64)
+    return next((f"removed: {each.name}" for each in removals if each.matches(hashes).any()), None)

@@ -21,6 +21,8 @@ from data_pipeline.order.draws import permutation
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.shards.build_index import read_index
 from data_pipeline.shards.index import DEFECTS, ShardIndex
+from data_pipeline.shards.removals import RemovalList, read_removals
+from data_pipeline.shards.selection import identity_hashes
 from data_pipeline.shards.tars import IMAGE_EXTENSIONS, split_name
 from data_pipeline.storage.files import read_range
 from data_pipeline.storage.listing import ListedFile, list_files
@@ -45,6 +47,8 @@ class Inspection:
     missing_rows: int = 0
     """Rows of the parquets without tar members (failed downloads)."""
     problems: list[str] = field(default_factory=list)
+    removals: list[ListMatches] = field(default_factory=list)
+    """What each of the asked removal lists has of these samples."""
     bad_members: Counter[str] = field(default_factory=Counter)
     """Rejections by reason among the samples whose pictures were decoded, and defects of the index."""
     decoded: int = 0
@@ -80,15 +84,45 @@ class Inspection:
                 text.append(f"column {name:<17} {_spread(finite)}, {missing} missing")
         bad = ", ".join(f"{reason} {n}" for reason, n in self.bad_members.most_common()) or "none"
         text.append(f"bad members       {bad}")
+        text += [f"removal list      {matches.line()}" for matches in self.removals]
         text += [f"problem           {p}" for p in self.problems[:20]]
         if len(self.problems) > 20:
             text.append(f"problem           and {len(self.problems) - 20} more")
         return text
 
 
+@dataclass
+class ListMatches:
+    """What a removal list has of the samples that were seen."""
+
+    removal: RemovalList
+    samples: int = 0
+    met: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """Hashes of the list that some sample had."""
+
+    def add(self, names: NDArray[np.uint64]) -> None:
+        """Take in the hashes [ways to name a sample, n] of a shard's samples."""
+        found = self.removal.matches(names)
+        self.samples += int(found.any(axis=0).sum())
+        self.met = np.union1d(self.met, names[found])
+
+    def line(self) -> str:
+        """How many samples it has, and its entries that match none."""
+        assert self.removal.entries is not None
+        entries = np.unique(self.removal.entries)
+        used = np.unique(self.removal.entries[np.isin(self.removal.hashes, self.met)])
+        idle = np.setdiff1d(entries, used)
+        text = f"{self.removal.name}: entries {len(entries):,}, samples matched {self.samples:,}"
+        if len(idle):
+            listed = ", ".join(f"{number}" for number in idle[:20]) + (" ..." if len(idle) > 20 else "")
+            text += f", entries without a match {len(idle):,}: {self.removal.unit} {listed}"
+        return text
+
+
 def inspect_shards(
     url: str,
     *,
+    removal_lists: Sequence[str] = (),
     decode_per_shard: int = 50,
     pictures: int = 36,
     max_pixels: int = 64_000_000,
@@ -99,8 +133,9 @@ def inspect_shards(
     A shard that is no tar is reported as a problem. Raises DataError when nothing matches or storage
     does not answer.
     """
+    removals = [ListMatches(each) for each in read_removals(removal_lists, numbered=True)]
     shards = list_files(url)
-    result = Inspection()
+    result = Inspection(removals=removals)
     per_sheet = -(-pictures // len(shards))
     for done, shard in enumerate(shards):
         progress(done, len(shards))
@@ -112,6 +147,10 @@ def inspect_shards(
             result.problems.append(str(error))
             continue
         _count(result, index)
+        if removals and len(index):
+            names = identity_hashes(index)
+            for matches in removals:
+                matches.add(names)
         chosen = permutation(1, len(index))[:decode_per_shard]
         _decode_some(result, shard, index, np.sort(chosen).tolist(), per_sheet, max_pixels)
     progress(len(shards), len(shards))

@@ -120,6 +120,12 @@ def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--sheet", default="contact_sheet.png", help="where the contact sheet goes")
     parser.add_argument("--pictures", type=int, default=36, help="pictures on the contact sheet")
     parser.add_argument("--decode", type=int, default=50, help="pictures decoded per shard")
+    parser.add_argument(
+        "--removal-list",
+        action="append",
+        default=[],
+        help="a list of data.removal_lists: how many samples it has, and which entries match none",
+    )
     parser.set_defaults(func=_inspect)
 
 
@@ -129,7 +135,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
     with _progress(None, "shards") as bar:
         found = inspect_shards(
-            args.url, decode_per_shard=args.decode, pictures=args.pictures, progress=_updater(bar)
+            args.url,
+            removal_lists=args.removal_list,
+            decode_per_shard=args.decode,
+            pictures=args.pictures,
+            progress=_updater(bar),
         )
     for line in found.lines():
         _say(line)

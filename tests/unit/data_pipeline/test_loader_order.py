@@ -143,7 +143,7 @@ def test_removed_and_skipped_are_never_served(make_shards, tmp_path: Path) -> No
     assert plain[1][0][5] not in served
     assert plain[2][0][1] not in served
     assert plain[2][0][2] not in served
-    assert rejected["removed"] >= 4
+    assert rejected["removed: removed.txt"] >= 4
     loader = build_loader(config_for(url), seed=3, global_batch_size=BATCH, skip_ordinals=plain[2][1][:4])
     ordinals = [o for _ in range(5) for o in next(loader).ordinals.tolist()]
     loader.close()
