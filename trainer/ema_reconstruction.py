@@ -23,7 +23,7 @@ from trainer.checkpoint.catalogue import (
     snapshots_url,
     steps_found,
 )
-from trainer.checkpoint.export import export_metadata, read_small_tensors, read_state, write_parameters
+from trainer.checkpoint.export import beside_weights, read_state, write_parameters
 from trainer.checkpoint.manifest import BadManifest
 from trainer.checkpoint.reader import EngineReader
 from trainer.config.run import ConfigError
@@ -90,13 +90,13 @@ def reconstruct(
         for (snapshot, kind, _), weight in zip(stored, weights, strict=True)
         if abs(weight) > _NEGLIGIBLE
     ]
-    metadata = export_metadata(newest, state, power_profile(std)) | {"step": str(last)}
+    small, metadata = beside_weights(newest, state, power_profile(std))
     num_bytes = write_parameters(
         destination,
         newest.manifest.shapes[engine],
         lambda names: _combined(terms, names),
-        read_small_tensors(newest),
-        metadata,
+        small,
+        metadata | {"step": str(last)},
         dtype,
     )
     return Reconstruction(destination, std, last, len(terms), error, num_bytes)

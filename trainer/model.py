@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from trainer.checkpoint.export import open_weights
 from trainer.conditioning.build import Conditioner, TrainedConditions, build_conditioner
 from trainer.config.io import config_from_dict
+from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import build_first_stage, load_first_stage
 from trainer.first_stage.discriminator import PatchDiscriminator
+from trainer.first_stage.statistics import require_same_statistics
 from trainer.interop.initialise import initialise
 from trainer.models.unet import UNet
 from trainer.weights import Undrawn
@@ -168,6 +170,7 @@ def load_model(
     profile: str | None = None,
     step: int | None = None,
     first_stage_weights: str | None = None,
+    latent_scale: float | None = None,
     device: torch.device,
 ) -> TrainedModel:
     """Networks with their weights, in evaluation mode.
@@ -177,9 +180,11 @@ def load_model(
         profile: average to take, or "weights"; unset: the average where there is one.
         step: which checkpoint of a run folder; unset: the newest.
         first_stage_weights: in place of the file that the run was trained with.
+        latent_scale: in place of first_stage.latent_scale, for a first stage that does not say it.
 
     Raises:
-        ConfigError: nothing there, or not a diffusion model.
+        ConfigError: nothing there, not a diffusion model, or a first stage that scales latents otherwise
+            than the one that it was trained with.
     """
     tensors, metadata = open_weights(source, profile=profile, step=step)
     if "config" not in metadata:
@@ -190,7 +195,12 @@ def load_model(
     if first_stage_weights is not None:
         first = dataclasses.replace(config.first_stage, weights=first_stage_weights)
         config = dataclasses.replace(config, first_stage=first)
+    if latent_scale is not None:
+        first = dataclasses.replace(config.first_stage, latent_scale=latent_scale)
+        check_ranges(first, "first_stage.")
+        config = dataclasses.replace(config, first_stage=first)
     model = build_model(config, device, fresh=False)
+    require_same_statistics(model.first_stage, tensors)
     absent = initialise(model.network, tensors, source).new
     if absent:
         raise ConfigError(

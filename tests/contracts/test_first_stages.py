@@ -16,8 +16,8 @@ from trainer.first_stage.build import (
     build_first_stage,
     first_stage_tensors,
     load_first_stage,
-    measure_latent_statistics,
 )
+from trainer.first_stage.statistics import measure_latent_statistics
 from trainer.weights import read_weights, write_weights
 
 TINY = FirstStageConfig(

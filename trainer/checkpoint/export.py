@@ -18,10 +18,15 @@ from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.layout import MASTER
 from trainer.checkpoint.reader import EngineReader
 from trainer.config.run import ConfigError
+from trainer.first_stage.base import LATENT_BUFFERS
+from trainer.first_stage.statistics import MARK, exported_statistics, never_measured
 from trainer.weights import read_weights
 
 WEIGHTS = "weights"
 """Name under which the trained weights themselves, not an average, are exported."""
+
+AUTOENCODER = "autoencoder"
+"""Name of the engine, and so of the exported network, that is a first stage."""
 
 _GROUP_BYTES = 192 << 20
 _DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
@@ -33,11 +38,13 @@ class Exported:
 
     destination: str
     source: str
-    """Folder of the checkpoint."""
+    """Folder of the checkpoint, or where tensors in memory came from."""
     step: int
     profile: str
     num_parameters: int
     num_bytes: int
+    statistics: str | None = None
+    """Of a first stage: whether its latent statistics were measured."""
 
 
 def export(
@@ -68,17 +75,39 @@ def export(
     if not destination.endswith(".safetensors"):
         destination = join(destination, "weights.safetensors")
     shapes = handle.manifest.shapes[engine]
+    small, metadata = beside_weights(handle, state, profile)
+    num_bytes = write_parameters(
+        destination, shapes, lambda names: reader.whole(kind, names), small, metadata, dtype
+    )
+    count = sum(map(_numel, shapes.values()))
+    return Exported(destination, handle.url, handle.step, profile, count, num_bytes, metadata.get(MARK))
+
+
+def export_tensors(
+    tensors: dict[str, Tensor], metadata: dict[str, str], source: str, destination: str, dtype: str
+) -> Exported:
+    """Write what `open_weights` gave, in memory and perhaps changed, as `export` writes a checkpoint.
+
+    Raises:
+        ConfigError: no such dtype, or a file that cannot be written.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
+    if not destination.endswith(".safetensors"):
+        destination = join(destination, "weights.safetensors")
+    small = {name: value for name, value in tensors.items() if name in LATENT_BUFFERS}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items() if name not in small}
     num_bytes = write_parameters(
         destination,
         shapes,
-        lambda names: reader.whole(kind, names),
-        read_small_tensors(handle),
-        export_metadata(handle, state, profile),
+        lambda names: {name: tensors[name] for name in names},
+        small,
+        metadata,
         dtype,
     )
-    return Exported(
-        destination, handle.url, handle.step, profile, sum(map(_numel, shapes.values())), num_bytes
-    )
+    step, profile = int(metadata.get("step", 0)), metadata.get("profile", WEIGHTS)
+    count = sum(map(_numel, shapes.values()))
+    return Exported(destination, source, step, profile, count, num_bytes, metadata.get(MARK))
 
 
 def open_weights(
@@ -95,13 +124,18 @@ def open_weights(
         ConfigError: there is nothing there.
     """
     if source.endswith(".safetensors"):
-        return read_weights(source)
+        tensors, metadata = read_weights(source)
+        if metadata.get("network") == AUTOENCODER and never_measured(tensors, metadata):
+            tensors, mark = exported_statistics(tensors)
+            metadata |= mark
+        return tensors, metadata
     handle = find_checkpoint(source, step)
     state = read_state(handle)
     engine = str(state["averaged"])
     profile, kind = choose_kind(handle, engine, profile)
     tensors = EngineReader(handle, engine).whole(kind, list(handle.manifest.shapes[engine]))
-    return {**tensors, **read_small_tensors(handle)}, export_metadata(handle, state, profile)
+    small, metadata = beside_weights(handle, state, profile)
+    return {**tensors, **small}, metadata
 
 
 def read_state(handle: CheckpointHandle) -> dict[str, Any]:
@@ -110,19 +144,25 @@ def read_state(handle: CheckpointHandle) -> dict[str, Any]:
     return state
 
 
-def read_small_tensors(handle: CheckpointHandle) -> dict[str, Tensor]:
-    """The stage's tensors beside the trained weights (latent statistics)."""
-    return read_weights(join(handle.url, handle.manifest.tensors.name))[0]
+def beside_weights(
+    handle: CheckpointHandle, state: dict[str, Any], profile: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What an exported file holds beside the trained weights.
 
-
-def export_metadata(handle: CheckpointHandle, state: dict[str, Any], profile: str) -> dict[str, str]:
-    """Metadata of an exported file: where it comes from and the resolved configuration."""
-    return {
+    Small tensors: the latent statistics, which a first stage has only where they were measured. Metadata:
+    where the file comes from, the resolved configuration, and of a first stage whether they were measured.
+    """
+    small = read_weights(join(handle.url, handle.manifest.tensors.name))[0]
+    metadata = {
         "config": json.dumps(state["config"]),
         "step": str(handle.step),
         "profile": profile,
         "network": str(state["averaged"]),
     }
+    if metadata["network"] == AUTOENCODER:
+        small, mark = exported_statistics(small)
+        metadata |= mark
+    return small, metadata
 
 
 def write_parameters(

@@ -3,16 +3,28 @@
 native: one safetensors file with the configuration and the latent statistics, streamed: what
 first_stage.weights, init_from and `ldm sample` take. compvis: one file in the original layout.
 diffusers: a pipeline's folder. The last two hold the UNet and the frozen first stage.
+
+The latent statistics of a first stage are measured in the last step of its run. Of an earlier checkpoint,
+or of a file exported without them, --measure SHARDS measures them here; a second stage takes no others.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import sys
 
-from trainer.checkpoint.export import export, open_weights
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.export import Exported, export, export_tensors, open_weights
 from trainer.config.io import config_from_dict
+from trainer.config.ranges import check_ranges
+from trainer.config.run import Config, ConfigError
+from trainer.evaluation.latent_statistics import with_measured_statistics
 from trainer.first_stage.build import first_stage_tensors, load_first_stage
+from trainer.first_stage.statistics import UNMEASURED
 from trainer.interop.export import export_weights
 
 EXAMPLE = "example: ldm export s3://bucket/first_stage_run s3://bucket/first_stage.safetensors"
@@ -20,7 +32,9 @@ EXAMPLE = "example: ldm export s3://bucket/first_stage_run s3://bucket/first_sta
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """From where, to where, which weights."""
-    parser.add_argument("source", metavar="RUN", help="run folder or checkpoint folder")
+    parser.add_argument(
+        "source", metavar="RUN", help="run folder or checkpoint folder; with --measure also an exported file"
+    )
     parser.add_argument("destination", metavar="DESTINATION", help="path or URL")
     parser.add_argument("--layout", choices=("native", "compvis", "diffusers"), default="native")
     parser.add_argument(
@@ -28,23 +42,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="native only")
+    parser.add_argument(
+        "--measure",
+        nargs="+",
+        metavar="SHARDS",
+        help="measure a first stage's latent statistics on these shards (URLs with braces or wildcards)",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=2048, help="pictures for --measure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--latent-scale",
+        type=float,
+        help="first_stage.latent_scale, where run and first stage do not say it; not for native",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Export and say what was written."""
+    if args.latent_scale is not None and (args.layout == "native" or args.measure):
+        raise ConfigError(
+            "--latent-scale is for --layout compvis or diffusers without --measure; a native file of a first "
+            "stage is given its scale by first_stage.latent_scale where it is used."
+        )
     if args.layout != "native":
         return _export_whole(args)
-    made = export(args.source, args.destination, profile=args.weights, step=args.checkpoint, dtype=args.dtype)
+    made = _export_measured(args) if args.measure else _export_stored(args)
     print(
         f"{made.destination}: {made.num_parameters / 1e6:.2f} M parameters, {made.num_bytes / 1e6:.1f} MB, "
         f"{made.profile} of step {made.step}"
     )
+    if made.statistics == UNMEASURED:
+        print(
+            "ldm: its latent statistics were never measured, so no second stage takes it; measure them with "
+            "--measure SHARDS, or export the checkpoint of the run's last step.",
+            file=sys.stderr,
+        )
     return 0
 
 
-def _export_whole(args: argparse.Namespace) -> int:
+def _export_stored(args: argparse.Namespace) -> Exported:
+    return export(args.source, args.destination, profile=args.weights, step=args.checkpoint, dtype=args.dtype)
+
+
+def _export_measured(args: argparse.Namespace) -> Exported:
+    tensors, metadata, _ = _open(args)
+    return export_tensors(tensors, metadata, args.source, args.destination, args.dtype)
+
+
+def _open(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, str], Config]:
+    """Tensors, metadata and configuration of the source, with the statistics that are asked for."""
     tensors, metadata = open_weights(args.source, profile=args.weights, step=args.checkpoint)
+    if "config" not in metadata:
+        raise ConfigError(
+            f"{args.source} carries no configuration; name a run folder or a file of `ldm export`."
+        )
     config = config_from_dict(json.loads(metadata["config"]))
+    scale = args.latent_scale
+    if args.measure:
+        tensors, metadata = with_measured_statistics(
+            tensors,
+            metadata,
+            config,
+            args.measure,
+            samples=args.samples,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            source=args.source,
+        )
+    if args.measure or scale is not None:  # goes before what the run was configured with
+        first = dataclasses.replace(config.first_stage, latent_scale=scale)
+        config = dataclasses.replace(config, first_stage=first)
+        check_ranges(config)
+    return tensors, metadata, config
+
+
+def _export_whole(args: argparse.Namespace) -> int:
+    tensors, _, config = _open(args)
     if config.stage == "autoencoder":
         tensors = {f"first_stage.{name}": value for name, value in tensors.items()}
     else:

@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", help="average to use, or `weights` for the trained ones (default: EMA)")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
     parser.add_argument("--first-stage", help="first-stage weights, where they moved since training")
+    parser.add_argument(
+        "--latent-scale",
+        type=float,
+        help="first_stage.latent_scale, where neither the run nor the first stage says it",
+    )
     parser.add_argument("--out", default="samples", help="folder or URL (default: %(default)s)")
 
 
@@ -87,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         profile=args.weights,
         step=args.checkpoint,
         first_stage_weights=args.first_stage,
+        latent_scale=args.latent_scale,
         device=device,
     )
     config = _with_choices(trained.config, args)

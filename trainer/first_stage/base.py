@@ -34,6 +34,9 @@ class FirstStage(nn.Module, ABC):
     """float32 [z], the mean to take away"""
     latent_scale: Tensor
     """float32 [z], one over the standard deviation"""
+    statistics_measured: bool = False
+    """The statistics belong to the weights: measured on them, or given with them. Otherwise they are initial
+    values, or older than the weights, and no second stage may be trained on them."""
 
     def __init__(self, config: FirstStageConfig) -> None:
         super().__init__()
@@ -117,10 +120,11 @@ class FirstStage(nn.Module, ABC):
         return latents.float() / scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
     def set_latent_statistics(self, shift: Tensor, scale: Tensor) -> None:
-        """Store the normalisation; both [z]."""
+        """Store the normalisation that belongs to the present weights; both [z]."""
         assert shift.shape == scale.shape == self.latent_shift.shape, (shift.shape, scale.shape)
         self.latent_shift.copy_(shift)
         self.latent_scale.copy_(scale)
+        self.statistics_measured = True
 
     def _apply_bounded(self, function: Callable[[Tensor], Tensor], x: Tensor, *, divide: bool) -> Tensor:
         """Bound memory as configured: at most `encode_chunk` images and `tile_pixels` edges per call."""

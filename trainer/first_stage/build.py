@@ -1,10 +1,9 @@
-"""Choose, load, save and normalise first stages."""
+"""Choose, load and save first stages."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from trainer.first_stage.autoencoder_kl import AutoencoderKL
 from trainer.first_stage.autoencoder_vq import AutoencoderVQ
 from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
 from trainer.first_stage.identity import Identity
+from trainer.first_stage.statistics import MARK, MEASURED, UNMEASURED, require_statistics
 from trainer.weights import check_fit, read_weights, shapes_of
 
 FIRST_STAGES: dict[str, type[FirstStage]] = {
@@ -42,7 +42,7 @@ def load_first_stage(config: FirstStageConfig, device: torch.device | str = "cpu
 
     Raises:
         ConfigError: no weights are named, they belong to another structure, or nothing says how
-            latents are scaled.
+            latents are scaled: their statistics were never measured, or are absent.
     """
     if config.name == "identity":
         return _frozen(build_first_stage(config).to(device), config)
@@ -55,17 +55,27 @@ def load_first_stage(config: FirstStageConfig, device: torch.device | str = "cpu
     if not url.endswith(".safetensors"):
         url = f"{url.rstrip('/')}/{WEIGHTS_FILE}"
     tensors, metadata = read_weights(url)
+    _check_structure(config, metadata, url)
+    module = first_stage_of(config, tensors, url, device)
+    if config.latent_scale is None:
+        require_statistics(tensors, metadata, url)
+    module.statistics_measured = True
+    return _frozen(module, config)
+
+
+def first_stage_of(
+    config: FirstStageConfig, tensors: dict[str, Tensor], source: str, device: torch.device | str
+) -> FirstStage:
+    """The network with these weights on the device, whether or not they say how latents are scaled.
+
+    Raises:
+        ConfigError: names or shapes differ; they are listed.
+    """
     with torch.device("meta"):
         module = build_first_stage(config)
-    _check_structure(config, metadata, url)
     module.to_empty(device=device)
-    load_first_stage_tensors(module, tensors, url)
-    if config.latent_scale is None and any(name not in tensors for name in LATENT_BUFFERS):
-        raise ConfigError(
-            f"{url} does not say how latents are scaled; set first_stage.latent_scale "
-            "(Stable Diffusion: 0.18215, SDXL: 0.13025, the paper's VQ models: 1)."
-        )
-    return _frozen(module, config)
+    load_first_stage_tensors(module, tensors, source)
+    return module
 
 
 def load_first_stage_tensors(module: FirstStage, tensors: dict[str, Tensor], source: str) -> None:
@@ -89,51 +99,18 @@ def load_first_stage_tensors(module: FirstStage, tensors: dict[str, Tensor], sou
 
 
 def first_stage_tensors(module: FirstStage) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights with latent statistics, and metadata with the structure, for `write_weights`."""
-    tensors = {n: v.detach() for n, v in module.state_dict().items() if n != "logvar"}
-    return tensors, first_stage_metadata(module.config)
+    """Weights, latent statistics where they were measured, and metadata with the structure and the mark of
+    the statistics, for `write_weights`."""
+    left = ("logvar",) if module.statistics_measured else ("logvar", *LATENT_BUFFERS)
+    tensors = {n: v.detach() for n, v in module.state_dict().items() if n not in left}
+    mark = MEASURED if module.statistics_measured else UNMEASURED
+    return tensors, first_stage_metadata(module.config) | {MARK: mark}
 
 
 def first_stage_metadata(config: FirstStageConfig) -> dict[str, str]:
     """{"first_stage": JSON of the fields that the weights depend on}"""
     fields = dataclasses.asdict(config) | {"num_groups": norm_groups(config)}
     return {"first_stage": json.dumps({name: fields[name] for name in STRUCTURE})}
-
-
-def measure_latent_statistics(
-    first_stage: FirstStage,
-    pixels: Iterable[Tensor],
-    sum_over_ranks: Callable[[Tensor], Tensor],
-    *,
-    per_channel: bool,
-) -> tuple[Tensor, Tensor]:
-    """Shift and scale [z] that give latents unit variance over everything all ranks have seen.
-
-    Moments of the posterior are taken in closed form, so nothing is drawn. Every rank gets the same
-    result, whatever its share of the pictures.
-
-    Args:
-        first_stage: its present statistics do not matter.
-        pixels: this rank's pictures, [B, 3, H, W] each, in -1 .. 1.
-        sum_over_ranks: sums a float64 tensor over all ranks (the identity function on one).
-        per_channel: mean and std of each channel; otherwise shift 0 and one global std.
-    """
-    device = first_stage.latent_shift.device
-    # Rows: number of elements, sum of z, sum of z**2.
-    sums = torch.zeros(3, first_stage.config.channels, dtype=torch.float64, device=device)
-    with torch.no_grad():
-        for batch in pixels:
-            first, second = first_stage.second_moment(first_stage.encode(batch))
-            terms = (torch.ones_like(first), first, second)
-            sums += torch.stack([x.sum(dim=(0, 2, 3), dtype=torch.float64) for x in terms])
-    count, first, second = sum_over_ranks(sums).unbind()
-    assert bool((count > 0).all()), "no pictures to measure latent statistics on"
-    if not per_channel:
-        count, first, second = (x.sum().expand_as(x) for x in (count, first, second))
-    mean = first / count
-    std = (second / count - mean.square()).clamp(min=1e-12).sqrt()
-    shift = mean if per_channel else torch.zeros_like(mean)
-    return shift.float(), (1.0 / std).float()
 
 
 def _frozen(module: FirstStage, config: FirstStageConfig) -> FirstStage:

@@ -11,6 +11,7 @@ class Identity(FirstStage):
     """Latents are the pixels. There is nothing to train."""
 
     trainable = False
+    statistics_measured = True  # pixels lie in -1 .. 1; there is nothing to measure
 
     def encode_whole(self, pixels: Tensor) -> Tensor:
         """The pixels."""

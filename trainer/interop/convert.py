@@ -17,6 +17,7 @@ from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.network_plan import plan_levels
 from trainer.config.run import Config, ConfigError
 from trainer.first_stage.build import WEIGHTS_FILE, build_first_stage, first_stage_metadata
+from trainer.first_stage.statistics import GIVEN, MARK
 from trainer.interop.diffusers_stage import first_stage_from_diffusers
 from trainer.interop.diffusers_unet import unet_from_diffusers
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links, modern_names
@@ -30,6 +31,7 @@ from trainer.weights import write_weights
 UNET_FILE = "unet.safetensors"
 STRUCTURE_FILE = "structure.yaml"
 """Sections unet and first_stage of a configuration."""
+STRUCTURE_SECTIONS = ("unet", "first_stage")
 UNET_AVERAGE_FILE = "unet_ema.safetensors"
 TEXT_FILES = {"text_encoder": "text_encoder.safetensors", "text_encoder_2": "text_encoder_2.safetensors"}
 CLASS_TOKENS = "conditions.parts.class_label.embedding.weight"
@@ -121,7 +123,7 @@ def _write_structure(url: str, files: Mapping[str, Imported]) -> None:
     """The configuration sections that fit the imported networks."""
     sections: dict[str, Any] = {}
     for _, metadata in files.values():
-        sections |= {name: json.loads(text) for name, text in metadata.items() if name != "config"}
+        sections |= {name: json.loads(text) for name, text in metadata.items() if name in STRUCTURE_SECTIONS}
     write_bytes(url, yaml.safe_dump(sections, sort_keys=False).encode())
 
 
@@ -146,9 +148,11 @@ def _first_stage(part: ForeignNetwork, config: Config | None, source: ForeignWei
     scale = structure.latent_scale if structure.latent_scale is not None else source.latent_scale
     if scale is not None:
         statistics = ([0.0] * structure.latent_channels, [scale] * structure.latent_channels)
+    metadata = first_stage_metadata(structure)
     if statistics is not None:
         tensors |= {name: torch.tensor(values) for name, values in zip(STATISTICS, statistics, strict=True)}
-    return tensors, first_stage_metadata(structure)
+        metadata[MARK] = GIVEN
+    return tensors, metadata
 
 
 def _text_tower(part: ForeignNetwork, origin: str) -> Imported:

@@ -206,7 +206,10 @@ def _statistics(tensors: Tensors, config: Config) -> tuple[list[float], list[flo
         return [0.0] * channels, [config.first_stage.latent_scale] * channels
     shift, scale = (tensors.get(name) for name in STATISTICS)
     if shift is None or scale is None:
-        raise ConfigError("the first stage has no latent statistics; set first_stage.latent_scale.")
+        raise ConfigError(
+            "the first stage has no latent statistics, which are measured in the last step of its run; "
+            "measure them with --measure SHARDS, or set first_stage.latent_scale (--latent-scale)."
+        )
     return shift.tolist(), scale.tolist()
 
 

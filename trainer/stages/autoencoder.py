@@ -15,8 +15,12 @@ from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
 from trainer.first_stage import losses
 from trainer.first_stage.base import FirstStage
-from trainer.first_stage.build import measure_latent_statistics
 from trainer.first_stage.perceptual import PerceptualDistance
+from trainer.first_stage.statistics import (
+    checkpoint_statistics,
+    measure_latent_statistics,
+    restore_statistics,
+)
 from trainer.metrics.timer import StepTimer
 from trainer.pixels import to_bytes, to_unit_range
 from trainer.rng import Purpose, normal
@@ -67,6 +71,7 @@ class AutoencoderStage:
         The start of the discriminator is counted in generator steps, which the generator's own engine
         knows: neither the discriminator's steps nor a restart shift it.
         """
+        self.module.statistics_measured = False  # what an earlier end of the run measured is of other weights
         started = self._autoencoder.optimizer_steps >= self._loss.discriminator_start
         adversary = self._discriminator if started else None
         micro_batches = batch.micro_batches(self._config.micro_batch_size)
@@ -224,13 +229,9 @@ class AutoencoderStage:
             module.train()
 
     def state(self) -> dict[str, Tensor]:
-        """The latent statistics."""
-        module = self.module
-        return {
-            "latent_shift": module.latent_shift.detach().cpu(),
-            "latent_scale": module.latent_scale.detach().cpu(),
-        }
+        """The latent statistics, or that they were not measured."""
+        return checkpoint_statistics(self.module)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
-        self.module.set_latent_statistics(state["latent_shift"], state["latent_scale"])
+        restore_statistics(self.module, state)

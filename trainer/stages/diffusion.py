@@ -9,11 +9,12 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from trainer.conditioning.build import Conditioner
-from trainer.config.run import Config, ConfigError
+from trainer.config.run import Config
 from trainer.diffusion.objective import add_noise, draw_timesteps, loss_per_sample, offset_noise
 from trainer.diffusion.schedule import make_schedule
 from trainer.distributed.engine import Engine
 from trainer.first_stage.base import FirstStage
+from trainer.first_stage.statistics import require_same_statistics
 from trainer.metrics.timer import StepTimer
 from trainer.model import DiffusionModel
 from trainer.pixels import to_unit_range
@@ -133,11 +134,4 @@ class DiffusionStage:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Refuse to go on with another first stage: its latents would mean something else."""
-        for name, stored in state.items():
-            now = getattr(self._first_stage, name).detach().cpu()
-            if now.shape != stored.shape or not torch.allclose(now, stored, rtol=1e-5, atol=0):
-                raise ConfigError(
-                    f"the checkpoint was trained with {name}={stored.flatten().tolist()[:4]} and "
-                    f"first_stage.weights has {now.flatten().tolist()[:4]}; name the first stage that "
-                    "the run began with, or another run_dir."
-                )
+        require_same_statistics(self._first_stage, state)

@@ -23,8 +23,8 @@ from trainer.distributed.env import DistributedEnv
 from trainer.first_stage.build import (
     build_first_stage,
     first_stage_tensors,
-    measure_latent_statistics,
 )
+from trainer.first_stage.statistics import measure_latent_statistics
 from trainer.metrics.timer import StepTimer
 from trainer.model import build_model
 from trainer.pixels import to_unit_range
