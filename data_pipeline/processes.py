@@ -11,6 +11,8 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""What people, SLURM and Kubernetes send to end a run in order."""
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _IMPORTED = time.monotonic()
 
@@ -23,6 +25,20 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+@contextmanager
+def children_deaf_to_stops() -> Generator[None]:
+    """A process started inside is deaf to stop signals from its first instruction on.
+
+    They reach the whole process group, and are the rank's business: it still needs batches and its writer to
+    save. Ignoring them in the child's own code would leave the second in which it imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def unnamed_file(name: str) -> int:

@@ -28,7 +28,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, WorkerDied, as_failure
 from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
-from data_pipeline.processes import unnamed_file
+from data_pipeline.processes import children_deaf_to_stops, unnamed_file
 from data_pipeline.shards.dataset import sources_of
 from data_pipeline.storage.client import filesystem
 
@@ -60,16 +60,17 @@ class WorkerProcess:
             str(theirs.fileno()),
             str(self._memory_file),
         ]
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=(theirs.fileno(), self._memory_file),
-            stdin=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-            },
-        )
+        with children_deaf_to_stops():
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(), self._memory_file),
+                stdin=subprocess.DEVNULL,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                },
+            )
         theirs.close()
         self._send(config)
 
@@ -164,9 +165,6 @@ def _watch_parent(parent: int) -> None:
 
 def main() -> None:
     """Entry of the process: file descriptors of the pipe and of the shared memory."""
-    # Stop requests to the whole process group are the rank's business: it still needs batches to save.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     try:
         _serve(connection, int(sys.argv[2]))

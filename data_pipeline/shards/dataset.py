@@ -123,7 +123,7 @@ def open_dataset(
     if len(set(urls)) != len(urls):
         raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
     index_urls = tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True))
-    check_columns(rule, list(zip(rows, index_urls, strict=True)))
+    check_columns(rule, rows)
     shard_of = np.asarray(entries, np.int64)
     samples = np.asarray([row.samples for row in rows], np.int64)
     digest = hashlib.sha256()

@@ -6,41 +6,24 @@ import difflib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.index import ManifestRow, decode_index
-from data_pipeline.storage.files import read_bytes
+from data_pipeline.shards.index import ManifestRow
 
 logger = logging.getLogger(__name__)
 
-_OLD_INDEXES = 256
-"""Of shards whose manifest row does not tell its columns, so many indexes are looked into."""
 
-
-def check_columns(rule: Filter, rows: Sequence[tuple[ManifestRow, str]]) -> None:
-    """Compare a filter with the columns of a set; `rows` are manifest rows and URLs of their index files.
+def check_columns(rule: Filter, rows: Sequence[ManifestRow]) -> None:
+    """Compare a filter with the columns of a set.
 
     Raises DataError for a column of no shard, and for comparisons that no value of a column can satisfy.
     Says which columns are missing in some shards: they count as missing there.
     """
-    rows = [(row, url) for row, url in rows if row.samples]
-    if not rule.columns or not rows:
+    tables = [row.columns for row in rows if row.samples]
+    if not rule.columns or not tables:
         return
-    old = [(row, url) for row, url in rows if row.columns is None]
-    # Evenly spread, for shards of one source lie together.
-    looked = old[:: -(-len(old) // _OLD_INDEXES)] if old else []
-    tables = [row.columns for row, _ in rows if row.columns is not None] + _columns_of(looked)
     where = f"the {len(tables)} shards"
-    if old:
-        logger.warning(
-            "data.filter: the index of %d shards is of an older version, for which Decimals, spelled numbers "
-            "and integer keys of a parquet are missing; delete it and run `ldm data index` to have them",
-            len(old),
-        )
-        if len(looked) < len(old):
-            where += f" that were looked at (of {len(rows)})"
     holders = Counter(name for table in tables for name in table)
     for name in sorted(rule.columns):
         if not holders[name]:
@@ -54,15 +37,7 @@ def check_columns(rule: Filter, rows: Sequence[tuple[ManifestRow, str]]) -> None
                 _other_spelling(name, holders),
             )
     kinds = {name: {t[name] for t in tables if name in t} - {"empty"} for name in rule.columns}
-    if len(looked) == len(old):  # else "every shard" would be a guess
-        _check_kinds(rule, kinds)
-
-
-def _columns_of(rows: Sequence[tuple[ManifestRow, str]]) -> list[dict[str, str]]:
-    if not rows:
-        return []
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda row: decode_index(read_bytes(row[1]), row[1]).column_kinds(), rows))
+    _check_kinds(rule, kinds)
 
 
 def _check_kinds(rule: Filter, kinds: dict[str, set[str]]) -> None:

@@ -245,8 +245,8 @@ class ManifestRow:
     missing_rows: int = 0
     aspects: dict[str, int] = field(default_factory=dict)
     """Samples by aspect ratio (see buckets.aspect_histogram)."""
-    columns: dict[str, str] | None = None
-    """Filter columns of the shard and their COLUMN_KINDS; None: written before manifests told."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Filter columns of the shard and their COLUMN_KINDS."""
 
 
 def index_name(shard: str) -> str:
@@ -288,11 +288,11 @@ def read_manifest(folder: str) -> dict[str, ManifestRow]:
         if hashlib.sha256(body.encode()).hexdigest() != head["checksum"]:
             raise ValueError("checksum")
         # Rows name their set of columns by its place in the head: a million shards share a few objects.
-        sets = [{str(k): str(v) for k, v in c.items()} for c in head.get("columns", [])]
+        sets = [{str(k): str(v) for k, v in c.items()} for c in head["columns"]]
         rows = [json.loads(line) for line in lines[1:]]
         for row in rows:
             row["problems"] = tuple(row["problems"])
-            row["columns"] = None if row.get("columns") is None else sets[row["columns"]]
+            row["columns"] = sets[row["columns"]]
         return {row["shard"]: ManifestRow(**row) for row in rows}
     except _DAMAGE as error:
         raise DataError(
@@ -306,8 +306,7 @@ def write_manifest(folder: str, rows: dict[str, ManifestRow]) -> None:
     sets: dict[tuple[tuple[str, str], ...], int] = {}
     lines = []
     for shard in sorted(rows):
-        columns = rows[shard].columns
-        place = None if columns is None else sets.setdefault(tuple(sorted(columns.items())), len(sets))
+        place = sets.setdefault(tuple(sorted(rows[shard].columns.items())), len(sets))
         changed = {"problems": list(rows[shard].problems), "columns": place}
         lines.append(json.dumps({**vars(rows[shard]), **changed}))
     body = "\n".join(lines)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.errors import CONSEQUENCES, Failure, RetryableFault
+from data_pipeline.processes import children_deaf_to_stops
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.manifest import StoredFile
 from trainer.checkpoint.writer import Job, job_to_header, write_commit, write_shard
@@ -173,13 +174,14 @@ class BackgroundWriter:
         self._answers = queue.Queue()
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.checkpoint.writer_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[buffer.descriptor],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
+        with children_deaf_to_stops():
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "trainer.checkpoint.writer_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[buffer.descriptor],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            )
         threading.Thread(target=_collect, args=(self._process, self._answers), daemon=True).start()
         self._send({"order": "memory", "descriptor": buffer.descriptor, "bytes": buffer.num_bytes}, [])
 

@@ -7,7 +7,6 @@ import logging
 import mmap
 import os
 import queue
-import signal
 import sys
 import threading
 from typing import Any, BinaryIO
@@ -16,8 +15,6 @@ from data_pipeline.errors import Failure, consequence_of
 from data_pipeline.processes import die_with_parent
 from trainer.checkpoint.manifest import StoredFile
 from trainer.checkpoint.writer import Job, job_from_header, write_commit, write_shard
-
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 Frame = tuple[dict[str, Any], list[bytes]]
 
@@ -93,9 +90,7 @@ def _listen(requests: BinaryIO, inbox: queue.Queue[Frame]) -> None:
 
 
 def main() -> None:
-    """Speak over standard input and output; the trainer's signals are not for this process."""
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
+    """Speak over standard input and output; the trainer's signals do not reach this process."""
     die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="checkpoint writer: %(levelname)s %(message)s")
     os.nice(19)  # training comes first on a busy host; when it waits for this process it is idle itself
