@@ -206,9 +206,9 @@ class CheckpointManager:
                 what it was (`trainer/config/identity.py`); nothing has been restored.
         """
         stored = json.loads(read_bytes(join(handle.url, handle.manifest.state.name)))
-        changed = check_resume(stored["config"], self._config, handle.url)
-        for name, engine in engines.items():
+        for name, engine in engines.items():  # first: no word lets weights of other shapes in
             check_shapes(handle, name, engine.parameter_shapes)
+        changed = check_resume(stored["config"], self._config, handle.url)
         for name, engine in engines.items():
             reader = EngineReader(handle, name)
             load_engine(reader, engine, int(stored["optimizer_steps"][name]))
