@@ -205,8 +205,6 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     state.wandb_run_id = collectives.broadcast_object(sinks.run_id)
     if resumed is not None:
         run.tell_resume(resumed)
-    if config.distributed.cuda_graphs:
-        buffer.wait()  # while one thread captures, no other may pin memory
     start.mark("averages and checkpoint")
     return run
 
@@ -216,9 +214,8 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer, star
     frozen_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
     model.first_stage.to(env.device, frozen_dtype)
     if config.distributed.channels_last and env.device.type == "cuda":
-        model.first_stage.to(
-            memory_format=torch.channels_last
-        )  # it is not ZeRO's, so its weights may be, too
+        # Frozen, so no flat slice of ZeRO's: its weights may be channels-last, too.
+        model.first_stage.to(memory_format=torch.channels_last)
     model.conditioner.frozen.to(env.device, frozen_dtype)
     _start_from(config.init_from, model.network)
     start.mark("networks")
