@@ -28,7 +28,7 @@ def graphs(setup: Setup) -> None:
     if setup.device.type != "cuda":
         setup.report(skipped="no GPU, no CUDA graphs")
         return
-    whole_step(setup, ["distributed.engine=torch", "distributed.cuda_graphs=true"])
+    whole_step(setup, ["distributed.cuda_graphs=true"])
 
 
 def whole_step(setup: Setup, overrides: Sequence[str]) -> None:

@@ -131,7 +131,7 @@ class DistributedConfig:
     compile: bool = False
     """torch.compile the blocks that repeat in the trained network, each kind once."""
     cuda_graphs: bool = False
-    """Replay forward and backward as CUDA graphs, for small micro-batches; needs engine=torch."""
+    """Replay forward and backward as CUDA graphs, for small micro-batches."""
     cudnn_benchmark: bool = False
     """Let cuDNN time its algorithms for every shape of convolution when it is first met."""
     reduce_bucket_elements: int = number(50_000_000, least=1, most=10**12)

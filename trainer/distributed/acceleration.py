@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from trainer.config.training import DistributedConfig
 from trainer.first_stage.networks import ResidualBlock, SpatialAttention
@@ -53,7 +54,7 @@ class GraphedForward:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._captured: dict[Any, _Captured] = {}
         self._pool: Any = None
 
@@ -68,17 +69,22 @@ class GraphedForward:
             self._captured[key] = captured
         for static, tensor in zip(captured.inputs, tensors, strict=True):
             static.copy_(tensor)
-        result: Tensor = _Replay.apply(captured, *self._parameters)
+        result: Tensor = _Replay.apply(captured, *self._parameters.values())
         return result
 
 
 class _Captured:
-    """Forward and backward of one set of shapes."""
+    """Forward and backward of one set of shapes.
+
+    Differentiates with respect to aliases of the parameters, made on the stream that captures: the nodes
+    that accumulate a parameter's own gradient were made on the default stream where an engine holds on to
+    them for its hooks, as DeepSpeed does, and waiting for that stream would end the capture.
+    """
 
     def __init__(
         self,
         network: nn.Module,
-        parameters: list[nn.Parameter],
+        parameters: dict[str, nn.Parameter],
         tensors: list[Tensor],
         structure: pytree.TreeSpec,
         pool: Any,
@@ -86,30 +92,28 @@ class _Captured:
         self.inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
-        def run() -> Tensor:
-            output: Tensor = network(*pytree.tree_unflatten(self.inputs, structure))
-            return output
-
-        def differentiate(output: Tensor, doutput: Tensor) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(output, parameters, doutput, allow_unused=True)
+        def run() -> tuple[Tensor, list[Tensor]]:
+            aliases = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+            args = pytree.tree_unflatten(self.inputs, structure)
+            return functional_call(network, aliases, args), list(aliases.values())
 
         # Once before: kernels are compiled and libraries choose their algorithms, neither of which may happen
         # while a stream is captured. Then the memory that this took goes back, or there would not be enough.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            output = run()
-            differentiate(output, torch.zeros_like(output))
-        del output
+            output, aliases = run()
+            torch.autograd.grad(output, aliases, torch.zeros_like(output), allow_unused=True)
+        del output, aliases
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         # Other threads (pinned memory for checkpoints and batches) may go on calling CUDA.
         options: Any = {"pool": pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **options):
-            self.output = run()
+            self.output, aliases = run()
         self.doutput = torch.empty_like(self.output)
         with torch.cuda.graph(self.backward, **options):
-            self.gradients = differentiate(self.output, self.doutput)
+            self.gradients = torch.autograd.grad(self.output, aliases, self.doutput, allow_unused=True)
 
 
 class _Replay(torch.autograd.Function):

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from trainer.config.run import Config
 from trainer.distributed import adamw
-from trainer.distributed.acceleration import compile_regions
+from trainer.distributed.acceleration import GraphedForward, compile_regions
 from trainer.distributed.deepspeed_config import deepspeed_config
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
@@ -109,6 +109,7 @@ class DeepSpeedEngine:
         if config.distributed.compile:
             # Stage 3 gathers weights in hooks of every module, which DeepSpeed alone knows how to compile.
             self._engine.compile() if self._stage == 3 else compile_regions(module)
+        self._forward = GraphedForward(module) if config.distributed.cuda_graphs else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Training forward.
@@ -118,7 +119,7 @@ class DeepSpeedEngine:
         """
         if self._stage > 0:
             self._zero.clear_backward_seen_flag()
-        return self.module(*args, **kwargs)
+        return self._forward(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""

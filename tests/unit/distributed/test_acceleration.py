@@ -81,7 +81,6 @@ def test_regions_beyond_torchs_default_are_compiled_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
-        ("distributed.engine=deepspeed", "engine=deepspeed"),
         ("distributed.precision=fp32", "precision=fp32"),
         ("distributed.zero_stage=3", "zero_stage=3"),
         ("unet.dropout=0.1", "unet.dropout"),
@@ -90,7 +89,7 @@ def test_regions_beyond_torchs_default_are_compiled_all_the_same() -> None:
 )
 def test_graphs_refuse_what_they_cannot_carry(setting: str, named: str) -> None:
     with pytest.raises(ConfigError, match=r"distributed\.cuda_graphs .*" + named):
-        check(load_config(None, ["distributed.engine=torch", "distributed.cuda_graphs=true", setting]))
+        check(load_config(None, ["distributed.cuda_graphs=true", setting]))
 
 
 @pytest.mark.gpu
