@@ -70,6 +70,10 @@ class ReadFailed(Exception):
     """One object cannot be read although others can: its samples are set aside."""
 
 
+class Replaced(Exception):
+    """An object has another content than the one that its index was made from."""
+
+
 class Rejected(Exception):
     """One sample cannot be used; `reason` is the name it is counted under."""
 

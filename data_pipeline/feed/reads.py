@@ -18,8 +18,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
+from data_pipeline.errors import Replaced
+from data_pipeline.feed.editions import ShardEditions
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.storage.cache import BlockCache
+from data_pipeline.storage.editions import Edition
 from data_pipeline.storage.ranges import Background, RangeReader
 
 _GAP = 128_000
@@ -54,6 +57,7 @@ class MemberReads:
     ) -> None:
         self.background = background
         self._dataset, self._reader, self._cache = dataset, reader, cache
+        self._editions = ShardEditions(dataset)
         self._range_bytes = max(1, range_bytes)
 
     def start(
@@ -84,11 +88,17 @@ class MemberReads:
 
     def _bytes(self, shard: int, start: int, stop: int) -> bytes:
         url = self._dataset.urls[shard]
+        edition = self._editions.expected(shard)
+        try:
+            return self._of_edition(url, edition, start, stop)
+        except Replaced as error:
+            return self._of_edition(url, self._editions.renew(shard, edition, error), start, stop)
+
+    def _of_edition(self, url: str, edition: Edition, start: int, stop: int) -> bytes:
+        fetch = partial(self._reader.read, url, expected=edition)
         if self._cache is None:
-            return self._reader.read(url, start, stop)
-        identity = f"{url} {self._dataset.versions[shard]}"
-        fetch = partial(self._reader.read, url)
-        return self._cache.read(identity, self._dataset.sizes[shard], start, stop, fetch)
+            return fetch(start, stop)
+        return self._cache.read(f"{url} {edition.version}", edition.size, start, stop, fetch)
 
 
 def ranges(extents: list[Extent], limit: int) -> list[list[Extent]]:

@@ -30,7 +30,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError, ReadFailed, Rejected
+from data_pipeline.errors import DataError, ReadFailed, Rejected, Replaced
+from data_pipeline.feed.editions import REINDEX
 from data_pipeline.feed.lane_walk import LaneWalk, Visit, Walker
 from data_pipeline.feed.reads import MemberReads
 from data_pipeline.feed.sample import fill_sample
@@ -149,6 +150,8 @@ class ShareStream:
             raise Rejected(visit.reason)
         try:
             members = visit.load()
+        except Replaced as error:
+            raise Rejected("shard_replaced", str(error)[:300]) from error
         except ReadFailed as error:
             walk.defer(visit)
             self._rejects.append(("set_aside", self._key(visit), str(error)[:300], ordinal))
@@ -170,9 +173,12 @@ class ShareStream:
     def _all_rejected(self, walk: LaneWalk) -> DataError:
         reasons = Counter(reason for reason, _, _, _ in self._rejects).most_common(3)
         listed = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+        remedy = "loosen data.filter, lower data.lanes or correct the shards"
+        if reasons and reasons[0][0] == "shard_replaced":
+            remedy = f"the shards changed after they were indexed: {REINDEX}"
         return DataError(
             f"Every sample of lane {walk.lane} ({self._task.order.lane_size(walk.lane)} per epoch) is "
-            f"rejected: {listed}; loosen data.filter, lower data.lanes or correct the shards."
+            f"rejected: {listed}; {remedy}."
         )
 
     def close(self) -> None:

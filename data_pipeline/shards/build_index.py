@@ -96,7 +96,7 @@ def build_index(
     threads of this process. A shard that is no tar is reported in `failed`, not raised.
     """
     known = read_manifest(folder)
-    stale = [s for s in shards if not _is_current(s, known.get(s.url))]
+    stale = [s for s in shards if not is_current(s, known.get(s.url))]
     progress(len(shards) - len(stale), len(shards))
     failed: dict[str, str] = {}
     saved = time.monotonic()
@@ -116,7 +116,8 @@ def build_index(
     return IndexReport(rows, len(stale), failed)
 
 
-def _is_current(shard: ListedFile, row: ManifestRow | None) -> bool:
+def is_current(shard: ListedFile, row: ManifestRow | None) -> bool:
+    """Whether a row is of the shard as it is listed now."""
     return row is not None and row.size == shard.size and row.version == shard.version
 
 

@@ -15,7 +15,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError, NoShards, NotATar
 from data_pipeline.order.buckets import Buckets, bucket_shapes, make_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
-from data_pipeline.shards.build_index import build_index
+from data_pipeline.shards.build_index import build_index, is_current
 from data_pipeline.shards.filter_columns import check_columns
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import ManifestRow, read_manifest
@@ -177,7 +177,7 @@ def _open_source(
 
 def _known_rows(source: SourceConfig, folder: str, shards: Sequence[ListedFile]) -> list[ManifestRow]:
     known = read_manifest(folder)
-    stale = [s for s in shards if s.url not in known or known[s.url].size != s.size]
+    stale = [s for s in shards if not is_current(s, known.get(s.url))]
     if stale:
         raise NoShards(
             f"{len(stale)} of the {len(shards)} shards of {source.shards} are new or changed; run "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import NoShards, NotFound
 from data_pipeline.storage.client import filesystem
-from data_pipeline.storage.retry import guarded, missing_bucket
+from data_pipeline.storage.editions import edition_of
+from data_pipeline.storage.retry import TRIES, guarded, missing_bucket
 from data_pipeline.storage.urls import expand_braces, is_s3, join, literal, name_of, parent, spelled_out
 
 
@@ -55,6 +57,12 @@ def find(pattern: str, *, timeout_s: float = 30.0) -> list[ListedFile]:
     return [_listed(pattern, info) for info in listing.values() if info["type"] == "file"]
 
 
+def look_up(url: str, *, timeout_s: float = 30.0) -> ListedFile:
+    """One file, without a listing. Raises NotFound and the other failures of reading."""
+    fs, path = filesystem(url, timeout_s=timeout_s)
+    return _listed(url, guarded(lambda: fs.info(path), url, tries=TRIES))
+
+
 def _list_named(url: str, names: list[str], timeout_s: float) -> list[ListedFile]:
     folders: dict[str, dict[str, ListedFile]] = {}
     for folder in sorted({parent(name) for name in names}):
@@ -81,9 +89,10 @@ def _listed(pattern: str, info: dict[str, Any]) -> ListedFile:
     match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]+)://", pattern)
     path = info["name"]
     url = path if match is None or path.startswith(match.group(0)) else match.group(0) + path
-    tag = str(info.get("ETag") or info.get("etag") or "").strip('"')  # some servers send an empty one
-    version = tag or info.get("mtime") or info.get("LastModified")
-    return ListedFile(url, int(info["size"] or 0), str(version))
+    if info.get("islink"):  # listings of folders give the link's own time
+        info = {**info, "mtime": os.stat(path).st_mtime}
+    edition = edition_of(info, int(info["size"] or 0))
+    return ListedFile(url, edition.size, edition.version)
 
 
 def _check_bucket(url: str, timeout_s: float) -> None:

@@ -43,11 +43,14 @@ class LocalS3:
     The server listens on loopback only, stops when the context ends and dies with this process.
     """
 
-    def __init__(self, folder: str | Path, *, buckets: tuple[str, ...] = (), port: int = 0) -> None:
-        """`buckets` are created at start; port 0 takes a free one."""
+    def __init__(
+        self, folder: str | Path, *, buckets: tuple[str, ...] = (), port: int = 0, etags: bool = False
+    ) -> None:
+        """`buckets` are created at start; port 0 takes a free one; `etags` costs a read of each object."""
         self.folder = Path(folder)
         self.buckets = buckets
         self.port = port
+        self._etag_hash = "MD5" if etags else ""
         self.access_key = secrets.token_hex(10)
         self.secret_key = secrets.token_hex(20)
         self._process: subprocess.Popen[bytes] | None = None
@@ -101,9 +104,9 @@ class LocalS3:
                 "--config",
                 os.devnull,
                 "--no-checksum",
-                # else the server would hash the whole object for every range of it
+                # with one, the server hashes the whole object for every range of it
                 "--etag-hash",
-                "",
+                self._etag_hash,
                 "--log-level",
                 "ERROR",
             ],

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from data_pipeline.errors import AccessDenied, ReadFailed, StorageOutage
+from data_pipeline.errors import AccessDenied, ReadFailed, Replaced, StorageOutage
 from data_pipeline.storage.client import filesystem, read_within
+from data_pipeline.storage.editions import Edition, Reading
 from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,23 @@ class RangeReader:
         self._last_success = time.monotonic()
         self._typical_s = 0.5
         self._closed = threading.Event()
+        self._reading = Reading()
 
-    def read(self, url: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop). Raises ReadFailed when only this object fails, StorageOutage when all do."""
+    def read(self, url: str, start: int, stop: int, expected: Edition | None = None) -> bytes:
+        """Bytes [start, stop), of the object's `expected` edition where one is given.
+
+        Raises:
+            ReadFailed: only this object fails.
+            Replaced: it has another content by now.
+            StorageOutage: all objects fail, for longer than `patience_s`.
+        """
         began = time.monotonic()
         for attempt in itertools.count(1):
             try:
                 started = time.monotonic()
-                data = self._once(url, start, stop, self._deadline(attempt))
+                data = self._once(url, start, stop, self._deadline(attempt), expected)
+            except Replaced as error:
+                raise Replaced(f"{url} was replaced: {error}") from error
             except Exception as error:  # noqa: BLE001 - the libraries' exceptions have no common base
                 self._judge(error, url, attempt, began)
             else:
@@ -72,10 +82,14 @@ class RangeReader:
         usual = max(_SHORTEST_DEADLINE_S, _DEADLINE_FACTOR * self._typical_s)
         return min(self.timeout_s, usual * 2.0 ** min(attempt - 1, 20))
 
-    def _once(self, url: str, start: int, stop: int, deadline_s: float) -> bytes:
+    def _once(
+        self, url: str, start: int, stop: int, deadline_s: float, expected: Edition | None = None
+    ) -> bytes:
         fs, path = filesystem(url, timeout_s=self.timeout_s)
-        span = {} if stop < 0 else {"start": start, "end": stop}
-        data = read_within(deadline_s, fs, path, **span)
+        if expected is not None:
+            data = self._reading.read(fs, path, start, stop, expected=expected, deadline_s=deadline_s)
+        else:
+            data = read_within(deadline_s, fs, path, **({} if stop < 0 else {"start": start, "end": stop}))
         if stop < 0:
             return data
         if len(data) != stop - start:

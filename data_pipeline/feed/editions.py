@@ -1,0 +1,79 @@
+"""Shards that are not the files that were indexed: stored again as they were, or replaced by others.
+
+A copy of a set on another machine, a `touch`, an upload in parts of another size change the time or the ETag
+and nothing else. So a shard of the indexed size is indexed again, in memory: the same index, and its reads go
+on under the new time or ETag; another one, and its samples are left out, since offsets and the number of
+samples, from which the order of the whole run follows, hold no longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import threading
+from collections import defaultdict
+
+from data_pipeline.errors import DataError, Failure, ReadFailed, Replaced
+from data_pipeline.shards.build_index import read_index
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.storage.editions import Edition
+from data_pipeline.storage.listing import look_up
+
+logger = logging.getLogger(__name__)
+
+REINDEX = "run `ldm data index` on the set once, then start the run again"
+
+
+class ShardEditions:
+    """What the reads of each shard expect; one per process, for many threads."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._renewed: dict[int, Edition] = {}
+        self._replaced: dict[int, str] = {}
+        self._locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+
+    def expected(self, shard: int) -> Edition:
+        """The indexed edition, or the one found to hold the same. Raises Replaced where none does."""
+        if shard in self._replaced:
+            raise Replaced(self._replaced[shard])
+        return self._renewed.get(shard) or self._indexed(shard)
+
+    def renew(self, shard: int, met: Edition, why: Replaced) -> Edition:
+        """The edition to expect instead of `met`, which the shard is not any longer.
+
+        Raises:
+            Replaced: the shard has other samples; told once in the log.
+            ReadFailed: it cannot be read just now.
+        """
+        with self._locks[shard]:
+            if self.expected(shard) != met:  # another thread was quicker
+                return self.expected(shard)
+            try:
+                found = self._with_the_same_samples(shard)
+            except DataError:
+                found = None  # gone, or no tar
+            except Failure as error:
+                raise ReadFailed(str(error)) from error
+            if found is None:
+                self._replaced[shard] = str(why)
+                logger.warning("%s; its samples are left out until it is indexed again: %s", why, REINDEX)
+                raise why
+            self._renewed[shard] = found
+            url = self._dataset.urls[shard]
+            logger.warning(
+                "%s was stored again with the same samples; `ldm data index` takes note of it", url
+            )
+            return found
+
+    def _indexed(self, shard: int) -> Edition:
+        return Edition(self._dataset.sizes[shard], self._dataset.versions[shard])
+
+    def _with_the_same_samples(self, shard: int) -> Edition | None:
+        listed = look_up(self._dataset.urls[shard])
+        if listed.size != self._dataset.sizes[shard]:
+            return None
+        index = dataclasses.replace(read_index(listed), version=self._dataset.versions[shard])
+        same = hashlib.sha256(index.encode()).hexdigest() == self._dataset.checksums[shard]
+        return Edition(listed.size, listed.version) if same else None

@@ -1,0 +1,142 @@
+"""Which content a name holds, and reads that notice when it is another one than expected.
+
+Whoever keeps offsets into an object (the index of a shard) reads nonsense when the object is replaced under
+its name: captions of the old length, pictures from the middle of a file. So a read may say what it expects:
+
+    s3                 each answer carries size and ETag (or the time of the last change) of what it is from
+    this machine       the open file has a size and a time, looked at after its bytes
+    other storage      asked for once a minute, before a read
+
+An ETag is compared where both sides have one, else the time, to the second: listings give fractions that
+answers leave out. The size is compared always.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from fsspec.asyn import sync
+
+from data_pipeline.errors import Replaced
+
+_ASK_EVERY_S = 60.0
+_TAGS = ("ETag", "etag")
+_TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
+_BEHIND_THE_END = re.compile(
+    r"InvalidRange|RequestedRangeNotSatisfiable|\b416\b|not satisfiable", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One content of an object."""
+
+    size: int
+    """Bytes; -1 where the server does not tell."""
+    version: str
+    """ETag, else time of the last change as the storage writes it; `None` where there is neither."""
+
+
+def edition_of(info: Mapping[str, Any], size: int) -> Edition:
+    """Edition in what a listing or an answer says of an object."""
+    tags = (str(info.get(name) or "").strip('"') for name in _TAGS)  # some servers send an empty one
+    times = (info[name] for name in _TIMES if info.get(name))
+    tag = next((tag for tag in tags if tag), None)
+    return Edition(size, str(tag or next(times, None)))
+
+
+class Reading:
+    """Reads ranges of objects of an expected edition; one per process, for many threads."""
+
+    def __init__(self) -> None:
+        self._asked: dict[str, float] = {}
+
+    def read(
+        self, fs: Any, path: str, start: int, stop: int, *, expected: Edition, deadline_s: float
+    ) -> bytes:
+        """Bytes [start, stop), fewer where the server sends fewer.
+
+        Raises:
+            Replaced: the object has another content by now.
+        """
+        if hasattr(fs, "call_s3"):
+            return bytes(sync(fs.loop, _from_s3, fs, path, start, stop, expected, timeout=deadline_s))
+        if "file" in fs.protocol:
+            return _from_disk(path, start, stop, expected)
+        self._ask(fs, path, expected, deadline_s)
+        if fs.async_impl:
+            return bytes(sync(fs.loop, fs._cat_file, path, start=start, end=stop, timeout=deadline_s))
+        return bytes(fs.cat_file(path, start=start, end=stop))
+
+    def _ask(self, fs: Any, path: str, expected: Edition, deadline_s: float) -> None:
+        asked = self._asked.get(path)
+        if asked is not None and time.monotonic() - asked < _ASK_EVERY_S:
+            return
+        info = sync(fs.loop, fs._info, path, timeout=deadline_s) if fs.async_impl else fs.info(path)
+        size = info.get("size")
+        _compare(expected, edition_of(info, -1 if size is None else int(size)))
+        self._asked[path] = time.monotonic()
+
+
+def _from_disk(path: str, start: int, stop: int, expected: Edition) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        data = file.read(stop - start)
+        # After the bytes: a writer that comes between would not be seen before them.
+        status = os.fstat(file.fileno())
+    _compare(expected, Edition(status.st_size, str(status.st_mtime)))
+    return data
+
+
+async def _from_s3(fs: Any, path: str, start: int, stop: int, expected: Edition) -> bytes:
+    bucket, key, _ = fs.split_path(path)
+    try:
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+    except Exception as error:
+        if stop <= expected.size and _BEHIND_THE_END.search(f"{error} {error.__cause__}"):
+            raise Replaced(f"it is shorter than the {expected.size} bytes that were indexed") from error
+        raise
+    try:
+        total = str(answer.get("ContentRange", "")).rpartition("/")[2]
+        _compare(expected, edition_of(answer, int(total) if total.isdigit() else -1))
+        return bytes(await answer["Body"].read())
+    finally:
+        answer["Body"].close()
+
+
+def _compare(expected: Edition, found: Edition) -> None:
+    if -1 not in (expected.size, found.size) and expected.size != found.size:
+        raise Replaced(f"it has {found.size} bytes, {expected.size} when it was indexed")
+    if found.version == expected.version:
+        return
+    before, now = _moment(expected.version), _moment(found.version)
+    if before is not None and now is not None:
+        # A listing's fractions of a second are not in an answer's header; file systems always have them.
+        on_disk = any(re.fullmatch(r"[0-9.]+", version) for version in (expected.version, found.version))
+        whole_seconds = not on_disk and 0 in (before.microsecond, now.microsecond)
+        if abs((now - before).total_seconds()) < (1.0 if whole_seconds else 1e-6):
+            return
+        raise Replaced(f"it was changed {found.version}, {expected.version} when it was indexed")
+    if before is None and now is None and "None" not in (expected.version, found.version):
+        raise Replaced(f"its ETag is {found.version}, {expected.version} when it was indexed")
+    # One side has a tag and the other a time: nothing to compare.
+
+
+def _moment(version: str) -> datetime | None:
+    """The time that a version is, if it is one."""
+    try:
+        if re.fullmatch(r"[0-9]+\.[0-9]+", version):
+            return datetime.fromtimestamp(float(version), UTC)
+        if ":" not in version:
+            return None
+        moment = parsedate_to_datetime(version) if "," in version else datetime.fromisoformat(version)
+    except (ValueError, OverflowError, OSError):
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
