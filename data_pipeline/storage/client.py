@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -53,8 +54,13 @@ def filesystem(url: str, *, timeout_s: float = 30.0) -> tuple[Any, str]:
 def read_within(deadline_s: float, fs: Any, path: str, **span: int) -> bytes:
     """One read that is given up at its deadline, long before the socket's timeout, where the library can."""
     if fs.async_impl:
-        return bytes(sync(fs.loop, fs._cat_file, path, timeout=deadline_s, **span))
+        return bytes(await_within(deadline_s, fs, fs._cat_file, path, **span))
     return bytes(fs.cat_file(path, **span))
+
+
+def await_within(deadline_s: float, fs: Any, coroutine: Callable[..., Any], *parts: Any, **named: Any) -> Any:
+    """What a coroutine of an asynchronous file system gives, run in its loop; TimeoutError when late."""
+    return sync(fs.loop, coroutine, *parts, timeout=deadline_s, **named)
 
 
 @lru_cache(maxsize=8)

@@ -22,9 +22,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from fsspec.asyn import sync
-
 from data_pipeline.errors import Replaced
+from data_pipeline.storage.client import await_within, read_within
 
 _ASK_EVERY_S = 60.0
 _TAGS = ("ETag", "etag")
@@ -67,19 +66,17 @@ class Reading:
             Replaced: the object has another content by now.
         """
         if hasattr(fs, "call_s3"):
-            return bytes(sync(fs.loop, _from_s3, fs, path, start, stop, expected, timeout=deadline_s))
+            return bytes(await_within(deadline_s, fs, _from_s3, fs, path, start, stop, expected))
         if "file" in fs.protocol:
             return _from_disk(path, start, stop, expected)
         self._ask(fs, path, expected, deadline_s)
-        if fs.async_impl:
-            return bytes(sync(fs.loop, fs._cat_file, path, start=start, end=stop, timeout=deadline_s))
-        return bytes(fs.cat_file(path, start=start, end=stop))
+        return read_within(deadline_s, fs, path, start=start, end=stop)
 
     def _ask(self, fs: Any, path: str, expected: Edition, deadline_s: float) -> None:
         asked = self._asked.get(path)
         if asked is not None and time.monotonic() - asked < _ASK_EVERY_S:
             return
-        info = sync(fs.loop, fs._info, path, timeout=deadline_s) if fs.async_impl else fs.info(path)
+        info = await_within(deadline_s, fs, fs._info, path) if fs.async_impl else fs.info(path)
         size = info.get("size")
         _compare(expected, edition_of(info, -1 if size is None else int(size)))
         self._asked[path] = time.monotonic()
