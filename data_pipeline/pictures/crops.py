@@ -22,7 +22,6 @@ SDXL's size condition speaks of the crop in the resized picture, here 85 x 64, w
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,9 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.errors import Rejected
 from data_pipeline.order.draws import Draw, uniform
-from data_pipeline.pictures.decoding import DECODE_ERRORS, Picture, check_size
+from data_pipeline.pictures.decoding import Picture, decode_map
 
 # Loader processes are the parallelism; OpenCV's own threads would fight over the same cores.
 cv2.setNumThreads(0)
@@ -159,21 +157,15 @@ def crop_map(data: bytes, geometry: Geometry, *, labels: bool, max_pixels: int) 
 
     Returns uint8 [h, w] for labels, float32 [h, w] in [0, 1] otherwise. Raises Rejected("bad_map").
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "TIFF", "BMP")) as image:
-            check_size(image.height, image.width, max_pixels)
-            size = (geometry.target_width, geometry.target_height)
-            box = _box(geometry, image.width, image.height)
-            if labels:
-                flat = image if image.mode in ("L", "P") else image.convert("L")
-                result = np.asarray(flat.resize(size, Image.Resampling.NEAREST, box=box), np.uint8)
-            else:
-                deep = image.mode.startswith("I") or image.mode == "F"
-                full = 65535.0 if deep else 255.0
-                values = Image.fromarray(np.asarray(image if deep else image.convert("L"), np.float32) / full)
-                result = np.asarray(values.resize(size, Image.Resampling.BOX, box=box), np.float32)
-    except DECODE_ERRORS as error:
-        raise Rejected("bad_map", f"{type(error).__name__}: {error}"[:200]) from error
+    return crop_values(decode_map(data, labels=labels, max_pixels=max_pixels), geometry, nearest=labels)
+
+
+def crop_values(values: NDArray[Any], geometry: Geometry, *, nearest: bool) -> NDArray[Any]:
+    """The crop of uint8 or float32 [H, W], resized to [target h, target w], mirrored if it is to be."""
+    size = (geometry.target_width, geometry.target_height)
+    box = _box(geometry, values.shape[1], values.shape[0])
+    how = Image.Resampling.NEAREST if nearest else Image.Resampling.BOX
+    result = np.asarray(Image.fromarray(values).resize(size, how, box=box))
     return result[:, ::-1] if geometry.flip else result
 
 

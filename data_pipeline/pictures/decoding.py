@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -15,6 +18,7 @@ from PIL import Image, ImageFile
 from data_pipeline.errors import Rejected
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_MAP_FORMATS = ("PNG", "WEBP", "TIFF", "BMP")
 _ORIENTATION = 0x0112
 _QUICK_EIGHTHS = (1, 2, 4, 8)
 """Scales for which libjpeg-turbo has vector code: 3/8 takes longer than 4/8, 5/8 to 7/8 longer than 8/8."""
@@ -24,7 +28,7 @@ _TURNS: dict[int, tuple[bool, int]] = {
 """EXIF orientation: mirror left-right, then quarter turns against the clock."""
 DECODE_ERRORS = (
     *(OSError, ValueError, SyntaxError, LookupError, TypeError, EOFError, AttributeError),
-    *(MemoryError, ArithmeticError, RuntimeError, AssertionError),
+    *(MemoryError, ArithmeticError, RuntimeError, AssertionError, struct.error, zlib.error),
 )
 """Pillow's plugins raise all of these for damaged files; none of them may stop a run."""
 
@@ -57,12 +61,13 @@ def picture_size(head: bytes) -> tuple[int, int] | None:
         return None
 
 
-def decode(data: bytes, *, target: tuple[int, int], max_pixels: int) -> Picture:
-    """Decode a picture, at reduced size where libjpeg can.
+def decode(data: bytes, *, target: tuple[int, int] | None, max_pixels: int) -> Picture:
+    """Decode a picture, at reduced size where libjpeg can and `target` is given.
 
     The result is at least as large as needed to crop `target` (height, width) from it without
-    enlarging, if the original is. EXIF orientation is applied; alpha lies on white; 16 bit, gray,
-    palette and CMYK become 8-bit RGB; of an animation, the first frame. Raises Rejected.
+    enlarging, if the original is; without a target it is the whole picture. EXIF orientation is applied;
+    alpha lies on white; 16 bit, gray, palette and CMYK become 8-bit RGB; of an animation, the first frame.
+    Raises Rejected.
     """
     if data[:2] == b"\xff\xd8":
         fast = _decode_jpeg(data, target, max_pixels)
@@ -71,7 +76,7 @@ def decode(data: bytes, *, target: tuple[int, int], max_pixels: int) -> Picture:
     return _decode_other(data, max_pixels)
 
 
-def _decode_jpeg(data: bytes, target: tuple[int, int], max_pixels: int) -> Picture | None:
+def _decode_jpeg(data: bytes, target: tuple[int, int] | None, max_pixels: int) -> Picture | None:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -81,7 +86,7 @@ def _decode_jpeg(data: bytes, target: tuple[int, int], max_pixels: int) -> Pictu
         return None  # CMYK and YCCK: Pillow knows Adobe's inversion
     orientation = _exif_orientation(data)
     turned = orientation >= 5
-    eighths = _eighths(height, width, target[::-1] if turned else target)
+    eighths = 8 if target is None else _eighths(height, width, target[::-1] if turned else target)
     if orientation != 1 and (height % 8 or width % 8):
         eighths = 8  # a pixel that is not whole would come first after a turn
     least = (0, 0) if eighths == 8 else (-(-height * eighths // 8), -(-width * eighths // 8))
@@ -116,7 +121,7 @@ def _exif_orientation(data: bytes) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+def _orient(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     mirror, turns = _TURNS.get(orientation, (False, 0))
     if mirror:
         pixels = pixels[:, ::-1]
@@ -129,6 +134,7 @@ def _decode_other(data: bytes, max_pixels: int) -> Picture:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 check_size(image.height, image.width, max_pixels)
+                image.load()  # turns a TIFF, and forgets that it was to be turned
                 orientation = image.getexif().get(_ORIENTATION, 1)
                 pixels = _to_rgb(image)
     except Image.DecompressionBombError as error:
@@ -150,7 +156,8 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 def _to_rgb(image: ImageFile.ImageFile | Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith("I") or image.mode == "F":
         deep = np.asarray(image, dtype=np.float32)
-        scale = 257.0 if deep.size and deep.max() > 255 else 1.0  # 65535 / 255
+        sixteen = image.mode.startswith("I;16") or (deep.size and deep.max() > 255)
+        scale = 257.0 if sixteen else 1.0  # 65535 / 255
         gray = np.clip(np.nan_to_num(deep) / scale, 0, 255).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -158,3 +165,47 @@ def _to_rgb(image: ImageFile.ImageFile | Image.Image) -> NDArray[np.uint8]:
         paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return np.asarray(Image.alpha_composite(paper, rgba).convert("RGB"))
     return np.asarray(image.convert("RGB"))
+
+
+def decode_map(data: bytes, *, labels: bool, max_pixels: int) -> NDArray[Any]:
+    """A one-channel picture, upright: labels uint8 [h, w], or levels float32 [h, w] in [0, 1].
+
+    Raises Rejected("bad_map"): damaged, or labels that are colours or lie above 255.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_MAP_FORMATS) as image:
+                check_size(image.height, image.width, max_pixels)
+                image.load()
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                values = _labels(image) if labels else _levels(image)
+    except Image.DecompressionBombError as error:
+        raise Rejected("too_many_pixels", str(error)) from error
+    except DECODE_ERRORS as error:
+        raise Rejected("bad_map", f"{type(error).__name__}: {error}"[:200]) from error
+    return _orient(values, orientation if isinstance(orientation, int) else 1)
+
+
+def _labels(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode in ("L", "P"):
+        return np.asarray(image, np.uint8)
+    if image.mode.startswith("I"):
+        deep = np.asarray(image)
+        if deep.size and not 0 <= deep.min() <= deep.max() <= 255:
+            raise Rejected("bad_map", f"a label of {deep.max()}, where 255 is the last and means unlabelled")
+        return deep.astype(np.uint8)
+    if image.mode in ("RGB", "RGBA"):
+        red, green, blue = (np.asarray(image.getchannel(i)) for i in range(3))
+        if not (np.array_equal(red, green) and np.array_equal(red, blue)):
+            raise Rejected("bad_map", "colours instead of label indices (grey or palette)")
+        return red
+    return np.asarray(image.convert("L"), np.uint8)
+
+
+def _levels(image: Image.Image) -> NDArray[np.float32]:
+    deep = image.mode.startswith("I") or image.mode == "F"
+    levels = np.asarray(image if deep else image.convert("L"), np.float32) / (65535.0 if deep else 255.0)
+    if not np.isfinite(levels).all():
+        raise Rejected("bad_map", "NaN or infinity")
+    return levels

@@ -37,11 +37,18 @@ def read_bytes(url: str, *, timeout_s: float = 30.0, tries: int = TRIES) -> byte
 
 
 def read_text(url: str) -> str:
-    """The same as UTF-8; line ends as Python's text files give them. Raises DataError for other bytes."""
+    """The same as UTF-8; line ends as Python's text files give them, no byte-order mark.
+
+    Raises DataError for other bytes, and for zeros, which a text in UTF-16 has between its letters.
+    """
+    data = read_bytes(url)
     try:
-        text = read_bytes(url).decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{url} is not a text in UTF-8 ({error}).") from error
+        kind = "in UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not in UTF-8 ({error})"
+        raise DataError(f"{url} is a text {kind}; save it as UTF-8.") from error
+    if "\0" in text:
+        raise DataError(f"{url} holds zero bytes, so it is no text, or one in UTF-16; save it as UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -116,6 +116,8 @@ def explain(error: BaseException, url: str) -> Failure:
         return AccessDenied(f"Access to {url} is denied; check {remedy} ({_short(text)}).")
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{url} does not exist; check the URL.")
+    if isinstance(error, IsADirectoryError):
+        return DataError(f"{url} is a folder, and a file is wanted; name the file in it.")
     if is_transient(error):
         return Unreachable(
             f"{url} cannot be reached; check the network and AWS_ENDPOINT_URL ({_short(text)})."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.batch import Batch
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
+from data_pipeline.loader import build_loader
 from trainer.cli.conditions_from_files import Wishes, check_wishes, read_layout, sampling_inputs
 from trainer.config.io import load_config
 from trainer.config.run import Config, ConfigError
@@ -111,7 +117,7 @@ def test_semantic_map_sets_the_size_and_keeps_its_labels(tmp_path: Path) -> None
 
 def test_a_coloured_semantic_map_is_refused(photo: str) -> None:
     model = config("conditioning.semantic_map={}")
-    with pytest.raises(ConfigError, match="label indices"):
+    with pytest.raises(DataError, match="label indices"):
         sampling_inputs(model, Wishes(semantic_map=photo))
 
 
@@ -175,7 +181,8 @@ def test_depth_of_any_range(tmp_path: Path) -> None:
     model = config("conditioning.depth={}")
     depth = sampling_inputs(model, Wishes(depth=str(file))).request.conditions["depth"]
     assert depth.shape == (1, 1, 32, 32)
-    assert depth.max() == 60 * 1023
+    assert float(depth.max()) == pytest.approx(2 * 60 * 1023 / 65535 - 1)
+    assert float(depth.min()) == -1.0
 
 
 @pytest.mark.parametrize(
@@ -212,7 +219,151 @@ def test_sizes_and_files_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no picture .*nowhere\.png"):
         sampling_inputs(config(), Wishes(image=str(tmp_path / "nowhere.png")))
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ConfigError, match="cannot be read as a picture"):
+    with pytest.raises(DataError, match="cannot be read as a picture"):
         sampling_inputs(config(), Wishes(image=str(tmp_path / "text.png")))
     with pytest.raises(ConfigError, match="smaller than one latent cell"):
         sampling_inputs(config(), Wishes(image=picture(tmp_path / "dot.png", np.zeros((2, 2)))))
+
+
+def ramp(height: int, width: int) -> np.ndarray:
+    """Every turn, mirror and channel shows."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x * 255 // width, y * 255 // height, (x + y) % 97], axis=2).astype(np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def turned(kind: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(Image.fromarray(ramp(40, 56)), kind, exif=exif)
+
+
+def kinds_of_pictures() -> dict[str, bytes]:
+    colours = Image.fromarray(ramp(40, 56))
+    deep = Image.fromarray(np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29)
+    dark = Image.fromarray(np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) % 250)
+    clear = colours.convert("RGBA")
+    clear.putalpha(Image.fromarray((ramp(40, 56)[:, :, 0] > 90).astype(np.uint8) * 255))
+    hole = colours.quantize(16)
+    hole.info["transparency"] = 3
+    frames = [colours, Image.new("RGB", (56, 40), "blue")]
+    return {
+        **{f"turned {kind} {o}": turned(kind, o) for kind in ("JPEG", "PNG", "WEBP", "TIFF") for o in (3, 6)},
+        "large JPEG": encoded(Image.fromarray(ramp(400, 560)), "JPEG"),
+        "transparent PNG": encoded(clear, "PNG"),
+        "transparent WebP": encoded(clear, "WEBP", lossless=True),
+        "transparent palette": encoded(hole, "GIF", transparency=3),
+        "grey and alpha": encoded(clear.convert("LA"), "PNG"),
+        "16-bit grey": encoded(deep, "PNG"),
+        "16-bit grey TIFF": encoded(deep, "TIFF"),
+        "dark 16-bit grey": encoded(dark, "PNG"),
+        "float TIFF": encoded(Image.fromarray(np.asarray(deep, np.float32)), "TIFF"),
+        "CMYK": encoded(colours.convert("CMYK"), "JPEG"),
+        "palette": encoded(colours.quantize(64), "PNG"),
+        "one bit": encoded(colours.convert("1"), "PNG"),
+        "animated GIF": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "animated WebP": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True),
+    }
+
+
+def as_trained(tmp_path: Path, members: dict[str, bytes], *conditions: str) -> Batch:
+    """What the loader makes of one sample, 32 x 32 from its centre."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for extension, data in members.items():
+            member = tarfile.TarInfo(f"0.{extension}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    data = DataConfig(
+        shards=str(tmp_path / "0.tar"), image_size=32, crop="center", workers=0, require_caption=False,
+        conditions=conditions,
+    )  # fmt: skip
+    loader = build_loader(data, seed=0, global_batch_size=1)
+    batch = next(loader)
+    loader.close()
+    return batch
+
+
+@pytest.mark.parametrize(("kind", "data"), kinds_of_pictures().items(), ids=list(kinds_of_pictures()))
+def test_pictures_are_read_as_training_reads_them(tmp_path: Path, kind: str, data: bytes) -> None:
+    """Beside the loader's own pixels; a mask is their brightness, and a small picture to enlarge whole."""
+    extension = "jpg" if data[:2] == b"\xff\xd8" else "png"
+    expected = as_trained(tmp_path, {extension: data}).pixels[0]
+    file = tmp_path / f"given.{extension}"
+    file.write_bytes(data)
+    start = sampling_inputs(config("conditioning={}"), Wishes(image=str(file), size=(32, 32))).request.start
+    assert start is not None
+    assert torch.equal(((start.pixels[0] + 1) * 127.5).round().to(torch.uint8), expected)
+    grey = np.asarray(Image.fromarray(expected.permute(1, 2, 0).numpy()).convert("L"))
+    if grey.max() >= 128:
+        wishes = Wishes(image=str(file), mask=str(file), size=(32, 32))
+        masked = sampling_inputs(config("conditioning={}"), wishes).request.start
+        assert masked is not None
+        assert masked.mask is not None
+        same = (masked.mask[0, 0].numpy() == (grey >= 128)).mean()
+        assert same > 0.85, "a mask keeps its edges, the picture is averaged"
+    enlarge = config("conditioning.low_resolution={factor: 4}")
+    low = sampling_inputs(enlarge, Wishes(image=str(file))).request.conditions["low_resolution"]
+    upright = (56, 40) if kind.endswith("6") else (400, 560) if kind == "large JPEG" else (40, 56)
+    assert low.shape[2:] == upright
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_maps_are_read_as_training_reads_them(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    labels = Image.fromarray(np.arange(40 * 56, dtype=np.uint8).reshape(40, 56) % 150)
+    levels = Image.fromarray(np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29)
+    members = {
+        "png": encoded(Image.fromarray(ramp(40, 56)), "PNG", exif=exif),
+        "seg.png": encoded(labels, "PNG", exif=exif),
+        "depth.png": encoded(levels, "PNG", exif=exif),
+    }
+    batch = as_trained(tmp_path, members, "semantic_map", "depth")
+    for name in ("seg.png", "depth.png"):
+        (tmp_path / name).write_bytes(members[name])
+    model = config("conditioning={semantic_map: {}, depth: {}}")
+    files = {"semantic_map": str(tmp_path / "seg.png"), "depth": str(tmp_path / "depth.png")}
+    given = sampling_inputs(model, Wishes(**files, size=(32, 32))).request.conditions
+    for name in ("semantic_map", "depth"):
+        assert torch.equal(given[name][0], batch.conditions[name][0]), name
+
+
+def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
+    colours = Image.fromarray(ramp(40, 56))
+    whole = {
+        "jpg": encoded(colours, "JPEG"),
+        "png": encoded(colours, "PNG"),
+        "webp": encoded(colours, "WEBP"),
+    }
+    for extension, data in whole.items():
+        for share in (0, 0.1, 0.3, 0.6):
+            file = tmp_path / f"cut.{extension}"
+            file.write_bytes(data[: int(share * len(data))])
+            for name in ("image", "semantic_map", "depth"):
+                model = config(f"conditioning={{{'' if name == 'image' else f'{name}: {{}}'}}}")
+                with pytest.raises(DataError, match=f"cut.{extension} cannot be read as a picture"):
+                    sampling_inputs(model, Wishes(**{name: str(file)}))
+    with pytest.raises(DataError, match="is a folder"):
+        sampling_inputs(config("conditioning={}"), Wishes(image=str(tmp_path)))
+
+
+def test_a_mask_must_lie_on_its_picture(tmp_path: Path, photo: str) -> None:
+    half = np.zeros((24, 38))
+    half[:, 20:] = 255
+    other = picture(tmp_path / "other.png", half.T)
+    with pytest.raises(ConfigError, match="would not lie on the picture"):
+        sampling_inputs(config("conditioning={}"), Wishes(image=photo, mask=other))
+    larger = picture(tmp_path / "larger.png", half.repeat(2, 0).repeat(2, 1))
+    start = sampling_inputs(config("conditioning={}"), Wishes(image=photo, mask=larger)).request.start
+    assert start is not None
+    assert start.mask is not None
+    assert start.mask.shape == (1, 1, 24, 36)
+    clear = Image.fromarray(np.zeros((24, 38, 4), np.uint8))
+    clear.save(tmp_path / "clear.png")
+    with pytest.raises(ConfigError, match="transparent parts count as white"):
+        sampling_inputs(config("conditioning={}"), Wishes(image=photo, mask=str(tmp_path / "clear.png")))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from data_pipeline.errors import NotFound
-from data_pipeline.storage.files import read_bytes, read_text
+from data_pipeline.storage.files import read_text
+from data_pipeline.tools.given import GivenMap, GivenPicture, read_map, read_picture
 from trainer.config.models import ConditioningConfig
 from trainer.config.run import Config, ConfigError
 from trainer.pixels import to_unit_range
@@ -22,6 +20,9 @@ from trainer.sample import Request, StartingPicture
 
 IMAGE_TO_IMAGE_STRENGTH = 0.75
 """Where nobody says: enough to change the picture, little enough to keep its composition."""
+
+Files: TypeAlias = "Mapping[str, GivenPicture | GivenMap]"
+"""What was read, by the field of Wishes that named it."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,15 @@ class SamplingInputs:
 
 
 def sampling_inputs(config: Config, wishes: Wishes) -> SamplingInputs:
-    """Read the files and shape them for this model.
+    """Read the files, as training reads those of shards, and shape them for this model.
 
     Raises:
-        ConfigError: something is missing, has no meaning for this model, or cannot be read.
+        ConfigError, DataError: something is missing, has no meaning for this model, or cannot be read.
     """
     check_wishes(config.conditioning, wishes)
     captions, labels = _rows(wishes)
     n = len(captions)
-    files = {
-        name: _open_picture(url)
-        for name in ("image", "mask", "semantic_map", "depth")
-        if (url := getattr(wishes, name)) is not None
-    }
+    files = _read_files(wishes, config.data.max_image_pixels)
     conditions: dict[str, Tensor] = {}
     if labels is not None:
         conditions["class_label"] = torch.tensor(labels)
@@ -93,16 +90,14 @@ def sampling_inputs(config: Config, wishes: Wishes) -> SamplingInputs:
         conditions["layout"] = _repeat(read_layout(wishes.layout, limit), n)
     if config.conditioning.low_resolution is not None:
         factor = config.conditioning.low_resolution.factor
-        low = _rgb(files["image"])
+        low = _pixels(files, "image", None)
         size = (low.shape[1] * factor, low.shape[2] * factor)
         conditions["low_resolution"] = _repeat(low, n)
         if wishes.noise_level is not None:
             conditions["noise_level"] = torch.full((n,), wishes.noise_level)
     else:
         size = _size(config, wishes.size, files)
-    for name in ("semantic_map", "depth"):
-        if name in files:
-            conditions[name] = _repeat(_map(files[name], size, labels=name == "semantic_map"), n)
+    conditions |= {name: _repeat(value, n) for name, value in _maps(files, size).items()}
     pixels, start, known = _picture(config, wishes, files, size, n)
     if pixels is not None and known is not None:
         conditions["mask"] = _repeat(known[1][0], n)
@@ -210,20 +205,52 @@ def _rows(wishes: Wishes) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     return captions, tuple(labels[i % len(labels)] for i in range(n) for _ in range(wishes.per_prompt))
 
 
+def _read_files(wishes: Wishes, max_pixels: int) -> dict[str, GivenPicture | GivenMap]:
+    found: dict[str, GivenPicture | GivenMap] = {}
+    for name in ("image", "mask", "semantic_map", "depth"):
+        url = getattr(wishes, name)
+        if url is None:
+            continue
+        try:
+            if name in ("image", "mask"):
+                found[name] = read_picture(url, max_pixels)
+            else:
+                found[name] = read_map(url, max_pixels, labels=name == "semantic_map")
+        except NotFound as error:
+            raise ConfigError(f"there is no picture {url}; check --{name.replace('_', '-')}.") from error
+    return found
+
+
+def _pixels(files: Files, name: str, size: tuple[int, int] | None) -> Tensor:
+    """uint8 [3, H, W], whole or cropped to a size."""
+    picture = files[name]
+    assert isinstance(picture, GivenPicture)
+    pixels = picture.pixels if size is None else picture.cropped(size)
+    return torch.tensor(pixels).permute(2, 0, 1).contiguous()
+
+
+def _maps(files: Files, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Labels uint8 [H, W] and depths float32 [1, H, W], in the ranges in which the loader gives them."""
+    made = {}
+    for name in ("semantic_map", "depth"):
+        given = files.get(name)
+        if isinstance(given, GivenMap):
+            values = torch.tensor(given.cropped(size))
+            made[name] = values if name == "semantic_map" else (2.0 * values - 1.0).unsqueeze(0)
+    return made
+
+
 def _picture(
-    config: Config, wishes: Wishes, files: dict[str, Image.Image], size: tuple[int, int], n: int
+    config: Config, wishes: Wishes, files: Files, size: tuple[int, int], n: int
 ) -> tuple[Tensor | None, StartingPicture | None, tuple[Tensor, Tensor] | None]:
     """Pixels for a model with mask channels, or a start for any other; and what inpainting keeps."""
     if "image" not in files or config.conditioning.low_resolution is not None:
         return None, None, None
-    picture = _rgb(_fit(files["image"], size, Image.Resampling.LANCZOS))
+    picture = _pixels(files, "image", size)
     pixels = _repeat(to_unit_range(picture), n)
     if "mask" not in files:
         return None, StartingPicture(pixels, wishes.strength or IMAGE_TO_IMAGE_STRENGTH), None
-    grey = _fit(files["mask"].convert("L"), size, Image.Resampling.NEAREST)
-    mask = torch.from_numpy(np.array(grey) >= 128).unsqueeze(0)
-    if not mask.any():
-        raise ConfigError(f"{wishes.mask} is black everywhere: nothing is to be made; paint the hole white.")
+    mask = _mask(files, size)
     strength = wishes.strength or 1.0
     if config.conditioning.masked_image is None:
         return None, StartingPicture(pixels, strength, _repeat(mask, n)), (picture, mask)
@@ -231,7 +258,34 @@ def _picture(
     return pixels, start, (picture, mask)
 
 
-def _size(config: Config, wanted: tuple[int, int] | None, files: dict[str, Image.Image]) -> tuple[int, int]:
+def _mask(files: Files, size: tuple[int, int]) -> Tensor:
+    """bool [1, H, W], True where the picture is to be made."""
+    picture, given = files["image"], files["mask"]
+    assert isinstance(given, GivenPicture)
+    if given.size != size and not _same_shape(given.size, picture.size):
+        raise ConfigError(
+            f"{given.url} is {given.size[1]} x {given.size[0]} pixels and {picture.url} "
+            f"{picture.size[1]} x {picture.size[0]}, so the mask would not lie on the picture; give them the "
+            "same shape."
+        )
+    mask = torch.tensor(given.brightness().cropped(size) >= 128).unsqueeze(0)
+    if not mask.any():
+        raise ConfigError(f"{given.url} is black everywhere: nothing is to be made; paint the hole white.")
+    if mask.all() and given.transparent:
+        raise ConfigError(
+            f"{given.url} is white everywhere, since transparent parts count as white: nothing is kept; "
+            "fill what is to stay with black."
+        )
+    return mask
+
+
+def _same_shape(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether one is the other enlarged or shrunk, up to the rounding of its edges to whole pixels."""
+    small, large = sorted((first, second))
+    return abs(small[0] * large[1] - small[1] * large[0]) <= max(large)
+
+
+def _size(config: Config, wanted: tuple[int, int] | None, files: Files) -> tuple[int, int]:
     """--size, or the size of the first given file cut to whole latent cells, or the training size."""
     factor, edge = config.first_stage.downsampling, config.data.image_size
     if wanted is not None:
@@ -244,45 +298,10 @@ def _size(config: Config, wanted: tuple[int, int] | None, files: dict[str, Image
     if not files:
         return edge, edge
     name, file = next(iter(files.items()))
-    size = (file.height // factor * factor, file.width // factor * factor)
+    size = (file.size[0] // factor * factor, file.size[1] // factor * factor)
     if min(size) == 0:
         raise ConfigError(f"the {name.replace('_', ' ')} is smaller than one latent cell of {factor} pixels.")
     return size
-
-
-def _map(picture: Image.Image, size: tuple[int, int], *, labels: bool) -> Tensor:
-    """Labels uint8 [H, W], or depths float32 [1, H, W]."""
-    if labels:
-        if picture.mode not in ("L", "P"):
-            raise ConfigError(
-                f"--semantic-map must be a picture of label indices (grey or palette), not {picture.mode}."
-            )
-        return torch.from_numpy(np.array(_fit(picture, size, Image.Resampling.NEAREST), dtype=np.uint8))
-    grey = picture.convert("F")
-    return torch.from_numpy(np.array(_fit(grey, size, Image.Resampling.BILINEAR))).unsqueeze(0)
-
-
-def _open_picture(url: str) -> Image.Image:
-    try:
-        picture = Image.open(io.BytesIO(read_bytes(url)))
-        picture.load()
-    except NotFound as error:
-        raise ConfigError(f"there is no picture {url}.") from error
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"{url} cannot be read as a picture: {error}.") from error
-    return picture
-
-
-def _fit(picture: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
-    """Resized to cover (height, width), the rest cut off evenly."""
-    if (picture.height, picture.width) == size:
-        return picture
-    return ImageOps.fit(picture, (size[1], size[0]), resampling)
-
-
-def _rgb(picture: Image.Image) -> Tensor:
-    """uint8 [3, H, W]"""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def _repeat(value: Tensor, n: int) -> Tensor:

@@ -20,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline.errors import NotFound
-from data_pipeline.storage.files import read_text, write_bytes
+from data_pipeline.storage.files import write_bytes
+from data_pipeline.tools.given import read_prompt, read_prompts
 from trainer.cli.conditions_from_files import Wishes, sampling_inputs
 from trainer.config.checks_diffusion import check_guidance, check_sampling
 from trainer.config.run import Config, ConfigError
@@ -137,13 +138,15 @@ def _wishes(args: argparse.Namespace) -> Wishes:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    prompts = list(args.prompt)
+    prompts = [read_prompt(text, "--prompt") for text in args.prompt]
     if args.prompts_file:
         try:
-            lines = read_text(args.prompts_file).split("\n")
+            listed = read_prompts(args.prompts_file)
         except NotFound as error:
             raise ConfigError(f"there is no prompts file {args.prompts_file}.") from error
-        prompts += [line.strip() for line in lines if line.strip()]
+        if not listed:
+            raise ConfigError(f"the prompts file {args.prompts_file} holds no prompt; write one a line.")
+        prompts += listed
     return prompts
 
 
