@@ -87,7 +87,7 @@ class DataConfig:
     horizontal_flip: bool = False
     """Flip half of the samples (never with text about left and right)."""
     buckets: bool = False
-    """Aspect-ratio buckets of about image_size ** 2 pixels instead of square crops."""
+    """Aspect-ratio buckets of about image_size ** 2 pixels, of accepted samples, instead of square crops."""
     bucket_step: int = number(64, least=1, most=2**16)
     """Bucket edges are multiples of this."""
     bucket_max_aspect: float = number(2.0, least=1, most=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -114,14 +115,14 @@ def _tasks(
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
     workers = max(1, config.workers)
     dealt = deal(order.lanes, world_size, workers)
-    buckets = dataset.buckets(config, order.lanes)
+    buckets = dataset.buckets(config, order)
     step, states = unpack(position, order, dataset.fingerprint, buckets)
     each = len(buckets.shapes)
     removals = read_removals(config.removal_lists)
     return [
         ShareTask(
             config=config,
-            dataset=dataset,
+            dataset=dataclasses.replace(dataset, accepted=None),  # is in the orders of the buckets by now
             order=order,
             lanes=lanes,
             buckets=buckets,
@@ -138,8 +139,9 @@ def _tasks(
 def check_layout(
     config: DataConfig, dataset: Dataset, *, seed: int, global_batch_size: int, world_size: int
 ) -> Order:
-    """The order of a run; raises DataError when ranks x workers do not divide its lanes."""
+    """The order of a run; raises DataError when ranks x workers do not divide its lanes, or buckets lack."""
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
+    dataset.buckets(config, order)
     deal(order.lanes, world_size, max(1, config.workers))
     return order
 

@@ -38,8 +38,8 @@ Step 0: lane 2 meets A3, sets its offset aside and serves A2 in the same step. S
 C4. No other lane notices either. Step 3: lane 1 is one sample ahead and enters epoch 1 alone; lane 2
 would, but first tries again what it had set aside. Failing twice, A3 would be counted `unreadable`.
 
-With aspect buckets there is one `LaneWalk` per lane and bucket. Each walks over every offset of its lane
-and keeps the visits of its bucket, so each has a state of its own.
+With aspect buckets there is one `LaneWalk` per lane and bucket, each with an order and a state of its own.
+Their orders count accepted samples alone; what the index rejects is told with its neighbour (`Visit.passed`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError, Rejected
+from data_pipeline.errors import Rejected
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.position import LaneState
@@ -81,6 +81,8 @@ class Visit:
     """Place in its plan."""
     late: Filter | None = None
     """Clauses that its json must still satisfy."""
+    passed: list[tuple[str, str]] = field(default_factory=list)
+    """(reason, key) of rejected samples beside it that no order counts."""
 
     def load(self) -> dict[str, bytes]:
         """Member contents by extension; waits for them. Raises ReadFailed."""
@@ -98,26 +100,28 @@ class LaneWalk:
         self.lane = lane
         self.bucket = bucket
         self.state = state
+        self.order = walker.buckets.orders[bucket]
         self._walker = walker
         self._cursor = (state.epoch, state.offset)  # next raw offset to plan
         self._plans: deque[tuple[int, Future[list[Visit]]]] = deque()
         self._visits: deque[Visit] = deque()
         self._planned = 0
 
-    def ready(self, share: float) -> float:
-        """Expected number of visits ahead, if `share` of the raw samples belong to the bucket."""
-        return len(self._visits) + share * sum(n for n, _ in self._plans)
+    def ready(self) -> int:
+        """Visits ahead, planned ones included."""
+        return len(self._visits) + sum(n for n, _ in self._plans)
 
     def plan_next(self) -> int:
-        """Start planning and reading the next windows; returns how many raw samples they hold."""
-        order = self._walker.order
+        """Start planning and reading the next windows; returns how many samples they hold."""
+        order = self.order
         epoch, offset = self._cursor
         if offset >= order.lane_size(self.lane):
             epoch, offset = epoch + 1, 0
         # Windows are planned whole, since their permutation is: a lane that resumes inside one plans it all
         # and drops what lies before `offset`.
         first, stop = order.window_of(self.lane, offset)
-        while stop - offset < _MIN_PLAN and stop < order.lane_size(self.lane):
+        least = _MIN_PLAN * self._walker.buckets.weights[self.bucket]
+        while stop - offset < least and stop < order.lane_size(self.lane):
             stop = order.window_of(self.lane, stop)[1]
         task = partial(self._walker.plan, self, epoch, first, stop, offset, float(self._planned))
         # Below every read, which begin at 0: reads cannot be ordered by urgency before they are known.
@@ -129,25 +133,16 @@ class LaneWalk:
         return stop - offset
 
     def next_visit(self) -> Visit:
-        """The next raw sample in order; call `done` or `defer` with it afterwards. Raises DataError."""
-        size, passed = self._walker.order.lane_size(self.lane), 0
-        while True:
-            while not self._visits:
-                if not self._plans:
-                    self.plan_next()
-                count, plan = self._plans.popleft()
-                self._visits.extend(plan.result())
-                passed += count
-                if passed > 3 * size + _MIN_PLAN:  # three epochs of the lane without one sample of the bucket
-                    raise DataError(
-                        f"Lane {self.lane} has no sample of bucket {self.bucket}; lower data.lanes or "
-                        "data.bucket_max_aspect."
-                    )
-            visit = self._visits[0]
-            # The lane is about to leave an epoch: not before what it set aside has had its second try.
-            if visit.epoch > self.state.epoch and self.state.deferred:
-                return self._walker.revisit(self, self.state.epoch, self.state.deferred[0])
-            return self._visits.popleft()
+        """The next sample in order; call `done` or `defer` with it afterwards. Raises DataError."""
+        while not self._visits:
+            if not self._plans:
+                self.plan_next()
+            self._visits.extend(self._plans.popleft()[1].result())
+        visit = self._visits[0]
+        # The lane is about to leave an epoch: not before what it set aside has had its second try.
+        if visit.epoch > self.state.epoch and self.state.deferred:
+            return self._walker.revisit(self, self.state.epoch, self.state.deferred[0])
+        return self._visits.popleft()
 
     def done(self, visit: Visit) -> None:
         """The visit was served or rejected: commit it."""
@@ -172,7 +167,7 @@ class Walker:
     """All lanes of one worker, with the index views, the reads and the read-ahead budget they share."""
 
     def __init__(self, task: ShareTask, views: ShardViews, reads: MemberReads) -> None:
-        self.order = task.order
+        self.buckets = task.buckets
         self.background = reads.background
         self._shard_of = task.dataset.shard_of
         self._skip_ordinals = task.skip_ordinals
@@ -180,7 +175,6 @@ class Walker:
         self._reads = reads
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
         self._budget = task.config.buffer_bytes / max(1.0, task.dataset.mean_bytes)  # in samples
-        self._weights = task.buckets.weights
         pairs = [(lane, bucket) for lane in task.lanes for bucket in range(len(task.buckets.shapes))]
         self.walks = [
             LaneWalk(lane, bucket, state.copy(), self)
@@ -190,28 +184,29 @@ class Walker:
 
     def read_ahead(self) -> None:
         """Plan further windows, the most urgent lanes first, while the memory budget lasts."""
-        waiting = [(walk.ready(self._weights[walk.bucket]), i) for i, walk in enumerate(self.walks)]
+        waiting = [(walk.ready(), i) for i, walk in enumerate(self.walks)]
         total = sum(ready for ready, _ in waiting)
         for ready, i in sorted(waiting):
             walk = self.walks[i]
             # A lane without a plan gets one even over budget, or its next sample would be waited for.
-            if ready == 0 or (total < self._budget and ready < self._enough * self._weights[walk.bucket]):
-                total += walk.plan_next() * self._weights[walk.bucket]
+            enough = self._enough * self.buckets.weights[walk.bucket]
+            if ready == 0 or (total < self._budget and ready < enough):
+                total += walk.plan_next()
 
     def plan(
         self, walk: LaneWalk, epoch: int, first: int, stop: int, skip_to: int, due: float
     ) -> list[Visit]:
         """Visits of the whole windows [first, stop) from `skip_to` on, with their reads under way.
 
-        `due` is the number of raw samples that the lane had planned before.
+        `due` is the number of samples that the lane had planned before.
         """
-        entries, rows = self.order.visits(epoch, walk.lane, first, stop)
+        entries, rows = walk.order.visits(epoch, walk.lane, first, stop)
         return self._begin(walk, epoch, skip_to, entries[skip_to - first :], rows[skip_to - first :], due)
 
     def revisit(self, walk: LaneWalk, epoch: int, offset: int) -> Visit:
         """One visit that was set aside."""
-        first, stop = self.order.window_of(walk.lane, offset)
-        entries, rows = self.order.visits(epoch, walk.lane, first, stop)
+        first, stop = walk.order.window_of(walk.lane, offset)
+        entries, rows = walk.order.visits(epoch, walk.lane, first, stop)
         at = slice(offset - first, offset - first + 1)
         return self._begin(walk, epoch, offset, entries[at], rows[at], due=0.0)[0]
 
@@ -221,28 +216,34 @@ class Walker:
         epoch: int,
         offset: int,
         entries: NDArray[np.int64],
-        rows: NDArray[np.int64],
+        places: NDArray[np.int64],
         due: float,
     ) -> list[Visit]:
-        """Visits of consecutive raw offsets from `offset` on; begins to read those not yet rejected."""
-        ordinal = self.order.ordinal(epoch, walk.lane, offset)
+        """Visits of consecutive offsets from `offset` on; begins to read those not yet rejected."""
+        ordinal = walk.order.ordinal(epoch, walk.lane, offset)
         visits: dict[int, Visit] = {}
         wanted: dict[int, list[Extent]] = {}
         shards = self._shard_of[entries].tolist()
-        for slot, (shard, row) in enumerate(zip(shards, rows.tolist(), strict=True)):
+        for slot, (shard, place) in enumerate(zip(shards, places.tolist(), strict=True)):
             view = self._views.get(shard)
-            if view.buckets[row] != walk.bucket:
-                continue
+            row = view.row(walk.bucket, place)
             reason = view.reason(row)
             if reason is None and ordinal + slot in self._skip_ordinals:
                 reason = "skipped"
             visits[slot] = Visit(
-                epoch, offset + slot, shard, view.key(row), reason, slot=slot, late=view.late_filter(row)
+                epoch,
+                offset + slot,
+                shard,
+                view.key(row),
+                reason,
+                slot=slot,
+                late=view.late_filter(row),
+                passed=[(view.reason(other) or "", view.key(other)) for other in view.passed(row)],
             )
             if reason is not None:
                 continue
-            places = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
-            for extension, (start, size) in zip(view.members, places, strict=True):
+            members = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
+            for extension, (start, size) in zip(view.members, members, strict=True):
                 if start >= 0:
                     wanted.setdefault(shard, []).append(Extent(start, start + size, slot, extension))
         for (slot, extension), future in self._reads.start(wanted, due).items():

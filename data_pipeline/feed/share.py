@@ -91,7 +91,7 @@ class ShareStream:
     def fill(self, buffer: memoryview) -> FilledShare:
         """Write the arrays of the next step to `buffer`. Raises DataError."""
         buckets = self._task.buckets
-        bucket = buckets.of_step(self._task.order.seed, self._step)
+        bucket = buckets.of_step(self._step)
         height, width = buckets.shapes[bucket]
         out = self._task.layout(height, width).arrays(buffer)
         captions: list[str] = []
@@ -119,22 +119,29 @@ class ShareStream:
     def _fill_row(
         self, walk: LaneWalk, target: tuple[int, int], out: dict[str, NDArray[Any]], row: int
     ) -> tuple[str, str]:
-        order = self._task.order
+        order = walk.order
         for _ in range(max(_MIN_REJECTED_RUN, 2 * order.lane_size(walk.lane))):
             visit = walk.next_visit()
             ordinal = order.ordinal(visit.epoch, walk.lane, visit.offset)
             try:
                 caption = self._serve(walk, visit, ordinal, target, out, row)
             except Rejected as error:
-                walk.done(visit)
+                self._done(walk, visit, ordinal)
                 self._rejects.append((error.reason, self._key(visit), error.detail, ordinal))
                 continue
             if caption is None:
                 continue
-            walk.done(visit)
+            self._done(walk, visit, ordinal)
             out["ordinals"][row] = ordinal
             return caption, self._key(visit)
         raise self._all_rejected(walk)
+
+    def _done(self, walk: LaneWalk, visit: Visit, ordinal: int) -> None:
+        """Commit a visit, and account for the rejected samples beside it."""
+        walk.done(visit)
+        for reason, key in visit.passed:
+            name = self._task.dataset.sample_key(visit.shard, key)
+            self._rejects.append((reason, name, "", ordinal))
 
     def _serve(
         self,
@@ -177,7 +184,7 @@ class ShareStream:
         if reasons and reasons[0][0] == "shard_replaced":
             remedy = f"the shards changed after they were indexed: {REINDEX}"
         return DataError(
-            f"Every sample of lane {walk.lane} ({self._task.order.lane_size(walk.lane)} per epoch) is "
+            f"Every sample of lane {walk.lane} ({walk.order.lane_size(walk.lane)} per epoch) is "
             f"rejected: {listed}; {remedy}."
         )
 

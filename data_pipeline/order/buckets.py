@@ -6,66 +6,110 @@ A batch has one shape, so the buckets take turns, and no rank may have to ask an
 >>> shapes
 [(48, 80), (64, 64), (80, 48)]
 
-The index knows the aspects of the samples, here 60 of 1:1, 30 of 1.5:1 and 10 of 1:1.4 (bins of a
-sixteenth of a factor of two). Each bucket gets as many steps as it has samples, spread evenly:
+The index says how many samples are accepted and of which aspect, here 60 of 1:1, 30 of 1.5:1 and 10 of
+1:1.4 in one shard. Each bucket is an order of its own over the samples that belong to it, and gets as many
+steps as it has samples, spread evenly:
 
->>> buckets = make_buckets(shapes, {"0": 60, "9": 30, "-8": 10}, lanes=2)
->>> buckets.weights
-(0.3, 0.6, 0.1)
->>> "".join("wst"[buckets.of_step(seed=0, step=k)] for k in range(20))        # wide, square, tall
-'sswsstswsswswsswssts'
+>>> aspects = np.zeros((1, ASPECTS), np.int64)
+>>> aspects[0, aspect_of(np.array([1.0, 2.0, 7.0]), np.array([1.0, 3.0, 5.0]))] = 60, 30, 10
+>>> raw = Order(np.array([150]), seed=0, lanes=2, window=16)
+>>> buckets = make_buckets(shapes, aspects, np.array([0]), raw)
+>>> [(order.total, order.window) for order in buckets.orders]
+[(30, 5), (60, 10), (10, 2)]
+>>> "".join("wst"[buckets.of_step(k)] for k in range(20))        # wide, square, tall
+'sswstswsswsswstswssw'
 
-Step k takes the bucket in which the point (offset + k * golden ratio) mod 1 falls, when [0, 1) is divided
-by the weights. The golden ratio is the number whose multiples are spread most evenly, so that after any
-number of steps each bucket is within a few of its due; random turns would be off by the root of that number.
+Turn j of a bucket with the share w of the samples is due at (j + p) / w, with a phase p in [0, 1) of its own,
+and step k takes the turn that is due as the k-th. So a bucket had between w t - p and w t - p + 1 turns at
+any time t, and is never further than the number of buckets from its due, in steps, however long the run.
+
+The promise that follows, for what the index decides: lanes of one bucket differ by at most one sample, so no
+sample of a bucket is served for the second time before all others were served once, up to the part of one
+global batch. What is left of a bucket when it does not fill a batch is not dropped: it is filled up from the
+bucket's next epoch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.order.draws import Draw, uniform
+from data_pipeline.order.lanes import Order
 
-_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 _PER_OCTAVE = 16
-"""Bins of the histogram per factor of two of the aspect."""
-_BIN_LIMIT = 3 * _PER_OCTAVE
-"""All aspects beyond 8:1 share the outermost bins."""
+"""Classes of aspects per factor of two: 1 / 32 octave, 2 %, is the most by which a sample is misjudged."""
+_LIMIT = 3 * _PER_OCTAVE
+"""All aspects beyond 8:1 share the outermost classes."""
+ASPECTS = 2 * _LIMIT + 1
 _MIN_PER_LANE = 4
-"""Samples that a bucket has in a lane on average at least; with fewer, some lane would have none."""
+"""Samples that a bucket has in a lane on average at least; with fewer, its epochs would end all the time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Buckets:
     """Picture shapes of a run; every global batch has one of them."""
 
     shapes: tuple[tuple[int, int], ...]
     """(height, width), from wide to tall."""
-    weights: tuple[float, ...]
-    """Share of the samples in each."""
+    orders: tuple[Order, ...]
+    """The walk through the samples of each."""
+    accepted_only: bool = False
+    """Whether the orders count the accepted samples of their bucket; else all raw samples (one shape)."""
 
-    def assign(self, heights: NDArray[np.float64], widths: NDArray[np.float64]) -> NDArray[np.int16]:
-        """[n] bucket of nearest aspect (in logarithm); unknown sizes go to bucket 0."""
-        # In logarithm, since 2:1 and 1:2 are equally far from a square.
-        edges = np.log2([w / h for h, w in self.shapes])
-        with np.errstate(all="ignore"):
-            aspects = np.log2(widths / heights)
-        aspects = np.where(np.isfinite(aspects), aspects, edges[0])
-        return np.abs(aspects[:, None] - edges[None, :]).argmin(axis=1).astype(np.int16)
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        """Share of the samples in each."""
+        total = sum(order.total for order in self.orders)
+        return tuple(order.total / total for order in self.orders)
 
-    def of_step(self, seed: int, step: int) -> int:
-        """Bucket of the whole global batch of a step: a low-discrepancy sequence, the same everywhere.
+    @cached_property
+    def digest(self) -> str:
+        """Changes with anything that the walks depend on but the seed, lanes and shapes."""
+        counts = np.stack([order.counts for order in self.orders])
+        return hashlib.sha256(np.ascontiguousarray(counts, np.int64).tobytes()).hexdigest()[:16]
 
-        Frequencies follow the weights within O(1) steps, so all buckets pass through the data alike.
-        """
-        point = (uniform(seed, 0, Draw.BUCKET) + step * _GOLDEN) % 1.0
-        return min(int(np.searchsorted(np.cumsum(self.weights), point, side="right")), len(self.shapes) - 1)
+    def assign(self, heights: NDArray[np.float64], widths: NDArray[np.float64]) -> NDArray[np.int64]:
+        """[n] bucket of nearest aspect."""
+        return nearest_shapes(self.shapes)[aspect_of(heights, widths)]
+
+    def of_step(self, step: int) -> int:
+        """Bucket of the whole global batch of a step, the same everywhere."""
+        return self._next(self.turns(step))
+
+    def turns(self, step: int) -> list[int]:
+        """Turns that each bucket has had before a step; late steps take no longer than early ones."""
+        sure = step - len(self.shapes)  # at this time at most `step` turns have been due
+        turns = [self._due_before(bucket, sure) for bucket in range(len(self.shapes))]
+        while sum(turns) < step:
+            turns[self._next(turns)] += 1
+        return turns
+
+    def _next(self, turns: Sequence[int]) -> int:
+        return min(range(len(turns)), key=lambda bucket: self._due(bucket, turns[bucket]))
+
+    def _due(self, bucket: int, turn: int) -> float:
+        return (turn + self._phases[bucket]) / self.weights[bucket]
+
+    def _due_before(self, bucket: int, time: float) -> int:
+        turns = max(0, math.ceil(self.weights[bucket] * time - self._phases[bucket]))
+        # By the very numbers that `_next` compares, whatever was rounded above.
+        while turns > 0 and self._due(bucket, turns - 1) >= time:
+            turns -= 1
+        while self._due(bucket, turns) < time:
+            turns += 1
+        return turns
+
+    @cached_property
+    def _phases(self) -> list[float]:
+        return [uniform(order.seed, i, Draw.BUCKET) for i, order in enumerate(self.orders)]
 
 
 def bucket_shapes(image_size: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
@@ -86,30 +130,58 @@ def bucket_shapes(image_size: int, step: int, max_aspect: float) -> list[tuple[i
     return sorted(wide | {(w, h) for h, w in wide}, key=lambda s: s[0] / s[1])
 
 
-def aspect_histogram(heights: NDArray[np.float64], widths: NDArray[np.float64]) -> dict[str, int]:
-    """Counts of samples by aspect, 16 bins per factor of two: what a manifest keeps of the sizes."""
+def aspect_of(heights: NDArray[np.float64], widths: NDArray[np.float64]) -> NDArray[np.int64]:
+    """[n] class of the aspect, 0 (tall) to ASPECTS - 1 (wide); unknown sizes count as square."""
     with np.errstate(all="ignore"):
-        bins = np.rint(np.log2(widths / heights) * _PER_OCTAVE)
-    bins = np.clip(bins[np.isfinite(bins)], -_BIN_LIMIT, _BIN_LIMIT).astype(int)
-    values, counts = np.unique(bins, return_counts=True)
+        classes = np.rint(np.log2(widths / heights) * _PER_OCTAVE)
+    classes = np.where(np.isfinite(classes), classes, 0.0)
+    return np.clip(classes, -_LIMIT, _LIMIT).astype(np.int64) + _LIMIT
+
+
+def aspect_histogram(heights: NDArray[np.float64], widths: NDArray[np.float64]) -> dict[str, int]:
+    """Counts of samples by aspect, in sixteenths of a factor of two: what a manifest keeps of the sizes."""
+    with np.errstate(all="ignore"):
+        known = np.isfinite(np.log2(widths / heights))
+    values, counts = np.unique(aspect_of(heights[known], widths[known]) - _LIMIT, return_counts=True)
     return {str(v): int(c) for v, c in zip(values, counts, strict=True)}
 
 
-def make_buckets(shapes: Sequence[tuple[int, int]], histogram: Mapping[str, int], lanes: int) -> Buckets:
+def nearest_shapes(shapes: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """[ASPECTS] place of the shape that is nearest to each class, in logarithm: 2:1 and 1:2 are equally far
+    from a square."""
+    classes = (np.arange(ASPECTS) - _LIMIT) / _PER_OCTAVE
+    edges = np.log2([width / height for height, width in shapes])
+    return np.abs(classes[:, None] - edges[None, :]).argmin(axis=1)
+
+
+def make_buckets(
+    shapes: Sequence[tuple[int, int]], aspects: NDArray[np.int64], shard_of: NDArray[np.int64], raw: Order
+) -> Buckets:
     """Buckets that enough samples fall into; rarer aspects go to their nearest neighbour.
 
-    Raises DataError when the index knows no picture sizes.
+    aspects: [U, ASPECTS] accepted samples of each distinct shard, by aspect
+    shard_of: [S] distinct shard of every entry of the epoch
+    raw: the order of all samples, with no more lanes than are accepted; each bucket's has its seed, lanes and
+        share of its window
     """
-    if not histogram:
-        raise DataError("data.buckets needs picture sizes in the index; run `ldm data index` again.")
+    totals = np.bincount(shard_of, minlength=len(aspects)) @ aspects
+    assert totals.sum() >= raw.lanes, (totals.sum(), raw.lanes)
     chosen = list(shapes)
     while True:
-        trial = Buckets(tuple(chosen), (0.0,) * len(chosen))
-        bins = np.asarray([float(b) / _PER_OCTAVE for b in histogram])
-        counts = np.asarray(list(histogram.values()), np.float64)
-        place = trial.assign(np.ones(len(bins)), 2.0**bins)
-        totals = np.bincount(place, weights=counts, minlength=len(chosen))
-        rare = int(totals.argmin())
-        if len(chosen) == 1 or totals[rare] >= _MIN_PER_LANE * lanes:
-            return Buckets(tuple(chosen), tuple((totals / totals.sum()).tolist()))
+        sizes = np.bincount(nearest_shapes(chosen), weights=totals, minlength=len(chosen))
+        rare = int(sizes.argmin())
+        if len(chosen) == 1 or sizes[rare] >= _MIN_PER_LANE * raw.lanes:
+            break
         del chosen[rare]
+    place, everything = nearest_shapes(chosen), int(totals.sum())
+    orders, first = [], 0
+    for bucket in range(len(chosen)):
+        counts = aspects[:, place == bucket].sum(axis=1)[shard_of]
+        total = int(counts.sum())
+        # A window of a rare bucket then lies in as many shards as one of all samples would.
+        window = max(1, round(raw.window * total / everything))
+        orders.append(
+            replace(raw, counts=counts, window=window, first_ordinal=first, epoch_ordinals=everything)
+        )
+        first += total
+    return Buckets(tuple(chosen), tuple(orders), accepted_only=True)

@@ -63,6 +63,10 @@ class Order:
     seed: int
     lanes: int
     window: int
+    first_ordinal: int = 0
+    """Ordinals of an epoch that other walks have, before those of this one (buckets: one walk each)."""
+    epoch_ordinals: int = 0
+    """Ordinals of an epoch of all walks; 0: this one alone."""
 
     def __post_init__(self) -> None:
         assert self.window >= 1
@@ -70,7 +74,7 @@ class Order:
 
     @cached_property
     def total(self) -> int:
-        """Raw samples of an epoch, N. Kept: every sample asks for it, and there may be 200,000 shards."""
+        """Samples of an epoch, N. Kept: every sample asks for it, and there may be 200,000 shards."""
         return int(self.counts.sum())
 
     def lane_slice(self, lane: int) -> tuple[int, int]:
@@ -114,10 +118,11 @@ class Order:
 
     def ordinal(self, epoch: int, lane: int, offset: int) -> int:
         """Identity of one visit, unique over all epochs: the epoch's base plus the walk position."""
-        return epoch * self.total + self.lane_slice(lane)[0] + offset
+        epoch_start = epoch * (self.epoch_ordinals or self.total) + self.first_ordinal
+        return epoch_start + self.lane_slice(lane)[0] + offset
 
 
-@lru_cache(maxsize=4)  # lanes that reject more run ahead, so several epochs are in use at once
+@lru_cache(maxsize=64)  # each bucket has an order, and lanes that reject more are in a later epoch
 def _epoch_shards(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Shards in the order of an epoch, and the stream position past the last sample of each."""
     shards = permutation(fold(order.seed, epoch, int(Draw.SHARD_ORDER)), len(order.counts))

@@ -7,11 +7,13 @@ those of all ranks into one list by lane, which any other division of the lanes 
     merge_positions      {"first": 0, "states": [[0, 5], [0, 4], [0, 4], [1, 0]]}
     4 ranks              lane 0, lane 1, lane 2, lane 3
 
-With B buckets a lane has B states, side by side.
+With B buckets a lane has B states, side by side, and the position says which samples were accepted: an offset
+counts them alone.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,8 @@ from typing import Any
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.lanes import Order
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 
@@ -45,6 +49,7 @@ def pack(
     order: Order, fingerprint: str, buckets: Buckets, step: int, first: int, states: Sequence[list[Any]]
 ) -> dict[str, Any]:
     """Position after `step` steps of the lanes from `first` on, each with one state per bucket."""
+    accepted = {"accepted": buckets.digest, "totals": [order.total for order in buckets.orders]}
     return {
         "format": _FORMAT,
         "data": fingerprint,
@@ -52,6 +57,7 @@ def pack(
         "lanes": order.lanes,
         "window": order.window,
         "buckets": [list(shape) for shape in buckets.shapes],
+        **(accepted if buckets.accepted_only else {}),
         "step": step,
         "first": first,
         "states": [list(s) for s in states],
@@ -113,8 +119,25 @@ def unpack(
     if whole["buckets"] != [list(shape) for shape in buckets.shapes]:
         raise DataError(
             f"The checkpoint stopped with pictures of {whole['buckets']} (height, width), this run has "
-            f"{[list(s) for s in buckets.shapes]}; restore data.image_size and the bucket settings."
+            f"{[list(s) for s in buckets.shapes]}; restore data.image_size, the bucket settings and "
+            "data.filter."
         )
-    return int(whole["step"]), [
-        LaneState(s[0], s[1], list(s[2]) if len(s) > 2 else []) for s in whole["states"]
-    ]
+    states = [LaneState(s[0], s[1], list(s[2]) if len(s) > 2 else []) for s in whole["states"]]
+    if buckets.accepted_only and whole.get("accepted") != buckets.digest:
+        states = _rescaled(states, whole.get("totals", [order.total] * len(buckets.orders)), buckets)
+    return int(whole["step"]), states
+
+
+def _rescaled(states: Sequence[LaneState], totals: Sequence[int], buckets: Buckets) -> list[LaneState]:
+    """States in orders over other samples than before, of `totals` samples: the same share of the epoch."""
+    logger.warning(
+        "other samples are accepted than when the checkpoint was written (a filter that changed, or an "
+        "older version's buckets): each bucket goes on at the same share of its epoch, where a few samples "
+        "come twice or not at all"
+    )
+    scaled = []
+    for i, state in enumerate(states):
+        order, before = buckets.orders[i % len(totals)], max(1, totals[i % len(totals)])
+        size = order.lane_size(i // len(totals))
+        scaled.append(LaneState(state.epoch, min(size, state.offset * order.total // before)))
+    return scaled

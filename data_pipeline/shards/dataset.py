@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError, NoShards, NotATar
-from data_pipeline.order.buckets import Buckets, bucket_shapes, make_buckets
+from data_pipeline.order.buckets import Buckets, make_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
+from data_pipeline.shards.accepted import Accepted, count_accepted
 from data_pipeline.shards.build_index import build_index, is_current
 from data_pipeline.shards.filter_columns import check_columns
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import ManifestRow, read_manifest
+from data_pipeline.shards.selection import target_shapes
 from data_pipeline.storage.listing import ListedFile, list_files
 from data_pipeline.storage.urls import (
     distinguishing_depth,
@@ -55,8 +56,8 @@ class Dataset:
     """[S] raw samples of every entry."""
     mean_bytes: float
     """Mean size of a sample."""
-    aspects: dict[str, int]
-    """Samples of an epoch by aspect ratio."""
+    accepted: Accepted | None
+    """What the index accepts of each distinct shard; None without buckets, which alone need it."""
     fingerprint: str
     """Changes with anything the order depends on but the seed and lanes."""
     name_depth: int
@@ -67,18 +68,27 @@ class Dataset:
         return f"{shard_name(self.urls[shard], self.name_depth)}/{key}"
 
     def order(self, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
-        """Order of the samples. Raises DataError for lanes that do not fit."""
-        lanes = choose_lanes(config.lanes, global_batch_size, int(self.counts.sum()))
+        """Order of all samples. Raises DataError for lanes that do not fit."""
+        total = int(self.counts.sum())
+        if self.accepted is not None and total:
+            total = int(self.accepted.aspects.sum(axis=1)[self.shard_of].sum())
+            if total < max(1, config.lanes):
+                raise DataError(
+                    f"{self.accepted.sentence()}; loosen data.filter, lower data.lanes or correct the shards."
+                )
+        lanes = choose_lanes(config.lanes, global_batch_size, total)
         window = choose_window(config.shuffle_window, lanes, self.mean_bytes)
         return Order(self.counts, seed, lanes, window)
 
-    def buckets(self, config: DataConfig, lanes: int) -> Buckets:
-        """Aspect-ratio buckets, or the one square shape. Raises DataError when they cannot be made."""
-        edge = config.image_size
+    def buckets(self, config: DataConfig, order: Order) -> Buckets:
+        """Aspect-ratio buckets, or the one square shape. Raises DataError when they cannot be made.
+
+        order: that of all samples, from `order`
+        """
         if not config.buckets:
-            return Buckets(((edge, edge),), (1.0,))
-        shapes = bucket_shapes(edge, config.bucket_step, config.bucket_max_aspect)
-        return make_buckets(shapes, self.aspects, lanes)
+            return Buckets(target_shapes(config), (order,))
+        assert self.accepted is not None, "opened with buckets"
+        return make_buckets(target_shapes(config), self.accepted.aspects, self.shard_of, order)
 
 
 def sources_of(config: DataConfig) -> tuple[SourceConfig, ...]:
@@ -124,6 +134,7 @@ def open_dataset(
         raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
     index_urls = tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True))
     check_columns(rule, rows)
+    accepted = count_accepted(config, rows, index_urls) if config.buckets else None
     shard_of = np.asarray(entries, np.int64)
     samples = np.asarray([row.samples for row in rows], np.int64)
     digest = hashlib.sha256()
@@ -138,17 +149,10 @@ def open_dataset(
         shard_of=shard_of,
         counts=samples[shard_of],
         mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
-        aspects=_aspects(rows, entries),
+        accepted=accepted,
         fingerprint=digest.hexdigest()[:16],
         name_depth=distinguishing_depth(urls),
     )
-
-
-def _aspects(rows: Sequence[ManifestRow], entries: Sequence[int]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for i in entries:
-        total.update(rows[i].aspects)
-    return dict(sorted(total.items()))
 
 
 def _open_source(

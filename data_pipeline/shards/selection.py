@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig
+from data_pipeline.order.buckets import bucket_shapes
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.index import IDENTITIES, ShardIndex, hash_identity
+from data_pipeline.shards.index import DEFECTS, IDENTITIES, ShardIndex, hash_identity
 from data_pipeline.shards.removals import RemovalList, read_removals
 from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record
 from data_pipeline.storage.urls import shard_names
@@ -32,9 +33,9 @@ class Selection:
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
 
     def reasons(self, index: ShardIndex) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-        """[n] -1 for samples to read, else position in the returned names."""
+        """[n] -1 for samples to read, else position in the returned names: all that the index can decide."""
         removed = [f"removed: {removal.name}" for removal in self.removals]
-        names = (*self.filter.reasons(), *removed, "too_large")
+        names = (*self.filter.reasons(), *removed, "too_large", *DEFECTS)
         n = len(index)
         result = np.full(n, -1, np.int32)
         early = self._part(index, decidable=True)
@@ -50,7 +51,14 @@ class Selection:
             if image_rows:
                 result[index.sizes[image_rows].max(axis=0) > self.max_member_bytes] = names.index("too_large")
             self._mark_removed(index, result, [names.index(name) for name in removed])
+            # A defect outranks filter and removal list.
+            defects = index.defects.astype(np.int32)
+            result = np.where(defects > 0, defects + len(names) - len(DEFECTS), result)
         return result, names
+
+    def accepted(self, index: ShardIndex) -> NDArray[np.bool_]:
+        """[n] what buckets count: removal lists may grow during a run, and must not shift its order."""
+        return np.asarray(replace(self, removals=()).reasons(index)[0] < 0)
 
     def undecided(self, index: ShardIndex) -> Filter | None:
         """The clauses that need each sample's json, because the index does not keep a column."""
@@ -91,6 +99,13 @@ def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None 
         removals=read_removals(config.removal_lists) if removals is None else removals,
         reads_json=reads_json,
     )
+
+
+def target_shapes(config: DataConfig) -> tuple[tuple[int, int], ...]:
+    """(height, width) of all batches that may occur. Raises DataError for impossible settings."""
+    if not config.buckets:
+        return ((config.image_size, config.image_size),)
+    return tuple(bucket_shapes(config.image_size, config.bucket_step, config.bucket_max_aspect))
 
 
 def removable_keys(key: str, shard: str) -> list[str]:

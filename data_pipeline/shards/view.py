@@ -16,7 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.index import DEFECTS, ShardIndex, decode_index
+from data_pipeline.shards.index import ShardIndex, decode_index
 from data_pipeline.shards.selection import Selection
 from data_pipeline.storage.ranges import RangeReader
 
@@ -38,8 +38,23 @@ class ShardView:
     """Clauses that the index cannot decide alone: they look at each json once it is read."""
     late_columns: dict[str, NDArray[Any]]
     """Columns of those that the index does have; [n] each."""
-    buckets: NDArray[np.int16]
-    """[n] bucket of every sample."""
+    accepted: NDArray[np.int64] | None
+    """[accepted] rows that the orders of buckets count, ascending; None: they count all rows."""
+    rows: tuple[NDArray[np.int64], ...]
+    """The same by bucket."""
+
+    def row(self, bucket: int, place: int) -> int:
+        """Row of the `place`-th sample that the order of a bucket counts here."""
+        return place if self.accepted is None else int(self.rows[bucket][place])
+
+    def passed(self, row: int) -> range | list[int]:
+        """Rows that no order counts and that are told of with this one: those between it and the one before,
+        and with the last, those after it."""
+        if self.accepted is None:
+            return []
+        at = int(np.searchsorted(self.accepted, row))
+        before = range(int(self.accepted[at - 1]) + 1 if at else 0, row)
+        return [*before, *range(row + 1, len(self.keys))] if at == len(self.accepted) - 1 else before
 
     def key(self, row: int) -> str:
         """Key of one sample."""
@@ -110,16 +125,20 @@ class ShardViews:
                 first, size = index.extents(extension)
             offsets.append(first)
             sizes.append(size)
-        # A defect outranks filter and removal list: DEFECTS is appended to the names, its codes shifted.
-        defects = index.defects.astype(np.int32)
+        accepted, rows = None, []
+        if self._buckets.accepted_only:
+            accepted = np.flatnonzero(self._selection.accepted(index))
+            place = self._buckets.assign(*index.picture_sizes())[accepted]
+            rows = [accepted[place == bucket] for bucket in range(len(self._buckets.shapes))]
         return ShardView(
             keys=index.keys,
-            codes=np.where(defects > 0, defects + len(names), codes),
-            names=(*names, *DEFECTS),
+            codes=codes,
+            names=names,
             members=self._selection.members,
             offsets=np.stack(offsets),
             sizes=np.stack(sizes),
             late=late,
             late_columns={name: column for name, column in late_columns.items() if column is not None},
-            buckets=self._buckets.assign(*index.picture_sizes()),
+            accepted=accepted,
+            rows=tuple(rows),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.order.lanes import Order
+from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.position import LaneState
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.selection import make_selection
@@ -62,15 +62,14 @@ def explain_step(
     reader = RangeReader(
         timeout_s=config.request_timeout_s, tries=config.max_retries, patience_s=config.patience_s
     )
-    buckets = dataset.buckets(config, order.lanes)
+    buckets = dataset.buckets(config, order)
     views = ShardViews(dataset, make_selection(config), buckets, reader, capacity=64)
-    wanted = buckets.of_step(seed, step)
-    # steps that this bucket had before
-    earlier = sum(buckets.of_step(seed, k) == wanted for k in range(step)) if config.buckets else step
+    wanted = buckets.of_step(step)
+    earlier = buckets.turns(step)[wanted]  # steps that this bucket had before
     per_lane = global_batch_size // order.lanes
     for lane in range(order.lanes):
         for i, (state, shard, row, rejected) in enumerate(
-            _accepted(order, dataset, views, lane, wanted, earlier * per_lane, per_lane)
+            _accepted(buckets, dataset, views, lane, wanted, earlier * per_lane, per_lane)
         ):
             view = views.get(shard)
             yield {
@@ -80,30 +79,32 @@ def explain_step(
                 "lane": lane,
                 "epoch": state.epoch,
                 "offset": state.offset,
-                "ordinal": order.ordinal(state.epoch, lane, state.offset),
+                "ordinal": buckets.orders[wanted].ordinal(state.epoch, lane, state.offset),
                 "rejected_before": rejected,
             }
 
 
 def _accepted(
-    order: Order, dataset: Dataset, views: ShardViews, lane: int, bucket: int, skip: int, take: int
+    buckets: Buckets, dataset: Dataset, views: ShardViews, lane: int, bucket: int, skip: int, take: int
 ) -> Iterator[tuple[LaneState, int, int, int]]:
     """The `take` accepted visits of a lane after the first `skip`: (place, shard, row, rejections before)."""
     seen = rejected = 0
+    order = buckets.orders[bucket]
     state = LaneState()
     for _ in range(_FAR):
         first, stop = order.window_of(lane, state.offset)
-        entries, rows = order.visits(state.epoch, lane, first, stop)
-        for offset, (entry, row) in enumerate(zip(entries.tolist(), rows.tolist(), strict=True), first):
+        entries, places = order.visits(state.epoch, lane, first, stop)
+        for offset, (entry, place) in enumerate(zip(entries.tolist(), places.tolist(), strict=True), first):
             shard = int(dataset.shard_of[entry])
-            if views.get(shard).buckets[row] != bucket:
-                continue
-            if views.get(shard).codes[row] >= 0:
-                rejected += 1
+            view = views.get(shard)
+            row = view.row(bucket, place)
+            if view.codes[row] >= 0:
+                rejected += 1 + len(view.passed(row))
                 continue
             if seen >= skip:
                 yield LaneState(state.epoch, offset), shard, row, rejected
             seen += 1
+            rejected += len(view.passed(row))
             if seen == skip + take:
                 return
         state.offset = stop

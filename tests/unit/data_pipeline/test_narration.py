@@ -91,7 +91,7 @@ def test_lane_walk_example(three_shards: DataConfig) -> None:
     assert len(table) == 4
     dataset = open_dataset(three_shards)
     order = dataset.order(three_shards, seed=2, global_batch_size=4)
-    square = Buckets(((16, 16),), (1.0,))
+    square = Buckets(((16, 16),), (order,))
     ranks = [range(0, 2), range(2, 4)]
     walkers = []
     for mine in ranks:
@@ -123,7 +123,14 @@ def test_share_example(three_shards: DataConfig, ranks: int, workers: int) -> No
     keys, dealt = [], []
     for mine in lanes.deal(4, ranks, workers):
         task = ShareTask(
-            three_shards, dataset, order, mine, Buckets(((16, 16),), (1.0,)), 0, (LaneState(),) * len(mine), 2
+            three_shards,
+            dataset,
+            order,
+            mine,
+            Buckets(((16, 16),), (order,)),
+            0,
+            (LaneState(),) * len(mine),
+            2,
         )
         stream = ShareStream(task)
         filled = stream.fill(memoryview(bytearray(task.layout().bytes)))
