@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Train one run on a SLURM allocation and requeue it until it is done. Read slurm/README.md once.
 #
-#   sbatch --nodes=32 slurm/train_ldm.sh configs/sd/sd2_base_512.yaml run_dir=s3://bucket/run a.b=c
+#   sbatch --nodes=32 slurm/train_ldm.sh configs/sd/sd2_base_256.yaml run_dir=s3://bucket/run \
+#     data.shards='s3://bucket/laion/*.tar' first_stage.weights=s3://bucket/kl_f8.safetensors \
+#     conditioning.openclip.pretrained=laion2b_s32b_b79k
 #   sbatch --nodes=4 --array=0-4 slurm/train_ldm.sh CONFIG       # five seeds, five run folders
 #
 # One srun task is one rank is one GPU: SLURM itself then knows which rank died on which node, and

@@ -225,13 +225,13 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer, star
 
 
 def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer, start: StartTimer) -> _Built:
+    perceptual = build_perceptual(config.autoencoder_loss, env.device)
     with env.device:
         networks = build_autoencoder(config)
     _start_from(config.init_from, networks[AutoencoderStage.averaged])
     start.mark("networks")
     buffer = _begin_buffer(networks, AutoencoderStage.averaged, config, env)
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
-    perceptual = build_perceptual(config.autoencoder_loss, env.device)
     facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
     return AutoencoderStage(config, engines, perceptual, timer), buffer, facts
 

@@ -76,7 +76,8 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         quality, config = folder / "reconstruction.json", CONFIGS / "demo_text_to_image.yaml"
         image_size = load_config(str(config), overrides).data.image_size
         _ldm(environment, "evaluate", "reconstruction", FIRST_STAGE_FILE, "--shards", f"{SHARDS}/*.tar",
-             "--image-size", str(image_size), "--samples", "512", "--out", str(quality))  # fmt: skip
+             "--image-size", str(image_size), "--samples", "512", "--out", str(quality),
+             "--perceptual-weights", "random")  # fmt: skip
         _stage("4/6", "text-conditioned latent diffusion", started)
         _ldm(environment, "train", str(config), f"run_dir={RUN}", *overrides)
         _stage("5/6", f"{PROMPTS} pictures from prompts", started)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.export import open_weights
 from trainer.conditioning.build import Conditioner, TrainedConditions, build_conditioner
+from trainer.config.identity import as_trained
 from trainer.config.io import config_from_dict
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
@@ -192,6 +193,10 @@ def load_model(
     config = config_from_dict(json.loads(metadata["config"]))
     if config.stage != "diffusion":
         raise ConfigError(f"{source} is a first stage, which draws nothing by itself; name a diffusion run.")
+    if (
+        "network" in metadata
+    ):  # a run's; an imported network, whose tower may be absent, was never trained with one
+        config = as_trained(config)
     if first_stage_weights is not None:
         first = dataclasses.replace(config.first_stage, weights=first_stage_weights)
         config = dataclasses.replace(config, first_stage=first)

@@ -33,6 +33,7 @@ SMALL = (
     "first_stage.channel_multipliers=[1,1,1,1]",
     "first_stage.num_res_blocks=1",
     "conditioning.openclip.model=ViT-B-32",
+    "conditioning.openclip.pretrained=random",
     "conditioning.openclip.width=32",
     "conditioning.openclip.layers=2",
     "conditioning.openclip.heads=2",

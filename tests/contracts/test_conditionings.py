@@ -29,7 +29,9 @@ from trainer.config.run import ConfigError
 
 EDGE, FACTOR, BATCH, SEED = 32, 4, 6, 11
 FIRST_STAGE = FirstStageConfig(channel_multipliers=(1, 1, 1), latent_channels=4)
-TOWER = OpenCLIPConfig(model="ViT-B-32", width=32, layers=3, heads=4, drop_probability=0.3)
+TOWER = OpenCLIPConfig(
+    model="ViT-B-32", pretrained="random", width=32, layers=3, heads=4, drop_probability=0.3
+)
 SECTIONS: dict[str, Any] = {
     "openclip": TOWER,
     "openclip_second": dataclasses.replace(TOWER, pooled=True, final_norm=False, null="zeros"),

@@ -31,6 +31,7 @@ TINY = (
     "first_stage.base_channels=32",
     "first_stage.num_res_blocks=1",
     "conditioning.openclip.model=ViT-B-32",
+    "conditioning.openclip.pretrained=random",
     "conditioning.openclip.width=64",
     "conditioning.openclip.layers=2",
     "conditioning.openclip.heads=2",

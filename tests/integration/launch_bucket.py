@@ -48,7 +48,14 @@ def tiny_config() -> dict[str, Any]:
             "num_groups": 4,
         },
         "conditioning": {
-            "openclip": {"model": "ViT-B-32", "width": 32, "layers": 1, "heads": 2, "layer": "last"}
+            "openclip": {
+                "model": "ViT-B-32",
+                "pretrained": "random",
+                "width": 32,
+                "layers": 1,
+                "heads": 2,
+                "layer": "last",
+            }
         },
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
         "ema": {"decay": 0.9},

@@ -24,6 +24,7 @@ FIRST_STAGE = [
     "stage=autoencoder",
     "steps=4",
     "first_stage={name: kl, base_channels: 8, channel_multipliers: [1, 2], num_res_blocks: 1, num_groups: 4}",
+    "autoencoder_loss.perceptual_weights=random",
     "autoencoder_loss.discriminator_start=2",
     "autoencoder_loss.discriminator_channels=8",
     "autoencoder_loss.discriminator_layers=1",

@@ -201,7 +201,7 @@ def same_network_as_lpips() -> tuple[PerceptualDistance, lpips.LPIPS]:
     ours = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     for a, b in zip(ours, theirs, strict=True):
         a.load_state_dict(b.state_dict())
-    return PerceptualDistance(network, _lpips_weights(), "test"), reference
+    return PerceptualDistance(network, _lpips_weights(), "test", is_lpips=True), reference
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_distance_and_gradient_equal_the_lpips_package() -> None:
 
 
 def test_perceptual_gradient_by_finite_differences() -> None:
-    distance = load_perceptual(None).double()
+    distance = load_perceptual("random").double()
     first = (torch.rand(1, 3, 32, 32, generator=generator(), dtype=torch.float64) * 2 - 1).requires_grad_()
     second = torch.rand(1, 3, 32, 32, generator=generator(1), dtype=torch.float64) * 2 - 1
     direction = torch.randn(first.shape, generator=generator(2), dtype=torch.float64)
@@ -236,7 +236,7 @@ def test_perceptual_gradient_by_finite_differences() -> None:
 
 
 def test_perceptual_distance_follows_the_pictures() -> None:
-    distance = load_perceptual(None)
+    distance = load_perceptual("random")
     picture = torch.rand(2, 3, 32, 32, generator=generator()) * 2 - 1
     noise = torch.randn(picture.shape, generator=generator(1))
     near, far = distance(picture, picture + 0.05 * noise), distance(picture, picture + 0.5 * noise)
@@ -247,7 +247,7 @@ def test_perceptual_distance_follows_the_pictures() -> None:
 
 def test_flat_pictures_give_finite_gradients() -> None:
     """Where every channel of a feature is 0 the normalisation must not divide 0 by 0."""
-    distance = load_perceptual(None)
+    distance = load_perceptual("random")
     with torch.no_grad():
         for parameter in distance.network.parameters():
             parameter.zero_()

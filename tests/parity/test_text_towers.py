@@ -20,7 +20,7 @@ from trainer.config.models import FirstStageConfig, OpenCLIPConfig, TextTransfor
 from trainer.weights import write_weights
 
 CAPTIONS = ["a red circle above a blue square", "!", "", "two words " * 60]
-TOWER = OpenCLIPConfig(model="ViT-B-32", width=32, layers=3, heads=4)
+TOWER = OpenCLIPConfig(model="ViT-B-32", pretrained="random", width=32, layers=3, heads=4)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 

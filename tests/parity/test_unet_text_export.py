@@ -15,7 +15,7 @@ from trainer.interop.export import export_weights
 
 transformers = pytest.importorskip("transformers")
 
-TOWER = OpenCLIPConfig(model="ViT-B-32", width=32, layers=4, heads=4)
+TOWER = OpenCLIPConfig(model="ViT-B-32", pretrained="random", width=32, layers=4, heads=4)
 
 
 @pytest.mark.parametrize("model", ["ViT-B-32", "ViT-B-32-quickgelu"])

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 
-from trainer.config.io import load_config
+from trainer.config.io import load_run
 from trainer.launch.local import launch
 
-EXAMPLE = "example: ldm doctor configs/sd/sd2_base_256.yaml run_dir=s3://bucket/run"
+EXAMPLE = (
+    "example: ldm doctor configs/sd/sd2_base_256.yaml run_dir=s3://bucket/run "
+    "data.shards='s3://bucket/laion/*.tar' first_stage.weights=s3://bucket/kl_f8.safetensors "
+    "conditioning.openclip.pretrained=laion2b_s32b_b79k"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,4 +26,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the checks on the ranks that training would have."""
-    return launch(load_config(args.config, args.overrides), "doctor")
+    return launch(load_run(args.config, args.overrides), "doctor")

@@ -7,7 +7,9 @@ import argparse
 from trainer.launch.slurm import add_commands
 
 EXAMPLE = (
-    "example: ldm slurm submit configs/sd/sd2_base_512.yaml --sbatch='--nodes=32' run_dir=s3://bucket/run"
+    "example: ldm slurm submit configs/sd/sd2_base_256.yaml --sbatch='--nodes=32' run_dir=s3://bucket/run "
+    "data.shards='s3://bucket/laion/*.tar' first_stage.weights=s3://bucket/kl_f8.safetensors "
+    "conditioning.openclip.pretrained=laion2b_s32b_b79k"
 )
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 
-from trainer.config.io import load_config
+from trainer.config.io import load_run
 from trainer.launch.local import launch
 
 EXAMPLE = (
-    "example: ldm train configs/sd/sd2_base_256.yaml run_dir=s3://bucket/run optimizer.learning_rate=5e-5"
+    "example: ldm train configs/sd/sd2_base_256.yaml run_dir=s3://bucket/run "
+    "data.shards='s3://bucket/laion/*.tar' first_stage.weights=s3://bucket/kl_f8.safetensors "
+    "conditioning.openclip.pretrained=laion2b_s32b_b79k\n"
+    "first_stage.weights is what `ldm export` wrote of a run of configs/first_stage, or `ldm import` of a "
+    "published one."
 )
 
 
@@ -24,4 +28,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then start the ranks."""
-    return launch(load_config(args.config, args.overrides))
+    return launch(load_run(args.config, args.overrides))

@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.processes import without_packages
 from data_pipeline.storage.urls import is_local, local_path
-from trainer.config.models import OpenCLIPConfig
+from trainer.config.models import RANDOM, OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.weights import Undrawn, check_fit, read_tensors, shapes_of
 
@@ -70,10 +70,19 @@ def build_tower(config: OpenCLIPConfig, model: Mapping[str, Any], seed: int) -> 
 
     Under `torch.device("meta")` no memory is used and no weights are read. What the chosen output never
     reads (last layer, projection) is left out.
+
+    Args:
+        config: with `pretrained` set, on a device that has memory.
+        model: what `architecture` says.
+        seed: of the weights of a random tower.
+
+    Raises:
+        ConfigError: the weights cannot be had, or do not fit.
     """
     target = torch.get_default_device()
+    assert config.pretrained is not None or target.type == "meta"
     with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
-        if config.pretrained is not None:
+        if config.pretrained != RANDOM:
             stack.enter_context(Undrawn())
         elif target.type != "meta":
             # A frozen random tower is part of the model: the same for every run, resume and sampling,
@@ -89,12 +98,11 @@ def build_tower(config: OpenCLIPConfig, model: Mapping[str, Any], seed: int) -> 
             tower.transformer.resblocks = tower.transformer.resblocks[:-1]
     if tower.positional_embedding.is_meta:
         return tower
-    if config.pretrained is None:
-        logger.warning(
-            "text tower %s: no pretrained weights are named, so it has seeded RANDOM weights", config.model
-        )
+    if config.pretrained == RANDOM:
+        logger.warning("text tower %s has seeded RANDOM weights, as pretrained=random says", config.model)
         tower.to(target)
     else:
+        assert config.pretrained is not None
         with torch.device("cpu"):  # where the file's pages are; copied once, to where the tower lies
             load_tower(tower, weights_file(config.model, config.pretrained))
     return tower
@@ -111,7 +119,8 @@ def weights_file(model: str, pretrained: str) -> str:
     if pretrained not in open_clip.list_pretrained_tags_by_model(model):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise ConfigError(
-            f"pretrained={pretrained!r} is neither a file nor one of open_clip's tags for {model} ({tags})."
+            f"pretrained={pretrained!r} is neither a file nor one of open_clip's tags for {model} ({tags}), "
+            f"nor the word {RANDOM}."
         )
     try:
         path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))

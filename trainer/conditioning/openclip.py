@@ -19,7 +19,8 @@ from trainer.conditioning.base import (
 )
 from trainer.conditioning.clip_tokenizer import ClipTokenizer
 from trainer.conditioning.open_clip_towers import TextTransformer, architecture, build_tower
-from trainer.config.models import FirstStageConfig, OpenCLIPConfig
+from trainer.config.checks import require_tower
+from trainer.config.models import TOWERS, FirstStageConfig, OpenCLIPConfig
 from trainer.kernels.replay import Replayed
 
 
@@ -31,6 +32,8 @@ class OpenCLIP(Condition):
     def __init__(self, config: OpenCLIPConfig, first_stage: FirstStageConfig, index: int) -> None:
         self.config = config
         model = architecture(config)
+        if torch.get_default_device().type != "meta":  # where parameters are counted alone
+            require_tower(TOWERS[index], config)
         self.tower = build_tower(config, model, seed=index)
         self.frozen = freeze(self.tower)
         self.tokenize = ClipTokenizer(self.tower.context_length, config.padding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trainer.config.checks_diffusion import check_diffusion, check_guidance, check_sampling
 from trainer.config.derived import check_derived
+from trainer.config.models import RANDOM, TOWERS, FirstStageConfig, OpenCLIPConfig
 from trainer.config.network_plan import norm_groups, plan_levels
 from trainer.config.run import Config, ConfigError
 
@@ -23,6 +24,40 @@ def check(config: Config) -> None:
         check_sampling(config.diffusion, config.sampling)
         if config.sampling.every:
             check_guidance(config)
+
+
+def check_networks(config: Config) -> None:
+    """Raise ConfigError, with the remedy, for a trained network that a second stage needs and nobody named.
+
+    Nothing stands in for it unasked. What `ldm config` and `ldm params` do needs no weights; a run does.
+    """
+    if config.stage != "diffusion":
+        return
+    require_first_stage(config.first_stage)
+    for name in TOWERS:
+        tower: OpenCLIPConfig | None = getattr(config.conditioning, name)
+        if tower is not None:
+            require_tower(name, tower)
+
+
+def require_first_stage(config: FirstStageConfig) -> None:
+    """Raise ConfigError where a second stage has no first stage's weights."""
+    _require(
+        config.name == "identity" or config.weights is not None,
+        "first_stage.weights is not set: a diffusion run needs a trained first stage; name a file that `ldm "
+        "export` or `ldm import` wrote, or train one with stage=autoencoder (configs/first_stage) first.",
+    )
+
+
+def require_tower(name: str, config: OpenCLIPConfig) -> None:
+    """Raise ConfigError where the text tower of this section of `conditioning` has no weights."""
+    _require(
+        config.pretrained is not None,
+        f"conditioning.{name}.pretrained is not set, so nothing says which weights the text tower "
+        f"{config.model} has; name a tag of open_clip (ViT-H-14 of SD2: "
+        "laion2b_s32b_b79k) or a file, or "
+        f"conditioning.{name}.pretrained={RANDOM} for an untrained tower, as demos and tests use.",
+    )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -104,13 +139,13 @@ def _check_conditioning(config: Config) -> None:
         sizes is None or sizes.width % 2 == 0,
         "conditioning.image_size.width must be even: half of the features are sines, half cosines.",
     )
-    for name in ("openclip", "openclip_second"):
+    for name in TOWERS:
         tower = getattr(conditioning, name)
         shrunk = tower is not None and any(
             value is not None for value in (tower.width, tower.layers, tower.heads, tower.context_length)
         )
         _require(
-            not (shrunk and tower.pretrained),
+            not (shrunk and tower.pretrained not in (None, RANDOM)),
             f"conditioning.{name}: width, layers, heads and context_length shrink the tower, so pretrained "
-            "weights cannot fit; remove one or the other.",
+            f"weights cannot fit; remove them, or set pretrained={RANDOM}.",
         )

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from trainer.config.io import config_to_dict, section_of
-from trainer.config.models import FirstStageConfig
+from trainer.config.models import RANDOM, TOWERS, FirstStageConfig
 from trainer.config.network_plan import norm_groups
 from trainer.config.run import Config, ConfigError
 
@@ -37,6 +37,9 @@ _FREE = (
 _DATA = ("image_size", "crop", "horizontal_flip", "buckets", "filter", "require_caption")
 """Where shards lie, and what is removed from them, may change: an opt-out needs no permission.
 data.conditions and data.max_layout_boxes follow from `conditioning`."""
+
+
+_PERCEPTUAL = "autoencoder_loss.perceptual_weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,20 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Diff
     old, new = _defining(_completed(Config, stored)), _defining(_completed(Config, now))
     if old["stage"] != new["stage"]:
         return (Difference("stage", old["stage"], new["stage"]),)  # nothing else can be compared
+    if old.get(_PERCEPTUAL) is None or new.get(_PERCEPTUAL) is None:
+        new.pop(_PERCEPTUAL, None)  # null is what the machine's cache held, random features before the word
     return tuple(Difference(key, old[key], new[key]) for key in new if key in old and old[key] != new[key])
+
+
+def as_trained(config: Config) -> Config:
+    """The configuration that a checkpoint stores, in today's words: a tower without weights was random."""
+    towers = {name: getattr(config.conditioning, name) for name in TOWERS}
+    random = {
+        name: dataclasses.replace(tower, pretrained=RANDOM)
+        for name, tower in towers.items()
+        if tower is not None and tower.pretrained is None
+    }
+    return dataclasses.replace(config, conditioning=dataclasses.replace(config.conditioning, **random))
 
 
 def check_resume(stored: Mapping[str, Any], config: Config, checkpoint: str) -> tuple[Difference, ...]:
@@ -115,6 +131,7 @@ def _defining(config: dict[str, Any]) -> _Flat:
     if stage == "diffusion":
         flat["data.captions"] = config["data"]["captions"]
         _normalise_unet(flat)
+        _normalise_towers(flat)
     _normalise_first_stage(flat, stage)
     if flat.get("diffusion.loss") != "huber":
         flat.pop("diffusion.huber_delta", None)
@@ -140,6 +157,13 @@ def _normalise_unet(flat: _Flat) -> None:
     flat["unet.cross_attention_only"] = cross_only * levels if len(cross_only) == 1 else cross_only
     if flat["unet.res_block_groups"] is None:
         flat["unet.res_block_groups"] = flat["unet.num_groups"]
+
+
+def _normalise_towers(flat: _Flat) -> None:
+    for name in TOWERS:
+        key = f"conditioning.{name}.pretrained"
+        if key in flat and flat[key] is None:
+            flat[key] = RANDOM  # what null meant before the word
 
 
 def _normalise_first_stage(flat: _Flat, stage: str) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from data_pipeline.storage.urls import local_path
 from trainer.config import yaml_values
-from trainer.config.checks import check
+from trainer.config.checks import check, check_networks
 from trainer.config.derived import derive
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
@@ -48,6 +48,17 @@ def load_config(path: str | None, overrides: typing.Sequence[str] = ()) -> Confi
     config = derive(config, given=data if isinstance(data, dict) else ())
     check(config)
     _check_words(config)
+    return config
+
+
+def load_run(path: str, overrides: typing.Sequence[str] = ()) -> Config:
+    """`load_config` for what is about to run: the trained networks that it needs are named, too.
+
+    Raises:
+        ConfigError: as `load_config`, or a network without weights that is not said to be random.
+    """
+    config = load_config(path, overrides)
+    check_networks(config)
     return config
 
 

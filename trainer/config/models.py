@@ -7,6 +7,12 @@ from typing import Literal
 
 from data_pipeline.config import CONDITIONS, number
 
+RANDOM = "random"
+"""The word for a network with seeded random weights in the place of a trained one: for demos and tests. A
+file of that name is ./random."""
+TOWERS = ("openclip", "openclip_second")
+"""Sections of ConditioningConfig that are frozen text towers."""
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -102,7 +108,8 @@ class OpenCLIPConfig:
     model: str = "ViT-H-14"
     """Any architecture name of open_clip."""
     pretrained: str | None = None
-    """A tag of open_clip, or a local weights file; unset: seeded random weights, said so in the log."""
+    """A tag of open_clip, a weights file or URL, or the word random: seeded random weights, for demos and
+    tests. Training and sampling refuse a tower without any of them."""
     layer: Literal["last", "penultimate"] = "penultimate"
     """Which hidden states become the context (SD2: penultimate, then the final layer norm)."""
     final_norm: bool = True
@@ -110,7 +117,7 @@ class OpenCLIPConfig:
     padding: Literal["zero", "end"] = "zero"
     """Token after the end of a caption: 0 (open_clip, SD2) or the end token again (SD1's CLIP ViT-L)."""
     width: int | None = number(None, least=1, most=2**16)
-    """Shrink the tower: text width (with `layers` and `heads`), for small runs without `pretrained`."""
+    """Shrink the tower: text width (with `layers` and `heads`), for small runs with `pretrained: random`."""
     layers: int | None = number(None, least=1, most=1024)
     """Shrink the tower: number of transformer layers."""
     heads: int | None = number(None, least=1, most=4096)

@@ -49,7 +49,8 @@ class AutoencoderLossConfig:
     perceptual_weight: float = number(1.0, least=0, most=10**6)
     """Weight of LPIPS; 0 switches it off."""
     perceptual_weights: str | None = None
-    """LPIPS VGG16 weights: a file, or unset for torchvision's cache, else a named random-feature network."""
+    """Weights of LPIPS' network, torchvision's VGG16: a file or URL; unset: torchvision's copy in torch's
+    cache, and refused where there is none; the word random: a random-feature network, which is not LPIPS."""
     kl_weight: float = number(1e-6, least=0, most=10**6)
     """Weight of the KL term, summed per sample (kl)."""
     codebook_weight: float = number(1.0, least=0, most=10**6)

@@ -11,6 +11,7 @@ from trainer.doctor.check import Check
 from trainer.doctor.data import check_shards, check_storage
 from trainer.doctor.gradients import check_gradients
 from trainer.doctor.machine import check_all_reduce, check_clocks, check_versions
+from trainer.doctor.networks import check_networks
 from trainer.doctor.plan import check_disk, check_memory
 from trainer.exit_codes import ExitCode
 
@@ -23,6 +24,7 @@ CHECKS: tuple[Callable[[Config, DistributedEnv], list[Check]], ...] = (
     check_gradients,
     check_storage,
     check_shards,
+    check_networks,
     check_memory,
     check_disk,
 )

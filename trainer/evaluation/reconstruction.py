@@ -68,12 +68,14 @@ def reconstruction_metrics(
     Args:
         first_stage: in eval mode.
         batches: uint8 [B, 3, H, W] each, on the first stage's device.
-        perceptual: LPIPS (the paper's PSIM); None leaves it out.
+        perceptual: LPIPS (the paper's PSIM), or random features; None leaves it out.
 
     Returns:
-        "psnr" in dB, "ssim", "psim" where asked for, "pictures" counted.
+        "psnr" in dB, "ssim", the perceptual distance where asked for, "pictures" counted. It is called
+        "psim" with LPIPS alone: random features measure something else, which is "random_features".
     """
-    sums = {"psnr": 0.0, "ssim": 0.0} | ({"psim": 0.0} if perceptual is not None else {})
+    distance = "psim" if perceptual is not None and perceptual.is_lpips else "random_features"
+    sums = {"psnr": 0.0, "ssim": 0.0} | ({distance: 0.0} if perceptual is not None else {})
     pictures = 0
     for batch in batches:
         assert batch.dtype == torch.uint8, batch.dtype
@@ -82,7 +84,7 @@ def reconstruction_metrics(
         sums["psnr"] += float(psnr(pixels, made).sum())
         sums["ssim"] += float(ssim(pixels, made).sum())
         if perceptual is not None:
-            sums["psim"] += float(perceptual(pixels, made).sum())
+            sums[distance] += float(perceptual(pixels, made).sum())
         pictures += len(batch)
     if pictures == 0:
         return dict.fromkeys(sums, math.nan) | {"pictures": 0.0}

@@ -8,6 +8,7 @@ import json
 import torch
 from torch import Tensor
 
+from trainer.config.checks import require_first_stage
 from trainer.config.models import FirstStageConfig
 from trainer.config.network_plan import norm_groups
 from trainer.config.run import ConfigError
@@ -46,12 +47,9 @@ def load_first_stage(config: FirstStageConfig, device: torch.device | str = "cpu
     """
     if config.name == "identity":
         return _frozen(build_first_stage(config).to(device), config)
-    if config.weights is None:
-        raise ConfigError(
-            "first_stage.weights is not set: a diffusion run needs a trained first stage; name an exported "
-            "file, or train one with stage=autoencoder first."
-        )
+    require_first_stage(config)
     url = config.weights
+    assert url is not None
     if not url.endswith(".safetensors"):
         url = f"{url.rstrip('/')}/{WEIGHTS_FILE}"
     tensors, metadata = read_weights(url)

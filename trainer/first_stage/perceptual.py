@@ -1,4 +1,4 @@
-"""LPIPS with gradient (Zhang et al. 2018), and its offline twin made of random features."""
+"""LPIPS with gradient (Zhang et al. 2018), and its offline twin made of random features, when asked for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from trainer.config.models import RANDOM
 from trainer.config.run import ConfigError
 from trainer.config.training import AutoencoderLossConfig
 from trainer.weights import check_fit, read_tensors, shapes_of
@@ -19,6 +20,9 @@ LOG = logging.getLogger(__name__)
 LAYERS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Output channels of the convolutions of VGG16, by stage; a stage ends in a feature that is compared."""
 CACHE_NAME = "vgg16-397923af.pth"
+CACHE_URL = f"https://download.pytorch.org/models/{CACHE_NAME}"
+SETTING = "autoencoder_loss.perceptual_weights"
+"""Where a configuration names the weights."""
 RANDOM_WIDTH = 16
 RANDOM_SEED = 0
 # Normalisation of pixels in -1 .. 1 for an ImageNet network.
@@ -58,15 +62,20 @@ class PerceptualDistance(nn.Module):
     """Distance between pictures in the feature space of a frozen network, [B]."""
 
     name: str
-    """Which features these are, for the log, the run's configuration and W&B."""
+    """Which features these are, for the log, the run's configuration, W&B and results."""
+    is_lpips: bool
+    """Whether these are trained features, so that a distance can be compared with those of other people."""
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, network: VGG16Features, layer_weights: list[Tensor], name: str) -> None:
+    def __init__(
+        self, network: VGG16Features, layer_weights: list[Tensor], name: str, *, is_lpips: bool
+    ) -> None:
         """`layer_weights`: one non-negative weight per channel, [C_i], for each of the five stages."""
         super().__init__()
         self.network = network
         self.name = name
+        self.is_lpips = is_lpips
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
         for i, weights in enumerate(layer_weights):
@@ -95,31 +104,53 @@ class PerceptualDistance(nn.Module):
 def build_perceptual(
     config: AutoencoderLossConfig, device: torch.device | str = "cpu"
 ) -> PerceptualDistance | None:
-    """LPIPS with the configured VGG16 weights, or torchvision's cached ones, or random features.
+    """LPIPS with the configured VGG16 weights, or random features where the configuration says so.
 
-    Nothing is ever downloaded. Which of the three it became is in `name` and in the log. None where
-    the perceptual weight is 0.
+    Nothing is ever downloaded. Which it became is in `name` and in the log. None where the perceptual
+    weight is 0.
 
     Raises:
-        ConfigError: `perceptual_weights` names a file that is not there or does not hold VGG16.
+        ConfigError: see `perceptual_source` and `load_perceptual`.
     """
     return load_perceptual(config.perceptual_weights).to(device) if config.perceptual_weight else None
 
 
-def load_perceptual(weights: str | None) -> PerceptualDistance:
-    """The same from a URL alone, on the CPU."""
-    source = weights
-    if source is None:
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / CACHE_NAME
-        source = str(cached) if cached.is_file() else None
-    if source is None:
+def perceptual_source(weights: str | None, setting: str = SETTING) -> str:
+    """Where the weights are: the file or URL given, torchvision's copy in torch's cache, or `random`.
+
+    Args:
+        weights: what `setting` says.
+        setting: how the user says it, for the error.
+
+    Raises:
+        ConfigError: nothing is given and the cache has none.
+    """
+    if weights is not None:
+        return weights
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / CACHE_NAME
+    if not cached.is_file():
+        raise ConfigError(
+            f"there are no weights for LPIPS: name torchvision's VGG16 ({CACHE_URL}) by {setting}, or put it "
+            f"at {cached}; {setting}={RANDOM} takes random features, which are not LPIPS: for demos, tests."
+        )
+    return str(cached)
+
+
+def load_perceptual(weights: str | None, setting: str = SETTING) -> PerceptualDistance:
+    """The network of `perceptual_source`, on the CPU.
+
+    Raises:
+        ConfigError: nothing is named, or the file is not there or does not hold VGG16.
+    """
+    source = perceptual_source(weights, setting)
+    if source == RANDOM:
         return _random_features()
     with torch.device("meta"):
         network = VGG16Features()
     network.to_empty(device="cpu")
-    _load_vgg16(network, source)
+    _load_vgg16(network, source, setting)
     LOG.info("Perceptual distance: LPIPS with VGG16 weights from %s.", source)
-    return PerceptualDistance(network, _lpips_weights(), "lpips-vgg16")
+    return PerceptualDistance(network, _lpips_weights(), "lpips-vgg16", is_lpips=True)
 
 
 def _random_features() -> PerceptualDistance:
@@ -135,12 +166,8 @@ def _random_features() -> PerceptualDistance:
     # then weighs about what it does in LPIPS, whose weights also sum to a few units.
     weights = [torch.ones(stage[-1] * RANDOM_WIDTH // 64) for stage in LAYERS]
     name = f"random-features (VGG16 shape, width {RANDOM_WIDTH}, seed {RANDOM_SEED}; not LPIPS)"
-    LOG.warning(
-        "Perceptual distance: no VGG16 weights in autoencoder_loss.perceptual_weights or torchvision's "
-        "cache, so %s stands in for LPIPS.",
-        name,
-    )
-    return PerceptualDistance(network, weights, name)
+    LOG.warning("Perceptual distance: %s, as the word %s says.", name, RANDOM)
+    return PerceptualDistance(network, weights, name, is_lpips=False)
 
 
 def _lpips_weights() -> list[Tensor]:
@@ -154,7 +181,7 @@ def _lpips_weights() -> list[Tensor]:
     return [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(len(LAYERS))]
 
 
-def _load_vgg16(network: VGG16Features, url: str) -> None:
+def _load_vgg16(network: VGG16Features, url: str, setting: str) -> None:
     """torchvision's `features.N.weight` and `.bias`; N counts convolutions, ReLUs and poolings."""
     targets: dict[str, Tensor] = {}
     index = 0
@@ -168,7 +195,7 @@ def _load_vgg16(network: VGG16Features, url: str) -> None:
         found = read_tensors(url, lambda names: [name for name in targets if name in names])
         check_fit(shapes_of(targets), shapes_of(found), url, "It must be torchvision's VGG16.")
     except UserError as error:
-        raise ConfigError(f"autoencoder_loss.perceptual_weights: {error}") from error
+        raise ConfigError(f"{setting}: {error}") from error
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(found[name])

@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.client import filesystem
-from trainer.config.io import config_from_dict, config_to_dict, load_config
+from trainer.config.io import config_from_dict, config_to_dict, load_run
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
 from trainer.distributed.place import Place, free_port
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     configure_logging()
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_run(args.config, args.overrides)
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         fewest, most = _worker_range(args.workers, config)
         return _drive(config, args, fewest, most)
@@ -314,7 +314,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m trainer.launch.ray",
         description="Train what a configuration describes on a Ray cluster; the same command resumes it.",
         epilog="example: ray job submit --working-dir . -- python -m trainer.launch.ray "
-        "configs/sd/sd2_base_256.yaml --workers 64:256 run_dir=s3://bucket/run",
+        "configs/sd/sd2_base_256.yaml --workers 64:256 run_dir=s3://bucket/run "
+        "data.shards='s3://bucket/laion/*.tar' first_stage.weights=s3://bucket/kl_f8.safetensors "
+        "conditioning.openclip.pretrained=laion2b_s32b_b79k",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file with differences from the defaults")

@@ -17,7 +17,7 @@ from typing import Any
 
 import trainer
 from data_pipeline.storage.urls import is_local, local_path
-from trainer.config.io import load_config
+from trainer.config.io import load_run
 from trainer.config.run import ConfigError
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
@@ -37,7 +37,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     submit_ = commands.add_parser(
         "submit",
         help="check a configuration here and now, snapshot the code, and sbatch it",
-        epilog="example: ldm slurm submit configs/sd/sd2_base_512.yaml --sbatch='--nodes=32 -p gpu' a.b=c",
+        epilog="example: ldm slurm submit configs/sd/sd2_base_256.yaml --sbatch='--nodes=32 -p gpu' "
+        "run_dir=s3://bucket/run data.shards='s3://bucket/laion/*.tar' "
+        "first_stage.weights=s3://bucket/kl_f8.safetensors "
+        "conditioning.openclip.pretrained=laion2b_s32b_b79k",
     )
     submit_.add_argument("config", metavar="CONFIG", help="YAML file")
     submit_.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
@@ -66,7 +69,7 @@ def submit(config_path: str, overrides: Sequence[str], options: Sequence[str]) -
     Raises:
         ConfigError: a mistake in the configuration, or sbatch refuses.
     """
-    load_config(config_path, overrides)
+    load_run(config_path, overrides)
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch is not on this machine; run this on a login node of the cluster.")
     repository = Path(trainer.__file__).resolve().parents[1]

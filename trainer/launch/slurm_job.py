@@ -22,7 +22,7 @@ from typing import Any
 
 from data_pipeline.errors import Failure, UserError
 from data_pipeline.storage.files import write_bytes
-from trainer.config.io import config_to_dict, dump_yaml, load_config
+from trainer.config.io import config_to_dict, dump_yaml, load_run
 from trainer.config.run import Config
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
@@ -94,7 +94,7 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
     path, overrides = arguments[0], list(arguments[1:])
     if not Path(path).exists() and (repository / path).exists():
         path = str(repository / path)  # submitted from outside the repository
-    config = load_config(path, overrides)
+    config = load_run(path, overrides)
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
         seed = config.seed + int(task)

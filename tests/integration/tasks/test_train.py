@@ -35,7 +35,8 @@ from trainer.weights import write_weights
 STEPS = 200
 FIRST_STAGE_STEPS = 150
 TEXT = (
-    "conditioning.openclip={model: ViT-B-32, width: 64, layers: 1, heads: 2, layer: last, context_length: 16}"
+    "conditioning.openclip={model: ViT-B-32, pretrained: random, width: 64, layers: 1, heads: 2, "
+    "layer: last, context_length: 16}"
 )
 TAU = "conditioning.text_transformer={width: 64, layers: 1, heads: 2, head_dim: 32, max_tokens: 16}"
 CLASS = f"num_classes: {NUM_CLASSES}, width: 64"

@@ -25,7 +25,7 @@ from trainer.config.models import (
 from trainer.config.run import ConfigError
 
 FIRST_STAGE = FirstStageConfig(channel_multipliers=(1, 1, 1), latent_channels=4)
-TOWER = OpenCLIPConfig(model="ViT-B-32", width=16, layers=2, heads=2)
+TOWER = OpenCLIPConfig(model="ViT-B-32", pretrained="random", width=16, layers=2, heads=2)
 SEED = 4
 
 

@@ -21,7 +21,7 @@ from trainer.config.models import FirstStageConfig, OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.weights import write_weights
 
-TOWER = OpenCLIPConfig(model="ViT-B-32", width=32, layers=3, heads=4)
+TOWER = OpenCLIPConfig(model="ViT-B-32", pretrained="random", width=32, layers=3, heads=4)
 
 
 def build(seed: int = 0, **changes: Any) -> OpenCLIP:

@@ -64,7 +64,11 @@ def another(value: Any) -> Any:
 
 
 DIFFUSION = settings(load_config(None, [*ALL_CONDITIONS, "first_stage.name=vq", "diffusion.loss=huber"]))
-AUTOENCODER = settings(load_config(None, ["stage=autoencoder", "first_stage.name=vq"]))
+AUTOENCODER = settings(
+    load_config(
+        None, ["stage=autoencoder", "first_stage.name=vq", "autoencoder_loss.perceptual_weights=vgg16.pth"]
+    )
+)
 AUTOENCODER_IDLE = {"first_stage.latent_scale", "first_stage.input_range", "data.captions"}
 """Settings that only a second stage has."""
 
@@ -143,10 +147,15 @@ def test_keys_that_are_unknown_by_now_are_ignored() -> None:
         (["conditioning.depth={}"], [], ["conditioning.depth was there, is null"]),
         (
             ["conditioning.openclip.pretrained=laion2b_s32b_b79k"],
-            ["conditioning.openclip={}"],
-            ["conditioning.openclip.pretrained was laion2b_s32b_b79k, is null"],
+            ["conditioning.openclip.pretrained=random"],
+            ["conditioning.openclip.pretrained was laion2b_s32b_b79k, is random"],
         ),
         ([], ["data.filter=punsafe < 0.1"], ["data.filter was empty, is punsafe < 0.1"]),
+        (
+            ["stage=autoencoder", "autoencoder_loss.perceptual_weights=random"],
+            ["stage=autoencoder", "autoencoder_loss.perceptual_weights=vgg16.pth"],
+            ["autoencoder_loss.perceptual_weights was random, is vgg16.pth"],
+        ),
         (["diffusion.loss=huber"], ["diffusion.huber_delta=1"], ["diffusion.loss was huber, is l2"]),
         ([], ["data.buckets=true", "data.bucket_step=32"], ["data.buckets was false, is true"]),
         (
@@ -190,6 +199,12 @@ def test_differences_are_named(was: list[str], now: list[str], expected: list[st
         (["stage=autoencoder"], ["stage=autoencoder", "diffusion.beta_end=0.02", "unet.dropout=0.1"]),
         (["first_stage.weights=a.safetensors"], ["first_stage.weights=b.safetensors"]),
         (["diffusion.min_snr_gamma=5"], ["diffusion.min_snr_gamma=5.0"]),
+        (
+            ["conditioning.openclip={}"],
+            ["conditioning.openclip.pretrained=random"],
+        ),  # as it was before the word
+        (["stage=autoencoder"], ["stage=autoencoder", "autoencoder_loss.perceptual_weights=random"]),
+        (["stage=autoencoder"], ["stage=autoencoder", "autoencoder_loss.perceptual_weights=vgg16.pth"]),
     ],
 )
 def test_other_words_for_the_same_are_equal(was: list[str], now: list[str]) -> None:

@@ -69,9 +69,10 @@ def test_ssim_orders_pictures_as_eyes_do() -> None:
 def test_metrics_of_a_first_stage_that_returns_its_input() -> None:
     module = build_first_stage(FirstStageConfig(name="identity")).eval()
     batches = [torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8) for n in (2, 1)]
-    metrics = reconstruction_metrics(module, batches, load_perceptual(None))
+    metrics = reconstruction_metrics(module, batches, load_perceptual("random"))
     assert metrics == {
-        "psnr": MAX_PSNR, "ssim": pytest.approx(1.0), "psim": pytest.approx(0.0, abs=1e-6), "pictures": 3.0,
+        "psnr": MAX_PSNR, "ssim": pytest.approx(1.0), "random_features": pytest.approx(0.0, abs=1e-6),
+        "pictures": 3.0,
     }  # fmt: skip
 
 

@@ -33,17 +33,26 @@ def torchvision_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_without_weights_it_is_random_and_says_so(torch_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_random_is_a_word_and_says_so(torch_home: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        distance = build_perceptual(AutoencoderLossConfig())
+        distance = build_perceptual(AutoencoderLossConfig(perceptual_weights="random"))
     assert distance is not None
+    assert not distance.is_lpips
     assert "random-features" in distance.name
     assert "not LPIPS" in distance.name
     assert distance.name in caplog.text
-    again = load_perceptual(None)
+    again = load_perceptual("random")
     pairs = zip(distance.network.parameters(), again.network.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not any(p.requires_grad for p in distance.parameters())
+
+
+def test_without_weights_it_is_refused_with_where_to_put_them(torch_home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"autoencoder_loss\.perceptual_weights=random") as error:
+        build_perceptual(AutoencoderLossConfig())
+    assert str(torch_home / "hub/checkpoints/vgg16-397923af.pth") in str(error.value)
+    with pytest.raises(ConfigError, match=r"VGG16.* by --perceptual-weights, or put it"):
+        load_perceptual(None, "--perceptual-weights")
 
 
 def test_weight_zero_builds_nothing() -> None:
@@ -64,6 +73,7 @@ def test_vgg16_from_a_file_or_torchvisions_cache(torch_home: Path, name: str | N
         torch.save(tensors, path)
     distance = load_perceptual(None if name is None else str(path))
     assert distance.name == "lpips-vgg16"
+    assert distance.is_lpips
     first, last = distance.network.stages[0][0], distance.network.stages[4][2]  # type: ignore[index]
     assert torch.equal(first.weight, tensors["features.0.weight"])
     assert torch.equal(last.weight, tensors["features.28.weight"])

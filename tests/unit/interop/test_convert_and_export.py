@@ -25,7 +25,7 @@ from trainer.interop.unet_names import UNetSizes
 from trainer.weights import read_weights, write_weights
 
 FIRST_STAGE = FirstStageConfig(base_channels=8, channel_multipliers=(1, 2), num_groups=4, latent_scale=0.5)
-TOWER = OpenCLIPConfig(model="ViT-B-32", width=16, layers=3, heads=2)
+TOWER = OpenCLIPConfig(model="ViT-B-32", pretrained="random", width=16, layers=3, heads=2)
 CONFIG = Config(
     unet=UNetConfig(
         model_channels=16, channel_multipliers=(1, 2), attention_factors=(2,), head_dim=8, num_groups=4

@@ -144,6 +144,7 @@ def test_decide_records_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture
 def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
     values = {"run_dir": str(tmp_path / "run"), "steps": 7, "global_batch_size": 8, "seed": 40}
+    values["first_stage"] = {"name": "identity"}
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 

@@ -38,6 +38,7 @@ def make_config(engine: str, zero_stage: int, name: str) -> Config:
             # With L1 a rounding error flips the sign of a gradient now and then; L2 is smooth.
             reconstruction="l2",
             perceptual_weight=0.1,
+            perceptual_weights="random",
             learned_logvar=True,
             discriminator_start=1,
             discriminator_channels=8,

@@ -31,6 +31,7 @@ TINY = FirstStageConfig(
 )
 LOSS = AutoencoderLossConfig(
     perceptual_weight=0.1,
+    perceptual_weights="random",
     discriminator_start=2,
     discriminator_channels=8,
     discriminator_layers=2,
