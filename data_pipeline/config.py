@@ -70,6 +70,8 @@ class DataConfig:
     """A mixture of several shard sets; exactly one of shards and sources is set."""
     index: str | None = None
     """URL of the folder that holds the index; unset: `_index` beside the shards."""
+    max_bad_shards: float = number(0.01, least=0, most=1)
+    """Share of a source's shards that may be no tar archives, named and left out; more end the run."""
     order: Literal["indexed", "resampled"] = "indexed"
     """indexed: exact order and resume; resampled: plain webdataset streaming, resume is approximate."""
     lanes: int = number(0, least=0, most=10**9)

@@ -38,6 +38,7 @@ from data_pipeline.shards.index import (
     IDENTITIES,
     ManifestRow,
     ShardIndex,
+    bad_row,
     hash_identity,
     index_name,
     read_manifest,
@@ -93,10 +94,11 @@ def build_index(
     """Index what is new or changed and write the manifest to `folder`.
 
     The manifest is saved every 30 s, so an interrupted build goes on where it was. workers=0 uses
-    threads of this process. A shard that is no tar is reported in `failed`, not raised.
+    threads of this process. A shard that is no tar is reported in `failed`, not raised; the manifest
+    remembers it, and the next build reads it again.
     """
     known = read_manifest(folder)
-    stale = [s for s in shards if not is_current(s, known.get(s.url))]
+    stale = [s for s in shards if not is_current(s, known.get(s.url)) or known[s.url].is_bad]
     progress(len(shards) - len(stale), len(shards))
     failed: dict[str, str] = {}
     saved = time.monotonic()
@@ -105,14 +107,14 @@ def build_index(
             known[shard.url] = outcome
         else:
             failed[shard.url] = outcome
-            known.pop(shard.url, None)
+            known[shard.url] = bad_row(shard.url, shard.size, shard.version, outcome)
         progress(len(shards) - len(stale) + done, len(shards))
         if time.monotonic() - saved > _SAVE_EVERY_S:
             write_manifest(folder, known)
             saved = time.monotonic()
     if stale:
         write_manifest(folder, known)
-    rows = {s.url: known[s.url] for s in shards if s.url in known}
+    rows = {s.url: known[s.url] for s in shards if not known[s.url].is_bad}
     return IndexReport(rows, len(stale), failed)
 
 

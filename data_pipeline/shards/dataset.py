@@ -18,9 +18,9 @@ from data_pipeline.shards.accepted import Accepted, count_accepted
 from data_pipeline.shards.build_index import build_index, is_current
 from data_pipeline.shards.filter_columns import check_columns
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.index import ManifestRow, read_manifest
+from data_pipeline.shards.index import ManifestRow, bad_row, read_manifest
 from data_pipeline.shards.selection import target_shapes
-from data_pipeline.storage.listing import ListedFile, list_files
+from data_pipeline.storage.listing import ListedFile, list_files, spans
 from data_pipeline.storage.urls import (
     distinguishing_depth,
     join,
@@ -114,8 +114,8 @@ def open_dataset(
 ) -> Dataset:
     """Find the shards and their index; small sets are checked and indexed on first use.
 
-    Raises DataError: no shards, a shard that is not a tar, a large set without an index, or a filter that is
-    wrong or names columns that no shard has.
+    Raises DataError: no shards, more that are not tars than data.max_bad_shards allows, a large set without
+    an index, or a filter that is wrong or names columns that no shard has.
     """
     rule = Filter(config.filter)
     urls: list[str] = []
@@ -165,18 +165,32 @@ def _open_source(
         missing = [name for name in named if name not in known]
         if missing:
             raise DataError(
-                f"{len(missing)} of the {len(named)} shards of {source.shards} have no index; run "
-                f"`ldm data index '{source.shards}' --workers 32` once."
+                f"{len(missing)} of the {len(named)} shards of {source.shards} have no index "
+                f"({spans(missing, named)}); run `ldm data index '{source.shards}' --workers 32` once."
             )
-        return folder, [known[name] for name in named]
+        return folder, _usable(config, source, [known[name] for name in named])
     shards = list_files(source.shards, timeout_s=config.request_timeout_s)
     folder = index_folder(config, shards[0].url)
     if len(shards) > _SMALL:
-        return folder, _known_rows(source, folder, shards)
+        return folder, _usable(config, source, _known_rows(source, folder, shards))
     report = build_index(shards, folder, progress=progress, timeout_s=config.request_timeout_s)
-    if report.failed:
-        raise NotATar(next(iter(report.failed.values())))
-    return folder, [report.rows[s.url] for s in shards]
+    rows = [report.rows.get(s.url) or bad_row(s.url, s.size, s.version, report.failed[s.url]) for s in shards]
+    return folder, _usable(config, source, rows)
+
+
+def _usable(config: DataConfig, source: SourceConfig, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
+    """Rows of the shards that are tars; the others are named. Raises NotATar when they are too many."""
+    bad = [row for row in rows if row.is_bad]
+    if len(bad) > config.max_bad_shards * len(rows):
+        others = f" Nor are {spans([r.shard for r in bad[1:]], [r.shard for r in rows])}." if bad[1:] else ""
+        share = -(-1000 * len(bad) // len(rows)) / 1000
+        raise NotATar(
+            f"{bad[0].problems[0]}{others} data.max_bad_shards={share:g} trains without "
+            f"{'it' if len(bad) == 1 else 'them'}, {len(bad)} of the {len(rows)} shards of {source.shards}."
+        )
+    for row in bad:
+        logger.warning("left out, %d of %d shards: %s", len(bad), len(rows), row.problems[0])
+    return [row for row in rows if not row.is_bad]
 
 
 def _known_rows(source: SourceConfig, folder: str, shards: Sequence[ListedFile]) -> list[ManifestRow]:

@@ -248,6 +248,11 @@ class ManifestRow:
     columns: dict[str, str] = field(default_factory=dict)
     """Filter columns of the shard and their COLUMN_KINDS."""
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether the shard is no tar; the only problem says why, and there is no index file."""
+        return not self.index
+
 
 def index_name(shard: str) -> str:
     """File name of the index of a shard."""
@@ -270,6 +275,11 @@ def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
         aspects=aspect_histogram(*index.picture_sizes()),
         columns=index.column_kinds(),
     )
+
+
+def bad_row(shard: str, size: int, version: str, why: str) -> ManifestRow:
+    """Manifest row of a shard that is no tar."""
+    return ManifestRow(shard, size, version, samples=0, bytes=0, index="", checksum="", problems=(why,))
 
 
 def read_manifest(folder: str) -> dict[str, ManifestRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from data_pipeline.storage.client import filesystem
 from data_pipeline.storage.editions import edition_of
 from data_pipeline.storage.retry import TRIES, guarded, missing_bucket
 from data_pipeline.storage.urls import expand_braces, is_s3, join, literal, name_of, parent, spelled_out
+
+_MAX_SPANS = 100
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,28 @@ def _list_named(url: str, names: list[str], timeout_s: float) -> list[ListedFile
     if missing:
         _check_bucket(url, timeout_s)
         raise NoShards(
-            f"{len(missing)} of the {len(names)} shards of {url} do not exist, the first is "
-            f"{missing[0]}; correct data.shards or upload them."
+            f"{len(missing)} of the {len(names)} shards of {url} do not exist: {spans(missing, names)}; "
+            "correct data.shards or upload them."
         )
     return sorted((folders[parent(n)][name_of(n)] for n in names), key=lambda f: f.url)
+
+
+def spans(some: Sequence[str], names: Sequence[str]) -> str:
+    """Some of the names, neighbours as one span.
+
+    >>> spans(["s3://b/1.tar", "s3://b/3.tar", "s3://b/4.tar"], [f"s3://b/{i}.tar" for i in range(9)])
+    '1.tar, 3.tar to 4.tar'
+    """
+    place = {name: i for i, name in enumerate(names)}
+    groups: list[list[str]] = []
+    for name in sorted(some, key=place.__getitem__):
+        if groups and place[name] == place[groups[-1][-1]] + 1:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    short = name_of if len({parent(name) for name in names}) == 1 else str
+    told = [" to ".join(short(name) for name in dict.fromkeys((g[0], g[-1]))) for g in groups[:_MAX_SPANS]]
+    return ", ".join(told) + (f" and {len(groups) - _MAX_SPANS} more" if len(groups) > _MAX_SPANS else "")
 
 
 def _listed(pattern: str, info: dict[str, Any]) -> ListedFile:
