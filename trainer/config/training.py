@@ -132,7 +132,8 @@ class DistributedConfig:
     compile: bool = False
     """torch.compile the blocks that repeat in the trained network, each kind once."""
     cuda_graphs: bool = False
-    """Replay forward and backward as CUDA graphs, for small micro-batches."""
+    """Replay forward and backward as CUDA graphs: pays where launching kernels takes longer than running them,
+    as at 256 px or with small micro-batches."""
     cudnn_benchmark: bool = False
     """Let cuDNN time its algorithms for every shape of convolution when it is first met."""
     reduce_bucket_elements: int = number(50_000_000, least=1, most=10**12)
