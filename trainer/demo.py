@@ -104,9 +104,12 @@ def _sample_and_judge(environment: dict[str, str], folder: Path) -> Accuracy:
     listed = folder / "prompts.txt"
     listed.write_text("".join(f"{prompt.prompt}\n" for prompt in prompts))
     out = folder / "samples"
-    _ldm(environment, "sample", RUN, "--prompts-file", str(listed), "--out", str(out))
+    _ldm(environment, "sample", RUN, "--prompts-file", str(listed), "--out", str(out), "--overwrite")
     verdicts = [
-        judge(np.asarray(Image.open(out / f"{i:05d}.png").convert("RGB")).transpose(2, 0, 1), prompt)
+        judge(
+            np.asarray(Image.open(out / "pictures" / f"{i:05d}.png").convert("RGB")).transpose(2, 0, 1),
+            prompt,
+        )
         for i, prompt in enumerate(prompts)
     ]
     return Accuracy(

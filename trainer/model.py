@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.export import open_weights
+from trainer.checkpoint.export import open_weights, read_about
 from trainer.conditioning.build import Conditioner, TrainedConditions, build_conditioner
 from trainer.config.identity import as_trained
 from trainer.config.io import config_from_dict
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.first_stage.base import FirstStage
-from trainer.first_stage.build import build_first_stage, load_first_stage
+from trainer.first_stage.build import build_first_stage, check_first_stage, load_first_stage
 from trainer.first_stage.discriminator import PatchDiscriminator
 from trainer.first_stage.statistics import require_same_statistics
 from trainer.interop.initialise import initialise
@@ -156,6 +158,22 @@ def _modules(config: Config) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
 
 
 @dataclass(frozen=True)
+class ModelFound:
+    """A second stage with the weights of a run, before they are read: what is known in a moment."""
+
+    config: Config
+    step: int | None
+    """Optimizer steps of the weights; None where a file does not say it."""
+    profile: str
+    """Average, or "weights"."""
+
+    @property
+    def description(self) -> str:
+        """Which weights these are, for people."""
+        return f"step {'?' if self.step is None else self.step}, {self.profile}"
+
+
+@dataclass(frozen=True)
 class TrainedModel:
     """A second stage with the weights of a run, ready to draw."""
 
@@ -163,6 +181,25 @@ class TrainedModel:
     model: DiffusionModel
     description: str
     """Which weights these are, for people."""
+
+
+def find_model(
+    source: str,
+    *,
+    profile: str | None = None,
+    step: int | None = None,
+    first_stage_weights: str | None = None,
+    latent_scale: float | None = None,
+) -> ModelFound:
+    """What `load_model` would load, from small files and headers alone, so that mistakes are told at once.
+
+    Raises:
+        ConfigError: as `load_model`, as far as it shows there.
+    """
+    metadata = read_about(source, profile=profile, step=step)
+    config = _config_of(metadata, source, first_stage_weights, latent_scale)
+    check_first_stage(config.first_stage)
+    return _found(config, metadata)
 
 
 def load_model(
@@ -173,6 +210,7 @@ def load_model(
     first_stage_weights: str | None = None,
     latent_scale: float | None = None,
     device: torch.device,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> TrainedModel:
     """Networks with their weights, in evaluation mode.
 
@@ -182,28 +220,14 @@ def load_model(
         step: which checkpoint of a run folder; unset: the newest.
         first_stage_weights: in place of the file that the run was trained with.
         latent_scale: in place of first_stage.latent_scale, for a first stage that does not say it.
+        precision: of all weights and what is computed with them, frozen ones too, as training does it.
 
     Raises:
         ConfigError: nothing there, not a diffusion model, or a first stage that scales latents otherwise
             than the one that it was trained with.
     """
     tensors, metadata = open_weights(source, profile=profile, step=step)
-    if "config" not in metadata:
-        raise ConfigError(f"{source} carries no configuration; name a run folder or a file of `ldm export`.")
-    config = config_from_dict(json.loads(metadata["config"]))
-    if config.stage != "diffusion":
-        raise ConfigError(f"{source} is a first stage, which draws nothing by itself; name a diffusion run.")
-    if (
-        "network" in metadata
-    ):  # a run's; an imported network, whose tower may be absent, was never trained with one
-        config = as_trained(config)
-    if first_stage_weights is not None:
-        first = dataclasses.replace(config.first_stage, weights=first_stage_weights)
-        config = dataclasses.replace(config, first_stage=first)
-    if latent_scale is not None:
-        first = dataclasses.replace(config.first_stage, latent_scale=latent_scale)
-        check_ranges(first, "first_stage.")
-        config = dataclasses.replace(config, first_stage=first)
+    config = _config_of(metadata, source, first_stage_weights, latent_scale)
     model = build_model(config, device, fresh=False)
     require_same_statistics(model.first_stage, tensors)
     absent = initialise(model.network, tensors, source).new
@@ -212,7 +236,33 @@ def load_model(
             f"{source} lacks {len(absent)} tensors of the network, such as {absent[0]}; name a run or an "
             "export of it."
         )
-    model.network.eval().requires_grad_(False)
-    model.conditioner.frozen.to(device)
-    description = f"step {metadata.get('step', '?')}, {metadata.get('profile', 'weights')}"
-    return TrainedModel(config, model, description)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model.network.to(dtype).eval().requires_grad_(False)
+    model.first_stage.to(device, dtype)
+    model.conditioner.frozen.to(device, dtype)
+    return TrainedModel(config, model, _found(config, metadata).description)
+
+
+def _found(config: Config, metadata: Mapping[str, str]) -> ModelFound:
+    step = metadata.get("step", "")
+    return ModelFound(config, int(step) if step.isdigit() else None, metadata.get("profile", "weights"))
+
+
+def _config_of(
+    metadata: Mapping[str, str], source: str, first_stage_weights: str | None, latent_scale: float | None
+) -> Config:
+    """The configuration that weights carry, with what was said about their first stage."""
+    if "config" not in metadata:
+        raise ConfigError(f"{source} carries no configuration; name a run folder or a file of `ldm export`.")
+    config = config_from_dict(json.loads(metadata["config"]))
+    if config.stage != "diffusion":
+        raise ConfigError(f"{source} is a first stage, which draws nothing by itself; name a diffusion run.")
+    if "network" in metadata:  # a run's; an imported network was never trained with a tower
+        config = as_trained(config)
+    first = config.first_stage
+    if first_stage_weights is not None:
+        first = dataclasses.replace(first, weights=first_stage_weights)
+    if latent_scale is not None:
+        first = dataclasses.replace(first, latent_scale=latent_scale)
+        check_ranges(first, "first_stage.")
+    return dataclasses.replace(config, first_stage=first)

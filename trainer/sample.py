@@ -1,14 +1,25 @@
-"""From captions and conditions to pictures. A picture depends on (seed, its index), never on its batch."""
+"""From captions and conditions to pictures: each a function of (seed, its index, what is asked, settings).
+
+    request       N pictures: captions, conditions, what to start from; all with a first axis of N
+    draw          one batch of them at any indices, on one device
+    draw_all      a request batch by batch, as its pictures get ready
+    generate      a request at once
+
+Nothing is drawn from a generator with a state and nothing is shared within a batch, so any rank may draw any
+of the pictures, in any batch, and again. (Batches of another size may round differently in the last bit.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.conditioning.build import TEXT
 from trainer.conditioning.image_size import uncropped
 from trainer.config.run import Config
 from trainer.diffusion.denoiser import Denoiser
@@ -52,6 +63,11 @@ class StartingPicture:
     mask: Tensor | None = None
     """[N, 1, H, W], not zero where the picture is to be made; None: everywhere."""
 
+    def part(self, rows: slice) -> StartingPicture:
+        """The start of some of the pictures."""
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, pixels=self.pixels[rows], mask=mask)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -67,11 +83,28 @@ class Request:
     """Height and width of the result in pixels; unset: those of `start`, or of training."""
     start: StartingPicture | None = None
     """A picture to start from instead of pure noise."""
+    negative: tuple[str, ...] = ()
+    """N captions of what guidance leads away from, instead of the null form of text; "" is the null form.
+    Empty: the null form for all."""
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def part(self, rows: slice) -> Request:
+        """Some of the pictures."""
+        return replace(
+            self,
+            captions=self.captions[rows],
+            conditions={name: value[rows] for name, value in self.conditions.items()},
+            pixels=None if self.pixels is None else self.pixels[rows],
+            start=None if self.start is None else self.start.part(rows),
+            negative=self.negative[rows],
+        )
 
 
 @dataclass(frozen=True)
 class _Start:
-    """A StartingPicture as samplers want it, for one part of the batch."""
+    """A StartingPicture as samplers want it."""
 
     latents: Tensor
     """[B, z, h, w]"""
@@ -80,7 +113,6 @@ class _Start:
     """[B, 1, h, w]"""
 
 
-@torch.no_grad()
 def generate(
     config: Config,
     model: DiffusionModel,
@@ -89,50 +121,81 @@ def generate(
     seed: int,
     first_index: int = 0,
     batch_size: int = 16,
-    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Pictures uint8 [N, 3, H, W] of a request, on the network's device.
+    """Pictures uint8 [N, 3, H, W] of a request, on the network's device; see `draw_all`."""
+    made = draw_all(config, model, request, seed=seed, first_index=first_index, batch_size=batch_size)
+    return torch.cat([pictures for _, pictures in made])
+
+
+def draw_all(
+    config: Config,
+    model: DiffusionModel,
+    request: Request,
+    *,
+    seed: int,
+    first_index: int = 0,
+    batch_size: int = 16,
+) -> Iterator[tuple[int, Tensor]]:
+    """(row of the first, uint8 [B, 3, H, W]) of every batch of a request, in order, on the network's device.
 
     Args:
         config: `sampling` names sampler, steps, spacing, guidance; the rest describes the model.
-        model: its network is put into evaluation mode meanwhile.
-        seed: picture i starts from noise keyed by (seed, first_index + i).
+        model: its network is in evaluation mode meanwhile.
+        seed: the i-th picture starts from noise keyed by (seed, first_index + i).
         batch_size: pictures at a time.
-        progress: called with the number of pictures done.
     """
-    network, first_stage = model.network, model.first_stage
-    device = next(network.parameters()).device
-    captions, pixels, start = request.captions, request.pixels, request.start
+    device = next(model.network.parameters()).device
+    with _evaluating(model.network):
+        for first in range(0, len(request), batch_size):
+            part = request.part(slice(first, first + batch_size))
+            indices = torch.arange(first, first + len(part), device=device) + first_index
+            yield first, draw(config, model, part, indices, seed=seed)
+
+
+@torch.no_grad()
+def draw(config: Config, model: DiffusionModel, request: Request, indices: Tensor, *, seed: int) -> Tensor:
+    """Pictures uint8 [B, 3, H, W] of a request of B, with int64 indices [B] on the network's device.
+
+    The network must be in evaluation mode.
+    """
+    device = indices.device
     height, width = _size(config, request)
-    conditions = dict(request.conditions)
-    if config.conditioning.image_size is not None:
-        conditions.setdefault("size", uncropped(len(captions), height, width))
     factor = config.first_stage.downsampling
     shape = (config.first_stage.channels, height // factor, width // factor)
-    schedule = make_schedule(config.diffusion).to(device)
+    conditions = dict(request.conditions)
+    if config.conditioning.image_size is not None:
+        conditions.setdefault("size", uncropped(len(request), height, width))
+
+    def prepare(captions: tuple[str, ...]) -> dict[str, Tensor]:
+        return model.conditioner.frozen.prepare(
+            captions,
+            {name: value.to(device) for name, value in conditions.items()},
+            None if request.pixels is None else request.pixels.to(device),
+            first_stage=model.first_stage,
+            seed=seed,
+            ordinals=indices,
+        )
+
+    inputs = away = prepare(request.captions)
+    null = model.conditioner.null_masks(len(request), device)
+    if any(request.negative):
+        away = prepare(request.negative)
+        empty = torch.tensor([not text for text in request.negative], device=device)
+        null = {name: mask & empty if name in TEXT else mask for name, mask in null.items()}
+    denoiser = _denoiser(config, model, inputs, away, null)
+    known = None if request.start is None else _encode(request.start, model.first_stage, device, shape)
+    latents = _latents(config, denoiser, seed, indices, shape, known)
+    return to_bytes(model.first_stage.decode(latents))
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
     was_training = network.training
     network.eval()
-    pictures = []
-    for first in range(0, len(captions), batch_size):
-        part = slice(first, min(first + batch_size, len(captions)))
-        ordinals = torch.arange(part.start, part.stop, device=device) + first_index
-        inputs = model.conditioner.frozen.prepare(
-            captions[part],
-            {name: value[part].to(device) for name, value in conditions.items()},
-            None if pixels is None else pixels[part].to(device),
-            first_stage=first_stage,
-            seed=seed,
-            ordinals=ordinals,
-        )
-        denoiser = _denoiser(config, model, schedule, inputs, len(ordinals))
-        known = None if start is None else _encode(start, first_stage, part, device, shape)
-        latents = _latents(config, denoiser, seed, ordinals, shape, known)
-        decoded = first_stage.decode(latents)
-        pictures.append(to_bytes(decoded))
-        if progress is not None:
-            progress(part.stop)
-    network.train(was_training)
-    return torch.cat(pictures)
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def _size(config: Config, request: Request) -> tuple[int, int]:
@@ -144,38 +207,40 @@ def _size(config: Config, request: Request) -> tuple[int, int]:
 
 
 def _denoiser(
-    config: Config, model: DiffusionModel, schedule: NoiseSchedule, inputs: dict[str, Tensor], n: int
+    config: Config,
+    model: DiffusionModel,
+    inputs: dict[str, Tensor],
+    away: dict[str, Tensor],
+    null: dict[str, Tensor],
 ) -> Denoiser:
+    """The network told of `inputs`, led away from `away` with the conditions of `null` [B] in null form."""
     sampling, prediction = config.sampling, config.diffusion.prediction
     network, conditioner = model.network, model.conditioner
     device = next(network.parameters()).device
+    schedule = make_schedule(config.diffusion).to(device)
+    n = len(next(iter(null.values()))) if null else 0
     keep = conditioner.keep_masks(n, device)
     guided = any(condition.guided for condition in conditioner.conditions.values())
     if sampling.guidance_scale == 1.0 or not guided:  # nothing to drop: both branches would be equal
         return ConditionedDenoiser(network, schedule, prediction, inputs, keep)
-    null = conditioner.null_masks(n, device)
     both = ConditionedDenoiser(
         network,
         schedule,
         prediction,
-        {name: torch.cat([value, value]) for name, value in inputs.items()},
+        {name: torch.cat([value, away[name]]) for name, value in inputs.items()},
         {name: torch.cat([keep[name], null[name]]) for name in keep},
     )
     return ClassifierFreeGuidance(both, sampling.guidance_scale, sampling.guidance_rescale)
 
 
 def _encode(
-    start: StartingPicture,
-    first_stage: FirstStage,
-    part: slice,
-    device: torch.device,
-    shape: tuple[int, int, int],
+    start: StartingPicture, first_stage: FirstStage, device: torch.device, shape: tuple[int, int, int]
 ) -> _Start:
-    latents = first_stage.latents(start.pixels[part].to(device), None)
+    latents = first_stage.latents(start.pixels.to(device), None)
     mask = None
     if start.mask is not None:
         # A cell with one unknown pixel is unknown, or what is hidden would shine through at the edge.
-        mask = F.adaptive_max_pool2d((start.mask[part] != 0).float().to(device), shape[1:])
+        mask = F.adaptive_max_pool2d((start.mask != 0).float().to(device), shape[1:])
     return _Start(latents, start.strength, mask)
 
 

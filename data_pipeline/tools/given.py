@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,12 @@ class GivenPicture:
 
     def brightness(self) -> GivenMap:
         """Its brightness as a map of whole numbers, 0 to 255."""
-        return GivenMap(self.url, np.asarray(Image.fromarray(self.pixels).convert("L")))
+        return GivenMap(self.url, np.asarray(Image.fromarray(self.pixels).convert("L")), self.sha256)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file."""
+        return hashlib.sha256(self.data).hexdigest()
 
     def cropped(self, size: tuple[int, int]) -> NDArray[np.uint8]:
         """[h, w, 3]: what training with data.crop=center makes of it at this size, to the bit."""
@@ -63,6 +69,8 @@ class GivenMap:
 
     url: str
     values: NDArray[Any]
+    sha256: str
+    """Digest of the file."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -88,7 +96,7 @@ def read_map(url: str, max_pixels: int, *, labels: bool) -> GivenMap:
         values = decode_map(data, labels=labels, max_pixels=max_pixels)
     except Rejected as rejected:
         raise _refused(url, rejected, _MAP_KINDS) from rejected
-    return GivenMap(url, np.ascontiguousarray(values))
+    return GivenMap(url, np.ascontiguousarray(values), hashlib.sha256(data).hexdigest())
 
 
 def read_prompts(url: str) -> list[str]:

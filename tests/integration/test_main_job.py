@@ -93,8 +93,8 @@ def test_second_stage_trains_resumes_and_samples(
     arguments = ["--prompt", "a red circle", "--prompt", "a blue square", "--out", str(out), "--seed", "5"]
     done = ldm(bucket, "sample", run.url, *arguments, "--sampler", "dpmpp_2m", "--steps", "3")
     assert done.returncode == 0, done.stderr
-    assert np.asarray(Image.open(out / "00000.png")).shape == (16, 16, 3)
-    assert (out / "00001.png").exists()
+    assert np.asarray(Image.open(out / "pictures" / "00000.png")).shape == (16, 16, 3)
+    assert (out / "pictures" / "00001.png").exists()
     assert (out / "grid.png").exists()
 
 

@@ -13,12 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainer.__main__ import main
+from trainer.cli.conditions_from_files import Wishes, sampling_inputs
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import Config
 from trainer.first_stage.build import build_first_stage
+from trainer.metrics.pictures import grid
 from trainer.model import DiffusionModel, build_model
 from trainer.sample import Request, StartingPicture, generate
-from trainer.weights import write_weights
+from trainer.weights import read_metadata, write_weights
 
 SETTINGS = [
     "data.image_size=16",
@@ -127,8 +129,16 @@ def test_no_second_pass_where_guidance_has_nothing_to_drop() -> None:
         assert set(counting.rows) == rows
 
 
+def shout(made: DiffusionModel) -> None:
+    """Let the network hear its conditions."""
+    for name, parameter in made.network.named_parameters():
+        if "attn2" in name or name.startswith("conditions."):
+            nn.init.normal_(parameter, std=0.5)
+
+
 def exported(folder: Path, *settings: str) -> str:
     config, made = model(*settings)
+    shout(made)
     url = str(folder / "model.safetensors")
     write_weights(url, dict(made.network.state_dict()), {"config": json.dumps(config_to_dict(config))})
     return url
@@ -138,8 +148,8 @@ def test_the_command_draws_classes(tmp_path: Path) -> None:
     source, out = exported(tmp_path, *CLASSES), tmp_path / "out"
     arguments = ["--class-label", "2", "--class-label", "-1", "--per-prompt", "2", "--steps", "2"]
     assert main(["sample", source, *arguments, "--size", "24x16", "--out", str(out)]) == 0
-    assert sorted(path.name for path in out.glob("0*.png")) == [f"0000{i}.png" for i in range(4)]
-    assert np.asarray(Image.open(out / "00003.png")).shape == (24, 16, 3)
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == [f"0000{i}.png" for i in range(4)]
+    assert np.asarray(Image.open(out / "pictures" / "00003.png")).shape == (24, 16, 3)
     assert json.loads((out / "prompts.json").read_text())["class_labels"] == [2, -1]
 
 
@@ -152,7 +162,7 @@ def test_the_command_fills_a_hole_and_leaves_the_rest(tmp_path: Path) -> None:
     Image.fromarray(hole).save(tmp_path / "hole.png")
     files = ["--image", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "hole.png")]
     assert main(["sample", source, *files, "--steps", "3", "--out", str(out)]) == 0
-    made = np.asarray(Image.open(out / "00000.png"))
+    made = np.asarray(Image.open(out / "pictures" / "00000.png"))
     assert (made[hole == 0] == photo[hole == 0]).all()
     assert (made[hole > 0] != photo[hole > 0]).mean() > 0.9
 
@@ -168,7 +178,7 @@ def test_the_command_enlarges(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--image", str(tmp_path / "small.png"), "--steps", "2", "--out", str(out)]
     assert main(["sample", source, *arguments]) == 0
-    assert np.asarray(Image.open(out / "00000.png")).shape == (24, 20, 3)
+    assert np.asarray(Image.open(out / "pictures" / "00000.png")).shape == (24, 20, 3)
 
 
 def test_guidance_needs_a_trained_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +187,191 @@ def test_guidance_needs_a_trained_null(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(arguments) == 2
     assert "conditioning.class_label.drop_probability=0" in capsys.readouterr().err
     assert main([*arguments, "--guidance", "1"]) == 0
+
+
+def texts(folder: Path, *settings: str) -> str:
+    """A model of captions; its vocabulary is on disk, six tokens are read."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "circle", "square", "large"]
+    (folder / "vocabulary.txt").write_text("\n".join(words))
+    section = f"max_tokens: 6, tokenizer: wordpiece, vocabulary: {folder / 'vocabulary.txt'}"
+    shape = "width: 16, layers: 1, heads: 1, head_dim: 16"
+    return exported(folder, f"conditioning={{text_transformer: {{{shape}, {section}}}}}", *settings)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_guidance_leads_away_from_the_negative_prompt(tmp_path: Path) -> None:
+    """Away from the prompt itself it leads nowhere: the unguided picture. Away from "": the null form."""
+    config, made = model(f"conditioning={config_of(texts(tmp_path))}")
+    shout(made)
+
+    def one(scale: float, *negative: str) -> Tensor:
+        own = replace(config, sampling=replace(config.sampling, guidance_scale=scale))
+        return generate(own, made, Request(("a red circle",), negative=negative), seed=1).int()
+
+    assert (one(5.0, "a red circle") - one(1.0)).abs().max() <= 1
+    assert torch.equal(one(5.0, ""), one(5.0))
+    assert (one(5.0, "a blue square") - one(5.0)).abs().max() > 3
+
+
+def config_of(source: str) -> str:
+    section = json.loads(read_metadata(source)["config"])["conditioning"]["text_transformer"]
+    return json.dumps({"text_transformer": section})
+
+
+def test_a_picture_can_be_made_again_from_what_it_carries(tmp_path: Path) -> None:
+    source, out = texts(tmp_path), tmp_path / "out"
+    listed = tmp_path / "prompts.txt"
+    listed.write_bytes("\ufeffa red  circle\na blue square\r\na large circle\n".encode())
+    asked = ["--prompts-file", str(listed), "--negative-prompt", "a blue circle", "--guidance", "4"]
+    how = ["--steps", "3", "--sampler", "dpmpp_2m", "--spacing", "trailing", "--guidance-rescale", "0.5"]
+    arguments = ["sample", source, *asked, *how, "--seed", "7", "--out", str(out), "--batch-size", "2"]
+    assert main(arguments) == 0
+    record = json.loads((out / "prompts.json").read_text())
+    assert record["prompts"] == ["a red circle", "a blue square", "a large circle"]
+    assert {"torch", "commit", "ldm", "device"} == set(record["versions"])
+    carried = Image.open(out / "pictures" / "00002.png").text
+    assert carried["prompt"] == "a large circle"
+    told = json.loads(carried["ldm"])
+    assert told["index"] == 2
+    again = [
+        *("--prompt", told["prompt"], "--first-index", str(told["index"]), "--seed", str(told["seed"])),
+        *("--negative-prompt", told["negative_prompt"], "--guidance", str(told["guidance"])),
+        *("--steps", str(told["steps"]), "--sampler", told["sampler"], "--spacing", told["spacing"]),
+        *("--guidance-rescale", str(told["guidance_rescale"]), "--precision", told["precision"]),
+        *("--size", told["size"]),
+    ]
+    assert main(["sample", told["source"], *again, "--out", str(tmp_path / "again")]) == 0
+    first, second = pixels(out / "pictures" / "00002.png"), pixels(tmp_path / "again/pictures/00000.png")
+    assert np.abs(first.astype(int) - second).max() <= 1
+    other = ["--guidance-rescale", "0", "--guidance", "60"]
+    assert main(["sample", source, *again, *other, "--out", str(tmp_path / "other")]) == 0
+    assert np.abs(first.astype(int) - pixels(tmp_path / "other/pictures/00000.png")).max() > 1
+
+
+def test_another_set_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = exported(tmp_path, *CLASSES), tmp_path / "out"
+    first = ["sample", source, "--class-label", "1", "--per-prompt", "3", "--steps", "2", "--out", str(out)]
+    other = [*first[:3], "2", *first[6:]]
+    assert main(first) == 0
+    before = {path.name: path.read_bytes() for path in (out / "pictures").iterdir()}
+    assert len(before) == 3
+    assert main(other) == 2
+    assert "holds another set of pictures" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (out / "pictures").iterdir()} == before
+    assert main(first) == 0, "the same set may be made again"
+    assert main([*other, "--overwrite"]) == 0
+    assert [path.name for path in (out / "pictures").iterdir()] == ["00000.png"], "nothing is left of it"
+    (out / "prompts.json").unlink()
+    assert main(other) == 2, "pictures that nobody wrote a record of"
+
+
+def test_mistakes_are_told_before_the_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that ends behind its header: reading the weights would be another sentence."""
+    for name, settings in (("classes", CLASSES), ("plain", ()), ("sizes", ("conditioning.image_size={}",))):
+        (tmp_path / name).mkdir()
+        whole = Path(exported(tmp_path / name, *settings))
+        data = whole.read_bytes()
+        whole.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "file").write_bytes(b"")
+    classes, plain, sizes = (
+        str(tmp_path / name / "model.safetensors") for name in ("classes", "plain", "sizes")
+    )
+    good, out = ["--class-label", "1"], ["--out", str(tmp_path / "out")]
+    cases: list[tuple[str, list[str], str]] = [
+        (classes, [], "give --class-label"),
+        (classes, ["--class-label", "4"], "--class-label 4 must lie in 0 .. 3"),
+        (classes, [*good, "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (classes, [*good, "--first-index", "-1"], "--first-index -1"),
+        (classes, [*good, "--seed", "-1"], "--seed -1"),
+        (classes, [*good, "--steps", "0"], "sampling.steps=0"),
+        (classes, [*good, "--guidance", "nan"], "sampling.guidance_scale=nan"),
+        (classes, [*good, "--guidance-rescale", "2"], "sampling.guidance_rescale=2"),
+        (classes, [*good, "--size", "0x16"], "must be"),
+        (classes, [*good, "--size", "16X16"], "--size 16X16 is not two numbers"),
+        (classes, [*good, "--size", "\u00b2x16"], "is not two numbers"),
+        (classes, [*good, "--size", "999999x999999"], "--size 999999x999999"),
+        (classes, [*good, "--crop", "1x1"], "without the size condition"),
+        (classes, [*good, "--negative-prompt", "x"], "leave out --negative-prompt"),
+        (plain, ["--image", str(tmp_path)], "is a folder"),
+        (plain, ["--image", str(tmp_path / "latin.txt")], "cannot be read as a picture"),
+        (plain, ["--prompts-file", str(tmp_path / "latin.txt")], "save it as UTF-8"),
+        (plain, ["--prompts-file", str(tmp_path)], "is a folder"),
+        (plain, ["--prompts-file", str(tmp_path / "file")], "holds no prompt"),
+        (plain, ["--out", str(tmp_path / "file")], "file"),
+        (plain, ["--first-stage", str(tmp_path)], "not a safetensors file"),
+        (str(tmp_path / "nowhere"), [], "nowhere"),
+        (plain, [], "not a safetensors file"),
+        (sizes, ["--crop", "1,1"], "--crop 1,1 is not two numbers"),
+    ]
+    for source, arguments, sentence in cases:
+        assert main(["sample", source, *out, *arguments]) == 2, arguments
+        error = capsys.readouterr().err
+        assert sentence in error, (arguments, error)
+        assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_size_condition_is_told(tmp_path: Path) -> None:
+    """SDXL's numbers in its order; unasked, an uncropped picture of the size of the result."""
+    sizes = load_config(None, [*SETTINGS, "conditioning.image_size={}"])
+
+    def told(**given: tuple[int, int]) -> list[int]:
+        return sampling_inputs(sizes, Wishes(size=(16, 24), **given)).request.conditions["size"][0].tolist()
+
+    assert told() == [16, 24, 0, 0, 16, 24]
+    assert told(original_size=(480, 640), crop=(3, 5), target_size=(32, 48)) == [480, 640, 3, 5, 32, 48]
+    source = exported(tmp_path, "conditioning.image_size={width: 16}")
+    made = []
+    for name, more in (
+        ("plain", []),
+        ("same", ["--original-size", "16x16"]),
+        ("low", ["--original-size", "4x4"]),
+    ):
+        assert main(["sample", source, *more, "--steps", "2", "--out", str(tmp_path / name)]) == 0
+        made.append(pixels(tmp_path / name / "pictures" / "00000.png"))
+    assert (made[0] == made[1]).all()
+    assert (made[0] != made[2]).any()
+
+
+def test_long_prompts_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = texts(tmp_path)
+    short, long = ["--prompt", "a large red circle"], ["--prompt", "a large red circle a blue square"]
+    assert main(["sample", source, *short, *long, "--steps", "1", "--out", str(tmp_path / "out")]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert len(notes) == 1
+    assert "has 7 tokens and the model reads the first 4" in notes[0]
+
+
+def test_precision(tmp_path: Path) -> None:
+    """The run's own is for GPUs; a CPU takes fp32 unless asked."""
+    source, made = exported(tmp_path, *CLASSES, "distributed.precision=bf16"), {}
+    for name, more in (("default", []), ("fp32", ["--precision", "fp32"]), ("bf16", ["--precision", "bf16"])):
+        out = tmp_path / name
+        arguments = ["--class-label", "1", "--steps", "2", "--out", str(out), *more]
+        assert main(["sample", source, *arguments]) == 0
+        made[name] = pixels(out / "pictures" / "00000.png").astype(int)
+        expected = "fp32" if name == "default" and not torch.cuda.is_available() else more[-1:] or "bf16"
+        assert json.loads((out / "prompts.json").read_text())["precision"] in expected
+    assert 0 < np.abs(made["bf16"] - made["fp32"]).mean() < 8
+
+
+def test_the_grid_is_capped(tmp_path: Path) -> None:
+    source, out = exported(tmp_path), tmp_path / "out"
+    assert (
+        main(["sample", source, "--per-prompt", "83", "--steps", "1", "--size", "8x8", "--out", str(out)])
+        == 0
+    )
+    assert len(list((out / "pictures").iterdir())) == 83
+    with Image.open(out / "grid.png") as sheet:
+        assert sheet.size == (9 * 132 + 4, 9 * 132 + 4)
+    large = grid(torch.zeros(4, 3, 500, 1000, dtype=torch.uint8), ("",) * 4, columns=2, max_cell=100)
+    assert large.size == (2 * 104 + 4, 2 * 54 + 4)
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

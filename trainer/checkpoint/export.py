@@ -20,7 +20,7 @@ from trainer.checkpoint.reader import EngineReader
 from trainer.config.run import ConfigError
 from trainer.first_stage.base import LATENT_BUFFERS
 from trainer.first_stage.statistics import MARK, exported_statistics, never_measured
-from trainer.weights import read_weights
+from trainer.weights import read_metadata, read_weights
 
 WEIGHTS = "weights"
 """Name under which the trained weights themselves, not an average, are exported."""
@@ -138,6 +138,20 @@ def open_weights(
     return {**tensors, **small}, metadata
 
 
+def read_about(source: str, *, profile: str | None = None, step: int | None = None) -> dict[str, str]:
+    """The metadata that `open_weights` would give, before any tensor is read: small files and headers alone.
+
+    Raises:
+        ConfigError: as `open_weights`.
+    """
+    if source.endswith(".safetensors"):
+        return read_metadata(source)
+    handle = find_checkpoint(source, step)
+    state = read_state(handle)
+    profile, _ = choose_kind(handle, str(state["averaged"]), profile)
+    return _metadata(handle, state, profile)
+
+
 def read_state(handle: CheckpointHandle) -> dict[str, Any]:
     """Progress, configuration and versions of a checkpoint."""
     state: dict[str, Any] = json.loads(read_bytes(join(handle.url, handle.manifest.state.name)))
@@ -153,16 +167,20 @@ def beside_weights(
     where the file comes from, the resolved configuration, and of a first stage whether they were measured.
     """
     small = read_weights(join(handle.url, handle.manifest.tensors.name))[0]
-    metadata = {
+    metadata = _metadata(handle, state, profile)
+    if metadata["network"] == AUTOENCODER:
+        small, mark = exported_statistics(small)
+        metadata |= mark
+    return small, metadata
+
+
+def _metadata(handle: CheckpointHandle, state: dict[str, Any], profile: str) -> dict[str, str]:
+    return {
         "config": json.dumps(state["config"]),
         "step": str(handle.step),
         "profile": profile,
         "network": str(state["averaged"]),
     }
-    if metadata["network"] == AUTOENCODER:
-        small, mark = exported_statistics(small)
-        metadata |= mark
-    return small, metadata
 
 
 def write_parameters(

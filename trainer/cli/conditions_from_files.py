@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import NotFound
-from data_pipeline.storage.files import read_text
+from data_pipeline.storage.files import read_bytes, read_text
 from data_pipeline.tools.given import GivenMap, GivenPicture, read_map, read_picture
+from trainer.conditioning.spatial import UNLABELLED
 from trainer.config.models import ConditioningConfig
 from trainer.config.run import Config, ConfigError
 from trainer.pixels import to_unit_range
@@ -31,6 +33,8 @@ class Wishes:
 
     prompts: tuple[str, ...] = ()
     """Captions."""
+    negative_prompt: str = ""
+    """What guidance leads away from; empty: from no text."""
     class_labels: tuple[int, ...] = ()
     """Class indices, -1 for no class."""
     layout: str | None = None
@@ -49,6 +53,12 @@ class Wishes:
     """Noise augmentation of a low-resolution picture."""
     size: tuple[int, int] | None = None
     """Height and width of the result in pixels."""
+    original_size: tuple[int, int] | None = None
+    """What a model with the size condition (SDXL) is told of the picture before it was cropped."""
+    crop: tuple[int, int] | None = None
+    """... of the corner of the crop, top and left."""
+    target_size: tuple[int, int] | None = None
+    """... of the size after it."""
     per_prompt: int = 1
     """Pictures for each prompt or label."""
 
@@ -63,6 +73,8 @@ class SamplingInputs:
     """N descriptions for people."""
     known: tuple[Tensor, Tensor] | None
     """uint8 picture [3, H, W] and bool mask [1, H, W] of an inpainting: outside the mask it stays."""
+    checksums: dict[str, str]
+    """SHA-256 of every file that was read, by the field of Wishes."""
 
     def paste(self, made: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] with the known pixels put back, since decoding changes them a little."""
@@ -80,14 +92,19 @@ def sampling_inputs(config: Config, wishes: Wishes) -> SamplingInputs:
     """
     check_wishes(config.conditioning, wishes)
     captions, labels = _rows(wishes)
+    _check_labels(config.conditioning, labels or ())
     n = len(captions)
     files = _read_files(wishes, config.data.max_image_pixels)
+    checksums = {name: file.sha256 for name, file in files.items()}
     conditions: dict[str, Tensor] = {}
     if labels is not None:
         conditions["class_label"] = torch.tensor(labels)
     if wishes.layout is not None:
         limit = config.conditioning.layout.max_boxes if config.conditioning.layout else 0
-        conditions["layout"] = _repeat(read_layout(wishes.layout, limit), n)
+        layout = read_layout(wishes.layout, limit)
+        _check_boxes(config.conditioning, layout, wishes.layout)
+        conditions["layout"] = _repeat(layout, n)
+        checksums["layout"] = hashlib.sha256(read_bytes(wishes.layout)).hexdigest()
     if config.conditioning.low_resolution is not None:
         factor = config.conditioning.low_resolution.factor
         low = _pixels(files, "image", None)
@@ -97,12 +114,18 @@ def sampling_inputs(config: Config, wishes: Wishes) -> SamplingInputs:
             conditions["noise_level"] = torch.full((n,), wishes.noise_level)
     else:
         size = _size(config, wishes.size, files)
+    _check_map(config.conditioning, files)
     conditions |= {name: _repeat(value, n) for name, value in _maps(files, size).items()}
     pixels, start, known = _picture(config, wishes, files, size, n)
     if pixels is not None and known is not None:
         conditions["mask"] = _repeat(known[1][0], n)
+    sizes = _told_sizes(config.conditioning, wishes, size)
+    if sizes is not None:
+        conditions["size"] = _repeat(sizes, n)
+    negative = (wishes.negative_prompt,) * n if wishes.negative_prompt else ()
     titles = tuple(_title(captions[i], labels[i] if labels else None) for i in range(n))
-    return SamplingInputs(Request(captions, conditions, pixels, size, start), titles, known)
+    request = Request(captions, conditions, pixels, size, start, negative)
+    return SamplingInputs(request, titles, known, checksums)
 
 
 def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
@@ -126,9 +149,58 @@ def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
             )
         if given and not present:
             raise ConfigError(f"this model was trained without {what}; leave out {flag}.")
+    if wishes.negative_prompt and not has_text:
+        raise ConfigError("this model was trained without captions; leave out --negative-prompt.")
+    told = (wishes.original_size, wishes.crop, wishes.target_size)
+    if conditioning.image_size is None and any(pair is not None for pair in told):
+        raise ConfigError(
+            "this model was trained without the size condition (conditioning.image_size); leave out "
+            "--original-size, --crop and --target-size."
+        )
     _check_picture_wishes(conditioning, wishes)
     if wishes.per_prompt < 1:
         raise ConfigError("--per-prompt must be at least 1.")
+
+
+def _check_labels(conditioning: ConditioningConfig, labels: Sequence[int]) -> None:
+    section = conditioning.class_label
+    for label in labels:
+        if section is not None and not -1 <= label < section.num_classes:
+            raise ConfigError(
+                f"--class-label {label} must lie in 0 .. {section.num_classes - 1} "
+                "(conditioning.class_label.num_classes), or be -1 for none."
+            )
+
+
+def _check_boxes(conditioning: ConditioningConfig, layout: Tensor, url: str) -> None:
+    section = conditioning.layout
+    highest = int(layout[:, 0].max())
+    if section is not None and highest >= section.num_labels:
+        raise ConfigError(
+            f"{url} has the label {highest}; this model knows 0 .. {section.num_labels - 1} "
+            "(conditioning.layout.num_labels)."
+        )
+
+
+def _check_map(conditioning: ConditioningConfig, files: Files) -> None:
+    section, given = conditioning.semantic_map, files.get("semantic_map")
+    if section is None or not isinstance(given, GivenMap):
+        return
+    unknown = given.values[(given.values >= section.num_labels) & (given.values != UNLABELLED)]
+    if unknown.size:
+        raise ConfigError(
+            f"{given.url} has the label {int(unknown[0])}; this model knows 0 .. {section.num_labels - 1} "
+            f"(conditioning.semantic_map.num_labels), and {UNLABELLED} for none."
+        )
+
+
+def _told_sizes(conditioning: ConditioningConfig, wishes: Wishes, size: tuple[int, int]) -> Tensor | None:
+    """The field `size` [6] that the user asks for: original, corner of the crop, target."""
+    if conditioning.image_size is None:
+        return None
+    return torch.tensor(
+        [*(wishes.original_size or size), *(wishes.crop or (0, 0)), *(wishes.target_size or size)]
+    )
 
 
 def _check_picture_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
@@ -293,6 +365,11 @@ def _size(config: Config, wanted: tuple[int, int] | None, files: Files) -> tuple
             raise ConfigError(
                 f"--size {wanted[0]}x{wanted[1]} must be multiples of {factor}, the first stage's "
                 "downsampling factor."
+            )
+        if wanted[0] * wanted[1] > config.data.max_image_pixels:
+            raise ConfigError(
+                f"--size {wanted[0]}x{wanted[1]} has more pixels than the run's data.max_image_pixels "
+                f"{config.data.max_image_pixels}; choose a smaller one."
             )
         return wanted
     if not files:

@@ -151,6 +151,10 @@ class Condition(ABC):
     def prepare(self, source: Source) -> dict[str, Tensor]:
         """Batch fields -> input tensors of the trained part, each with first axis B, on source.device."""
 
+    def text_tokens(self, caption: str) -> tuple[int, int]:
+        """Tokens of a caption, without start and end, and how many of them are read at most."""
+        return 0, 0
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
         """Move the frozen weights."""
         if self.frozen is not None:

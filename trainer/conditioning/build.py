@@ -42,6 +42,8 @@ CONDITIONERS: dict[str, Callable[[Any, FirstStageConfig, int], Condition]] = {
 }
 """Section of ConditioningConfig -> what makes its condition from (section, first stage, index). The index is
 the entry's position here and in ConditioningConfig: random draws and seeded weights are keyed by it."""
+TEXT = ("openclip", "openclip_second", "text_transformer")
+"""The conditions that read captions."""
 
 
 class FrozenConditions:

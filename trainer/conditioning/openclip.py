@@ -50,6 +50,10 @@ class OpenCLIP(Condition):
         self._empty = None
         self._replayed = Replayed(self._forward)
 
+    def text_tokens(self, caption: str) -> tuple[int, int]:
+        """See Condition."""
+        return len(self.tokenize.encode(caption)), self.tokenize.max_tokens - 2
+
     def prepare(self, source: Source) -> dict[str, Tensor]:
         """Encode each different caption once, and pass the null form along as a view, without memory."""
         distinct = list(dict.fromkeys(source.captions))

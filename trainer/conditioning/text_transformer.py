@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
@@ -27,6 +25,12 @@ class TextTransformer(Condition):
         self.trained = TextEncoder(config, size, empty)
         self.drop_probability = config.drop_probability
         self.context_dim = config.width
+
+    def text_tokens(self, caption: str) -> tuple[int, int]:
+        """See Condition."""
+        if self.tokenize is None:
+            return 0, 0
+        return len(self.tokenize.encode(caption)), self.tokenize.max_tokens - 2
 
     def prepare(self, source: Source) -> dict[str, Tensor]:
         """Captions -> token ids."""
@@ -57,7 +61,7 @@ class TextEncoder(TrainedPart):
 
 def _tokenizer(
     config: TextTransformerConfig,
-) -> tuple[Callable[[Sequence[str]], Tensor] | None, int]:
+) -> tuple[ClipTokenizer | WordPiece | None, int]:
     """The tokenizer and its vocabulary's size; no tokenizer where only parameters are counted.
 
     Raises:

@@ -17,7 +17,7 @@ from trainer.first_stage.autoencoder_vq import AutoencoderVQ
 from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
 from trainer.first_stage.identity import Identity
 from trainer.first_stage.statistics import MARK, MEASURED, UNMEASURED, require_statistics
-from trainer.weights import check_fit, read_weights, shapes_of
+from trainer.weights import check_fit, read_metadata, read_weights, shapes_of
 
 FIRST_STAGES: dict[str, type[FirstStage]] = {
     "kl": AutoencoderKL,
@@ -47,11 +47,7 @@ def load_first_stage(config: FirstStageConfig, device: torch.device | str = "cpu
     """
     if config.name == "identity":
         return _frozen(build_first_stage(config).to(device), config)
-    require_first_stage(config)
-    url = config.weights
-    assert url is not None
-    if not url.endswith(".safetensors"):
-        url = f"{url.rstrip('/')}/{WEIGHTS_FILE}"
+    url = _weights_url(config)
     tensors, metadata = read_weights(url)
     _check_structure(config, metadata, url)
     module = first_stage_of(config, tensors, url, device)
@@ -59,6 +55,17 @@ def load_first_stage(config: FirstStageConfig, device: torch.device | str = "cpu
         require_statistics(tensors, metadata, url)
     module.statistics_measured = True
     return _frozen(module, config)
+
+
+def check_first_stage(config: FirstStageConfig) -> None:
+    """What `load_first_stage` refuses and the header of the file shows, before anything large is read.
+
+    Raises:
+        ConfigError: no weights are named, there are none, or they belong to another structure.
+    """
+    if config.name != "identity":
+        url = _weights_url(config)
+        _check_structure(config, read_metadata(url), url)
 
 
 def first_stage_of(
@@ -109,6 +116,13 @@ def first_stage_metadata(config: FirstStageConfig) -> dict[str, str]:
     """{"first_stage": JSON of the fields that the weights depend on}"""
     fields = dataclasses.asdict(config) | {"num_groups": norm_groups(config)}
     return {"first_stage": json.dumps({name: fields[name] for name in STRUCTURE})}
+
+
+def _weights_url(config: FirstStageConfig) -> str:
+    require_first_stage(config)
+    url = config.weights
+    assert url is not None
+    return url if url.endswith(".safetensors") else f"{url.rstrip('/')}/{WEIGHTS_FILE}"
 
 
 def _frozen(module: FirstStage, config: FirstStageConfig) -> FirstStage:

@@ -9,11 +9,24 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
-def grid(pixels: Tensor, captions: tuple[str, ...], columns: int, min_cell: int = 128) -> Image.Image:
-    """uint8 [N, 3, H, W] and N captions -> one picture; small images are enlarged to `min_cell`."""
+def grid(
+    pixels: Tensor,
+    captions: tuple[str, ...],
+    columns: int,
+    min_cell: int = 128,
+    max_cell: int | None = None,
+) -> Image.Image:
+    """uint8 [N, 3, H, W] and N captions -> one picture; small images are enlarged to `min_cell`.
+
+    Those with an edge above `max_cell` are shrunk to it.
+    """
     n, _, height, width = pixels.shape
     enlarge = max(1, -(-min_cell // min(height, width)))
     cell_w, cell_h = width * enlarge, height * enlarge
+    if max_cell is not None and max(cell_w, cell_h) > max_cell:
+        shrink = max_cell / max(cell_w, cell_h)
+        cell_w, cell_h = max(1, round(cell_w * shrink)), max(1, round(cell_h * shrink))
+    resampling = Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX
     font = ImageFont.load_default(size=12)
     line_chars = max(8, cell_w // 7)
     lines = [textwrap.wrap(caption, line_chars)[:4] for caption in captions]
@@ -25,7 +38,7 @@ def grid(pixels: Tensor, captions: tuple[str, ...], columns: int, min_cell: int 
     for i, array in enumerate(arrays):
         left = 4 + (i % columns) * (cell_w + 4)
         top = 4 + (i // columns) * (cell_h + text_h + 4)
-        picture = Image.fromarray(array).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+        picture = Image.fromarray(array).resize((cell_w, cell_h), resampling)
         sheet.paste(picture, (left, top))
         for j, line in enumerate(lines[i] if i < len(lines) else []):
             draw.text((left, top + cell_h + 2 + 15 * j), line, fill="black", font=font)
