@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from trainer.first_stage.discriminator import PatchDiscriminator
 from trainer.first_stage.statistics import require_same_statistics
 from trainer.interop.initialise import initialise
 from trainer.models.unet import UNet
-from trainer.weights import Undrawn
+from trainer.weights import Undrawn, metadata_object
 
 
 class ConditionedUNet(nn.Module):
@@ -252,9 +251,7 @@ def _config_of(
     metadata: Mapping[str, str], source: str, first_stage_weights: str | None, latent_scale: float | None
 ) -> Config:
     """The configuration that weights carry, with what was said about their first stage."""
-    if "config" not in metadata:
-        raise ConfigError(f"{source} carries no configuration; name a run folder or a file of `ldm export`.")
-    config = config_from_dict(json.loads(metadata["config"]))
+    config = config_from_dict(metadata_object(metadata, "config", source))
     if config.stage != "diffusion":
         raise ConfigError(f"{source} is a first stage, which draws nothing by itself; name a diffusion run.")
     if "network" in metadata:  # a run's; an imported network was never trained with a tower

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from data_pipeline.storage.files import read_bytes, read_head
 from data_pipeline.storage.large import write_whole
 from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.run import ConfigError
+from trainer.foreign_files import HEAD_BYTES, clean_names, kind_of, read_torch
 
 TORCH_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_ENDINGS = (".safetensors", *TORCH_ENDINGS)
@@ -34,18 +34,6 @@ MAX_LISTED = 40
 Shapes = Mapping[str, tuple[int, ...]]
 Choice = Callable[[Sequence[str]], Iterable[str]]
 """Names in a file -> those that are wanted."""
-
-_MAX_HEADER_BYTES = 100_000_000
-
-
-class _InertCallback:
-    """Stands for the Lightning class that old checkpoints use as a dictionary key; never instantiated."""
-
-
-_INERT_NAMES = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-)
 
 
 class Undrawn(TorchFunctionMode):
@@ -80,19 +68,14 @@ _DRAWS = frozenset(
 
 
 def read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file.
+    """Tensors (on the CPU) and metadata of a safetensors file; prefixes of wrappers are left out.
 
     Raises:
         ConfigError: the file does not exist or is not a safetensors file.
     """
     data = _bytes_of(url)
-    try:
-        tensors = safetensors.torch.load(data)
-        header_bytes = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + header_bytes])
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ConfigError(f"{url} is not a safetensors file ({error}).") from error
-    return tensors, _texts(header)
+    _require_safetensors(data[:HEAD_BYTES], url)
+    return _parsed(data, url)
 
 
 def read_metadata(url: str) -> dict[str, str]:
@@ -102,21 +85,43 @@ def read_metadata(url: str) -> dict[str, str]:
         ConfigError: as `read_weights`.
     """
     try:
-        length = int.from_bytes(read_head(url, 8), "little")
-        if length > _MAX_HEADER_BYTES:
-            raise ConfigError(f"{url} is not a safetensors file (its header would be {length} bytes).")
-        header = json.loads(read_head(url, 8 + length)[8:])
+        head = read_head(url, HEAD_BYTES)
+        _require_safetensors(head, url)
+        header = json.loads(read_head(url, 8 + int.from_bytes(head[:8], "little"))[8:])
     except NotFound as error:
         raise _absent(url) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{url} is not a safetensors file ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(url, error) from error
     return _texts(header)
 
 
-def read_tensors(url: str, choose: Choice | None = None) -> dict[str, Tensor]:
-    """Tensors of a .safetensors, .ckpt, .pt or .pth file at any URL, on the CPU.
+def metadata_object(metadata: Mapping[str, str], key: str, url: str) -> dict[str, Any]:
+    """An entry of a file's metadata that is a JSON object.
 
-    Torch files are read with weights_only: tensors and plain containers, no code.
+    Raises:
+        ConfigError: there is no such entry, or it is something else.
+    """
+    if key not in metadata:
+        raise ConfigError(
+            f"{url} does not say its {key} (in the metadata); name a run folder, or a file that `ldm export` "
+            "or `ldm import` wrote."
+        )
+    try:
+        value = json.loads(metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{url} has {key} in its metadata that is no JSON ({error}); export it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{url} has {key} in its metadata that is no JSON object; export it again.")
+    return value
+
+
+def read_tensors(url: str, choose: Choice | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors or torch file at any URL, on the CPU, without prefixes of wrappers.
+
+    Which of the two a file is follows from its content. Torch files are read with weights_only: tensors and
+    plain containers, no code.
 
     Args:
         choose: gets the names in the file and gives those that are wanted. From a file on this machine
@@ -125,12 +130,26 @@ def read_tensors(url: str, choose: Choice | None = None) -> dict[str, Tensor]:
     Raises:
         ConfigError: no such file, not such a file, or a torch file that wants to run code.
     """
-    if url.endswith(TORCH_ENDINGS):
-        tensors = _read_torch(url, mapped=choose is not None)
-    elif choose is not None and is_local(url):
-        return _chosen_from_file(url, choose)
+    if is_local(url):
+        path = local_path(url)
+        if not os.path.isfile(path):
+            raise _absent(url)
+        if kind_of(read_head(url, HEAD_BYTES), url) == "torch":
+            # Those of old versions of torch cannot be mapped; of this name torch would not read any.
+            named = not path.endswith(".safetensors")
+            mapped = named and choose is not None and zipfile.is_zipfile(path)
+            tensors = read_torch(path if named else io.BytesIO(_bytes_of(url)), url, mapped=mapped)
+        elif choose is not None:
+            return _chosen_from_file(url, choose)
+        else:
+            return read_weights(url)[0]
     else:
-        tensors = read_weights(url)[0]
+        data = _bytes_of(url)
+        if kind_of(data[:HEAD_BYTES], url) == "torch":
+            tensors = read_torch(io.BytesIO(data), url, mapped=False)
+        else:
+            tensors = _parsed(data, url)[0]
+    tensors = {name: tensors[theirs] for name, theirs in clean_names(tensors).items()}
     return tensors if choose is None else {name: tensors[name] for name in choose(list(tensors))}
 
 
@@ -188,42 +207,31 @@ def _bytes_of(url: str) -> bytes:
 
 def _texts(header: object) -> dict[str, str]:
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    return {str(key): str(value) for key, value in (metadata or {}).items()}
+    return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def _damaged(url: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{url} is not a safetensors file, or cut short ({error}); copy or download it again.")
+
+
+def _require_safetensors(head: bytes, url: str) -> None:
+    if kind_of(head, url) != "safetensors":
+        raise ConfigError(f"{url} is a torch file; convert it with `ldm import`.")
+
+
+def _parsed(data: bytes, url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch lacks
+        raise _damaged(url, error) from error
+    return {name: tensors[theirs] for name, theirs in clean_names(tensors).items()}, _texts(header)
 
 
 def _chosen_from_file(url: str, choose: Choice) -> dict[str, Tensor]:
-    path = local_path(url)
-    if not os.path.isfile(path):
-        raise _absent(url)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in choose(list(file.keys()))}
+        with safetensors.safe_open(local_path(url), framework="pt") as file:
+            names = clean_names(file.keys())
+            return {name: file.get_tensor(names[name]) for name in choose(list(names))}
     except (safetensors.SafetensorError, ValueError) as error:
-        raise ConfigError(f"{url} is not a safetensors file ({error}).") from error
-
-
-def _read_torch(url: str, *, mapped: bool) -> dict[str, Tensor]:
-    source: str | io.BytesIO
-    if is_local(url):
-        source = local_path(url)
-        if not os.path.isfile(source):
-            raise _absent(url)
-        mapped = mapped and zipfile.is_zipfile(source)  # those of old versions of torch are not
-    else:
-        source, mapped = io.BytesIO(_bytes_of(url)), False
-    try:
-        with torch.serialization.safe_globals([(_InertCallback, name) for name in _INERT_NAMES]):
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{url} holds more than tensors and was not read, since unpickling it could run code; "
-            "convert it to safetensors on a machine that trusts it."
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ConfigError(f"{url} is not a torch weights file ({error}).") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise ConfigError(f"{url} holds no dictionary of tensors.")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        raise _damaged(url, error) from error

@@ -12,7 +12,7 @@ from trainer.config.models import FirstStageConfig
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import build_first_stage
 from trainer.interop.diffusers_stage import first_stage_from_diffusers, first_stage_to_diffusers
-from trainer.interop.first_stage_names import first_stage_links, modern_names
+from trainer.interop.first_stage_names import first_stage_links, usual_attention
 from trainer.interop.links import export_tensors, import_tensors
 from trainer.weights import check_fit, shapes_of
 
@@ -174,5 +174,5 @@ def test_attention_names_of_old_files_are_read() -> None:
 
     stored = {rename(name): tensor for name, tensor in export_tensors(links, ours).items()}
     assert any(".proj_attn." in name for name in stored)
-    read = import_tensors(links, ours, modern_names(stored), "an old file")
+    read = import_tensors(links, ours, usual_attention(stored, "diffusers"), "an old file")
     assert all(torch.equal(read[name], ours[name]) for name in read)

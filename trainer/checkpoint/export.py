@@ -20,7 +20,7 @@ from trainer.checkpoint.reader import EngineReader
 from trainer.config.run import ConfigError
 from trainer.first_stage.base import LATENT_BUFFERS
 from trainer.first_stage.statistics import MARK, exported_statistics, never_measured
-from trainer.weights import read_metadata, read_weights
+from trainer.weights import TORCH_ENDINGS, read_metadata, read_weights
 
 WEIGHTS = "weights"
 """Name under which the trained weights themselves, not an average, are exported."""
@@ -67,7 +67,7 @@ def export(
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
-    handle = find_checkpoint(source, step)
+    handle = _checkpoint_of(source, step)
     state = read_state(handle)
     engine = str(state["averaged"])
     profile, kind = choose_kind(handle, engine, profile)
@@ -129,7 +129,7 @@ def open_weights(
             tensors, mark = exported_statistics(tensors)
             metadata |= mark
         return tensors, metadata
-    handle = find_checkpoint(source, step)
+    handle = _checkpoint_of(source, step)
     state = read_state(handle)
     engine = str(state["averaged"])
     profile, kind = choose_kind(handle, engine, profile)
@@ -146,10 +146,16 @@ def read_about(source: str, *, profile: str | None = None, step: int | None = No
     """
     if source.endswith(".safetensors"):
         return read_metadata(source)
-    handle = find_checkpoint(source, step)
+    handle = _checkpoint_of(source, step)
     state = read_state(handle)
     profile, _ = choose_kind(handle, str(state["averaged"]), profile)
     return _metadata(handle, state, profile)
+
+
+def _checkpoint_of(source: str, step: int | None) -> CheckpointHandle:
+    if source.endswith(TORCH_ENDINGS):
+        raise ConfigError(f"{source} is a file of another program; convert it with `ldm import`.")
+    return find_checkpoint(source, step)
 
 
 def read_state(handle: CheckpointHandle) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from trainer.config.run import ConfigError
 from trainer.evaluation.reconstruction import reconstruction_metrics
 from trainer.first_stage.build import load_first_stage
 from trainer.first_stage.perceptual import load_perceptual
-from trainer.weights import read_metadata
+from trainer.weights import metadata_object, read_metadata
 
 EXAMPLE = (
     "example: ldm evaluate reconstruction s3://bucket/first_stage.safetensors "
@@ -75,9 +75,9 @@ def _first_stage_config(url: str) -> FirstStageConfig:
     """
     metadata = read_metadata(url)
     if "config" in metadata:
-        return config_from_dict(json.loads(metadata["config"])).first_stage
+        return config_from_dict(metadata_object(metadata, "config", url)).first_stage
     if "first_stage" in metadata:
-        return config_from_dict({"first_stage": json.loads(metadata["first_stage"])}).first_stage
+        return config_from_dict({"first_stage": metadata_object(metadata, "first_stage", url)}).first_stage
     raise ConfigError(
         f"{url} does not describe its first stage; name a file of `ldm export` or `ldm import`."
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 
 import torch
@@ -26,6 +25,7 @@ from trainer.evaluation.latent_statistics import with_measured_statistics
 from trainer.first_stage.build import first_stage_tensors, load_first_stage
 from trainer.first_stage.statistics import UNMEASURED
 from trainer.interop.export import export_weights
+from trainer.weights import metadata_object
 
 EXAMPLE = "example: ldm export s3://bucket/first_stage_run s3://bucket/first_stage.safetensors"
 
@@ -93,11 +93,7 @@ def _export_measured(args: argparse.Namespace) -> Exported:
 def _open(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, str], Config]:
     """Tensors, metadata and configuration of the source, with the statistics that are asked for."""
     tensors, metadata = open_weights(args.source, profile=args.weights, step=args.checkpoint)
-    if "config" not in metadata:
-        raise ConfigError(
-            f"{args.source} carries no configuration; name a run folder or a file of `ldm export`."
-        )
-    config = config_from_dict(json.loads(metadata["config"]))
+    config = config_from_dict(metadata_object(metadata, "config", args.source))
     scale = args.latent_scale
     if args.measure:
         tensors, metadata = with_measured_statistics(

@@ -17,7 +17,7 @@ from trainer.first_stage.autoencoder_vq import AutoencoderVQ
 from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
 from trainer.first_stage.identity import Identity
 from trainer.first_stage.statistics import MARK, MEASURED, UNMEASURED, require_statistics
-from trainer.weights import check_fit, read_metadata, read_weights, shapes_of
+from trainer.weights import TORCH_ENDINGS, check_fit, metadata_object, read_metadata, read_weights, shapes_of
 
 FIRST_STAGES: dict[str, type[FirstStage]] = {
     "kl": AutoencoderKL,
@@ -122,6 +122,10 @@ def _weights_url(config: FirstStageConfig) -> str:
     require_first_stage(config)
     url = config.weights
     assert url is not None
+    if url.endswith(TORCH_ENDINGS):
+        raise ConfigError(
+            f"first_stage.weights={url} is a file of another program; convert it with `ldm import`."
+        )
     return url if url.endswith(".safetensors") else f"{url.rstrip('/')}/{WEIGHTS_FILE}"
 
 
@@ -136,7 +140,7 @@ def _check_structure(config: FirstStageConfig, metadata: dict[str, str], url: st
     """Name the differing field where the file knows its structure: clearer than tensor shapes."""
     if "first_stage" not in metadata:
         return
-    stored = json.loads(metadata["first_stage"])
+    stored = metadata_object(metadata, "first_stage", url)
     wanted = json.loads(first_stage_metadata(config)["first_stage"])
     for name, value in wanted.items():
         relevant = name != "codebook_size" or config.name == "vq"

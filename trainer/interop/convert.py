@@ -20,7 +20,7 @@ from trainer.first_stage.build import WEIGHTS_FILE, build_first_stage, first_sta
 from trainer.first_stage.statistics import GIVEN, MARK
 from trainer.interop.diffusers_stage import first_stage_from_diffusers
 from trainer.interop.diffusers_unet import unet_from_diffusers
-from trainer.interop.first_stage_names import STATISTICS, first_stage_links, modern_names
+from trainer.interop.first_stage_names import STATISTICS, first_stage_links, usual_attention
 from trainer.interop.links import Link, import_tensors
 from trainer.interop.report import TransferReport
 from trainer.interop.source import ForeignNetwork, ForeignWeights, open_source
@@ -71,6 +71,7 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
     for role, file in TEXT_FILES.items():
         if role in source.parts:
             files[file] = _text_tower(source.parts[role], f"{role} of {source.url}")
+    files = {file: (_at_most_single(tensors), metadata) for file, (tensors, metadata) in files.items()}
     folder = destination_url.rstrip("/")
     if config is not None:
         _describe_run(files, config, folder)
@@ -84,10 +85,21 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
     return TransferReport(taken=tuple(taken), left=tuple(source.left), files=tuple(written))
 
 
+def _at_most_single(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Double precision as float32, in which everything here computes; other types as they are."""
+    return {n: t.float() if t.dtype == torch.float64 else t for n, t in tensors.items()}
+
+
 def convert_unet(part: ForeignNetwork, config: UNetConfig, origin: str) -> dict[str, Tensor]:
     """A UNet's tensors under our names (no prefix), strictly."""
-    expected = UNetSizes.of(part.dialect, part.tensors).build(config).state_dict()
-    return import_tensors(unet_links(config, expected, part.dialect), expected, part.tensors, origin)
+    theirs = part.tensors
+    if config.attention == "plain" and part.dialect == "diffusers":
+        theirs = usual_attention(theirs, part.dialect)
+    try:
+        expected = UNetSizes.of(part.dialect, theirs).build(config).state_dict()
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+    return import_tensors(unet_links(config, expected, part.dialect), expected, theirs, origin)
 
 
 def convert_first_stage(part: ForeignNetwork, config: FirstStageConfig, origin: str) -> dict[str, Tensor]:
@@ -95,8 +107,7 @@ def convert_first_stage(part: ForeignNetwork, config: FirstStageConfig, origin: 
     with torch.device("meta"):
         expected = build_first_stage(config).state_dict()
     links = first_stage_links(config, expected, part.dialect)
-    theirs = modern_names(part.tensors) if part.dialect == "diffusers" else part.tensors
-    return import_tensors(links, expected, theirs, origin)
+    return import_tensors(links, expected, usual_attention(part.tensors, part.dialect), origin)
 
 
 def _describe_run(files: Mapping[str, Imported], config: Config, folder: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,10 @@ TEXT_FILE = "model.safetensors"
 LIBRARIES = {"CLIPTextModel": "transformers", "CLIPTextModelWithProjection": "transformers"}
 
 
+VARIANTS = ("", "fp16", "bf16", "fp32", "non_ema", "ema")
+"""Of a component's weights; the first that is there is read."""
+
+
 @dataclass
 class Component:
     """One network of a pipeline."""
@@ -35,7 +39,9 @@ class Component:
     @property
     def kind(self) -> str:
         """Class in diffusers or transformers."""
-        return str(self.config.get("_class_name") or (self.config.get("architectures") or ["?"])[0])
+        names = self.config.get("architectures")
+        first = names[0] if isinstance(names, list) and names else "?"
+        return str(self.config.get("_class_name") or first)
 
 
 def is_folder(url: str) -> bool:
@@ -88,8 +94,8 @@ def read_json(url: str) -> Json:
     """A JSON object at any URL."""
     try:
         content = json.loads(read_bytes(url))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{url} is not JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{url} is not JSON, or cut short ({error}); copy or download it again.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{url} is not a JSON object.")
     return content
@@ -101,21 +107,38 @@ def write_json(url: str, content: Mapping[str, Any]) -> None:
 
 
 def _read_component(folder: str) -> Component:
-    component = Component(read_json(f"{folder}/config.json"))
-    stems = ("diffusion_pytorch_model", "model")
-    for stem in stems:
-        if exists(f"{folder}/{stem}.safetensors"):
-            component.tensors = read_weights(f"{folder}/{stem}.safetensors")[0]
-            return component
-        if exists(f"{folder}/{stem}.safetensors.index.json"):
-            shards = set(read_json(f"{folder}/{stem}.safetensors.index.json")["weight_map"].values())
-            for shard in sorted(shards):
-                component.tensors |= read_weights(f"{folder}/{shard}")[0]
-            return component
+    config = read_json(f"{folder}/config.json")
+    stems = (NETWORK_FILE.removesuffix(".safetensors"), TEXT_FILE.removesuffix(".safetensors"))
+    for variant in VARIANTS:
+        for stem in stems:
+            for file, index in _weight_files(stem, variant):
+                if exists(f"{folder}/{file}"):
+                    shards = _shards_of(f"{folder}/{file}") if index else [file]
+                    parts = [read_weights(f"{folder}/{shard}")[0] for shard in shards]
+                    return Component(config, {n: t for part in parts for n, t in part.items()})
     raise ConfigError(
-        f"{folder} has no {stems[0]}.safetensors; .bin files are pickles and are not read; "
+        f"{folder} has no {NETWORK_FILE}, whole or in parts, nor a variant of it "
+        f"({', '.join(VARIANTS[1:])}); .bin files are pickles and are not read; "
         "save the model with safe_serialization=True."
     )
+
+
+def _weight_files(stem: str, variant: str) -> Iterator[tuple[str, bool]]:
+    """Names under which diffusers and transformers save weights, and whether each is an index of parts."""
+    dotted = f".{variant}" if variant else ""
+    yield f"{stem}{dotted}.safetensors", False
+    yield f"{stem}.safetensors.index{dotted}.json", True
+    if variant:  # the older place of the variant
+        yield f"{stem}{dotted}.safetensors.index.json", True
+
+
+def _shards_of(url: str) -> list[str]:
+    """Files that an index names. Raises ConfigError where it names none, or files outside its folder."""
+    parts = read_json(url).get("weight_map")
+    files = sorted({str(file) for file in parts.values()}) if isinstance(parts, dict) else []
+    if not files or any("/" in file or not file.endswith(".safetensors") for file in files):
+        raise ConfigError(f"{url} has no weight_map of safetensors files beside it; save the model again.")
+    return files
 
 
 def _role(kind: str) -> str:

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
 from trainer.config.training import DiffusionConfig
-from trainer.interop.diffusers_unet import Json, factors_of, require_fixed, require_known
+from trainer.interop.diffusers_unet import (
+    BLOCK_KINDS,
+    Json,
+    Kinds,
+    factors_of,
+    require_fixed,
+    require_kinds,
+    require_known,
+)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _are_numbers(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(v, int | float) for v in value))
+
+
+STAGE_KINDS: Kinds = {
+    **BLOCK_KINDS,
+    "latent_channels": (lambda v: isinstance(v, int) and v > 0, "a number of channels", 4),
+    "num_vq_embeddings": (lambda v: isinstance(v, int) and v > 0, "a number of codes", 8192),
+    "mid_block_add_attention": (lambda v: isinstance(v, bool), "true or false", True),
+    "scaling_factor": (_is_positive, "a number above 0", 0.18215),
+    "shift_factor": (lambda v: v is None or isinstance(v, int | float), "a number or null", None),
+}
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -59,6 +86,7 @@ def first_stage_from_diffusers(json: Mapping[str, Any]) -> tuple[FirstStageConfi
         ConfigError: a setting that our autoencoders do not have; it is named.
     """
     name: Literal["kl", "vq"] = "vq" if json.get("_class_name") == "VQModel" else "kl"
+    require_kinds(json, STAGE_KINDS)
     z = json.get("latent_channels", 4)
     fixed: Json = {
         "act_fn": "silu",
@@ -84,6 +112,8 @@ def first_stage_from_diffusers(json: Mapping[str, Any]) -> tuple[FirstStageConfi
     scaling = float(json.get("scaling_factor", 0.18215))
     shift = json.get("latents_mean") or [json.get("shift_factor") or 0.0] * z
     std = json.get("latents_std") or [1.0] * z
+    if not (_are_numbers(shift) and _are_numbers(std) and len(shift) == len(std) == z and all(std)):
+        raise ConfigError(f"latents_mean and latents_std must have {z} values each, one per latent channel.")
     return config, list(shift), [scaling / s for s in std]
 
 

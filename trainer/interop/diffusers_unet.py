@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,7 @@ def unet_from_diffusers(json: Mapping[str, Any]) -> UNetDescription:
         return _plain_from_diffusers(json)
     if name != "UNet2DConditionModel":
         raise ConfigError(f"{name} cannot be imported; UNet2DConditionModel and UNet2DModel can.")
+    require_kinds(json, UNET_KINDS)
     require_fixed(json, CONDITIONAL_FIXED)
     channels = json["block_out_channels"]
     types = json["down_block_types"]
@@ -202,6 +203,9 @@ def _plain_from_diffusers(json: Mapping[str, Any]) -> UNetDescription:
     require_fixed(
         {"attn_norm_num_groups": None, **json}, {**fixed, "class_embed_type": None, "add_attention": True}
     )
+    require_kinds(
+        json, UNET_KINDS | {"attention_head_dim": (_is_whole, "a number of channels or null", None)}
+    )
     channels = json["block_out_channels"]
     types = json["down_block_types"]
     require_known(types, {"AttnDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"})
@@ -221,6 +225,63 @@ def _plain_from_diffusers(json: Mapping[str, Any]) -> UNetDescription:
     )
     sizes = UNetSizes(json["in_channels"], json["out_channels"], num_classes=json.get("num_class_embeds"))
     return UNetDescription(config, sizes)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_per_level(each: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: all(each(item) for item in v) if isinstance(v, list | tuple) and v else each(v)
+
+
+def _is_list(each: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list | tuple) and bool(v) and all(each(item) for item in v)
+
+
+Kinds = dict[str, tuple[Callable[[Any], bool], str, Any]]
+"""By setting: whether a value is of its kind, the kind in words, what an absent one means; `...`: refused."""
+
+BLOCK_KINDS: Kinds = {
+    "block_out_channels": (_is_list(_is_whole), "a list of numbers of channels", ...),
+    "down_block_types": (_is_list(lambda v: isinstance(v, str)), "a list of kinds of blocks", ...),
+    "layers_per_block": (_is_whole, "a number of layers", 2),
+    "norm_num_groups": (_is_whole, "a number of groups", 32),
+}
+UNET_KINDS: Kinds = {
+    **BLOCK_KINDS,
+    "in_channels": (_is_whole, "a number of channels", ...),
+    "out_channels": (_is_whole, "a number of channels", ...),
+    "attention_head_dim": (_is_per_level(_is_whole), "a number of heads, or one for each level", 8),
+    "cross_attention_dim": (_is_whole, "a width", 1280),
+    "transformer_layers_per_block": (_is_per_level(_is_whole), "a number, or one for each level", 1),
+    "only_cross_attention": (_is_per_level(lambda v: isinstance(v, bool)), "true or false, or a list", False),
+    "dropout": (lambda v: isinstance(v, int | float), "a number", 0.0),
+    "num_class_embeds": (lambda v: v is None or _is_whole(v), "a number or null", None),
+    "projection_class_embeddings_input_dim": (lambda v: v is None or _is_whole(v), "a width or null", None),
+}
+
+
+def require_kinds(json: Mapping[str, Any], kinds: Kinds) -> None:
+    """Refuse a configuration that lacks a setting, has one of another kind, or lists for other levels.
+
+    Raises:
+        ConfigError: names the setting and says what it must be.
+    """
+    levels = json.get("block_out_channels")
+    for key, (is_kind, words, default) in kinds.items():
+        if key not in json and default is ...:
+            raise ConfigError(
+                f"the diffusers configuration lacks {key}, {words}; copy its config.json again."
+            )
+        value = json.get(key, default)
+        if value is not default and not is_kind(value):
+            raise ConfigError(f"the diffusers setting {key}={value!r} is not supported; it must be {words}.")
+        if isinstance(value, list | tuple) and len(value) != len(levels or value):
+            raise ConfigError(
+                f"the diffusers setting {key} has {len(value)} values for {len(levels or ())} levels; copy "
+                "its config.json again."
+            )
 
 
 def require_fixed(json: Mapping[str, Any], fixed: Json) -> None:

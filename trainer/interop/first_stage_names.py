@@ -14,7 +14,13 @@ from trainer.interop.unet_names import Dialect
 STATISTICS = ("latent_shift", "latent_scale")
 """Our buffers that no dialect stores as tensors of the network."""
 COMPVIS_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-OLD_DIFFUSERS_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION_WORDS = (
+    COMPVIS_ATTENTION,
+    {"group_norm": "group_norm", "to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"},
+)
+_OURS = {word: ours for words in _ATTENTION_WORDS for ours, word in words.items()}
+"""Any layout's word for a layer of an attention -> ours; diffusers had those of the second row until 2023."""
+_ATTENTION = re.compile(r"((?:.*\.)?(?:attentions\.\d+|attn_\d+|attn\.\d+))\.(\w+|to_out\.0)\.(weight|bias)")
 
 
 def first_stage_links(config: FirstStageConfig, names: Iterable[str], dialect: Dialect) -> list[Link]:
@@ -25,16 +31,28 @@ def first_stage_links(config: FirstStageConfig, names: Iterable[str], dialect: D
     return [_compvis_link(config, name) for name in network]
 
 
-def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Diffusers' VAE tensors with attention names of before 2023 replaced by today's."""
+def usual_attention(tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
+    """A network's tensors with its plain attentions as the dialect has them today, whoever wrote the file.
 
-    def rename(name: str) -> str:
-        if ".attentions." not in name:
-            return name
-        stem, layer, kind = name.rsplit(".", 2)
-        return f"{stem}.{OLD_DIFFUSERS_ATTENTION.get(layer, layer)}.{kind}"
-
-    return {rename(name): tensor for name, tensor in tensors.items()}
+    Layers go by the words of either layout or by those of old versions, and their weights are [C, C] or,
+    as 1x1 convolutions, [C, C, 1, 1]: the same numbers.
+    """
+    usual: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = _ATTENTION.fullmatch(name)
+        layer = match[2] if match else ""
+        layer = _OURS.get(layer, layer)
+        if match is None or layer not in COMPVIS_ATTENTION:
+            usual[name] = tensor
+            continue
+        if match[3] == "weight" and layer != "group_norm":
+            if dialect == "diffusers" and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
+                tensor = tensor[:, :, 0, 0]
+            elif dialect == "compvis" and tensor.dim() == 2:
+                tensor = tensor[:, :, None, None]
+        word = layer if dialect == "diffusers" else COMPVIS_ATTENTION[layer]
+        usual[f"{match[1]}.{word}.{match[3]}"] = tensor
+    return usual if len(usual) == len(tensors) else dict(tensors)
 
 
 def _compvis_link(config: FirstStageConfig, name: str) -> Link:

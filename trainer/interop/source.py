@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -9,9 +10,29 @@ from torch import Tensor
 from trainer.config.run import ConfigError
 from trainer.interop import compvis, diffusers
 from trainer.interop.diffusers_unet import Json
-from trainer.interop.text_tower_names import NO_WEIGHTS
+from trainer.interop.text_tower_names import NO_WEIGHTS, with_text_model
 from trainer.interop.unet_names import Dialect
 from trainer.weights import WEIGHT_ENDINGS, read_tensors
+
+_SIGNS = (
+    ("input_blocks.0.0.weight",),
+    ("time_embedding.linear_1.weight", "conv_in.weight"),
+    ("encoder.conv_in.weight",),
+    ("text_model.final_layer_norm.weight",),
+    ("final_layer_norm.weight", "embeddings.token_embedding.weight"),
+    ("ln_final.weight",),
+)
+"""Tensors by which a lone network is told."""
+_STRANGERS = (
+    ("joint_blocks.", "the transformer of SD3, and our networks are UNets"),
+    ("double_blocks.", "the transformer of Flux, and our networks are UNets"),
+    ("add_k_proj", "a transformer of diffusers (SD3, Flux), and our networks are UNets"),
+    ("lora_", "a LoRA, which changes a network and is none"),
+    ("controlnet_cond_embedding", "a ControlNet"),
+    ("zero_convs.", "a ControlNet"),
+    ("quant_map", "quantised weights; take the file in half or single precision"),
+)
+"""Parts of names that tell what a file is that we do not read."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +82,21 @@ def _from_folder(url: str) -> ForeignWeights:
     source = ForeignWeights(url)
     for name, component in diffusers.read_folder(url).items():
         role = "first_stage" if name in ("vae", "vqvae") else name
-        tensors = {n: t for n, t in component.tensors.items() if n not in NO_WEIGHTS}
-        source.left += [f"{name}.{n}" for n in component.tensors if n in NO_WEIGHTS]
+        stored = with_text_model(component.tensors) if role.startswith("text_encoder") else component.tensors
+        tensors = {n: t for n, t in stored.items() if n not in NO_WEIGHTS}
+        source.left += [f"{name}.{n}" for n in stored if n in NO_WEIGHTS]
         source.parts[role] = ForeignNetwork("diffusers", tensors, component.config)
     return source
 
 
 def _from_file(url: str, tensors: dict[str, Tensor]) -> ForeignWeights:
-    if any(name.startswith((compvis.UNET, compvis.FIRST_STAGE)) for name in tensors):
+    if any(name.startswith((compvis.UNET, compvis.FIRST_STAGE, compvis.AVERAGE)) for name in tensors):
         return _from_compvis(url, tensors)
     source = ForeignWeights(url)
+    bare = tensors
+    while not _is_known(bare) and (prefix := _common_prefix(bare)):
+        bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
+    tensors = bare if _is_known(bare) else tensors
     if "input_blocks.0.0.weight" in tensors:
         source.parts["unet"] = ForeignNetwork("compvis", tensors)
     elif "time_embedding.linear_1.weight" in tensors and "conv_in.weight" in tensors:
@@ -80,14 +106,31 @@ def _from_file(url: str, tensors: dict[str, Tensor]) -> ForeignWeights:
         source.parts["first_stage"] = ForeignNetwork(
             dialect, _without(("loss.", "model_ema."), tensors, source)
         )
-    elif "text_model.final_layer_norm.weight" in tensors or "ln_final.weight" in tensors:
+    elif _is_known(tensors):
         dialect = "compvis" if "ln_final.weight" in tensors else "diffusers"
         foreign = (*NO_WEIGHTS, "visual.", "vision_model.", "visual_projection.")
-        source.parts["text_encoder"] = ForeignNetwork(dialect, _without(foreign, tensors, source))
+        tower = tensors if dialect == "compvis" else with_text_model(tensors)
+        source.parts["text_encoder"] = ForeignNetwork(dialect, _without(foreign, tower, source))
     else:
-        names = ", ".join(list(tensors)[:5])
-        raise ConfigError(f"{url} holds no network that is recognised; its first tensors are {names}.")
+        raise _unknown(url, tensors)
     return source
+
+
+def _is_known(tensors: Collection[str]) -> bool:
+    """Whether the names are those of a lone network that `_from_file` tells."""
+    return any(all(name in tensors for name in names) for names in _SIGNS)
+
+
+def _common_prefix(tensors: Collection[str]) -> str:
+    """The first part of all names, where they share one: `vae.`, `model.`, ..."""
+    first = {name.partition(".")[0] for name in tensors if "." in name}
+    return f"{first.pop()}." if len(first) == 1 and all("." in name for name in tensors) else ""
+
+
+def _unknown(url: str, tensors: Collection[str]) -> ConfigError:
+    names = ", ".join(list(tensors)[:5]) or "none"
+    what = next((f", but {what}" for mark, what in _STRANGERS if any(mark in name for name in tensors)), "")
+    return ConfigError(f"{url} holds no network that is recognised{what}; its first tensors are {names}.")
 
 
 def _without(
@@ -100,6 +143,14 @@ def _without(
 
 def _from_compvis(url: str, file: dict[str, Tensor]) -> ForeignWeights:
     split = compvis.split(file)
+    if split.unet and "input_blocks.0.0.weight" not in split.unet:
+        raise _unknown(url, list(split.unet))
+    averaged = sum(name.startswith(f"{compvis.AVERAGE}diffusion_model") for name in split.left)
+    if averaged and not split.unet:
+        raise ConfigError(
+            f"{url} holds the UNet as an average alone ({averaged} tensors {compvis.AVERAGE}*, whose names "
+            "have lost their dots); take the file that holds the weights beside it."
+        )
     source = ForeignWeights(url, class_embedding=split.class_embedding, left=split.left)
     if split.scale_factor is not None:
         source.latent_scale = float(split.scale_factor)
@@ -110,7 +161,10 @@ def _from_compvis(url: str, file: dict[str, Tensor]) -> ForeignWeights:
     ):
         if part:
             source.parts[role] = ForeignNetwork("compvis", part)
-    towers = [ForeignNetwork("diffusers", split.clip), ForeignNetwork("compvis", split.open_clip)]
+    towers = [
+        ForeignNetwork("diffusers", with_text_model(split.clip)),
+        ForeignNetwork("compvis", split.open_clip),
+    ]
     for role, tower in zip(
         ("text_encoder", "text_encoder_2"), (t for t in towers if t.tensors), strict=False
     ):

@@ -31,6 +31,12 @@ def text_tower_links(names: Iterable[str]) -> list[Link]:
     return [_link(name) for name in names if name not in NO_WEIGHTS]
 
 
+def with_text_model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIPTextModel's tensors, whose names some versions of transformers write without `text_model.`."""
+    inner = ("embeddings.", "encoder.", "final_layer_norm.")
+    return {f"text_model.{n}" if n.startswith(inner) else n: tensor for n, tensor in tensors.items()}
+
+
 def open_clip_names(theirs: Mapping[str, Tensor]) -> list[str]:
     """The names that a CLIPTextModel's tensors have in open_clip, by which links can be made."""
     layers = [int(m[1]) for name in theirs if (m := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))]

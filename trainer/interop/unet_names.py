@@ -217,6 +217,12 @@ def _end_name(layer: str, dialect: Dialect) -> str:
 def _sizes_by_name(
     tensors: Mapping[str, Tensor], *, first: str, last: str, key: str, vector: str, classes: str
 ) -> UNetSizes:
+    absent = [name for name in (first, last) if name not in tensors or tensors[name].dim() < 2]
+    if absent:
+        raise ConfigError(
+            f"the network is no UNet that we know: it lacks {' and '.join(absent)}; its tensors begin with "
+            f"{', '.join(list(tensors)[:3])}."
+        )
     contexts = [tensor.shape[1] for name, tensor in tensors.items() if name.endswith(key)]
     return UNetSizes(
         in_channels=tensors[first].shape[1],
