@@ -94,6 +94,8 @@ class DataConfig:
     """Bucket edges are multiples of this."""
     bucket_max_aspect: float = number(2.0, least=1, most=100)
     """Largest ratio of longer to shorter edge of a bucket."""
+    picture: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+    """Extensions of the member that is the picture, the first that a sample has, e.g. original.jpg."""
     captions: tuple[str, ...] = ("txt",)
     """Where captions come from: txt, or columns of the json (a list there means several captions)."""
     require_caption: bool = True

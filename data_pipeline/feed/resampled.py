@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from webdataset import tariterators
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, Failure, Rejected, StorageOutage
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
 from data_pipeline.feed.sample import fill_sample, sample_arrays
+from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
 from data_pipeline.pictures.decoding import picture_size
 from data_pipeline.shards.dataset import sources_of
@@ -28,8 +28,8 @@ from data_pipeline.shards.filter_columns import unknown_column
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import hash_text
 from data_pipeline.shards.removals import read_removals
-from data_pipeline.shards.selection import removed_by
-from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record, split_name
+from data_pipeline.shards.selection import picture_members, removed_by
+from data_pipeline.shards.tars import parse_record
 from data_pipeline.storage.files import open_stream
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.urls import distinguishing_depth, shard_name
@@ -102,8 +102,7 @@ class ResampledLoader(Iterator[Batch]):
             shards = wds.ResampledShards(
                 self._urls, seed=seed, worker_seed=lambda: worker, deterministic=True
             )
-            members = tariterators.tar_file_expander(self._opened(shards), handler=self._skip)
-            samples = tariterators.group_by_keys(members, keys=split_name, handler=self._skip)
+            samples = samples_of(self._opened(shards), broken=self._skip, reject=self._reject)
             for sample in wds.shuffle(window, initial=min(window, 100), seed=seed)(samples):
                 if self._stop.is_set():
                     return
@@ -129,11 +128,13 @@ class ResampledLoader(Iterator[Batch]):
             with stream:
                 yield {**shard, "stream": stream}
 
-    def _skip(self, error: Exception) -> bool:
+    def _skip(self, error: Exception) -> None:
         """Go on with the next shard."""
         logger.warning("a shard is cut short: %s", str(error)[:300])
-        self.rejected["shard_cut_short"] += 1
-        return True
+        self._reject("shard_cut_short")
+
+    def _reject(self, reason: str) -> None:
+        self.rejected[reason] += 1
 
     def _late(self, members: dict[str, bytes]) -> Filter | None:
         """The filter for one sample; raises DataError when records keep coming without one of its columns.
@@ -144,7 +145,7 @@ class ResampledLoader(Iterator[Batch]):
             return None
         picture: dict[str, int | None] = dict.fromkeys(_PICTURE)
         if self._filter.columns & picture.keys():
-            head = next((members[e] for e in IMAGE_EXTENSIONS if e in members), b"")
+            head = next((members[e] for e in picture_members(self._config) if e in members), b"")
             picture = dict(zip(_PICTURE, picture_size(head) or (None, None), strict=True))
         if self._unseen:
             names = {*(parse_record(members.get("json")) or {}), *picture}

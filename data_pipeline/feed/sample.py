@@ -14,7 +14,8 @@ from data_pipeline.feed.conditions import fill_conditions
 from data_pipeline.pictures.crops import crop_pixels, plan_crop
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record
+from data_pipeline.shards.selection import picture_members
+from data_pipeline.shards.tars import parse_record
 
 
 def fill_sample(
@@ -42,7 +43,7 @@ def fill_sample(
         seed=seed,
         ordinal=ordinal,
     )
-    data = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
+    data = next((members[e] for e in picture_members(config) if e in members), None)
     if data is None:
         raise Rejected("no_image")
     picture = decode(data, target=target, max_pixels=config.max_image_pixels)

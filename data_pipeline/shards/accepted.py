@@ -80,7 +80,12 @@ def count_accepted(config: DataConfig, rows: Sequence[ManifestRow], index_urls: 
 
 def _digest(config: DataConfig, rows: Sequence[ManifestRow]) -> str:
     # By repr: `make_selection` reads these, and no other settings, where it decides by the index.
-    settings = (config.filter.strip(), target_shapes(config), config.max_member_bytes)
+    settings = (
+        config.filter.strip(),
+        target_shapes(config),
+        config.max_member_bytes,
+        make_selection(config, removals=()).members,
+    )
     digest = hashlib.sha256(json.dumps([_FORMAT, VERSION, ASPECTS, repr(settings)]).encode())
     for row in rows:
         digest.update(row.checksum.encode())
@@ -133,6 +138,7 @@ def _count_some(config: DataConfig, wanted: Sequence[tuple[str, str]]) -> Accept
         if hashlib.sha256(data).hexdigest() != checksum:
             raise DataError(f"The index {url} does not match its manifest; run `ldm data index` again.")
         index = decode_index(data, url)
+        index.choose_picture(selection.picture)
         codes, names = selection.reasons(index)
         counts.append(np.bincount(aspect_of(*index.picture_sizes())[codes < 0], minlength=ASPECTS))
         for code, count in zip(*np.unique(codes[codes >= 0], return_counts=True), strict=True):

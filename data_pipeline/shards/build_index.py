@@ -4,7 +4,7 @@
           |  no
           v                          (one task per shard, in processes or threads)
     read_index    scan    tar headers, json members, first bytes of each picture; pixels are jumped over
-                  _assemble          members -> samples -> arrays
+                  group, _assemble   members -> samples -> arrays
                   _add_columns       fields of the json, by type
                   _add_parquet       fields that only the parquet has; rows whose download failed
     index_one     writes <name>.npz, returns its manifest row
@@ -28,10 +28,12 @@ from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.errors import AccessDenied, NotATar, NotFound
 from data_pipeline.pictures.decoding import picture_size
 from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
+from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Grouping, Sample, group, split_name
 from data_pipeline.shards.index import (
     ABSENT,
     DEFECTS,
@@ -45,16 +47,7 @@ from data_pipeline.shards.index import (
     row_of,
     write_manifest,
 )
-from data_pipeline.shards.tars import (
-    BLOCK,
-    IMAGE_EXTENSIONS,
-    Member,
-    TarScan,
-    parse_record,
-    samples_of,
-    scan,
-    split_name,
-)
+from data_pipeline.shards.tars import BLOCK, MemberBytes, TarScan, parse_record, scan
 from data_pipeline.storage.files import read_bytes, read_range, write_bytes
 from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.urls import join, name_of
@@ -68,6 +61,20 @@ _MAX_JSON = 1_000_000
 _PICTURE_HEAD = 65_536
 """Bytes of a picture that are read for its size."""
 _SAVE_EVERY_S = 30.0
+_HEAD = 512
+_KINDS = {
+    b"\x1f\x8b": "gzip", b"bzh": "bzip2", b"\xfd7zxz": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"lzip": "lzip",
+    b"\x04\x22\x4d\x18": "lz4", b"\x1f\x9d": "compress", b"pk\3\4": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"rar!": "a rar archive", b"par1": "a parquet file",
+    b"<!doctype html": "a web page", b"<html": "a web page", b"<?xml": "XML, perhaps an error of the server",
+    b"version https://git-lfs": "a git-lfs pointer: run `git lfs pull`", b"{": "JSON",
+    b"\xff\xd8\xff": "a picture", b"\x89png": "a picture",
+}  # fmt: skip
+"""What is taken for a tar now and then, by its first bytes in lower case."""
+_UNPACK = {
+    "gzip": "gunzip", "bzip2": "bunzip2", "xz": "unxz", "zstd": "unzstd", "lzip": "lzip -d", "lz4": "unlz4",
+    "compress": "uncompress",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,72 +170,87 @@ def read_index(shard: ListedFile, *, timeout_s: float = 30.0, tries: int = 8) ->
 
     found = scan(read, shard.size, look=_look)
     if not found.is_tar:
-        raise NotATar(
-            f"{shard.url} is not a tar archive ({'; '.join(found.problems) or 'it is empty'}); remove it "
-            "or correct data.shards."
-        )
-    index = _assemble(shard, found)
+        raise NotATar(not_a_tar(shard.url, read(0, min(shard.size, _HEAD)), found))
+    try:
+        grouping = group(found.members)
+    except NotATar as error:
+        raise NotATar(f"{shard.url}: {error}.") from error
+    index = _assemble(shard, found, grouping)
     _add_parquet(index, shard)
+    # Last, for these columns are ours whatever the json and the parquet have.
+    index.choose_picture(IMAGE_EXTENSIONS)
     return index
 
 
-def _assemble(shard: ListedFile, found: TarScan) -> ShardIndex:
-    seen = {found.members[i].offset: value for i, value in found.seen.items()}
-    groups = list(samples_of(found.members))
-    extensions = tuple(sorted({e for _, group, _ in groups for e in group}))
-    offsets = np.full((len(extensions), len(groups)), ABSENT, np.uint32)
-    sizes = np.zeros((len(extensions), len(groups)), np.uint32)
-    defects = np.zeros(len(groups), np.uint8)
-    problems = list(found.problems)
-    known: set[str] = set()
+def not_a_tar(url: str, head: bytes, found: TarScan) -> str:
+    """Sentence that says what a shard is instead, by its first bytes."""
+    head = head[:_HEAD].lstrip().lower()
+    kind = next((kind for magic, kind in _KINDS.items() if head.startswith(magic)), "")
+    if unpack := _UNPACK.get(kind):
+        return (
+            f"{url} is not a tar archive (it is compressed with {kind}), and places in it cannot be read "
+            f"alone; unpack it with `{unpack}`, or remove it and correct data.shards."
+        )
+    what = f"it is {kind}" if kind else "; ".join(found.problems) or "it is empty"
+    return f"{url} is not a tar archive ({what}); remove it or correct data.shards."
+
+
+def _assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardIndex:
+    samples = grouping.samples
+    extensions = tuple(sorted({e for sample in samples for e in sample.members}))
+    rows = {extension: row for row, extension in enumerate(extensions)}
+    offsets = np.full((len(extensions), len(samples)), ABSENT, np.uint32)
+    sizes = np.zeros((len(extensions), len(samples)), np.uint32)
+    defects = np.zeros(len(samples), np.uint8)
+    pictures: dict[str, NDArray[np.uint32]] = {}
     records: list[dict[str, Any]] = []
-    for i, (key, group, notes) in enumerate(groups):
-        problems += notes
-        for extension, member in group.items():
-            row = extensions.index(extension)
+    for i, sample in enumerate(samples):
+        for extension, member in sample.members.items():
             if member.size >= ABSENT:
                 defects[i] = DEFECTS.index("too_large")
                 continue
-            offsets[row, i], sizes[row, i] = member.offset // BLOCK, member.size
-        if not any(e in group for e in IMAGE_EXTENSIONS):
-            defects[i] = DEFECTS.index("no_image")
-        if key in known:
+            offsets[rows[extension], i], sizes[rows[extension], i] = member.offset // BLOCK, member.size
+            if _is_picture(extension):
+                sizes_of = pictures.setdefault(extension, np.zeros((2, len(samples)), np.uint32))
+                noticed = found.seen.get(member.offset)
+                sizes_of[:, i] = noticed if isinstance(noticed, tuple) else (0, 0)
+        if sample.duplicate:
             defects[i] = DEFECTS.index("duplicate_key")
-            problems.append(f"duplicate key {key[:80]!r}")
-        known.add(key)
-        records.append(_record(group, seen))
+        records.append(_record(sample, found))
     index = ShardIndex(
         shard=shard.url,
         size=shard.size,
         version=shard.version,
-        keys=np.asarray([key.encode() for key, _, _ in groups], dtype=np.bytes_),
+        keys=np.asarray([sample.key.encode() for sample in samples], dtype=np.bytes_),
         extensions=extensions,
         offsets=offsets,
         sizes=sizes,
         defects=defects,
-        problems=tuple(problems[:100]),
+        pictures=pictures,
+        problems=tuple([*found.problems, *grouping.problems][:100]),
+        apart=grouping.apart,
     )
     if any(records):
         _add_columns(index, records)
     return index
 
 
-def _look(name: str, head: Callable[[int], bytes]) -> Any:
+def _look(name: str, member: MemberBytes) -> Any:
     """What the index keeps of a member's content: the json's fields, a picture's height and width."""
     extension = split_name(name)[1]
     if extension == "json":
-        return parse_record(head(_MAX_JSON))
-    return picture_size(head(_PICTURE_HEAD)) if extension in IMAGE_EXTENSIONS else None
+        return parse_record(member.read(0, _MAX_JSON))
+    return picture_size(member.read(0, _PICTURE_HEAD)) if _is_picture(extension) else None
 
 
-def _record(group: dict[str, Member], seen: dict[int, Any]) -> dict[str, Any]:
-    record: dict[str, Any] = dict(seen.get(group["json"].offset) or {}) if "json" in group else {}
-    for extension in IMAGE_EXTENSIONS:
-        size = seen.get(group[extension].offset) if extension in group else None
-        if size is not None:
-            record["picture_height"], record["picture_width"] = size
-            break
-    return record
+def _is_picture(extension: str) -> bool:
+    """Whether a member may be the picture: `jpg`, `original.jpg`, maps too."""
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+def _record(sample: Sample, found: TarScan) -> dict[str, Any]:
+    known = found.seen.get(sample.members["json"].offset) if "json" in sample.members else None
+    return dict(known) if isinstance(known, dict) else {}
 
 
 def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]], *, parquet: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from data_pipeline.shards.accepted import Accepted, count_accepted
 from data_pipeline.shards.build_index import build_index, is_current
 from data_pipeline.shards.filter_columns import check_columns
 from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.grouping import IMAGE_EXTENSIONS
 from data_pipeline.shards.index import ManifestRow, bad_row, read_manifest
-from data_pipeline.shards.selection import target_shapes
+from data_pipeline.shards.selection import picture_members, target_shapes
 from data_pipeline.storage.listing import ListedFile, list_files, spans
 from data_pipeline.storage.urls import (
     distinguishing_depth,
@@ -118,6 +120,7 @@ def open_dataset(
     an index, or a filter that is wrong or names columns that no shard has.
     """
     rule = Filter(config.filter)
+    picture = picture_members(config)
     urls: list[str] = []
     rows: list[ManifestRow] = []
     folders: list[str] = []
@@ -134,6 +137,7 @@ def open_dataset(
         raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
     index_urls = tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True))
     check_columns(rule, rows)
+    _check_members(picture, rows)
     accepted = count_accepted(config, rows, index_urls) if config.buckets else None
     shard_of = np.asarray(entries, np.int64)
     samples = np.asarray([row.samples for row in rows], np.int64)
@@ -153,6 +157,33 @@ def open_dataset(
         fingerprint=digest.hexdigest()[:16],
         name_depth=distinguishing_depth(urls),
     )
+
+
+def _check_members(picture: Sequence[str], rows: Sequence[ManifestRow]) -> None:
+    """Whether there are pictures at all, and a word about shards whose members lie apart."""
+    members = Counter(extension for row in rows for extension in row.members)
+    if members and not any(members[extension] for extension in picture):
+        listed = ", ".join(name for name, _ in members.most_common(20))
+        raise DataError(
+            f"No sample has a picture: data.picture names {', '.join(picture)}, and the members of the "
+            f"shards are {listed}; {_remedy(members)}."
+        )
+    apart = [row for row in rows if row.apart]
+    if apart:
+        logger.warning(
+            "the members of %d samples in %d of %d shards (first %s) lie apart, so each takes a request of "
+            "its own; `tar --sort=name` puts them side by side",
+            sum(row.apart for row in apart),
+            len(apart),
+            len(rows),
+            apart[0].shard,
+        )
+
+
+def _remedy(members: Counter[str]) -> str:
+    """Name the most frequent member that may be a picture."""
+    found = [name for name, _ in members.most_common() if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    return f"name the pictures' extension, e.g. data.picture=[{found[0]}]" if found else "correct data.shards"
 
 
 def _open_source(

@@ -37,6 +37,7 @@ import threading
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,13 +51,14 @@ from data_pipeline.shards.tars import BLOCK
 from data_pipeline.storage.files import read_bytes, write_bytes
 from data_pipeline.storage.urls import join, name_of
 
-VERSION = 3
+VERSION = 4
 COLUMN_KINDS = ("number", "text", "mixed", "unkept", "empty")
 """Numbers; texts that spell no number; anything else; in the parquet alone and not kept; without a value."""
 ABSENT = np.uint32(0xFFFFFFFF)
 DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
 MANIFEST = "manifest.jsonl.gz"
+_MAX_MEMBERS = 64
 DIGESTS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
 """Hexadecimal digits of the digests that are told from other texts by their looks."""
 IDENTITIES = ("url", "uid", "hash", *DIGESTS)
@@ -109,10 +111,14 @@ class ShardIndex:
     """64-bit hashes of identifying columns (url, sha256, ...) for removal lists; 0 is missing."""
     omitted: tuple[str, ...] = ()
     """Columns that exist in the json but are not kept here."""
+    pictures: dict[str, NDArray[np.uint32]] = field(default_factory=dict)
+    """[2, n] heights and widths of every member that may be the picture, by extension; 0 is unknown."""
     problems: tuple[str, ...] = ()
     """Defects of the tar."""
     missing_rows: int = 0
     """Rows of the parquet without tar members (failed downloads)."""
+    apart: int = 0
+    """Samples whose members lie apart in the tar."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -123,6 +129,27 @@ class ShardIndex:
         offsets = self.offsets[row].astype(np.int64) * BLOCK
         offsets[self.offsets[row] == ABSENT] = -1
         return offsets, self.sizes[row].astype(np.int64)
+
+    def choose_picture(self, extensions: Sequence[str]) -> None:
+        """Make the first of `extensions` that a sample has its picture: its size, and whether it has one."""
+        heights, widths = np.full((2, len(self)), np.nan)
+        missing = np.ones(len(self), bool)
+        for extension in extensions:
+            if extension not in self.extensions:
+                continue
+            chosen = missing & (self.offsets[self.extensions.index(extension)] != ABSENT)
+            missing &= ~chosen
+            if extension in self.pictures:
+                sizes = self.pictures[extension].astype(np.float64)
+                sizes[sizes == 0] = np.nan
+                heights[chosen], widths[chosen] = sizes[:, chosen]
+        self.numbers |= {"picture_height": heights, "picture_width": widths}
+        for name in ("picture_height", "picture_width"):  # fields of the json do not count under these names
+            self.codes.pop(name, None)
+        self.omitted = tuple(n for n in self.omitted if n not in self.numbers)
+        without = DEFECTS.index("no_image")
+        self.defects[self.defects == without] = 0
+        self.defects[missing & (self.defects == 0)] = without
 
     def column(self, name: str) -> NDArray[Any] | None:
         """One filter column: float64 with NaN, or objects with None; None when it is not kept."""
@@ -174,6 +201,8 @@ class ShardIndex:
             "extensions": self.extensions,
             "words": self.words,
             "omitted": self.omitted,
+            "pictures": list(self.pictures),
+            "apart": self.apart,
             "problems": self.problems,
             "missing_rows": self.missing_rows,
         }
@@ -184,6 +213,8 @@ class ShardIndex:
             "sizes": self.sizes,
             "defects": self.defects,
         }
+        if self.pictures:
+            arrays["pictures"] = np.stack(list(self.pictures.values()))
         arrays |= {f"n:{k}": v for k, (v, _) in narrowed.items()}
         arrays |= {f"c:{k}": v for k, v in self.codes.items()}
         arrays |= {f"h:{k}": v for k, v in self.hashes.items()}
@@ -214,6 +245,8 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
                 hashes={k[2:]: arrays[k] for k in arrays if k.startswith("h:")},
                 decimal=frozenset(header.get("decimal", ())),
                 omitted=tuple(header["omitted"]),
+                pictures={e: arrays["pictures"][i] for i, e in enumerate(header["pictures"])},
+                apart=header["apart"],
                 problems=tuple(header["problems"]),
                 missing_rows=header["missing_rows"],
             )
@@ -244,9 +277,13 @@ class ManifestRow:
     problems: tuple[str, ...] = ()
     missing_rows: int = 0
     aspects: dict[str, int] = field(default_factory=dict)
-    """Samples by aspect ratio (see buckets.aspect_histogram)."""
+    """Pictures by aspect ratio, also those of samples with several."""
     columns: dict[str, str] = field(default_factory=dict)
     """Filter columns of the shard and their COLUMN_KINDS."""
+    members: tuple[str, ...] = ()
+    """Extensions that occur, the most frequent first."""
+    apart: int = 0
+    """Samples whose members lie apart."""
 
     @property
     def is_bad(self) -> bool:
@@ -262,6 +299,9 @@ def index_name(shard: str) -> str:
 
 def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
     """Manifest row of an index and its encoded form."""
+    frequent = sorted(index.extensions, key=lambda e: -int((index.extents(e)[0] >= 0).sum()))
+    sizes = np.concatenate([np.zeros((2, 0), np.uint32), *index.pictures.values()], axis=1)
+    heights, widths = sizes[:, (sizes > 0).all(axis=0)].astype(np.float64)
     return ManifestRow(
         shard=index.shard,
         size=index.size,
@@ -272,8 +312,10 @@ def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
         checksum=hashlib.sha256(encoded).hexdigest(),
         problems=index.problems,
         missing_rows=index.missing_rows,
-        aspects=aspect_histogram(*index.picture_sizes()),
+        aspects=aspect_histogram(heights, widths),
         columns=index.column_kinds(),
+        members=tuple(frequent[:_MAX_MEMBERS]),
+        apart=index.apart,
     )
 
 
@@ -299,10 +341,12 @@ def read_manifest(folder: str) -> dict[str, ManifestRow]:
             raise ValueError("checksum")
         # Rows name their set of columns by its place in the head: a million shards share a few objects.
         sets = [{str(k): str(v) for k, v in c.items()} for c in head["columns"]]
+        members = [tuple(str(e) for e in extensions) for extensions in head["members"]]
         rows = [json.loads(line) for line in lines[1:]]
         for row in rows:
             row["problems"] = tuple(row["problems"])
             row["columns"] = sets[row["columns"]]
+            row["members"] = members[row["members"]]
         return {row["shard"]: ManifestRow(**row) for row in rows}
     except _DAMAGE as error:
         raise DataError(
@@ -314,14 +358,19 @@ def read_manifest(folder: str) -> dict[str, ManifestRow]:
 def write_manifest(folder: str, rows: dict[str, ManifestRow]) -> None:
     """Write the manifest, with a checksum over its rows."""
     sets: dict[tuple[tuple[str, str], ...], int] = {}
+    members: dict[tuple[str, ...], int] = {}
     lines = []
     for shard in sorted(rows):
-        place = sets.setdefault(tuple(sorted(rows[shard].columns.items())), len(sets))
-        changed = {"problems": list(rows[shard].problems), "columns": place}
+        changed = {
+            "problems": list(rows[shard].problems),
+            "columns": sets.setdefault(tuple(sorted(rows[shard].columns.items())), len(sets)),
+            "members": members.setdefault(rows[shard].members, len(members)),
+        }
         lines.append(json.dumps({**vars(rows[shard]), **changed}))
     body = "\n".join(lines)
     digest = hashlib.sha256(body.encode()).hexdigest()
-    head = {"format": VERSION, "shards": len(rows), "checksum": digest, "columns": [dict(s) for s in sets]}
+    head = {"format": VERSION, "shards": len(rows), "checksum": digest}
+    head |= {"columns": [dict(s) for s in sets], "members": list(members)}
     data = gzip.compress((json.dumps(head) + "\n" + body).encode(), mtime=0)
     write_bytes(join(folder, MANIFEST), data)
 

@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
+from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, split_name
 from data_pipeline.shards.index import DIGESTS, IDENTITIES, hash_text, identity
-from data_pipeline.shards.tars import IMAGE_EXTENSIONS, split_name
 from data_pipeline.storage.files import read_bytes
 from data_pipeline.storage.urls import name_of
 

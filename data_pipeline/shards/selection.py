@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import bucket_shapes
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import DEFECTS, IDENTITIES, ShardIndex, hash_identity
 from data_pipeline.shards.removals import RemovalList, read_removals
-from data_pipeline.shards.tars import IMAGE_EXTENSIONS, parse_record
+from data_pipeline.shards.tars import parse_record
 from data_pipeline.storage.urls import shard_names
 
 _JSON_CONDITIONS = ("class_label", "layout")
@@ -28,6 +29,8 @@ class Selection:
     members: tuple[str, ...]
     """Extensions that are read."""
     max_member_bytes: int
+    picture: tuple[str, ...]
+    """Extensions of the picture: the first that a sample has is read."""
     removals: tuple[RemovalList, ...] = ()
     reads_json: bool = False
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
@@ -47,9 +50,8 @@ class Selection:
             place += [len(self.filter.clauses) + i for i in place]
             result = np.asarray([*place, -1], np.int32)[early.first_failing(known, n)]
         if n:
-            image_rows = [i for i, e in enumerate(index.extensions) if e in self.members]
-            if image_rows:
-                result[index.sizes[image_rows].max(axis=0) > self.max_member_bytes] = names.index("too_large")
+            largest = self.extents(index)[1].max(axis=0)
+            result[largest > self.max_member_bytes] = names.index("too_large")
             self._mark_removed(index, result, [names.index(name) for name in removed])
             # A defect outranks filter and removal list.
             defects = index.defects.astype(np.int32)
@@ -59,6 +61,21 @@ class Selection:
     def accepted(self, index: ShardIndex) -> NDArray[np.bool_]:
         """[n] what buckets count: removal lists may grow during a run, and must not shift its order."""
         return np.asarray(replace(self, removals=()).reasons(index)[0] < 0)
+
+    def extents(self, index: ShardIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First byte, -1 where there is none, and size [members, n] of what is read of every sample."""
+        offsets = np.full((len(self.members), len(index)), -1, np.int64)
+        sizes = np.zeros_like(offsets)
+        missing = np.ones(len(index), bool)
+        for row, extension in enumerate(self.members):
+            if extension not in index.extensions:
+                continue
+            first, size = index.extents(extension)
+            if extension in self.picture:  # of several, one is used
+                first, size = np.where(missing, first, -1), np.where(missing, size, 0)
+                missing &= first < 0
+            offsets[row], sizes[row] = first, size
+        return offsets, sizes
 
     def undecided(self, index: ShardIndex) -> Filter | None:
         """The clauses that need each sample's json, because the index does not keep a column."""
@@ -86,15 +103,17 @@ def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None 
         c in _JSON_CONDITIONS for c in conditions
     )
     rows = Filter(config.filter)
+    picture = picture_members(config)
     members = [
-        *IMAGE_EXTENSIONS,
+        *picture,
         *(["txt"] if "txt" in config.captions else []),
         *(["json"] if reads_json or rows.clauses else []),
         *(_MEMBER_CONDITIONS[c] for c in conditions if c in _MEMBER_CONDITIONS),
     ]
     return Selection(
         filter=rows,
-        members=tuple(members),
+        members=tuple(dict.fromkeys(members)),
+        picture=picture,
         max_member_bytes=config.max_member_bytes,
         removals=read_removals(config.removal_lists) if removals is None else removals,
         reads_json=reads_json,
@@ -106,6 +125,16 @@ def target_shapes(config: DataConfig) -> tuple[tuple[int, int], ...]:
     if not config.buckets:
         return ((config.image_size, config.image_size),)
     return tuple(bucket_shapes(config.image_size, config.bucket_step, config.bucket_max_aspect))
+
+
+def picture_members(config: DataConfig) -> tuple[str, ...]:
+    """data.picture as the index spells extensions. Raises DataError when it is empty."""
+    spelled = dict.fromkeys(extension.strip().lstrip(".").lower() for extension in config.picture)
+    if not spelled or "" in spelled:
+        raise DataError(
+            f"data.picture is {list(config.picture)}; name the extensions of the pictures, e.g. [jpg, png]."
+        )
+    return tuple(spelled)
 
 
 def removable_keys(key: str, shard: str) -> list[str]:

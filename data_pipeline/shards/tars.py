@@ -7,24 +7,27 @@ A tar is a chain of blocks of 512 bytes; each header gives the size of its data,
      the next one
 
 `x` (pax) and `L` (GNU) headers speak about the next member, `g` about all that follow, and win over what
-the member's own header has room for (100 characters of name, 8 GB).
+the member's own header has room for (100 characters of name, 8 GB). Hard links (`1`) and symbolic ones (`2`)
+are members without data of their own. After the end, another archive may have been joined.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+import posixpath
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 BLOCK = 512
 _MAX_META = 1_000_000
 _MAX_JSON = 4_000_000
-_KNOWN = (
-    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
-    *("txt", "caption", "json", "cls", "seg.png", "depth.png", "npy", "pyd", "ppm"),
-)
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_ZEROS = 65_536
+"""Bytes of padding that are looked at together."""
+_MAX_LINKS = 16
+"""Links that lead from one to the next."""
+_WITHOUT_DATA = b"123456"
+"""Links, devices, folders and pipes: no data follows, whatever size they give."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,40 @@ class Member:
     """Bytes of data."""
 
 
+@dataclass(frozen=True)
+class _Link:
+    """A member that is another one's data; symbolic links lead from their own folder."""
+
+    name: str
+    target: str
+
+
 @dataclass
 class TarScan:
     """Everything found in one tar."""
 
     members: list[Member] = field(default_factory=list)
+    """In the order of their headers; links with the place of what they lead to."""
     problems: list[str] = field(default_factory=list)
     """Defects, one sentence each; the members before them are usable."""
     is_tar: bool = True
     seen: dict[int, Any] = field(default_factory=dict)
-    """What `look` made of a member, by index into `members`."""
+    """What `look` made of a member, by its offset."""
+
+
+class MemberBytes:
+    """Reads within one member while its tar is scanned."""
+
+    def __init__(self, window: _Window, member: Member) -> None:
+        self._window, self._offset, self.size = window, member.offset, member.size
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the member, fewer at its end."""
+        start, stop = min(start, self.size), min(stop, self.size)
+        return self._window.get(self._offset + start, self._offset + stop) if start < stop else b""
+
+
+Look: TypeAlias = Callable[[str, MemberBytes], Any]
 
 
 class _Window:
@@ -75,102 +102,129 @@ def scan(
     read: Callable[[int, int], bytes],
     size: int,
     *,
-    look: Callable[[str, Callable[[int], bytes]], Any] = lambda name, head: None,
+    look: Look = lambda name, member: None,
     chunk: int = 4_000_000,
 ) -> TarScan:
     """Walk the headers of a tar of `size` bytes through `read(start, stop)`.
 
-    Never raises for bad content: a defect ends the walk, or skips one member, and is reported.
-    `look(name, head)` may call head(n) for the first n bytes of each member; what it returns is kept.
+    Never raises for bad content: a defect ends the walk, or skips one member, and is reported. Archives that
+    were joined (`cat a.tar b.tar`) are read on. `look(name, member)` may read within each member; what it
+    returns is kept.
     """
     window = _Window(read, size, chunk)
     found = TarScan()
-    position, said = 0, _Said()
-    while position + BLOCK <= size:
+    entries: list[Member | _Link] = []
+    cut = _walk(window, found, entries, look)
+    if cut is not None and (cut > size or size == 0 or size % BLOCK):
+        found.problems.append("the archive ends inside a block")
+    if cut is not None:
+        found.is_tar = bool(entries) or size >= 2 * BLOCK
+    for member in _follow(entries, found):
+        if member.offset not in found.seen:  # what it leads to may be named otherwise
+            _note(found, look, window, member)
+    return found
+
+
+def _walk(window: _Window, found: TarScan, entries: list[Member | _Link], look: Look) -> int | None:
+    """Collect all members and links; returns where they end when nothing follows, not even an end mark."""
+    position, said, ended = 0, _Said(), False
+    while position + BLOCK <= window.size:
         header = window.get(position, position + BLOCK)
         if header.count(0) == BLOCK:
-            # a single zero block inside (tar -A) is skipped; two end the archive
-            if (
-                window.get(position + BLOCK, position + 2 * BLOCK).count(0) == BLOCK
-                or position + BLOCK >= size
-            ):
-                return found
-            position += BLOCK
+            first, position = position, _past_zeros(window, position)
+            ended = position - first >= 2 * BLOCK
+            if ended:
+                said = _Said()  # another archive knows nothing of the first one's global headers
+            if position + BLOCK > window.size:
+                return None
             continue
         length = _checked_size(header)
         if length is None:
-            found.is_tar = bool(found.members) or position > 0
-            found.problems.append(f"bad header at byte {position}")
-            return found
-        kind = header[156:157]
-        data = position + BLOCK
+            found.is_tar = bool(entries) or position > 0
+            after = " after the end of the archive" if ended else ""
+            found.problems.append(
+                f"bad header at byte {position}{after}, {window.size - position} bytes are left out"
+            )
+            return None
+        kind, data = header[156:157], position + BLOCK
         if kind in (b"L", b"K", b"x", b"g"):
-            if length > _MAX_META or data + length > size:
+            if length > _MAX_META or data + length > window.size:
                 found.problems.append(f"bad extension header at byte {position}")
-                return found
+                return None
             said.add(kind, window.get(data, data + length))
         else:
             length, name = said.size(length), said.name(header)
-            if data + length > size:
-                found.problems.append(
-                    f"truncated inside {name[:80]!r}: {data + length - size} bytes are missing"
-                )
-                return found
+            if kind == b"1" and _has_data(window, data, length):
+                kind = b"0"
+            if kind in _WITHOUT_DATA:
+                length = 0
+            if kind in (b"1", b"2"):
+                entries.append(_Link(name, _target(name, said.link(header), kind)))
+            if data + length > window.size:
+                missing = data + length - window.size
+                found.problems.append(f"truncated inside {name[:80]!r}: {missing} bytes are missing")
+                return None
             if kind in (b"0", b"\0", b"7"):
-                noticed = look(name, _head(window, data, length))
-                if noticed is not None:
-                    found.seen[len(found.members)] = noticed
-                found.members.append(Member(name, data, length))
+                member = Member(name, data, length)
+                entries.append(member)
+                _note(found, look, window, member)
             elif kind == b"S":
                 found.problems.append(f"sparse member {name[:80]!r} is not supported")
             said.forget()
         position = data + -(-length // BLOCK) * BLOCK
-    if position > size or size == 0 or size % BLOCK:
-        found.problems.append("the archive ends inside a block")
-    found.is_tar = bool(found.members) or size >= 2 * BLOCK
-    return found
+    return position
 
 
-def _head(window: _Window, data: int, length: int) -> Callable[[int], bytes]:
-    return lambda n: bytes(window.get(data, data + min(n, length)))
+def _note(found: TarScan, look: Look, window: _Window, member: Member) -> None:
+    noticed = look(member.name, MemberBytes(window, member))
+    if noticed is not None:
+        found.seen[member.offset] = noticed
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension: the longest known suffix, else webdataset's first-dot rule.
-
-    `a/b.v2.JPG` gives (`a/b.v2`, `jpg`); `x.seg.png` gives (`x`, `seg.png`).
-    """
-    folder, _, base = name.rpartition("/")
-    prefix = f"{folder}/" if folder else ""
-    lower = base.lower()
-    known = [e for e in _KNOWN if lower.endswith("." + e) and len(lower) > len(e) + 1]
-    if known:
-        extension = max(known, key=len)
-        return prefix + base[: -len(extension) - 1], extension
-    stem, _, extension = base.partition(".")
-    return prefix + stem, extension.lower()
+def _past_zeros(window: _Window, position: int) -> int:
+    """The next block that is not zero, or the end."""
+    while position + BLOCK <= window.size:
+        data = window.get(position, position + _ZEROS)
+        zeros = (len(data) - len(data.lstrip(b"\0"))) // BLOCK * BLOCK
+        if zeros == 0:
+            return position
+        position += zeros
+    return window.size - window.size % BLOCK
 
 
-def samples_of(members: list[Member]) -> Iterator[tuple[str, dict[str, Member], list[str]]]:
-    """Group consecutive members by key: (key, members by extension, problems)."""
-    key: str | None = None
-    group: dict[str, Member] = {}
-    problems: list[str] = []
-    for member in members:
-        base = member.name.rpartition("/")[2]
-        if not base or base.startswith("._") or member.name.startswith("__"):
-            continue  # macOS resource forks and webdataset's own metadata
-        this, extension = split_name(member.name)
-        if this != key:
-            if key is not None:
-                yield key, group, problems
-            key, group, problems = this, {}, []
-        if extension in group:
-            problems.append(f"duplicate member {member.name[:80]!r}")
-            continue
-        group[extension] = member
-    if key is not None:
-        yield key, group, problems
+def _has_data(window: _Window, data: int, length: int) -> bool:
+    """Whether a hard link that gives a size brings the data again, as pax may, or another header follows."""
+    header = window.get(data, data + BLOCK)
+    return length > 0 and len(header) == BLOCK and any(header) and _checked_size(header) is None
+
+
+def _target(name: str, link: str, kind: bytes) -> str:
+    folder = name.rpartition("/")[0]
+    return posixpath.normpath(posixpath.join(folder, link) if kind == b"2" else link)
+
+
+def _follow(entries: list[Member | _Link], found: TarScan) -> list[Member]:
+    """Fill in the members, and return those that are links; one that leads to none is reported."""
+    places: dict[str, Member | _Link] = {posixpath.normpath(e.name): e for e in entries}
+    linked, lost = [], []
+    for entry in entries:
+        member: Member | _Link | None = entry
+        for _ in range(_MAX_LINKS):
+            if not isinstance(member, _Link):
+                break
+            member = places.get(member.target)
+        if isinstance(member, Member):
+            found.members.append(replace(member, name=entry.name))
+            if isinstance(entry, _Link):
+                linked.append(found.members[-1])
+        else:
+            lost.append(entry.name)
+    if lost:
+        found.problems.append(
+            f"{len(lost)} links lead to no member of the archive, the first is {lost[0][:80]!r}; write it "
+            "again with `tar --dereference --hard-dereference`"
+        )
+    return linked
 
 
 def parse_record(body: bytes | None) -> dict[str, Any] | None:
@@ -190,13 +244,15 @@ class _Said:
     def __init__(self) -> None:
         self._all: dict[str, str] = {}
         self._next: dict[str, str] = {}
-        self._long_name = ""
+        self._long_name = self._long_link = ""
 
     def add(self, kind: bytes, body: bytes) -> None:
-        """Take in the body of a header of kind L, K (a link's long target: of no use here), x or g."""
+        """Take in the body of a header of kind L (a long name), K (a link's long target), x or g."""
         if kind == b"L":
             self._long_name = _text(body)
-        elif kind != b"K":
+        elif kind == b"K":
+            self._long_link = _text(body)
+        else:
             self._add_records(body, self._all if kind == b"g" else self._next)
 
     def _add_records(self, body: bytes, target: dict[str, str]) -> None:
@@ -212,10 +268,13 @@ class _Said:
             position += int(digits)
 
     def forget(self) -> None:
-        self._next, self._long_name = {}, ""
+        self._next, self._long_name, self._long_link = {}, "", ""
 
     def name(self, header: bytes) -> str:
         return self._next.get("path", self._all.get("path", "")) or self._long_name or _name(header)
+
+    def link(self, header: bytes) -> str:
+        return self._next.get("linkpath", "") or self._long_link or _text(header[157:257])
 
     def size(self, default: int) -> int:
         text = self._next.get("size", "")

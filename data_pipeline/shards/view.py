@@ -114,17 +114,13 @@ class ShardViews:
         return self._view(decode_index(data, url))
 
     def _view(self, index: ShardIndex) -> ShardView:
+        index.choose_picture(self._selection.picture)
         codes, names = self._selection.reasons(index)
         late = self._selection.undecided(index)
         late_columns = {n: index.column(n) for n in sorted(late.columns)} if late is not None else {}
-        offsets, sizes = [], []
-        for extension in self._selection.members:
-            first, size = np.full(len(index), -1, np.int64), np.zeros(len(index), np.int64)
-            needed = extension != "json" or self._selection.reads_json or late is not None
-            if extension in index.extensions and needed:
-                first, size = index.extents(extension)
-            offsets.append(first)
-            sizes.append(size)
+        offsets, sizes = self._selection.extents(index)
+        if not self._selection.reads_json and late is None and "json" in self._selection.members:
+            offsets[self._selection.members.index("json")] = -1
         accepted, rows = None, []
         if self._buckets.accepted_only:
             accepted = np.flatnonzero(self._selection.accepted(index))
@@ -135,8 +131,8 @@ class ShardViews:
             codes=codes,
             names=names,
             members=self._selection.members,
-            offsets=np.stack(offsets),
-            sizes=np.stack(sizes),
+            offsets=offsets,
+            sizes=sizes,
             late=late,
             late_columns={name: column for name, column in late_columns.items() if column is not None},
             accepted=accepted,

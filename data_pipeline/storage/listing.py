@@ -15,6 +15,8 @@ from data_pipeline.storage.retry import TRIES, guarded, missing_bucket
 from data_pipeline.storage.urls import expand_braces, is_s3, join, literal, name_of, parent, spelled_out
 
 _MAX_SPANS = 100
+_ARCHIVE = re.compile(r"\.(tar(\.[A-Za-z0-9]+)?|t[gbxz]z2?|tzst)$")
+"""How the names of tars end; compressed ones are read in resampled order, and told apart from folders."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,17 @@ def list_files(url: str, *, timeout_s: float = 30.0) -> list[ListedFile]:
         return _list_named(url, names, timeout_s)
     found: list[ListedFile] = []
     for pattern in expand_braces(url):
-        if literal(pattern) is not None and not pattern.endswith(".tar"):
+        if literal(pattern) is not None and not _ARCHIVE.search(pattern):
             pattern = join(pattern, "*.tar")
         found += find(pattern, timeout_s=timeout_s)
     if not found:
         _check_bucket(url, timeout_s)
+        compressed = find(join(url, "*.t*"), timeout_s=timeout_s) if literal(url) is not None else []
+        if compressed and _ARCHIVE.search(compressed[0].url):
+            raise NoShards(
+                f"No tar is in {url}, but compressed ones are, such as {name_of(compressed[0].url)}; unpack "
+                "them (gunzip, unxz, unzstd): places in a compressed archive cannot be read alone."
+            )
         brackets = " A [ that belongs to a name is written [[]." if re.search(r"\[[^\]]{2,}\]", url) else ""
         raise NoShards(f"No shard matches {url}; list the folder, or correct data.shards.{brackets}")
     return sorted(found, key=lambda f: f.url)

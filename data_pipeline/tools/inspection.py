@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import io
-import json
-import tarfile
+import lzma
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,12 @@ from data_pipeline.errors import Failure, Rejected
 from data_pipeline.feed.captions import clean
 from data_pipeline.order.draws import permutation
 from data_pipeline.pictures.decoding import decode
-from data_pipeline.shards.build_index import read_index
+from data_pipeline.shards.build_index import not_a_tar, read_index
+from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, group
 from data_pipeline.shards.index import DEFECTS, ShardIndex
 from data_pipeline.shards.removals import RemovalList, read_removals
-from data_pipeline.shards.selection import identity_hashes
-from data_pipeline.shards.tars import IMAGE_EXTENSIONS, split_name
+from data_pipeline.shards.selection import identity_hashes, picture_members
+from data_pipeline.shards.tars import parse_record, scan
 from data_pipeline.storage.files import read_range
 from data_pipeline.storage.listing import ListedFile, list_files
 from data_pipeline.storage.urls import name_of
@@ -123,6 +125,7 @@ def inspect_shards(
     url: str,
     *,
     removal_lists: Sequence[str] = (),
+    picture: Sequence[str] = IMAGE_EXTENSIONS,
     decode_per_shard: int = 50,
     pictures: int = 36,
     max_pixels: int = 64_000_000,
@@ -130,10 +133,11 @@ def inspect_shards(
 ) -> Inspection:
     """Scan every shard behind `url` and decode a fixed random choice of its pictures.
 
-    A shard that is no tar is reported as a problem. Raises DataError when nothing matches or storage
-    does not answer.
+    `picture` is data.picture: the extensions of the pictures. A shard that is no tar is reported as a
+    problem. Raises DataError when nothing matches or storage does not answer.
     """
     removals = [ListMatches(each) for each in read_removals(removal_lists, numbered=True)]
+    chosen_picture = picture_members(DataConfig(picture=tuple(picture)))
     shards = list_files(url)
     result = Inspection(removals=removals)
     per_sheet = -(-pictures // len(shards))
@@ -146,13 +150,14 @@ def inspect_shards(
         except Failure as error:
             result.problems.append(str(error))
             continue
+        index.choose_picture(chosen_picture)
         _count(result, index)
         if removals and len(index):
             names = identity_hashes(index)
             for matches in removals:
                 matches.add(names)
         chosen = permutation(1, len(index))[:decode_per_shard]
-        _decode_some(result, shard, index, np.sort(chosen).tolist(), per_sheet, max_pixels)
+        _decode_some(result, shard, index, np.sort(chosen).tolist(), per_sheet, max_pixels, chosen_picture)
     progress(len(shards), len(shards))
     result.pictures = result.pictures[:pictures]
     return result
@@ -173,9 +178,15 @@ def _count(result: Inspection, index: ShardIndex) -> None:
 
 
 def _decode_some(
-    result: Inspection, shard: ListedFile, index: ShardIndex, rows: Sequence[int], keep: int, max_pixels: int
+    result: Inspection,
+    shard: ListedFile,
+    index: ShardIndex,
+    rows: Sequence[int],
+    keep: int,
+    max_pixels: int,
+    picture_extensions: Sequence[str],
 ) -> None:
-    image_extensions = [e for e in IMAGE_EXTENSIONS if e in index.extensions]
+    image_extensions = [e for e in picture_extensions if e in index.extensions]
     kept = 0
     for row in rows:
         members: dict[str, bytes] = {}
@@ -220,44 +231,52 @@ class HeadLook:
 
 def look_at_head(shard: ListedFile, config: DataConfig) -> HeadLook:
     """The first samples of a shard, from its first megabytes."""
-    head = read_range(shard.url, 0, min(shard.size, _HEAD_BYTES))
+    stored = head = read_range(shard.url, 0, min(shard.size, _HEAD_BYTES))
+    if config.order == "resampled":
+        head = _unpacked(head)  # webdataset's streams may be compressed
+    found = scan(lambda start, stop: head[start:stop], len(head))
+    if not found.is_tar:
+        return HeadLook(0, 0, [not_a_tar(shard.url, stored, found)])
+    samples = group(found.members).samples
+    if len(samples) > 1 and len(stored) < shard.size:
+        samples.pop()  # perhaps cut
     pictures, captions, defects = 0, 0, []
-    keys: set[str] = set()
     target = (config.image_size, config.image_size)
-    try:
-        with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as tar:
-            for member in tar:
-                stream = tar.extractfile(member)
-                if stream is None or member.offset_data + member.size > len(head):
-                    continue
-                key, extension = split_name(member.name)
-                keys.add(key)
-                if len(keys) > _HEAD_SAMPLES:
-                    break
-                captions += extension == "txt" and member.size > 0
-                if extension not in IMAGE_EXTENSIONS:
-                    continue
-                try:
-                    decode(stream.read(), target=target, max_pixels=config.max_image_pixels)
-                    pictures += 1
-                except Rejected as rejected:
-                    defects.append(f"{shard.url} {member.name}: {rejected}")
-    except tarfile.TarError as error:
-        # The head ends inside a member; that is a defect only if nothing came before it.
-        if pictures == 0:
-            defects.append(f"{shard.url} is not a tar archive ({error})")
+    for sample in samples[:_HEAD_SAMPLES]:
+        captions += "txt" in sample.members and sample.members["txt"].size > 0
+        member = next((sample.members[e] for e in picture_members(config) if e in sample.members), None)
+        if member is None:
+            continue
+        data = head[member.offset : member.offset + member.size]
+        try:
+            decode(data, target=target, max_pixels=config.max_image_pixels)
+            pictures += 1
+        except Rejected as rejected:
+            defects.append(f"{shard.url} {member.name}: {rejected}")
     return HeadLook(pictures, captions, defects)
+
+
+def _unpacked(head: bytes) -> bytes:
+    """What is in the beginning of a compressed stream, of another one itself."""
+    decompressors: dict[bytes, Callable[[], Any]] = {
+        b"\x1f\x8b": lambda: zlib.decompressobj(31),
+        b"BZh": bz2.BZ2Decompressor,
+        b"\xfd7zXZ": lzma.LZMADecompressor,
+    }
+    for magic, decompressor in decompressors.items():
+        if head.startswith(magic):
+            try:
+                return bytes(decompressor().decompress(head))
+            except (zlib.error, OSError, lzma.LZMAError):
+                return head
+    return head
 
 
 def caption_of(members: dict[str, bytes]) -> str:
     """Caption of a sample: its txt, else the json's caption."""
     if "txt" in members:
         return clean(members["txt"].decode("utf-8", "replace"))
-    try:
-        record: Any = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        return ""
-    value = record.get("caption") if isinstance(record, dict) else None
+    value = (parse_record(members.get("json")) or {}).get("caption")
     return clean(value) if isinstance(value, str) else ""
 
 

@@ -126,6 +126,12 @@ def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         default=[],
         help="a list of data.removal_lists: how many samples it has, and which entries match none",
     )
+    parser.add_argument(
+        "--picture",
+        action="append",
+        metavar="EXTENSION",
+        help="the member that is the picture, as in data.picture; of several, the first that a sample has",
+    )
     parser.set_defaults(func=_inspect)
 
 
@@ -137,6 +143,7 @@ def _inspect(args: argparse.Namespace) -> int:
         found = inspect_shards(
             args.url,
             removal_lists=args.removal_list,
+            picture=args.picture or DataConfig().picture,
             decode_per_shard=args.decode,
             pictures=args.pictures,
             progress=_updater(bar),

@@ -237,7 +237,7 @@ def test_rare_shapes_are_merged_and_missing_sizes_refused(tmp_path: Path, write_
     aspects[0, aspect_of(np.asarray([64.0, 20.0]), np.asarray([64.0, 40.0]))] = 500, 1
     raw = Order(np.asarray([600]), 0, 8, 16)
     assert make_buckets(bucket_shapes(64, 16, 2.0), aspects, np.asarray([0]), raw).shapes == ((64, 64),)
-    write_tar(tmp_path / "0.tar", [(f"{i}.txt", b"x") for i in range(9)])
+    write_tar(tmp_path / "0.tar", [(f"{i}.jpg", b"x") for i in range(9)])
     with pytest.raises(DataError, match="ldm data index"):
         run(str(tmp_path / "0.tar"), 1)
     with pytest.raises(DataError, match="bucket_step=48"):

@@ -29,8 +29,9 @@ from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index, read_index
 from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.grouping import group
 from data_pipeline.shards.index import MANIFEST, decode_index, read_manifest
-from data_pipeline.shards.tars import parse_record, samples_of, scan
+from data_pipeline.shards.tars import parse_record, scan
 from data_pipeline.storage.listing import list_files
 
 CASES = int(os.environ.get("LDM_FUZZ_CASES", "3000"))
@@ -103,10 +104,12 @@ def test_tar(tmp_path: Path) -> None:
         seeds.append(buffer.getvalue())
 
     def check(data: bytes) -> None:
-        found = scan(lambda a, b: data[a:b], len(data), look=lambda name, head: len(head(100)), chunk=2000)
+        found = scan(
+            lambda a, b: data[a:b], len(data), look=lambda name, body: len(body.read(0, 100)), chunk=2000
+        )
         for member in found.members:
             assert 0 <= member.offset <= member.offset + member.size <= len(data)
-        list(samples_of(found.members))
+        group(found.members)
 
     run("tar", seeds, check)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -64,3 +68,50 @@ def test_modes_do_not_mix(make_shards) -> None:
             global_batch_size=4,
             position={"format": 1, "order": "resampled", "step": 3},
         )
+
+
+def first(folder: Path, size: int, **changes: object) -> dict[str, str]:
+    """Captions by key of everything that a few batches hold."""
+    with build_loader(config_for(f"{folder}/*.tar", **changes), seed=1, global_batch_size=size) as loader:
+        batches = [next(loader) for _ in range(12)]
+    return {k: c for b in batches for k, c in zip(b.keys, b.captions, strict=True)}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_streams_have_the_samples_of_an_index(tmp_path: Path, write_tar, tiny_picture, pack) -> None:
+    """Several members per key, dots in keys, `./`, joined archives; packed in any way."""
+    write_tar(tmp_path / "a", [
+        ("./k.jpg", tiny_picture(1)), ("./k.mask.png", tiny_picture(2, kind="PNG")), ("./k.txt", b"one"),
+        ("./i.v1.jpg", tiny_picture(3)), ("./i.v1.txt", b"two"), ("./README", b""),
+    ])  # fmt: skip
+    many = [
+        (f"m.{i:02d}.{e}", tiny_picture(i) if e == "jpg" else b"%d" % i)
+        for i in range(70)
+        for e in ("jpg", "txt")
+    ]
+    write_tar(tmp_path / "b", many)
+    (tmp_path / "0.tar").write_bytes(pack((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes()))
+    expected = {"0/k": "one", "0/i.v1": "two"} | {f"0/m.{i:02d}": str(i) for i in range(70)}
+    assert first(tmp_path, 50) == expected
+
+
+def test_streams_refuse_what_they_cannot_join(tmp_path: Path, write_tar, tiny_picture) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", tiny_picture(1)), ("b.jpg", tiny_picture(2)), ("a.txt", b"a")])
+    with pytest.raises(DataError, match="tar --sort=name"):
+        first(tmp_path, 2, require_caption=False)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, link in (("a.jpg", ""), ("b.jpg", "a.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = (tarfile.LNKTYPE if link else tarfile.REGTYPE), link
+            tar.addfile(info, io.BytesIO())
+    with pytest.raises(DataError, match="--hard-dereference"):
+        first(tmp_path, 2, require_caption=False)
+
+
+def test_a_second_sample_of_a_key_is_counted(tmp_path: Path, write_tar, tiny_picture) -> None:
+    names = ["a.jpg", "b.jpg", "a.jpg"]
+    write_tar(tmp_path / "0.tar", [(name, tiny_picture(i)) for i, name in enumerate(names)])
+    config = config_for(str(tmp_path / "*.tar"), require_caption=False)
+    with build_loader(config, seed=1, global_batch_size=2) as loader:
+        assert {k for _ in range(5) for k in next(loader).keys} == {"0/a", "0/b"}
+        assert loader.rejected["duplicate_key"] > 0

@@ -17,8 +17,9 @@ import webdataset as wds
 
 from data_pipeline.errors import NotATar
 from data_pipeline.shards.build_index import build_index, index_one, read_index
+from data_pipeline.shards.grouping import group, split_name
 from data_pipeline.shards.index import DEFECTS, decode_index
-from data_pipeline.shards.tars import TarScan, samples_of, scan, split_name
+from data_pipeline.shards.tars import TarScan, scan
 from data_pipeline.storage.files import read_bytes
 from data_pipeline.storage.listing import list_files
 
@@ -103,11 +104,12 @@ def test_truncated_everywhere(tmp_path: Path, write_tar) -> None:
 
 
 def test_concatenated_with_padding_between(tmp_path: Path, write_tar) -> None:
-    """`cat a.tar b.tar` ends at the first end mark, as in tar itself; one stray zero block does not."""
+    """`cat a.tar b.tar` is read on behind the first end mark, and behind a stray zero block."""
     write_tar(tmp_path / "a.tar", [("a.jpg", b"1" * 600)])
     write_tar(tmp_path / "b.tar", [("b.jpg", b"2" * 600)])
     a, b = (tmp_path / "a.tar").read_bytes(), (tmp_path / "b.tar").read_bytes()
-    assert [m.name for m in scan_bytes(a + b).members] == ["a.jpg"]
+    assert [m.name for m in scan_bytes(a + b).members] == ["a.jpg", "b.jpg"]
+    assert scan_bytes(a + b).problems == []
     body = a[: 512 + 1024]
     assert [m.name for m in scan_bytes(body + b"\0" * 512 + b).members] == ["a.jpg", "b.jpg"]
 
@@ -180,8 +182,8 @@ def test_an_empty_tar_is_a_tar(tmp_path: Path) -> None:
 
 
 def test_samples_group_by_key() -> None:
-    members = scan_bytes(_three()).members
-    assert [(k, sorted(g)) for k, g, _ in samples_of(members)] == [("a", ["jpg", "txt"]), ("b", ["jpg"])]
+    samples = group(scan_bytes(_three()).members).samples
+    assert [(s.key, sorted(s.members)) for s in samples] == [("a", ["jpg", "txt"]), ("b", ["jpg"])]
 
 
 def _three() -> bytes:
