@@ -86,6 +86,8 @@ class Request:
     negative: tuple[str, ...] = ()
     """N captions of what guidance leads away from, instead of the null form of text; "" is the null form.
     Empty: the null form for all."""
+    text_chunks: int = 1
+    """Parts of a caption, each as long as a frozen text tower reads at a time, that the network is told."""
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -174,6 +176,7 @@ def draw(config: Config, model: DiffusionModel, request: Request, indices: Tenso
             first_stage=model.first_stage,
             seed=seed,
             ordinals=indices,
+            text_chunks=request.text_chunks,
         )
 
     inputs = away = prepare(request.captions)

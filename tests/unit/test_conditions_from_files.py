@@ -205,6 +205,8 @@ def test_depth_of_any_range(tmp_path: Path) -> None:
         ("{}", Wishes(image="x.png", strength=0.0), "above 0"),
         ("{low_resolution: {}}", Wishes(image="x.png", noise_level=3), "max_noise_level 0"),
         ("{}", Wishes(per_prompt=0), "at least 1"),
+        ("{openclip: {}}", Wishes(prompts=("a",), prompt_chunks=0), "--prompt-chunks 0 must lie in 1 .. 64"),
+        ("{text_transformer: {}}", Wishes(prompts=("a",), prompt_chunks=2), "OpenCLIP towers alone"),
     ],
 )
 def test_what_is_missing_or_means_nothing(sections: str, wishes: Wishes, sentence: str) -> None:

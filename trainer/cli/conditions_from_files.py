@@ -23,6 +23,8 @@ from trainer.sample import Request, StartingPicture
 IMAGE_TO_IMAGE_STRENGTH = 0.75
 """Where nobody says: enough to change the picture, little enough to keep its composition."""
 
+MAX_CHUNKS = 64
+"""Of a prompt, of which 4000 characters are kept as of a caption."""
 Files: TypeAlias = "Mapping[str, GivenPicture | GivenMap]"
 """What was read, by the field of Wishes that named it."""
 
@@ -35,6 +37,8 @@ class Wishes:
     """Captions."""
     negative_prompt: str = ""
     """What guidance leads away from; empty: from no text."""
+    prompt_chunks: int = 1
+    """Parts of a prompt that are read, each as long as the text tower reads at a time."""
     class_labels: tuple[int, ...] = ()
     """Class indices, -1 for no class."""
     layout: str | None = None
@@ -124,7 +128,7 @@ def sampling_inputs(config: Config, wishes: Wishes) -> SamplingInputs:
         conditions["size"] = _repeat(sizes, n)
     negative = (wishes.negative_prompt,) * n if wishes.negative_prompt else ()
     titles = tuple(_title(captions[i], labels[i] if labels else None) for i in range(n))
-    request = Request(captions, conditions, pixels, size, start, negative)
+    request = Request(captions, conditions, pixels, size, start, negative, wishes.prompt_chunks)
     return SamplingInputs(request, titles, known, checksums)
 
 
@@ -151,6 +155,12 @@ def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
             raise ConfigError(f"this model was trained without {what}; leave out {flag}.")
     if wishes.negative_prompt and not has_text:
         raise ConfigError("this model was trained without captions; leave out --negative-prompt.")
+    if not 1 <= wishes.prompt_chunks <= MAX_CHUNKS:
+        raise ConfigError(f"--prompt-chunks {wishes.prompt_chunks} must lie in 1 .. {MAX_CHUNKS}.")
+    if wishes.prompt_chunks > 1 and (conditioning.openclip is None or conditioning.text_transformer):
+        raise ConfigError(
+            "--prompt-chunks is for models that read captions by frozen OpenCLIP towers alone; leave it out."
+        )
     told = (wishes.original_size, wishes.crop, wishes.target_size)
     if conditioning.image_size is None and any(pair is not None for pair in told):
         raise ConfigError(

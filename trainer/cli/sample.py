@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from data_pipeline.errors import NotFound
@@ -31,7 +32,7 @@ from trainer.config.run import Config, ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.model import DiffusionModel, ModelFound, find_model, load_model
 from trainer.provenance import git_commit
-from trainer.sample import draw_all
+from trainer.sample import Request, draw_all
 
 EXAMPLE = (
     "example: ldm sample s3://bucket/run --prompt 'a red circle' --sampler dpmpp_2m --steps 20 --out out"
@@ -47,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts-file", help="path or URL of a text file in UTF-8, one prompt per line")
     parser.add_argument(
         "--negative-prompt", metavar="TEXT", help="what guidance leads away from, in place of no text at all"
+    )
+    parser.add_argument(
+        "--prompt-chunks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="read prompts in N parts of 75 tokens instead of cutting them behind the first",
     )
     parser.add_argument(
         "--per-prompt", type=int, default=1, help="pictures per prompt or label (default: %(default)s)"
@@ -151,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
         device=device,
         precision=precision,
     )
-    for note in long_prompts(trained.model, (*inputs.request.captions, *inputs.request.negative)):
+    for note in long_prompts(trained.model, inputs.request):
         print(f"note: {note}", file=sys.stderr)
     how, n = config.sampling, len(inputs.titles)
     print(
@@ -173,15 +181,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def long_prompts(model: DiffusionModel, captions: tuple[str, ...]) -> list[str]:
+def long_prompts(model: DiffusionModel, request: Request) -> list[str]:
     """A sentence for each caption that is longer than the model reads; after a few, one for the rest."""
     notes = []
-    for caption in dict.fromkeys(captions):
+    for caption in dict.fromkeys((*request.captions, *request.negative)):
         for condition in model.conditioner.conditions.values():
-            count, limit = condition.text_tokens(caption)
-            if count > limit:
+            count, at_once = condition.text_tokens(caption)
+            if count > at_once * request.text_chunks:
+                remedy = "shorten it"
+                if isinstance(condition.frozen, nn.Module):
+                    remedy += f", or give --prompt-chunks {-(-count // at_once)}"
                 notes.append(
-                    f"{caption[:60]!r} has {count} tokens and the model reads the first {limit}; shorten it."
+                    f"{caption[:60]!r} has {count} tokens and the model reads the first "
+                    f"{at_once * request.text_chunks}; {remedy}."
                 )
                 break
     more = len(notes) - MAX_NOTES
@@ -251,6 +263,7 @@ def _wishes(args: argparse.Namespace) -> Wishes:
     return Wishes(
         prompts=tuple(_prompts(args)),
         negative_prompt=read_prompt(args.negative_prompt or "", "--negative-prompt"),
+        prompt_chunks=args.prompt_chunks,
         class_labels=tuple(args.class_label),
         layout=args.layout,
         semantic_map=args.semantic_map,

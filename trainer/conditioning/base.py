@@ -69,6 +69,8 @@ class Source:
     """[B, 3, H, W] in [-1, 1]; None when sampling from prompts alone."""
     first_stage: LatentEncoder | None = None
     """Frozen first stage, for conditions that live in latent space."""
+    text_chunks: int = 1
+    """Parts of a caption that a frozen text tower reads one after the other; training reads one."""
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +154,7 @@ class Condition(ABC):
         """Batch fields -> input tensors of the trained part, each with first axis B, on source.device."""
 
     def text_tokens(self, caption: str) -> tuple[int, int]:
-        """Tokens of a caption, without start and end, and how many of them are read at most."""
+        """Tokens of a caption, without start and end, and how many of them are read at a time."""
         return 0, 0
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:

@@ -72,6 +72,7 @@ class FrozenConditions:
         first_stage: LatentEncoder | None,
         seed: int,
         ordinals: Tensor,
+        text_chunks: int = 1,
     ) -> dict[str, Tensor]:
         """Inputs of the trained half, named "<condition>.<input>", each with first axis B.
 
@@ -82,11 +83,12 @@ class FrozenConditions:
             first_stage: encodes what lives in latent space; None where no condition needs it.
             seed: seed of the run.
             ordinals: int64 [B]; results are on their device.
+            text_chunks: parts of a caption that frozen towers read, each as long as they can.
 
         Raises:
             ConfigError: a condition misses its field or the pictures.
         """
-        source = Source(captions, ordinals, seed, conditions, pixels, first_stage)
+        source = Source(captions, ordinals, seed, conditions, pixels, first_stage, text_chunks)
         return {
             f"{name}.{key}": value
             for name, condition in self._conditions.items()

@@ -35,13 +35,15 @@ class ClipTokenizer:
         """Entries, start and end token included."""
         return int(self._encoder.vocab_size)
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Tokenize a batch."""
+    def __call__(self, captions: Sequence[str], chunks: int = 1) -> Tensor:
+        """Tokenize a batch; with several chunks a caption has as many rows, [B chunks, max_tokens]."""
         start, end = self._encoder.sot_token_id, self._encoder.eot_token_id
-        rows = []
+        rows, step = [], self.max_tokens - 2
         for caption in captions:
-            row = [start, *self.encode(caption)[: self.max_tokens - 2], end]
-            rows.append(row + [self._padding] * (self.max_tokens - len(row)))
+            ids = self.encode(caption)
+            for chunk in range(chunks):
+                row = [start, *ids[chunk * step : (chunk + 1) * step], end]
+                rows.append(row + [self._padding] * (self.max_tokens - len(row)))
         tokens = torch.tensor(rows)
         return tokens.pin_memory() if torch.cuda.is_available() else tokens
 

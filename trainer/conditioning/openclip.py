@@ -55,15 +55,23 @@ class OpenCLIP(Condition):
         return len(self.tokenize.encode(caption)), self.tokenize.max_tokens - 2
 
     def prepare(self, source: Source) -> dict[str, Tensor]:
-        """Encode each different caption once, and pass the null form along as a view, without memory."""
+        """Encode each different caption once, and pass the null form along as a view, without memory.
+
+        With source.text_chunks = n the context is n times as long: the n parts of a caption, each encoded for
+        itself, one after the other; the pooled embedding is that of the first.
+        """
+        chunks = source.text_chunks
         distinct = list(dict.fromkeys(source.captions))
         missing = len(source) - len(distinct) if source.device.type == "cuda" else 0
-        inputs = self.encode([*distinct, *[""] * missing])  # always the same shape, which replays need
+        inputs = self.encode(
+            [*distinct, *[""] * missing], chunks
+        )  # always the same shape, which replays need
         if len(distinct) < len(source):
             row = {caption: i for i, caption in enumerate(distinct)}
             rows = upload([row[caption] for caption in source.captions], source.device)
             inputs = {name: value[rows] for name, value in inputs.items()}
         for name, value in self.null().items():
+            value = value.repeat(1, chunks, 1) if name == "context" and chunks > 1 else value
             inputs[f"null_{name}"] = value.expand(len(source), *value.shape[1:])
         return inputs
 
@@ -77,10 +85,14 @@ class OpenCLIP(Condition):
         return self._empty
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Captions -> {"context": [B, L, D], and with config.pooled "pooled": [B, V]}."""
+    def encode(self, captions: Sequence[str], chunks: int = 1) -> dict[str, Tensor]:
+        """Captions -> {"context": [B, chunks L, D], and with config.pooled "pooled": [B, V]}."""
         device = self.tower.positional_embedding.device
-        return self.encode_tokens(self.tokenize(captions).to(device, non_blocking=True))
+        encoded = self.encode_tokens(self.tokenize(captions, chunks).to(device, non_blocking=True))
+        if chunks == 1:
+            return encoded
+        shaped = {"context": encoded["context"].reshape(len(captions), -1, encoded["context"].shape[2])}
+        return shaped | ({"pooled": encoded["pooled"][::chunks]} if "pooled" in encoded else {})
 
     @torch.no_grad()
     def encode_tokens(self, tokens: Tensor) -> dict[str, Tensor]:

@@ -73,6 +73,23 @@ def test_null_is_the_empty_prompt_or_zeros() -> None:
     assert inputs["null_context"].stride(0) == 0  # a view: no memory per sample
 
 
+def test_long_captions_in_chunks() -> None:
+    """Each part is encoded for itself; short captions and the null form get empty parts."""
+    condition = build(pooled=True, context_length=8)
+    long, short = "red blue green red blue green red blue", "red"  # eight tokens, six at a time
+    one, two = (
+        condition.prepare(dataclasses.replace(source(long, short), text_chunks=chunks)) for chunks in (1, 2)
+    )
+    assert condition.text_tokens(long) == (8, 6)
+    assert two["context"].shape == (2, 16, 32)
+    parts = condition.encode(["red blue green red blue green", "red blue", "red", ""])["context"]
+    torch.testing.assert_close(two["context"][0], parts[:2].flatten(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two["context"][1], parts[2:].flatten(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two["pooled"], one["pooled"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two["null_context"][1], parts[[3, 3]].flatten(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two["null_pooled"], one["null_pooled"])
+
+
 def test_a_move_renews_the_empty_prompt() -> None:
     condition = build()
     assert condition.null()["context"].dtype == torch.float32
