@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+import sys
+from contextlib import closing
 
-from torch import Tensor
-from tqdm import tqdm
+import torch
 
 from data_pipeline.config import DataConfig
-from data_pipeline.loader import build_loader
 from data_pipeline.storage.files import write_bytes
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
+from trainer.evaluation.pictures import pictures_once
 from trainer.evaluation.reconstruction import reconstruction_metrics
 from trainer.first_stage.build import load_first_stage
 from trainer.first_stage.perceptual import load_perceptual
@@ -30,6 +30,8 @@ EXAMPLE = (
     "--shards 's3://bucket/val/*.tar' --perceptual-weights s3://bucket/vgg16-397923af.pth"
 )
 BATCH = 32
+LEAST_EDGE = 16
+"""Below it SSIM's windows and LPIPS' layers have nothing to look at."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = commands.add_parser("reconstruction", help="PSNR, SSIM and LPIPS of a first stage")
     command.add_argument("weights", metavar="FILE", help="exported first stage (.safetensors)")
     command.add_argument("--shards", required=True, help="URL with braces or wildcards")
-    command.add_argument("--samples", type=int, default=5000, help="pictures (default: %(default)s)")
+    command.add_argument("--samples", type=int, default=5000, help="pictures at most (default: %(default)s)")
     command.add_argument("--image-size", type=int, default=256, help="edge in pixels (default: %(default)s)")
     command.add_argument(
         "--perceptual-weights",
@@ -51,12 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the figures."""
-    stage = load_first_stage(dataclasses.replace(_first_stage_config(args.weights), weights=args.weights))
+    config = _first_stage_config(args.weights)
+    _check_numbers(args, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage = load_first_stage(dataclasses.replace(config, weights=args.weights), device)
     perceptual = None
     if args.perceptual_weights != "none":
-        perceptual = load_perceptual(args.perceptual_weights, "--perceptual-weights")
-    pixels = _pictures(args.shards, args.samples, args.image_size)
-    figures = reconstruction_metrics(stage, pixels, perceptual)
+        perceptual = load_perceptual(args.perceptual_weights, "--perceptual-weights").to(device)
+    data = DataConfig(shards=args.shards, image_size=args.image_size)
+    pictures = pictures_once(data, args.samples, batch_size=BATCH, seed=0, purpose="reconstruction")
+    with closing(pictures):
+        figures = reconstruction_metrics(stage, (batch.to(device) for batch in pictures), perceptual)
+    if figures["pictures"] < args.samples:
+        print(f"ldm: {args.shards} hold no more than {figures['pictures']:.0f} pictures", file=sys.stderr)
     for name, value in figures.items():
         print(f"{name:8} {value:.4f}")
     network = "none" if perceptual is None else perceptual.name
@@ -65,6 +74,17 @@ def run(args: argparse.Namespace) -> int:
         source = {"weights": args.weights, "shards": args.shards, "image_size": args.image_size}
         write_bytes(args.out, json.dumps(figures | {"perceptual_network": network} | source).encode())
     return 0
+
+
+def _check_numbers(args: argparse.Namespace, config: FirstStageConfig) -> None:
+    if args.samples < 1:
+        raise ConfigError(f"--samples {args.samples} measures nothing; give at least 1.")
+    factor = config.downsampling
+    if args.image_size < LEAST_EDGE or args.image_size % factor:
+        raise ConfigError(
+            f"--image-size {args.image_size} must be at least {LEAST_EDGE} and a multiple of {factor}, the "
+            "first stage's downsampling factor."
+        )
 
 
 def _first_stage_config(url: str) -> FirstStageConfig:
@@ -81,10 +101,3 @@ def _first_stage_config(url: str) -> FirstStageConfig:
     raise ConfigError(
         f"{url} does not describe its first stage; name a file of `ldm export` or `ldm import`."
     )
-
-
-def _pictures(shards: str, samples: int, image_size: int) -> Iterator[Tensor]:
-    data = DataConfig(shards=shards, image_size=image_size, require_caption=False, workers=0)
-    batches = build_loader(data, seed=0, global_batch_size=BATCH, rank=0, world_size=1, position=None)
-    for _ in tqdm(range(-(-samples // BATCH)), unit="batch", desc="reconstruction"):
-        yield next(batches).pixels

@@ -8,12 +8,10 @@ from contextlib import closing
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.errors import DataError
-from data_pipeline.loader import build_loader, open_dataset
 from trainer.config.run import Config, ConfigError
+from trainer.evaluation.pictures import pictures_once
 from trainer.first_stage.base import LATENT_BUFFERS
 from trainer.first_stage.build import FIRST_STAGES, first_stage_of
 from trainer.first_stage.statistics import MARK, MEASURED, measure_latent_statistics
@@ -39,7 +37,7 @@ def with_measured_statistics(
         tensors: weights under our names; statistics among them are replaced.
         config: the run's.
         shards: URLs with braces or wildcards.
-        samples: pictures to look at; of a smaller set, each about once.
+        samples: pictures to look at; of a smaller set, each once.
         source: names the weights in errors.
 
     Raises:
@@ -64,27 +62,7 @@ def with_measured_statistics(
 
 def _pictures(config: Config, shards: Sequence[str], samples: int) -> Iterator[Tensor]:
     """uint8 [B, 3, H, W], `samples` pictures in all."""
-    data: DataConfig = dataclasses.replace(
-        config.data,
-        shards="",
-        sources=tuple(SourceConfig(url) for url in shards),
-        index=None,
-        lanes=0,
-        require_caption=False,
-        conditions=(),
-        workers=0,
-        reject_file=None,
-    )
+    sources = tuple(SourceConfig(url) for url in shards)
+    data: DataConfig = dataclasses.replace(config.data, shards="", sources=sources, index=None)
     size = config.micro_batch_size
-    dataset = None
-    if data.order == "indexed":
-        dataset = open_dataset(data)
-        samples = min(samples, int(dataset.counts.sum()))
-    if samples == 0:
-        raise DataError(f"{', '.join(shards)} hold no picture to measure latent statistics on.")
-    batches = build_loader(data, seed=config.seed, global_batch_size=size, dataset=dataset)
-    with closing(batches), tqdm(total=samples, unit="image", desc="latent statistics") as bar:
-        while bar.n < samples:
-            pixels = next(batches).pixels[: samples - bar.n]
-            yield pixels
-            bar.update(len(pixels))
+    return pictures_once(data, samples, batch_size=size, seed=config.seed, purpose="latent statistics")
