@@ -26,8 +26,8 @@ from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.editing import ReplacementInpainting
 from trainer.diffusion.guidance import ClassifierFreeGuidance
 from trainer.diffusion.parameterization import Prediction
+from trainer.diffusion.processes import Process, at_size, make_process
 from trainer.diffusion.sampling import sample
-from trainer.diffusion.schedule import NoiseSchedule, make_schedule
 from trainer.first_stage.base import FirstStage
 from trainer.model import DiffusionModel
 from trainer.pixels import to_bytes
@@ -39,7 +39,7 @@ class ConditionedDenoiser:
     """A network with its prepared conditions, as samplers want it."""
 
     network: nn.Module
-    schedule: NoiseSchedule
+    schedule: Process
     prediction: Prediction
     inputs: dict[str, Tensor]
     """First axis B, or 2 B under guidance."""
@@ -185,7 +185,8 @@ def draw(config: Config, model: DiffusionModel, request: Request, indices: Tenso
         away = prepare(request.negative)
         empty = torch.tensor([not text for text in request.negative], device=device)
         null = {name: mask & empty if name in TEXT else mask for name, mask in null.items()}
-    denoiser = _denoiser(config, model, inputs, away, null)
+    process = make_process(at_size(config.diffusion, height, width)).to(device)
+    denoiser = _denoiser(config, model, process, inputs, away, null)
     known = None if request.start is None else _encode(request.start, model.first_stage, device, shape)
     latents = _latents(config, denoiser, seed, indices, shape, known)
     return to_bytes(model.first_stage.decode(latents))
@@ -212,6 +213,7 @@ def _size(config: Config, request: Request) -> tuple[int, int]:
 def _denoiser(
     config: Config,
     model: DiffusionModel,
+    process: Process,
     inputs: dict[str, Tensor],
     away: dict[str, Tensor],
     null: dict[str, Tensor],
@@ -220,15 +222,14 @@ def _denoiser(
     sampling, prediction = config.sampling, config.diffusion.prediction
     network, conditioner = model.network, model.conditioner
     device = next(network.parameters()).device
-    schedule = make_schedule(config.diffusion).to(device)
     n = len(next(iter(null.values()))) if null else 0
     keep = conditioner.keep_masks(n, device)
     guided = any(condition.guided for condition in conditioner.conditions.values())
     if sampling.guidance_scale == 1.0 or not guided:  # nothing to drop: both branches would be equal
-        return ConditionedDenoiser(network, schedule, prediction, inputs, keep)
+        return ConditionedDenoiser(network, process, prediction, inputs, keep)
     both = ConditionedDenoiser(
         network,
-        schedule,
+        process,
         prediction,
         {name: torch.cat([value, away[name]]) for name, value in inputs.items()},
         {name: torch.cat([keep[name], null[name]]) for name in keep},

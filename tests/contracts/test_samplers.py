@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from math import log
 from typing import get_args
 
 import pytest
@@ -11,30 +12,44 @@ import torch
 from trainer import rng
 from trainer.config.training import DiffusionConfig, SamplerName
 from trainer.diffusion.levels import make_levels
+from trainer.diffusion.processes import make_process
 from trainer.diffusion.sampling import SAMPLERS, sample
-from trainer.diffusion.schedule import make_schedule
 from trainer.rng import Purpose
 
 STOCHASTIC = {"ddpm", "euler_ancestral", "dpmpp_sde"}
 SHAPE = (4, 6, 5)  # not square: no sampler may assume a size
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+OBJECTIVES = {
+    "eps": {},
+    "v": {"prediction": "v"},
+    "x0": {"prediction": "x0"},
+    "flow": {"process": "flow", "prediction": "velocity", "shift": 2.0},
+    "flow, x0": {"process": "flow", "prediction": "x0"},
+    "edm": {"process": "edm", "prediction": "edm", "density": "log_normal"},
+}
+in_continuous_time = pytest.mark.parametrize("objective", ["flow", "flow, x0", "edm"])
 
 
 class Denoiser:
     """A small fixed network on any size, that checks what it is given and counts calls."""
 
-    def __init__(self, prediction="eps", *, rescaled=False, dtype=torch.float32):
-        self.schedule = make_schedule(DiffusionConfig(prediction=prediction, zero_terminal_snr=rescaled))
-        self.prediction = prediction
+    def __init__(self, *, dtype=torch.float32, **settings):
+        self.config = DiffusionConfig(**settings)
+        self.schedule = make_process(self.config)
+        self.prediction = self.config.prediction
         self.weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 0.1
         self.dtype = dtype
+        self.discrete = self.config.process == "discrete"
         self.timesteps = []
 
     def __call__(self, x, timesteps):
         assert timesteps.shape == (len(x),)
-        assert timesteps.dtype in (torch.int64, torch.float32)
+        assert timesteps.dtype in ((torch.int64, torch.float32) if self.discrete else (torch.float32,))
         assert (timesteps == timesteps[0]).all()
-        assert 0 <= timesteps[0] < len(self.schedule)
+        low, high = {"discrete": (0, 999), "flow": (1, 1000), "edm": (log(0.002) / 4, log(80) / 4)}[
+            self.config.process
+        ]
+        assert low - 1e-6 <= timesteps[0] <= high + 1e-6
         self.timesteps.append(timesteps[0].item())
         out = torch.tanh(torch.nn.functional.conv2d(x, self.weight, padding=1))
         return out.to(self.dtype)
@@ -62,11 +77,11 @@ def test_a_sampler_asks_for_what_it_needs_and_nothing_else(name):
 
 
 @every_sampler
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "karras"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 16])
-def test_finite_latents_of_the_same_shape(name, prediction, spacing, steps):
-    out = run(name, Denoiser(prediction), torch.arange(2), steps=steps, spacing=spacing)
+def test_finite_latents_of_the_same_shape(name, objective, spacing, steps):
+    out = run(name, Denoiser(**OBJECTIVES[objective]), torch.arange(2), steps=steps, spacing=spacing)
     assert out.shape == (2, *SHAPE)
     assert out.dtype == torch.float32
     assert out.isfinite().all()
@@ -76,7 +91,8 @@ def test_finite_latents_of_the_same_shape(name, prediction, spacing, steps):
 @every_sampler
 @pytest.mark.parametrize("prediction", ["v", "x0"])
 def test_zero_terminal_snr_is_finite(name, prediction):
-    out = run(name, Denoiser(prediction, rescaled=True), torch.arange(2), spacing="trailing")
+    rescaled = Denoiser(prediction=prediction, zero_terminal_snr=True)
+    out = run(name, rescaled, torch.arange(2), spacing="trailing")
     assert out.isfinite().all()
     assert out.abs().max() < 50
 
@@ -87,6 +103,33 @@ def test_a_picture_does_not_depend_on_its_batch(name):
     for i in range(5):
         alone = run(name, Denoiser(), torch.tensor([i]))
         torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+@every_sampler
+@in_continuous_time
+def test_neither_does_one_in_continuous_time_nor_one_in_half_precision(name, objective):
+    settings = OBJECTIVES[objective]
+    together = run(name, Denoiser(**settings), torch.arange(3), spacing="trailing", steps=16)
+    alone = run(name, Denoiser(**settings), torch.tensor([1]), spacing="trailing", steps=16)
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-3, atol=1e-4)
+    half = run(
+        name, Denoiser(dtype=torch.bfloat16, **settings), torch.arange(3), spacing="trailing", steps=16
+    )
+    assert half.dtype == torch.float32
+    assert (half - together).abs().mean() < 0.1 * together.abs().mean()
+
+
+@every_sampler
+@pytest.mark.parametrize("objective", ["flow", "edm"])
+def test_image_to_image_in_continuous_time_stays_near(name, objective):
+    ordinals = torch.arange(2)
+    latents = rng.normal(1, ordinals, Purpose.INITIAL, SHAPE)
+    near, far = (
+        (run(name, Denoiser(**OBJECTIVES[objective]), ordinals, 20, latents=latents, strength=s) - latents)
+        for s in (0.05, 0.9)
+    )
+    assert near.abs().mean() < 0.15
+    assert near.abs().mean() < far.abs().mean() / 2
 
 
 @every_sampler

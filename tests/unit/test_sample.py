@@ -69,12 +69,31 @@ def test_the_last_steps_alone_keep_the_picture() -> None:
     assert distances[0] < 0.5 * distances[1] < 0.5 * distances[2]
 
 
+def test_a_size_has_its_own_shift() -> None:
+    """At twice the edge a flow shifts twice as far, and not at all where the shift is for every size."""
+
+    def made(settings: str, edge: int) -> Tensor:
+        flow = f"diffusion={{process: flow, prediction: velocity, {settings}}}"
+        return draw(model(flow, "sampling.steps=4", "sampling.sampler=euler"), size=(edge, edge))
+
+    assert torch.equal(made("shift: 2, shift_pixels: 16", 16), made("shift: 2", 16))
+    assert torch.equal(made("shift: 2, shift_pixels: 16", 32), made("shift: 4", 32))
+    assert not torch.equal(made("shift: 2, shift_pixels: 16", 32), made("shift: 2", 32))
+
+
+FLOW = ("diffusion={process: flow, prediction: velocity}", "sampling.spacing=trailing")
+EDM = ("diffusion={process: edm, prediction: edm, density: log_normal}", "sampling.spacing=karras")
+
+
+@pytest.mark.parametrize("objective", [(), FLOW, EDM], ids=["eps", "flow", "edm"])
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler_ancestral"])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_inpainting_keeps_what_is_known(sampler: str, strength: float) -> None:
+def test_inpainting_keeps_what_is_known(sampler: str, strength: float, objective: tuple[str, ...]) -> None:
     pixels, mask = gradient(16, 16), torch.zeros(2, 1, 16, 16)
     mask[..., 8:] = 1
-    made = draw(model(f"sampling.sampler={sampler}"), start=StartingPicture(pixels, strength, mask))
+    made = draw(
+        model(f"sampling.sampler={sampler}", *objective), start=StartingPicture(pixels, strength, mask)
+    )
     known = ((pixels + 1) * 127.5).round()
     assert (made.float() - known)[..., :8].abs().max() <= 1
     assert (made.float() - known)[..., 8:].abs().mean() > 10

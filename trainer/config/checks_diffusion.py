@@ -8,11 +8,22 @@ from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DiffusionConfig, SamplerName, SamplingConfig
 
+FITTING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "discrete": (("eps", "v", "x0"), ("uniform", "logit_normal", "mode", "cosmap")),
+    "flow": (("velocity", "x0"), ("uniform", "logit_normal", "mode", "cosmap")),
+    "edm": (("edm",), ("log_normal",)),
+}
+"""Process -> predictions that are defined at each of its levels, densities over what it draws."""
+
 
 def check_diffusion(config: DiffusionConfig) -> None:
     """Raise ConfigError for the first setting of the forward process or the objective that cannot work."""
     check_ranges(config, "diffusion.")
-    if config.beta_schedule != "cosine" and not 0.0 < config.beta_start <= config.beta_end < 1.0:
+    if config.process != "discrete":
+        _check_beta_settings_absent(config)
+    _check_belongs_together(config)
+    by_betas = config.process == "discrete" and config.beta_schedule != "cosine"
+    if by_betas and not 0.0 < config.beta_start <= config.beta_end < 1.0:
         raise ConfigError(
             f"diffusion.beta_start={config.beta_start} and diffusion.beta_end={config.beta_end} must satisfy "
             "0 < beta_start <= beta_end < 1."
@@ -76,6 +87,55 @@ def check_guidance(config: Config) -> None:
                 f"conditioning.{name}.drop_probability=0 never trains; set guidance to 1 "
                 "(sampling.guidance_scale, --guidance), or train with a drop_probability above 0."
             )
+
+
+def _check_belongs_together(config: DiffusionConfig) -> None:
+    predictions, densities = FITTING[config.process]
+    wanted = [
+        f"diffusion.{key}={' or '.join(fitting)}"
+        for key, fitting in (("prediction", predictions), ("density", densities))
+        if getattr(config, key) not in fitting
+    ]
+    if wanted:
+        raise ConfigError(
+            f"diffusion.process={config.process} does not go with diffusion.prediction={config.prediction} "
+            f"and diffusion.density={config.density}; set {' and '.join(wanted)}."
+        )
+    has_normal = config.density in ("logit_normal", "log_normal")
+    if not has_normal and not (config.density_mean is None and config.density_std is None):
+        raise ConfigError(
+            f"diffusion.density={config.density} has no mean and deviation; unset diffusion.density_mean and "
+            "diffusion.density_std, or set diffusion.density=logit_normal (edm: log_normal)."
+        )
+    if config.process != "flow" and (config.shift != 1.0 or config.shift_pixels is not None):
+        raise ConfigError(
+            "diffusion.shift and diffusion.shift_pixels move the times of a flow, not of diffusion.process="
+            f"{config.process}; unset them, or set diffusion.process=flow."
+        )
+    if config.weighting != "uniform" and config.prediction != "velocity":
+        raise ConfigError(
+            f"diffusion.weighting={config.weighting} weights the error of a velocity, not of "
+            f"diffusion.prediction={config.prediction}; set diffusion.weighting=uniform."
+        )
+    if config.process == "edm" and config.sigma_min >= config.sigma_max:
+        raise ConfigError(
+            f"diffusion.sigma_min={config.sigma_min:g} must be below diffusion.sigma_max="
+            f"{config.sigma_max:g}."
+        )
+
+
+def _check_beta_settings_absent(config: DiffusionConfig) -> None:
+    """What belongs to the levels of a beta schedule."""
+    if config.zero_terminal_snr:
+        raise ConfigError(
+            "diffusion.zero_terminal_snr rescales a beta schedule, which diffusion.process="
+            f"{config.process} does not have; set diffusion.zero_terminal_snr=false."
+        )
+    if config.min_snr_gamma is not None:
+        raise ConfigError(
+            "diffusion.min_snr_gamma weights the levels of a beta schedule, which diffusion.process="
+            f"{config.process} does not have; unset it (diffusion.density says how often each level is seen)."
+        )
 
 
 def _check_min_snr(config: DiffusionConfig) -> None:

@@ -9,6 +9,7 @@ A new field of a compared section is compared, unless it is named as free here.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ _FREE = (
     "first_stage.encode_chunk",
     "first_stage.tile_pixels",
     "diffusion.timesteps",  # changes the variance of the loss, not its mean
+    "diffusion.sigma_min",  # where a sampler ends and begins
+    "diffusion.sigma_max",
     "autoencoder_loss.latent_statistics",  # measured again before they are stored
 )
 _DATA = ("image_size", "crop", "horizontal_flip", "buckets", "filter", "require_caption")
@@ -132,9 +135,8 @@ def _defining(config: dict[str, Any]) -> _Flat:
         flat["data.captions"] = config["data"]["captions"]
         _normalise_unet(flat)
         _normalise_towers(flat)
+        _normalise_objective(flat)
     _normalise_first_stage(flat, stage)
-    if flat.get("diffusion.loss") != "huber":
-        flat.pop("diffusion.huber_delta", None)
     return {key: value for key, value in flat.items() if key not in _FREE}
 
 
@@ -164,6 +166,32 @@ def _normalise_towers(flat: _Flat) -> None:
         key = f"conditioning.{name}.pretrained"
         if key in flat and flat[key] is None:
             flat[key] = RANDOM  # what null meant before the word
+
+
+def _normalise_objective(flat: _Flat) -> None:
+    process, density, idle = flat["diffusion.process"], flat["diffusion.density"], list[str]()
+    if flat["diffusion.loss"] != "huber":
+        idle.append("huber_delta")
+    if process != "discrete":
+        idle += ["beta_schedule", "beta_start", "beta_end", "zero_terminal_snr", "min_snr_gamma"]
+    if process != "flow":
+        idle += ["shift", "shift_pixels", "weighting"]
+    if process == "edm":
+        idle.append("num_timesteps")
+    else:
+        idle.append("sigma_data")
+    if density != "mode":
+        idle.append("mode_scale")
+    if density not in ("logit_normal", "log_normal"):
+        idle += ["density_mean", "density_std"]
+    for name, (logit, logarithm) in {
+        "density_mean": (0.0, math.log(2.0 * flat["diffusion.sigma_data"]) - 1.2),
+        "density_std": (1.0, 1.2),
+    }.items():
+        if flat[f"diffusion.{name}"] is None:
+            flat[f"diffusion.{name}"] = logit if density == "logit_normal" else logarithm
+    for key in idle:
+        flat.pop(f"diffusion.{key}")
 
 
 def _normalise_first_stage(flat: _Flat, stage: str) -> None:

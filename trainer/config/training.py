@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from data_pipeline.config import number
+
+Prediction = Literal["eps", "v", "x0", "velocity", "edm"]
+"""What a network may predict; trainer/diffusion/parameterization.py has the formulas."""
 
 SamplerName = Literal[
     "ddpm", "ddim", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde", "unipc"
 ]
 
 
+Spacing = Literal["leading", "trailing", "karras"]
+"""Which noise levels a sampler visits."""
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Forward process and objective (Ho et al. 2020; LDM paper, section 3.2)."""
+    """Which noise level is drawn, how it noises, what is predicted and how that is weighted.
+
+    (Ho et al. 2020; LDM paper, section 3.2; as flow Esser et al. 2024, as edm Karras et al. 2022.)
+    """
 
     num_timesteps: int = number(1000, least=2, most=10**6)
-    """T: number of discrete noise levels."""
+    """T: number of discrete noise levels; at time t of a flow the UNet is told T t."""
     beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
     """scaled_linear is linear in sqrt(beta), which CompVis configs call "linear"."""
     beta_start: float = number(0.00085, least=0, below=1)
@@ -26,8 +37,8 @@ class DiffusionConfig:
     """Last beta."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last step is pure noise (Lin et al. 2023); needs v prediction."""
-    prediction: Literal["eps", "v", "x0"] = "eps"
-    """What the UNet predicts."""
+    prediction: Prediction = "eps"
+    """What the UNet predicts; velocity (eps - x0, or x0) belongs to flow, edm to edm."""
     loss: Literal["l2", "l1", "huber"] = "l2"
     """Distance between prediction and target, averaged per sample."""
     huber_delta: float = number(0.1, above=0, most=10**6)
@@ -37,7 +48,31 @@ class DiffusionConfig:
     offset_noise: float = number(0.0, least=0, most=100)
     """Strength of a per-channel constant added to the noise."""
     timesteps: Literal["uniform", "stratified"] = "uniform"
-    """stratified: the timesteps of one global batch are spread evenly over [0, T)."""
+    """stratified: the draws of one global batch are spread evenly over the density."""
+    process: Literal["discrete", "flow", "edm"] = "discrete"
+    """How latents are noised: discrete by the levels of a beta schedule, flow as (1 - t) x0 + t eps
+    (rectified flow), edm as x0 + sigma eps with preconditioning."""
+    density: Literal["uniform", "logit_normal", "mode", "cosmap", "log_normal"] = "uniform"
+    """Law of the drawn timestep in (0, 1) (Esser et al. 2024, section 3.1); log_normal: of edm's sigma."""
+    density_mean: float | None = number(None, least=-20, most=20)
+    """Mean of ln(t / (1 - t)) or ln(sigma); unset: 0 for logit_normal, ln(2 sigma_data) - 1.2 for log_normal,
+    which is -1.2 at the paper's sigma_data (EDM2: ln(2 sigma_data) - 0.4)."""
+    density_std: float | None = number(None, above=0, most=20)
+    """Its deviation; unset: 1 for logit_normal, 1.2 for log_normal (EDM2: 1)."""
+    mode_scale: float = number(1.29, least=-1, most=2 / (math.pi - 2))
+    """s of the mode density: above 0 more of the middle, below 0 more of the ends."""
+    shift: float = number(1.0, above=0, most=1000)
+    """Moves a flow to more noise, t -> a t / (1 + (a - 1) t), in training and sampling (SD3 at 1024: 3)."""
+    shift_pixels: int | None = number(None, least=1, most=10**6)
+    """Edge of a picture at which the shift is `shift`; at others it grows with the edge. Unset: at all."""
+    weighting: Literal["uniform", "sigma_sqrt", "cosmap"] = "uniform"
+    """Weight of a velocity's error at time t: 1, 1 / t^2, or 2 / (pi (1 - 2 t + 2 t^2))."""
+    sigma_data: float = number(1.0, above=0, most=10**4)
+    """Deviation of the latents, for edm's preconditioning: 1, since they are scaled so (pixels: 0.5)."""
+    sigma_min: float = number(0.002, above=0, most=10**4)
+    """Lowest sigma that edm samples at."""
+    sigma_max: float = number(80.0, above=0, most=10**6)
+    """Highest sigma that edm samples at."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +167,7 @@ class DistributedConfig:
     compile: bool = False
     """torch.compile the blocks that repeat in the trained network, each kind once."""
     cuda_graphs: bool = False
-    """Replay forward and backward as CUDA graphs: pays where launching kernels takes longer than running them,
+    """Replay forward and backward as CUDA graphs: pays where launching kernels takes longer than they run,
     as at 256 px or with small micro-batches."""
     cudnn_benchmark: bool = False
     """Let cuDNN time its algorithms for every shape of convolution when it is first met."""
@@ -216,5 +251,5 @@ class SamplingConfig:
     """Classifier-free guidance; 1 switches it off."""
     guidance_rescale: float = number(0.0, least=0, most=1)
     """Rescale the guided prediction's deviation (Lin et al. 2023, section 3.4)."""
-    spacing: Literal["leading", "trailing", "karras"] = "leading"
+    spacing: Spacing = "leading"
     """Which timesteps the sampler visits."""

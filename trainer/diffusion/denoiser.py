@@ -10,15 +10,15 @@ from torch import Tensor
 
 from trainer.diffusion.levels import NoiseLevels
 from trainer.diffusion.parameterization import Prediction, to_eps, to_x0
-from trainer.diffusion.schedule import NoiseSchedule
+from trainer.diffusion.processes import Process
 
 
 class Denoiser(Protocol):
     """A trained network together with its conditioning: (x [B, C, H, W], timesteps [B]) -> prediction."""
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        """The schedule that it was trained on."""
+    def schedule(self) -> Process:
+        """The forward process that it was trained on."""
         ...
 
     @property
@@ -27,7 +27,10 @@ class Denoiser(Protocol):
         ...
 
     def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Prediction [B, C, H, W] at x = alpha x0 + sigma eps; timesteps are int64, or float32 (karras)."""
+        """Prediction [B, C, H, W] at x = alpha x0 + sigma eps.
+
+        Timesteps are int64, or float32 with Karras spacing and in continuous time.
+        """
         ...
 
 
@@ -57,13 +60,14 @@ def ignore(index: int, num_steps: int, x0: Tensor) -> None:
 def evaluate(denoiser: Denoiser, levels: NoiseLevels, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """(x0, eps) that the denoiser sees in x at level `index`."""
     timestep = levels.timesteps[index]
-    if timestep.is_integer():
+    alpha, sigma = levels.alphas[index], levels.sigmas[index]
+    if levels.scales:  # the network's own scale is another than the samplers'
+        scale = levels.scales[index]
+        x, alpha, sigma = scale * x, scale * alpha, scale * sigma
+    if timestep.is_integer() and not levels.scales:
         timesteps = torch.full((len(x),), int(timestep), dtype=torch.int64, device=x.device)
     else:
         timesteps = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
     output = denoiser(x, timesteps).to(x.dtype)
-    alpha, sigma = levels.alphas[index], levels.sigmas[index]
-    return (
-        to_x0(denoiser.prediction, output, x, alpha, sigma),
-        to_eps(denoiser.prediction, output, x, alpha, sigma),
-    )
+    given = denoiser.prediction, output, x, alpha, sigma, denoiser.schedule.sigma_data
+    return to_x0(*given), to_eps(*given)

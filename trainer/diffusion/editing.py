@@ -8,7 +8,7 @@ from torch import Tensor
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import NoiseLevels
 from trainer.diffusion.parameterization import Prediction, from_x0
-from trainer.diffusion.schedule import NoiseSchedule
+from trainer.diffusion.processes import Process
 
 
 def image_to_image_start(
@@ -41,8 +41,8 @@ class ReplacementInpainting:
         self._noise = noise
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        """The schedule of the wrapped denoiser."""
+    def schedule(self) -> Process:
+        """The forward process of the wrapped denoiser."""
         return self._denoiser.schedule
 
     @property
@@ -55,5 +55,5 @@ class ReplacementInpainting:
         alpha, sigma = self.schedule.level(float(timesteps[0]))
         known = alpha * self._latents + sigma * self._noise
         output = self._denoiser(torch.where(self._unknown, x, known), timesteps)
-        certain = from_x0(self.prediction, self._latents, x, alpha, sigma)
+        certain = from_x0(self.prediction, self._latents, x, alpha, sigma, self.schedule.sigma_data)
         return torch.where(self._unknown, output.to(x.dtype), certain)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.parameterization import Prediction
-from trainer.diffusion.schedule import NoiseSchedule
+from trainer.diffusion.processes import Process
 
 
 class ClassifierFreeGuidance:
@@ -24,13 +24,13 @@ class ClassifierFreeGuidance:
         self._rescale = rescale
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        """The schedule of the wrapped denoiser."""
+    def schedule(self) -> Process:
+        """The forward process of the wrapped denoiser."""
         return self._both.schedule
 
     @property
     def prediction(self) -> Prediction:
-        """What the wrapped denoiser predicts; guidance is linear, so all three forms are equivalent."""
+        """What the wrapped denoiser predicts; guidance is linear, so all forms are equivalent."""
         return self._both.prediction
 
     def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """One-step samplers: DDPM, DDIM, Euler, Euler ancestral, Heun. Each yields once per level that it leaves.
 
 A sampler takes (look, x at level 0, levels), and noise or eta only where it has a use for them;
-`sampling.Sampler` binds the rest. x is in the scale of training, x = alpha x0 + sigma eps. The three samplers
-of Karras et al. (2022) work on y = x / alpha at noise level r = sigma / alpha, where the probability-flow ODE
-is dy / dr = eps.
+`sampling.Sampler` binds the rest. x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, whatever the process.
+The samplers of Karras et al. (2022) work on y = x / alpha at noise level r = sigma / alpha, where the
+probability-flow ODE is dy / dr = eps; Euler and Heun go along the path itself where it is straight
+(`NoiseLevels.line`).
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ def sample_ddim(look: Look, x: Tensor, levels: NoiseLevels, noise: NoiseSource, 
 
 def sample_euler(look: Look, x: Tensor, levels: NoiseLevels) -> Iterator[Step]:
     """Euler steps of the ODE (Karras et al. 2022): in exact arithmetic DDIM with eta 0."""
-    y = x / levels.alphas[0]
+    c, r = levels.line(0)
+    y = x / c
     for i in range(len(levels)):
-        x0, slope = look(y * levels.alphas[i], i)
-        y = y + slope * (levels.ratio(i + 1) - levels.ratio(i))
-        yield y * levels.alphas[i + 1], x0
+        x0, slope = _slope(look, y * c, i, levels)
+        r_before, (c, r) = r, levels.line(i + 1)
+        y = y + slope * (r - r_before)
+        yield y * c, x0
 
 
 def sample_euler_ancestral(look: Look, x: Tensor, levels: NoiseLevels, noise: NoiseSource) -> Iterator[Step]:
@@ -68,15 +71,23 @@ def sample_euler_ancestral(look: Look, x: Tensor, levels: NoiseLevels, noise: No
 
 def sample_heun(look: Look, x: Tensor, levels: NoiseLevels) -> Iterator[Step]:
     """Heun's second-order steps (Karras et al. 2022, algorithm 1), 2 n - 1 evaluations: the last is Euler."""
-    y = x / levels.alphas[0]
+    c, r = levels.line(0)
+    y = x / c
     for i in range(len(levels)):
-        x0, slope = look(y * levels.alphas[i], i)
-        width = levels.ratio(i + 1) - levels.ratio(i)
+        x0, slope = _slope(look, y * c, i, levels)
+        r_before, (c, r) = r, levels.line(i + 1)
+        width = r - r_before
         if i + 1 < len(levels):
-            _, slope_next = look((y + slope * width) * levels.alphas[i + 1], i + 1)
+            _, slope_next = _slope(look, (y + slope * width) * c, i + 1, levels)
             slope = (slope + slope_next) / 2
         y = y + slope * width
-        yield y * levels.alphas[i + 1], x0
+        yield y * c, x0
+
+
+def _slope(look: Look, x: Tensor, i: int, levels: NoiseLevels) -> tuple[Tensor, Tensor]:
+    """(x0, dy / dr) at level i, along `NoiseLevels.line`."""
+    x0, eps = look(x, i)
+    return x0, eps - x0 if levels.straight else eps
 
 
 def _interval(levels: NoiseLevels, i: int) -> tuple[float, float, float, float]:

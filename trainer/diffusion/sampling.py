@@ -34,6 +34,8 @@ class Sampler:
     """Arguments beyond the first three."""
     divides_by_alpha: bool = True
     """Zero terminal SNR is replaced by a very small one for it (`NoiseLevels.finite`)."""
+    starts_straight: bool = False
+    """Of a straight path it takes the pure noise at the start as it is."""
 
     def __call__(
         self,
@@ -46,7 +48,7 @@ class Sampler:
         callback: Callback = ignore,
     ) -> Tensor:
         """From x [B, C, H, W] at level 0, of variance about 1, to x at the last level, usually clean."""
-        if self.divides_by_alpha:
+        if self.divides_by_alpha and not (levels.straight and self.starts_straight):
             levels = levels.finite()
         given = {"noise": noise, "eta": eta}
         steps = self.steps(
@@ -62,12 +64,12 @@ SAMPLERS: dict[SamplerName, Sampler] = {
     "ddpm": Sampler(sample_ddpm, needs=("noise",), divides_by_alpha=False),
     "ddim": Sampler(sample_ddim, needs=("noise", "eta"), divides_by_alpha=False),
     "plms": Sampler(sample_plms),
-    "euler": Sampler(sample_euler),
+    "euler": Sampler(sample_euler, starts_straight=True),
     "euler_ancestral": Sampler(sample_euler_ancestral, needs=("noise",)),
-    "heun": Sampler(sample_heun),
-    "dpmpp_2m": Sampler(sample_dpmpp_2m),
-    "dpmpp_sde": Sampler(sample_dpmpp_sde, needs=("noise",)),
-    "unipc": Sampler(sample_unipc),
+    "heun": Sampler(sample_heun, starts_straight=True),
+    "dpmpp_2m": Sampler(sample_dpmpp_2m, starts_straight=True),
+    "dpmpp_sde": Sampler(sample_dpmpp_sde, needs=("noise",), starts_straight=True),
+    "unipc": Sampler(sample_unipc, starts_straight=True),
 }
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from trainer.config.training import DiffusionConfig
+from trainer.config.training import DiffusionConfig, Spacing
+
+KARRAS_RHO = 7.0
+FEW_LEADING = 10
+"""With fewer steps "leading" would leave out more than a tenth of the schedule."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,12 @@ class NoiseSchedule:
     """float64 [T]."""
     alphas_cumprod: Tensor
     """float64 [T], alpha_t^2; falls with t, and is exactly 0 at the end with zero terminal SNR."""
+
+    # As a `Process`:
+    lowest: ClassVar[float] = 0.0
+    preserves_variance: ClassVar[bool] = True
+    straight: ClassVar[bool] = False
+    sigma_data: ClassVar[float] = 1.0
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
@@ -54,6 +65,23 @@ class NoiseSchedule:
             log_ratio = (1.0 - fraction) * _log_sigma(alpha_squared) + fraction * _log_sigma(above)
             alpha_squared = 1.0 / (1.0 + math.exp(2.0 * log_ratio))
         return math.sqrt(alpha_squared), math.sqrt(1.0 - alpha_squared)
+
+    def visited(self, num_steps: int, spacing: Spacing) -> tuple[float, ...]:
+        """Timesteps of a sampler, falling.
+
+        leading: multiples of T / n, rounded down, plus 1 (the SD convention): from T - T / n + 1 to 1. Fewer
+        than ten steps would start where much of the picture should already be visible, so they are trailing.
+        trailing: T - 1 first, then down in steps of T / n (Lin et al. 2023, table 2).
+        karras: from the largest to the smallest sigma / alpha, evenly in its 7th root (Karras et al. 2022,
+        equation 5); timesteps are then real numbers.
+        """
+        total = len(self)
+        if spacing == "karras":
+            return _karras_timesteps(self, num_steps)
+        if spacing == "trailing" or num_steps < min(FEW_LEADING, total):
+            return tuple(float(round(total - i * total / num_steps) - 1) for i in range(num_steps))
+        offset = 0 if num_steps == total else 1
+        return tuple(float(i * total // num_steps + offset) for i in reversed(range(num_steps)))
 
 
 def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
@@ -91,3 +119,22 @@ def _betas(config: DiffusionConfig) -> Tensor:
 
 def _log_sigma(alpha_squared: float) -> float:
     return 0.5 * (math.log1p(-alpha_squared) - math.log(alpha_squared))
+
+
+def _karras_timesteps(schedule: NoiseSchedule, num_steps: int) -> tuple[float, ...]:
+    sigmas: list[float] = schedule.sigmas.tolist()
+    if not math.isfinite(sigmas[-1]):
+        raise ValueError("Karras spacing needs a finite last sigma; use trailing with zero terminal SNR")
+    if num_steps == 1:
+        return (float(len(sigmas) - 1),)
+    first, last = sigmas[-1] ** (1.0 / KARRAS_RHO), sigmas[0] ** (1.0 / KARRAS_RHO)
+    roots = [first + i / (num_steps - 1) * (last - first) for i in range(num_steps)]
+    return tuple(_timestep_of(sigmas, root**KARRAS_RHO) for root in roots)
+
+
+def _timestep_of(sigmas: list[float], sigma: float) -> float:
+    """The real timestep at which ln(sigma), interpolated linearly, has this value (`NoiseSchedule.level`)."""
+    lower = max(sum(s <= sigma for s in sigmas) - 1, 0)
+    lower = min(lower, len(sigmas) - 2)
+    low, high = math.log(sigmas[lower]), math.log(sigmas[lower + 1])
+    return lower + min(max((math.log(sigma) - low) / (high - low), 0.0), 1.0)

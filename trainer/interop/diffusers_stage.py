@@ -9,6 +9,7 @@ from typing import Any, Literal
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
 from trainer.config.training import DiffusionConfig
+from trainer.diffusion.schedule import KARRAS_RHO
 from trainer.interop.diffusers_unet import (
     BLOCK_KINDS,
     Json,
@@ -38,7 +39,7 @@ STAGE_KINDS: Kinds = {
 }
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+PREDICTIONS: dict[str, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def first_stage_to_diffusers(
@@ -118,7 +119,37 @@ def first_stage_from_diffusers(json: Mapping[str, Any]) -> tuple[FirstStageConfi
 
 
 def scheduler_to_diffusers(config: DiffusionConfig) -> Json:
-    """scheduler_config.json (DDIMScheduler) of our noise schedule, with the settings of the SD family."""
+    """scheduler_config.json of our forward process.
+
+    DDIMScheduler with the settings of the SD family, FlowMatchEulerDiscreteScheduler or EDMEulerScheduler.
+
+    Raises:
+        ConfigError: no scheduler of diffusers reads what the network predicts.
+    """
+    if config.process == "edm":
+        return {
+            "_class_name": "EDMEulerScheduler",
+            "num_train_timesteps": config.num_timesteps,
+            "prediction_type": "epsilon",
+            "sigma_data": config.sigma_data,
+            "sigma_max": config.sigma_max,
+            "sigma_min": config.sigma_min,
+            "sigma_schedule": "karras",
+            "rho": KARRAS_RHO,
+            "final_sigmas_type": "zero",
+        }
+    if config.process == "flow":
+        if config.prediction != "velocity":
+            raise ConfigError(
+                "diffusers' FlowMatchEulerDiscreteScheduler reads a velocity, not diffusion.prediction="
+                f"{config.prediction}; export in the native layout."
+            )
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": config.num_timesteps,
+            "shift": config.shift,
+            "use_dynamic_shifting": False,
+        }
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": config.num_timesteps,

@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer.config.models import OpenCLIPConfig
 from trainer.config.network_plan import norm_groups
 from trainer.config.run import Config, ConfigError
+from trainer.diffusion.processes import at_size
 from trainer.diffusion.schedule import make_schedule
 from trainer.first_stage.build import WEIGHTS_FILE, first_stage_metadata
 from trainer.interop import compvis, diffusers
@@ -107,6 +108,11 @@ def _write_compvis(
         raise ConfigError(f"the compvis layout is one file; let the destination {url} end in .safetensors.")
     parts = compvis.CompVisParts()
     if "unet" in groups:
+        if config.diffusion.process != "discrete":
+            raise ConfigError(
+                "the compvis layout holds the levels of a beta schedule, which diffusion.process="
+                f"{config.diffusion.process} does not have; export in the native or the diffusers layout."
+            )
         parts.unet = convert_part(config, "unet", groups["unet"], "compvis")
         parts.unet_average = convert_part(config, "unet", averaged, "compvis") if averaged else {}
         schedule = make_schedule(config.diffusion)
@@ -140,7 +146,8 @@ def _write_diffusers(
         weights = averaged or groups["unet"]
         json_config = unet_to_diffusers(config.unet, UNetSizes.of_ours(weights), cells)
         components["unet"] = Component(json_config, convert_part(config, "unet", weights, "diffusers"))
-        scheduler = scheduler_to_diffusers(config.diffusion)
+        edge = config.data.image_size
+        scheduler = scheduler_to_diffusers(at_size(config.diffusion, edge, edge))
     if "first_stage" in groups:
         stage = config.first_stage
         shift, scale = _statistics(groups["first_stage"], config)
@@ -186,6 +193,8 @@ def _text_config(config: OpenCLIPConfig, tensors: Tensors) -> Json:
 def _pipeline(config: Config) -> str:
     """The pipeline class of diffusers for this task."""
     conditioning = config.conditioning
+    if config.diffusion.process == "flow":
+        return "DiffusionPipeline"  # those below ask for scale_model_input, which no flow scheduler has
     if conditioning.openclip_second is not None:
         return "StableDiffusionXLPipeline"
     if conditioning.masked_image is not None:

@@ -11,7 +11,7 @@ from data_pipeline.batch import Batch
 from trainer.conditioning.build import Conditioner
 from trainer.config.run import Config
 from trainer.diffusion.objective import add_noise, draw_timesteps, loss_per_sample, offset_noise
-from trainer.diffusion.schedule import make_schedule
+from trainer.diffusion.processes import at_size, make_process
 from trainer.distributed.engine import Engine
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.statistics import require_same_statistics
@@ -42,7 +42,7 @@ class DiffusionStage:
         self._conditioner = conditioner
         self._first_stage = first_stage
         self._timer = timer
-        self._schedule = make_schedule(config.diffusion).to(self._engine.device)
+        self._process = make_process(config.diffusion).to(self._engine.device)
 
     def train_step(self, batch: Batch, step: int, learning_rate: float) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches (see `Stage`)."""
@@ -90,18 +90,17 @@ class DiffusionStage:
 
     def _loss(self, batch: Batch, latents: Tensor, inputs: dict[str, Tensor], slots: Tensor) -> Tensor:
         config, seed, ordinals = self._config, self._config.seed, batch.ordinals
+        diffusion = at_size(config.diffusion, batch.pixels.shape[2], batch.pixels.shape[3])
         uniforms = uniform(seed, ordinals, Purpose.TIMESTEP, ())
-        timesteps = draw_timesteps(config.diffusion, uniforms, slots, config.global_batch_size)
+        timesteps = draw_timesteps(diffusion, uniforms, slots, config.global_batch_size)
         noise = normal(seed, ordinals, Purpose.NOISE, tuple(latents.shape[1:]))
-        if config.diffusion.offset_noise:
+        if diffusion.offset_noise:
             shift = normal(seed, ordinals, Purpose.OFFSET_NOISE, (latents.shape[1],))
-            noise = offset_noise(noise, shift, config.diffusion.offset_noise)
-        noisy = add_noise(self._schedule, latents, noise, timesteps)
+            noise = offset_noise(noise, shift, diffusion.offset_noise)
+        noisy = add_noise(self._process, latents, noise, timesteps)
         drop = self._conditioner.drop_masks(seed, ordinals)
         prediction = self._engine(noisy, timesteps, inputs, drop)
-        return loss_per_sample(
-            config.diffusion, self._schedule, prediction.float(), latents, noise, timesteps
-        ).mean()
+        return loss_per_sample(diffusion, self._process, prediction.float(), latents, noise, timesteps).mean()
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Preview:

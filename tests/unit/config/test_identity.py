@@ -21,6 +21,7 @@ FREE = {
     *("optimizer", "ema", "distributed", "checkpoint", "healing", "logging", "sampling"),
     "unet.activation_checkpointing",
     "diffusion.timesteps",
+    *("diffusion.sigma_min", "diffusion.sigma_max"),
     *("first_stage.weights", "first_stage.tile_pixels", "first_stage.encode_chunk"),
     "autoencoder_loss.latent_statistics",
 }
@@ -69,6 +70,23 @@ AUTOENCODER = settings(
         None, ["stage=autoencoder", "first_stage.name=vq", "autoencoder_loss.perceptual_weights=vgg16.pth"]
     )
 )
+FLOW = ["diffusion.process=flow", "diffusion.prediction=velocity", "diffusion.density=logit_normal"]
+EDM = ["diffusion.process=edm", "diffusion.prediction=edm", "diffusion.density=log_normal"]
+BY_OBJECTIVE = {
+    "flow": settings(load_config(None, FLOW)),
+    "flow, mode": settings(load_config(None, [*FLOW[:2], "diffusion.density=mode"])),
+    "edm": settings(load_config(None, [*EDM, "diffusion.density_mean=-0.4"])),
+}
+ONLY_IN = {
+    **dict.fromkeys(("beta_schedule", "beta_start", "beta_end", "zero_terminal_snr", "min_snr_gamma"), ("",)),
+    **dict.fromkeys(("shift", "shift_pixels", "weighting"), ("flow", "flow, mode")),
+    **dict.fromkeys(("density_mean", "density_std"), ("flow", "edm")),
+    "mode_scale": ("flow, mode",),
+    "sigma_data": ("edm",),
+    "num_timesteps": ("", "flow", "flow, mode"),
+    "huber_delta": ("",),
+}
+"""Settings of `diffusion` -> the objectives in which they do something; "" is DIFFUSION's."""
 AUTOENCODER_IDLE = {"first_stage.latent_scale", "first_stage.input_range", "data.captions"}
 """Settings that only a second stage has."""
 
@@ -79,6 +97,8 @@ def is_compared(key: str, stage: str) -> bool:
     if top == "data":
         return rest in COMPARED_DATA and not (stage == "autoencoder" and key in AUTOENCODER_IDLE)
     if key in FREE or top in FREE:
+        return False
+    if top == "diffusion" and "" not in ONLY_IN.get(rest, ("",)):
         return False
     if stage == "autoencoder":
         return top in ("first_stage", "autoencoder_loss") and key not in AUTOENCODER_IDLE
@@ -100,8 +120,24 @@ def test_every_setting_is_compared_or_free(now: dict[str, Any]) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("objective", BY_OBJECTIVE)
+def test_of_an_objective_is_compared_what_it_reads(objective: str) -> None:
+    now = BY_OBJECTIVE[objective]
+    wrong = []
+    for name in now["diffusion"]:
+        if name in ("process", "density"):
+            continue  # other settings count with them: below
+        stored = copy.deepcopy(now)
+        stored["diffusion"][name] = another(now["diffusion"][name])
+        found = [difference.key for difference in differences(stored, now)]
+        expected = objective in ONLY_IN.get(name, (objective,)) and f"diffusion.{name}" not in FREE
+        if found != [f"diffusion.{name}"] * expected:
+            wrong.append((name, found))
+    assert wrong == []
+
+
 def test_nothing_differs_from_itself() -> None:
-    for now in (DIFFUSION, AUTOENCODER, settings(Config())):
+    for now in (DIFFUSION, AUTOENCODER, *BY_OBJECTIVE.values(), settings(Config())):
         assert differences(now, now) == ()
         assert differences(json.loads(json.dumps(now)), now) == ()
 
@@ -157,6 +193,19 @@ def test_keys_that_are_unknown_by_now_are_ignored() -> None:
             ["autoencoder_loss.perceptual_weights was random, is vgg16.pth"],
         ),
         (["diffusion.loss=huber"], ["diffusion.huber_delta=1"], ["diffusion.loss was huber, is l2"]),
+        (
+            [],
+            [*FLOW, "diffusion.shift=3"],
+            [
+                "diffusion.prediction was eps, is velocity",
+                "diffusion.process was discrete, is flow",
+                "diffusion.density was uniform, is logit_normal",
+            ],
+        ),
+        (FLOW, FLOW[:2], ["diffusion.density was logit_normal, is uniform"]),
+        (FLOW, [*FLOW, "diffusion.shift=3"], ["diffusion.shift was 1.0, is 3.0"]),
+        (FLOW, [*FLOW, "diffusion.density_mean=1"], ["diffusion.density_mean was 0.0, is 1.0"]),
+        (EDM, [*EDM, "diffusion.density_std=1"], ["diffusion.density_std was 1.2, is 1.0"]),
         ([], ["data.buckets=true", "data.bucket_step=32"], ["data.buckets was false, is true"]),
         (
             ["data.buckets=true"],
@@ -193,6 +242,9 @@ def test_differences_are_named(was: list[str], now: list[str], expected: list[st
         ([], ["first_stage.codebook_size=7"]),
         (["first_stage.name=identity"], ["first_stage={name: identity, base_channels: 7}"]),
         ([], ["diffusion.huber_delta=1"]),
+        ([], ["diffusion.mode_scale=1", "diffusion.sigma_data=0.5"]),
+        (FLOW, [*FLOW, "diffusion.density_mean=0", "diffusion.density_std=1", "diffusion.beta_end=0.1"]),
+        (EDM, [*EDM, "diffusion.density_std=1.2", "diffusion.sigma_max=100", "diffusion.num_timesteps=500"]),
         ([], ["data.bucket_step=32"]),
         (["data.filter=punsafe < 0.1"], ["data.filter= punsafe < 0.1 "]),
         ([], ["data.removal_lists=[optout.txt]", "data.shards=/elsewhere/*.tar"]),

@@ -12,6 +12,8 @@ from trainer.config.io import load_config
 from trainer.config.run import ConfigError
 from trainer.config.training import DiffusionConfig, SamplingConfig
 
+FLOW = {"process": "flow", "prediction": "velocity"}
+EDM = {"process": "edm", "prediction": "edm", "density": "log_normal"}
 REFUSED = {
     "eps at zero SNR divides by zero": (
         {"zero_terminal_snr": True, "prediction": "eps"},
@@ -31,6 +33,45 @@ REFUSED = {
     "beta 1 ends the signal": ({"beta_end": 1.0}, "beta_end=1.0 must be above 0 and below 1"),
     "falling betas": ({"beta_start": 0.02, "beta_end": 0.01}, "beta_start <= beta_end"),
     "one step": ({"num_timesteps": 1}, "num_timesteps=1"),
+    "eps says nothing at the start of a flow": (
+        {"process": "flow"},
+        "set diffusion.prediction=velocity or x0.",
+    ),
+    "v is for alpha^2 + sigma^2 = 1": (
+        {"process": "flow", "prediction": "v"},
+        "diffusion.prediction=velocity",
+    ),
+    "velocity of a curved path": ({"prediction": "velocity"}, "set diffusion.prediction=eps or v or x0."),
+    "edm's output elsewhere": ({"prediction": "edm"}, "set diffusion.prediction=eps or v or x0."),
+    "edm of eps": (
+        {"process": "edm"},
+        "set diffusion.prediction=edm and diffusion.density=log_normal.",
+    ),
+    "edm has no time": (
+        {"process": "edm", "prediction": "edm", "density": "logit_normal"},
+        "set diffusion.density=log_normal.",
+    ),
+    "a flow has no sigma": ({**FLOW, "density": "log_normal"}, "density=uniform or logit_normal"),
+    "neither have levels": ({"density": "log_normal"}, "density=uniform or logit_normal"),
+    "a mean that nothing has": ({**FLOW, "density_mean": 0.5}, "no mean and deviation"),
+    "a deviation that nothing has": ({"density": "mode", "density_std": 1.0}, "no mean and deviation"),
+    "no deviation": ({**FLOW, "density": "logit_normal", "density_std": 0.0}, "density_std=0.0"),
+    "mode folds over": ({**FLOW, "density": "mode", "mode_scale": 2.0}, "mode_scale=2.0"),
+    "a shift of levels": ({"shift": 3.0}, "set diffusion.process=flow"),
+    "a shift of sigma": ({**EDM, "shift_pixels": 512}, "set diffusion.process=flow"),
+    "no shift": ({**FLOW, "shift": 0.0}, "shift=0.0"),
+    "weights of a velocity for eps": ({"weighting": "cosmap"}, "set diffusion.weighting=uniform"),
+    "weights of a velocity for x0": (
+        {"process": "flow", "prediction": "x0", "weighting": "sigma_sqrt"},
+        "set diffusion.weighting=uniform",
+    ),
+    "weights of a velocity for edm": ({**EDM, "weighting": "cosmap"}, "set diffusion.weighting=uniform"),
+    "terminal SNR of a flow": ({**FLOW, "zero_terminal_snr": True}, "zero_terminal_snr=false"),
+    "terminal SNR of edm": ({**EDM, "zero_terminal_snr": True}, "zero_terminal_snr=false"),
+    "min-SNR of a flow": ({**FLOW, "min_snr_gamma": 5.0}, "min_snr_gamma"),
+    "min-SNR of edm": ({**EDM, "min_snr_gamma": 5.0}, "min_snr_gamma"),
+    "no range of sigma": ({**EDM, "sigma_min": 80.0}, "diffusion.sigma_max=80"),
+    "no data": ({**EDM, "sigma_data": 0.0}, "sigma_data=0.0"),
 }
 ACCEPTED = [
     {},
@@ -40,6 +81,12 @@ ACCEPTED = [
     {"loss": "huber"},
     {"beta_schedule": "cosine", "beta_start": 0.0},  # unused there
     {"loss": "l1", "offset_noise": 0.1, "timesteps": "stratified"},
+    {"density": "logit_normal", "density_mean": 0.5, "density_std": 0.8, "min_snr_gamma": 5.0},
+    {**FLOW, "density": "mode", "mode_scale": -1.0, "timesteps": "stratified", "offset_noise": 0.1},
+    {**FLOW, "shift": 3.0, "shift_pixels": 1024, "weighting": "cosmap", "loss": "huber"},
+    {**FLOW, "density": "cosmap", "beta_start": 0.5, "beta_end": 0.1},  # betas are unused there
+    {"process": "flow", "prediction": "x0", "density": "logit_normal"},
+    {**EDM, "sigma_data": 0.5, "density_mean": -0.4, "density_std": 1.0},
 ]
 
 

@@ -17,6 +17,7 @@ from trainer.conditioning.openclip import OpenCLIP
 from trainer.config.io import config_from_dict, load_config
 from trainer.config.models import ConditioningConfig, FirstStageConfig, OpenCLIPConfig, UNetConfig
 from trainer.config.run import Config, ConfigError
+from trainer.config.training import DiffusionConfig
 from trainer.first_stage.build import build_first_stage, load_first_stage
 from trainer.interop.convert import import_weights
 from trainer.interop.diffusers import read_json, write_json
@@ -132,6 +133,49 @@ def test_diffusers_loads_what_we_wrote(tmp_path: Path) -> None:
     assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
     text = read_json(str(tmp_path / "text_encoder/config.json"))
     assert (text["num_hidden_layers"], text["hidden_size"], text["num_attention_heads"]) == (2, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "scheduler", "pipeline"),
+    [
+        (
+            {"process": "flow", "prediction": "velocity", "shift": 4.0, "shift_pixels": 64},
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0, "num_train_timesteps": 1000},
+            "DiffusionPipeline",
+        ),
+        (
+            {"process": "edm", "prediction": "edm", "density": "log_normal", "sigma_data": 0.5},
+            {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0},
+            "StableDiffusionPipeline",
+        ),
+    ],
+)
+def test_diffusers_loads_the_scheduler_of_every_process(
+    diffusion: Any, scheduler: Any, pipeline: str, tmp_path: Path
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    config = replace(CONFIG, diffusion=DiffusionConfig(**diffusion), data=replace(CONFIG.data, image_size=32))
+    export_weights(own_weights(), str(tmp_path), config, "diffusers")
+    index = read_json(str(tmp_path / "model_index.json"))
+    assert index["_class_name"] == pipeline
+    assert index["scheduler"] == ["diffusers", scheduler["_class_name"]]
+    loaded = getattr(diffusers, scheduler["_class_name"]).from_pretrained(tmp_path / "scheduler")
+    assert {key: loaded.config[key] for key in scheduler if key != "_class_name"} == {
+        key: value for key, value in scheduler.items() if key != "_class_name"
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "prediction", "remedy"),
+    [("compvis", "velocity", "native or the diffusers"), ("diffusers", "x0", "native layout")],
+)
+def test_a_layout_that_has_no_word_for_a_flow_is_refused(
+    layout: Any, prediction: Any, remedy: str, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, diffusion=DiffusionConfig(process="flow", prediction=prediction))
+    with pytest.raises(ConfigError, match=remedy):
+        export_weights(own_weights(), str(tmp_path / "x.safetensors"), config, layout)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sharded_diffusers_weights_are_read(tmp_path: Path) -> None:
