@@ -7,7 +7,7 @@ samples of this one, and its batches are always full. A measurement wants neithe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from data_pipeline.loader import build_loader, open_dataset
 
 def pictures_once(
     data: DataConfig, samples: int, *, batch_size: int, seed: int, purpose: str
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """uint8 [B, 3, H, W] each, B at most `batch_size`: `samples` pictures in all, or all that there are.
 
     With aspect buckets, whose epochs end apart, and without an index (data.order=resampled) some may repeat.

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from trainer.weights import write_weights
 EDGE = 16
 
 
-def write_shards(folder: Path, counts: list[int], damaged: set[int] = frozenset()) -> str:
+def write_shards(folder: Path, counts: list[int], damaged: Set[int] = frozenset()) -> str:
     """Picture i of all is grey of 2 i; damaged ones are no pictures."""
     number = 0
     for shard, count in enumerate(counts):
