@@ -22,7 +22,7 @@ from data_pipeline.feed.conditions import check_conditions, condition_arrays
 from data_pipeline.feed.sample import fill_sample, sample_arrays
 from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
-from data_pipeline.pictures.decoding import picture_size
+from data_pipeline.pictures.headers import picture_size
 from data_pipeline.shards.dataset import sources_of
 from data_pipeline.shards.filter_columns import unknown_column
 from data_pipeline.shards.filters import Filter

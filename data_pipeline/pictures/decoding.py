@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from data_pipeline.errors import Rejected
+from data_pipeline.pictures.headers import DECODE_ERRORS, FORMATS, jpeg_orientation, orientation_of
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _MAP_FORMATS = ("PNG", "WEBP", "TIFF", "BMP")
-_ORIENTATION = 0x0112
 _QUICK_EIGHTHS = (1, 2, 4, 8)
 """Scales for which libjpeg-turbo has vector code: 3/8 takes longer than 4/8, 5/8 to 7/8 longer than 8/8."""
 _TURNS: dict[int, tuple[bool, int]] = {
     2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
 }  # fmt: skip
 """EXIF orientation: mirror left-right, then quarter turns against the clock."""
-DECODE_ERRORS = (
-    *(OSError, ValueError, SyntaxError, LookupError, TypeError, EOFError, AttributeError),
-    *(MemoryError, ArithmeticError, RuntimeError, AssertionError, struct.error, zlib.error),
-)
-"""Pillow's plugins raise all of these for damaged files; none of them may stop a run."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +36,6 @@ class Picture:
     width: int
     scale: float = 1.0
     """Decoded pixels per original pixel, from the first row and column on; only whole ones are kept."""
-
-
-def picture_size(head: bytes) -> tuple[int, int] | None:
-    """(height, width), EXIF orientation applied, from the first bytes of a picture; None if unknown."""
-    try:
-        if head[:2] == b"\xff\xd8":
-            height, width, _, _ = simplejpeg.decode_jpeg_header(head)
-            turned = _exif_orientation(head) >= 5
-            return (width, height) if turned else (height, width)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(head), formats=_FORMATS) as image:
-                return image.height, image.width
-    except (*DECODE_ERRORS, Image.DecompressionBombError):
-        return None
 
 
 def decode(data: bytes, *, target: tuple[int, int] | None, max_pixels: int) -> Picture:
@@ -84,7 +61,7 @@ def _decode_jpeg(data: bytes, target: tuple[int, int] | None, max_pixels: int) -
     check_size(height, width, max_pixels)
     if colorspace not in ("YCbCr", "RGB", "Gray", "YCC", "GRAY"):
         return None  # CMYK and YCCK: Pillow knows Adobe's inversion
-    orientation = _exif_orientation(data)
+    orientation = jpeg_orientation(data)
     turned = orientation >= 5
     eighths = 8 if target is None else _eighths(height, width, target[::-1] if turned else target)
     if orientation != 1 and (height % 8 or width % 8):
@@ -109,18 +86,6 @@ def _eighths(height: int, width: int, target: tuple[int, int]) -> int:
     return next(k for k in _QUICK_EIGHTHS if height * k // 8 >= needed[0] and width * k // 8 >= needed[1])
 
 
-def _exif_orientation(data: bytes) -> int:
-    header_end = data.find(b"\xff\xda")  # start of scan, or that of a thumbnail, which comes after "Exif"
-    if data.find(b"Exif\0\0", 0, header_end if header_end > 0 else len(data)) < 0:
-        return 1
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            value = image.getexif().get(_ORIENTATION, 1)
-    except DECODE_ERRORS:
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
 def _orient(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     mirror, turns = _TURNS.get(orientation, (False, 0))
     if mirror:
@@ -132,16 +97,16 @@ def _decode_other(data: bytes, max_pixels: int) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 check_size(image.height, image.width, max_pixels)
                 image.load()  # turns a TIFF, and forgets that it was to be turned
-                orientation = image.getexif().get(_ORIENTATION, 1)
+                orientation = orientation_of(image)
                 pixels = _to_rgb(image)
     except Image.DecompressionBombError as error:
         raise Rejected("too_many_pixels", str(error)) from error
     except DECODE_ERRORS as error:
         raise Rejected("not_an_image", f"{type(error).__name__}: {error}"[:200]) from error
-    pixels = _orient(pixels, orientation if isinstance(orientation, int) else 1)
+    pixels = _orient(pixels, orientation)
     return Picture(pixels, pixels.shape[0], pixels.shape[1])
 
 
@@ -178,13 +143,13 @@ def decode_map(data: bytes, *, labels: bool, max_pixels: int) -> NDArray[Any]:
             with Image.open(io.BytesIO(data), formats=_MAP_FORMATS) as image:
                 check_size(image.height, image.width, max_pixels)
                 image.load()
-                orientation = image.getexif().get(_ORIENTATION, 1)
+                orientation = orientation_of(image)
                 values = _labels(image) if labels else _levels(image)
     except Image.DecompressionBombError as error:
         raise Rejected("too_many_pixels", str(error)) from error
     except DECODE_ERRORS as error:
         raise Rejected("bad_map", f"{type(error).__name__}: {error}"[:200]) from error
-    return _orient(values, orientation if isinstance(orientation, int) else 1)
+    return _orient(values, orientation)
 
 
 def _labels(image: Image.Image) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
     list of shards --- size and ETag as in the manifest? ---> its row is kept
           |  no
           v                          (one task per shard, in processes or threads)
-    read_index    scan    tar headers, json members, first bytes of each picture; pixels are jumped over
+    read_index    scan    tar headers, json members, headers of each picture; pixels are jumped over
                   group, _assemble   members -> samples -> arrays
                   _add_columns       fields of the json, by type
                   _add_parquet       fields that only the parquet has; rows whose download failed
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import AccessDenied, NotATar, NotFound
-from data_pipeline.pictures.decoding import picture_size
+from data_pipeline.pictures.headers import size_of
 from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Grouping, Sample, group, split_name
 from data_pipeline.shards.index import (
@@ -58,8 +58,6 @@ _MAX_WORDS = 256
 """Different texts up to which a column is kept ("status", "license"); with more it is a caption or a URL."""
 _MAX_WORD = 64
 _MAX_JSON = 1_000_000
-_PICTURE_HEAD = 65_536
-"""Bytes of a picture that are read for its size."""
 _SAVE_EVERY_S = 30.0
 _HEAD = 512
 _KINDS = {
@@ -240,7 +238,7 @@ def _look(name: str, member: MemberBytes) -> Any:
     extension = split_name(name)[1]
     if extension == "json":
         return parse_record(member.read(0, _MAX_JSON))
-    return picture_size(member.read(0, _PICTURE_HEAD)) if _is_picture(extension) else None
+    return size_of(member.read, member.size) if _is_picture(extension) else None
 
 
 def _is_picture(extension: str) -> bool:

@@ -24,7 +24,8 @@ from data_pipeline.errors import DataError, Rejected
 from data_pipeline.feed.captions import choose_caption
 from data_pipeline.feed.conditions import layout_rows
 from data_pipeline.pictures.crops import Geometry
-from data_pipeline.pictures.decoding import decode, picture_size
+from data_pipeline.pictures.decoding import decode
+from data_pipeline.pictures.headers import picture_size
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index, read_index

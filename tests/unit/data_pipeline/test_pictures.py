@@ -15,7 +15,8 @@ from data_pipeline.errors import Rejected
 from data_pipeline.feed.captions import choose_caption, clean
 from data_pipeline.feed.conditions import layout_rows
 from data_pipeline.pictures.crops import Geometry, crop_map, crop_pixels, plan_crop
-from data_pipeline.pictures.decoding import Picture, decode, picture_size
+from data_pipeline.pictures.decoding import Picture, decode
+from data_pipeline.pictures.headers import picture_size
 
 LIMIT = 1_000_000
 
