@@ -80,6 +80,8 @@ class DataConfig:
     """Samples of one lane that are shuffled together; 1: shard order; 0: derived (about 1 GB in all)."""
     filter: str = ""
     """Rows to keep, e.g. punsafe < 0.1 and min(width, height) >= 512; empty: all."""
+    max_rejected_share: float = number(0.5, least=0, most=1)
+    """Share of the first 1000 samples that may be rejected, by `filter` too; above it the run ends."""
     removal_lists: tuple[str, ...] = ()
     """URLs of files with keys, image URLs or digests never to be served: text, CSV, JSON lines, Parquet."""
     image_size: int = number(256, least=1, most=2**16)

@@ -29,6 +29,7 @@ from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.storage.files import cut_torn_line
 from data_pipeline.storage.urls import local_path
+from data_pipeline.tally import Tally
 
 if TYPE_CHECKING:
     from data_pipeline.feed.resampled import ResampledLoader
@@ -159,8 +160,8 @@ class Loader(Iterator[Batch]):
         self._fingerprint = task.dataset.fingerprint
         self._size = sum(t.size for t in tasks)
         self._first_slot = tasks[0].lanes.start * task.per_lane
-        self.rejected: Counter[str] = Counter()
-        """Rejected samples by reason, of this rank, since the start of the process."""
+        self.tally = Tally()
+        """Samples served and rejected, of this rank, since the loader was opened."""
         self.counts: Counter[str] = Counter()
         """requests, bytes, retries, failures of this rank."""
         self.wait_s = 0.0
@@ -171,6 +172,11 @@ class Loader(Iterator[Batch]):
         for worker, each in zip(workers, tasks, strict=bool(workers)):
             worker.begin(each)
         self._sources: Sequence[WorkerProcess | _Inline] = workers or [_Inline(task)]
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Rejected samples by reason."""
+        return self.tally.rejected
 
     def __next__(self) -> Batch:
         began = time.monotonic()
@@ -189,6 +195,7 @@ class Loader(Iterator[Batch]):
             filled += task.size
         self.wait_s += time.monotonic() - began
         self._step += 1
+        self.tally.served += self._size
         self._account(shares)
         pixels = tensors.pop("pixels").permute(0, 3, 1, 2)  # [B, 3, H, W], channels last in memory
         return Batch(
@@ -213,7 +220,7 @@ class Loader(Iterator[Batch]):
         for share in shares:
             self.counts.update(share.counts)
             for reason, key, detail, ordinal in share.rejects:
-                self.rejected[reason] += 1
+                self.tally.rejected[reason] += 1
                 record = {"reason": reason, "key": key, "detail": detail, "ordinal": ordinal}
                 lines.append(json.dumps(record))
         if lines and self._reject_file:

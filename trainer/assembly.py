@@ -64,7 +64,8 @@ class Run:
     healer: Healer
     timer: StepTimer
     sinks: Sinks
-    dataset: Dataset
+    dataset: Dataset | None
+    """None in resampled order."""
     start: StartTimer
 
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
@@ -172,14 +173,16 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     configure_process(config.distributed)
     accumulation = config.accumulation(env.world_size)
     # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
-    dataset = collectives.from_main_rank(lambda: open_dataset(config.data))
-    check_layout(
-        config.data,
-        dataset,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        world_size=env.world_size,
-    )
+    dataset = None  # resampled order reads what cannot be indexed
+    if config.data.order == "indexed":
+        dataset = collectives.from_main_rank(lambda: open_dataset(config.data))
+        check_layout(
+            config.data,
+            dataset,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            world_size=env.world_size,
+        )
     start = start or StartTimer()
     start.mark("data set")
     timer = StepTimer(env.device)

@@ -23,6 +23,7 @@ from trainer.optim import learning_rate
 from trainer.reliability.healing import Incident
 from trainer.reliability.heartbeat import board_from_environment
 from trainer.reliability.preemption import Preemption
+from trainer.reliability.served_share import ServedShare
 from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, gather_reports
 from trainer.reliability.watchdog import Watchdog
 
@@ -63,7 +64,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
     """The loop. One turn is one optimizer step; every rank takes the same turns."""
     config, state, stage, timer = run.config, run.state, run.stage, run.timer
     meters, delayed, throughput = Meters(), Delayed(), Throughput(config.global_batch_size)
-    slow_ranks = SlowRanks()
+    slow_ranks, served_share = SlowRanks(), ServedShare(config.data.max_rejected_share)
     batches = run.open_loader()
     batch = next(batches) if state.step < config.steps else None
     run.start.mark("first batch")
@@ -92,7 +93,9 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         saving = last_step or due(state.step, config.checkpoint.every)
         snapshot = due(state.step, config.ema.snapshot_every)
         storing = saving or snapshot
-        incident, agreed = judge(run, delayed, preemption.request, data_lost, everything=storing)
+        seen = batches.tally.seen
+        incident, agreed = judge(run, delayed, preemption.request, data_lost, seen, everything=storing)
+        served_share.judge(agreed.seen, batches.tally, main_rank=run.env.is_main)
         if incident is not None:
             batches.close()
             watchdog.beat(state.step, "start")
@@ -104,7 +107,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         run.sinks.advance(state.step)
         if due(state.step, config.logging.every) or last_step:
             record = {**meters.reduce(), **throughput.read(state.step, timer), "learning_rate": rate}
-            reports = gather_reports(batches.rejected, batches.counts, record)
+            reports = gather_reports(batches.tally, batches.counts, record)
             record |= data_record(reports) | slow_record(run, slow_ranks, reports, record) | run.save_record()
             run.sinks.log(state.step, state.samples_seen, record)
         if due(state.step, config.sampling.every):
@@ -146,7 +149,7 @@ def fetch(batches: Iterator[Batch]) -> tuple[Batch | None, bool]:
 
 
 def judge(
-    run: Run, delayed: Delayed, request: StopRequest, data_lost: bool, *, everything: bool
+    run: Run, delayed: Delayed, request: StopRequest, data_lost: bool, seen: int, *, everything: bool
 ) -> tuple[Incident | None, Agreed]:
     """Agree with the other ranks, and judge the losses that may be read by now. Collective.
 
@@ -161,6 +164,7 @@ def judge(
         request,
         data_lost=data_lost,
         save_failed=run.checkpoints.failed,
+        seen=seen,
         losses=[values["loss"] for values in read],
     )
     for late, values, loss in zip(ready, read, agreed.losses, strict=True):
@@ -174,7 +178,7 @@ def judge(
             logger.warning("%s; rewinding and skipping %d samples", verdict.symptom, len(incident.ordinals))
             return incident, agreed
     if not everything and must_save(agreed):  # a checkpoint is about to be written after all
-        return judge(run, delayed, agreed.request, agreed.data_lost, everything=True)
+        return judge(run, delayed, agreed.request, agreed.data_lost, seen, everything=True)
     return None, agreed
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import lzma
 import queue
+import tarfile
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -17,14 +21,14 @@ import webdataset as wds
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError, Failure, Rejected, StorageOutage
+from data_pipeline.errors import AccessDenied, DataError, Failure, Rejected, StorageOutage
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
+from data_pipeline.feed.findings import Findings
 from data_pipeline.feed.sample import fill_sample, sample_arrays
 from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
 from data_pipeline.pictures.headers import picture_size
 from data_pipeline.shards.dataset import sources_of
-from data_pipeline.shards.filter_columns import unknown_column
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import hash_text
 from data_pipeline.shards.removals import read_removals
@@ -38,8 +42,19 @@ logger = logging.getLogger(__name__)
 
 _TAKE_S = 1.0
 _PICTURE = ("picture_height", "picture_width")
-_RECORDS = 1000
-"""A column of the filter that is in none of so many first samples is not there."""
+
+
+class _Reading:
+    """Which shard a thread is in, and how many of its samples have come."""
+
+    url = ""
+    samples = 0
+
+    def counted(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The samples as they come."""
+        for sample in samples:
+            self.samples += 1
+            yield sample
 
 
 class ResampledLoader(Iterator[Batch]):
@@ -78,14 +93,12 @@ class ResampledLoader(Iterator[Batch]):
         self._global = global_batch_size
         self._step = int(position["step"]) if position else 0
         self._filter = Filter(config.filter)
-        self._seen: set[str] = set()
-        self._records = 0
-        self._unseen = set(self._filter.columns)
+        self._findings = Findings(config, self._urls, self._filter.columns)
         self._removals = read_removals(config.removal_lists)
-        self.rejected: Counter[str] = Counter()
+        self.tally = self._findings.tally
+        """Samples served and rejected, of this rank, since the loader was opened."""
         self.counts: Counter[str] = Counter()
         self.wait_s = 0.0
-        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(2, config.prefetch) * self._size)
         self._threads = [
@@ -95,6 +108,11 @@ class ResampledLoader(Iterator[Batch]):
         for thread in self._threads:
             thread.start()
 
+    @property
+    def rejected(self) -> Counter[str]:
+        """Rejected samples by reason; shard_* count shards."""
+        return self.tally.rejected
+
     def _run(self, worker: int, workers: int, step: int) -> None:
         seed = fold(self._seed, self._rank, worker, workers, step)
         try:
@@ -102,7 +120,13 @@ class ResampledLoader(Iterator[Batch]):
             shards = wds.ResampledShards(
                 self._urls, seed=seed, worker_seed=lambda: worker, deterministic=True
             )
-            samples = samples_of(self._opened(shards), broken=self._skip, reject=self._reject)
+            reading = _Reading()
+            samples = samples_of(
+                self._opened(shards, reading),
+                broken=partial(self._skip, reading),
+                reject=self._findings.rejected,
+            )
+            samples = reading.counted(samples)
             for sample in wds.shuffle(window, initial=min(window, 100), seed=seed)(samples):
                 if self._stop.is_set():
                     return
@@ -110,31 +134,36 @@ class ResampledLoader(Iterator[Batch]):
         except BaseException as error:  # noqa: BLE001 - raised by __next__
             self._hand_over(error)
 
-    def _opened(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _opened(self, shards: Iterable[dict[str, Any]], reading: _Reading) -> Iterator[dict[str, Any]]:
         """Open shards; an outage is tried for `patience_s`."""
         failing_since: float | None = None
         for shard in shards:
+            if self._stop.is_set():
+                return
+            if not self._findings.opening(shard["url"]):
+                continue
             try:
                 stream = open_stream(shard["url"], timeout_s=self._config.request_timeout_s)
+            except AccessDenied:
+                raise
             except Failure as error:
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > self._config.patience_s:
                     raise StorageOutage(
                         f"{error} Nothing could be read for {self._config.patience_s:.0f} s."
                     ) from error
-                self.rejected["shard_unreadable"] += 1
+                self._findings.unreadable()
                 continue
             failing_since = None
+            reading.url, reading.samples = shard["url"], 0
             with stream:
                 yield {**shard, "stream": stream}
 
-    def _skip(self, error: Exception) -> None:
-        """Go on with the next shard."""
-        logger.warning("a shard is cut short: %s", str(error)[:300])
-        self._reject("shard_cut_short")
-
-    def _reject(self, reason: str) -> None:
-        self.rejected[reason] += 1
+    def _skip(self, reading: _Reading, error: Exception) -> None:
+        """Go on with the next shard. Raises DataError where too many are no tars."""
+        # Storage that fails in the middle says nothing about what the shard is.
+        is_content = isinstance(error, (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError))
+        self._findings.broken(reading.url, reading.samples if is_content else 1, error)
 
     def _late(self, members: dict[str, bytes]) -> Filter | None:
         """The filter for one sample; raises DataError when records keep coming without one of its columns.
@@ -147,15 +176,7 @@ class ResampledLoader(Iterator[Batch]):
         if self._filter.columns & picture.keys():
             head = next((members[e] for e in picture_members(self._config) if e in members), b"")
             picture = dict(zip(_PICTURE, picture_size(head) or (None, None), strict=True))
-        if self._unseen:
-            names = {*(parse_record(members.get("json")) or {}), *picture}
-            with self._lock:
-                self._seen.update(names)
-                self._records += 1
-                self._unseen -= names
-                if self._unseen and self._records >= _RECORDS:
-                    where = f"any of the first {self._records} samples"
-                    raise DataError(unknown_column(min(self._unseen), self._seen, where))
+        self._findings.columns({*(parse_record(members.get("json")) or {}), *picture})
         return self._filter.given(picture)
 
     def _put(self, sample: dict[str, Any]) -> None:
@@ -179,8 +200,9 @@ class ResampledLoader(Iterator[Batch]):
                 row=0,
             )
         except Rejected as error:
-            self.rejected[error.reason] += 1
+            self._findings.rejected(error.reason)
             return
+        self._findings.accepted()
         self._hand_over((row, caption, key))
 
     def _hand_over(self, item: Any) -> None:
@@ -203,6 +225,7 @@ class ResampledLoader(Iterator[Batch]):
         slots = torch.arange(first, first + self._size)
         ordinals = self._step * self._global + slots
         self._step += 1
+        self.tally.served += self._size
         return Batch(
             pixels=tensors.pop("pixels").permute(0, 3, 1, 2),
             captions=tuple(caption for _, caption, _ in rows),
@@ -220,6 +243,7 @@ class ResampledLoader(Iterator[Batch]):
                 item = self._queue.get(timeout=_TAKE_S)
             except queue.Empty:
                 if time.monotonic() > deadline:
+                    self._findings.waited()
                     raise StorageOutage(
                         "No sample arrived within data.patience_s; check the storage."
                     ) from None

@@ -23,7 +23,7 @@ def trace(
     """Run the real loader for all ranks and yield (step, keys in global order)."""
     from data_pipeline.loader import build_loader
 
-    dataset = open_dataset(config)
+    dataset = open_dataset(config) if config.order == "indexed" else None
     loaders = []
     try:
         for rank in range(ranks):
@@ -57,6 +57,8 @@ def explain_step(
     """
     if step < 0:
         raise DataError(f"--step is {step}; steps count from 0.")
+    if config.order != "indexed":
+        raise DataError("data.order=resampled has no index to explain a step from; `ldm data trace` runs it.")
     dataset = open_dataset(config)
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
     reader = RangeReader(

@@ -97,21 +97,31 @@ class Agreed:
     """Whether some rank knows that the newest checkpoint could not be written."""
     losses: tuple[float, ...]
     """Means over ranks of the losses that were handed in; NaN where one rank's was."""
+    seen: float = 0.0
+    """Sum over ranks of the samples that their loaders have looked at."""
 
 
-def agree(request: StopRequest, *, data_lost: bool, save_failed: bool, losses: Sequence[float]) -> Agreed:
+def agree(
+    request: StopRequest,
+    *,
+    data_lost: bool,
+    save_failed: bool,
+    losses: Sequence[float],
+    seen: float = 0.0,
+) -> Agreed:
     """What all ranks decide together, once a step: one small all-reduce that waits for no GPU. Collective.
 
     Every rank hands in equally many losses. With one rank, the answer is what was handed in.
     """
     ranks = world_size()
     if ranks == 1:
-        return Agreed(request, data_lost, save_failed, tuple(losses))
+        return Agreed(request, data_lost, save_failed, tuple(losses), seen)
     # One slot per request level makes the maximum a sum, so a single reduction carries everything.
     levels = [float(level is request) for level in StopRequest]
-    message = torch.tensor([*levels, float(data_lost), float(save_failed), *losses], dtype=torch.float64)
+    head = [*levels, float(data_lost), float(save_failed), float(seen)]
+    message = torch.tensor([*head, *losses], dtype=torch.float64)
     dist.all_reduce(message)
-    *counts, lost, failed = message[: len(levels) + 2].tolist()
+    *counts, lost, failed, seen = message[: len(head)].tolist()
     asked = max(level for level, count in zip(StopRequest, counts, strict=True) if count > 0)
-    means = message[len(levels) + 2 :] / ranks
-    return Agreed(asked, lost > 0, failed > 0, tuple(means.tolist()))
+    means = message[len(head) :] / ranks
+    return Agreed(asked, lost > 0, failed > 0, tuple(means.tolist()), seen)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.doctor.check import Check
-from trainer.doctor.data import check_shards, check_storage
+from trainer.doctor.data import check_samples, check_shards, check_storage
 from trainer.doctor.gradients import check_gradients
 from trainer.doctor.machine import check_all_reduce, check_clocks, check_versions
 from trainer.doctor.networks import check_networks
@@ -24,6 +24,7 @@ CHECKS: tuple[Callable[[Config, DistributedEnv], list[Check]], ...] = (
     check_gradients,
     check_storage,
     check_shards,
+    check_samples,
     check_networks,
     check_memory,
     check_disk,

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from data_pipeline.tally import Tally, added
 from trainer.distributed import collectives
 
 OWN_PHASES = ("data", "encode")
@@ -26,6 +27,8 @@ class RankReport:
     """Name of its machine."""
     own_s: float
     """Seconds per step of work that waits for no other rank."""
+    served: int = 0
+    """Samples served since the start."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,10 @@ class SlowRank:
     """Reports running in which it was slow, this one included."""
 
 
-def gather_reports(
-    rejected: Counter[str], storage: Counter[str], record: Mapping[str, float]
-) -> list[RankReport]:
+def gather_reports(tally: Tally, storage: Counter[str], record: Mapping[str, float]) -> list[RankReport]:
     """The reports of all ranks, in rank order; `record` holds this rank's times. Collective."""
-    report = RankReport(rejected, storage, socket.gethostname(), own_seconds(record))
+    host, own_s = socket.gethostname(), own_seconds(record)
+    report = RankReport(tally.rejected, storage, host, own_s, tally.served)
     return collectives.all_gather_object(report)
 
 
@@ -56,12 +58,14 @@ def own_seconds(record: Mapping[str, float]) -> float:
 
 
 def data_record(reports: Sequence[RankReport]) -> dict[str, float]:
-    """Rejected samples by reason, and reads of storage, over all ranks since the start."""
+    """Samples served and rejected, and reads of storage, over all ranks since the start."""
+    tally = added(Tally(report.served, report.rejected) for report in reports)
     total: Counter[str] = Counter()
     for report in reports:
         total.update({f"rejected/{reason}": count for reason, count in report.rejected.items()})
         total.update({f"storage/{name}": count for name, count in report.storage.items()})
-    return {name: float(count) for name, count in total.items()}
+    share = {"served_share": tally.served_share} if tally.served else {}
+    return {name: float(count) for name, count in total.items()} | share
 
 
 class SlowRanks:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline import tally
 from data_pipeline.config import DataConfig
 from data_pipeline.feed import lane_walk, reads, share
 from data_pipeline.feed.lane_walk import LaneWalk, Walker
@@ -27,12 +28,13 @@ from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.index import ABSENT
 from data_pipeline.shards.selection import make_selection
 from data_pipeline.shards.view import ShardViews
+from data_pipeline.storage import listing
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.ranges import Background, RangeReader
 
 
 @pytest.mark.parametrize(
-    "module", [lanes, buckets, reads, filters, crops], ids=lambda module: module.__name__
+    "module", [lanes, buckets, reads, filters, crops, listing, tally], ids=lambda module: module.__name__
 )
 def test_examples_run(module) -> None:
     failed, tried = doctest.testmod(module)
