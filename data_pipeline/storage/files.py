@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -23,6 +25,7 @@ from data_pipeline.storage.urls import is_local, is_s3, join, name_of
 
 _CHECK_TRIES = 4
 _OBJECTS_PER_REQUEST = 1000  # S3's limit
+_ONE_BY_ONE = re.compile(r"NotImplemented|not implemented|MethodNotAllowed|\b501\b|\b405\b", re.IGNORECASE)
 _BLOCK_BYTES = 65_536
 
 
@@ -146,24 +149,83 @@ def remove(url: str, *, tries: int = PATIENT_TRIES) -> None:
                 else:
                     os.remove(path)
             return
-        names = fs.find(path)
-        if is_s3(url):
-            _remove_objects(fs, names)
-        else:
-            for name in names:
-                fs.rm_file(name)
+        names = _tree(fs, url, path)
+        _remove_each(fs, url, [f"{path}/{name}" for name in names])
+        if not names:
+            with suppress(FileNotFoundError):
+                if fs.isfile(path):
+                    _remove_each(fs, url, [path])
 
     guarded_change(once, url, done="removed", tries=tries)
 
 
-def _remove_objects(fs: Any, names: list[str]) -> None:
-    """In bulk, and with what the server refused, about which s3fs says nothing."""
-    for first in range(0, len(names), _OBJECTS_PER_REQUEST):
-        parts = [fs.split_path(name) for name in names[first : first + _OBJECTS_PER_REQUEST]]
-        wanted = {"Objects": [{"Key": key} for _, key, _ in parts], "Quiet": True}
-        answer = fs.call_s3("delete_objects", Bucket=parts[0][0], Delete=wanted)
+def list_tree(folder: str, *, tries: int = QUICK_TRIES) -> list[str]:
+    """Names of all files below a folder, at any depth, relative to it; none when there is no folder.
+
+    On S3 an object whose name ends in a slash, by which some tools mark a folder, is one of them.
+    """
+    fs, path = filesystem(folder)
+    return sorted(guarded(lambda: _tree(fs, folder, path), folder, tries=tries))
+
+
+def remove_names(folder: str, names: Sequence[str], *, tries: int = PATIENT_TRIES) -> None:
+    """Remove these files of a folder, and the folder when nothing else is in it; quiet about absent ones."""
+    fs, path = filesystem(folder)
+
+    def once() -> None:
+        if not is_local(folder):
+            _remove_each(fs, folder, [f"{path}/{name}" for name in names])
+            return
+        for name in names:
+            with suppress(FileNotFoundError):
+                os.remove(os.path.join(path, name))
+        for inner, _, _ in list(os.walk(path, topdown=False)):
+            if not os.listdir(inner):
+                os.rmdir(inner)
+
+    guarded_change(once, folder, done="removed", tries=tries)
+
+
+def _tree(fs: Any, url: str, path: str) -> list[str]:
+    if is_local(url):
+        return [os.path.relpath(os.path.join(f, n), path) for f, _, names in os.walk(path) for n in names]
+    if not is_s3(url):
+        return [str(name)[len(path) + 1 :] for name in fs.find(path)]
+    # Not fsspec's `find`: it gives names without the slash that is part of a folder's mark.
+    bucket, key, _ = fs.split_path(path)
+    prefix, found = (f"{key}/" if key else ""), list[str]()
+    after: dict[str, str] = {}
+    while True:
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **after)
+        found += [entry["Key"][len(prefix) :] for entry in page.get("Contents", [])]
+        if not page.get("IsTruncated"):
+            return found
+        after = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _remove_each(fs: Any, url: str, paths: list[str]) -> None:
+    """In bulk on S3, and with what the server refused, about which s3fs says nothing."""
+    if not is_s3(url):
+        for path in paths:
+            with suppress(FileNotFoundError):
+                fs.rm_file(path)
+        return
+    bucket = paths[0].partition("/")[0] if paths else ""
+    keys = [path.partition("/")[2] for path in paths]
+    for first in range(0, len(keys), _OBJECTS_PER_REQUEST):
+        wanted = keys[first : first + _OBJECTS_PER_REQUEST]
+        try:
+            several = {"Objects": [{"Key": key} for key in wanted], "Quiet": True}
+            answer = fs.call_s3("delete_objects", Bucket=bucket, Delete=several)
+        except Exception as error:
+            if not _ONE_BY_ONE.search(f"{error} {error.__cause__}"):
+                raise
+            for key in wanted:  # Google's and some older servers know no bulk
+                fs.call_s3("delete_object", Bucket=bucket, Key=key)
+            continue
         for refused in answer.get("Errors", []):
-            raise OSError(f"{refused.get('Code')}: {refused.get('Message')} ({refused.get('Key')})")
+            if refused.get("Code") != "NoSuchKey":
+                raise OSError(f"{refused.get('Code')}: {refused.get('Message')} ({refused.get('Key')})")
 
 
 def check_writable(folder: str) -> None:

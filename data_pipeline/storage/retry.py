@@ -144,6 +144,12 @@ def explain_change(error: BaseException, url: str, done: str) -> Failure:
     if isinstance(error, NotImplementedError):
         return UserError(f"{url} cannot be {done}: storage of this kind is read only; choose another place.")
     explained = explain(error, url)
+    if done == "removed" and isinstance(explained, AccessDenied) and not is_local(url):
+        text = _short(f"{type(error).__name__}: {error}")
+        return AccessDenied(
+            f"{url} cannot be removed: access is denied; grant the permission to delete (s3:DeleteObject), "
+            f"or check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({text})."
+        )
     if hopeless or isinstance(explained, (AccessDenied, MissingBucket, Unreachable)):
         return explained
     return RetryableFault(f"{url} cannot be {done}: {explained}")

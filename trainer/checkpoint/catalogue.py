@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from data_pipeline.storage.files import exists, list_names, read_bytes, remove, remove_file
+from data_pipeline.storage.files import exists, list_names, read_bytes
 from data_pipeline.storage.large import measure
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest, Manifest, StoredFile
@@ -96,8 +96,8 @@ def steps_to_keep(losses: Mapping[int, float | None], retention: Retention) -> s
     return {*newest, *for_ever, *best}
 
 
-def retire(folder: str, newest: int, retention: Retention) -> None:
-    """Remove the checkpoints that are not kept, and what older attempts left half-written.
+def steps_to_retire(folder: str, newest: int, retention: Retention) -> list[int]:
+    """Steps whose checkpoints are not kept, and those that older attempts left half-written; newest first.
 
     Args:
         newest: step that has just been committed; folders of later steps are left alone.
@@ -107,14 +107,14 @@ def retire(folder: str, newest: int, retention: Retention) -> None:
     # Each manifest is a request to storage and may be large: they are opened only if losses matter.
     losses = {step: _loss(folder, step) if retention.keep_best else None for step in committed}
     kept = steps_to_keep(losses, retention)
-    for step in steps:
-        if step in kept:
-            continue
-        url = join(folder, folder_name(step))
-        # Without its manifest it no longer counts, whatever happens next.
-        remove_file(join(url, MANIFEST_NAME))
-        remove(url)
-    _remove_leftovers(join(folder, folder_name(newest)))
+    return [step for step in steps if step not in kept]
+
+
+def leftovers(url: str) -> list[str]:
+    """Names of files of earlier attempts at the same step, which the manifest in `url` does not name."""
+    manifest = open_checkpoint(url).manifest
+    named = {MANIFEST_NAME, *(file.name for file in manifest.files)}
+    return [name for name in list_names(url) if name not in named]
 
 
 def _loss(folder: str, step: int) -> float | None:
@@ -122,12 +122,3 @@ def _loss(folder: str, step: int) -> float | None:
         return open_checkpoint(join(folder, folder_name(step))).manifest.loss
     except BadManifest:
         return None  # damaged: nothing to keep it for
-
-
-def _remove_leftovers(url: str) -> None:
-    """Files of earlier attempts at the same step, which the manifest does not name."""
-    manifest = open_checkpoint(url).manifest
-    named = {MANIFEST_NAME, *(file.name for file in manifest.files)}
-    for name in list_names(url):
-        if name not in named:
-            remove_file(join(url, name))

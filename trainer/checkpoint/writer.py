@@ -6,7 +6,7 @@ In time, on two ranks (attempt 5e0f0001 of step 500; the names are those in chec
     rank 0   fills its host buffer | rank_00000.5e0f0001.safetensors | state.5e0f0001.{json,safetensors}
                                    |      looks for the receipts until it has one of every other rank
                                    | manifest.json            <- from here on the checkpoint counts
-                                   | older checkpoints go; files of earlier attempts at this step go
+                                   | older checkpoints begin to go, and files of earlier attempts
     training stands still          | and goes on
 
 Killed anywhere before the manifest, a save leaves files that nothing refers to: the next commit removes them.
@@ -18,20 +18,18 @@ be taken for one of this.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from dataclasses import dataclass, replace
 
-from data_pipeline.errors import Failure, RetryableFault
+from data_pipeline.errors import RetryableFault
 from data_pipeline.storage.files import list_names, read_bytes
 from data_pipeline.storage.large import write_whole
 from data_pipeline.storage.retry import PATIENT_TRIES
 from data_pipeline.storage.urls import join
-from trainer.checkpoint.catalogue import Retention, folder_name, retire
+from trainer.checkpoint.catalogue import Retention, folder_name
 from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
 from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile
-
-logger = logging.getLogger(__name__)
+from trainer.checkpoint.retirement import Retirement
 
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.02, 2.0
 
@@ -93,8 +91,8 @@ def write_shard(job: Job, data: memoryview) -> StoredFile:
     return stored
 
 
-def write_commit(job: Job, own: StoredFile) -> None:
-    """On rank 0: wait for the other shards, then write the manifest, then retire old checkpoints.
+def write_commit(job: Job, own: StoredFile, retirement: Retirement) -> None:
+    """On rank 0: wait for the other shards, then write the manifest; old checkpoints go.
 
     Raises:
         UserError, RetryableFault: storage failed, or another rank never delivered.
@@ -111,12 +109,9 @@ def write_commit(job: Job, own: StoredFile) -> None:
         state=StoredFile(state_name, *state),
         tensors=StoredFile(tensors_name, *tensors),
     )
+    retirement.cancel()
     write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())
-    try:
-        retire(job.folder, job.step, commit.retention)
-    except (OSError, ValueError, Failure) as error:
-        # The new checkpoint counts; old ones that stay cost only space.
-        logger.warning("old checkpoints in %s could not be removed: %s", job.folder, error)
+    retirement.begin(job.folder, job.step, commit.retention)
 
 
 def _receipts(job: Job, commit: Commit) -> list[StoredFile]:

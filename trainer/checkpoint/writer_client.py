@@ -16,6 +16,7 @@ from data_pipeline.errors import CONSEQUENCES, Failure, RetryableFault
 from data_pipeline.processes import children_deaf_to_stops
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.manifest import StoredFile
+from trainer.checkpoint.retirement import Retirement
 from trainer.checkpoint.writer import Job, job_to_header, write_commit, write_shard
 from trainer.checkpoint.writer_process import receive_frame, send_frame
 
@@ -60,6 +61,7 @@ class InlineWriter:
         self._job: Job | None = None
         self._stored: StoredFile | None = None
         self._failure: Failure | None = None
+        self._retirement = Retirement()
 
     def submit(self, job: Job, buffer: HostBuffer) -> None:
         """Write the shard at once."""
@@ -84,7 +86,7 @@ class InlineWriter:
             return None
         assert self._stored is not None
         try:
-            write_commit(job, self._stored)
+            write_commit(job, self._stored, self._retirement)
         except Failure as failure:
             return failure
         return None
@@ -94,7 +96,8 @@ class InlineWriter:
         self._job = None
 
     def close(self) -> None:
-        """Nothing runs beside the caller."""
+        """Leave old checkpoints that cannot be removed where they are."""
+        self._retirement.cancel()
 
 
 class BackgroundWriter:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from data_pipeline.errors import Failure, consequence_of
 from data_pipeline.processes import die_with_parent
 from trainer.checkpoint.manifest import StoredFile
+from trainer.checkpoint.retirement import Retirement
 from trainer.checkpoint.writer import Job, job_from_header, write_commit, write_shard
 
 Frame = tuple[dict[str, Any], list[bytes]]
@@ -43,6 +44,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     inbox: queue.Queue[Frame] = queue.Queue()
     threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
     memory: memoryview | None = None
+    retirement = Retirement()
     while True:
         header, blobs = inbox.get()
         if header["order"] == "stop":
@@ -52,10 +54,10 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             memory = memoryview(mmap.mmap(int(header["descriptor"]), max(size, 1)))[:size]
             continue
         assert memory is not None
-        _perform(job_from_header(header, blobs), memory, answers)
+        _perform(job_from_header(header, blobs), memory, answers, retirement)
 
 
-def _perform(job: Job, memory: memoryview, answers: BinaryIO) -> None:
+def _perform(job: Job, memory: memoryview, answers: BinaryIO, retirement: Retirement) -> None:
     stored: StoredFile | None = None
     try:
         stored = write_shard(job, memory[: job.plan.data_bytes])
@@ -66,7 +68,7 @@ def _perform(job: Job, memory: memoryview, answers: BinaryIO) -> None:
     if job.commit is None:
         return
     try:
-        write_commit(job, stored)
+        write_commit(job, stored, retirement)
     except Failure as failure:
         _answer(answers, "commit", failure)
         return

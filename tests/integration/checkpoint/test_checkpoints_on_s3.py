@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import runpy
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ import torch
 from data_pipeline.errors import AccessDenied, UserError
 from data_pipeline.storage import files, large
 from data_pipeline.storage.local_s3 import LocalS3
+from tests.integration.data.fault_proxy import FaultProxy
 from tests.integration.ranks import ROOT
+from trainer.checkpoint import retirement
 from trainer.checkpoint.commands import list_checkpoints, verify
 from trainer.checkpoint.export import export
+from trainer.exit_codes import classify
 from trainer.weights import read_weights
 
 build_small_run: Callable[..., Any] = runpy.run_path(
@@ -122,5 +127,94 @@ def test_removal_takes_names_as_they_are(s3: LocalS3) -> None:
 def test_a_refused_removal_is_said(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
     files.write_bytes("s3://bucket/kept/a", b"a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(AccessDenied, match="s3://bucket/kept is denied"):
+    with pytest.raises(
+        AccessDenied, match=r"s3://bucket/kept cannot be removed: access is denied.*s3:DeleteObject"
+    ):
         files.remove("s3://bucket/kept")
+
+
+@pytest.fixture
+def proxy(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with FaultProxy(s3.port) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.environment({})["AWS_ENDPOINT_URL"])
+        yield between
+
+
+def test_without_permission_to_delete_a_run_does_not_begin(proxy: FaultProxy) -> None:
+    proxy.deletes = 403
+    with pytest.raises(AccessDenied, match=r"cannot be removed: access is denied.*s3:DeleteObject") as caught:
+        build_small_run("s3://bucket/keep-all")
+    assert classify(caught.value) == 2
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_failing_removals_go_on_beside_training(
+    proxy: FaultProxy, asynchronous: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retirement, "_GRACE_S", 0.1)
+    url = f"s3://bucket/slow-{asynchronous}"
+    run = build_small_run(url, asynchronous=asynchronous, keep_last=1)
+    proxy.deletes = 503
+    for _ in range(3):
+        run.train(1)
+        run.save()  # committed, whatever becomes of the old ones
+    assert [row.step for row in list_checkpoints(url)] == [3, 2, 1]
+    proxy.deletes = 0
+    deadline = time.monotonic() + 60
+    while len(list_checkpoints(url)) > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [(row.step, row.complete) for row in list_checkpoints(url)] == [(3, True)]
+    assert not any(found.problems for found in verify(url))
+    run.manager.close()
+    if not asynchronous:
+        told = [r.getMessage() for r in caplog.records if "tried again beside training" in r.getMessage()]
+        assert len(told) == 2  # of the commits of steps 2 and 3
+
+
+def test_refused_removals_are_said_and_harm_nothing(
+    proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = build_small_run("s3://bucket/refused", keep_last=1)
+    proxy.deletes = 403
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            run.train(1)
+            run.save()
+    assert [row.step for row in list_checkpoints("s3://bucket/refused")] == [2, 1]
+    assert "stay where they are" in caplog.text
+    assert "s3:DeleteObject" in caplog.text
+
+
+def test_a_removal_under_way_spares_what_is_saved_again_at_the_same_step(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rewound run saves step 1 anew while the old step 1 is still to be removed."""
+    monkeypatch.setattr(retirement, "_GRACE_S", 0.1)
+    url = "s3://bucket/rewound"
+    run = build_small_run(url, keep_last=1)
+    run.train(1)
+    run.save()
+    proxy.deletes = 503
+    run.train(1)
+    run.save()  # from now on step 1 is to go
+    proxy.deletes = 0
+    run.manager.save(1, {"unet": run.engine}, run.ema, state={}, tensors={"a": torch.ones(1)}, loss=None)
+    run.manager.wait()
+    run.manager.close()
+    assert 1 in [row.step for row in list_checkpoints(url) if row.complete]
+    assert not any(found.problems for found in verify(url))
+
+
+@pytest.mark.parametrize("no_bulk", [False, True])
+def test_a_folder_s_own_name_is_never_deleted(proxy: FaultProxy, no_bulk: bool) -> None:
+    proxy.no_bulk = no_bulk
+    for name in ("tree/a", "tree/deep/b", "tree2/a"):
+        files.write_bytes(f"s3://bucket/{name}", b"a")
+    assert files.list_tree("s3://bucket/tree") == ["a", "deep/b"]
+    proxy.deleted.clear()
+    files.remove("s3://bucket/tree")
+    files.remove("s3://bucket/tree")
+    files.remove("s3://bucket/tree2/a")
+    asked = {name.partition("bucket/")[2] or name for name in proxy.deleted}
+    assert asked == {"tree/a", "tree/deep/b", "tree2/a"}
+    assert files.list_tree("s3://bucket/tree") == []

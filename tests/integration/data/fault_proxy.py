@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import random
+import re
 import socket
 import struct
 import threading
@@ -31,6 +32,12 @@ class FaultProxy(ThreadingHTTPServer):
         self.first_byte_s = 0.0
         self.broken: tuple[str, ...] = ()
         """Objects that always fail."""
+        self.deletes = 0
+        """Status with which deletes are answered instead of being passed on; 0: they are passed on."""
+        self.no_bulk = False
+        """Whether deletes of several objects in one request are unknown, as at Google."""
+        self.deleted: list[str] = []
+        """What was asked to be deleted: paths, and the keys of bulk requests."""
         self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()
 
@@ -69,9 +76,29 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
+    def _refusal(self, body: bytes) -> tuple[int, str] | None:
+        """Status and code with which a delete is refused; None: it is passed on, as is everything else."""
+        bulk = self.command == "POST" and "?delete" in self.path
+        if self.command != "DELETE" and not bulk:
+            return None
+        self.server.deleted += re.findall(r"<Key>(.*?)</Key>", body.decode()) if bulk else [self.path]
+        if bulk and self.server.no_bulk:
+            return 501, "NotImplemented"
+        if self.server.deletes:
+            return self.server.deletes, "AccessDenied" if self.server.deletes == 403 else "SlowDown"
+        return None
+
     def _forward(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
+        if (refusal := self._refusal(body)) is not None:
+            status, code = refusal
+            answer_body = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer_body)))
+            self.end_headers()
+            self.wfile.write(answer_body)
+            return
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=30)
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():

@@ -1,0 +1,107 @@
+"""Old checkpoints go, beside training: what is not kept is listed with the commit and removed by a thread.
+
+Removing is one request after another, and each may fail: a commit waits for them for a moment, as long as
+they usually take, and no training step ever does. What fails is tried again in the background, which the log
+says when it begins; what is left in the end is found again by the next commit.
+
+Only files that were listed with the commit are removed, manifests first. A later attempt at a step has other
+names, but for the manifest: so whoever writes one calls `cancel` before.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_pipeline.errors import Failure, UserError
+from data_pipeline.storage.files import list_tree, remove_names
+from data_pipeline.storage.retry import pause_before
+from data_pipeline.storage.urls import join
+from trainer.checkpoint.catalogue import Retention, folder_name, leftovers, steps_to_retire
+from trainer.checkpoint.manifest import MANIFEST_NAME
+
+logger = logging.getLogger(__name__)
+
+_GRACE_S = 3.0
+"""How long a commit waits for removals, which usually take much less."""
+_PATIENCE_S = 600.0
+_LONGEST_PAUSE = 9
+"""Position of the longest pause between two tries, of 20 s."""
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """Files of one checkpoint's folder."""
+
+    url: str
+    names: tuple[str, ...]
+
+
+class Retirement:
+    """The removals of one run, one set of them at a time."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def begin(self, folder: str, newest: int, retention: Retention) -> None:
+        """Remove what step `newest`, just committed, leaves over; returns within seconds. Never raises."""
+        self.cancel()
+        try:
+            doomed = _doomed(folder, newest, retention)
+        except (OSError, ValueError, Failure) as error:
+            # The new checkpoint counts; old ones that stay cost only space.
+            logger.warning("old checkpoints in %s cannot be listed: %s", folder, error)
+            return
+        if not doomed:
+            return
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=_remove, args=(folder, doomed, self._stop), name="old checkpoints", daemon=True
+        )
+        self._thread.start()
+        self._thread.join(_GRACE_S)
+
+    def cancel(self) -> None:
+        """Remove nothing more; returns when the request under way has ended."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def _doomed(folder: str, newest: int, retention: Retention) -> list[Doomed]:
+    urls = [join(folder, folder_name(step)) for step in steps_to_retire(folder, newest, retention)]
+    found = [Doomed(url, tuple(list_tree(url, tries=1))) for url in urls]
+    newest_url = join(folder, folder_name(newest))
+    left = leftovers(newest_url)
+    return [*found, *([Doomed(newest_url, tuple(left))] if left else [])]
+
+
+def _remove(folder: str, doomed: Sequence[Doomed], stop: threading.Event) -> None:
+    tries, began = 0, time.monotonic()
+    for each in doomed:
+        # Without its manifest it no longer counts, whatever happens next.
+        first = tuple(name for name in each.names if name == MANIFEST_NAME)
+        for names in filter(None, (first, each.names)):
+            while not stop.is_set():
+                try:
+                    remove_names(each.url, names, tries=1)
+                    break
+                except UserError as error:
+                    logger.warning("old checkpoints in %s stay where they are: %s", folder, error)
+                    return
+                except Failure as error:
+                    tries += 1
+                    if time.monotonic() - began > _PATIENCE_S:
+                        logger.warning("old checkpoints in %s stay until the next one: %s", folder, error)
+                        return
+                    if tries == 1:
+                        what = "old checkpoints in %s cannot be removed; tried again beside training: %s"
+                        logger.warning(what, folder, error)
+                    stop.wait(pause_before(min(tries, _LONGEST_PAUSE)))
+    if tries and not stop.is_set():
+        logger.warning("old checkpoints in %s are removed, at try %d", folder, tries + 1)
