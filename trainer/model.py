@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.checkpoint.export import open_weights, read_about
@@ -22,36 +24,79 @@ from trainer.first_stage.build import build_first_stage, check_first_stage, load
 from trainer.first_stage.discriminator import PatchDiscriminator
 from trainer.first_stage.statistics import require_same_statistics
 from trainer.interop.initialise import initialise
+from trainer.models.layers import zero_module
 from trainer.models.unet import UNet
 from trainer.weights import Undrawn, metadata_object
 
 
-class ConditionedUNet(nn.Module):
-    """The trained network: the UNet and whatever conditions are learned with it."""
+class LevelUncertainty(nn.Module):
+    """u at each noise level, 0 at first: one linear layer on Fourier features of the timestep.
 
-    def __init__(self, unet: UNet, conditions: TrainedConditions, *, channels_last: bool) -> None:
+    As EDM2's (Karras et al. 2024, equation 21 and its code), whose frequencies and phases are random, once:
+    here they are quantiles of the same laws, so that there is nothing to store.
+    """
+
+    def __init__(self, timestep_scale: float, num_features: int = 128) -> None:
+        """`timestep_scale` brings timesteps to about -1 .. 1."""
+        super().__init__()
+        self.timestep_scale = timestep_scale
+        self.num_features = num_features
+        self.linear = zero_module(nn.Linear(num_features, 1))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """[B] -> u, float32 [B]."""
+        features = self.features(timesteps)
+        return F.linear(features, self.linear.weight.float(), self.linear.bias.float())[:, 0]
+
+    def features(self, timesteps: Tensor) -> Tensor:
+        """[B] -> sqrt(2) cos(2 pi (f t + p)), float32 [B, num_features], of mean square 1."""
+        index = torch.arange(self.num_features, device=timesteps.device, dtype=torch.float32)
+        frequencies = torch.special.ndtri((index + 0.5) / self.num_features)
+        phases = index * ((math.sqrt(5.0) - 1.0) / 2.0)  # golden section: even over the turn, whatever k
+        turns = self.timestep_scale * timesteps.float()[:, None] * frequencies + phases
+        return math.sqrt(2.0) * (2.0 * math.pi * turns).cos()
+
+
+class ConditionedUNet(nn.Module):
+    """The trained network: the UNet and whatever is learned with it, conditions and uncertainty."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        conditions: TrainedConditions,
+        *,
+        channels_last: bool,
+        uncertainty: LevelUncertainty | None = None,
+    ) -> None:
         super().__init__()
         # The layout of activations follows the input's; weights stay flat slices of ZeRO's partitions.
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.unet = unet
         self.conditions = conditions
+        self.uncertainty = uncertainty
 
     def forward(
         self, noisy: Tensor, timesteps: Tensor, inputs: dict[str, Tensor], drop: dict[str, Tensor]
-    ) -> Tensor:
-        """[B, C, H, W], [B], prepared conditions and their drop masks -> prediction [B, C, H, W]."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, C, H, W], [B], prepared conditions and their drop masks -> prediction [B, C, H, W].
+
+        In training mode with an uncertainty: (prediction, u [B]).
+        """
         dtype = self.unet.conv_in.weight.dtype
         condition = self.conditions(inputs, drop).to(dtype)
         x = noisy.to(dtype)
         if condition.concat is not None:
             x = torch.cat([x, condition.concat], dim=1)
-        return self.unet(
+        prediction = self.unet(
             x.contiguous(memory_format=self._memory_format),
             timesteps,
             context=condition.context,
             vector=condition.vector,
             class_labels=condition.class_labels,
         )
+        if self.uncertainty is None or not self.training:
+            return prediction
+        return prediction, self.uncertainty(timesteps)
 
 
 @dataclass(frozen=True)
@@ -97,7 +142,16 @@ def build_network(config: Config, conditioner: Conditioner) -> ConditionedUNet:
         vector_dim=conditioner.vector_dim,
         num_classes=conditioner.num_classes,
     )
-    return ConditionedUNet(unet, conditioner.trained, channels_last=config.distributed.channels_last)
+    uncertainty = None
+    if config.diffusion.learned_uncertainty:
+        of_levels = config.diffusion.process != "edm"
+        uncertainty = LevelUncertainty(1.0 / config.diffusion.num_timesteps if of_levels else 1.0)
+    return ConditionedUNet(
+        unet,
+        conditioner.trained,
+        channels_last=config.distributed.channels_last,
+        uncertainty=uncertainty,
+    )
 
 
 def build_autoencoder(config: Config) -> dict[str, nn.Module]:
@@ -148,7 +202,10 @@ def _modules(config: Config) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
     if config.stage == "autoencoder":
         return build_autoencoder(config), {}
     conditioner = build_conditioner(config.conditioning, config.first_stage)
-    trained: dict[str, nn.Module] = {"unet": build_network(config, conditioner).unet}
+    network = build_network(config, conditioner)
+    trained: dict[str, nn.Module] = {"unet": network.unet}
+    if network.uncertainty is not None:
+        trained["uncertainty"] = network.uncertainty
     parts = conditioner.trained.parts.items()
     trained |= {f"conditioning.{name}": part for name, part in parts if any(True for _ in part.parameters())}
     frozen: dict[str, nn.Module] = {"first_stage": build_first_stage(config.first_stage)}
@@ -229,7 +286,8 @@ def load_model(
     config = _config_of(metadata, source, first_stage_weights, latent_scale)
     model = build_model(config, device, fresh=False)
     require_same_statistics(model.first_stage, tensors)
-    absent = initialise(model.network, tensors, source).new
+    new = initialise(model.network, tensors, source).new
+    absent = [name for name in new if not name.startswith("uncertainty.")]  # which sampling does not read
     if absent:
         raise ConfigError(
             f"{source} lacks {len(absent)} tensors of the network, such as {absent[0]}; name a run or an "

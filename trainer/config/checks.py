@@ -94,6 +94,7 @@ def _check_graphs(config: Config) -> None:
         # The gradients of a graph lie where the next replay writes; only bf16 engines take them away at once.
         "distributed.precision=fp32": config.distributed.precision == "fp32",
         "distributed.zero_stage=3": config.distributed.zero_stage == 3,
+        "diffusion.learned_uncertainty": config.diffusion.learned_uncertainty,  # a second output
         "unet.activation_checkpointing": config.unet.activation_checkpointing,
         "unet.dropout": config.unet.dropout > 0,
     }

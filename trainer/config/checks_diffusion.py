@@ -117,6 +117,11 @@ def _check_belongs_together(config: DiffusionConfig) -> None:
             f"diffusion.weighting={config.weighting} weights the error of a velocity, not of "
             f"diffusion.prediction={config.prediction}; set diffusion.weighting=uniform."
         )
+    if config.learned_uncertainty and config.loss != "l2":
+        raise ConfigError(
+            "diffusion.learned_uncertainty is a variance, so it is for the squared error, not for "
+            f"diffusion.loss={config.loss}; set diffusion.loss=l2 or diffusion.learned_uncertainty=false."
+        )
     if config.process == "edm" and config.sigma_min >= config.sigma_max:
         raise ConfigError(
             f"diffusion.sigma_min={config.sigma_min:g} must be below diffusion.sigma_max="

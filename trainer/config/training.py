@@ -73,6 +73,8 @@ class DiffusionConfig:
     """Lowest sigma that edm samples at."""
     sigma_max: float = number(80.0, above=0, most=10**6)
     """Highest sigma that edm samples at."""
+    learned_uncertainty: bool = False
+    """Learn beside the UNet how well each noise level can be predicted, e^u, and weigh its loss by e^-u."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,15 @@ def loss_per_sample(
     return distance.flatten(1).mean(dim=1) * loss_weights(config, process, timesteps)
 
 
+def weigh_by_uncertainty(losses: Tensor, uncertainty: Tensor) -> Tensor:
+    """loss / e^u + u, [B]: least where e^u is the expected loss at that level.
+
+    (Karras et al. 2024, equation 21.) Every level then has the same gradient, however hard; u is learned
+    with the network, from the same loss, whose gradient in u is 1 - loss / e^u.
+    """
+    return losses * (-uncertainty).exp() + uncertainty
+
+
 def _distance(config: DiffusionConfig, prediction: Tensor, target: Tensor) -> Tensor:
     match config.loss:
         case "l2":

@@ -16,6 +16,7 @@ INPUT = "conv_in.weight"
 """The tensor whose input channels may grow."""
 OPTIONAL = (
     "conditions.",
+    "uncertainty.",
     "unet.class_embedding.",
     "unet.vector_embedding.",
     "class_embedding.",

@@ -10,7 +10,13 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from trainer.conditioning.build import Conditioner
 from trainer.config.run import Config
-from trainer.diffusion.objective import add_noise, draw_timesteps, loss_per_sample, offset_noise
+from trainer.diffusion.objective import (
+    add_noise,
+    draw_timesteps,
+    loss_per_sample,
+    offset_noise,
+    weigh_by_uncertainty,
+)
 from trainer.diffusion.processes import at_size, make_process
 from trainer.distributed.engine import Engine
 from trainer.first_stage.base import FirstStage
@@ -54,20 +60,24 @@ class DiffusionStage:
                 config.seed, step, Purpose.STRATUM, config.global_batch_size, self._engine.device
             )
         micro_batches = batch.micro_batches(config.micro_batch_size)
-        total = torch.zeros((), device=self._engine.device)
+        total, total_error = torch.zeros((2,), device=self._engine.device).unbind()
         grad_norm = None
         for micro in micro_batches:
             with self._timer("encode"):
                 latents, inputs = self._encode(micro)
             with self._timer("unet"):
                 slots = micro.slots if strata is None else strata[micro.slots]
-                loss = self._loss(micro, latents, inputs, slots)
+                loss, error = self._loss(micro, latents, inputs, slots)
                 self._engine.backward(loss)
             with self._timer("optimizer"):
                 grad_norm = self._engine.step(learning_rate)
             total += loss.detach()
+            total_error += error
         assert grad_norm is not None, "the engine did not step at the accumulation boundary"
-        return {"loss": total / len(micro_batches), "grad_norm": grad_norm}
+        metrics = {"loss": total / len(micro_batches), "grad_norm": grad_norm}
+        if config.diffusion.learned_uncertainty:  # what other runs call their loss
+            metrics["error"] = total_error / len(micro_batches)
+        return metrics
 
     @torch.no_grad()
     def _encode(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,7 +98,10 @@ class DiffusionStage:
         )
         return latents.float(), inputs
 
-    def _loss(self, batch: Batch, latents: Tensor, inputs: dict[str, Tensor], slots: Tensor) -> Tensor:
+    def _loss(
+        self, batch: Batch, latents: Tensor, inputs: dict[str, Tensor], slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss, and without the learned uncertainty."""
         config, seed, ordinals = self._config, self._config.seed, batch.ordinals
         diffusion = at_size(config.diffusion, batch.pixels.shape[2], batch.pixels.shape[3])
         uniforms = uniform(seed, ordinals, Purpose.TIMESTEP, ())
@@ -99,8 +112,13 @@ class DiffusionStage:
             noise = offset_noise(noise, shift, diffusion.offset_noise)
         noisy = add_noise(self._process, latents, noise, timesteps)
         drop = self._conditioner.drop_masks(seed, ordinals)
-        prediction = self._engine(noisy, timesteps, inputs, drop)
-        return loss_per_sample(diffusion, self._process, prediction.float(), latents, noise, timesteps).mean()
+        output = self._engine(noisy, timesteps, inputs, drop)
+        prediction, uncertainty = output if diffusion.learned_uncertainty else (output, None)
+        losses = loss_per_sample(diffusion, self._process, prediction.float(), latents, noise, timesteps)
+        error = losses.detach().mean()
+        if uncertainty is not None:
+            losses = weigh_by_uncertainty(losses, uncertainty)
+        return losses.mean(), error
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Preview:

@@ -115,6 +115,25 @@ def test_it_learns_one_batch(settings: list[str]) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in stage.engines["unet"].module.parameters())
 
 
+@pytest.mark.parametrize("settings", [[], FLOW, EDM], ids=["eps", "flow", "edm"])
+def test_uncertainty_is_learned_beside_the_network(settings: list[str]) -> None:
+    """The first loss is the plain one; "error" goes on as it; u follows, and previews do not see it."""
+    learned = "diffusion.learned_uncertainty=true"
+    _, plain = make(*settings, "micro_batch_size=4")
+    _, stage = make(*settings, learned, "micro_batch_size=4", "sampling={num_previews: 2, steps: 3}")
+    expected = plain.train_step(make_batch(), 0, 0.0)
+    first = stage.train_step(make_batch(), 0, 0.0)
+    assert first["loss"].item() == first["error"].item() == expected["loss"].item()
+    assert "error" not in expected
+    steps = [stage.train_step(make_batch(), step, 3e-3) for step in range(60)]
+    assert steps[-1]["error"] < 0.9 * steps[0]["error"]
+    assert steps[-1]["loss"] < steps[-1]["error"]
+    weight = stage.engines["unet"].module.get_parameter("uncertainty.linear.weight")
+    assert weight.isfinite().all()
+    assert weight.any()
+    assert stage.preview(make_batch()).pixels.shape == (2, 3, 8, 8)
+
+
 def test_a_bucket_has_its_own_shift() -> None:
     """Pictures of twice the edge are seen with more noise."""
     config, _ = make(*FLOW, "diffusion.shift=2", "diffusion.shift_pixels=8", "micro_batch_size=8")
