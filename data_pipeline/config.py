@@ -88,6 +88,8 @@ class DataConfig:
     """Edge length of the square crop, in pixels."""
     crop: Literal["random", "center"] = "center"
     """Crop after resizing the shorter side to image_size."""
+    allow_enlarging: bool = False
+    """Serve pictures whose stored size is smaller than the crop, enlarged; otherwise they are rejected."""
     horizontal_flip: bool = False
     """Flip half of the samples (never with text about left and right)."""
     buckets: bool = False

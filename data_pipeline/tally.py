@@ -59,10 +59,17 @@ class Tally:
         """Raise DataError where the rejected share is above `limit`."""
         if self.seen and self.lost > limit * self.seen:
             raise DataError(
-                f"Only {self.sentence()}. Correct the shards, data.filter or data.captions "
-                "(`ldm data inspect` shows the samples), or, if so few are meant, raise "
-                f"data.max_rejected_share={limit:g}."
+                f"Only {self.sentence()}. {remedy(self.rejected)}; `ldm data inspect` shows the samples. If "
+                f"so few are meant, raise data.max_rejected_share={limit:g}."
             )
+
+
+def remedy(rejected: Counter[str]) -> str:
+    """What to do about the most frequent reasons."""
+    frequent = [reason for reason, _ in rejected.most_common(2)]
+    if "too_small" in frequent:
+        return "Lower data.image_size to what the pictures have, or set data.allow_enlarging=true"
+    return "Correct the shards, data.filter or data.captions"
 
 
 def added(tallies: Iterable[Tally]) -> Tally:

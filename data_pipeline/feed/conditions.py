@@ -39,11 +39,12 @@ def fill_conditions(
     members: Mapping[str, bytes],
     record: Mapping[str, Any] | None,
     geometry: Geometry,
+    original: tuple[int, int] | None,
     out: Mapping[str, NDArray[Any]],
     row: int,
 ) -> None:
     """Write one sample's conditions to row `row` of the batch arrays. Raises Rejected."""
-    out["size"][row] = geometry.size_row()
+    out["size"][row] = geometry.size_row(original)
     for name in config.conditions:
         if name == "class_label":
             out[name][row] = _class_label(members, record)

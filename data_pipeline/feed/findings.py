@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, NotATar
 from data_pipeline.shards.filter_columns import unknown_column
-from data_pipeline.tally import FIRST, Tally
+from data_pipeline.tally import FIRST, Tally, remedy
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,6 @@ class Findings:
         if not self._accepted:
             _, _, reasons = self.tally.sentence().partition("; rejected: ")
             raise DataError(
-                f"In data.order=resampled every sample was rejected: {reasons}; correct data.filter, "
-                "data.captions or the shards."
+                f"In data.order=resampled every sample was rejected: {reasons}. "
+                f"{remedy(self.tally.rejected)}."
             )

@@ -81,6 +81,8 @@ class Visit:
     """Place in its plan."""
     late: Filter | None = None
     """Clauses that its json must still satisfy."""
+    original: tuple[int, int] | None = None
+    """Height and width before the picture was stored, where its json says so."""
     passed: list[tuple[str, str]] = field(default_factory=list)
     """(reason, key) of rejected samples beside it that no order counts."""
 
@@ -238,6 +240,7 @@ class Walker:
                 reason,
                 slot=slot,
                 late=view.late_filter(row),
+                original=view.original(row),
                 passed=[(view.reason(other) or "", view.key(other)) for other in view.passed(row)],
             )
             if reason is not None:

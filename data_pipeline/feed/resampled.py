@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -29,8 +29,9 @@ from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
 from data_pipeline.pictures.headers import picture_size
 from data_pipeline.shards.dataset import sources_of
+from data_pipeline.shards.filter_values import as_column, to_numbers
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.index import hash_text
+from data_pipeline.shards.index import ORIGINAL, hash_text
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import picture_members, removed_by
 from data_pipeline.shards.tars import parse_record
@@ -55,6 +56,15 @@ class _Reading:
         for sample in samples:
             self.samples += 1
             yield sample
+
+
+def original_size(record: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """Height and width before the picture was stored, if its json says so: `ShardIndex.original_sizes`."""
+    values = np.empty(len(ORIGINAL), dtype=object)
+    values[:] = [(record or {}).get(name) for name in ORIGINAL]
+    height, width = to_numbers(as_column(values)).values.tolist()
+    usable = all(1 <= edge < 1 << 31 for edge in (height, width))
+    return (int(height), int(width)) if usable else None
 
 
 class ResampledLoader(Iterator[Batch]):
@@ -193,6 +203,7 @@ class ResampledLoader(Iterator[Batch]):
                 self._config,
                 members,
                 late=self._late(members),
+                original=original_size(parse_record(members.get("json"))),
                 target=(edge, edge),
                 seed=self._seed,
                 ordinal=fold(self._step, hash_text(key)) >> 1,

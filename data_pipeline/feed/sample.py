@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,19 +18,27 @@ from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.selection import picture_members
 from data_pipeline.shards.tars import parse_record
 
+_SAME_ASPECT = 0.03
+"""Logarithm of the ratio of two aspects up to which rounding explains it."""
+
 
 def fill_sample(
     config: DataConfig,
     members: Mapping[str, bytes],
     *,
     late: Filter | None,
+    original: tuple[int, int] | None,
     target: tuple[int, int],
     seed: int,
     ordinal: int,
     out: Mapping[str, NDArray[Any]],
     row: int,
 ) -> str:
-    """Decode one sample into row `row` of the batch arrays; returns its caption. Raises Rejected."""
+    """Decode one sample into row `row` of the batch arrays; returns its caption. Raises Rejected.
+
+    late: clauses of the filter that its json must still satisfy
+    original: height and width before whoever stored the picture made it smaller; None: as stored
+    """
     record = parse_record(members.get("json"))
     if late is not None:
         reason = late.check(record or {})
@@ -47,6 +56,8 @@ def fill_sample(
     if data is None:
         raise Rejected("no_image")
     picture = decode(data, target=target, max_pixels=config.max_image_pixels)
+    if not config.allow_enlarging and (picture.height < target[0] or picture.width < target[1]):
+        raise Rejected("too_small", f"{picture.width} x {picture.height} for {target[1]} x {target[0]}")
     geometry = plan_crop(
         picture.height,
         picture.width,
@@ -57,8 +68,18 @@ def fill_sample(
         ordinal=ordinal,
     )
     geometry = crop_pixels(picture, geometry, out["pixels"][row])
-    fill_conditions(config, members, record, geometry, out, row)
+    before = original and _upright(original, picture.height / picture.width)
+    fill_conditions(config, members, record, geometry, before, out, row)
     return caption
+
+
+def _upright(original: tuple[int, int], aspect: float) -> tuple[int, int]:
+    """Height and width, exchanged where only so they have the aspect (height to width) of the picture.
+
+    Who stores a picture as it came notes the size of its pixels, before its EXIF orientation turns them.
+    """
+    given, turned = (abs(math.log(h / w / aspect)) for h, w in (original, original[::-1]))
+    return original[::-1] if turned < _SAME_ASPECT < given else original
 
 
 def sample_arrays(height: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -167,6 +167,7 @@ class ShareStream:
             self._task.config,
             members,
             late=visit.late,
+            original=visit.original,
             target=target,
             seed=self._task.order.seed,
             ordinal=ordinal,
@@ -183,6 +184,8 @@ class ShareStream:
         remedy = "loosen data.filter, lower data.lanes or correct the shards"
         if reasons and reasons[0][0] == "shard_replaced":
             remedy = f"the shards changed after they were indexed: {REINDEX}"
+        if reasons and reasons[0][0] == "too_small":
+            remedy = "lower data.image_size to what the pictures have, or set data.allow_enlarging=true"
         return DataError(
             f"Every sample of lane {walk.lane} ({walk.order.lane_size(walk.lane)} per epoch) is "
             f"rejected: {listed}; {remedy}."

@@ -70,13 +70,17 @@ class Geometry:
         )
         return crop, rows, columns
 
-    def size_row(self) -> list[int]:
-        """(original h, w, crop top, left in the resized picture, target h, w): SDXL's size condition."""
+    def size_row(self, original: tuple[int, int] | None = None) -> list[int]:
+        """(original h, w, crop top, left in the resized picture, target h, w): SDXL's size condition.
+
+        original: height and width of the picture before it was stored; None: it was stored as it was
+        """
         scale_y = self.target_height / max(1e-9, (self.bottom - self.top) * self.height)
         scale_x = self.target_width / max(1e-9, (self.right - self.left) * self.width)
+        height, width = original or (self.height, self.width)
         return [
-            self.height,
-            self.width,
+            height,
+            width,
             round(self.top * self.height * scale_y),
             round(self.left * self.width * scale_x),
             self.target_height,

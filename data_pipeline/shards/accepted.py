@@ -83,6 +83,7 @@ def _digest(config: DataConfig, rows: Sequence[ManifestRow]) -> str:
     settings = (
         config.filter.strip(),
         target_shapes(config),
+        config.allow_enlarging,
         config.max_member_bytes,
         make_selection(config, removals=()).members,
     )

@@ -75,8 +75,10 @@ class Dataset:
         if self.accepted is not None and total:
             total = int(self.accepted.aspects.sum(axis=1)[self.shard_of].sum())
             if total < max(1, config.lanes):
+                enlarge = "set data.allow_enlarging=true, " if "too_small" in self.accepted.reasons else ""
                 raise DataError(
-                    f"{self.accepted.sentence()}; loosen data.filter, lower data.lanes or correct the shards."
+                    f"{self.accepted.sentence()}; {enlarge}loosen data.filter, lower data.lanes or correct "
+                    "the shards."
                 )
         lanes = choose_lanes(config.lanes, global_batch_size, total)
         window = choose_window(config.shuffle_window, lanes, self.mean_bytes)

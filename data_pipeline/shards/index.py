@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, NotFound
 from data_pipeline.order.buckets import aspect_histogram
-from data_pipeline.shards.filter_values import OTHER, spelled_number
+from data_pipeline.shards.filter_values import OTHER, as_column, spelled_number, to_numbers
 from data_pipeline.shards.tars import BLOCK
 from data_pipeline.storage.files import read_bytes, write_bytes
 from data_pipeline.storage.urls import join, name_of
@@ -59,6 +59,8 @@ DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
 MANIFEST = "manifest.jsonl.gz"
 _MAX_MEMBERS = 64
+ORIGINAL = ("original_height", "original_width")
+"""Fields that tell the size of a picture before it was stored."""
 DIGESTS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
 """Hexadecimal digits of the digests that are told from other texts by their looks."""
 IDENTITIES = ("url", "uid", "hash", *DIGESTS)
@@ -188,6 +190,15 @@ class ShardIndex:
             self.numbers.get("picture_height", unknown).astype(np.float64),
             self.numbers.get("picture_width", unknown).astype(np.float64),
         )
+
+    def original_sizes(self) -> NDArray[np.int32]:
+        """[2, n] heights and widths before pictures were stored, as img2dataset notes them; 0 is unknown."""
+        columns = [self.column(name) for name in ORIGINAL]
+        if any(column is None for column in columns):
+            return np.zeros((2, len(self)), np.int32)
+        sizes = np.stack([to_numbers(as_column(column)).values for column in columns if column is not None])
+        usable = ((sizes >= 1) & (sizes < 1 << 31)).all(axis=0)  # no NaN is either
+        return np.where(usable, sizes, 0).astype(np.int32)
 
     def encode(self) -> bytes:
         """Compact bytes: a zip of .npy arrays, no pickle."""

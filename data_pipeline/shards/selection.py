@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.order.buckets import bucket_shapes
+from data_pipeline.order.buckets import aspect_of, bucket_shapes, nearest_shapes
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import DEFECTS, IDENTITIES, ShardIndex, hash_identity
 from data_pipeline.shards.removals import RemovalList, read_removals
@@ -31,6 +31,8 @@ class Selection:
     max_member_bytes: int
     picture: tuple[str, ...]
     """Extensions of the picture: the first that a sample has is read."""
+    shapes: tuple[tuple[int, int], ...] = ()
+    """(height, width) of batches: a picture smaller than that of nearest aspect is not read. (): all are."""
     removals: tuple[RemovalList, ...] = ()
     reads_json: bool = False
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
@@ -38,7 +40,7 @@ class Selection:
     def reasons(self, index: ShardIndex) -> tuple[NDArray[np.int32], tuple[str, ...]]:
         """[n] -1 for samples to read, else position in the returned names: all that the index can decide."""
         removed = [f"removed: {removal.name}" for removal in self.removals]
-        names = (*self.filter.reasons(), *removed, "too_large", *DEFECTS)
+        names = (*self.filter.reasons(), *removed, "too_large", "too_small", *DEFECTS)
         n = len(index)
         result = np.full(n, -1, np.int32)
         early = self._part(index, decidable=True)
@@ -50,6 +52,7 @@ class Selection:
             place += [len(self.filter.clauses) + i for i in place]
             result = np.asarray([*place, -1], np.int32)[early.first_failing(known, n)]
         if n:
+            result[(result < 0) & self._too_small(index)] = names.index("too_small")
             largest = self.extents(index)[1].max(axis=0)
             result[largest > self.max_member_bytes] = names.index("too_large")
             self._mark_removed(index, result, [names.index(name) for name in removed])
@@ -61,6 +64,14 @@ class Selection:
     def accepted(self, index: ShardIndex) -> NDArray[np.bool_]:
         """[n] what buckets count: removal lists may grow during a run, and must not shift its order."""
         return np.asarray(replace(self, removals=()).reasons(index)[0] < 0)
+
+    def _too_small(self, index: ShardIndex) -> NDArray[np.bool_]:
+        """[n] whether a picture would have to be enlarged; of unknown sizes decoding decides."""
+        heights, widths = index.picture_sizes()
+        if not self.shapes:
+            return np.zeros(len(index), np.bool_)
+        target = np.asarray(self.shapes)[nearest_shapes(self.shapes)[aspect_of(heights, widths)]]
+        return np.asarray((heights < target[:, 0]) | (widths < target[:, 1]))
 
     def extents(self, index: ShardIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First byte, -1 where there is none, and size [members, n] of what is read of every sample."""
@@ -114,6 +125,7 @@ def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None 
         filter=rows,
         members=tuple(dict.fromkeys(members)),
         picture=picture,
+        shapes=() if config.allow_enlarging else target_shapes(config),
         max_member_bytes=config.max_member_bytes,
         removals=read_removals(config.removal_lists) if removals is None else removals,
         reads_json=reads_json,

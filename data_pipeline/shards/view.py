@@ -38,10 +38,17 @@ class ShardView:
     """Clauses that the index cannot decide alone: they look at each json once it is read."""
     late_columns: dict[str, NDArray[Any]]
     """Columns of those that the index does have; [n] each."""
+    originals: NDArray[np.int32]
+    """[2, n] heights and widths before the pictures were stored; 0 where the json does not say."""
     accepted: NDArray[np.int64] | None
     """[accepted] rows that the orders of buckets count, ascending; None: they count all rows."""
     rows: tuple[NDArray[np.int64], ...]
     """The same by bucket."""
+
+    def original(self, row: int) -> tuple[int, int] | None:
+        """Height and width of one picture before it was stored, if its json says so."""
+        height, width = self.originals[:, row].tolist()
+        return (height, width) if height and width else None
 
     def row(self, bucket: int, place: int) -> int:
         """Row of the `place`-th sample that the order of a bucket counts here."""
@@ -135,6 +142,7 @@ class ShardViews:
             sizes=sizes,
             late=late,
             late_columns={name: column for name, column in late_columns.items() if column is not None},
+            originals=index.original_sizes(),
             accepted=accepted,
             rows=tuple(rows),
         )

@@ -37,7 +37,9 @@ _FREE = (
     "diffusion.sigma_max",
     "autoencoder_loss.latent_statistics",  # measured again before they are stored
 )
-_DATA = ("image_size", "crop", "horizontal_flip", "buckets", "filter", "require_caption")
+_DATA = (
+    *("image_size", "crop", "allow_enlarging", "horizontal_flip", "buckets", "filter", "require_caption"),
+)
 """Where shards lie, and what is removed from them, may change: an opt-out needs no permission.
 data.conditions and data.max_layout_boxes follow from `conditioning`."""
 

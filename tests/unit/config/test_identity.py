@@ -27,7 +27,16 @@ FREE = {
 }
 """Sections and settings that may change without a word."""
 COMPARED_DATA = {
-    *("image_size", "crop", "horizontal_flip", "buckets", "filter", "require_caption", "captions"),
+    *(
+        "image_size",
+        "crop",
+        "allow_enlarging",
+        "horizontal_flip",
+        "buckets",
+        "filter",
+        "require_caption",
+        "captions",
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from data_pipeline.loader import build_loader, merge_positions
 from data_pipeline.order.buckets import ASPECTS, Buckets, aspect_of, bucket_shapes, make_buckets
 from data_pipeline.order.lanes import Order
 
-SIZES = [(32, 32), (64, 32), (32, 64), (48, 32), (60, 30), (40, 38)]
+SIZES = [(32, 32), (64, 32), (32, 64), (48, 32), (66, 33), (40, 38)]
 
 
 @pytest.fixture

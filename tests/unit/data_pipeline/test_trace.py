@@ -102,6 +102,7 @@ def test_the_commands_print_the_same(
         str(ROOT / "configs" / "demo_text_to_image.yaml"),
         f"data.shards={tmp_path}/*.tar",
         "data.image_size=32",
+        "data.allow_enlarging=true",
         "data.filter=score < 0.65",
         f"global_batch_size={BATCH}",
         "micro_batch_size=6",
