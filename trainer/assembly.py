@@ -40,6 +40,7 @@ from trainer.metrics.timer import StartTimer, StepTimer
 from trainer.model import build_autoencoder, build_model
 from trainer.provenance import git_commit
 from trainer.reliability.healing import Healer, Incident, read_journal, write_journal
+from trainer.reliability.lease import Lease, acquire
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.stages.diffusion import DiffusionStage
 from trainer.stages.stage import Stage
@@ -67,6 +68,7 @@ class Run:
     dataset: Dataset | None
     """None in resampled order."""
     start: StartTimer
+    lease: Lease | None = None
 
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
@@ -162,6 +164,8 @@ class Run:
         """Let go of writers and sinks."""
         self.checkpoints.close()
         self.sinks.close()
+        if self.lease is not None:
+            self.lease.release()
 
 
 def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = None) -> Run:
@@ -192,7 +196,6 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     start.mark("engines")
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
     state, healer = TrainState(), Healer(config.healing)
-    checkpoints = CheckpointManager(config, env, buffer)
     resolved = {
         **config_to_dict(config),
         "world_size": env.world_size,
@@ -201,15 +204,33 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
         **facts,
     }
     sinks = Sinks(config, main_rank=env.is_main, resolved=resolved)
-    run = Run(config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
-    resumed = run.restore()
-    healer.merge(read_journal(config.run_dir))
-    sinks.open(start_step=state.step, run_id=state.wandb_run_id)
-    state.wandb_run_id = collectives.broadcast_object(sinks.run_id)
-    if resumed is not None:
-        run.tell_resume(resumed)
+    lease = _hold_folder(config.run_dir)
+    try:
+        checkpoints = CheckpointManager(config, env, buffer, lease)
+        run = Run(config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start, lease)
+        resumed = run.restore()
+        healer.merge(read_journal(config.run_dir))
+        sinks.open(start_step=state.step, run_id=state.wandb_run_id)
+        state.wandb_run_id = collectives.broadcast_object(sinks.run_id)
+        if resumed is not None:
+            run.tell_resume(resumed)
+    except BaseException:
+        if lease is not None:
+            lease.release()
+        raise
     start.mark("averages and checkpoint")
     return run
+
+
+def _hold_folder(run_dir: str) -> Lease | None:
+    """The lease of the run folder, on rank 0. Collective.
+
+    Raises:
+        RunTaken: on all ranks, another job's run is alive in it.
+    """
+    held: list[Lease] = []
+    collectives.from_main_rank(lambda: held.append(acquire(run_dir)))
+    return held[0] if held else None
 
 
 def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer, start: StartTimer) -> _Built:

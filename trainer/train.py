@@ -22,10 +22,11 @@ from trainer.metrics.timer import StartTimer
 from trainer.optim import learning_rate
 from trainer.reliability.healing import Incident
 from trainer.reliability.heartbeat import board_from_environment
+from trainer.reliability.peers import peer_phases
 from trainer.reliability.preemption import Preemption
 from trainer.reliability.served_share import ServedShare
 from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, gather_reports
-from trainer.reliability.watchdog import Watchdog
+from trainer.reliability.watchdog import Watchdog, silence_s
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,12 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
     start = StartTimer()
     start.mark("imports and checks")
     watchdog = Watchdog(
-        config.distributed.watchdog_s,
+        silence_s(config.distributed, env.num_nodes),
         local_rank=env.local_rank,
         board=board_from_environment(env.local_rank),
         # A late recompilation looks like a hang.
         grace_s={"data": config.data.patience_s, "step": 600.0 if config.distributed.compile else 0.0},
+        peers=peer_phases(env),
     )
     stop_file = f"{config.run_dir.rstrip('/')}/STOP" if env.is_main else None
     with watchdog, Preemption(stop_file) as preemption:

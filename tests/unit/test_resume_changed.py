@@ -54,8 +54,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file of a run folder but the lease, which is taken and given back."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "lease.json"]
+    return {str(path): path.read_bytes() for path in files}
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:

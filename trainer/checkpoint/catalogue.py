@@ -96,6 +96,12 @@ def steps_to_keep(losses: Mapping[int, float | None], retention: Retention) -> s
     return {*newest, *for_ever, *best}
 
 
+def token_of(name: str) -> int:
+    """Fencing token in the name of a checkpoint's file: which start of a run wrote it; 0 without one."""
+    match = re.search(r"\.(\d+)-[0-9a-f]+\.", name)
+    return int(match[1]) if match else 0
+
+
 def steps_to_retire(folder: str, newest: int, retention: Retention) -> list[int]:
     """Steps whose checkpoints are not kept, and those that older attempts left half-written; newest first.
 

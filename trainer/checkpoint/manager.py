@@ -38,6 +38,7 @@ from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.ema import EMA
+from trainer.reliability.lease import Lease
 from trainer.weights import read_weights
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,16 @@ class SaveReport:
 class CheckpointManager:
     """Checkpoints of one run, in run_dir/checkpoints. Methods are collective, but for `close`."""
 
-    def __init__(self, config: Config, env: DistributedEnv, buffer: HostBuffer | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        env: DistributedEnv,
+        buffer: HostBuffer | None = None,
+        lease: Lease | None = None,
+    ) -> None:
         """Raises UserError or RetryableFault on all ranks when the folder cannot be written to.
 
+        lease: on rank 0, the run's hold on its folder; released by whoever took it.
         buffer: memory for the copy, begun early so that the first save need not wait for it; closed here.
         """
         self._config = config
@@ -86,10 +94,12 @@ class CheckpointManager:
                 check_writable(self._folder)
             except Failure as error:
                 failure = error
-        session, failure = collectives.broadcast_object((uuid.uuid4().hex[:8], failure))
+        session = f"{0 if lease is None else lease.claim.token}-{uuid.uuid4().hex[:8]}"
+        session, failure = collectives.broadcast_object((session, failure))
         if failure is not None:
             raise failure
         self._session: str = session
+        self._lease = lease
         self._attempts = 0
         self._pending = False
         self._waited_s = 0.0  # since the last save
@@ -158,8 +168,10 @@ class CheckpointManager:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows by now that the newest save failed. Does not wait; not collective."""
-        return self._pending and self._writer.failed()
+        """Whether this rank knows by now that the newest save failed, or the next one will: another job has
+        taken the folder. Does not wait; not collective."""
+        taken = self._lease is not None and self._lease.lost is not None
+        return taken or (self._pending and self._writer.failed())
 
     def settle(self) -> Failure | None:
         """Return when everything submitted is committed, or with the reason why it is not."""
@@ -172,6 +184,8 @@ class CheckpointManager:
         if failure is None:
             # Every rank's shard is there, so that the commit waits for nobody.
             committed = self._writer.commit_result() if self._env.is_main else None
+            if committed is not None and self._lease is not None:
+                committed = self._lease.taken() or committed  # the writer process knows no class of errors
             failure = collectives.broadcast_object(committed)
         else:
             self._writer.abandon()  # rank 0's waits for the shard that is missing
@@ -274,4 +288,5 @@ class CheckpointManager:
             tensors=contents.tensors_file(),
             retention=retention,
             patience_s=_PATIENCE_S,
+            claim=self._lease.claim if self._lease is not None else None,
         )

@@ -20,7 +20,7 @@ from data_pipeline.errors import Failure, UserError
 from data_pipeline.storage.files import list_tree, remove_names
 from data_pipeline.storage.retry import pause_before
 from data_pipeline.storage.urls import join
-from trainer.checkpoint.catalogue import Retention, folder_name, leftovers, steps_to_retire
+from trainer.checkpoint.catalogue import Retention, folder_name, leftovers, steps_to_retire, token_of
 from trainer.checkpoint.manifest import MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,14 @@ class Retirement:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
-    def begin(self, folder: str, newest: int, retention: Retention) -> None:
-        """Remove what step `newest`, just committed, leaves over; returns within seconds. Never raises."""
+    def begin(self, folder: str, newest: int, retention: Retention, token: int = 0) -> None:
+        """Remove what step `newest`, just committed, leaves over; returns within seconds. Never raises.
+
+        token: of this start of the run; what later starts have written is not its to remove.
+        """
         self.cancel()
         try:
-            doomed = _doomed(folder, newest, retention)
+            doomed = _doomed(folder, newest, retention, token)
         except (OSError, ValueError, Failure) as error:
             # The new checkpoint counts; old ones that stay cost only space.
             logger.warning("old checkpoints in %s cannot be listed: %s", folder, error)
@@ -73,11 +76,12 @@ class Retirement:
             self._thread = None
 
 
-def _doomed(folder: str, newest: int, retention: Retention) -> list[Doomed]:
+def _doomed(folder: str, newest: int, retention: Retention, token: int) -> list[Doomed]:
     urls = [join(folder, folder_name(step)) for step in steps_to_retire(folder, newest, retention)]
-    found = [Doomed(url, tuple(list_tree(url, tries=1))) for url in urls]
+    listed = [Doomed(url, tuple(list_tree(url, tries=1))) for url in urls]
+    found = [each for each in listed if max(map(token_of, each.names), default=0) <= token]
     newest_url = join(folder, folder_name(newest))
-    left = leftovers(newest_url)
+    left = [name for name in leftovers(newest_url) if token_of(name) <= token]
     return [*found, *([Doomed(newest_url, tuple(left))] if left else [])]
 
 

@@ -9,7 +9,8 @@ In time, on two ranks (attempt 5e0f0001 of step 500; the names are those in chec
                                    | older checkpoints begin to go, and files of earlier attempts
     training stands still          | and goes on
 
-Killed anywhere before the manifest, a save leaves files that nothing refers to: the next commit removes them.
+Killed anywhere before the manifest, a save leaves files that nothing refers to: the next commit removes them,
+but for those of a later start of the run, whose number is in each name (reliability/lease.py).
 A receipt holds name, size and checksum of a shard, measured by the rank that wrote it: rank 0 reads no shard.
 The attempt is in every name but the manifest's, since a shard of a killed attempt at the same step must not
 be taken for one of this.
@@ -30,6 +31,7 @@ from trainer.checkpoint.catalogue import Retention, folder_name
 from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
 from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile
 from trainer.checkpoint.retirement import Retirement
+from trainer.reliability.lease import Claim
 
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.02, 2.0
 
@@ -47,6 +49,8 @@ class Commit:
     retention: Retention
     patience_s: float
     """How long the other ranks may take longer than this one."""
+    claim: Claim | None = None
+    """Asked before anything counts or goes; None where nobody else can be in the folder."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def write_commit(job: Job, own: StoredFile, retirement: Retirement) -> None:
 
     Raises:
         UserError, RetryableFault: storage failed, or another rank never delivered.
+        RunTaken: another job holds the run folder by now; nothing was committed or removed.
     """
     commit = job.commit
     assert commit is not None
@@ -110,8 +115,11 @@ def write_commit(job: Job, own: StoredFile, retirement: Retirement) -> None:
         tensors=StoredFile(tensors_name, *tensors),
     )
     retirement.cancel()
+    if commit.claim is not None:
+        commit.claim.verify()
     write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())
-    retirement.begin(job.folder, job.step, commit.retention)
+    token = 0 if commit.claim is None else commit.claim.token
+    retirement.begin(job.folder, job.step, commit.retention, token)
 
 
 def _receipts(job: Job, commit: Commit) -> list[StoredFile]:
@@ -148,7 +156,11 @@ def job_to_header(job: Job) -> tuple[dict[str, object], list[bytes]]:
     if job.commit is None:
         return header, []
     commit = job.commit
-    header["commit"] = {"retention": vars(commit.retention), "patience_s": commit.patience_s}
+    header["commit"] = {
+        "retention": vars(commit.retention),
+        "patience_s": commit.patience_s,
+        "claim": vars(commit.claim) if commit.claim is not None else None,
+    }
     return header, [commit.manifest.to_bytes(), commit.state, commit.tensors]
 
 
@@ -162,7 +174,8 @@ def job_from_header(header: dict[str, object], blobs: list[bytes]) -> Job:
     if isinstance(commit, dict):
         manifest, state, tensors = blobs
         retention = Retention(**commit["retention"])
-        parts = Commit(Manifest.from_bytes(manifest), state, tensors, retention, commit["patience_s"])
+        claim = Claim(**commit["claim"]) if commit["claim"] is not None else None
+        parts = Commit(Manifest.from_bytes(manifest), state, tensors, retention, commit["patience_s"], claim)
     return Job(
         folder=str(header["folder"]),
         step=int(str(header["step"])),

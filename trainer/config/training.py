@@ -183,6 +183,9 @@ class DistributedConfig:
     """How often `ldm train` restarts its local ranks after a retryable fault."""
     watchdog_s: float = number(15.0, least=0, most=10**7)
     """Seconds beyond the expected step time after which a silent rank counts as hung; 0: no watchdog."""
+    link_patience_s: float = number(45.0, least=0, most=10**7)
+    """Added to watchdog_s where the ranks are on several nodes: NCCL and TCP come back from a lost link by
+    themselves, NCCL after 20 s and more."""
     doctor: bool = True
     """Run the checks of `ldm doctor` before training; not again when its ranks are restarted."""
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
 from trainer.launch.ray_board import RunBoard, RunRequest, usable_ranks
 from trainer.launch.ray_worker import ROUND_S, Facts, Follower, started_rank
+from trainer.reliability.lease import JOB_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +173,8 @@ def train_rank(settings: dict[str, Any]) -> int:
         master_port=port,
     )
     log = _log_folder() / f"{context.get_experiment_name()}-attempt-{attempt}-rank-{rank:04d}.log"
-    with started_rank(config, place, log=log, restarts=attempt - 1) as process:
+    job = {JOB_VARIABLE: settings["job"]}
+    with started_rank(config, place, log=log, restarts=attempt - 1, environment=job) as process:
         logger.info("rank %d of %d is process %d; log: %s", rank, ranks, process.pid, log)
         return Follower(rank, ranks, process, group, news).run()
 
@@ -262,7 +265,11 @@ def _build_trainer(
     resources = {"CPU": args.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
     return TorchTrainer(
         train_rank,
-        train_loop_config={"config": config_to_dict(config), "board": board},
+        train_loop_config={
+            "config": config_to_dict(config),
+            "board": board,
+            "job": f"Ray job {uuid.uuid4().hex}",
+        },
         torch_config=_RanksOfTheirOwn(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers[0] if workers[0] == workers[1] else workers,

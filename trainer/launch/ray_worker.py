@@ -18,9 +18,10 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import trainer
@@ -69,10 +70,18 @@ class Group(Protocol):
 
 
 @contextmanager
-def started_rank(config: Config, place: Place, *, log: Path, restarts: int) -> Iterator[RankProcess]:
+def started_rank(
+    config: Config,
+    place: Place,
+    *,
+    log: Path,
+    restarts: int,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[RankProcess]:
     """A rank of this run as a child of this process; it is gone, loaders included, when the context ends.
 
     log: its output is appended here. restarts: how often the run has been started again before.
+    environment: variables beside those of this process.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     package = str(Path(trainer.__file__).parents[1])
@@ -85,7 +94,7 @@ def started_rank(config: Config, place: Place, *, log: Path, restarts: int) -> I
             rank_command(config_file, "train"),
             place,
             board=board,
-            environment={**os.environ, "PYTHONPATH": search_path},
+            environment={**os.environ, "PYTHONPATH": search_path, **environment},
             log=log,
             watchdog_s=config.distributed.watchdog_s,
             restarts=restarts,

@@ -60,6 +60,10 @@ class Board:
         # The deadline, all that the launcher's verdict needs, is one aligned 8-byte store.
         _RECORD.pack_into(self._memory, rank * _STRIDE, deadline, now, now, step, name)
 
+    def extend(self, rank: int, deadline: float) -> None:
+        """Put the deadline of a rank's last beat off: it waits for a peer that is busy."""
+        _DEADLINE.pack_into(self._memory, rank * _STRIDE, deadline)
+
     def tick(self, rank: int) -> None:
         """Record that the process is alive, whatever its loop does."""
         _DEADLINE.pack_into(self._memory, rank * _STRIDE + 8, time.monotonic())

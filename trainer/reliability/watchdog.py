@@ -14,8 +14,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
+from trainer.config.training import DistributedConfig
 from trainer.exit_codes import ExitCode
 from trainer.reliability.heartbeat import Board
 
@@ -44,6 +45,24 @@ _EXIT_GRACE_S = 60.0
 _TICK_S = 0.25
 _TICKS_PER_LOOK = 8  # at /proc, which costs tenths of a millisecond
 _SUPERVISED_DELAY_S = 3.0
+_BUSY_AFTER_S = 1.0
+
+
+class Peers(Protocol):
+    """What ranks tell each other about long phases (`peers.PeerPhases`). Nothing here waits."""
+
+    @property
+    def heard(self) -> tuple[float, str]:
+        """When (time.monotonic) the newest sign of a busy peer was seen, 0 for never, and whose it was."""
+        ...
+
+    def tell(self, what: str) -> None:
+        """This rank is busy, and has time left for it."""
+        ...
+
+    def ask(self) -> None:
+        """Look whether a peer is busy."""
+        ...
 
 
 class Watchdog:
@@ -54,12 +73,17 @@ class Watchdog:
     compiled then). Past that, the stacks of all threads go to stderr and the process exits with
     ExitCode.RETRYABLE, long before a collective's own timeout.
 
+    Most of that silence is waiting for a peer, inside a collective. While a peer says that it is in a phase
+    that may take long, and has time left for it, this rank waits on: it gives up `timeout_s` after the last
+    such sign.
+
     A thread cannot see that its own process is frozen (SIGSTOP) or that the GIL is stuck. So every
     beat and every tick of the thread is also written to the `board`, which a launcher of ours reads;
     the thread then waits a little longer, to let the launcher collect the stacks of every rank.
 
     timeout_s: 0 switches the watchdog off. grace_s: overrides of GRACE_S, e.g. how long storage may
-    be unreachable while waiting for data. on_hang: replaces the exit, in tests.
+    be unreachable while waiting for data. peers: unset, nobody is waited for longer than expected.
+    on_hang: replaces the exit, in tests.
     """
 
     def __init__(
@@ -69,18 +93,23 @@ class Watchdog:
         local_rank: int = 0,
         board: Board | None = None,
         grace_s: Mapping[Phase, float] | None = None,
+        peers: Peers | None = None,
         on_hang: Callable[[], None] | None = None,
     ) -> None:
         self._timeout_s = timeout_s
         self._local_rank = local_rank
         self._board = board
         self._grace_s: dict[Phase, float] = {**GRACE_S, **(grace_s or {})}
+        self._peers = peers
         self._on_hang = on_hang or _exit_retryable
         self._durations: dict[Phase, deque[float]] = defaultdict(lambda: deque(maxlen=32))
         self._phase: Phase = "start"
         self._step = 0
         self._since = time.monotonic()
-        self._deadline = float("inf")
+        self._deadline = float("inf")  # of this silence: later than the promise while peers are busy
+        self._promise = float("inf")  # of this phase
+        self._beating = threading.Lock()
+        self._told_at = self._asked_at = 0.0
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -112,13 +141,14 @@ class Watchdog:
     def beat(self, step: int, phase: Phase = "step") -> None:
         """The loop is alive, at this step, and begins this phase. Costs microseconds."""
         now = time.monotonic()
-        self._durations[self._phase].append(now - self._since)
-        self._phase, self._step, self._since = phase, step, now
-        if self._timeout_s <= 0:
-            return
-        self._deadline = now + self.allowance_s(phase)
-        if self._board is not None:
-            self._board.write(self._local_rank, deadline=self._deadline, step=step, phase=phase)
+        with self._beating:
+            self._durations[self._phase].append(now - self._since)
+            self._phase, self._step, self._since = phase, step, now
+            if self._timeout_s <= 0:
+                return
+            self._deadline = self._promise = now + self.allowance_s(phase)
+            if self._board is not None:
+                self._board.write(self._local_rank, deadline=self._deadline, step=step, phase=phase)
 
     def allowance_s(self, phase: Phase) -> float:
         """Seconds of silence after which this phase counts as hung."""
@@ -135,6 +165,8 @@ class Watchdog:
             now = time.monotonic()
             if self._board is not None:
                 self._board.tick(self._local_rank)
+            if self._peers is not None:
+                self._mind_peers(self._peers, now)
             if now > self._deadline + delay:
                 self._give_up(f"no progress for {now - self._since:.1f} s")
                 return
@@ -145,12 +177,43 @@ class Watchdog:
                     self._give_up(f"child processes {stopped} are stopped")
                     return
 
+    def _mind_peers(self, peers: Peers, now: float) -> None:
+        """Tell them of a long phase of this rank; and past what this rank's phase may take, hear of
+        theirs."""
+        pause = self._timeout_s / 6
+        # In a step this rank may itself be waiting: two that wait must not keep each other alive. And while
+        # the run starts there may be no store yet, and everybody has equally much time.
+        starting = self._phase == "start" and self._step == 0
+        busy = self._phase != "step" and not starting and now - self._since > min(_BUSY_AFTER_S, pause)
+        if busy and now < self._promise and now - self._told_at > pause:
+            self._told_at = now
+            peers.tell(f"{self._phase} of step {self._step}")
+        elif now > self._deadline - self._timeout_s and now - self._asked_at > pause:
+            self._asked_at = now
+            peers.ask()
+        heard, who = peers.heard
+        with self._beating:
+            if heard <= self._since or heard + self._timeout_s <= self._deadline:
+                return
+            if self._deadline == self._promise:
+                logger.warning("step %d takes long: waiting for %s", self._step, who)
+            self._deadline = heard + self._timeout_s
+            if self._board is not None:
+                self._board.extend(self._local_rank, self._deadline)
+
     def _give_up(self, reason: str) -> None:
         logger.error(
             "%s, in phase %s of step %d; stacks of all threads follow", reason, self._phase, self._step
         )
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         self._on_hang()
+
+
+def silence_s(config: DistributedConfig, num_nodes: int) -> float:
+    """Seconds beyond the expected ones that a rank may be silent; 0: no watchdog."""
+    if config.watchdog_s <= 0 or num_nodes == 1:
+        return config.watchdog_s
+    return config.watchdog_s + config.link_patience_s
 
 
 def stopped_children() -> list[int]:

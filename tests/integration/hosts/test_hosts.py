@@ -38,7 +38,11 @@ class TwoHosts:
             f"run_dir={run.url}",
             f"distributed.timeout_s={COLLECTIVE_TIMEOUT_S}",
         ]
-        arguments += ["distributed.watchdog_s=10", "data.request_timeout_s=5"]
+        arguments += [
+            "distributed.watchdog_s=10",
+            "distributed.link_patience_s=0",
+            "data.request_timeout_s=5",
+        ]
         self.run = run
         self.ranks = [
             network_module.HostRank(
