@@ -53,6 +53,16 @@ def decode(data: bytes, *, target: tuple[int, int] | None, max_pixels: int) -> P
     return _decode_other(data, max_pixels)
 
 
+def decode_exactly(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+    """RGB [h, w, 3] at full size by Pillow, bit for bit what programs that measure pictures see.
+
+    libjpeg's accurate transform, where `decode` takes the quick one; the rest as there. Raises Rejected, also
+    for floating-point pictures with NaN or infinity, which `decode` takes for black and white.
+    """
+    picture = _decode_other(data, max_pixels, finite=True)
+    return np.ascontiguousarray(picture.pixels)
+
+
 def _decode_jpeg(data: bytes, target: tuple[int, int] | None, max_pixels: int) -> Picture | None:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -93,7 +103,7 @@ def _orient(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     return np.rot90(pixels, turns) if turns else pixels
 
 
-def _decode_other(data: bytes, max_pixels: int) -> Picture:
+def _decode_other(data: bytes, max_pixels: int, *, finite: bool = False) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -101,6 +111,8 @@ def _decode_other(data: bytes, max_pixels: int) -> Picture:
                 check_size(image.height, image.width, max_pixels)
                 image.load()  # turns a TIFF, and forgets that it was to be turned
                 orientation = orientation_of(image)
+                if finite and image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+                    raise Rejected("not_finite", "some pixels are NaN or infinite")
                 pixels = _to_rgb(image)
     except Image.DecompressionBombError as error:
         raise Rejected("too_many_pixels", str(error)) from error

@@ -34,8 +34,6 @@ class Selection:
     shapes: tuple[tuple[int, int], ...] = ()
     """(height, width) of batches: a picture smaller than that of nearest aspect is not read. (): all are."""
     removals: tuple[RemovalList, ...] = ()
-    captions: tuple[str, ...] = ()
-    """Columns that captions may come from."""
     reads_json: bool = False
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
 
@@ -112,13 +110,14 @@ class Selection:
 def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None = None) -> Selection:
     """Selection of a configuration; reads the removal lists unless given them. Raises DataError."""
     conditions = config.conditions
-    columns = tuple(source for source in config.captions if source != "txt")
-    reads_json = bool(columns) or any(c in _JSON_CONDITIONS for c in conditions)
+    reads_json = any(source != "txt" for source in config.captions) or any(
+        c in _JSON_CONDITIONS for c in conditions
+    )
     rows = Filter(config.filter)
     picture = picture_members(config)
     members = [
         *picture,
-        *(source for source in config.captions if source not in picture),
+        *(["txt"] if "txt" in config.captions else []),
         *(["json"] if reads_json or rows.clauses else []),
         *(_MEMBER_CONDITIONS[c] for c in conditions if c in _MEMBER_CONDITIONS),
     ]
@@ -129,7 +128,6 @@ def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None 
         shapes=() if config.allow_enlarging else target_shapes(config),
         max_member_bytes=config.max_member_bytes,
         removals=read_removals(config.removal_lists) if removals is None else removals,
-        captions=columns,
         reads_json=reads_json,
     )
 

@@ -2,6 +2,10 @@
 
 reconstruction: PSNR, SSIM and LPIPS of an exported first stage over pictures from shards. LPIPS needs
 torchvision's VGG16 (vgg16-397923af.pth), named by --perceptual-weights or in torch's cache.
+fidelity: FID, KID, IS, precision, recall, density, coverage, sFID, MIND, CMMD and CLIP score of pictures.
+statistics: what fidelity needs to know of a reference, once, for use ever after.
+
+The last two run by one process, or over ranks under torchrun or srun, with the same figures.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.storage.files import write_bytes
+from trainer.cli import fidelity
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
@@ -49,10 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: torchvision's copy in torch's cache)",
     )
     command.add_argument("--out", help="also write the figures as JSON to this path or URL")
+    fidelity.add_arguments(
+        commands.add_parser(
+            "fidelity", help="a set of pictures against a reference", epilog=fidelity.FIDELITY_EXAMPLE
+        ),
+        commands.add_parser(
+            "statistics", help="measure and store a reference", epilog=fidelity.STATISTICS_EXAMPLE
+        ),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the figures."""
+    return _reconstruction(args) if args.command == "reconstruction" else fidelity.run(args)
+
+
+def _reconstruction(args: argparse.Namespace) -> int:
     config = _first_stage_config(args.weights)
     _check_numbers(args, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

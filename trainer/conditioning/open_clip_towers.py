@@ -1,4 +1,4 @@
-"""The only importer of open_clip, which takes seconds: its text towers, their weights, and its vocabulary."""
+"""The only importer of open_clip, which takes seconds: its towers, their weights, and its vocabulary."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from data_pipeline.processes import without_packages
 from data_pipeline.storage.urls import is_local, local_path
@@ -24,7 +25,16 @@ with without_packages("timm", "transformers"):
     from open_clip import SimpleTokenizer
     from open_clip.transformer import TextTransformer
 
-__all__ = ["SimpleTokenizer", "TextTransformer", "architecture", "build_tower", "load_tower", "weights_file"]
+__all__ = [
+    "SimpleTokenizer",
+    "TextTransformer",
+    "architecture",
+    "build_image_tower",
+    "build_tower",
+    "load_tower",
+    "pretrained_settings",
+    "weights_file",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +118,36 @@ def build_tower(config: OpenCLIPConfig, model: Mapping[str, Any], seed: int) -> 
     return tower
 
 
+def pretrained_settings(model: str, pretrained: str) -> dict[str, Any]:
+    """What a tag of open_clip says of its weights: quick_gelu, mean, std, resize_mode; of a file nothing."""
+    return dict(open_clip.get_pretrained_cfg(model, pretrained) or {})
+
+
+def build_image_tower(name: str, model: Mapping[str, Any], pretrained: str) -> nn.Module:
+    """open_clip's image tower without its text tower, with its weights, on the CPU.
+
+    Args:
+        name: of the model.
+        model: what `architecture` gives, with quick_gelu as the weights want it.
+        pretrained: tag, file or URL; the file may hold a whole CLIP model.
+
+    Raises:
+        ConfigError: a tower of another library, no such weights, or weights that do not fit.
+    """
+    if model["vision_cfg"].get("timm_model_name"):
+        raise ConfigError(
+            f"the image tower of {name} is one of timm's; choose a model with open_clip's own, such as "
+            "ViT-H-14, ViT-L-14-336 or RN50."
+        )
+    url = weights_file(name, pretrained)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), Undrawn():
+        tower: nn.Module = open_clip.model._build_vision_tower(
+            model["embed_dim"], dict(model["vision_cfg"]), quick_gelu=model.get("quick_gelu", False)
+        )
+    _load(tower, url, mark="conv1.weight", what="image tower")
+    return tower
+
+
 def weights_file(model: str, pretrained: str) -> str:
     """Where the weights lie: a file or URL as given, or open_clip's (downloaded) file for a tag.
 
@@ -138,18 +178,22 @@ def load_tower(tower: TextTransformer, url: str) -> None:
     Raises:
         ConfigError: tensors are missing or have other shapes; nothing is loaded then.
     """
+    _load(tower, url, mark="token_embedding.weight", what="text tower")
+
+
+def _load(tower: nn.Module, url: str, *, mark: str, what: str) -> None:
+    """`mark`: a tensor that every such tower has, by which its prefix in the file is found."""
     wanted = shapes_of(tower.state_dict())
-    stored = read_tensors(url, lambda names: _names_in_file(names, wanted).values())
-    found = {name: stored[theirs] for name, theirs in _names_in_file(list(stored), wanted).items()}
+    stored = read_tensors(url, lambda names: _names_in_file(names, wanted, mark).values())
+    found = {name: stored[theirs] for name, theirs in _names_in_file(list(stored), wanted, mark).items()}
     remedy = "Name a file in open_clip's layout (`ldm import` converts others)."
-    check_fit(wanted, shapes_of(found), f"the text tower in {url}", remedy)
+    check_fit(wanted, shapes_of(found), f"the {what} in {url}", remedy)
     tower.load_state_dict(found, strict=True)
 
 
-def _names_in_file(stored: Sequence[str], wanted: Mapping[str, Any]) -> dict[str, str]:
+def _names_in_file(stored: Sequence[str], wanted: Mapping[str, Any], mark: str) -> dict[str, str]:
     """Tower name -> name in the file, under the prefix that covers most of the tower."""
     present = set(stored)
-    mark = "token_embedding.weight"
     prefixes = [name.removesuffix(mark) for name in stored if name.endswith(mark)]
     candidates = [{name: p + name for name in wanted if p + name in present} for p in prefixes]
     return max(candidates, key=len, default={})

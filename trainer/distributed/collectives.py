@@ -55,6 +55,36 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+def gather_object(value: Any) -> list[Any] | None:
+    """The values of all ranks, in rank order, on rank 0; None on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def fold_to_main(tensors: Callable[[], Sequence[Tensor]], merge: Callable[[list[Tensor]], object]) -> None:
+    """Merge what the ranks have into rank 0, pair by pair. Collective; goes through the CPU.
+
+    Args:
+        tensors: gives what this rank has by now, the same shapes and types on every rank.
+        merge: takes in what another rank has.
+    """
+    step = 1
+    while step < world_size():
+        if rank() % (2 * step):
+            for tensor in tensors():
+                dist.send(tensor.cpu(), rank() - step)
+            return
+        if rank() + step < world_size():
+            received = [torch.empty_like(tensor, device="cpu") for tensor in tensors()]
+            for tensor in received:
+                dist.recv(tensor, rank() + step)
+            merge(received)
+        step *= 2
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The value that rank `source` passed, on every rank."""
     if world_size() == 1:
@@ -77,6 +107,24 @@ def from_main_rank(make: Callable[[], T]) -> T:
     value, failure = broadcast_object((value, failure))
     if failure is not None:
         raise failure
+    return cast(T, value)
+
+
+def on_every_rank(make: Callable[[], T]) -> T:
+    """What `make` gives on this rank; if it fails on any rank, its failure on all. Collective.
+
+    So no rank waits in the next collective for one that has given up.
+    """
+    value, failure = None, None
+    try:
+        value = make()
+    except Exception as error:
+        failure = as_failure(error, f"rank {rank()}")
+        if failure is not error:
+            logger.exception("rank %d failed", rank())
+    for other in all_gather_object(failure):
+        if other is not None:
+            raise other
     return cast(T, value)
 
 

@@ -1,0 +1,274 @@
+"""`ldm evaluate fidelity` on small sets with the random network: figures, statistics, and known traps."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from trainer.__main__ import main
+from trainer.evaluation.features import to_size, to_size_unrounded
+from trainer.evaluation.statistics import read_statistics
+
+Measure = Callable[..., dict[str, Any]]
+TAG = "_random"
+
+
+def picture(seed: int, edge: int = 32) -> NDArray[np.uint8]:
+    """Smooth random colours."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((edge, edge), Image.Resampling.BICUBIC))
+
+
+def folder_of(path: Path, seeds: range, *, ending: str = "png", edge: int = 32, **options: Any) -> Path:
+    path.mkdir()
+    for seed in seeds:
+        Image.fromarray(picture(seed, edge)).save(path / f"{seed:04d}.{ending}", **options)
+    return path
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Measure:
+    """The JSON of one command; further arguments as they are."""
+
+    def run(made: Path | str, real: Path | str, *arguments: str, features: str = "random") -> dict[str, Any]:
+        out = tmp_path / "figures.json"
+        out.unlink(missing_ok=True)
+        command = ["evaluate", "fidelity", str(made), "--reference", str(real), "--out", str(out), *arguments]
+        assert main([*command, *(["--features", features] if features else [])]) == 0
+        return dict(json.loads(out.read_text()))
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one sentence of a command that must be refused."""
+
+    def run(*arguments: Path | str) -> str:
+        capsys.readouterr()
+        assert main(["evaluate", *map(str, arguments)]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ldm: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+def test_every_figure_and_who_made_it(tmp_path: Path, measure: Measure) -> None:
+    made, real = folder_of(tmp_path / "made", range(80)), folder_of(tmp_path / "real", range(100, 190))
+    found = measure(made, real)
+    names = "fd kd kd_deviation is is_deviation precision recall density coverage mind sfd"
+    assert set(found["figures"]) == {
+        (name.removesuffix("_deviation") + TAG + "_deviation" if "_dev" in name else name + TAG)
+        for name in names.split()
+    }
+    assert (found["pictures"]["pictures"], found["reference"]["pictures"]) == (80, 90)
+    network = found["pictures"]["networks"]["random"]
+    assert "random-64" in network["name"]
+    assert len(network["sha256"]) == 64
+    assert network == found["reference"]["networks"]["random"]
+    assert any("comparable with nothing else" in note for note in found["notes"])
+
+
+def test_a_set_against_itself_and_against_another(tmp_path: Path, measure: Measure) -> None:
+    real = folder_of(tmp_path / "real", range(80))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for seed in range(80):
+        Image.fromarray(picture(seed) // 2).save(flat / f"{seed}.png")
+    same, other = measure(real, real)["figures"], measure(flat, real)["figures"]
+    assert same["fd" + TAG] == pytest.approx(0.0, abs=1e-9)
+    assert (same["precision" + TAG], same["recall" + TAG], same["coverage" + TAG]) == (1.0, 1.0, 1.0)
+    assert other["fd" + TAG] > 0.01
+    assert other["mind" + TAG] > 10 * same["mind" + TAG]
+    assert other["precision" + TAG] < 0.5
+
+
+def test_statistics_are_stored_and_give_the_same_figures(
+    tmp_path: Path, measure: Measure, refusal: Callable[..., str]
+) -> None:
+    made, real = (
+        folder_of(tmp_path / "made", range(70), edge=40),
+        folder_of(tmp_path / "real", range(100, 190)),
+    )
+    direct = measure(made, real, "--image-size", "24")
+    stored = tmp_path / "real.safetensors"
+    common = ("--features", "random", "--image-size", "24")
+    assert main(["evaluate", "statistics", str(real), "--out", str(stored), *common]) == 0
+    # the size is that of the statistics, and a reference can be kept on the way
+    again = measure(made, stored, "--save-reference", str(tmp_path / "copy.safetensors"), features="")
+    assert again["figures"] == direct["figures"]
+    assert again["reference"] == direct["reference"]
+    assert measure(made, tmp_path / "copy.safetensors")["figures"] == direct["figures"]
+    assert measure(stored, stored)["figures"]["fd" + TAG] == pytest.approx(0.0, abs=1e-9)
+    sentence = refusal("fidelity", made, "--reference", stored, "--image-size", "32")
+    assert "was measured with --image-size 24" in sentence
+    assert "no inception features" in refusal(
+        "fidelity", stored, "--reference", stored, "--features", "inception"
+    )
+    found = read_statistics(str(stored))
+    assert found.means["random.pool"].dtype == torch.float64
+    assert found.features["random.pool"].shape == (90, 64)
+    assert "random.logits" in found.features
+
+
+def test_only_what_is_asked_for_is_kept(
+    tmp_path: Path, measure: Measure, refusal: Callable[..., str]
+) -> None:
+    real, stored = folder_of(tmp_path / "real", range(70)), tmp_path / "real.safetensors"
+    command = ["evaluate", "statistics", str(real), "--out", str(stored), "--features", "random"]
+    assert main([*command, "--metrics", "fid,sfid"]) == 0
+    assert read_statistics(str(stored)).features == {}
+    assert set(measure(real, stored, "--metrics", "fid")["figures"]) == {"fd" + TAG}
+    assert set(measure(real, stored)["figures"]) == {
+        "fd" + TAG, "sfd" + TAG, "is" + TAG, f"is{TAG}_deviation",
+    }  # fmt: skip
+    sentence = refusal("fidelity", real, "--reference", stored, "--features", "random", "--metrics", "kid")
+    assert "no features for kid" in sentence
+    assert "make it anew with --metrics kid" in sentence
+
+
+def test_statistics_of_other_programs(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    made = folder_of(tmp_path / "made", range(3))
+    np.savez(tmp_path / "fid.npz", mu=np.zeros(4), sigma=np.eye(4), mu_s=np.ones(3), sigma_s=np.eye(3))
+    found = read_statistics(str(tmp_path / "fid.npz"))
+    assert found.means["inception.pool"].tolist() == [0.0] * 4
+    assert found.covariances["inception.spatial"].shape == (3, 3)
+    np.savez(tmp_path / "other.npz", arr_0=np.zeros(3))
+    assert "holds neither mu and sigma" in refusal("fidelity", made, "--reference", tmp_path / "other.npz")
+    np.savez(tmp_path / "pickled.npz", mu=np.asarray([{}], dtype=object), sigma=np.eye(1))
+    assert "not a .npz file of numbers" in refusal("fidelity", made, "--reference", tmp_path / "pickled.npz")
+
+
+class TestTraps:
+    """What silently moves the figures of other programs."""
+
+    def test_resizing_is_antialiased_in_floating_point_without_rounding(self) -> None:
+        pixels = picture(0, 97)
+        found = to_size_unrounded(pixels, 31)
+        for channel in range(3):
+            plain = Image.fromarray(pixels[:, :, channel].astype(np.float32), mode="F")
+            expected = np.asarray(plain.resize((31, 31), Image.Resampling.BICUBIC))
+            np.testing.assert_array_equal(found[channel], expected)
+        assert (found != np.round(found)).any()
+        # A grid finer than the target averages out; sampling without a filter keeps one of its phases.
+        grid = np.zeros((128, 128, 3), np.uint8)
+        grid[::2] = 255
+        assert np.abs(to_size_unrounded(grid, 32)[:, 4:-4, 4:-4] - 127.5).max() < 8
+        naive = torch.nn.functional.interpolate(
+            torch.from_numpy(grid).permute(2, 0, 1)[None].float(), (32, 32)
+        )
+        assert (naive - 127.5).abs().min() > 100
+
+    def test_sizes_are_rounded_to_8_bits_and_not_cut_off(self) -> None:
+        pixels = np.zeros((4, 4, 3), np.uint8)
+        pixels[:, ::2] = 1  # means of 0.5 and around: cutting off would lose all of it
+        assert to_size(pixels, 2, "squash").max() == 1
+        wide = np.stack([picture(i, 32) for i in range(3)], axis=1).reshape(32, 96, 3)
+        assert to_size(wide, 32, "crop").tolist() == wide[:, 32:64].tolist()
+        assert to_size(wide, 16, "squash").shape == (16, 16, 3)
+
+    def test_jpeg_against_png_moves_the_figures_and_is_said(self, tmp_path: Path, measure: Measure) -> None:
+        real = folder_of(tmp_path / "real", range(80))
+        jpeg = folder_of(tmp_path / "jpeg", range(80), ending="jpg", quality=10)
+        found = measure(jpeg, real)
+        assert found["pictures"]["formats"] == {"jpeg": 80}
+        assert found["figures"]["fd" + TAG] > 1e-4
+        assert any("JPEG" in note for note in found["notes"])
+
+    def test_fewer_pictures_than_dimensions(self, tmp_path: Path, measure: Measure) -> None:
+        found = measure(folder_of(tmp_path / "few", range(20)), folder_of(tmp_path / "real", range(50, 150)))
+        assert np.isfinite(list(found["figures"].values())).all()
+        assert any("20 pictures, not more than the 64 dimensions of random.pool" in n for n in found["notes"])
+        assert any("20 pictures instead of 1000" in note for note in found["notes"])
+
+    def test_a_single_picture_is_not_a_set(self, tmp_path: Path, refusal: Callable[..., str]) -> None:
+        one, real = folder_of(tmp_path / "one", range(1)), folder_of(tmp_path / "real", range(9))
+        for pair in ((one, real), (real, one)):
+            sentence = refusal("fidelity", pair[0], "--reference", pair[1], "--features", "random")
+            assert "takes at least 2" in sentence
+
+    def test_duplicates_and_copies_of_the_reference(self, tmp_path: Path, measure: Measure) -> None:
+        real, made = folder_of(tmp_path / "real", range(80)), folder_of(tmp_path / "made", range(200, 270))
+        for i in range(5):
+            shutil.copy(made / "0200.png", made / f"again{i}.png")
+        Image.fromarray(picture(3)).save(made / "stolen.bmp")
+        found = measure(made, real)
+        assert found["pictures"]["duplicates"] == 5
+        assert any(note.startswith("5 of the 76 pictures") for note in found["notes"])
+        assert any(note.startswith("1 different pictures") for note in found["notes"])
+
+    def test_grey_pictures_are_grey_in_three_channels(self, tmp_path: Path, measure: Measure) -> None:
+        grey, colour = tmp_path / "grey", tmp_path / "colour"
+        for folder in (grey, colour):
+            folder.mkdir()
+        for seed in range(70):
+            flat = Image.fromarray(picture(seed)).convert("L")
+            flat.save(grey / f"{seed}.png")
+            flat.convert("RGB").save(colour / f"{seed}.png")
+        found = measure(grey, colour)
+        assert found["figures"]["fd" + TAG] == pytest.approx(0.0, abs=1e-9)
+
+    def test_nan_pictures_are_refused_and_what_became_of_them_is_said(
+        self, tmp_path: Path, measure: Measure, refusal: Callable[..., str]
+    ) -> None:
+        real, made = folder_of(tmp_path / "real", range(80)), folder_of(tmp_path / "made", range(90, 170))
+        Image.new("RGB", (32, 32)).save(made / "black.png")
+        found = measure(made, real)
+        assert found["pictures"]["blank"] == 1
+        assert any("what NaN becomes" in note for note in found["notes"])
+        Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(made / "nan.tiff")
+        sentence = refusal("fidelity", made, "--reference", real, "--features", "random")
+        assert "nan.tiff" in sentence
+        assert "NaN" in sentence
+        assert "--skip-broken" in sentence
+        left = measure(made, real, "--skip-broken")
+        assert left["pictures"]["broken"] == {"not_finite": 1}
+        assert left["figures"] == found["figures"]
+        assert any("left out: 1 not_finite" in note for note in left["notes"])
+
+    def test_the_size_of_blocks_moves_nothing_but_the_last_digits(
+        self, tmp_path: Path, measure: Measure
+    ) -> None:
+        made, real = folder_of(tmp_path / "made", range(70)), folder_of(tmp_path / "real", range(90, 170))
+        by_one, by_many = (measure(made, real, "--batch-size", size)["figures"] for size in ("1", "64"))
+        assert by_one == pytest.approx(by_many, rel=1e-4, abs=1e-6)
+
+
+def test_mistakes(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    made = folder_of(tmp_path / "made", range(3))
+    fidelity = ("fidelity", made, "--reference")
+    assert "there are no features vgg" in refusal(*fidelity, made, "--features", "vgg")
+    assert "there is no metric 'fidd'" in refusal(
+        *fidelity, made, "--features", "random", "--metrics", "fidd"
+    )
+    assert "cmmd needs --features clip" in refusal(
+        *fidelity, made, "--features", "random", "--metrics", "cmmd"
+    )
+    assert "--image-size 0" in refusal(*fidelity, made, "--image-size", "0")
+    assert "has to end in .safetensors" in refusal("statistics", made, "--out", "x.npz")
+    assert "there is no weights file" in refusal(
+        *fidelity, tmp_path / "x.safetensors", "--features", "random"
+    )
+    assert "There are no pictures" in refusal(*fidelity, tmp_path / "absent", "--features", "random")
+    (tmp_path / "some.safetensors").write_bytes(_foreign())
+    sentence = refusal(*fidelity, tmp_path / "some.safetensors", "--features", "random")
+    assert "holds no statistics of pictures" in sentence
+
+
+def _foreign() -> bytes:
+    from safetensors.torch import save
+
+    buffer = io.BytesIO()
+    buffer.write(save({"x": torch.zeros(1)}))
+    return buffer.getvalue()

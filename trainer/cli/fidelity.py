@@ -1,0 +1,264 @@
+"""The part of `ldm evaluate` that measures sets of pictures: arguments, ranks, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import typing
+
+import torch
+
+from data_pipeline.storage.files import write_bytes
+from trainer.config.run import ConfigError
+from trainer.distributed import collectives
+from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.evaluation.features import (
+    FAMILIES,
+    FeatureNetwork,
+    FeatureOptions,
+    Fit,
+    Resizing,
+    build_networks,
+)
+from trainer.evaluation.fidelity import METRICS, Comparison, check_metrics, compare, outputs_needed
+from trainer.evaluation.statistics import (
+    ENDINGS,
+    UNKNOWN,
+    Record,
+    SetStatistics,
+    read_statistics,
+    write_statistics,
+)
+from trainer.evaluation.survey import SurveyOptions, survey
+
+logger = logging.getLogger(__name__)
+
+FIDELITY_EXAMPLE = (
+    "example: ldm evaluate fidelity samples --reference 's3://bucket/val/{00000..00009}.tar' --image-size 256"
+)
+STATISTICS_EXAMPLE = "example: ldm evaluate statistics 's3://bucket/val/*.tar' --image-size 256 --out s3://bucket/val.safetensors"
+RANKS_WAIT_S = 3600.0
+MOST_THREADS = 16
+
+
+def add_arguments(fidelity: argparse.ArgumentParser, statistics: argparse.ArgumentParser) -> None:
+    """Those of the two sub-commands."""
+    fidelity.add_argument(
+        "pictures", metavar="PICTURES", help="folder, tars (braces or wildcards) or statistics, at any URL"
+    )
+    fidelity.add_argument(
+        "--reference",
+        required=True,
+        metavar="PICTURES",
+        help="the same; or the .npz (mu, sigma) of other programs",
+    )
+    fidelity.add_argument("--save-reference", metavar="FILE", help="also store the reference's statistics")
+    fidelity.add_argument("--out", help="also write all of it as JSON to this path or URL")
+    statistics.add_argument(
+        "pictures", metavar="PICTURES", help="folder or tars (braces or wildcards), at any URL"
+    )
+    statistics.add_argument("--out", required=True, metavar="FILE", help="a .safetensors path or URL")
+    for parser in (fidelity, statistics):
+        _add_feature_arguments(parser)
+        parser.add_argument("--image-size", type=int, help="bring every picture to this edge first")
+        parser.add_argument(
+            "--fit", choices=typing.get_args(Fit), help="keep the middle, or squash (default: crop)"
+        )
+        parser.add_argument(
+            "--batch-size", type=int, default=64, help="pictures at a time (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--skip-broken", action="store_true", help="leave out pictures that cannot be read"
+        )
+
+
+def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "features", "weights are paths or URLs; Inception's and DINOv2's stay offline"
+    )
+    group.add_argument(
+        "--features", default=None, metavar="NAMES", help=f"of {', '.join(FAMILIES)} (default: inception)"
+    )
+    group.add_argument(
+        "--metrics", metavar="NAMES", help=f"of {', '.join(METRICS)} (default: all that can be)"
+    )
+    group.add_argument(
+        "--resize",
+        choices=typing.get_args(Resizing),
+        help="whose way to Inception's 299 pixels (default: torch-fidelity)",
+    )
+    group.add_argument(
+        "--inception-weights", metavar="FILE", help="torch-fidelity's (default: where torch.hub keeps it)"
+    )
+    group.add_argument("--clip-model", default="ViT-L-14-336", help="of open_clip (default: %(default)s)")
+    group.add_argument(
+        "--clip-weights",
+        default="openai",
+        metavar="TAG|FILE",
+        help="tag of open_clip or file (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dinov2-model", default="vit_large_patch14_dinov2", help="of timm (default: %(default)s)"
+    )
+    group.add_argument("--dinov2-weights", metavar="FILE", help="Meta's or timm's file of the model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Either sub-command, by one process or by the ranks that torchrun or srun have started."""
+    _check(args)
+    env = DistributedEnv.detect()
+    if env.world_size == 1:
+        _measure(args, env.device)
+        return 0
+    initialise(env, RANKS_WAIT_S)
+    try:
+        _measure(args, env.device)
+    finally:
+        shutdown()
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option, value in (("--image-size", args.image_size), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value} is too small; give at least 1.")
+    for option in ("out", "save_reference"):
+        url = getattr(args, option, None)
+        stores = option == "save_reference" or args.command == "statistics"
+        if url is not None and stores and not url.endswith(".safetensors"):
+            raise ConfigError(f"--{option.replace('_', '-')} {url} has to end in .safetensors.")
+
+
+def _measure(args: argparse.Namespace, device: torch.device) -> None:
+    wanted = _names(args.metrics)
+    if args.command == "statistics":
+        networks, widths = _networks(args, None, device)
+        check_metrics(wanted, widths)
+        made = _survey(args.pictures, args, networks, outputs_needed(wanted, widths, reference=False), device)
+        if made is not None:
+            write_statistics(args.out, made)
+            print(_described("pictures", made.record) + f"\nstatistics in {args.out}")
+        return
+    real = _stored(args.reference)
+    if real is not None:
+        _adopt(args, real.record)
+    made = _stored(args.pictures)
+    if made is not None:
+        _adopt(args, made.record)
+    if made is None or real is None:
+        networks, widths = _networks(args, real or made, device)
+        check_metrics(wanted, widths)
+        real = real or _survey(
+            args.reference, args, networks, outputs_needed(wanted, widths, reference=True), device
+        )
+        made = made or _survey(
+            args.pictures, args, networks, outputs_needed(wanted, widths, reference=False), device
+        )
+    collectives.from_main_rank(lambda: _report(args, made, real, wanted, device))
+
+
+def _report(
+    args: argparse.Namespace,
+    made: SetStatistics | None,
+    real: SetStatistics | None,
+    wanted: list[str] | None,
+    device: torch.device,
+) -> None:
+    """On rank 0, which has the statistics."""
+    assert made is not None
+    assert real is not None
+    if args.save_reference:
+        write_statistics(args.save_reference, real)
+    families = _names(args.features) or [f for f in made.record.networks if f in real.record.networks]
+    found = compare(made, real, families, wanted, device)
+    print(_described("pictures", made.record))
+    print(_described("reference", real.record))
+    for name, value in found.figures.items():
+        print(f"{name:22} {value:.6g}")
+    for note in found.notes:
+        logger.warning("%s.", note)
+    if args.out:
+        write_bytes(args.out, json.dumps(_as_json(made, real, found), indent=1).encode())
+
+
+def _as_json(made: SetStatistics, real: SetStatistics, found: Comparison) -> dict[str, object]:
+    return {
+        "figures": found.figures,
+        "pictures": dataclasses.asdict(made.record),
+        "reference": dataclasses.asdict(real.record),
+        "notes": found.notes,
+    }
+
+
+def _described(title: str, record: Record) -> str:
+    lines = [f"{title}: {record.pictures or 'unknown number'} of {record.source}"]
+    for family, network in record.networks.items():
+        lines.append(f"  {family}: {network.name}, weights {network.sha256[:16]}, {network.sees}")
+    return "\n".join(lines)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _stored(url: str) -> SetStatistics | None:
+    """Statistics from a file, on every rank; None for pictures."""
+    return collectives.on_every_rank(lambda: read_statistics(url)) if url.endswith(ENDINGS) else None
+
+
+def _adopt(args: argparse.Namespace, record: Record) -> None:
+    """Options that were not given are those of the statistics; with others, figures would not compare."""
+    if not record.pictures:
+        return  # a .npz says nothing
+    seen = record.networks["inception"].sees.split(" ")[0] if "inception" in record.networks else None
+    for option, theirs in (("image_size", record.image_size), ("fit", record.fit), ("resize", seen)):
+        given = getattr(args, option)
+        if given is None:
+            setattr(args, option, theirs)
+        elif theirs not in (None, UNKNOWN, given) and not (option == "fit" and record.image_size is None):
+            raise ConfigError(
+                f"{record.source} was measured with --{option.replace('_', '-')} {theirs}; leave the option "
+                "out, or measure that set anew."
+            )
+
+
+def _networks(
+    args: argparse.Namespace, stored: SetStatistics | None, device: torch.device
+) -> tuple[dict[str, FeatureNetwork], dict[str, tuple[str, ...]]]:
+    """The networks, and their outputs by family: those that are named, else those of stored statistics."""
+    families = _names(args.features) or (list(stored.record.networks) if stored else ["inception"])
+    wanted = _names(args.metrics)
+    options = FeatureOptions(
+        families=tuple(families),
+        resizing=args.resize or "torch-fidelity",
+        inception_weights=args.inception_weights,
+        clip_model=args.clip_model,
+        clip_weights=args.clip_weights,
+        clip_text=wanted is None or "clip_score" in wanted,
+        dinov2_model=args.dinov2_model,
+        dinov2_weights=args.dinov2_weights,
+    )
+    networks = collectives.on_every_rank(lambda: build_networks(options, device))
+    return networks, {family: tuple(network.widths) for family, network in networks.items()}
+
+
+def _survey(
+    url: str,
+    args: argparse.Namespace,
+    networks: dict[str, FeatureNetwork],
+    outputs: tuple[frozenset[str], frozenset[str]],
+    device: torch.device,
+) -> SetStatistics | None:
+    options = SurveyOptions(
+        moments=outputs[0],
+        kept=outputs[1],
+        image_size=args.image_size,
+        fit=args.fit or "crop",
+        block=args.batch_size,
+        threads=min(MOST_THREADS, len(os.sched_getaffinity(0))),
+        skip_broken=args.skip_broken,
+    )
+    return survey(url, networks, options, device)

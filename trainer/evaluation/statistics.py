@@ -1,0 +1,184 @@
+"""What is known of a set of pictures after one pass over it: made, stored, read back, and compared.
+
+Stored in one safetensors file: `FAMILY.OUTPUT.mean` and `.covariance` in fp64, `.features` in fp32 where a
+metric needs every picture's, `digests` of the pictures, and as metadata a record of where it comes from.
+The .npz of other programs (mu and sigma; mu_s and sigma_s) are read as well.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import NotFound
+from data_pipeline.storage.files import read_bytes
+from data_pipeline.storage.large import write_whole
+from trainer.config.run import ConfigError
+from trainer.weights import read_weights
+
+ENDINGS = (".safetensors", ".npz")
+FORMAT = 1
+KEY = "fidelity_statistics"
+UNKNOWN = "unknown"
+_NPZ_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+@dataclass(frozen=True)
+class NetworkRecord:
+    """What made the features of one family."""
+
+    name: str
+    sha256: str
+    """Of the weights; unknown for the files of other programs."""
+    sees: str
+    details: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where statistics come from, JSON-able."""
+
+    source: str
+    """URL of the pictures, or of the file that was read."""
+    pictures: int
+    networks: dict[str, NetworkRecord]
+    image_size: int | None = None
+    """Edge to which pictures were brought first; None: they were taken as they are."""
+    fit: str = "crop"
+    formats: dict[str, int] = field(default_factory=dict)
+    """Pictures by file format."""
+    duplicates: int = 0
+    """Pictures that equal an earlier one of the set."""
+    blank: int = 0
+    """Pictures of a single colour."""
+    broken: dict[str, int] = field(default_factory=dict)
+    """Pictures left out, by reason."""
+
+
+@dataclass(frozen=True)
+class SetStatistics:
+    """Outputs are called `family.output`."""
+
+    record: Record
+    counts: dict[str, int]
+    """Rows by output: fewer than pictures where not every one has a caption."""
+    means: dict[str, Tensor]
+    """[D] fp64"""
+    covariances: dict[str, Tensor]
+    """[D, D] fp64"""
+    features: dict[str, Tensor]
+    """[n, D] fp32 in the order of the set, of the outputs that were to be kept"""
+    digests: Tensor
+    """int64 [n], or empty."""
+
+
+def write_statistics(url: str, found: SetStatistics) -> None:
+    """Store them."""
+    tensors = {f"{name}.mean": value for name, value in found.means.items()}
+    tensors |= {f"{name}.covariance": value for name, value in found.covariances.items()}
+    tensors |= {f"{name}.features": value for name, value in found.features.items()}
+    record = {"format": FORMAT, "record": asdict(found.record), "counts": found.counts}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_whole(url, safetensors.torch.save(tensors | {"digests": found.digests}, {KEY: json.dumps(record)}))
+
+
+def read_statistics(url: str) -> SetStatistics:
+    """Statistics from a file of ours, or a .npz of another program.
+
+    Raises:
+        ConfigError: no such file, or not one of statistics.
+    """
+    if url.endswith(".npz"):
+        return _read_npz(url)
+    tensors, metadata = read_weights(url)
+    try:
+        stored = json.loads(metadata[KEY])
+        if stored["format"] != FORMAT:
+            raise ValueError(f"format {stored['format']}")
+        fields = stored["record"]
+        networks = {family: NetworkRecord(**record) for family, record in fields["networks"].items()}
+        return SetStatistics(
+            record=Record(**(fields | {"networks": networks})),
+            counts=stored["counts"],
+            means=_ending(tensors, ".mean"),
+            covariances=_ending(tensors, ".covariance"),
+            features=_ending(tensors, ".features"),
+            digests=tensors["digests"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{url} holds no statistics of pictures ({error!r}); make them with `ldm evaluate statistics`."
+        ) from error
+
+
+def _ending(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
+    return {name.removesuffix(ending): value for name, value in tensors.items() if name.endswith(ending)}
+
+
+def _read_npz(url: str) -> SetStatistics:
+    """mu [D] and sigma [D, D] of Inception's features, and those of its spatial ones where they are there."""
+    try:
+        with np.load(io.BytesIO(read_bytes(url)), allow_pickle=False) as arrays:
+            found = {
+                f"inception.{output}": tuple(
+                    torch.from_numpy(np.asarray(arrays[n], np.float64)) for n in names
+                )
+                for output, names in _NPZ_NAMES.items()
+                if names[0] in arrays and names[1] in arrays
+            }
+    except NotFound as error:
+        raise ConfigError(f"there is no file of statistics at {url}; check the path or URL.") from error
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{url} is not a .npz file of numbers ({error}).") from error
+    for name, (mean, covariance) in found.items():
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ConfigError(f"{url}: mu and sigma of {name} do not belong together.")
+    if not found:
+        raise ConfigError(
+            f"{url} holds neither mu and sigma nor mu_s and sigma_s; name a file of FID statistics."
+        )
+    network = NetworkRecord(UNKNOWN, UNKNOWN, UNKNOWN)
+    return SetStatistics(
+        record=Record(source=url, pictures=0, networks={"inception": network}),
+        counts=dict.fromkeys(found, 0),
+        means={name: mean for name, (mean, _) in found.items()},
+        covariances={name: covariance for name, (_, covariance) in found.items()},
+        features={},
+        digests=torch.zeros(0, dtype=torch.int64),
+    )
+
+
+def check_comparable(made: Record, real: Record, families: Mapping[str, Any]) -> None:
+    """Refuse sets whose features do not compare.
+
+    Raises:
+        ConfigError: another network, other weights, or pictures that were brought to it in another way.
+    """
+    for family in families:
+        theirs = real.networks.get(family)
+        if theirs is None:
+            held = ", ".join(real.networks) or "none"
+            raise ConfigError(
+                f"{real.source} holds no {family} features but {held}; make it anew with --features "
+                f"{family}, or choose what it holds."
+            )
+        ours = made.networks[family]
+        for what, a, b in (("weights", ours.sha256, theirs.sha256), ("resizing", ours.sees, theirs.sees)):
+            if UNKNOWN not in (a, b) and a != b:
+                raise ConfigError(
+                    f"the {family} features of {made.source} and {real.source} do not compare ({what} "
+                    f"{_short(a)} against {_short(b)}); measure both with the same network and options."
+                )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:12] + "..."

@@ -1,0 +1,205 @@
+"""One pass over a set of pictures, by one process or by all ranks: pictures in, statistics out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipeline.errors import DataError
+from data_pipeline.picture_sets import PictureBlock, PictureSet, Prepare, open_pictures, read_blocks
+from trainer.distributed import collectives
+from trainer.evaluation.features import FeatureNetwork, Fit, to_size
+from trainer.evaluation.moments import Moments
+from trainer.evaluation.statistics import NetworkRecord, Record, SetStatistics
+
+Position = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SurveyOptions:
+    """How a set is read."""
+
+    moments: frozenset[str]
+    """Outputs (`family.output`) whose mean and covariance are wanted."""
+    kept: frozenset[str]
+    """Outputs of which every picture's features are wanted."""
+    image_size: int | None = None
+    """Bring pictures to this edge first."""
+    fit: Fit = "crop"
+    block: int = 64
+    """Pictures that go through the networks together."""
+    threads: int = 4
+    """That read and decode."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be used, and count them, instead of stopping at the first."""
+
+
+@dataclass
+class _Tally:
+    """What one rank has seen."""
+
+    moments: dict[str, Moments]
+    features: dict[str, list[tuple[Position, Tensor]]]
+    digests: list[tuple[Position, NDArray[np.int64]]] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    broken: Counter[str] = field(default_factory=Counter)
+    blank: int = 0
+
+    def without_moments(self) -> _Tally:
+        """All that ranks hand over as it is."""
+        return _Tally({}, self.features, self.digests, self.formats, self.broken, self.blank)
+
+
+def survey(
+    url: str, networks: Mapping[str, FeatureNetwork], options: SurveyOptions, device: torch.device
+) -> SetStatistics | None:
+    """Statistics of all pictures behind a URL, on rank 0; None on other ranks. Collective.
+
+    They are the same at any number of ranks.
+
+    Raises:
+        DataError: no pictures, pictures that cannot be used, a damaged tar, features that are not finite.
+    """
+    pictures = collectives.from_main_rank(lambda: open_pictures(url))
+    tally = collectives.on_every_rank(lambda: _tally(pictures, networks, options, device))
+    for moments in tally.moments.values():
+        collectives.fold_to_main(moments.tensors, moments.merge)
+    gathered = collectives.gather_object(tally.without_moments())
+    if gathered is None:
+        return None
+    return _together(url, networks, options, tally.moments, gathered)
+
+
+def _tally(
+    pictures: PictureSet, networks: Mapping[str, FeatureNetwork], options: SurveyOptions, device: torch.device
+) -> _Tally:
+    widths = {f"{f}.{output}": width for f, n in networks.items() for output, width in n.widths.items()}
+    tally = _Tally(
+        moments={name: Moments(widths[name], device) for name in sorted(options.moments)},
+        features={name: [] for name in sorted(options.kept)},
+    )
+    blocks = read_blocks(
+        pictures,
+        _preparation(networks, options),
+        block=options.block,
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
+        threads=options.threads,
+    )
+    whole = None if pictures.tars else -(-len(pictures.files) // collectives.world_size())
+    with (
+        contextlib.closing(blocks),  # type: ignore[type-var]
+        _exact_convolutions(),
+        torch.no_grad(),
+        tqdm(total=whole, unit="picture", desc=pictures.url[-30:], disable=collectives.rank() > 0) as bar,
+    ):
+        for block in blocks:
+            _take(block, networks, options, tally)
+            bar.update(len(block.names) + len(block.broken))
+    return tally
+
+
+def _preparation(networks: Mapping[str, FeatureNetwork], options: SurveyOptions) -> Prepare:
+    def prepare(picture: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        if options.image_size is not None:
+            picture = to_size(picture, options.image_size, options.fit)
+        return {family: network.prepare(picture) for family, network in networks.items()}
+
+    return prepare
+
+
+def _take(
+    block: PictureBlock, networks: Mapping[str, FeatureNetwork], options: SurveyOptions, tally: _Tally
+) -> None:
+    if block.broken and not options.skip_broken:
+        name, reason = block.broken[0]
+        raise DataError(
+            f"{name} cannot be measured ({reason}); mend it, or leave such pictures out with --skip-broken."
+        )
+    tally.broken.update(reason.partition(":")[0] for _, reason in block.broken)
+    tally.formats.update(block.formats)
+    tally.blank += block.blank
+    tally.digests.append((block.position, block.digests))
+    if not block.names:
+        return
+    for family, network in networks.items():
+        outputs = network([each[family] for each in block.prepared], block.captions)
+        for output, features in outputs.items():
+            name = f"{family}.{output}"
+            finite = torch.isfinite(features).all(dim=1)
+            if not bool(finite.all()):
+                which = (
+                    block.names[int(finite.logical_not().nonzero()[0])]
+                    if output != "score"
+                    else block.names[0]
+                )
+                raise DataError(f"{network.name} gives NaN or infinity for {which}; check the weights.")
+            if name in tally.moments:
+                tally.moments[name].add(features)
+            if name in tally.features:
+                tally.features[name].append((block.position, features.float().cpu()))
+
+
+def _together(
+    url: str,
+    networks: Mapping[str, FeatureNetwork],
+    options: SurveyOptions,
+    moments: Mapping[str, Moments],
+    tallies: list[_Tally],
+) -> SetStatistics:
+    digests = _in_order([pair for t in tallies for pair in t.digests])
+    count = sum(len(each) for each in digests)
+    broken = sum((t.broken for t in tallies), Counter[str]())
+    if count == 0:
+        raise DataError(f"none of the pictures in {url} can be measured ({dict(broken)}).")
+    known = np.concatenate(digests)
+    features = {
+        name: torch.cat(_in_order([pair for t in tallies for pair in t.features[name]]))
+        for name in sorted(options.kept)
+        if any(t.features[name] for t in tallies)
+    }
+    record = Record(
+        source=url,
+        pictures=count,
+        networks={f: NetworkRecord(n.name, n.digest, n.sees, dict(n.details)) for f, n in networks.items()},
+        image_size=options.image_size,
+        fit=options.fit,
+        formats=dict(sorted(sum((t.formats for t in tallies), Counter[str]()).items())),
+        duplicates=count - len(np.unique(known)),
+        blank=sum(t.blank for t in tallies),
+        broken=dict(sorted(broken.items())),
+    )
+    seen = {name: each for name, each in moments.items() if each.count}
+    return SetStatistics(
+        record=record,
+        counts={name: each.count for name, each in seen.items()},
+        means={name: each.mean() for name, each in seen.items()},
+        covariances={name: each.covariance() for name, each in seen.items()},
+        features=features,
+        digests=torch.from_numpy(known),
+    )
+
+
+def _in_order(pairs: list[tuple[Position, Any]]) -> list[Any]:
+    return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+
+
+@contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """fp32 as fp32, and the same algorithm each time: TF32 moves features by a thousandth."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
