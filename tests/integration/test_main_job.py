@@ -96,6 +96,21 @@ def test_second_stage_trains_resumes_and_samples(
     assert np.asarray(Image.open(out / "pictures" / "00000.png")).shape == (16, 16, 3)
     assert (out / "pictures" / "00001.png").exists()
     assert (out / "grid.png").exists()
+    whole = str(tmp_path / "whole.safetensors")
+    done = ldm(bucket, "export", run.url, whole, "--layout", "compvis", "--weights", "weights")
+    assert done.returncode == 0, done.stderr
+    stored, average = read_weights(whole)[0], read_weights(exported_average(bucket, run.url, tmp_path))[0]
+    first = "input_blocks.0.0.weight"
+    kept = stored[f"model_ema.diffusion_model{first.replace('.', '')}"]
+    assert (kept == average["unet.conv_in.weight"]).all()
+    assert (kept != stored[f"model.diffusion_model.{first}"]).any()
+
+
+def exported_average(bucket: Any, run: str, folder: Path) -> str:
+    """The averaged weights of a run, as a file of ours."""
+    target = str(folder / "average.safetensors")
+    assert ldm(bucket, "export", run, target).returncode == 0
+    return target
 
 
 EIGHT_STEPS = ["steps=8", "checkpoint.every=0"]

@@ -1,8 +1,9 @@
 """Write a run's weights, averaged ones unless told otherwise, as a file or folder that others read.
 
 native: one safetensors file with the configuration and the latent statistics, streamed: what
-first_stage.weights, init_from and `ldm sample` take. compvis: one file in the original layout.
-diffusers: a pipeline's folder. The last two hold the UNet and the frozen first stage.
+first_stage.weights, init_from and `ldm sample` take. compvis: one file in the original layout, with the
+average also where it keeps one (model_ema). diffusers: a folder for the pipeline's from_pretrained. The last
+two hold the UNet, the frozen first stage and the text towers, and list what they have no place for.
 
 The latent statistics of a first stage are measured in the last step of its run. Of an earlier checkpoint,
 or of a file exported without them, --measure SHARDS measures them here; a second stage takes no others.
@@ -13,18 +14,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.export import Exported, export, export_tensors, open_weights
+from trainer.checkpoint.export import WEIGHTS, Exported, export, export_tensors, open_weights
+from trainer.config.identity import as_trained
 from trainer.config.io import config_from_dict
+from trainer.config.models import TOWERS as TOWER_SECTIONS
+from trainer.config.models import OpenCLIPConfig
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.evaluation.latent_statistics import with_measured_statistics
 from trainer.first_stage.build import first_stage_tensors, load_first_stage
-from trainer.first_stage.statistics import UNMEASURED
+from trainer.first_stage.statistics import UNMEASURED, require_same_statistics
 from trainer.interop.export import export_weights
+from trainer.interop.parts import TOWERS
 from trainer.weights import metadata_object
 
 EXAMPLE = "example: ldm export s3://bucket/first_stage_run s3://bucket/first_stage.safetensors"
@@ -41,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", help="average to write, or `weights` for the trained ones (default: EMA)"
     )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="native only")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the tensors")
     parser.add_argument(
         "--measure",
         nargs="+",
@@ -56,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="first_stage.latent_scale, where run and first stage do not say it; not for native",
     )
+    moved = parser.add_argument_group("frozen networks", "for compvis and diffusers, where files have moved")
+    moved.add_argument("--first-stage", metavar="FILE", help="first_stage.weights")
+    moved.add_argument("--text-encoder", metavar="FILE", help="conditioning.openclip.pretrained")
+    moved.add_argument("--text-encoder-2", metavar="FILE", help="conditioning.openclip_second.pretrained")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,13 +123,71 @@ def _open(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, str], 
 
 
 def _export_whole(args: argparse.Namespace) -> int:
-    tensors, _, config = _open(args)
+    tensors, metadata, config = _open(args)
+    average: dict[str, Tensor] | None = None
     if config.stage == "autoencoder":
         tensors = {f"first_stage.{name}": value for name, value in tensors.items()}
     else:
-        tensors = {n: v for n, v in tensors.items() if n.startswith(("unet.", "conditions."))}
+        config = _with_networks(as_trained(config) if "network" in metadata else config, args)
+        trained = tensors
+        tensors = {n: v for n, v in trained.items() if n.startswith(("unet.", "conditions."))}
+        if args.layout == "compvis":
+            average = _average(args, trained, metadata)
         if config.first_stage.name != "identity":
-            stage, _ = first_stage_tensors(load_first_stage(config.first_stage))
+            first_stage = load_first_stage(config.first_stage)
+            require_same_statistics(first_stage, trained)
+            stage, _ = first_stage_tensors(first_stage)
             tensors |= {f"first_stage.{name}": value for name, value in stage.items()}
-    print(export_weights(tensors, args.destination, config, args.layout).describe())
+        tensors |= _towers(config, args.layout)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    print(export_weights(tensors, args.destination, config, args.layout, average, dtype).describe())
     return 0
+
+
+def _with_networks(config: Config, args: argparse.Namespace) -> Config:
+    """The configuration with the frozen networks that the command names instead of the run's."""
+    if args.first_stage is not None:
+        first = dataclasses.replace(config.first_stage, weights=args.first_stage)
+        config = dataclasses.replace(config, first_stage=first)
+    changed: dict[str, Any] = {}
+    for name, weights in zip(TOWER_SECTIONS, (args.text_encoder, args.text_encoder_2), strict=True):
+        tower: OpenCLIPConfig | None = getattr(config.conditioning, name)
+        if weights is not None and tower is None:
+            raise ConfigError(f"{args.source} has no text tower conditioning.{name}; leave its weights out.")
+        if weights is not None and tower is not None:
+            changed[name] = dataclasses.replace(tower, pretrained=weights)
+    return dataclasses.replace(config, conditioning=dataclasses.replace(config.conditioning, **changed))
+
+
+def _average(
+    args: argparse.Namespace, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> dict[str, Tensor] | None:
+    """The run's average of the UNet, of which the original layout keeps a copy; None where there is none."""
+    if metadata.get("profile", WEIGHTS) == WEIGHTS:
+        if args.source.endswith(".safetensors"):
+            return None  # a file holds one set of weights
+        tensors, metadata = open_weights(args.source, step=args.checkpoint)
+        if metadata.get("profile", WEIGHTS) == WEIGHTS:
+            return None
+    return {name: value for name, value in tensors.items() if name.startswith("unet.")}
+
+
+def _towers(config: Config, layout: Literal["compvis", "diffusers"]) -> dict[str, Tensor]:
+    """Text towers, "text_encoder.*" and "text_encoder_2.*", with as much of each as the layout's readers
+    want."""
+    towers: dict[str, Tensor] = {}
+    for index, (role, section) in enumerate(TOWERS.items()):
+        tower: OpenCLIPConfig | None = getattr(config.conditioning, section)
+        if tower is None:
+            continue
+        from trainer.conditioning.openclip import stored_tower  # imports open_clip, which takes seconds
+
+        second = config.conditioning.openclip_second is not None
+        if layout == "diffusers" and not second:
+            weights = stored_tower(tower, index, "read")
+        elif layout == "diffusers" or tower.model.startswith("ViT-L-14"):
+            weights = stored_tower(tower, index, "blocks")
+        else:
+            weights = stored_tower(tower, index, "all")
+        towers |= {f"{role}.{name}": value for name, value in weights.items()}
+    return towers

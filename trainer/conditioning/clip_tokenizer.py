@@ -35,6 +35,16 @@ class ClipTokenizer:
         """Entries, start and end token included."""
         return int(self._encoder.vocab_size)
 
+    @property
+    def pieces(self) -> dict[str, int]:
+        """Every entry of the vocabulary with its id; a word's last piece ends in </w>."""
+        return dict(self._encoder.encoder)
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of pieces that become one, in the order in which they are tried."""
+        return sorted(self._encoder.bpe_ranks, key=self._encoder.bpe_ranks.__getitem__)
+
     def __call__(self, captions: Sequence[str], chunks: int = 1) -> Tensor:
         """Tokenize a batch; with several chunks a caption has as many rows, [B chunks, max_tokens]."""
         start, end = self._encoder.sot_token_id, self._encoder.eot_token_id

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,25 @@ class OpenCLIP(Condition):
         if not self.config.pooled:
             return {"context": context}
         return {"context": context, "pooled": output["text_features"]}
+
+
+def stored_tower(
+    config: OpenCLIPConfig, index: int, keep: Literal["read", "blocks", "all"]
+) -> dict[str, Tensor]:
+    """The tower's weights under open_clip's names, for programs that build one of their own.
+
+    Args:
+        index: place among the conditions; it seeds a random tower.
+        keep: what the chosen output reads; with it all blocks; or all blocks and the projection.
+
+    Raises:
+        ConfigError: nothing says which weights, or they lack what is wanted.
+    """
+    require_tower(TOWERS[index], config)
+    if keep != "read":
+        config = dataclasses.replace(config, layer="last", pooled=config.pooled or keep == "all")
+    state = build_tower(config, architecture(config), seed=index).state_dict()
+    return {name: value for name, value in state.items() if name != "attn_mask"}
 
 
 class DroppedText(TrainedPart):

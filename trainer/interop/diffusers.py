@@ -20,6 +20,7 @@ TEXT_TOWERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 FOLDERS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2")
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_FILE = "model.safetensors"
+INDEX_FILE = "model_index.json"
 LIBRARIES = {"CLIPTextModel": "transformers", "CLIPTextModelWithProjection": "transformers"}
 
 
@@ -45,8 +46,9 @@ class Component:
 
 
 def is_folder(url: str) -> bool:
-    """Whether the URL is a pipeline's or a component's folder."""
-    return exists(f"{url}/model_index.json") or exists(f"{url}/config.json")
+    """Whether the URL is the folder of a pipeline, with or without its index, or of a component."""
+    places = (INDEX_FILE, "config.json", *(f"{name}/config.json" for name in FOLDERS))
+    return any(exists(f"{url}/{place}") for place in places)
 
 
 def read_folder(url: str) -> dict[str, Component]:
@@ -66,28 +68,42 @@ def read_folder(url: str) -> dict[str, Component]:
 
 
 def write_folder(
-    url: str, components: Mapping[str, Component], scheduler: Json | None, pipeline: str
-) -> None:
-    """Write a pipeline folder; weights come first and model_index.json last.
+    url: str,
+    components: Mapping[str, Component],
+    schedulers: Mapping[str, Json],
+    tokenizers: Mapping[str, Mapping[str, bytes]],
+    pipeline: Json | None,
+) -> list[str]:
+    """Write a pipeline's folder; weights come first and model_index.json last. The folders and files written.
 
     Args:
         url: folder, at any URL.
-        components: by folder name.
-        scheduler: scheduler_config.json.
-        pipeline: class of the pipeline, written into model_index.json.
+        components: networks by folder name.
+        schedulers: scheduler_config.json by folder name.
+        tokenizers: files of a CLIPTokenizer by folder name.
+        pipeline: model_index.json without its components; None where no pipeline draws this, and only the
+            components are written.
     """
     url = url.rstrip("/")
-    index: dict[str, Any] = {"_class_name": pipeline}
+    index: Json = {}
     for name, component in components.items():
         library = LIBRARIES.get(component.kind, "diffusers")
         file = TEXT_FILE if library == "transformers" else NETWORK_FILE
         write_weights(f"{url}/{name}/{file}", component.tensors, {"format": "pt"})
         write_json(f"{url}/{name}/config.json", component.config)
         index[name] = [library, component.kind]
-    if scheduler is not None:
-        write_json(f"{url}/scheduler/scheduler_config.json", scheduler)
-        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    write_json(f"{url}/model_index.json", index)
+    for name, files in tokenizers.items():
+        for file, content in files.items():
+            write_bytes(f"{url}/{name}/{file}", content)
+        index[name] = ["transformers", "CLIPTokenizer"]
+    for name, scheduler in schedulers.items():
+        write_json(f"{url}/{name}/scheduler_config.json", scheduler)
+        index[name] = ["diffusers", scheduler["_class_name"]]
+    written = [f"{url}/{name}" for name in index]
+    if pipeline is not None:
+        write_json(f"{url}/{INDEX_FILE}", pipeline | index)
+        written.append(f"{url}/{INDEX_FILE}")
+    return written
 
 
 def read_json(url: str) -> Json:

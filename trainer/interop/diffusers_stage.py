@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from trainer.config.models import FirstStageConfig
+from trainer.config.models import FirstStageConfig, LowResolutionConfig
 from trainer.config.run import ConfigError
 from trainer.config.training import DiffusionConfig
+from trainer.diffusion.levels import Spacing
 from trainer.diffusion.schedule import KARRAS_RHO
 from trainer.interop.diffusers_unet import (
     BLOCK_KINDS,
@@ -118,10 +119,23 @@ def first_stage_from_diffusers(json: Mapping[str, Any]) -> tuple[FirstStageConfi
     return config, list(shift), [scaling / s for s in std]
 
 
-def scheduler_to_diffusers(config: DiffusionConfig) -> Json:
+def noise_level_scheduler(config: LowResolutionConfig) -> Json:
+    """scheduler_config.json (DDPMScheduler) that hides flaws of a low-resolution picture as we do."""
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": config.noise_num_timesteps,
+        "beta_start": config.noise_beta_start,
+        "beta_end": config.noise_beta_end,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+    }
+
+
+def scheduler_to_diffusers(config: DiffusionConfig, spacing: Spacing = "leading") -> Json:
     """scheduler_config.json of our forward process.
 
-    DDIMScheduler with the settings of the SD family, FlowMatchEulerDiscreteScheduler or EDMEulerScheduler.
+    DDIMScheduler, FlowMatchEulerDiscreteScheduler or EDMEulerScheduler. DDIM ends without noise, as our
+    samplers do. Karras spacing, which it does not have, becomes leading; zero terminal SNR needs trailing.
 
     Raises:
         ConfigError: no scheduler of diffusers reads what the network predicts.
@@ -158,8 +172,8 @@ def scheduler_to_diffusers(config: DiffusionConfig) -> Json:
         "beta_schedule": BETA_SCHEDULES[config.beta_schedule],
         "prediction_type": PREDICTIONS[config.prediction],
         "rescale_betas_zero_snr": config.zero_terminal_snr,
-        "timestep_spacing": "trailing" if config.zero_terminal_snr else "leading",
+        "timestep_spacing": "trailing" if config.zero_terminal_snr or spacing == "trailing" else "leading",
         "steps_offset": 1,
-        "set_alpha_to_one": False,
+        "set_alpha_to_one": True,
         "clip_sample": False,
     }

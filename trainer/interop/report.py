@@ -21,7 +21,9 @@ class TransferReport:
     left: tuple[str, ...] = ()
     """In the source and not used."""
     files: tuple[str, ...] = ()
-    """Files written."""
+    """Files and folders written."""
+    notes: tuple[str, ...] = ()
+    """What else a reader of these files should know, a sentence each."""
 
     def describe(self) -> str:
         """A few lines for people."""
@@ -29,7 +31,7 @@ class TransferReport:
         for title, names in (("widened", self.widened), ("new", self.new), ("left", self.left)):
             if names:
                 lines.append(f"{title}: {len(names)} tensors: {_shortened(names)}")
-        return "\n".join(lines + [f"wrote {file}" for file in self.files])
+        return "\n".join([*lines, *self.notes, *(f"wrote {file}" for file in self.files)])
 
 
 def _shortened(names: tuple[str, ...]) -> str:

@@ -1,0 +1,161 @@
+"""`ldm export` to other programs: what is in the files, what is said to be left out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.__main__ import main
+from trainer.config.io import config_to_dict, load_config
+from trainer.first_stage.build import build_first_stage, first_stage_tensors
+from trainer.interop.export import export_weights
+from trainer.model import build_model
+from trainer.weights import read_weights, write_weights
+
+SMALL = "model: ViT-B-32, pretrained: random, width: 16, layers: 3, heads: 2"
+TEXT = f"conditioning.openclip={{{SMALL}}}"
+BASE = [
+    "data.image_size=16",
+    "first_stage={base_channels: 8, channel_multipliers: [1, 2], num_res_blocks: 1, num_groups: 4}",
+    "unet={model_channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, attention_factors: [2], "
+    "head_dim: 8, num_groups: 4}",
+]
+
+
+def run_file(folder: Path, *settings: str, profile: str = "decay") -> str:
+    """An exported run of random weights, with its first stage of one latent scale, 0.5."""
+    weights = str(folder / "first_stage.safetensors")
+    config = load_config(None, [*BASE, f"first_stage.weights={weights}", *settings])
+    torch.manual_seed(0)
+    stage = build_first_stage(config.first_stage)
+    z = config.first_stage.channels
+    stage.set_latent_statistics(torch.zeros(z), torch.full((z,), 0.5))
+    write_weights(weights, *first_stage_tensors(stage))
+    network: nn.Module = build_model(config).network
+    tensors = network.state_dict() | {"latent_shift": torch.zeros(z), "latent_scale": torch.full((z,), 0.5)}
+    source = str(folder / "run.safetensors")
+    about = {"config": json.dumps(config_to_dict(config)), "network": "unet", "profile": profile}
+    write_weights(source, tensors, about)
+    return source
+
+
+def compvis(folder: Path, source: str, *options: str) -> dict[str, Tensor]:
+    target = str(folder / "model.safetensors")
+    assert main(["export", source, target, "--layout", "compvis", *options]) == 0
+    return read_weights(target)[0]
+
+
+def test_the_original_layout_holds_the_whole_tower_and_the_average(tmp_path: Path) -> None:
+    stored = compvis(tmp_path, run_file(tmp_path, TEXT))
+    tower = "cond_stage_model.model."
+    # All three blocks and the projection, which the penultimate layer never reads but readers of files want.
+    wanted = [f"transformer.resblocks.{i}.ln_1.weight" for i in range(3)]
+    wanted += ["text_projection", "ln_final.weight", "positional_embedding"]
+    assert {f"{tower}{name}" for name in wanted} <= set(stored)
+    assert f"{tower}attn_mask" not in stored
+    mine = "model.diffusion_model.input_blocks.0.0.weight"
+    assert torch.equal(stored["model_ema.diffusion_modelinput_blocks00weight"], stored[mine])
+    assert stored["scale_factor"] == 0.5
+    assert stored[mine].dtype == torch.float32
+
+
+def test_trained_weights_have_no_average_beside_them_unless_the_run_has(tmp_path: Path) -> None:
+    stored = compvis(tmp_path, run_file(tmp_path, TEXT, profile="weights"))
+    assert not [name for name in stored if name.startswith("model_ema.")]
+
+
+def test_the_dtype_is_that_of_every_layout(tmp_path: Path) -> None:
+    source = run_file(tmp_path, TEXT)
+    stored = compvis(tmp_path, source, "--dtype", "fp16")
+    networks = ("model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.")
+    assert {t.dtype for n, t in stored.items() if n.startswith(networks)} == {torch.float16}
+    assert stored["scale_factor"].dtype == stored["betas"].dtype == torch.float32
+    there = tmp_path / "there"
+    assert main(["export", source, str(there), "--layout", "diffusers", "--dtype", "bf16"]) == 0
+    for file in there.rglob("*.safetensors"):
+        assert {t.dtype for t in read_weights(str(file))[0].values()} == {torch.bfloat16}, file
+    assert json.loads((there / "text_encoder/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([f"conditioning.openclip={{{SMALL}, pooled: true}}"], "conditioning.openclip.pooled alone"),
+        ([TEXT, "conditioning.image_size={width: 8}"], "conditioning.image_size alone"),
+    ],
+)
+def test_a_vector_that_no_unet_of_diffusers_takes_is_refused(
+    settings: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, there = run_file(tmp_path, *settings), tmp_path / "there"
+    assert main(["export", source, str(there), "--layout", "diffusers"]) == 2
+    assert said in capsys.readouterr().err
+    assert not there.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ([f"conditioning.openclip={{{SMALL}, final_norm: false}}"], "applies the final norm"),
+        ([f"conditioning.openclip={{{SMALL}, null: zeros}}"], "not null=zeros"),
+        ([TEXT, "first_stage.name=vq", "first_stage.codebook_size=16"], "not first_stage.name=vq"),
+        ([TEXT, "first_stage.input_range=0..1"], "input_range=0..1"),
+        ([TEXT, "conditioning.depth={}"], "is told depth, openclip and nothing else"),
+        ([TEXT, "conditioning.masked_image={drop_probability: 0.1}"], "masked_image.drop_probability"),
+        (["conditioning.class_label={num_classes: 3, width: 16}"], "is told class_label and nothing else"),
+    ],
+)
+def test_without_a_pipeline_that_draws_the_same_there_is_no_index(
+    settings: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, there = run_file(tmp_path, *settings), tmp_path / "there"
+    assert main(["export", source, str(there), "--layout", "diffusers"]) == 0
+    said = capsys.readouterr().out
+    assert "no pipeline: " in said
+    assert reason in said
+    assert not (there / "model_index.json").exists()
+    assert (there / "unet/config.json").exists()
+    if "class_label" in reason:
+        assert "left: 1 tensors: conditions.parts.class_label.embedding.weight" in said
+    assert main(["import", str(there), str(tmp_path / "back")]) == 0  # a folder of diffusers all the same
+
+
+def test_a_pipeline_that_lacks_a_network_is_no_pipeline(tmp_path: Path) -> None:
+    tensors = read_weights(run_file(tmp_path, TEXT))[0]
+    unet = {name: tensor for name, tensor in tensors.items() if name.startswith("unet.")}
+    report = export_weights(unet, str(tmp_path / "there"), load_config(None, [*BASE, TEXT]), "diffusers")
+    assert "needs vae, text_encoder, which this export does not hold" in report.describe()
+    assert not (tmp_path / "there/model_index.json").exists()
+
+
+def test_networks_that_moved_are_named_and_others_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, there = run_file(tmp_path, TEXT), str(tmp_path / "there")
+    (tmp_path / "first_stage.safetensors").rename(tmp_path / "moved.safetensors")
+    command = ["export", source, there, "--layout", "diffusers"]
+    assert main(command) == 2
+    assert "there is no weights file" in capsys.readouterr().err
+    assert main([*command, "--first-stage", str(tmp_path / "moved.safetensors")]) == 0
+    assert main([*command, "--text-encoder-2", "x.safetensors"]) == 2
+    assert "no text tower conditioning.openclip_second" in capsys.readouterr().err
+    tensors, metadata = read_weights(str(tmp_path / "moved.safetensors"))
+    write_weights(
+        str(tmp_path / "other.safetensors"), tensors | {"latent_scale": torch.full((4,), 2.0)}, metadata
+    )
+    assert main([*command, "--first-stage", str(tmp_path / "other.safetensors")]) == 2
+    assert "trained with latent_scale=[0.5" in capsys.readouterr().err
+
+
+def test_two_towers_that_the_original_layout_cannot_hold_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    towers = f"conditioning={{openclip: {{{SMALL}}}, openclip_second: {{{SMALL}}}}}"
+    target = tmp_path / "model.safetensors"
+    assert main(["export", run_file(tmp_path, towers), str(target), "--layout", "compvis"]) == 2
+    assert "these are ViT-B-32 and ViT-B-32" in capsys.readouterr().err
+    assert not target.exists()

@@ -1,0 +1,140 @@
+"""A run's networks as a folder of diffusers: components, tokenizers, schedulers, and what pipeline draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config.models import OpenCLIPConfig
+from trainer.config.network_plan import norm_groups
+from trainer.config.run import Config, ConfigError
+from trainer.diffusion.processes import at_size
+from trainer.interop import diffusers
+from trainer.interop.diffusers import Component
+from trainer.interop.diffusers_stage import (
+    first_stage_to_diffusers,
+    noise_level_scheduler,
+    scheduler_to_diffusers,
+)
+from trainer.interop.diffusers_unet import Json, unet_to_diffusers
+from trainer.interop.latent_scale import folded, is_one_number
+from trainer.interop.parts import TOWERS, Groups, cast, convert_part, latent_statistics
+from trainer.interop.pipelines import NoPipeline, Pipeline, choose_pipeline, require_vector_as_sdxl
+from trainer.interop.tokenizer_files import tokenizer_files
+from trainer.interop.unet_names import UNetSizes
+
+DIFFUSERS_VERSION = "0.30.0"
+"""Whose files these are like; pipelines ask for it to mend those of older versions."""
+CLIP_END, CLIP_START = 49407, 49406
+"""CLIP's end-of-text and start-of-text tokens."""
+
+
+def write_diffusers(
+    groups: Groups, url: str, config: Config, dtype: torch.dtype
+) -> tuple[list[str], list[str]]:
+    """What was written, and notes about it.
+
+    Latent statistics per channel become a part of the autoencoder's weights, because pipelines ignore them.
+    Where no pipeline of diffusers draws what the run draws, components are there without model_index.json.
+
+    Raises:
+        ConfigError: diffusers has no such network.
+    """
+    pipeline, notes = _pipeline(groups, config)
+    components: dict[str, Component] = {}
+    schedulers: dict[str, Json] = {}
+    if "unet" in groups:
+        components["unet"] = _unet(groups["unet"], config)
+        edge = config.data.image_size
+        process = at_size(config.diffusion, edge, edge)
+        schedulers["scheduler"] = scheduler_to_diffusers(process, config.sampling.spacing)
+    if "first_stage" in groups:
+        quantised = config.first_stage.name == "vq" or (pipeline is not None and "vqvae" in pipeline.needs)
+        required = None if pipeline is None else pipeline.scale_factor
+        components["vqvae" if quantised else "vae"] = _first_stage(groups["first_stage"], config, required)
+    tokenizers = {}
+    for role, section in TOWERS.items():
+        if role in groups:
+            tower: OpenCLIPConfig = getattr(config.conditioning, section)
+            converted = convert_part(config, role, groups[role], "diffusers")
+            components[role] = Component(_text_config(tower, groups[role], dtype), converted)
+            length = groups[role]["positional_embedding"].shape[0]
+            tokenizers[role.replace("text_encoder", "tokenizer")] = tokenizer_files(length, tower.padding)
+    if config.conditioning.low_resolution is not None and "unet" in groups:
+        schedulers["low_res_scheduler"] = noise_level_scheduler(config.conditioning.low_resolution)
+    for component in components.values():
+        component.tensors = cast(component.tensors, dtype)
+    index: Json | None = None
+    if pipeline is not None:
+        index = {"_class_name": pipeline.name, "_diffusers_version": DIFFUSERS_VERSION, **pipeline.settings}
+    return diffusers.write_folder(url, components, schedulers, tokenizers, index), notes
+
+
+def _pipeline(groups: Groups, config: Config) -> tuple[Pipeline | None, list[str]]:
+    if "unet" not in groups:
+        return None, []  # components alone, whose owner has the rest
+    require_vector_as_sdxl(config)
+    try:
+        pipeline = choose_pipeline(config)
+        folders = {"vae": "first_stage", "vqvae": "first_stage"}
+        absent = [name for name in pipeline.needs if folders.get(name, name) not in groups]
+        if absent:
+            raise NoPipeline(f"{pipeline.name} needs {', '.join(absent)}, which this export does not hold")
+    except NoPipeline as reason:
+        return None, [f"no pipeline: {reason}; each folder is loaded by itself"]
+    return pipeline, [f"pipeline: {pipeline.name}"]
+
+
+def _unet(tensors: Mapping[str, Tensor], config: Config) -> Component:
+    cells = config.data.image_size // config.first_stage.downsampling
+    described = unet_to_diffusers(config.unet, UNetSizes.of_ours(tensors), cells)
+    if config.conditioning.image_size is not None:
+        described["addition_time_embed_dim"] = config.conditioning.image_size.width
+    return Component(described, convert_part(config, "unet", tensors, "diffusers"))
+
+
+def _first_stage(tensors: Mapping[str, Tensor], config: Config, required: float | None) -> Component:
+    """An autoencoder with one scale factor: the run's, or the one that the pipeline requires."""
+    stage = config.first_stage
+    shift, scale = latent_statistics(tensors, config)
+    factor = scale[0] if is_one_number(shift, scale) else 1.0
+    if required is not None:
+        factor = required
+    if stage.name == "kl" and (any(shift) or any(s != factor for s in scale)):
+        tensors = folded(tensors, shift, [s / factor for s in scale])
+    elif stage.name != "kl" and not is_one_number(shift, scale):
+        raise ConfigError("diffusers' VQModel has one scaling_factor and no per-channel latent statistics.")
+    same = [factor] * stage.latent_channels
+    none = [0.0] * stage.latent_channels
+    described = first_stage_to_diffusers(stage, none, same, config.data.image_size, norm_groups(stage))
+    return Component(described, convert_part(config, "first_stage", tensors, "diffusers"))
+
+
+def _text_config(config: OpenCLIPConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Json:
+    """config.json of the CLIPTextModel with these weights."""
+    from trainer.conditioning.open_clip_towers import architecture  # imports open_clip, which takes seconds
+
+    model = architecture(config)
+    text: dict[str, Any] = model["text_cfg"]
+    vocabulary, width = tensors["token_embedding.weight"].shape
+    projected = "text_projection" in tensors
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "num_hidden_layers": sum(name.endswith(".attn.in_proj_bias") for name in tensors),
+        "num_attention_heads": text["heads"],
+        "max_position_embeddings": tensors["positional_embedding"].shape[0],
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "projection_dim": tensors["text_projection"].shape[1] if projected else width,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": CLIP_START,
+        "eos_token_id": CLIP_END,
+        "pad_token_id": 0 if config.padding == "zero" else CLIP_END,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
