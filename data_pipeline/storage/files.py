@@ -20,6 +20,7 @@ from data_pipeline.storage.retry import (
     ShortBody,
     guarded,
     guarded_change,
+    require_range,
 )
 from data_pipeline.storage.urls import is_local, is_s3, join, name_of
 
@@ -61,6 +62,7 @@ def read_range(url: str, start: int, stop: int, *, timeout_s: float = 30.0, trie
 
     def once() -> bytes:
         data = bytes(fs.cat_file(path, start=start, end=stop))
+        require_range(url, len(data), stop - start)
         if len(data) != stop - start:
             raise ShortBody(f"short body: {len(data)} of {stop - start} bytes of {url}")
         return data

@@ -5,16 +5,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.errors import NoShards, NotFound
+from data_pipeline.errors import AccessDenied, Failure, NoShards, NotFound
 from data_pipeline.storage.client import filesystem
 from data_pipeline.storage.editions import edition_of
 from data_pipeline.storage.retry import TRIES, guarded, missing_bucket
-from data_pipeline.storage.urls import expand_braces, is_s3, join, literal, name_of, parent, spelled_out
+from data_pipeline.storage.urls import (
+    expand_braces,
+    is_http,
+    is_s3,
+    join,
+    literal,
+    name_of,
+    parent,
+    spelled_out,
+)
 
 _MAX_SPANS = 100
+_LOOK_UPS = 16
+"""Requests at a time where shards are looked up one by one."""
 _ARCHIVE = re.compile(r"\.(tar(\.[A-Za-z0-9]+)?|t[gbxz]z2?|tzst)$")
 """How the names of tars end; compressed ones are read in resampled order, and told apart from folders."""
 
@@ -75,6 +87,42 @@ def look_up(url: str, *, timeout_s: float = 30.0) -> ListedFile:
 
 
 def _list_named(url: str, names: list[str], timeout_s: float) -> list[ListedFile]:
+    """All of these names, by listings of their folders, or by a request each where there is no listing."""
+    if is_http(url):
+        return _looked_up(url, names, timeout_s)
+    try:
+        return _from_listings(url, names, timeout_s)
+    except AccessDenied as denied:  # who may read may not always list
+        try:
+            look_up(names[0], timeout_s=timeout_s)
+        except Failure:
+            raise denied from None
+        return _looked_up(url, names, timeout_s)
+
+
+def _looked_up(url: str, names: list[str], timeout_s: float) -> list[ListedFile]:
+    def one(name: str) -> ListedFile | None:
+        try:
+            return look_up(name, timeout_s=timeout_s)
+        except NotFound:
+            return None
+
+    with ThreadPoolExecutor(_LOOK_UPS) as pool:
+        found = list(pool.map(one, names))
+    missing = [name for name, file in zip(names, found, strict=True) if file is None]
+    if missing:
+        raise _some_missing(url, missing, names)
+    return sorted((file for file in found if file is not None), key=lambda f: f.url)
+
+
+def _some_missing(url: str, missing: Sequence[str], names: Sequence[str]) -> NoShards:
+    return NoShards(
+        f"{len(missing)} of the {len(names)} shards of {url} do not exist: {spans(missing, names)}; "
+        "correct data.shards or upload them."
+    )
+
+
+def _from_listings(url: str, names: list[str], timeout_s: float) -> list[ListedFile]:
     folders: dict[str, dict[str, ListedFile]] = {}
     for folder in sorted({parent(name) for name in names}):
         fs, path = filesystem(folder, timeout_s=timeout_s)
@@ -89,10 +137,7 @@ def _list_named(url: str, names: list[str], timeout_s: float) -> list[ListedFile
     missing = [name for name in names if name_of(name) not in folders[parent(name)]]
     if missing:
         _check_bucket(url, timeout_s)
-        raise NoShards(
-            f"{len(missing)} of the {len(names)} shards of {url} do not exist: {spans(missing, names)}; "
-            "correct data.shards or upload them."
-        )
+        raise _some_missing(url, missing, names)
     return sorted((folders[parent(n)][name_of(n)] for n in names), key=lambda f: f.url)
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from data_pipeline.errors import AccessDenied, ReadFailed, Replaced, StorageOutage
+from data_pipeline.errors import AccessDenied, DataError, ReadFailed, Replaced, StorageOutage
 from data_pipeline.storage.client import filesystem, read_within
 from data_pipeline.storage.editions import Edition, Reading
-from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before
+from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before, require_range
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,12 +92,15 @@ class RangeReader:
             data = read_within(deadline_s, fs, path, **({} if stop < 0 else {"start": start, "end": stop}))
         if stop < 0:
             return data
+        require_range(url, len(data), stop - start)
         if len(data) != stop - start:
             raise ShortBody(f"short body: {len(data)} of {stop - start} bytes")
         return data
 
     def _judge(self, error: Exception, url: str, attempt: int, began: float) -> None:
         """Return to try again; raise when it is no use."""
+        if isinstance(error, DataError):  # a mistake in the environment, or a server without ranges
+            raise error
         if isinstance(error, PermissionError):
             raise explain(error, url) from error
         if not is_transient(error):

@@ -20,7 +20,7 @@ from data_pipeline.errors import (
     Unreachable,
     UserError,
 )
-from data_pipeline.storage.urls import is_local
+from data_pipeline.storage.urls import is_http, is_local
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ PATIENT_TRIES = 30
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 20.0
+_LONGEST_S = 600.0
 _TRANSIENT = re.compile(
     r"timeout|timed out|connect|reset|closed|incomplete|payload|slow ?down|throttl|too many|"
     r"internal ?error|unavailable|bad gateway|temporar|short body|\b(429|500|502|503|504)\b|eof",
@@ -41,6 +42,26 @@ _TRANSIENT = re.compile(
 _DENIED = re.compile(
     r"NoCredentials|PartialCredentials|InvalidAccessKey|SignatureDoesNotMatch|AccessDenied|Forbidden"
 )
+_MISTAKES = (
+    (
+        r"ExpiredToken|TokenRefreshRequired|UnauthorizedSSOToken|token .*expired",
+        "the session has expired; renew AWS_SESSION_TOKEN and the keys",
+    ),
+    (r"RequestTimeTooSkewed", "the clock of this machine is wrong; set it"),
+    (
+        r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|region .* is wrong",
+        "the bucket is in another region; set AWS_REGION to it",
+    ),
+    (
+        r"certificate verify failed|CERTIFICATE_VERIFY_FAILED",
+        "the server's certificate is not trusted here; set AWS_CA_BUNDLE to its authority's",
+    ),
+    (
+        r"WRONG_VERSION_NUMBER|record layer failure",
+        "the server does not speak https; write http:// in AWS_ENDPOINT_URL",
+    ),
+)
+"""What a person has to mend, by the words of storage libraries; no retry helps."""
 _HOPELESS = frozenset({errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
@@ -48,13 +69,24 @@ class ShortBody(OSError):
     """The server sent fewer bytes than it promised."""
 
 
+def require_range(url: str, received: int, asked: int) -> None:
+    """Refuse a server that answers a range with more than was asked for. Raises DataError."""
+    if received > asked:
+        raise DataError(
+            f"The server of {url} does not answer ranges: it sent {received} bytes for {asked}; copy the "
+            "files to storage that does."
+        )
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: network trouble, throttling, 5xx, a short body."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return False
-    if isinstance(error, (ConnectionError, TimeoutError, ShortBody)):
+    if isinstance(error, (TimeoutError, ShortBody)):
         return True
-    return bool(_TRANSIENT.search(f"{type(error).__name__} {error}"))
+    text = f"{type(error).__name__} {error}"
+    known = isinstance(error, ConnectionError) or bool(_TRANSIENT.search(text))
+    return known and not any(re.search(words, text) for words, _ in _MISTAKES)
 
 
 def pause_before(attempt: int) -> float:
@@ -69,11 +101,15 @@ def with_retries(
     sleep: Callable[[float], object] = time.sleep,
 ) -> T:
     """Call `action` until it succeeds or `tries` transient failures; others are raised at once."""
+    began = time.monotonic()
     for attempt in range(1, tries + 1):
         try:
             return action()
         except Exception as error:
-            if attempt == tries or not is_transient(error):
+            late = (
+                time.monotonic() - began > _LONGEST_S
+            )  # tries that are not answered take their timeout each
+            if attempt == tries or late or not is_transient(error):
                 raise
         sleep(pause_before(attempt))
     raise AssertionError("tries must be at least 1")
@@ -91,6 +127,8 @@ def guarded(action: Callable[[], T], url: str, *, tries: int = QUICK_TRIES) -> T
 
 def guarded_change(action: Callable[[], T], url: str, *, done: str, tries: int = PATIENT_TRIES) -> T:
     """The same for a call that changes storage; `done` is the participle for the sentence: written, ..."""
+    if is_http(url):
+        raise _read_only(url, done)
     try:
         return with_retries(action, tries=tries)
     except Failure:
@@ -109,6 +147,9 @@ def _after(tries: int, failure: Failure) -> Failure:
 def explain(error: BaseException, url: str) -> Failure:
     """The sentence, and the consequence, of what a storage library raised while reading."""
     text = f"{type(error).__name__}: {error}"
+    for words, remedy in _MISTAKES:
+        if re.search(words, text) and not is_local(url):
+            return AccessDenied(f"{url} cannot be reached: {remedy} ({_short(text)}).")
     if "NoSuchBucket" in text or "bucket does not exist" in text:
         return missing_bucket(url.partition("://")[2].split("/", 1)[0])
     if isinstance(error, PermissionError) or _DENIED.search(text):
@@ -142,7 +183,7 @@ def explain_change(error: BaseException, url: str, done: str) -> Failure:
             "was stored before is intact."
         )
     if isinstance(error, NotImplementedError):
-        return UserError(f"{url} cannot be {done}: storage of this kind is read only; choose another place.")
+        return _read_only(url, done)
     explained = explain(error, url)
     if done == "removed" and isinstance(explained, AccessDenied) and not is_local(url):
         text = _short(f"{type(error).__name__}: {error}")
@@ -153,6 +194,13 @@ def explain_change(error: BaseException, url: str, done: str) -> Failure:
     if hopeless or isinstance(explained, (AccessDenied, MissingBucket, Unreachable)):
         return explained
     return RetryableFault(f"{url} cannot be {done}: {explained}")
+
+
+def _read_only(url: str, done: str) -> UserError:
+    return UserError(
+        f"{url} cannot be {done}: storage of this kind is read only; choose another place (data.index says "
+        "where an index goes)."
+    )
 
 
 def missing_bucket(bucket: str) -> MissingBucket:

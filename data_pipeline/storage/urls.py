@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from data_pipeline.errors import DataError
 
-_SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "memory")
+_SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https", "memory")
 _S3 = ("s3", "s3a")
 _MAX_EXPANSION = 10_000_000
 _PROTECTED = {chr(0xE000 + i): character for i, character in enumerate("[]*?{}")}  # private use: in no name
@@ -38,6 +38,11 @@ def is_local(url: str) -> bool:
 def is_s3(url: str) -> bool:
     """Whether a URL is an object of S3 or of a server that speaks like it."""
     return scheme_of(url) in _S3
+
+
+def is_http(url: str) -> bool:
+    """Whether a URL is a file of a web server, which has no listing that programs can rely on."""
+    return scheme_of(url) in ("http", "https")
 
 
 def local_path(url: str) -> str:

@@ -1,0 +1,342 @@
+"""Stores as they are met: web servers, silent ones, and environments in which something is written wrong."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import (
+    AccessDenied,
+    DataError,
+    Failure,
+    NoShards,
+    RetryableFault,
+    Unreachable,
+    UserError,
+)
+from data_pipeline.loader import build_loader
+from data_pipeline.storage import client, files, large, retry
+from data_pipeline.storage.client import filesystem
+from data_pipeline.storage.listing import list_files
+from data_pipeline.storage.local_s3 import LocalS3
+from trainer.__main__ import main
+
+
+class WebServer(SimpleHTTPRequestHandler):
+    """A web server without listings; answers ranges, as Python's own does not, unless told otherwise."""
+
+    ranges = True
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if path.is_dir():
+            self.send_error(403)
+            return
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not self.ranges or match is None or not path.is_file():
+            super().do_GET()
+            return
+        data = path.read_bytes()
+        part = data[int(match[1]) : int(match[2]) + 1 if match[2] else None]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {match[1]}-{int(match[1]) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class WithoutRanges(WebServer):
+    """Answers each range with everything."""
+
+    ranges = False
+
+
+@pytest.fixture(params=[WebServer, WithoutRanges])
+def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    handler = partial(request.param, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("web", [WebServer], indirect=True)
+def test_shards_of_a_web_server_need_no_listing(
+    web: str, tmp_path: Path, write_shards: Callable[..., list[str]]
+) -> None:
+    write_shards(tmp_path / "set", [3, 3, 3])
+    url = f"{web}/set/{{00000..00002}}.tar"
+    found = list_files(url)
+    assert [file.url for file in found] == [f"{web}/set/0000{i}.tar" for i in range(3)]
+    assert [file.size for file in found] == [(tmp_path / f"set/0000{i}.tar").stat().st_size for i in range(3)]
+    assert list_files(f"{web}/set/00001.tar")[0].url == f"{web}/set/00001.tar"
+    config = DataConfig(shards=url, index=str(tmp_path / "index"), workers=0, lanes=1, image_size=16)
+    with build_loader(config, seed=0, global_batch_size=3) as loader:
+        served = [caption for _ in range(3) for caption in next(loader).captions]
+        assert sorted(served) == [f"caption {s:05d}{i:04d}" for s in range(3) for i in range(3)]
+    with pytest.raises(NoShards, match=r"2 of the 5 shards .* 00003\.tar to 00004\.tar"):
+        list_files(f"{web}/set/{{00000..00004}}.tar")
+    with pytest.raises(UserError, match=r"read only.*data\.index"):
+        build_loader(DataConfig(shards=url, workers=0), seed=0, global_batch_size=3)
+
+
+@pytest.mark.parametrize("web", [WithoutRanges], indirect=True)
+def test_a_server_without_ranges_is_one_sentence(
+    web: str, tmp_path: Path, write_shards: Callable[..., list[str]]
+) -> None:
+    write_shards(tmp_path / "set", [300])
+    with pytest.raises(DataError, match="does not answer ranges"):
+        files.read_range(f"{web}/set/00000.tar", 0, 10)
+    config = DataConfig(
+        shards=f"{web}/set/00000.tar", index=str(tmp_path / "other"), workers=0, image_size=16
+    )
+    with (
+        build_loader(config, seed=0, global_batch_size=1) as loader,
+        pytest.raises(DataError, match="does not answer ranges"),
+    ):
+        next(loader)
+
+
+@pytest.fixture(params=["reads", "reads nothing"])
+def silent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """S3's endpoint is a server that accepts and never answers."""
+    kept: list[socket.socket] = []
+
+    def accept(server: socket.socket) -> None:
+        while True:
+            try:
+                kept.append(server.accept()[0])
+            except OSError:
+                return
+            if request.param == "reads":
+                threading.Thread(target=drain, args=(kept[-1],), daemon=True).start()
+
+    def drain(connection: socket.socket) -> None:
+        try:
+            while connection.recv(1 << 20):
+                pass
+        except OSError:
+            return
+
+    with closing(socket.socket()) as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        threading.Thread(target=accept, args=(server,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+            monkeypatch.setenv(name, "x")
+        monkeypatch.setattr(large, "_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(client, "_SLOWEST_UPLOAD", 1 << 26)
+        monkeypatch.setattr(large, "_PART_BYTES", 6 << 20)
+        yield
+        for connection in kept:
+            connection.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("size", [10, 14 << 20])
+def test_an_upload_that_is_never_answered_ends(silent: None, size: int) -> None:
+    def parts() -> list[memoryview]:
+        return [memoryview(bytes(size))]
+
+    with pytest.raises(Unreachable, match=r"(put_object|create_multipart_upload) was not answered"):
+        large.write_stream("s3://bucket/a", parts, tries=2)
+
+
+@pytest.mark.timeout(120)
+def test_every_request_that_is_never_answered_ends(silent: None) -> None:
+    fs, path = filesystem("s3://bucket/a", timeout_s=0.3)
+    for request in (
+        lambda: fs.pipe_file(path, bytes(8 << 20)),
+        lambda: fs.cat_file(path),
+        lambda: fs.find(path),
+        lambda: fs.rm_file(path),
+    ):
+        with pytest.raises(Failure, match="was not answered"):
+            retry.guarded(request, "s3://bucket/a", tries=1)
+
+
+def test_silence_is_not_waited_for_as_often_as_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(retry, "_LONGEST_S", -1.0)
+    asked = []
+
+    def silence() -> None:
+        asked.append(1)
+        raise ConnectionAbortedError("put_object was not answered")
+
+    with pytest.raises(RetryableFault):
+        retry.guarded_change(silence, "s3://bucket/a", done="written")
+    assert len(asked) == 1
+
+
+WRONG = (
+    ({"AWS_ENDPOINT_URL": "localhost:9000"}, r"AWS_ENDPOINT_URL=localhost:9000 is no URL; write http://"),
+    ({"AWS_ENDPOINT_URL": "http://"}, "is no URL"),
+    ({"AWS_ENDPOINT_URL_S3": "minio"}, "AWS_ENDPOINT_URL_S3=minio is no URL"),
+    ({"AWS_S3_ADDRESSING_STYLE": "dns"}, "choose one of auto, path, virtual"),
+    ({"AWS_PROFILE": "nobody"}, r"AWS_PROFILE"),
+    ({"AWS_REGION": "no region!"}, r"AWS_REGION"),
+    ({"AWS_SECRET_ACCESS_KEY": "wrong"}, r"denied; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, r"denied; check AWS_ACCESS_KEY_ID"),
+    ({"AWS_ENDPOINT_URL": "https://127.0.0.1:{port}"}, r"does not speak https; write http://"),
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+    with LocalS3(tmp_path_factory.mktemp("stores"), buckets=("bucket",)) as running:
+        yield running
+
+
+@pytest.fixture
+def s3(server: LocalS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalS3:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return server
+
+
+@pytest.mark.parametrize(("wrong", "said"), WRONG)
+def test_what_is_written_wrong_is_said_by_every_access(
+    wrong: dict[str, str], said: str, s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value.format(port=s3.port))
+    for access in (
+        lambda: files.read_bytes("s3://bucket/a"),
+        lambda: files.write_bytes("s3://bucket/a", b"a", tries=1),
+        lambda: files.read_range("s3://bucket/a", 0, 1),
+        lambda: files.list_names("s3://bucket/a"),
+        lambda: large.write_stream("s3://bucket/a", lambda: [memoryview(b"a")], tries=1),
+        lambda: large.measure("s3://bucket/a", 1),
+        lambda: list_files("s3://bucket/{00000..00003}.tar"),
+        lambda: list_files("s3://bucket/*.tar"),
+    ):
+        with pytest.raises(DataError, match=said):
+            access()
+
+
+COMMANDS = (
+    ("import", "s3://bucket/model.safetensors", "s3://bucket/to"),
+    ("export", "s3://bucket/run", "s3://bucket/file.safetensors"),
+    ("sample", "s3://bucket/run", "--prompt", "a"),
+    ("data", "index", "s3://bucket/{00000..00001}.tar"),
+    ("data", "inspect", "s3://bucket/{00000..00001}.tar"),
+    ("evaluate", "reconstruction", "s3://bucket/a.safetensors", "--shards", "s3://bucket/*.tar"),
+    ("checkpoint", "list", "s3://bucket/run"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [WRONG[0], WRONG[6], ({"bucket": "s3:///x"}, "names no bucket")],
+    ids=["url", "key", "name"],
+)
+def test_what_is_written_wrong_is_one_sentence_of_every_command(
+    command: tuple[str, ...],
+    wrong: dict[str, str],
+    said: str,
+    s3: LocalS3,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    arguments = [word.replace("s3://bucket", "s3:///x") if "bucket" in wrong else word for word in command]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert re.search(said, told)
+    assert "Traceback" not in told
+
+
+def test_addressing_is_chosen_in_the_environment(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store.example")
+    monkeypatch.setenv("AWS_S3_ADDRESSING_STYLE", "virtual")
+    fs, path = filesystem("s3://bucket/key")
+    assert fs.url(path).startswith("https://bucket.store.example/key?")
+    monkeypatch.setenv("AWS_S3_ADDRESSING_STYLE", "path")
+    fs, path = filesystem("s3://bucket/key")
+    assert fs.url(path).startswith("https://store.example/bucket/key?")
+
+
+def test_the_region_is_that_of_the_environment(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    monkeypatch.setenv("AWS_REGION", "eu-north-1")
+    fs, path = filesystem("s3://bucket/key")
+    assert "eu-north-1" in fs.url(path)
+
+
+def test_a_profile_of_the_configuration_file_is_used(
+    s3: LocalS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text(
+        f"[profile lab]\naws_access_key_id = {s3.access_key}\naws_secret_access_key = {s3.secret_key}\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    files.write_bytes("s3://bucket/profile", b"a")
+    assert files.read_bytes("s3://bucket/profile") == b"a"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("ExpiredToken", "AWS_SESSION_TOKEN"),
+        ("RequestTimeTooSkewed", "clock"),
+        ("AuthorizationHeaderMalformed: the region 'us-east-1' is wrong", "AWS_REGION"),
+        ("SSL: CERTIFICATE_VERIFY_FAILED", "AWS_CA_BUNDLE"),
+    ],
+)
+def test_mistakes_that_a_server_tells_are_not_tried_again(words: str, said: str) -> None:
+    asked = []
+
+    def refused() -> None:
+        asked.append(1)
+        raise RuntimeError(words)
+
+    for guarded in (retry.guarded, lambda *a: retry.guarded_change(*a, done="written")):
+        with pytest.raises(AccessDenied, match=said):
+            guarded(refused, "s3://bucket/a")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "extra"),
+    [
+        ("gs://bucket/a", "gcsfs", "gcs"),
+        ("GCS://bucket/a", "gcsfs", "gcs"),
+        ("az://bucket/a", "adlfs", "azure"),
+        ("abfss://bucket/a", "adlfs", "azure"),
+        ("hf://datasets/me/set/00000.tar", "huggingface_hub", "huggingface"),
+    ],
+)
+def test_other_clouds_are_extras(url: str, package: str, extra: str) -> None:
+    extras = Path("pyproject.toml").read_text()
+    assert re.search(rf'^{extra} = \["{package}>=', extras, re.MULTILINE)
+    if find_spec(package) is None:
+        with pytest.raises(
+            DataError, match=rf"without {package}; install it with: pip install .*\[{extra}\]"
+        ):
+            files.read_bytes(url)
+    else:
+        assert filesystem(url)[1]
