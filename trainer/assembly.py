@@ -21,9 +21,10 @@ from data_pipeline.loader import (
     merge_positions,
     open_dataset,
 )
-from trainer.checkpoint.contents import share_bytes
+from trainer.checkpoint.contents import Stored, share_bytes
 from trainer.checkpoint.export import open_weights
 from trainer.checkpoint.host_buffer import HostBuffer
+from trainer.checkpoint.layout import FROZEN
 from trainer.checkpoint.manager import CheckpointManager, Loaded
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
@@ -32,6 +33,7 @@ from trainer.distributed.acceleration import configure_process
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
+from trainer.distributed.frozen import FrozenWeights, freeze
 from trainer.ema import EMA
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.interop.initialise import initialise
@@ -48,8 +50,8 @@ from trainer.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-_Built: TypeAlias = tuple[Stage, HostBuffer, dict[str, Any]]
-"""A stage, the memory begun for its checkpoints, and facts about it for the log."""
+_Built: TypeAlias = tuple[Stage, HostBuffer, FrozenWeights | None, dict[str, Any]]
+"""A stage, the memory begun for its checkpoints, what of it is frozen, and facts about it for the log."""
 
 
 @dataclass
@@ -69,6 +71,8 @@ class Run:
     """None in resampled order."""
     start: StartTimer
     lease: Lease | None = None
+    frozen: FrozenWeights | None = None
+    """What of the network is not trained."""
 
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
@@ -89,7 +93,7 @@ class Run:
         position = merge_positions(positions) if self.state.step else None
         self.checkpoints.save(
             self.state.step,
-            self.stage.engines,
+            self._stored,
             self.ema,
             state={"train": self.state.state_dict(position), "healer": self.healer.state()},
             tensors=self.stage.state(),
@@ -99,9 +103,12 @@ class Run:
 
     def save_snapshot(self) -> None:
         """Store the power-function averages for `ldm ema`. Collective."""
-        self.checkpoints.save_snapshot(
-            self.state.step, self.stage.engines, self.ema, tensors=self.stage.state()
-        )
+        self.checkpoints.save_snapshot(self.state.step, self._stored, self.ema, tensors=self.stage.state())
+
+    @property
+    def _stored(self) -> dict[str, Stored]:
+        frozen = {FROZEN: self.frozen} if self.frozen is not None else {}
+        return {**self.stage.engines, **frozen}
 
     def save_record(self) -> dict[str, float]:
         """What the last checkpoint cost this rank's training."""
@@ -123,7 +130,7 @@ class Run:
         handle = self.checkpoints.latest_good()
         if handle is None:
             return None
-        loaded = self.checkpoints.load(handle, self.stage.engines, self.ema)
+        loaded = self.checkpoints.load(handle, self.stage.engines, self.ema, self.frozen)
         self.stage.load_state(loaded.tensors)
         self.state.load_state_dict(loaded.state["train"])
         self.healer.load_state(loaded.state["healer"])
@@ -192,7 +199,7 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)
     make = _build_autoencoder if config.stage == "autoencoder" else _build_diffusion
-    stage, buffer, facts = make(config, env, timer, start)
+    stage, buffer, frozen, facts = make(config, env, timer, start)
     start.mark("engines")
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
     state, healer = TrainState(), Healer(config.healing)
@@ -207,7 +214,8 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     lease = _hold_folder(config.run_dir)
     try:
         checkpoints = CheckpointManager(config, env, buffer, lease)
-        run = Run(config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start, lease)
+        parts = (config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
+        run = Run(*parts, lease=lease, frozen=frozen)
         resumed = run.restore()
         healer.merge(read_journal(config.run_dir))
         sinks.open(start_step=state.step, run_id=state.wandb_run_id)
@@ -242,10 +250,12 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer, star
         model.first_stage.to(memory_format=torch.channels_last)
     model.conditioner.frozen.to(env.device, frozen_dtype)
     _start_from(config.init_from, model.network)
+    freeze(model.network, config.trainable)
+    frozen = FrozenWeights(model.network, env.rank, env.world_size) if config.trainable else None
     start.mark("networks")
     buffer = _begin_buffer({"unet": model.network}, DiffusionStage.averaged, config, env)
     engines: dict[str, Engine] = {"unet": build_engine(model.network, config, env)}
-    return DiffusionStage(config, engines, model.conditioner, model.first_stage, timer), buffer, {}
+    return DiffusionStage(config, engines, model.conditioner, model.first_stage, timer), buffer, frozen, {}
 
 
 def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer, start: StartTimer) -> _Built:
@@ -257,7 +267,7 @@ def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer, st
     buffer = _begin_buffer(networks, AutoencoderStage.averaged, config, env)
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
     facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
-    return AutoencoderStage(config, engines, perceptual, timer), buffer, facts
+    return AutoencoderStage(config, engines, perceptual, timer), buffer, None, facts
 
 
 def _begin_buffer(

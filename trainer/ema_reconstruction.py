@@ -25,7 +25,7 @@ from trainer.checkpoint.catalogue import (
 )
 from trainer.checkpoint.export import beside_weights, read_state, write_parameters
 from trainer.checkpoint.manifest import BadManifest
-from trainer.checkpoint.reader import EngineReader
+from trainer.checkpoint.reader import EngineReader, NetworkReader
 from trainer.config.run import ConfigError
 from trainer.ema import exponent_from_std, power_profile
 
@@ -85,6 +85,7 @@ def reconstruct(
     state = read_state(newest)
     engine = str(state["averaged"])
     readers = {snapshot.url: EngineReader(snapshot, engine) for snapshot in used}
+    network = NetworkReader(newest, engine)
     terms = [
         (readers[snapshot.url], kind, float(weight))
         for (snapshot, kind, _), weight in zip(stored, weights, strict=True)
@@ -93,8 +94,8 @@ def reconstruct(
     small, metadata = beside_weights(newest, state, power_profile(std))
     num_bytes = write_parameters(
         destination,
-        newest.manifest.shapes[engine],
-        lambda names: _combined(terms, names),
+        network.shapes,
+        lambda names: _combined(terms, network.trained(names)) | network.frozen(names),
         small,
         metadata | {"step": str(last)},
         dtype,

@@ -19,6 +19,7 @@ from trainer.config.identity import as_trained
 from trainer.config.io import config_from_dict
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
+from trainer.distributed.frozen import freeze
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import build_first_stage, check_first_stage, load_first_stage
 from trainer.first_stage.discriminator import PatchDiscriminator
@@ -191,10 +192,17 @@ def count_parameters(config: Config) -> dict[str, dict[str, int]]:
     with torch.device("meta"):
         trained, frozen = _modules(config)
     counts = {
-        kind: {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-        for kind, modules in (("trained", trained), ("frozen", frozen))
+        "trained": {name: _count(module, trained=True) for name, module in trained.items()},
+        "frozen": {name: _count(module, trained=None) for name, module in frozen.items()},
     }
+    if config.trainable:  # the rest of what is otherwise trained
+        rest = {name: _count(module, trained=False) for name, module in trained.items()}
+        counts["frozen"] |= {name: count for name, count in rest.items() if count}
     return {kind: {**modules, "total": sum(modules.values())} for kind, modules in counts.items()}
+
+
+def _count(module: nn.Module, *, trained: bool | None) -> int:
+    return sum(p.numel() for p in module.parameters() if trained is None or p.requires_grad == trained)
 
 
 def _modules(config: Config) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -203,6 +211,7 @@ def _modules(config: Config) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
         return build_autoencoder(config), {}
     conditioner = build_conditioner(config.conditioning, config.first_stage)
     network = build_network(config, conditioner)
+    freeze(network, config.trainable)
     trained: dict[str, nn.Module] = {"unet": network.unet}
     if network.uncertainty is not None:
         trained["uncertainty"] = network.uncertainty

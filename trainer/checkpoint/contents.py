@@ -6,13 +6,13 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.layout import MASTER, ShardPlan, Span
+from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan, Span
 from trainer.checkpoint.reader import EngineReader
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
@@ -27,12 +27,27 @@ _PADDING = 1024
 """Elements; DeepSpeed rounds a rank's partition up to a few."""
 
 
+class Stored(Protocol):
+    """What a checkpoint needs of an engine; frozen weights have it, too."""
+
+    parameter_shapes: dict[str, tuple[int, ...]]
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank owns."""
+        ...
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps made."""
+        ...
+
+
 @dataclass(frozen=True)
 class Contents:
     """One checkpoint, or one snapshot, about to be taken."""
 
     step: int
-    engines: Mapping[str, Engine]
+    engines: Mapping[str, Stored]
     ema: EMA
     kinds: dict[str, tuple[str, ...]]
     """By engine: which of its vectors are stored, in file order."""
@@ -46,7 +61,7 @@ class Contents:
     @staticmethod
     def of_checkpoint(
         step: int,
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, Stored],
         ema: EMA,
         *,
         state: dict[str, Any],
@@ -59,16 +74,21 @@ class Contents:
             name: (MASTER, *MOMENTS, *(averages if engine.fragments() is ema.fragments else ()))
             for name, engine in engines.items()
         }
+        if FROZEN in kinds:
+            kinds[FROZEN] = (MASTER,)
         return Contents(step, engines, ema, kinds, state, tensors, loss)
 
     @staticmethod
     def of_snapshot(
-        step: int, engines: Mapping[str, Engine], ema: EMA, tensors: dict[str, Tensor]
+        step: int, engines: Mapping[str, Stored], ema: EMA, tensors: dict[str, Tensor]
     ) -> Contents:
-        """The power-function averages alone, from which `ldm ema` makes others."""
+        """The power-function averages, from which `ldm ema` makes others, and what is frozen beside them."""
         profiles = tuple(f"ema.{profile}" for profile in ema.profiles if profile != DECAY_PROFILE)
         averaged = {name: engine for name, engine in engines.items() if engine.fragments() is ema.fragments}
-        return Contents(step, averaged, ema, dict.fromkeys(averaged, profiles), {}, tensors, None)
+        kinds = dict.fromkeys(averaged, profiles)
+        if FROZEN in engines:
+            averaged, kinds = averaged | {FROZEN: engines[FROZEN]}, kinds | {FROZEN: (MASTER,)}
+        return Contents(step, averaged, ema, kinds, {}, tensors, None)
 
     def plan(self) -> ShardPlan:
         """Layout of this rank's shard."""
@@ -117,6 +137,7 @@ def share_bytes(networks: Mapping[str, nn.Module], averaged: str, config: EMACon
     """
     total = 0
     for name, network in networks.items():
+        total += sum(-(-p.numel() // world_size) for p in network.parameters() if not p.requires_grad)
         each = [-(-p.numel() // world_size) for p in network.parameters() if p.requires_grad]
         kinds = 1 + len(MOMENTS) + (len(profile_names(config)) if name == averaged else 0)
         total += kinds * (sum(each) + _PADDING)

@@ -16,7 +16,7 @@ from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.layout import MASTER
-from trainer.checkpoint.reader import EngineReader
+from trainer.checkpoint.reader import NetworkReader
 from trainer.config.run import ConfigError
 from trainer.first_stage.base import LATENT_BUFFERS
 from trainer.first_stage.statistics import MARK, exported_statistics, never_measured
@@ -71,10 +71,10 @@ def export(
     state = read_state(handle)
     engine = str(state["averaged"])
     profile, kind = choose_kind(handle, engine, profile)
-    reader = EngineReader(handle, engine)
+    reader = NetworkReader(handle, engine)
     if not destination.endswith(".safetensors"):
         destination = join(destination, "weights.safetensors")
-    shapes = handle.manifest.shapes[engine]
+    shapes = reader.shapes
     small, metadata = beside_weights(handle, state, profile)
     num_bytes = write_parameters(
         destination, shapes, lambda names: reader.whole(kind, names), small, metadata, dtype
@@ -133,7 +133,8 @@ def open_weights(
     state = read_state(handle)
     engine = str(state["averaged"])
     profile, kind = choose_kind(handle, engine, profile)
-    tensors = EngineReader(handle, engine).whole(kind, list(handle.manifest.shapes[engine]))
+    reader = NetworkReader(handle, engine)
+    tensors = reader.whole(kind, list(reader.shapes))
     small, metadata = beside_weights(handle, state, profile)
     return {**tensors, **small}, metadata
 

@@ -31,6 +31,10 @@ MASTER = "master"
 """Kind of the fp32 master weights; others are Adam's moments and `ema.<profile>`."""
 
 
+FROZEN = "frozen"
+"""Stands in the place of an engine for parameters that are not trained: master weights alone."""
+
+
 @dataclass(frozen=True)
 class Span:
     """Elements [start, start + numel) of the flattened parameter `name`."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data_pipeline.errors import Failure
@@ -25,18 +26,19 @@ from trainer.checkpoint.catalogue import (
     snapshots_url,
     steps_found,
 )
-from trainer.checkpoint.contents import Contents, load_averages, load_engine
+from trainer.checkpoint.contents import Contents, Stored, load_averages, load_engine, spans_of
 from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.layout import ShardPlan, Table
+from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan, Table
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
 from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.writer import Commit, Job
 from trainer.checkpoint.writer_client import BackgroundWriter, InlineWriter, Writer
-from trainer.config.identity import Difference, check_resume
-from trainer.config.run import Config
+from trainer.config.identity import Difference, check_resume, check_trainable
+from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
+from trainer.distributed.frozen import FrozenWeights
 from trainer.ema import EMA
 from trainer.reliability.lease import Lease
 from trainer.weights import read_weights
@@ -111,7 +113,7 @@ class CheckpointManager:
     def save(
         self,
         step: int,
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, Stored],
         ema: EMA,
         *,
         state: dict[str, Any],
@@ -135,7 +137,7 @@ class CheckpointManager:
         self._submit(contents, self._folder, retention)
 
     def save_snapshot(
-        self, step: int, engines: Mapping[str, Engine], ema: EMA, *, tensors: dict[str, Tensor]
+        self, step: int, engines: Mapping[str, Stored], ema: EMA, *, tensors: dict[str, Tensor]
     ) -> None:
         """Keep the power-function averages of this step for ever, for `ldm ema`.
 
@@ -212,17 +214,26 @@ class CheckpointManager:
                 logger.warning("checkpoint %s is not used: %s", url, "; ".join(found[:5]))
         return None
 
-    def load(self, handle: CheckpointHandle, engines: Mapping[str, Engine], ema: EMA) -> Loaded:
+    def load(
+        self,
+        handle: CheckpointHandle,
+        engines: Mapping[str, Engine],
+        ema: EMA,
+        frozen: FrozenWeights | None = None,
+    ) -> Loaded:
         """Restore engines and averages, whatever the layout of ranks and ZeRO stage that saved them.
 
         Raises:
-            ConfigError: the networks are not the stored ones, or a setting that defines the run is not
-                what it was (`trainer/config/identity.py`); nothing has been restored.
+            ConfigError: the networks or the frozen weights are not the stored ones, or a setting that
+                defines the run is not what it was (`trainer/config/identity.py`); nothing has been restored.
         """
         stored = json.loads(read_bytes(join(handle.url, handle.manifest.state.name)))
+        check_trainable(stored["config"], self._config, handle.url)
         for name, engine in engines.items():  # first: no word lets weights of other shapes in
             check_shapes(handle, name, engine.parameter_shapes)
         changed = check_resume(stored["config"], self._config, handle.url)
+        if frozen is not None:
+            self._check_frozen(handle, frozen)
         for name, engine in engines.items():
             reader = EngineReader(handle, name)
             load_engine(reader, engine, int(stored["optimizer_steps"][name]))
@@ -231,6 +242,19 @@ class CheckpointManager:
             engine.refresh(moments=True)
         tensors, _ = read_weights(join(handle.url, handle.manifest.tensors.name))
         return Loaded(handle.step, stored["state"], tensors, changed)
+
+    def _check_frozen(self, handle: CheckpointHandle, frozen: FrozenWeights) -> None:
+        check_shapes(handle, FROZEN, frozen.parameter_shapes)
+        stored = [torch.empty_like(fragment.master) for fragment in frozen.fragments()]
+        EngineReader(handle, FROZEN).read_into(MASTER, spans_of(frozen.fragments()), stored)
+        of_ranks = collectives.all_gather_object(frozen.differing(stored))
+        names = sorted({name for names in of_ranks for name in names})
+        if names:
+            raise ConfigError(
+                f"the checkpoint {handle.url} was trained beside other frozen weights: {len(names)} of them "
+                f"differ, such as {names[0]}; let init_from name the weights that it began with, or name "
+                f"another run_dir (init_from={self._config.run_dir} starts it from these weights)."
+            )
 
     def close(self) -> None:
         """Let go of the writer and the buffer. Not collective; `wait` first to learn of failures."""

@@ -10,7 +10,15 @@ from torch import Tensor
 from data_pipeline.storage.large import read_ranges
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import CheckpointHandle
-from trainer.checkpoint.layout import BYTES_PER_ELEMENT, Piece, Span, index_shards, overlaps
+from trainer.checkpoint.layout import (
+    BYTES_PER_ELEMENT,
+    FROZEN,
+    MASTER,
+    Piece,
+    Span,
+    index_shards,
+    overlaps,
+)
 from trainer.config.run import ConfigError
 from trainer.weights import check_fit
 
@@ -53,6 +61,30 @@ class EngineReader:
         spans = [Span(name, 0, tensor.numel()) for name, tensor in tensors.items()]
         self.read_into(kind, spans, [tensor.view(-1) for tensor in tensors.values()])
         return tensors
+
+
+class NetworkReader:
+    """Reads whole parameters of one network of one checkpoint, trained or not."""
+
+    def __init__(self, handle: CheckpointHandle, engine: str) -> None:
+        self._trained = EngineReader(handle, engine)
+        shapes = handle.manifest.shapes
+        self._frozen_shapes = shapes.get(FROZEN, {})
+        self._frozen = EngineReader(handle, FROZEN) if self._frozen_shapes else None
+        self.shapes = shapes[engine] | self._frozen_shapes
+
+    def whole(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """fp32, on the CPU; what is frozen is its own average."""
+        return self._trained.whole(kind, self.trained(names)) | self.frozen(names)
+
+    def trained(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that are trained."""
+        return [name for name in names if name not in self._frozen_shapes]
+
+    def frozen(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Those of the named parameters that are not trained."""
+        chosen = [name for name in names if name in self._frozen_shapes]
+        return self._frozen.whole(MASTER, chosen) if self._frozen is not None else {}
 
 
 def _read_shard(

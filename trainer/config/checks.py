@@ -107,7 +107,16 @@ def _check_graphs(config: Config) -> None:
 
 def _check_stage(config: Config) -> None:
     if config.stage == "diffusion":
+        _require(
+            not config.trainable or config.init_from is not None,
+            "trainable freezes the other weights, which without init_from are random ones; set init_from to "
+            "the weights to start from.",
+        )
         return
+    _require(
+        not config.trainable,
+        "trainable is for stage=diffusion; a first stage is trained whole, so remove it.",
+    )
     _require(
         config.first_stage.name != "identity",
         "first_stage.name=identity has nothing to train; choose kl or vq for stage=autoencoder.",

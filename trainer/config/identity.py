@@ -86,6 +86,17 @@ def as_trained(config: Config) -> Config:
     return dataclasses.replace(config, conditioning=dataclasses.replace(config.conditioning, **random))
 
 
+def check_trainable(stored: Mapping[str, Any], config: Config, checkpoint: str) -> None:
+    """Raise ConfigError where a run resumes with other parameters trained than it has optimizer state for."""
+    was = list(stored.get("trainable", ()))
+    if was != list(config.trainable):
+        raise ConfigError(
+            f"the checkpoint {checkpoint} was trained with trainable={_shown(was)} and goes on with nothing "
+            f"else; set it back, or name another run_dir (init_from={config.run_dir} starts it from these "
+            "weights)."
+        )
+
+
 def check_resume(stored: Mapping[str, Any], config: Config, checkpoint: str) -> tuple[Difference, ...]:
     """What `config.resume_changed` allows to differ from the stored configuration of a checkpoint.
 

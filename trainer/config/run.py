@@ -43,6 +43,9 @@ class Config:
     """Seeds the initial weights, the order of samples and every random draw."""
     init_from: str | None = None
     """Start from these weights (an exported file or a run folder) instead of random ones."""
+    trainable: tuple[str, ...] = ()
+    """Patterns of parameter names, or modules, that are trained, such as unet.*.attn2.*; the rest is
+    frozen: no gradients, no optimizer state, no averages. Empty: everything is trained."""
     resume_changed: tuple[str, ...] = ()
     """Settings or sections that may differ from what the run was trained with when it resumes, such as
     diffusion.prediction; without the word, a run that resumes as something else is refused."""

@@ -55,6 +55,10 @@ def plan(config: Config, world_size: int) -> Plan:
         "ema": profiles * _FP32 / world_size,
     }
     stored = (1 + _ADAM_MOMENTS + profiles) * _FP32 * trained
+    kept = (
+        count for name, count in counts["frozen"].items() if name != "total" and name in counts["trained"]
+    )
+    stored += _FP32 * sum(kept)  # of the network, with `trainable`
     return Plan(
         trained_parameters=trained,
         frozen_parameters=frozen,
