@@ -46,6 +46,15 @@ def mix_array(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def fold_array(*values: int | NDArray[np.int64]) -> NDArray[np.uint64]:
+    """`fold` of numbers and [K] arrays of numbers, element by element."""
+    key = np.zeros(1, np.uint64)
+    for value in values:
+        words = np.asarray([value & _MASK], np.uint64) if isinstance(value, int) else value.astype(np.uint64)
+        key = mix_array(key ^ mix_array(words))
+    return key
+
+
 def uniform(seed: int, ordinal: int, draw: Draw) -> float:
     """Number in [0, 1) for one sample and purpose."""
     return (fold(seed, ordinal, int(draw)) >> 11) * 2.0**-53
@@ -58,5 +67,10 @@ def below(seed: int, ordinal: int, draw: Draw, high: int) -> int:
 
 def permutation(key: int, n: int) -> NDArray[np.int64]:
     """Permutation of range(n) that is a function of `key` alone, on every platform and version."""
-    hashes = mix_array(np.arange(n, dtype=np.uint64) ^ np.uint64(mix(key)))
-    return np.argsort(hashes, kind="stable").astype(np.int64)
+    return permutations(np.asarray([key], np.uint64), n)[0]
+
+
+def permutations(keys: NDArray[np.uint64], n: int) -> NDArray[np.int64]:
+    """[K, n] `permutation` of each of K keys."""
+    hashes = mix_array(np.arange(n, dtype=np.uint64) ^ mix_array(keys)[:, None])
+    return np.argsort(hashes, axis=1, kind="stable").astype(np.int64)

@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.order.draws import Draw, fold, permutation
+from data_pipeline.order.draws import Draw, fold, fold_array, permutation, permutations
 
 _MAX_WINDOW = 2048
 _MIN_WINDOW = 16
@@ -115,6 +115,15 @@ class Order:
         # Shards without samples have the end of the one before: side="right" passes over them.
         place = np.searchsorted(ends, stream, side="right")
         return shards[place], stream - (ends[place] - self.counts[shards[place]])
+
+    def stream(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[S] shards in the order of an epoch, and the stream position past the last sample of each."""
+        return _epoch_shards(self, epoch)
+
+    def streams(self, epochs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same of many epochs at once, [E, S] each."""
+        shards = permutations(fold_array(self.seed, epochs, int(Draw.SHARD_ORDER)), len(self.counts))
+        return shards, np.cumsum(self.counts[shards], axis=1)
 
     def ordinal(self, epoch: int, lane: int, offset: int) -> int:
         """Identity of one visit, unique over all epochs: the epoch's base plus the walk position."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -100,6 +101,8 @@ def write_bytes(url: str, data: bytes, *, tries: int = TRIES) -> None:
         if not is_local(url):
             fs.pipe_file(path, data)
             return
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         temporary = f"{path}.{os.getpid()}.part"
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:

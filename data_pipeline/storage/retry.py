@@ -173,9 +173,9 @@ def explain_change(error: BaseException, url: str, done: str) -> Failure:
             f"{url} cannot be {done}: the disk is full; make room or choose another place. What was stored "
             "before is intact."
         )
-    hopeless = isinstance(error, (FileNotFoundError, NotADirectoryError, FileExistsError)) or (
-        isinstance(error, OSError) and error.errno in _HOPELESS
-    )
+    hopeless = isinstance(
+        error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+    ) or (isinstance(error, OSError) and error.errno in _HOPELESS)
     if hopeless and is_local(url):
         assert isinstance(error, OSError)
         return UserError(

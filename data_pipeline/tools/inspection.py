@@ -29,6 +29,7 @@ from data_pipeline.shards.tars import parse_record, scan
 from data_pipeline.storage.files import read_range
 from data_pipeline.storage.listing import ListedFile, list_files
 from data_pipeline.storage.urls import name_of
+from data_pipeline.tools.lettering import Lettering
 
 _TILE = 160
 _TEXT = 44
@@ -285,26 +286,17 @@ def contact_sheet(pictures: Sequence[tuple[NDArray[np.uint8], str]]) -> bytes:
     columns = min(_COLUMNS, max(1, len(pictures)))
     rows = max(1, -(-len(pictures) // columns))
     sheet = Image.new("RGB", (columns * (_TILE + 8) + 8, rows * (_TILE + _TEXT + 8) + 8), (32, 32, 36))
-    draw = ImageDraw.Draw(sheet)
+    draw, lettering = ImageDraw.Draw(sheet), Lettering(10)
     for i, (pixels, caption) in enumerate(pictures):
         tile = Image.fromarray(np.ascontiguousarray(pixels))
         tile.thumbnail((_TILE, _TILE))
         x, y = 8 + i % columns * (_TILE + 8), 8 + i // columns * (_TILE + _TEXT + 8)
         sheet.paste(tile, (x + (_TILE - tile.width) // 2, y + (_TILE - tile.height) // 2))
-        for line, text in enumerate(_wrapped(caption, 26)[:3]):
-            draw.text((x, y + _TILE + 2 + 13 * line), text, fill=(230, 230, 230))
+        for line, text in enumerate(lettering.lines(caption, _TILE, 3)):
+            lettering.draw(draw, x, y + _TILE + 2 + 13 * line, text, fill=(230, 230, 230))
     out = io.BytesIO()
     sheet.save(out, "PNG")
     return out.getvalue()
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.encode("latin-1", "replace").decode("latin-1").split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -13,8 +13,7 @@ from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.selection import make_selection
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.ranges import RangeReader
-
-_FAR = 1_000_000
+from data_pipeline.tools.seek import Place, Seeker
 
 
 def trace(
@@ -69,9 +68,10 @@ def explain_step(
     wanted = buckets.of_step(step)
     earlier = buckets.turns(step)[wanted]  # steps that this bucket had before
     per_lane = global_batch_size // order.lanes
-    for lane in range(order.lanes):
+    skip = earlier * per_lane
+    for lane, place in enumerate(Seeker(buckets, wanted, dataset, views).seek(skip)):
         for i, (state, shard, row, rejected) in enumerate(
-            _accepted(buckets, dataset, views, lane, wanted, earlier * per_lane, per_lane)
+            _accepted(buckets, dataset, views, lane, wanted, place, skip, per_lane)
         ):
             view = views.get(shard)
             yield {
@@ -87,19 +87,26 @@ def explain_step(
 
 
 def _accepted(
-    buckets: Buckets, dataset: Dataset, views: ShardViews, lane: int, bucket: int, skip: int, take: int
+    buckets: Buckets,
+    dataset: Dataset,
+    views: ShardViews,
+    lane: int,
+    bucket: int,
+    place: Place,
+    skip: int,
+    take: int,
 ) -> Iterator[tuple[LaneState, int, int, int]]:
     """The `take` accepted visits of a lane after the first `skip`: (place, shard, row, rejections before)."""
-    seen = rejected = 0
+    seen, rejected = place.accepted, place.rejected
     order = buckets.orders[bucket]
-    state = LaneState()
-    for _ in range(_FAR):
+    state = LaneState(place.epoch, place.offset)
+    while True:
         first, stop = order.window_of(lane, state.offset)
         entries, places = order.visits(state.epoch, lane, first, stop)
-        for offset, (entry, place) in enumerate(zip(entries.tolist(), places.tolist(), strict=True), first):
+        for offset, (entry, counted) in enumerate(zip(entries.tolist(), places.tolist(), strict=True), first):
             shard = int(dataset.shard_of[entry])
             view = views.get(shard)
-            row = view.row(bucket, place)
+            row = view.row(bucket, counted)
             if view.codes[row] >= 0:
                 rejected += 1 + len(view.passed(row))
                 continue

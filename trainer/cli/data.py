@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data_pipeline.config import DataConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "example: ldm data synthesize s3://bucket/shards --samples 1000"
 
+_SHEET = "contact_sheet.png"
 _MAPS = "also write <key>.seg.png and <key>.depth.png"
 
 
@@ -117,7 +119,7 @@ def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "ldm data inspect 's3://laion/{00000..00009}.tar' --sheet sheet.png",
     )
     parser.add_argument("url", help="shards, with braces or wildcards, or their folder")
-    parser.add_argument("--sheet", default="contact_sheet.png", help="where the contact sheet goes")
+    parser.add_argument("--sheet", default=_SHEET, help="file or folder of the contact sheet")
     parser.add_argument("--pictures", type=int, default=36, help="pictures on the contact sheet")
     parser.add_argument("--decode", type=int, default=50, help="pictures decoded per shard")
     parser.add_argument(
@@ -137,8 +139,12 @@ def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _inspect(args: argparse.Namespace) -> int:
     from data_pipeline.storage.files import write_bytes
+    from data_pipeline.storage.urls import is_local, join, local_path
     from data_pipeline.tools.inspection import contact_sheet, inspect_shards
 
+    sheet = args.sheet
+    if sheet.endswith("/") or (is_local(sheet) and Path(local_path(sheet)).is_dir()):
+        sheet = join(sheet, _SHEET)
     with _progress(None, "shards") as bar:
         found = inspect_shards(
             args.url,
@@ -150,8 +156,8 @@ def _inspect(args: argparse.Namespace) -> int:
         )
     for line in found.lines():
         _say(line)
-    write_bytes(args.sheet, contact_sheet(found.pictures))
-    _say(f"contact sheet     {args.sheet}")
+    write_bytes(sheet, contact_sheet(found.pictures))
+    _say(f"contact sheet     {sheet}")
     return 0
 
 

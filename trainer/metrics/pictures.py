@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from data_pipeline.tools.lettering import Lettering
 
 
 def grid(
@@ -27,9 +27,8 @@ def grid(
         shrink = max_cell / max(cell_w, cell_h)
         cell_w, cell_h = max(1, round(cell_w * shrink)), max(1, round(cell_h * shrink))
     resampling = Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX
-    font = ImageFont.load_default(size=12)
-    line_chars = max(8, cell_w // 7)
-    lines = [textwrap.wrap(caption, line_chars)[:4] for caption in captions]
+    lettering = Lettering(12)
+    lines = [lettering.lines(caption, cell_w, 4) for caption in captions]
     text_h = 15 * max((len(item) for item in lines), default=0) + (4 if any(lines) else 0)
     rows = -(-n // columns)
     sheet = Image.new("RGB", (columns * (cell_w + 4) + 4, rows * (cell_h + text_h + 4) + 4), "white")
@@ -41,5 +40,5 @@ def grid(
         picture = Image.fromarray(array).resize((cell_w, cell_h), resampling)
         sheet.paste(picture, (left, top))
         for j, line in enumerate(lines[i] if i < len(lines) else []):
-            draw.text((left, top + cell_h + 2 + 15 * j), line, fill="black", font=font)
+            lettering.draw(draw, left, top + cell_h + 2 + 15 * j, line, fill="black")
     return sheet

@@ -137,3 +137,13 @@ def test_window_keeps_memory_bounded() -> None:
 def test_divisors() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(1) == [1]
+
+
+def test_many_epochs_at_once_are_the_epochs_one_by_one() -> None:
+    for seed in (0, 5, 2**63 + 11):
+        order = Order(counts=np.array([6, 0, 4, 6]), seed=seed, lanes=4, window=3)
+        shards, ends = order.streams(np.arange(40, 60))
+        for i, epoch in enumerate(range(40, 60)):
+            one_shards, one_ends = order.stream(epoch)
+            assert (shards[i] == one_shards).all()
+            assert (ends[i] == one_ends).all()
