@@ -101,7 +101,8 @@ class DataConfig:
     picture: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
     """Extensions of the member that is the picture, the first that a sample has, e.g. original.jpg."""
     captions: tuple[str, ...] = ("txt",)
-    """Where captions come from: txt, or columns of the json (a list there means several captions)."""
+    """Where captions come from: members (txt, caption) and columns of the json or of the parquet beside the
+    tar (a list there means several captions)."""
     require_caption: bool = True
     """Reject samples without a caption; otherwise they get the empty caption."""
     conditions: tuple[str, ...] = ()

@@ -253,8 +253,8 @@ def _tar_sources(file: ListedFile) -> Iterator[_Source]:
         if picture is not None:
             caption = choose_caption(
                 ("txt", "caption"),
-                sample.get("txt"),
-                parse_record(sample.get("json")),
+                {name: body for name, body in sample.items() if isinstance(body, bytes)},
+                parse_record(sample.get("json")) or {},
                 require=False,
                 seed=0,
                 ordinal=0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipeline.errors import Rejected
@@ -21,8 +21,8 @@ def clean(text: str) -> str:
 
 def choose_caption(
     sources: Sequence[str],
-    text: bytes | None,
-    record: dict[str, Any] | None,
+    members: Mapping[str, bytes],
+    record: Mapping[str, Any],
     *,
     require: bool,
     seed: int,
@@ -30,17 +30,20 @@ def choose_caption(
 ) -> str:
     """One of the captions that `sources` offer, chosen by (seed, ordinal).
 
-    `text` is the content of the txt member, `record` the json. Raises Rejected("no_caption") when
-    there is none and `require`; otherwise the empty caption stands for it.
+    A source is a member (`txt`, `caption`) or a field of `record`, the json or parquet, where a list means
+    several captions. Raises Rejected("no_caption") when there is none and `require`; otherwise the empty
+    caption stands for it.
     """
     found: list[str] = []
     for source in sources:
+        if source in members:
+            found.append(members[source].decode("utf-8", "replace"))
         if source == "txt":
-            found += [] if text is None else [text.decode("utf-8", "replace")]
             continue
-        value = (record or {}).get(source)
+        value = record.get(source)
         values = value if isinstance(value, list) else [value]
         found += [v for v in values if isinstance(v, str)]
+        found += [v.decode("utf-8", "replace") for v in values if isinstance(v, bytes)]
     captions = [c for c in map(clean, found) if c]
     if not captions:
         if require:

@@ -48,6 +48,7 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,8 @@ class Visit:
     """Clauses that its json must still satisfy."""
     original: tuple[int, int] | None = None
     """Height and width before the picture was stored, where its json says so."""
+    beside: dict[str, Any] = field(default_factory=dict)
+    """Captions that lie beside the tar, by column."""
     passed: list[tuple[str, str]] = field(default_factory=list)
     """(reason, key) of rejected samples beside it that no order counts."""
 
@@ -241,6 +244,7 @@ class Walker:
                 slot=slot,
                 late=view.late_filter(row),
                 original=view.original(row),
+                beside=view.captions(row),
                 passed=[(view.reason(other) or "", view.key(other)) for other in view.passed(row)],
             )
             if reason is not None:

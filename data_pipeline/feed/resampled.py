@@ -203,6 +203,7 @@ class ResampledLoader(Iterator[Batch]):
                 self._config,
                 members,
                 late=self._late(members),
+                beside={},  # a stream has no parquet
                 original=original_size(parse_record(members.get("json"))),
                 target=(edge, edge),
                 seed=self._seed,

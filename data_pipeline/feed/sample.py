@@ -28,6 +28,7 @@ def fill_sample(
     *,
     late: Filter | None,
     original: tuple[int, int] | None,
+    beside: Mapping[str, Any],
     target: tuple[int, int],
     seed: int,
     ordinal: int,
@@ -38,6 +39,7 @@ def fill_sample(
 
     late: clauses of the filter that its json must still satisfy
     original: height and width before whoever stored the picture made it smaller; None: as stored
+    beside: captions in the parquet beside the tar, by column
     """
     record = parse_record(members.get("json"))
     if late is not None:
@@ -46,8 +48,8 @@ def fill_sample(
             raise Rejected(reason)
     caption = choose_caption(
         config.captions,
-        members.get("txt"),
-        record,
+        members,
+        {**beside, **{name: value for name, value in (record or {}).items() if value is not None}},
         require=config.require_caption,
         seed=seed,
         ordinal=ordinal,

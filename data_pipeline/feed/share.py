@@ -168,6 +168,7 @@ class ShareStream:
             members,
             late=visit.late,
             original=visit.original,
+            beside=visit.beside,
             target=target,
             seed=self._task.order.seed,
             ordinal=ordinal,

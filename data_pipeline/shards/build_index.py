@@ -17,7 +17,6 @@ An index file that no manifest names, left by a build that was killed, is overwr
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import time
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import AccessDenied, NotATar, NotFound
 from data_pipeline.pictures.headers import size_of
+from data_pipeline.shards.beside import parquet_of, read_table, rows_by_key
 from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Grouping, Sample, group, split_name
 from data_pipeline.shards.index import (
@@ -299,17 +299,15 @@ def _keepable(name: str, values: list[Any]) -> list[Any]:
 
 def _add_parquet(index: ShardIndex, shard: ListedFile) -> None:
     """Use the parquet beside the tar: columns the json lacks, and rows without members."""
-    url = shard.url.removesuffix(".tar") + ".parquet"
+    url = parquet_of(shard.url)
     try:
         raw = read_bytes(url)
     except (NotFound, AccessDenied):
         return  # plain webdataset shards have none, which S3 may tell by refusing
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(io.BytesIO(raw)).to_pydict()
+        table = read_table(raw)
         keys = [key.decode() for key in index.keys]
-        rows = {key: i for i, key in enumerate(_member_keys(table["key"], keys))}
+        rows = rows_by_key(table["key"], keys)
     except Exception as error:  # noqa: BLE001 - pyarrow raises many types for damaged files
         index.problems += (f"parquet {name_of(url)} is not readable: {str(error)[:120]}",)
         return
@@ -324,20 +322,3 @@ def _add_parquet(index: ShardIndex, shard: ListedFile) -> None:
         return
     records = [{n: table[n][rows[k]] for n in extra} if k in rows else {} for k in keys]
     _add_columns(index, records, parquet=True)
-
-
-def _member_keys(column: Sequence[Any], keys: Sequence[str]) -> Iterator[str]:
-    """The parquet's keys as the members spell them: 12 (or 12.0, or a Decimal) is sample 000000012."""
-    spellings: dict[int, list[str]] = {}
-    for key in set(keys):
-        if key.isascii() and key.isdigit() and len(key) < 40:
-            spellings.setdefault(int(key), []).append(key)
-    for key in column:
-        number = None if isinstance(key, (str, bool)) else plain(key)
-        if isinstance(number, float) and number.is_integer():
-            whole = int(key)
-            # Two members that differ in zeros alone: only the one that is spelled as the number is.
-            found = spellings.get(whole, [])
-            yield found[0] if len(found) == 1 else str(whole)
-        else:
-            yield key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)

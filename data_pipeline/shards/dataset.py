@@ -17,7 +17,7 @@ from data_pipeline.order.buckets import Buckets, make_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
 from data_pipeline.shards.accepted import Accepted, count_accepted
 from data_pipeline.shards.build_index import build_index, is_current
-from data_pipeline.shards.filter_columns import check_columns
+from data_pipeline.shards.filter_columns import check_captions, check_columns
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS
 from data_pipeline.shards.index import ManifestRow, bad_row, read_manifest
@@ -139,6 +139,7 @@ def open_dataset(
         raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
     index_urls = tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True))
     check_columns(rule, rows)
+    check_captions(config.captions, [row for row in rows if row.samples])
     _check_members(picture, rows)
     accepted = count_accepted(config, rows, index_urls) if config.buckets else None
     shard_of = np.asarray(entries, np.int64)

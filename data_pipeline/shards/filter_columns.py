@@ -40,6 +40,19 @@ def check_columns(rule: Filter, rows: Sequence[ManifestRow]) -> None:
     _check_kinds(rule, kinds)
 
 
+def check_captions(sources: Sequence[str], rows: Sequence[ManifestRow]) -> None:
+    """Raise DataError for a source of captions that is neither a member nor a column of any shard."""
+    members = {name for row in rows for name in row.members}
+    columns = {name for row in rows for name in row.columns}
+    for source in sources:
+        if rows and source != "txt" and source not in members | columns:
+            near = difflib.get_close_matches(source, columns | members, n=1, cutoff=0.0)
+            nearest = f"; the nearest is {near[0]}" if near else ""
+            raise DataError(
+                f"data.captions names {source}, which is neither a member nor a column of any shard{nearest}."
+            )
+
+
 def _check_kinds(rule: Filter, kinds: dict[str, set[str]]) -> None:
     for clause in rule.clauses:
         for name, asked in sorted(clause.asked):

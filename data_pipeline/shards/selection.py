@@ -34,6 +34,8 @@ class Selection:
     shapes: tuple[tuple[int, int], ...] = ()
     """(height, width) of batches: a picture smaller than that of nearest aspect is not read. (): all are."""
     removals: tuple[RemovalList, ...] = ()
+    captions: tuple[str, ...] = ()
+    """Columns that captions may come from."""
     reads_json: bool = False
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
 
@@ -110,14 +112,13 @@ class Selection:
 def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None = None) -> Selection:
     """Selection of a configuration; reads the removal lists unless given them. Raises DataError."""
     conditions = config.conditions
-    reads_json = any(source != "txt" for source in config.captions) or any(
-        c in _JSON_CONDITIONS for c in conditions
-    )
+    columns = tuple(source for source in config.captions if source != "txt")
+    reads_json = bool(columns) or any(c in _JSON_CONDITIONS for c in conditions)
     rows = Filter(config.filter)
     picture = picture_members(config)
     members = [
         *picture,
-        *(["txt"] if "txt" in config.captions else []),
+        *(source for source in config.captions if source not in picture),
         *(["json"] if reads_json or rows.clauses else []),
         *(_MEMBER_CONDITIONS[c] for c in conditions if c in _MEMBER_CONDITIONS),
     ]
@@ -128,6 +129,7 @@ def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None 
         shapes=() if config.allow_enlarging else target_shapes(config),
         max_member_bytes=config.max_member_bytes,
         removals=read_removals(config.removal_lists) if removals is None else removals,
+        captions=columns,
         reads_json=reads_json,
     )
 

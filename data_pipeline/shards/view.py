@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, ReadFailed, RetryableFault
 from data_pipeline.order.buckets import Buckets
+from data_pipeline.shards.beside import parquet_of, texts_beside, unkept
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import ShardIndex, decode_index
@@ -38,6 +39,8 @@ class ShardView:
     """Clauses that the index cannot decide alone: they look at each json once it is read."""
     late_columns: dict[str, NDArray[Any]]
     """Columns of those that the index does have; [n] each."""
+    texts: dict[str, list[Any]]
+    """[n] captions, or lists of them, that lie beside the tar, by column."""
     originals: NDArray[np.int32]
     """[2, n] heights and widths before the pictures were stored; 0 where the json does not say."""
     accepted: NDArray[np.int64] | None
@@ -49,6 +52,10 @@ class ShardView:
         """Height and width of one picture before it was stored, if its json says so."""
         height, width = self.originals[:, row].tolist()
         return (height, width) if height and width else None
+
+    def captions(self, row: int) -> dict[str, Any]:
+        """What lies beside the tar of one sample's captions."""
+        return {name: values[row] for name, values in self.texts.items()}
 
     def row(self, bucket: int, place: int) -> int:
         """Row of the `place`-th sample that the order of a bucket counts here."""
@@ -142,7 +149,27 @@ class ShardViews:
             sizes=sizes,
             late=late,
             late_columns={name: column for name, column in late_columns.items() if column is not None},
+            texts=self._texts(index),
             originals=index.original_sizes(),
             accepted=accepted,
             rows=tuple(rows),
         )
+
+    def _texts(self, index: ShardIndex) -> dict[str, list[Any]]:
+        names, raw = self._selection.captions, None
+        if wanted := unkept(index, names):
+            url = parquet_of(index.shard)
+            try:
+                raw = self._reader.read_all(url)
+            except ReadFailed as error:
+                gone = isinstance(error.__cause__, FileNotFoundError)
+                raise (DataError if gone else RetryableFault)(
+                    f"The captions in {', '.join(wanted)} of {index.shard} lie in {url}, which cannot be "
+                    f"read: {error}"
+                ) from error
+        try:
+            return texts_beside(index, names, raw)
+        except Exception as error:
+            raise DataError(
+                f"{parquet_of(index.shard)} is not what was indexed ({error}); run `ldm data index` again."
+            ) from error

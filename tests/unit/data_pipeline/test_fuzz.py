@@ -149,7 +149,9 @@ def test_json() -> None:
     def check(data: bytes) -> None:
         found = parse_record(data)
         rule.check(found or {})
-        choose_caption(["caption", "all"], data[:30], found, require=False, seed=0, ordinal=1)
+        choose_caption(
+            ["caption", "all"], {"caption": data[:30]}, found or {}, require=False, seed=0, ordinal=1
+        )
         layout_rows(found, Geometry(10, 10, 0, 0, 1, 1, True, 8, 8), 4)
 
     run("json", seeds, check)

@@ -19,7 +19,8 @@ def test_prompts_are_cleaned_as_captions(tmp_path: Path, end: str, mark: bytes) 
     file = tmp_path / "prompts.txt"
     file.write_bytes(mark + end.join([*LINES, "", " \u200b "]).encode())
     captions = [
-        choose_caption(["txt"], mark + line.encode(), None, require=True, seed=0, ordinal=0) for line in LINES
+        choose_caption(["txt"], {"txt": mark + line.encode()}, {}, require=True, seed=0, ordinal=0)
+        for line in LINES
     ]
     assert read_prompts(str(file)) == captions
     assert captions[:2] == ["a red circle", "caf\u00e9"]

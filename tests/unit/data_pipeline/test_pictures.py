@@ -243,10 +243,10 @@ def test_captions() -> None:
     assert clean("  a\tred\n\0circle\u200b \u0065\u0301 ") == "a red circle \u00e9"
     record = {"caption": "one", "all_captions": ["two", "three", 4, ""], "other": None}
     chosen = {
-        choose_caption(["txt", "all_captions"], b"zero", record, require=True, seed=1, ordinal=i)
+        choose_caption(["txt", "all_captions"], {"txt": b"zero"}, record, require=True, seed=1, ordinal=i)
         for i in range(60)
     }
     assert chosen == {"zero", "two", "three"}
     with pytest.raises(Rejected, match="no_caption"):
-        choose_caption(["txt"], b" \n", record, require=True, seed=1, ordinal=0)
-    assert choose_caption(["other"], None, record, require=False, seed=1, ordinal=0) == ""
+        choose_caption(["txt"], {"txt": b" \n"}, record, require=True, seed=1, ordinal=0)
+    assert choose_caption(["other"], {}, record, require=False, seed=1, ordinal=0) == ""
