@@ -235,6 +235,18 @@ def test_guidance_leads_away_from_the_negative_prompt(tmp_path: Path) -> None:
     assert (one(5.0, "a blue square") - one(5.0)).abs().max() > 3
 
 
+def test_a_negative_prompt_needs_no_trained_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = texts(tmp_path)
+    section = json.loads(config_of(words))["text_transformer"] | {"drop_probability": 0.0}
+    source = exported(tmp_path, f"conditioning={json.dumps({'text_transformer': section})}")
+    arguments = ["sample", source, "--prompt", "a red circle", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "drop_probability=0 never trains" in capsys.readouterr().err
+    assert main([*arguments, "--negative-prompt", "a blue square"]) == 0
+    assert main([*arguments, "--negative-prompt", "a blue square", "--guidance", "1"]) == 2
+    assert "--negative-prompt needs guidance" in capsys.readouterr().err
+
+
 def config_of(source: str) -> str:
     section = json.loads(read_metadata(source)["config"])["conditioning"]["text_transformer"]
     return json.dumps({"text_transformer": section})

@@ -25,6 +25,8 @@ IMAGE_TO_IMAGE_STRENGTH = 0.75
 
 MAX_CHUNKS = 64
 """Of a prompt, of which 4000 characters are kept as of a caption."""
+MAX_PER_PROMPT = 10**6
+"""Pictures for one prompt: more is a slip of the finger."""
 Files: TypeAlias = "Mapping[str, GivenPicture | GivenMap]"
 """What was read, by the field of Wishes that named it."""
 
@@ -168,8 +170,8 @@ def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
             "--original-size, --crop and --target-size."
         )
     _check_picture_wishes(conditioning, wishes)
-    if wishes.per_prompt < 1:
-        raise ConfigError("--per-prompt must be at least 1.")
+    if not 1 <= wishes.per_prompt <= MAX_PER_PROMPT:
+        raise ConfigError(f"--per-prompt {wishes.per_prompt} must lie in 1 .. {MAX_PER_PROMPT}.")
 
 
 def _check_labels(conditioning: ConditioningConfig, labels: Sequence[int]) -> None:
@@ -249,7 +251,7 @@ def read_layout(url: str, max_boxes: int) -> Tensor:
         found = json.loads(read_text(url))
     except NotFound as error:
         raise ConfigError(f"there is no layout file {url}.") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{url} is not JSON: {error}.") from error
     rows = found.get("layout") if isinstance(found, dict) else found
     if not isinstance(rows, list) or not rows or not all(_is_box(row) for row in rows):
@@ -265,7 +267,7 @@ def read_layout(url: str, max_boxes: int) -> Tensor:
 def _is_box(row: Any) -> bool:
     if not isinstance(row, list) or len(row) != 5:
         return False
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in row):
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in row):
         return False
     label, x0, y0, x1, y1 = row
     return label >= 0 and label == int(label) and 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1

@@ -27,6 +27,7 @@ from data_pipeline.errors import NotFound
 from data_pipeline.tools.given import read_prompt, read_prompts
 from trainer.cli.conditions_from_files import SamplingInputs, Wishes, sampling_inputs
 from trainer.cli.picture_set import PictureSet
+from trainer.conditioning.build import TEXT
 from trainer.config.checks_diffusion import check_guidance, check_sampling
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
@@ -315,7 +316,7 @@ def _with_choices(config: Config, args: argparse.Namespace) -> Config:
     sampling: SamplingConfig = dataclasses.replace(config.sampling, **given)
     check_sampling(config.diffusion, sampling)
     config = dataclasses.replace(config, sampling=sampling)
-    check_guidance(config)
+    check_guidance(config, told=TEXT if args.negative_prompt else ())
     if args.negative_prompt and sampling.guidance_scale == 1.0:
         raise ConfigError("--negative-prompt needs guidance to lead away from it; give --guidance above 1.")
     return config

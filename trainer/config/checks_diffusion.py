@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 from trainer.config.ranges import check_ranges
@@ -67,10 +68,11 @@ GUIDED = ("openclip", "openclip_second", "text_transformer", "class_label", "lay
 in training, since without them there is nothing to enlarge or to fill."""
 
 
-def check_guidance(config: Config) -> None:
+def check_guidance(config: Config, *, told: Sequence[str] = ()) -> None:
     """Raise ConfigError where guidance would ask for a null form that training never showed.
 
-    Weights that a run started from may have learned it before.
+    Weights that a run started from may have learned it before. Of the sections in `told` guidance is told
+    something else instead, a negative prompt.
     """
     conditioning = config.conditioning
     if (
@@ -81,7 +83,7 @@ def check_guidance(config: Config) -> None:
         return
     for name in GUIDED:
         section = getattr(conditioning, name)
-        if section is not None and section.drop_probability == 0.0:
+        if section is not None and name not in told and section.drop_probability == 0.0:
             raise ConfigError(
                 f"guidance {config.sampling.guidance_scale:g} compares with a picture without {name}, which "
                 f"conditioning.{name}.drop_probability=0 never trains; set guidance to 1 "

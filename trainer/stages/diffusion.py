@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
+from data_pipeline.tools.given import read_prompt
 from trainer.conditioning.build import Conditioner
 from trainer.config.run import Config
 from trainer.diffusion.objective import (
@@ -126,7 +127,8 @@ class DiffusionStage:
         config, sampling = self._config, self._config.sampling
         if sampling.prompts and config.conditioning.text_only:
             n = sampling.num_previews
-            request = Request(tuple(sampling.prompts[i % len(sampling.prompts)] for i in range(n)))
+            prompts = [read_prompt(prompt, "sampling.prompts") for prompt in sampling.prompts]
+            request = Request(tuple(prompts[i % len(prompts)] for i in range(n)))
         else:
             n = min(sampling.num_previews, len(batch))
             request = Request(
