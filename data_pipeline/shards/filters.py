@@ -60,6 +60,8 @@ _TOKEN = re.compile(
 _KEYWORDS = {"and", "or", "not", "in", "true", "false"}
 _FUNCTIONS = {"min": 2, "max": 2, "abs": 1, "missing": 1, "default": 2}
 _MAX_DEPTH = 50
+_OTHER_SIGNS = {"=": "==", "&": "and", "|": "or", "!": "not"}
+"""What other languages write, and this one instead."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,10 @@ class _Parser:
         while position < len(text.rstrip()):
             match = _TOKEN.match(text, position)
             if match is None or match.lastgroup is None:
-                raise self._wrong(position, "this character has no meaning here")
+                rest = text[position:].lstrip()
+                meant = next((word for sign, word in _OTHER_SIGNS.items() if rest.startswith(sign)), None)
+                hint = f"; write {meant}" if meant else ""
+                raise self._wrong(position, f"this character has no meaning here{hint}")
             kind = match.lastgroup
             self.tokens.append((kind, match.group(kind), match.start(kind)))
             position = match.end()

@@ -19,6 +19,7 @@ from data_pipeline.storage.urls import (
     is_s3,
     join,
     literal,
+    mistakable,
     name_of,
     parent,
     spelled_out,
@@ -56,7 +57,9 @@ def list_files(url: str, *, timeout_s: float = 30.0) -> list[ListedFile]:
     if names is not None:
         return _list_named(url, names, timeout_s)
     found: list[ListedFile] = []
-    for pattern in expand_braces(url):
+    patterns = expand_braces(url)
+    _refuse_mistakable(url, patterns[0], timeout_s)
+    for pattern in patterns:
         if literal(pattern) is not None and not _ARCHIVE.search(pattern):
             pattern = join(pattern, "*.tar")
         found += find(pattern, timeout_s=timeout_s)
@@ -78,6 +81,23 @@ def find(pattern: str, *, timeout_s: float = 30.0) -> list[ListedFile]:
     fs, path = filesystem(pattern, timeout_s=timeout_s)
     listing = guarded(lambda: fs.glob(path, detail=True), pattern)
     return [_listed(pattern, info) for info in listing.values() if info["type"] == "file"]
+
+
+def _refuse_mistakable(url: str, pattern: str, timeout_s: float) -> None:
+    """Raise NoShards for a pattern that is also a name: `[1]` would stand for 1, and other shards be read."""
+    if (meant := mistakable(pattern)) is None:
+        return
+    name, written = meant
+    fs, path = filesystem(name, timeout_s=timeout_s)
+    try:
+        there = guarded(lambda: fs.exists(path), name)
+    except AccessDenied:  # listing may be allowed all the same
+        return
+    if there:
+        raise NoShards(
+            f"In {url} the characters [ and ? are wildcards, but {name} is there by this very name; write "
+            f"{written} for it."
+        )
 
 
 def look_up(url: str, *, timeout_s: float = 30.0) -> ListedFile:

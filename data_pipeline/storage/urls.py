@@ -97,6 +97,22 @@ def literal(pattern: str) -> str | None:
     return _named(protected)
 
 
+def mistakable(pattern: str) -> tuple[str, str] | None:
+    """The leading part of a pattern that would be a name but for `[` or `?`, and how that name is written.
+
+    >>> mistakable("/data/set[1]/*.tar")
+    ('/data/set[1]', '/data/set[[]1]')
+    """
+    parts = _protect(pattern).split("/")
+    for count, part in enumerate(parts, 1):
+        if "*" in part:
+            break
+        if "[" in part or "?" in part:
+            name = _named("/".join(parts[:count]))
+            return name, re.sub(r"[\[*?{}]", lambda found: f"[{found.group()}]", name)
+    return None
+
+
 def expand_braces(url: str) -> list[str]:
     """Expand `{00000..00009}` and `{a,b}`; zero padding is kept. Raises DataError for a bad range."""
     return [_unprotect(found) for found in _expand(_protect(url))]

@@ -37,6 +37,8 @@ _COLUMNS = 6
 _MAX_BYTES = 64_000_000
 _HEAD_BYTES = 4_000_000
 _HEAD_SAMPLES = 8
+_COMMON = 5
+"""Texts of a column that are shown."""
 
 
 @dataclass
@@ -59,6 +61,11 @@ class Inspection:
     heights: list[int] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     columns: dict[str, list[float]] = field(default_factory=dict)
+    """Numbers of the index, NaN where they are missing."""
+    texts: dict[str, Counter[str | None]] = field(default_factory=dict)
+    """Texts of the index; None counts what is missing or a number."""
+    unkept: Counter[str] = field(default_factory=Counter)
+    """Shards in which a column has values that are too long or varied for the index, by column."""
     pictures: list[tuple[NDArray[np.uint8], str]] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -85,6 +92,11 @@ class Inspection:
             missing = len(values) - len(finite)
             if finite:
                 text.append(f"column {name:<17} {_spread(finite)}, {missing} missing")
+        text += [f"column {name:<17} {_texts(counts)}" for name, counts in sorted(self.texts.items())]
+        text += [
+            f"column {name:<17} long or varied values in {n:,} shards: not in the index"
+            for name, n in sorted(self.unkept.items())
+        ]
         bad = ", ".join(f"{reason} {n}" for reason, n in self.bad_members.most_common()) or "none"
         text.append(f"bad members       {bad}")
         text += [f"removal list      {matches.line()}" for matches in self.removals]
@@ -176,6 +188,14 @@ def _count(result: Inspection, index: ShardIndex) -> None:
             result.bad_members[reason] += int((index.defects == code).sum())
     for column, values in index.numbers.items():
         result.columns.setdefault(column, []).extend(values.astype(float).tolist())
+    for column, codes in index.codes.items():
+        if not index.words[column] and not (codes == -2).any():
+            continue  # without a value in the whole shard
+        counts = result.texts.setdefault(column, Counter())
+        for code, count in zip(*np.unique(codes, return_counts=True), strict=True):
+            counts[index.words[column][code] if code >= 0 else None] += int(count)
+    result.unkept.update(index.omitted)
+    result.unkept.update(name for name, codes in index.codes.items() if (codes == -2).any())
 
 
 def _decode_some(
@@ -191,7 +211,7 @@ def _decode_some(
     kept = 0
     for row in rows:
         members: dict[str, bytes] = {}
-        for extension in (*image_extensions, "txt", "json"):
+        for extension in (*image_extensions, "txt", "caption", "json"):
             if extension not in index.extensions:
                 continue
             starts, sizes = index.extents(extension)
@@ -274,9 +294,10 @@ def _unpacked(head: bytes) -> bytes:
 
 
 def caption_of(members: dict[str, bytes]) -> str:
-    """Caption of a sample: its txt, else the json's caption."""
-    if "txt" in members:
-        return clean(members["txt"].decode("utf-8", "replace"))
+    """Caption of a sample: its txt, else its caption, as a member or in the json."""
+    for extension in ("txt", "caption"):
+        if extension in members:
+            return clean(members[extension].decode("utf-8", "replace"))
     value = (parse_record(members.get("json")) or {}).get("caption")
     return clean(value) if isinstance(value, str) else ""
 
@@ -297,6 +318,14 @@ def contact_sheet(pictures: Sequence[tuple[NDArray[np.uint8], str]]) -> bytes:
     out = io.BytesIO()
     sheet.save(out, "PNG")
     return out.getvalue()
+
+
+def _texts(counts: Counter[str | None]) -> str:
+    """How many different texts, the most frequent, and how often there is none."""
+    found = Counter({text: count for text, count in counts.items() if text is not None})
+    told = ", ".join(f"{text!r} ({count:,})" for text, count in found.most_common(_COMMON))
+    more = ", ..." if len(found) > _COMMON else ""
+    return f"{len(found):,} texts: {told}{more}; {counts[None]:,} without"
 
 
 def _spread(values: Sequence[float]) -> str:

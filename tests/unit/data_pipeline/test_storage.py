@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -111,10 +112,21 @@ def test_special_characters_of_a_name_are_escaped_by_brackets(folder: str, name:
     assert folder_before_patterns(f"{folder}/{escaped}/{{00000..00001}}.tar") == f"{folder}/{name}"
 
 
-def test_an_unescaped_bracket_is_explained(tmp_path: Path) -> None:
-    files.write_bytes(f"{tmp_path}/set[12]/00000.tar", b"x")
+@pytest.mark.parametrize(
+    ("name", "written"), [("set[12]", "set[[]12]"), ("set[x]", "set[[]x]"), ("why?", "why[?]")]
+)
+def test_wildcards_that_stand_in_a_name_are_explained(tmp_path: Path, name: str, written: str) -> None:
+    """Also where the pattern matches another folder, whose shards would be read instead."""
+    files.write_bytes(f"{tmp_path}/{name}/00000.tar", b"x")
+    files.write_bytes(f"{tmp_path}/setx/00000.tar", b"other")
+    for rest in ("", "/*.tar", "/{00000..00001}.tar", "/00000.tar"):
+        with pytest.raises(NoShards, match=re.escape(f"; write {tmp_path}/{written} for it.")):
+            list_files(f"{tmp_path}/{name}{rest}")
+    (found,) = list_files(f"{tmp_path}/{written}")
+    assert files.read_bytes(found.url) == b"x"
+    assert [f.size for f in list_files(f"{tmp_path}/set[a-z]/*.tar")] == [5]
     with pytest.raises(NoShards, match=r"written \[\[\]"):
-        list_files(f"{tmp_path}/set[12]/*.tar")
+        list_files(f"{tmp_path}/none[12]/*.tar")
 
 
 def test_braces_over_folders_mean_their_shards(folder: str) -> None:
