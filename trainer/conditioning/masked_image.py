@@ -16,7 +16,7 @@ from trainer.config.run import ConfigError
 class MaskedImage(Condition):
     """Channels: the mask (1 = hidden), then the latents of the picture with hidden pixels grey.
 
-    Null form: zeros.
+    In the form of LDM's published model the mask is -1 or 1 and hidden pixels are black. Null form: zeros.
     """
 
     def __init__(self, config: MaskedImageConfig, first_stage: FirstStageConfig, index: int) -> None:
@@ -31,10 +31,12 @@ class MaskedImage(Condition):
         pixels = source.require_pixels("masked_image")
         assert source.first_stage is not None, "masked_image needs the first stage"
         mask = self._mask(source, pixels)
-        visible = pixels * (1 - mask)
+        ldm = self.config.form == "ldm"
+        visible = pixels * (1 - mask) - (mask if ldm else 0)
         # The mode, not a sample: a condition should not carry noise that the first stage adds.
         latents = source.first_stage.latents(visible, None)
         small = F.interpolate(mask, size=latents.shape[2:], mode="nearest")
+        small = small * 2 - 1 if ldm else small
         small = small.expand(-1, self.config.mask_channels, -1, -1)
         return {"concat": torch.cat([small, latents.float()], dim=1)}
 

@@ -228,6 +228,10 @@ class LowResolutionConfig:
 class MaskedImageConfig:
     """Inpainting: mask and encoded masked image are concatenated (paper, section 4.5; SD2 inpainting)."""
 
+    form: Literal["sd", "ldm"] = "sd"
+    """How it is shown. sd: hidden pixels grey, the mask 0 or 1 (SD, diffusers); ldm: hidden pixels black, the
+    mask -1 or 1, as LDM's published inpainting model has them. `ldm import` and `ldm export --layout compvis`
+    order the channels of such a model: theirs are latents, masked picture, mask."""
     mask_channels: int = number(1, least=1, most=2**16)
     """Channels of the mask: 1 (SD, big-lama style)."""
     full_mask_probability: float = number(0.25, least=0, most=1)

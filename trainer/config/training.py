@@ -93,7 +93,11 @@ class AutoencoderLossConfig:
     codebook_weight: float = number(1.0, least=0, most=10**6)
     """Weight of the codebook loss (vq)."""
     commitment_beta: float = number(0.25, least=0, most=10**6)
-    """Relative weight of the commitment part (vq)."""
+    """Relative weight of one part of the codebook loss (vq): of which, `beta_weighs` says."""
+    beta_weighs: Literal["commitment", "codebook"] = "commitment"
+    """commitment: beta holds the encoder's outputs to the entries (van den Oord et al. 2017, equation 3);
+    codebook: it moves the entries, as taming-transformers' default did, with which the published LDM first
+    stages were trained."""
     learned_logvar: bool = False
     """Learn one log variance of the reconstruction error, with the generator's optimizer."""
     logvar_init: float = number(0.0, least=-100, most=100)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trainer.config.run import Config
 from trainer.interop.text_tower_names import NO_WEIGHTS
 
 UNET = "model.diffusion_model."
@@ -84,6 +85,20 @@ def join(parts: CompVisParts) -> dict[str, Tensor]:
     if parts.scale_factor is not None:
         tensors[SCALE_FACTOR] = parts.scale_factor
     return tensors | parts.schedule
+
+
+def input_order(config: Config) -> list[int] | None:
+    """Which of our UNet's input channels stands at each place in the file; None where they are the same.
+
+    LDM's inpainting model joins latents, masked picture and mask; ours, as Stable Diffusion's, latents, mask
+    and masked picture. No tensor shows it, so the configuration's form says it.
+    """
+    masked, z = config.conditioning.masked_image, config.first_stage.channels
+    if masked is None or masked.form != "ldm":
+        return None
+    mask = list(range(z, z + masked.mask_channels))
+    picture = list(range(z + masked.mask_channels, 2 * z + masked.mask_channels))
+    return [*range(z), *picture, *mask]
 
 
 def average_name(name: str) -> str:

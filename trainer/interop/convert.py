@@ -18,9 +18,11 @@ from trainer.config.network_plan import plan_levels
 from trainer.config.run import Config, ConfigError
 from trainer.first_stage.build import WEIGHTS_FILE, build_first_stage, first_stage_metadata
 from trainer.first_stage.statistics import GIVEN, MARK
+from trainer.interop import compvis
 from trainer.interop.diffusers_stage import first_stage_from_diffusers
 from trainer.interop.diffusers_unet import unet_from_diffusers
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links, usual_attention
+from trainer.interop.initialise import INPUT
 from trainer.interop.links import Link, import_tensors
 from trainer.interop.report import TransferReport
 from trainer.interop.source import ForeignNetwork, ForeignWeights, open_source
@@ -63,9 +65,9 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
     unet = source.parts.get("unet")
     if unet is not None:
         unet_config = _unet_config(unet, config, source.url)
-        files[UNET_FILE] = _unet(unet, unet_config, source)
+        files[UNET_FILE] = _unet(unet, unet_config, source, config)
         if "unet_ema" in source.parts:
-            files[UNET_AVERAGE_FILE] = _unet(source.parts["unet_ema"], unet_config, source)
+            files[UNET_AVERAGE_FILE] = _unet(source.parts["unet_ema"], unet_config, source, config)
     if "first_stage" in source.parts:
         files[WEIGHTS_FILE] = _first_stage(source.parts["first_stage"], config, source)
     for role, file in TEXT_FILES.items():
@@ -82,7 +84,8 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
         f"{file.removesuffix('.safetensors')}: {name}" for file, made in files.items() for name in made[0]
     ]
     written = [f"{folder}/{file}" for file in (*files, STRUCTURE_FILE)]
-    return TransferReport(taken=tuple(taken), left=tuple(source.left), files=tuple(written))
+    notes = () if config is None or unet is None else _notes(unet, config)
+    return TransferReport(taken=tuple(taken), left=tuple(source.left), files=tuple(written), notes=notes)
 
 
 def _at_most_single(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,8 +141,13 @@ def _write_structure(url: str, files: Mapping[str, Imported]) -> None:
     write_bytes(url, yaml.safe_dump(sections, sort_keys=False).encode())
 
 
-def _unet(part: ForeignNetwork, config: UNetConfig, source: ForeignWeights) -> Imported:
+def _unet(part: ForeignNetwork, config: UNetConfig, source: ForeignWeights, run: Config | None) -> Imported:
     converted = convert_unet(part, config, f"the UNet of {source.url}")
+    order = compvis.input_order(run) if run is not None and part.dialect == "compvis" else None
+    if order is not None:
+        ours = torch.empty_like(converted[INPUT])
+        ours[:, order] = converted[INPUT]
+        converted[INPUT] = ours
     tensors = {f"unet.{name}": tensor for name, tensor in converted.items()}
     if source.class_embedding is not None:
         tensors[CLASS_TOKENS] = source.class_embedding
@@ -180,6 +188,18 @@ def _as_ours(link: Link, part: ForeignNetwork, origin: str) -> Tensor:
     if missing:
         raise ConfigError(f"{origin} lacks {', '.join(missing)}; nothing was loaded.")
     return link.to_ours({name: part.tensors[name].to("meta") for name in link.theirs})
+
+
+def _notes(unet: ForeignNetwork, config: Config) -> tuple[str, ...]:
+    masked = config.conditioning.masked_image
+    if masked is None or unet.dialect != "compvis" or config.unet.attention != "plain":
+        return ()
+    if masked.form == "ldm":
+        return ("input channels were ordered from LDM's latents, masked picture, mask",)
+    return (
+        "input channels are taken as latents, mask, masked picture; LDM's own inpainting model needs "
+        "conditioning.masked_image.form=ldm",
+    )
 
 
 def _unet_config(part: ForeignNetwork, config: Config | None, url: str) -> UNetConfig:

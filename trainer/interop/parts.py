@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from trainer.config.run import Config, ConfigError
+from trainer.interop import compvis
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links
+from trainer.interop.initialise import INPUT
 from trainer.interop.links import export_tensors
 from trainer.interop.text_tower_names import text_tower_links
 from trainer.interop.unet_names import Dialect, unet_links
@@ -40,6 +42,9 @@ def convert_part(
 ) -> dict[str, Tensor]:
     """One network's tensors (names without a prefix) in a dialect."""
     if role == "unet":
+        order = compvis.input_order(config) if dialect == "compvis" else None
+        if order is not None:
+            tensors = {**tensors, INPUT: tensors[INPUT][:, order]}
         return export_tensors(unet_links(config.unet, tensors, dialect), tensors)
     if role == "first_stage":
         return export_tensors(first_stage_links(config.first_stage, tensors, dialect), tensors)

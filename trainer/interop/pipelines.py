@@ -130,6 +130,8 @@ def _obstacles(config: Config, pipeline: Pipeline) -> Iterator[str]:
     masked, low = conditioning.masked_image, conditioning.low_resolution
     if masked is not None and masked.mask_channels != 1:
         yield f"its mask has one channel, not conditioning.masked_image.mask_channels={masked.mask_channels}"
+    if masked is not None and masked.form != "sd":
+        yield "its hidden pixels are grey and its mask is 0 or 1, not conditioning.masked_image.form=ldm"
     if low is not None and not low.max_noise_level:
         yield "it says the noise level of the low-resolution picture, which max_noise_level=0 leaves out"
     for name in ("masked_image", "low_resolution", "image_size"):

@@ -162,7 +162,9 @@ class AutoencoderStage:
         if "codebook" not in outputs:
             return outputs["reconstruction"].new_zeros(()), {}
         codebook, commitment = outputs["codebook"], outputs["commitment"]
-        weighted = codebook + self._loss.commitment_beta * commitment
+        beta = self._loss.commitment_beta
+        paper = self._loss.beta_weighs == "commitment"
+        weighted = codebook + beta * commitment if paper else beta * codebook + commitment
         return self._loss.codebook_weight * weighted, {"codebook": codebook, "commitment": commitment}
 
     def _discriminator_backward(

@@ -141,3 +141,19 @@ def test_sizes_become_the_fourier_features_of_sdxl() -> None:
 
 def test_uncropped_names_height_before_width() -> None:
     assert uncropped(2, 64, 96).tolist() == [[64, 96, 0, 0, 64, 96]] * 2
+
+
+def test_ldms_form_shows_black_and_a_mask_of_both_signs() -> None:
+    """make_batch of CompVis' inpainting script: mask and masked picture are made in 0 .. 1, then doubled."""
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    mask = torch.zeros(2, 32, 32, dtype=torch.bool)
+    mask[:, :, 16:] = True
+    hidden = mask.unsqueeze(1).float()
+    shown = {}
+    for form in ("sd", "ldm"):
+        condition = MaskedImage(MaskedImageConfig(form=form), FirstStageConfig(name="identity"), 7)  # type: ignore[arg-type]
+        shown[form] = condition.prepare(source(2, pixels, PixelStage(), mask=mask))["concat"]
+    theirs = (1 - hidden) * (pixels + 1) / 2 * 2 - 1
+    assert torch.equal(shown["ldm"][:, :1], shown["sd"][:, :1] * 2 - 1)
+    torch.testing.assert_close(shown["ldm"][:, 1:], PixelStage().latents(theirs, None))
+    torch.testing.assert_close(shown["sd"][:, 1:], PixelStage().latents(pixels * (1 - hidden), None))

@@ -40,6 +40,7 @@ def test_structure_and_recipe(name: str) -> None:
     assert (stage.downsampling, stage.channels) == (factor, z)
     assert stage.name == ("kl" if codebook is None else "vq")
     assert codebook is None or stage.codebook_size == codebook
+    assert loss.beta_weighs == ("commitment" if codebook is None else "codebook")  # taming's default
     assert (config.global_batch_size, loss.discriminator_start) == (batch, start)
     assert config.optimizer.learning_rate == pytest.approx(4.5e-6 * batch)
     with torch.device("meta"):

@@ -159,3 +159,30 @@ def test_two_towers_that_the_original_layout_cannot_hold_are_refused(
     assert main(["export", run_file(tmp_path, towers), str(target), "--layout", "compvis"]) == 2
     assert "these are ViT-B-32 and ViT-B-32" in capsys.readouterr().err
     assert not target.exists()
+
+
+INPAINTING = ["unet.attention=plain", "first_stage.name=vq", "first_stage.codebook_size=16"]
+
+
+def test_ldms_inpainting_models_order_latents_picture_mask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*INPAINTING, "first_stage.latent_channels=3", "conditioning.masked_image={form: ldm}"]
+    source = run_file(tmp_path, *settings)
+    ours = read_weights(source)[0]["unet.conv_in.weight"]  # latents 0-2, mask 3, masked picture 4-6
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    stored = compvis(tmp_path, source)
+    assert torch.equal(stored[first], ours[:, [0, 1, 2, 4, 5, 6, 3]])
+    assert torch.equal(stored["model_ema.diffusion_modelinput_blocks00weight"], stored[first])
+    for form, expected in (("ldm", ours), ("sd", stored[first])):
+        config = load_config(None, [*BASE, *settings, f"conditioning.masked_image.form={form}"])
+        (tmp_path / "run.yaml").write_text(json.dumps(config_to_dict(config)))
+        capsys.readouterr()
+        back = str(tmp_path / form)
+        assert (
+            main(["import", f"{tmp_path}/model.safetensors", back, "--config", f"{tmp_path}/run.yaml"]) == 0
+        )
+        assert torch.equal(read_weights(f"{back}/unet.safetensors")[0]["unet.conv_in.weight"], expected)
+        assert torch.equal(read_weights(f"{back}/unet_ema.safetensors")[0]["unet.conv_in.weight"], expected)
+        said = "ordered from LDM's" if form == "ldm" else "needs conditioning.masked_image.form=ldm"
+        assert said in capsys.readouterr().out

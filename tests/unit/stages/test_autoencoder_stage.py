@@ -312,3 +312,19 @@ def test_bf16_weights_train() -> None:
     assert stage.module.latent_scale.dtype == torch.float32
     assert next(stage.module.parameters()).dtype == torch.bfloat16
     assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("weighs", "codebook", "commitment"), [("commitment", 1.0, 0.25), ("codebook", 0.25, 1.0)]
+)
+def test_beta_weighs_the_term_that_the_configuration_says(
+    weighs: str, codebook: float, commitment: float
+) -> None:
+    """Both terms are the same number; what differs is how fast entries and encoder move."""
+    loss = dataclasses.replace(LOSS, codebook_weight=2.0, commitment_beta=0.25, beta_weighs=weighs)  # type: ignore[arg-type]
+    first_stage = dataclasses.replace(TINY, name="vq")
+    stage = make_stage(make_config(first_stage=first_stage, autoencoder_loss=loss))
+    terms = {name: torch.tensor(0.5, requires_grad=True) for name in ("codebook", "commitment")}
+    value, _ = stage._regulariser({"reconstruction": torch.zeros(1), **terms})
+    value.backward()
+    assert [float(terms[n].grad) for n in terms] == [2 * codebook, 2 * commitment]  # type: ignore[arg-type]
