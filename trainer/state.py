@@ -17,7 +17,7 @@ class TrainState:
     position: dict[str, Any] | None = None
     """Loader position of this rank's lanes (all lanes' once merged for a checkpoint)."""
     wandb_run_id: str | None = None
-    """W&B run that a restart continues."""
+    """W&B run that a restart continues; offline, the group of its runs."""
 
     def advance(self, global_batch_size: int, position: dict[str, Any]) -> None:
         """Commit one consumed batch."""

@@ -1,10 +1,20 @@
-"""W&B: sole importer of wandb. Everything is logged against samples_seen, so a rewind drops nothing."""
+"""W&B: sole importer of wandb. Everything is logged against samples_seen, so a rewind drops nothing.
+
+    online     one run, under the id that checkpoints carry; W&B's server knows where it stands, and a
+               restart goes on with it
+    offline    a run of its own for each start, in one group that bears that id
+
+Files of an offline run begin at step 0, whatever was logged before: two of them under one id would be two
+beginnings of the same run, and synchronising the second may erase the first.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import tempfile
+import time
 from typing import Any
 
 from PIL import Image
@@ -19,7 +29,7 @@ _INIT_TIMEOUT_S = 30
 
 
 class WandbSink:
-    """A run that restarts continue under the same id; online without a network falls back to offline."""
+    """A run, or a group of runs, that restarts continue; online without a network falls back to offline."""
 
     def __init__(
         self, config: LoggingConfig, run_dir: str, resolved: dict[str, Any], run_id: str | None
@@ -34,31 +44,36 @@ class WandbSink:
         mode = config.wandb
         if mode == "online":
             _check_key()
+        self._id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         arguments: dict[str, Any] = {
             "project": config.wandb_project,
             "entity": config.wandb_entity,
             "dir": folder,
             "config": resolved,
-            "id": run_id,
-            "resume": "allow" if run_id else None,
+            "group": os.environ.get("WANDB_RUN_GROUP") or self._id,
+        }
+        whole: dict[str, Any] = {"id": self._id, "resume": "allow" if run_id else None}
+        segment: dict[str, Any] = {
+            "id": f"{self._id}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
         }
         settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off", silent=True)
         try:
-            self._run = wandb.init(mode=mode, settings=settings, **arguments)
+            which = whole if mode == "online" else segment
+            self._run = wandb.init(mode=mode, settings=settings, **arguments, **which)
         except wandb.errors.AuthenticationError as error:
             raise ConfigError(_wrong_key(error)) from error
         except wandb.errors.CommError as error:
             if "401" in str(error) or "permission" in str(error).lower():
                 raise ConfigError(_wrong_key(error)) from error
             logger.warning("W&B cannot be reached (%s); this run is logged offline.", error)
-            self._run = wandb.init(mode="offline", settings=settings, **arguments)
+            self._run = wandb.init(mode="offline", settings=settings, **arguments, **segment)
         self._run.define_metric("samples_seen")
         self._run.define_metric("*", step_metric="samples_seen")
 
     @property
     def run_id(self) -> str:
-        """Stored in checkpoints, so that a restart goes on with the same run."""
-        return str(self._run.id)
+        """Stored in checkpoints, so that a restart goes on with the same run, or in the same group."""
+        return self._id
 
     def log(self, samples_seen: int, record: dict[str, Any]) -> None:
         """Scalars of one log interval."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import fsspec
@@ -136,16 +137,45 @@ def test_online_without_a_usable_key_is_refused(
         WandbSink(LoggingConfig(wandb="online"), str(tmp_path), {}, None)
 
 
-def test_offline_run_is_written_and_keeps_its_id(tmp_path: Path) -> None:
-    sink = WandbSink(LoggingConfig(wandb="offline"), str(tmp_path), {"a": 1}, None)
-    run_id = sink.run_id
-    sink.log(64, {"loss": 1.0})
-    sink.close()
-    again = WandbSink(LoggingConfig(wandb="offline"), str(tmp_path), {"a": 1}, run_id)
-    assert again.run_id == run_id
-    again.log(32, {"loss": 2.0})  # a rewind: fewer samples than before must not be refused
-    again.close()
-    assert list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))
+def offline_runs(folder: Path) -> list[tuple[str, str]]:
+    """(id, group) in the files that `wandb sync` would send, in the order in which the runs began."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        data, position = path.read_bytes(), 7
+        while position < len(data):  # each record: checksum, length, kind, content
+            length = int.from_bytes(data[position + 4 : position + 6], "little")
+            record = Record.FromString(data[position + 7 : position + 7 + length])
+            if record.HasField("run"):
+                found.append((record.run.run_id, record.run.run_group))
+                break
+            position += 7 + length
+    return found
+
+
+@pytest.mark.parametrize("given", [None, "job1"])
+def test_offline_each_start_is_a_run_of_its_own_in_one_group(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under one id the second would say that it starts at step 0, and syncing it may erase the first."""
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    if given:  # as slurm/train_ldm.sh does, for a start before the first checkpoint
+        monkeypatch.setenv("WANDB_RUN_ID", given)
+    group = None
+    for _ in range(3):
+        sink = WandbSink(LoggingConfig(wandb="offline"), str(tmp_path), {"a": 1}, group)
+        assert group in (None, sink.run_id)
+        group = None if given else sink.run_id
+        sink.log(64, {"loss": 1.0})
+        sink.log(32, {"loss": 2.0})  # a rewind: fewer samples than before must not be refused
+        sink.close()
+    deadline = time.monotonic() + 60
+    while len(runs := offline_runs(tmp_path)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)  # wandb's own process writes the files
+    assert len({run_id for run_id, _ in runs}) == len(runs) == 3
+    assert {name for _, name in runs} == {sink.run_id} == {given or sink.run_id}
+    assert sink.run_id not in {run_id for run_id, _ in runs}  # it is the online run's, if there is one
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', "x" * 200_000])
