@@ -82,6 +82,8 @@ class PictureBlock:
     """Pictures of a single colour."""
     formats: Counter[str]
     """jpeg, png, webp, other."""
+    sizes: Counter[tuple[int, int]]
+    """(width, height) as decoded, before any preparation."""
     broken: tuple[tuple[str, str], ...]
     """(name, reason) of pictures that cannot be used."""
 
@@ -161,6 +163,7 @@ class _Decoded:
     digest: int = 0
     blank: bool = False
     format: str = ""
+    size: tuple[int, int] = (0, 0)
     broken: str = ""
 
 
@@ -179,6 +182,7 @@ def _decode(source: _Source, prepare: Prepare) -> _Decoded:
         digest=int(np.uint64(hashed.intdigest()).astype(np.int64)),
         blank=bool((pixels == pixels[:1, :1]).all()),
         format=_format(data),
+        size=(pixels.shape[1], pixels.shape[0]),
     )
 
 
@@ -193,6 +197,7 @@ def _finished(position: tuple[int, int], futures: Sequence[Future[_Decoded]]) ->
         digests=np.asarray([d.digest for d in whole], np.int64),
         blank=sum(d.blank for d in whole),
         formats=Counter(d.format for d in whole),
+        sizes=Counter(d.size for d in whole),
         broken=tuple((d.name, d.broken) for d in decoded if d.broken),
     )
 

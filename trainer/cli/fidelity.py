@@ -148,7 +148,9 @@ def _measure(args: argparse.Namespace, device: torch.device) -> None:
     made = _stored(args.pictures)
     if made is not None:
         _adopt(args, made.record)
-    if made is None or real is None:
+    if made is not None and real is not None:
+        check_metrics(wanted, made.outputs())
+    else:
         networks, widths = _networks(args, real or made, device)
         check_metrics(wanted, widths)
         real = real or _survey(

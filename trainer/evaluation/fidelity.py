@@ -189,12 +189,11 @@ def _figures(metric: str, family: str, source: _Source) -> dict[str, float]:
 def _gaussians(output: str) -> Callable[[_Source], dict[str, float]]:
     def distance(source: _Source) -> dict[str, float]:
         name = f"{source.family}.{output}"
-        parts = [
-            part[name].to(source.device)
-            for s in (source.made, source.real)
-            for part in (s.means, s.covariances)
-        ]
-        return {"": metrics.frechet_distance(*parts)}
+        sets = (source.made, source.real)
+        # On the CPU, where they are: seconds, and LAPACK's digits whatever the device.
+        return {
+            "": metrics.frechet_distance(*(part[name] for s in sets for part in (s.means, s.covariances)))
+        }
 
     return distance
 
@@ -248,6 +247,12 @@ def _notes(made: SetStatistics, real: SetStatistics, figures: Mapping[str, float
     shares = [each.record.formats.get(LOSSY, 0) / max(1, each.record.pictures) for each in (made, real)]
     if real.record.formats and abs(shares[0] - shares[1]) > 0.5:
         yield "one set is JPEG and the other is not: compression alone moves these figures"
+    sizes = [_only_size(each.record) for each in (made, real)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        yield (
+            f"{made.record.source} is of {sizes[0]} and {real.record.source} of {sizes[1]}, so they reach "
+            "the networks by different resizing; --image-size brings both to one size first"
+        )
     if made.record.image_size != real.record.image_size and real.record.pictures:
         yield (
             f"the sets were brought to different sizes first ({_size(made.record)}; {_size(real.record)}): "
@@ -257,6 +262,11 @@ def _notes(made: SetStatistics, real: SetStatistics, figures: Mapping[str, float
 
 def _notes_on(each: SetStatistics) -> Iterable[str]:
     record = each.record
+    if record.image_size is None and len(record.sizes) > 1:
+        yield (
+            f"the pictures of {record.source} are of several sizes ({', '.join(list(record.sizes)[:3])}, "
+            "...), each squashed to the networks' squares by itself; --image-size brings them to one first"
+        )
     if record.duplicates:
         yield f"{record.duplicates} of the {record.pictures} pictures of {record.source} equal an earlier one"
     if record.blank:
@@ -272,6 +282,13 @@ def _notes_on(each: SetStatistics) -> Iterable[str]:
             yield f"{record.source} does not say which network and resizing its {family} features come from"
         elif family == "random":
             yield f"the features of {record.source} are those of {network.name}"
+
+
+def _only_size(record: Record) -> str | None:
+    """That of all pictures as the networks' own resizing meets them."""
+    if record.image_size is not None:
+        return f"{record.image_size}x{record.image_size}"
+    return next(iter(record.sizes)) if len(record.sizes) == 1 else None
 
 
 def _size(record: Record) -> str:

@@ -56,6 +56,8 @@ class Record:
     fit: str = "crop"
     formats: dict[str, int] = field(default_factory=dict)
     """Pictures by file format."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Pictures by WIDTHxHEIGHT before they were brought to any size; rare ones are `others`."""
     duplicates: int = 0
     """Pictures that equal an earlier one of the set."""
     blank: int = 0
@@ -79,6 +81,14 @@ class SetStatistics:
     """[n, D] fp32 in the order of the set, of the outputs that were to be kept"""
     digests: Tensor
     """int64 [n], or empty."""
+
+    def outputs(self) -> dict[str, list[str]]:
+        """What there is of each family."""
+        found: dict[str, list[str]] = {family: [] for family in self.record.networks}
+        for name in sorted(self.means.keys() | self.features.keys()):
+            family, _, output = name.partition(".")
+            found[family].append(output)
+        return found
 
 
 def write_statistics(url: str, found: SetStatistics) -> None:
@@ -164,14 +174,13 @@ def check_comparable(made: Record, real: Record, families: Mapping[str, Any]) ->
         ConfigError: another network, other weights, or pictures that were brought to it in another way.
     """
     for family in families:
-        theirs = real.networks.get(family)
-        if theirs is None:
-            held = ", ".join(real.networks) or "none"
-            raise ConfigError(
-                f"{real.source} holds no {family} features but {held}; make it anew with --features "
-                f"{family}, or choose what it holds."
-            )
-        ours = made.networks[family]
+        for each in (made, real):
+            if family not in each.networks:
+                raise ConfigError(
+                    f"{each.source} holds no {family} features but {', '.join(each.networks)}; make it anew "
+                    f"with --features {family}, or choose what it holds."
+                )
+        ours, theirs = made.networks[family], real.networks[family]
         for what, a, b in (("weights", ours.sha256, theirs.sha256), ("resizing", ours.sees, theirs.sees)):
             if UNKNOWN not in (a, b) and a != b:
                 raise ConfigError(

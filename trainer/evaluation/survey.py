@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from trainer.evaluation.moments import Moments
 from trainer.evaluation.statistics import NetworkRecord, Record, SetStatistics
 
 Position = tuple[int, int]
+SIZES_LISTED = 8
+"""Sizes of pictures that a record names; what is rarer is counted together."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,13 @@ class _Tally:
     features: dict[str, list[tuple[Position, Tensor]]]
     digests: list[tuple[Position, NDArray[np.int64]]] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     broken: Counter[str] = field(default_factory=Counter)
     blank: int = 0
 
     def without_moments(self) -> _Tally:
         """All that ranks hand over as it is."""
-        return _Tally({}, self.features, self.digests, self.formats, self.broken, self.blank)
+        return replace(self, moments={})
 
 
 def survey(
@@ -127,6 +130,7 @@ def _take(
         )
     tally.broken.update(reason.partition(":")[0] for _, reason in block.broken)
     tally.formats.update(block.formats)
+    tally.sizes.update(block.sizes)
     tally.blank += block.blank
     tally.digests.append((block.position, block.digests))
     if not block.names:
@@ -174,6 +178,7 @@ def _together(
         image_size=options.image_size,
         fit=options.fit,
         formats=dict(sorted(sum((t.formats for t in tallies), Counter[str]()).items())),
+        sizes=_listed(sum((t.sizes for t in tallies), Counter[tuple[int, int]]())),
         duplicates=count - len(np.unique(known)),
         blank=sum(t.blank for t in tallies),
         broken=dict(sorted(broken.items())),
@@ -187,6 +192,14 @@ def _together(
         features=features,
         digests=torch.from_numpy(known),
     )
+
+
+def _listed(sizes: Counter[tuple[int, int]]) -> dict[str, int]:
+    """The most frequent ones by name, the larger first where two are equally frequent."""
+    ordered = sorted(sizes.items(), key=lambda item: (item[1], item[0]), reverse=True)
+    rest = sum(count for _, count in ordered[SIZES_LISTED:])
+    listed = {f"{width}x{height}": count for (width, height), count in ordered[:SIZES_LISTED]}
+    return listed | ({"others": rest} if rest else {})
 
 
 def _in_order(pairs: list[tuple[Position, Any]]) -> list[Any]:

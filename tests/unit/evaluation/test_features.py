@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,46 @@ def test_inception_equals_torch_fidelity(theirs: tuple[Any, str]) -> None:
     torch.testing.assert_close(mixed["pool"][0], pool[0], rtol=1e-5, atol=1e-6)
     assert network.digest == weights_digest(theirs[0])
     assert "torch-fidelity" in network.name
+
+
+@pytest.mark.slow  # eigenvalues of 2048 x 2048, ours and theirs
+def test_figures_equal_those_of_torch_fidelity_for_the_same_folders(
+    theirs: tuple[Any, str], tmp_path: Path
+) -> None:
+    from torch_fidelity import calculate_metrics
+
+    for name, ending, edge in (("made", "png", 40), ("real", "jpg", 48)):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(pictures(12, edge)):
+            Image.fromarray(picture // (1 + i % 3)).save(tmp_path / name / f"{i}.{ending}")
+    out = tmp_path / "figures.json"
+    command = ["evaluate", "fidelity", str(tmp_path / "made"), "--reference", str(tmp_path / "real")]
+    options = [
+        "--inception-weights",
+        theirs[1],
+        "--metrics",
+        "fid,kid,is,precision,recall",
+        "--out",
+        str(out),
+    ]
+    assert main([*command, *options]) == 0
+    ours = json.loads(out.read_text())["figures"]
+    expected = calculate_metrics(
+        input1=str(tmp_path / "made"),
+        input2=str(tmp_path / "real"),
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=theirs[1],
+        **dict.fromkeys(("isc", "fid", "kid", "prc", "save_cpu_ram"), True),
+        **dict.fromkeys(("cuda", "cache", "verbose"), False),
+        kid_subset_size=12,
+    )
+    assert ours["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert ours["is_deviation"] == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-6)
+    assert ours["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert ours["precision"] == pytest.approx(expected["precision"], abs=1e-6)
+    assert ours["recall"] == pytest.approx(expected["recall"], abs=1e-6)
+    # of 12 pictures in 2048 dimensions, theirs takes roots of what rounding leaves of 2037 zeros
+    assert ours["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
 
 
 def test_each_program_has_its_way_to_299(theirs: tuple[Any, str]) -> None:

@@ -116,6 +116,11 @@ def test_statistics_are_stored_and_give_the_same_figures(
     assert "no inception features" in refusal(
         "fidelity", stored, "--reference", stored, "--features", "inception"
     )
+    # a stored set on the other side lacks a network just as well; names of metrics are checked there, too
+    assert "no inception features" in refusal(
+        "fidelity", stored, "--reference", stored, "--features", "random,inception"
+    )
+    assert "there is no metric" in refusal("fidelity", stored, "--reference", stored, "--metrics", "fif")
     found = read_statistics(str(stored))
     assert found.means["random.pool"].dtype == torch.float64
     assert found.features["random.pool"].shape == (90, 64)
@@ -177,6 +182,20 @@ class TestTraps:
         wide = np.stack([picture(i, 32) for i in range(3)], axis=1).reshape(32, 96, 3)
         assert to_size(wide, 32, "crop").tolist() == wide[:, 32:64].tolist()
         assert to_size(wide, 16, "squash").shape == (16, 16, 3)
+
+    def test_sets_of_several_sizes_are_said(self, tmp_path: Path, measure: Measure) -> None:
+        small, large = (
+            folder_of(tmp_path / "small", range(66)),
+            folder_of(tmp_path / "large", range(66), edge=96),
+        )
+        found = measure(large, small)
+        assert (found["pictures"]["sizes"], found["reference"]["sizes"]) == ({"96x96": 66}, {"32x32": 66})
+        assert any("by different resizing" in note for note in found["notes"])
+        together = measure(large, small, "--image-size", "32")
+        assert not any("resizing" in note for note in together["notes"])
+        assert together["figures"]["fd" + TAG] < found["figures"]["fd" + TAG]
+        Image.fromarray(picture(0, 64)[:, :32]).save(small / "odd.png")
+        assert any("are of several sizes (32x32, 32x64" in note for note in measure(small, small)["notes"])
 
     def test_jpeg_against_png_moves_the_figures_and_is_said(self, tmp_path: Path, measure: Measure) -> None:
         real = folder_of(tmp_path / "real", range(80))
