@@ -32,7 +32,8 @@ from data_pipeline.pictures.decoding import decode_exactly
 from data_pipeline.pictures.headers import DECODE_ERRORS
 from data_pipeline.shards.build_index import not_a_tar
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS
-from data_pipeline.shards.tars import BLOCK, parse_record, scan
+from data_pipeline.shards.records import parse_record
+from data_pipeline.shards.tars import BLOCK, scan
 from data_pipeline.storage.files import read_bytes, read_head, read_range
 from data_pipeline.storage.listing import ListedFile, find, list_files
 from data_pipeline.storage.urls import expand_braces, join, literal, name_of, parent

@@ -1,22 +1,13 @@
-"""Chooses and cleans the caption of a sample."""
+"""Chooses the caption of a sample."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipeline.errors import Rejected
 from data_pipeline.order.draws import Draw, below
-
-_MAX_CHARACTERS = 4000
-
-
-def clean(text: str) -> str:
-    """NFC, no control characters, single spaces; at most 4000 characters."""
-    text = unicodedata.normalize("NFC", text[: 4 * _MAX_CHARACTERS])
-    text = "".join(c if unicodedata.category(c)[0] != "C" or c in "\u200d" else " " for c in text)
-    return " ".join(text.split())[:_MAX_CHARACTERS]
+from data_pipeline.shards.records import clean, text_of
 
 
 def choose_caption(
@@ -37,13 +28,13 @@ def choose_caption(
     found: list[str] = []
     for source in sources:
         if source in members:
-            found.append(members[source].decode("utf-8", "replace"))
+            found.append(text_of(members[source]))
         if source == "txt":
             continue
         value = record.get(source)
         values = value if isinstance(value, list) else [value]
         found += [v for v in values if isinstance(v, str)]
-        found += [v.decode("utf-8", "replace") for v in values if isinstance(v, bytes)]
+        found += [text_of(v) for v in values if isinstance(v, bytes)]
     captions = [c for c in map(clean, found) if c]
     if not captions:
         if require:

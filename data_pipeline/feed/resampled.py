@@ -32,9 +32,9 @@ from data_pipeline.shards.dataset import sources_of
 from data_pipeline.shards.filter_values import as_column, to_numbers
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import ORIGINAL, hash_text
+from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import picture_members, removed_by
-from data_pipeline.shards.tars import parse_record
 from data_pipeline.storage.files import open_stream
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.urls import distinguishing_depth, shard_name

@@ -15,8 +15,8 @@ from data_pipeline.feed.conditions import fill_conditions
 from data_pipeline.pictures.crops import crop_pixels, plan_crop
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.selection import picture_members
-from data_pipeline.shards.tars import parse_record
 
 _SAME_ASPECT = 0.03
 """Logarithm of the ratio of two aspects up to which rounding explains it."""

@@ -107,7 +107,8 @@ def _members(stream: _Readable, url: str) -> Iterator[tuple[str, bytes]]:
     while True:
         with tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
             for info in tar:
-                name = "" if info.name.endswith("/") else tidy(info.name)
+                spelled = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                name = "" if spelled.endswith("/") else tidy(spelled)
                 if not name:
                     continue
                 if (info.islnk() or info.issym()) and stem_of(name) != name:

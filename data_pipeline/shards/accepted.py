@@ -80,12 +80,15 @@ def count_accepted(config: DataConfig, rows: Sequence[ManifestRow], index_urls: 
 
 def _digest(config: DataConfig, rows: Sequence[ManifestRow]) -> str:
     # By repr: `make_selection` reads these, and no other settings, where it decides by the index.
+    selection = make_selection(config, removals=())
     settings = (
         config.filter.strip(),
         target_shapes(config),
         config.allow_enlarging,
         config.max_member_bytes,
-        make_selection(config, removals=()).members,
+        config.max_image_pixels,
+        selection.members,
+        selection.wants_text,
     )
     digest = hashlib.sha256(json.dumps([_FORMAT, VERSION, ASPECTS, repr(settings)]).encode())
     for row in rows:

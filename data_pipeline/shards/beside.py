@@ -15,6 +15,7 @@ from typing import Any
 
 from data_pipeline.shards.filter_values import plain
 from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.records import text_of
 
 
 def parquet_of(shard: str) -> str:
@@ -26,8 +27,19 @@ def read_table(raw: bytes, columns: Sequence[str] | None = None) -> dict[str, li
     """Columns of a parquet by name; None: all. Whatever pyarrow raises for damaged files."""
     import pyarrow.parquet as pq  # half a second and 60 MB, for those who need it
 
-    table: dict[str, list[Any]] = pq.read_table(io.BytesIO(raw), columns=columns).to_pydict()
-    return table
+    table = pq.read_table(io.BytesIO(raw), columns=columns)
+    return {name: _values(column) for name, column in zip(table.column_names, table.columns, strict=True)}
+
+
+def _values(column: Any) -> list[Any]:
+    """Values of a column; texts that are no UTF-8, which no writer checks, as far as they are."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        import pyarrow as pa
+
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [None if value is None else text_of(value) for value in raw]
 
 
 def rows_by_key(column: Sequence[Any], keys: Sequence[str]) -> dict[str, int]:

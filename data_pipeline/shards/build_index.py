@@ -47,7 +47,8 @@ from data_pipeline.shards.index import (
     row_of,
     write_manifest,
 )
-from data_pipeline.shards.tars import BLOCK, MemberBytes, TarScan, parse_record, scan
+from data_pipeline.shards.records import TEXT_BYTES, is_blank, parse_record
+from data_pipeline.shards.tars import BLOCK, MemberBytes, TarScan, scan
 from data_pipeline.storage.files import read_bytes, read_range, write_bytes
 from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.urls import join, name_of
@@ -200,6 +201,7 @@ def _assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardInd
     offsets = np.full((len(extensions), len(samples)), ABSENT, np.uint32)
     sizes = np.zeros((len(extensions), len(samples)), np.uint32)
     defects = np.zeros(len(samples), np.uint8)
+    blank = np.zeros(len(samples), bool)
     pictures: dict[str, NDArray[np.uint32]] = {}
     records: list[dict[str, Any]] = []
     for i, sample in enumerate(samples):
@@ -212,6 +214,8 @@ def _assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardInd
                 sizes_of = pictures.setdefault(extension, np.zeros((2, len(samples)), np.uint32))
                 noticed = found.seen.get(member.offset)
                 sizes_of[:, i] = noticed if isinstance(noticed, tuple) else (0, 0)
+        if "txt" in sample.members and found.seen.get(sample.members["txt"].offset) is True:
+            blank[i] = True
         if sample.duplicate:
             defects[i] = DEFECTS.index("duplicate_key")
         records.append(_record(sample, found))
@@ -225,6 +229,7 @@ def _assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardInd
         sizes=sizes,
         defects=defects,
         pictures=pictures,
+        blank=blank if blank.any() else None,
         problems=tuple([*found.problems, *grouping.problems][:100]),
         apart=grouping.apart,
     )
@@ -234,8 +239,10 @@ def _assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardInd
 
 
 def _look(name: str, member: MemberBytes) -> Any:
-    """What the index keeps of a member's content: the json's fields, a picture's height and width."""
+    """What the index keeps of a member: fields of the json, height and width, whether a text is blank."""
     extension = split_name(name)[1]
+    if extension == "txt":
+        return is_blank(member.read(0, TEXT_BYTES)) or None
     if extension == "json":
         return parse_record(member.read(0, _MAX_JSON))
     return size_of(member.read, member.size) if _is_picture(extension) else None

@@ -51,7 +51,7 @@ from data_pipeline.shards.tars import BLOCK
 from data_pipeline.storage.files import read_bytes, write_bytes
 from data_pipeline.storage.urls import join, name_of
 
-VERSION = 4
+VERSION = 5
 COLUMN_KINDS = ("number", "text", "mixed", "unkept", "empty")
 """Numbers; texts that spell no number; anything else; in the parquet alone and not kept; without a value."""
 ABSENT = np.uint32(0xFFFFFFFF)
@@ -115,6 +115,8 @@ class ShardIndex:
     """Columns that exist in the json but are not kept here."""
     pictures: dict[str, NDArray[np.uint32]] = field(default_factory=dict)
     """[2, n] heights and widths of every member that may be the picture, by extension; 0 is unknown."""
+    blank: NDArray[np.bool_] | None = None
+    """[n] Whether the txt holds no caption; None: no txt is blank."""
     problems: tuple[str, ...] = ()
     """Defects of the tar."""
     missing_rows: int = 0
@@ -131,6 +133,13 @@ class ShardIndex:
         offsets = self.offsets[row].astype(np.int64) * BLOCK
         offsets[self.offsets[row] == ABSENT] = -1
         return offsets, self.sizes[row].astype(np.int64)
+
+    def without_text(self) -> NDArray[np.bool_]:
+        """[n] Samples without a txt that holds a caption."""
+        if "txt" not in self.extensions:
+            return np.ones(len(self), bool)
+        absent = self.offsets[self.extensions.index("txt")] == ABSENT
+        return absent if self.blank is None else absent | self.blank
 
     def choose_picture(self, extensions: Sequence[str]) -> None:
         """Make the first of `extensions` that a sample has its picture: its size, and whether it has one."""
@@ -213,6 +222,8 @@ class ShardIndex:
             "words": self.words,
             "omitted": self.omitted,
             "pictures": list(self.pictures),
+            # Names of columns are anything, which names in a zip are not.
+            "columns": [list(narrowed), list(self.codes), list(self.hashes)],
             "apart": self.apart,
             "problems": self.problems,
             "missing_rows": self.missing_rows,
@@ -226,9 +237,11 @@ class ShardIndex:
         }
         if self.pictures:
             arrays["pictures"] = np.stack(list(self.pictures.values()))
-        arrays |= {f"n:{k}": v for k, (v, _) in narrowed.items()}
-        arrays |= {f"c:{k}": v for k, v in self.codes.items()}
-        arrays |= {f"h:{k}": v for k, v in self.hashes.items()}
+        if self.blank is not None:
+            arrays["blank"] = self.blank
+        arrays |= {f"n{i}": v for i, (v, _) in enumerate(narrowed.values())}
+        arrays |= {f"c{i}": v for i, v in enumerate(self.codes.values())}
+        arrays |= {f"h{i}": v for i, v in enumerate(self.hashes.values())}
         out = io.BytesIO()
         np.savez_compressed(out, allow_pickle=False, **arrays)
         return out.getvalue()
@@ -241,6 +254,10 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
             header = json.loads(arrays["header"].tobytes())
             if header["format"] != VERSION:
                 raise ValueError(f"format {header['format']}")
+            numbers, codes, hashes = (
+                {name: arrays[f"{kind}{i}"] for i, name in enumerate(names)}
+                for kind, names in zip("nch", header["columns"], strict=True)
+            )
             return ShardIndex(
                 shard=header["shard"],
                 size=header["size"],
@@ -250,13 +267,14 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
                 offsets=arrays["offsets"],
                 sizes=arrays["sizes"],
                 defects=arrays["defects"],
-                numbers={k[2:]: arrays[k] for k in arrays if k.startswith("n:")},
-                codes={k[2:]: arrays[k] for k in arrays if k.startswith("c:")},
+                numbers=numbers,
+                codes=codes,
                 words=header["words"],
-                hashes={k[2:]: arrays[k] for k in arrays if k.startswith("h:")},
+                hashes=hashes,
                 decimal=frozenset(header.get("decimal", ())),
                 omitted=tuple(header["omitted"]),
                 pictures={e: arrays["pictures"][i] for i, e in enumerate(header["pictures"])},
+                blank=arrays.get("blank"),
                 apart=header["apart"],
                 problems=tuple(header["problems"]),
                 missing_rows=header["missing_rows"],

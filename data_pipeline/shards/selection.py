@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,8 +14,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import aspect_of, bucket_shapes, nearest_shapes
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import DEFECTS, IDENTITIES, ShardIndex, hash_identity
+from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import RemovalList, read_removals
-from data_pipeline.shards.tars import parse_record
 from data_pipeline.storage.urls import shard_names
 
 _JSON_CONDITIONS = ("class_label", "layout")
@@ -36,13 +37,19 @@ class Selection:
     removals: tuple[RemovalList, ...] = ()
     captions: tuple[str, ...] = ()
     """Columns that captions may come from."""
+    wants_text: bool = False
+    """Whether a sample needs a caption, and only the txt may have it."""
+    max_pixels: float = math.inf
     reads_json: bool = False
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
 
     def reasons(self, index: ShardIndex) -> tuple[NDArray[np.int32], tuple[str, ...]]:
         """[n] -1 for samples to read, else position in the returned names: all that the index can decide."""
         removed = [f"removed: {removal.name}" for removal in self.removals]
-        names = (*self.filter.reasons(), *removed, "too_large", "too_small", *DEFECTS)
+        names = (
+            *(*self.filter.reasons(), *removed),
+            *("no_caption", "too_many_pixels", "too_large", "too_small", *DEFECTS),
+        )
         n = len(index)
         result = np.full(n, -1, np.int32)
         early = self._part(index, decidable=True)
@@ -54,6 +61,10 @@ class Selection:
             place += [len(self.filter.clauses) + i for i in place]
             result = np.asarray([*place, -1], np.int32)[early.first_failing(known, n)]
         if n:
+            if self.wants_text:
+                result[(result < 0) & index.without_text()] = names.index("no_caption")
+            heights, widths = index.picture_sizes()
+            result[(result < 0) & (heights * widths > self.max_pixels)] = names.index("too_many_pixels")
             result[(result < 0) & self._too_small(index)] = names.index("too_small")
             largest = self.extents(index)[1].max(axis=0)
             result[largest > self.max_member_bytes] = names.index("too_large")
@@ -130,6 +141,8 @@ def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None 
         max_member_bytes=config.max_member_bytes,
         removals=read_removals(config.removal_lists) if removals is None else removals,
         captions=columns,
+        wants_text=config.require_caption and set(config.captions) == {"txt"},
+        max_pixels=config.max_image_pixels,
         reads_json=reads_json,
     )
 

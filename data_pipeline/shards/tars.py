@@ -13,7 +13,6 @@ are members without data of their own. After the end, another archive may have b
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,6 @@ from typing import Any, TypeAlias
 
 BLOCK = 512
 _MAX_META = 1_000_000
-_MAX_JSON = 4_000_000
 _ZEROS = 65_536
 """Bytes of padding that are looked at together."""
 _MAX_LINKS = 16
@@ -227,17 +225,6 @@ def _follow(entries: list[Member | _Link], found: TarScan) -> list[Member]:
     return linked
 
 
-def parse_record(body: bytes | None) -> dict[str, Any] | None:
-    """The json member as a dict; None when absent or not an object. Bad JSON counts as absent."""
-    if body is None or len(body) > _MAX_JSON:
-        return None
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 class _Said:
     """What extension headers say, about the next member and about all."""
 
@@ -264,7 +251,7 @@ class _Said:
                 return
             record = body[position + len(digits) + 1 : position + int(digits) - 1]
             name, _, value = record.partition(b"=")
-            target[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+            target[name.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
             position += int(digits)
 
     def forget(self) -> None:
@@ -282,7 +269,7 @@ class _Said:
 
 
 def _text(raw: bytes) -> str:
-    return raw.partition(b"\0")[0].decode("utf-8", "replace")
+    return raw.partition(b"\0")[0].decode("utf-8", "backslashreplace")  # names in Latin-1 stay different
 
 
 def _name(header: bytes) -> str:

@@ -96,6 +96,8 @@ class ShardViews:
         self._buckets = buckets
         self._capacity = capacity
         self._views: OrderedDict[int, Future[ShardView]] = OrderedDict()
+        self.undecided: set[str] = set()
+        """Clauses of the filter that some index could not decide."""
         self._lock = threading.Lock()
 
     def get(self, shard: int) -> ShardView:
@@ -131,6 +133,7 @@ class ShardViews:
         index.choose_picture(self._selection.picture)
         codes, names = self._selection.reasons(index)
         late = self._selection.undecided(index)
+        self.undecided |= {clause.text for clause in late.clauses} if late is not None else set()
         late_columns = {n: index.column(n) for n in sorted(late.columns)} if late is not None else {}
         offsets, sizes = self._selection.extents(index)
         if not self._selection.reads_json and late is None and "json" in self._selection.members:

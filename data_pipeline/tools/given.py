@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.errors import DataError, Rejected
-from data_pipeline.feed.captions import clean
 from data_pipeline.pictures.crops import Geometry, crop_pixels, crop_values, plan_crop
 from data_pipeline.pictures.decoding import Picture, decode, decode_map
+from data_pipeline.shards.records import clean
 from data_pipeline.storage.files import read_bytes, read_text
 
 _PICTURE_KINDS = "JPEG, PNG, WebP, GIF, BMP or TIFF"

@@ -17,15 +17,15 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, Rejected
-from data_pipeline.feed.captions import clean
 from data_pipeline.order.draws import permutation
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.shards.build_index import not_a_tar, read_index
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, group
 from data_pipeline.shards.index import DEFECTS, ShardIndex
+from data_pipeline.shards.records import clean, parse_record, text_of
 from data_pipeline.shards.removals import RemovalList, read_removals
 from data_pipeline.shards.selection import identity_hashes, picture_members
-from data_pipeline.shards.tars import parse_record, scan
+from data_pipeline.shards.tars import scan
 from data_pipeline.storage.files import read_range
 from data_pipeline.storage.listing import ListedFile, list_files
 from data_pipeline.storage.urls import name_of
@@ -297,7 +297,7 @@ def caption_of(members: dict[str, bytes]) -> str:
     """Caption of a sample: its txt, else its caption, as a member or in the json."""
     for extension in ("txt", "caption"):
         if extension in members:
-            return clean(members[extension].decode("utf-8", "replace"))
+            return clean(text_of(members[extension]))
     value = (parse_record(members.get("json")) or {}).get("caption")
     return clean(value) if isinstance(value, str) else ""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
@@ -13,7 +13,11 @@ from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.selection import make_selection
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.ranges import RangeReader
+from data_pipeline.tools.ledger import Ledger, find_ledger
 from data_pipeline.tools.seek import Place, Seeker
+
+_EPOCHS = 2
+"""Epochs of a lane without one sample after which it is called hopeless, as in training."""
 
 
 def trace(
@@ -46,18 +50,19 @@ def trace(
 
 
 def explain_step(
-    config: DataConfig, seed: int, global_batch_size: int, step: int
+    config: DataConfig, seed: int, global_batch_size: int, step: int, *, rejects: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Samples of one step in global order, one record per slot, without reading pictures.
 
-    `rejected_before` counts what the index rejects (filters, removal lists, defects) in the sample's lane
-    and bucket from the start of the run to the sample. Pictures that turn out to be unreadable later are
-    not known here, so lanes that met some are ahead of what this says.
+    `rejected_before` counts what the index and the run's reject files reject in the sample's lane and bucket
+    from the start of the run to the sample; `assumes` says what must hold for the sample to be the one that
+    was served. `rejects` names reject files, by default those of data.reject_file.
     """
     if step < 0:
         raise DataError(f"--step is {step}; steps count from 0.")
     if config.order != "indexed":
         raise DataError("data.order=resampled has no index to explain a step from; `ldm data trace` runs it.")
+    ledger = find_ledger(config, rejects)
     dataset = open_dataset(config)
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
     reader = RangeReader(
@@ -69,9 +74,12 @@ def explain_step(
     earlier = buckets.turns(step)[wanted]  # steps that this bucket had before
     per_lane = global_batch_size // order.lanes
     skip = earlier * per_lane
-    for lane, place in enumerate(Seeker(buckets, wanted, dataset, views).seek(skip)):
+    places = [Place(0, 0, 0, 0)] * order.lanes  # only a walk from the start meets all that a ledger has
+    if not ledger.files:
+        places = Seeker(buckets, wanted, dataset, views).seek(skip)
+    for lane, place in enumerate(places):
         for i, (state, shard, row, rejected) in enumerate(
-            _accepted(buckets, dataset, views, lane, wanted, place, skip, per_lane)
+            _served(buckets, dataset, views, ledger, lane, wanted, place, skip, per_lane)
         ):
             view = views.get(shard)
             yield {
@@ -83,23 +91,59 @@ def explain_step(
                 "offset": state.offset,
                 "ordinal": buckets.orders[wanted].ordinal(state.epoch, lane, state.offset),
                 "rejected_before": rejected,
+                "assumes": ledger.assumptions(config, views.undecided),
             }
 
 
-def _accepted(
+def _served(
     buckets: Buckets,
     dataset: Dataset,
     views: ShardViews,
+    ledger: Ledger,
     lane: int,
     bucket: int,
-    place: Place,
+    start: Place,
     skip: int,
     take: int,
 ) -> Iterator[tuple[LaneState, int, int, int]]:
-    """The `take` accepted visits of a lane after the first `skip`: (place, shard, row, rejections before)."""
-    seen, rejected = place.accepted, place.rejected
+    """The `take` served visits of a lane after the first `skip`: (place, shard, row, rejections before)."""
+    seen, rejected = start.accepted, start.rejected
+    for visit in _visits(buckets, dataset, views, ledger, lane, bucket, start):
+        view = views.get(visit.shard)
+        beside = len(view.passed(visit.row))
+        if visit.rejected:
+            rejected += 1 + beside
+            continue
+        if seen >= skip:
+            yield visit.place, visit.shard, visit.row, rejected
+        seen += 1
+        rejected += beside
+        if seen == skip + take:
+            return
+
+
+class _Visit(NamedTuple):
+    """One sample of a lane, as far as it is known what became of it."""
+
+    place: LaneState
+    shard: int
+    row: int
+    rejected: bool
+
+
+def _visits(
+    buckets: Buckets,
+    dataset: Dataset,
+    views: ShardViews,
+    ledger: Ledger,
+    lane: int,
+    bucket: int,
+    start: Place,
+) -> Iterator[_Visit]:
+    """A lane's visits from a place on, what was set aside at the end of its epoch."""
     order = buckets.orders[bucket]
-    state = LaneState(place.epoch, place.offset)
+    state, fruitless = LaneState(start.epoch, start.offset), 0
+    deferred: list[_Visit] = []
     while True:
         first, stop = order.window_of(lane, state.offset)
         entries, places = order.visits(state.epoch, lane, first, stop)
@@ -107,15 +151,22 @@ def _accepted(
             shard = int(dataset.shard_of[entry])
             view = views.get(shard)
             row = view.row(bucket, counted)
-            if view.codes[row] >= 0:
-                rejected += 1 + len(view.passed(row))
+            ordinal = order.ordinal(state.epoch, lane, offset)
+            key = dataset.sample_key(shard, view.key(row)) if ledger.files else ""
+            rejected = bool(view.codes[row] >= 0) or ledger.rejects(ordinal, key)
+            visit = _Visit(LaneState(state.epoch, offset), shard, row, rejected)
+            if ledger.defers(ordinal, key):
+                deferred.append(visit)
                 continue
-            if seen >= skip:
-                yield LaneState(state.epoch, offset), shard, row, rejected
-            seen += 1
-            rejected += len(view.passed(row))
-            if seen == skip + take:
-                return
+            fruitless = fruitless + 1 if rejected else 0
+            yield visit
         state.offset = stop
         if stop >= order.lane_size(lane):
+            yield from deferred
+            deferred = []
             state = LaneState(state.epoch + 1, 0)
+            if fruitless > _EPOCHS * order.lane_size(lane):
+                raise DataError(
+                    f"Every sample of lane {lane} is rejected; loosen data.filter, lower data.lanes or "
+                    "correct the shards."
+                )

@@ -235,13 +235,23 @@ def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
     parser.add_argument("--step", type=int, required=True, help="optimizer step, from 0")
+    parser.add_argument(
+        "--rejects",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what the run rejected after reading it, of all ranks; default: data.reject_file, if it is here",
+    )
 
     def run(args: argparse.Namespace) -> int:
         from data_pipeline.tools.trace import explain_step
 
         config, seed, batch = _load(args.config, args.overrides)
-        for record in explain_step(config, seed, batch, args.step):
+        assumed: list[str] = []
+        for record in explain_step(config, seed, batch, args.step, rejects=args.rejects):
+            assumed = record["assumes"]
             _say(json.dumps(record))
+        sys.stderr.write(f"exact if: {'; '.join(assumed)}.\n")
         return 0
 
     parser.set_defaults(func=run)

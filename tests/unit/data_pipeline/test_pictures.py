@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.errors import Rejected
-from data_pipeline.feed.captions import choose_caption, clean
+from data_pipeline.feed.captions import choose_caption
 from data_pipeline.feed.conditions import layout_rows
 from data_pipeline.pictures.crops import Geometry, crop_map, crop_pixels, plan_crop
 from data_pipeline.pictures.decoding import Picture, decode
 from data_pipeline.pictures.headers import picture_size
+from data_pipeline.shards.records import clean
 
 LIMIT = 1_000_000
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.loader import build_loader
+from data_pipeline.errors import DataError
+from data_pipeline.loader import build_loader, open_dataset
 from data_pipeline.tools.trace import explain_step, trace
 from trainer.__main__ import main
 
@@ -131,3 +132,132 @@ def test_late_steps_are_explained_at_once(config: DataConfig) -> None:
         if other["epoch"] == one["epoch"]:
             rejected = other["rejected_before"] - one["rejected_before"]
             assert other["ordinal"] - one["ordinal"] == 1 + rejected
+
+
+EMPTY = (b"", b" \n\t", "\u200b\x00 ".encode(), "\u00a0\ufeff".encode())
+
+
+def write_downloads(folder: Path, write_tar, tiny_picture) -> None:
+    """Shards as img2dataset writes them: empty captions, others that are missing, and damaged pictures."""
+    for shard in range(2):
+        members = []
+        for i in range(30):
+            key = f"{shard:05d}{i:04d}"
+            picture = b"not a picture" if i % 11 == 5 else tiny_picture(i)
+            text = EMPTY[i // 4 % 4] if i % 4 == 1 else f"text {i}".encode()
+            record = {
+                "score": i / 10,
+                "exif": "x" * 300 + str(i),
+                "caption": text.decode() if i % 6 else None,
+            }
+            members.append((f"{key}.jpg", picture))
+            members.append((f"{key}.json", json.dumps(record).encode()))
+            members += [(f"{key}.txt", text)] if i % 7 else []
+        write_tar(folder / f"{shard:05d}.tar", members)
+
+
+def keys_of(config: DataConfig, steps: int, batch: int) -> list[tuple[str, ...]]:
+    with build_loader(config, seed=SEED, global_batch_size=batch) as loader:
+        return [next(loader).keys for _ in range(steps)]
+
+
+def explained(config: DataConfig, steps: int, batch: int) -> list[tuple[str, ...]]:
+    return [tuple(r["key"] for r in explain_step(config, SEED, batch, k)) for k in range(steps)]
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_empty_captions_are_known_before_they_are_read(
+    tmp_path: Path, write_tar, tiny_picture, buckets: bool
+) -> None:
+    """Without damaged pictures the answer is exact at every step; with them it says what it assumes."""
+    for shard in range(2):
+        members = []
+        for i in range(30):
+            members.append((f"{shard}{i:03d}.jpg", tiny_picture(i)))
+            members.append((f"{shard}{i:03d}.txt", EMPTY[i // 4 % 4] if i % 4 == 1 else b"text"))
+        members += [(f"{shard}999.jpg", tiny_picture(1, size=(60, 60))), (f"{shard}999.txt", b"large")]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    config = DataConfig(
+        shards=str(tmp_path / "*.tar"),
+        image_size=16,
+        workers=0,
+        shuffle_window=5,
+        buckets=buckets,
+        bucket_step=4,
+        max_image_pixels=1000,
+    )
+    assert explained(config, 24, 8) == keys_of(config, 24, 8)
+    assumed = next(iter(explain_step(config, SEED, 8, 20)))["assumes"]
+    assert assumed == [
+        "every picture before could be decoded",
+        "storage answered, and nothing was skipped after a loss spike",
+    ]
+    with build_loader(config, seed=SEED, global_batch_size=8) as loader:
+        for _ in range(12):
+            next(loader)
+        assert set(loader.rejected) == {"no_caption", "too_many_pixels"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"captions": ("txt", "caption")},
+        {"captions": ("caption",), "filter": "score < 2.5 and exif != 'none'"},
+        {"buckets": True, "bucket_step": 4},
+    ],
+)
+def test_reject_files_make_the_answer_exact(
+    tmp_path: Path, write_tar, tiny_picture, changes: dict[str, object]
+) -> None:
+    """Without them it is another one, and says why it may be; with those of the run it is what was served."""
+    write_downloads(tmp_path, write_tar, tiny_picture)
+    common = {
+        "shards": str(tmp_path / "*.tar"),
+        "image_size": 16,
+        "workers": 0,
+        "shuffle_window": 5,
+        **changes,
+    }
+    config = DataConfig(**common)  # type: ignore[arg-type]
+    served = keys_of(DataConfig(**common, reject_file=str(tmp_path / "rejects{rank}.jsonl")), 24, 6)  # type: ignore[arg-type]
+    assert explained(config, 24, 6) != served
+    assumed = " ".join(next(iter(explain_step(config, SEED, 6, 20)))["assumes"])
+    assert "every picture before could be decoded" in assumed
+    assert ("not of caption" in assumed) == ("captions" in changes)
+    assert ("`exif != 'none'`" in assumed) == ("filter" in changes)
+    known = DataConfig(**common, reject_file=str(tmp_path / "rejects{rank}.jsonl"))  # type: ignore[arg-type]
+    assert explained(known, 24, 6) == served
+    assert "rejects0.jsonl hold every rejection" in next(iter(explain_step(known, SEED, 6, 20)))["assumes"][0]
+
+
+def test_samples_set_aside_come_at_the_end_of_their_epoch(tmp_path: Path, write_shards) -> None:
+    """A shard that cannot be read at first is read when its samples have their second try."""
+    write_shards(tmp_path, [12, 12])
+    config = DataConfig(
+        shards=str(tmp_path / "*.tar"),
+        image_size=16,
+        workers=0,
+        shuffle_window=4,
+        max_retries=1,
+        reject_file=str(tmp_path / "rejects"),
+    )
+    dataset = open_dataset(config)
+    shard = tmp_path / "00001.tar"
+    shard.rename(tmp_path / "away")
+    with build_loader(config, seed=SEED, global_batch_size=4, dataset=dataset) as loader:
+        served = [next(loader).keys for _ in range(2)]
+        (tmp_path / "away").rename(shard)
+        served += [next(loader).keys for _ in range(10)]
+        assert loader.rejected["set_aside"] > 0
+    assert explained(config, 12, 4) == served
+
+
+def test_files_that_are_no_reject_files_are_refused(tmp_path: Path, write_shards) -> None:
+    write_shards(tmp_path, [12])
+    config = DataConfig(shards=str(tmp_path / "*.tar"), image_size=16, workers=0)
+    (tmp_path / "list").write_text("0001\n0002\n")
+    with pytest.raises(DataError, match="line 1 is no record"):
+        list(explain_step(config, SEED, 4, 1, rejects=[str(tmp_path / "list")]))
+    with pytest.raises(DataError, match="matches no file"):
+        list(explain_step(config, SEED, 4, 1, rejects=[str(tmp_path / "none*")]))
