@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.export import open_weights, read_about
 from trainer.conditioning.build import Conditioner, TrainedConditions, build_conditioner
+from trainer.config.checks import require_tower
 from trainer.config.identity import as_trained
 from trainer.config.io import config_from_dict
+from trainer.config.models import TOWERS
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.distributed.frozen import freeze
@@ -263,6 +265,10 @@ def find_model(
     """
     metadata = read_about(source, profile=profile, step=step)
     config = _config_of(metadata, source, first_stage_weights, latent_scale)
+    for name in TOWERS:
+        tower = getattr(config.conditioning, name)
+        if tower is not None:
+            require_tower(name, tower)
     check_first_stage(config.first_stage)
     return _found(config, metadata)
 
@@ -325,6 +331,8 @@ def _config_of(
         config = as_trained(config)
     first = config.first_stage
     if first_stage_weights is not None:
+        if first.name == "identity":
+            raise ConfigError(f"{source} draws pixels without a first stage; leave out --first-stage.")
         first = dataclasses.replace(first, weights=first_stage_weights)
     if latent_scale is not None:
         first = dataclasses.replace(first, latent_scale=latent_scale)

@@ -181,6 +181,7 @@ def test_the_command_fills_a_hole_and_leaves_the_rest(tmp_path: Path) -> None:
     Image.fromarray(hole).save(tmp_path / "hole.png")
     files = ["--image", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "hole.png")]
     assert main(["sample", source, *files, "--steps", "3", "--out", str(out)]) == 0
+    assert json.loads((out / "prompts.json").read_text())["strength"] == 1.0
     made = np.asarray(Image.open(out / "pictures" / "00000.png"))
     assert (made[hole == 0] == photo[hole == 0]).all()
     assert (made[hole > 0] != photo[hole > 0]).mean() > 0.9
@@ -335,9 +336,10 @@ def test_mistakes_are_told_before_the_weights_are_read(
         (plain, ["--prompts-file", str(tmp_path)], "is a folder"),
         (plain, ["--prompts-file", str(tmp_path / "file")], "holds no prompt"),
         (plain, ["--out", str(tmp_path / "file")], "file"),
-        (plain, ["--first-stage", str(tmp_path)], "not a safetensors file"),
+        (plain, ["--out", str(tmp_path / "file" / "out")], "file"),
+        (plain, ["--out", "s4://nowhere"], "s4"),
+        (plain, ["--first-stage", str(tmp_path)], "leave out --first-stage"),
         (str(tmp_path / "nowhere"), [], "nowhere"),
-        (plain, [], "not a safetensors file"),
         (sizes, ["--crop", "1,1"], "--crop 1,1 is not two numbers"),
     ]
     for source, arguments, sentence in cases:
@@ -346,6 +348,8 @@ def test_mistakes_are_told_before_the_weights_are_read(
         assert sentence in error, (arguments, error)
         assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+    assert main(["sample", plain, *out]) == 2, "nothing else is wrong"
+    assert "model.safetensors is not a safetensors file" in capsys.readouterr().err
 
 
 def test_the_size_condition_is_told(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import read_bytes, read_text
 from data_pipeline.tools.given import GivenMap, GivenPicture, read_map, read_picture
+from trainer.conditioning.low_resolution import SAMPLING_NOISE_LEVEL
 from trainer.conditioning.spatial import UNLABELLED
 from trainer.config.models import ConditioningConfig
 from trainer.config.run import Config, ConfigError
@@ -116,8 +117,11 @@ def sampling_inputs(config: Config, wishes: Wishes) -> SamplingInputs:
         low = _pixels(files, "image", None)
         size = (low.shape[1] * factor, low.shape[2] * factor)
         conditions["low_resolution"] = _repeat(low, n)
-        if wishes.noise_level is not None:
-            conditions["noise_level"] = torch.full((n,), wishes.noise_level)
+        levels = config.conditioning.low_resolution.max_noise_level
+        if levels:
+            default = min(SAMPLING_NOISE_LEVEL, levels - 1)
+            level = default if wishes.noise_level is None else wishes.noise_level
+            conditions["noise_level"] = torch.full((n,), level)
     else:
         size = _size(config, wishes.size, files)
     _check_map(config.conditioning, files)

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from data_pipeline.errors import NotFound
-from data_pipeline.storage.files import list_names, read_text, remove_file, write_bytes
+from data_pipeline.storage.files import check_writable, list_names, read_text, remove_file, write_bytes
 from data_pipeline.storage.urls import join
 from trainer.config.run import ConfigError
 from trainer.metrics.pictures import grid
@@ -53,6 +53,7 @@ class PictureSet:
 
         Raises:
             ConfigError: the folder holds another set, which may not go.
+            UserError, RetryableFault: it cannot be written to.
         """
         self.url = out.rstrip("/") or out
         self._record = record
@@ -60,6 +61,7 @@ class PictureSet:
         self._items = items
         self._shown: list[Tensor] = []
         self._check(overwrite)
+        check_writable(self.url)
 
     def begin(self) -> None:
         """Write the record, and remove the pictures of a former set."""

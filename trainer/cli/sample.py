@@ -220,18 +220,23 @@ def _record(
     precision: str,
 ) -> dict[str, Any]:
     """Everything that the pictures are a function of; lists where they differ."""
-    how = config.sampling
+    how, request = config.sampling, inputs.request
     given = {name: value for name, value in dataclasses.asdict(wishes).items() if value and name != "prompts"}
+    if request.start is not None:  # also where nobody said it
+        given["strength"] = request.start.strength
+    if "noise_level" in request.conditions:
+        given["noise_level"] = int(request.conditions["noise_level"][0])
     return {
         "source": args.source,
         "checkpoint": found.step,
         "profile": found.profile,
         "first_stage": config.first_stage.weights,
+        "latent_scale": config.first_stage.latent_scale,
         "seed": args.seed,
         "first_index": args.first_index,
-        "prompts": list(inputs.request.captions),
+        "prompts": list(request.captions),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in given.items()},
-        "size": "x".join(map(str, inputs.request.size or ())),
+        "size": "x".join(map(str, request.size or ())),
         "files": inputs.checksums,
         "sampler": how.sampler,
         "steps": how.steps,
