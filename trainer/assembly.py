@@ -217,7 +217,7 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
         parts = (config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
         run = Run(*parts, lease=lease, frozen=frozen)
         resumed = run.restore()
-        healer.merge(read_journal(config.run_dir))
+        healer.merge(collectives.from_main_rank(lambda: read_journal(config.run_dir)))
         sinks.open(start_step=state.step, run_id=state.wandb_run_id)
         state.wandb_run_id = collectives.broadcast_object(sinks.run_id)
         if resumed is not None:

@@ -22,9 +22,12 @@ _TIMEOUT_S = 60.0
 _REMOTE_READS = 8
 
 
-def checksum_bytes(data: bytes) -> str:
-    """XXH3-128, hexadecimal."""
-    return str(xxhash.xxh3_128_hexdigest(data))
+def checksum_bytes(*parts: bytes | memoryview) -> str:
+    """XXH3-128 of the parts as one, hexadecimal."""
+    hasher = xxhash.xxh3_128()
+    for part in parts:
+        hasher.update(part)
+    return str(hasher.hexdigest())
 
 
 def chunked(view: memoryview) -> Iterator[memoryview]:

@@ -51,3 +51,16 @@ def agree(env: DistributedEnv) -> list[list[object]]:
         [step.request.name, step.data_lost, step.save_failed, [repr(loss) for loss in step.losses]]
         for step in steps
     ]
+
+
+def gather(env: DistributedEnv) -> list[object]:
+    """Values of other lengths on every rank, and a flag that only the last one sets."""
+    values = collectives.all_gather_object({"rank": env.rank, "more": "x" * 1000 * env.rank})
+    last = env.rank == env.world_size - 1
+    agreed = collectives.agree(StopRequest.NONE, data_lost=last, save_failed=False, losses=[0.1 * env.rank])
+    return [
+        [value["rank"] for value in values],
+        [len(value["more"]) for value in values],
+        [collectives.any_rank(last), collectives.any_rank(False), agreed.data_lost],
+        repr(agreed.losses[0]),
+    ]

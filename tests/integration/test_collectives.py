@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.integration.ranks import run_ranks
+import pytest
+
+from tests.integration.ranks import ROOT, run_ranks
 from trainer.distributed import collectives
 from trainer.exit_codes import StopRequest
 
@@ -33,3 +40,60 @@ def test_the_strongest_request_any_flag_and_mean_losses_are_agreed_on() -> None:
 def test_one_rank_agrees_with_itself() -> None:
     agreed = collectives.agree(StopRequest.STOPPED, data_lost=True, save_failed=False, losses=[0.5])
     assert agreed == collectives.Agreed(StopRequest.STOPPED, True, False, (0.5,))
+
+
+def test_ranks_that_are_no_power_of_two_know_the_same(tmp_path: Path) -> None:
+    told = run_ranks(f"{RANKS}:gather", 5)
+    assert told == [told[0]] * 5  # to the last bit of the mean
+    ranks, lengths, flags, mean = told[0]
+    assert ranks == [0, 1, 2, 3, 4]
+    assert lengths == [0, 1000, 2000, 3000, 4000]
+    assert flags == [True, False, True]
+    assert float(mean) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 7, 8, 12, 31, 64, 504])
+def test_rounds_meet_and_grow_with_the_logarithm(ranks: int) -> None:
+    """Played without processes: every message finds its receiver in order, and at the end all know all."""
+    rounds = [list(collectives._rounds(rank, ranks)) for rank in range(ranks)]
+    known = [{rank} for rank in range(ranks)]
+    at = [0] * ranks
+    while any(place < len(rounds[rank]) for rank, place in enumerate(at)):
+        moved = False
+        for rank in range(ranks):
+            if at[rank] == len(rounds[rank]):
+                continue
+            partner, sends, receives = rounds[rank][at[rank]]
+            if at[partner] < len(rounds[partner]) and rounds[partner][at[partner]] == (rank, receives, sends):
+                mine, theirs = set(known[rank]), set(known[partner])
+                known[rank] |= theirs if receives else set()
+                known[partner] |= mine if sends else set()
+                at[rank] += 1
+                at[partner] += 1
+                moved = True
+        assert moved, "ranks wait for each other"
+    assert known == [set(range(ranks))] * ranks
+    assert max(map(len, rounds)) <= math.ceil(math.log2(ranks)) + 2
+
+
+def test_a_run_asks_no_more_of_storage_and_peers_than_its_ranks_explain(tmp_path: Path) -> None:
+    """The real run at two sizes (`benchmarks/scale.py`): what grows with the ranks, and what must not."""
+    out = tmp_path / "scale.json"
+    command = [sys.executable, "benchmarks/scale.py", "--ranks", "2,4", "--delay-ms", "0", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = {name: (values["2"], values["4"]) for name, values in json.loads(out.read_text()).items()}
+    assert table["requests saves: PUT shard"] == (2, 4)
+    assert table["requests saves: PUT manifest"] == table["requests saves: GET manifest"] == (1, 1)
+    assert table["requests resume: GET state"][0] == table["requests resume: GET state"][1]
+    assert table["requests resume: HEAD journal"] == (1, 1)
+    # Each rank checks and reads its own part.
+    assert table["requests resume: GET shard"][1] == 2 * table["requests resume: GET shard"][0]
+    # How often rank 0 looks for shards depends on the clock, not on how many there are.
+    assert table["requests saves: LIST"][1] <= 12
+    assert not any("receipt" in name for name in table)
+    # One round more for twice the ranks; gradients are DeepSpeed's, one call each.
+    assert table["calls a step: isend"] == (1, 2)
+    assert table["calls a step: all_reduce"] == table["calls a step: all_gather_into_tensor"] == (1, 1)
+    assert table["file descriptors of a rank"][1] - table["file descriptors of a rank"][0] < 8

@@ -28,7 +28,7 @@ from trainer.checkpoint.catalogue import (
 )
 from trainer.checkpoint.contents import Contents, Stored, load_averages, load_engine, spans_of
 from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan, Table
+from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan, tables_to_json
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
 from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.writer import Commit, Job
@@ -106,7 +106,7 @@ class CheckpointManager:
         self._pending = False
         self._waited_s = 0.0  # since the last save
         self._buffer = buffer
-        self._tables: dict[tuple[str, ...], tuple[dict[str, Table], ...]] = {}
+        self._tables: dict[tuple[str, ...], bytes] = {}
         self._writer: Writer = BackgroundWriter() if config.checkpoint.asynchronous else InlineWriter()
         self.last_save: SaveReport | None = None
 
@@ -227,7 +227,7 @@ class CheckpointManager:
             ConfigError: the networks or the frozen weights are not the stored ones, or a setting that
                 defines the run is not what it was (`trainer/config/identity.py`); nothing has been restored.
         """
-        stored = json.loads(read_bytes(join(handle.url, handle.manifest.state.name)))
+        stored, tensors = collectives.from_main_rank(lambda: _read_small(handle))
         check_trainable(stored["config"], self._config, handle.url)
         for name, engine in engines.items():  # first: no word lets weights of other shapes in
             check_shapes(handle, name, engine.parameter_shapes)
@@ -240,7 +240,6 @@ class CheckpointManager:
             if engine.fragments() is ema.fragments:
                 load_averages(reader, handle.manifest.kinds[name], ema)
             engine.refresh(moments=True)
-        tensors, _ = read_weights(join(handle.url, handle.manifest.tensors.name))
         return Loaded(handle.step, stored["state"], tensors, changed)
 
     def _check_frozen(self, handle: CheckpointHandle, frozen: FrozenWeights) -> None:
@@ -276,11 +275,12 @@ class CheckpointManager:
             found = problems(handle, handle.manifest.files[self._env.rank :: self._env.world_size])
         return handle, [line for lines in collectives.all_gather_object(found) for line in lines]
 
-    def _tables_of_all_ranks(self, plan: ShardPlan) -> tuple[dict[str, Table], ...]:
-        """Exchanged once per set of engines, since the layout of a run does not change."""
+    def _tables_of_all_ranks(self, plan: ShardPlan) -> bytes:
+        """As JSON; exchanged once per set of engines, since the layout of a run does not change."""
         key = tuple(plan.tables)
         if key not in self._tables:
-            self._tables[key] = tuple(collectives.all_gather_object(plan.tables))
+            everywhere = collectives.all_gather_object(tables_to_json(plan.tables))
+            self._tables[key] = json.dumps(everywhere, separators=(",", ":")).encode()
         return self._tables[key]
 
     def _buffer_for(self, num_bytes: int) -> HostBuffer:
@@ -293,9 +293,7 @@ class CheckpointManager:
             self._buffer = HostBuffer(num_bytes, self._env.device)
         return self._buffer
 
-    def _commit(
-        self, contents: Contents, tables: tuple[dict[str, Table], ...], retention: Retention
-    ) -> Commit:
+    def _commit(self, contents: Contents, tables: bytes, retention: Retention) -> Commit:
         unknown = StoredFile("", 0, "")
         return Commit(
             manifest=Manifest(
@@ -303,14 +301,22 @@ class CheckpointManager:
                 shards=(),
                 state=unknown,
                 tensors=unknown,
-                tables=tables,
+                tables=(),
                 kinds=contents.kinds,
                 shapes=contents.shapes(),
                 loss=contents.loss,
             ),
+            tables=tables,
             state=contents.state_file(self._config, self._env.world_size),
             tensors=contents.tensors_file(),
             retention=retention,
             patience_s=_PATIENCE_S,
             claim=self._lease.claim if self._lease is not None else None,
         )
+
+
+def _read_small(handle: CheckpointHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is stored beside the shards."""
+    files = handle.manifest
+    tensors, _ = read_weights(join(handle.url, files.tensors.name))
+    return json.loads(read_bytes(join(handle.url, files.state.name))), tensors

@@ -23,6 +23,8 @@ from trainer.config.run import ConfigError
 from trainer.weights import check_fit
 
 _READ_BYTES = 64 << 20
+_GAP_BYTES = 1 << 20
+"""What is read in vain rather than asked for around: as much as comes in while a request waits."""
 _LISTED = 3  # every rank says it
 
 
@@ -111,16 +113,20 @@ def _read_shard(
 
 
 def _merged(pieces: list[Piece]) -> list[list[Piece]]:
-    """Pieces grouped into runs without a gap, of about _READ_BYTES at most, and split to that size."""
-    limit = _READ_BYTES // BYTES_PER_ELEMENT
+    """Pieces grouped into runs with small gaps at most, of about _READ_BYTES at most, and split to that size.
+
+    Under ZeRO-3 each parameter is cut by itself: a resume on 504 ranks of what 512 wrote finds its elements
+    in two neighbouring pieces of every parameter, a few kilobytes each.
+    """
+    limit, gap = _READ_BYTES // BYTES_PER_ELEMENT, _GAP_BYTES // BYTES_PER_ELEMENT
     runs: list[list[Piece]] = []
     for whole in pieces:
         for first in range(0, whole.numel, limit):
             numel = min(limit, whole.numel - first)
             piece = Piece(whole.shard, whole.source + first, whole.target, whole.offset + first, numel)
             last = runs[-1][-1] if runs else None
-            adjoining = last is not None and last.source + last.numel == piece.source
-            if adjoining and piece.source + numel - runs[-1][0].source <= limit:
+            near = last is not None and piece.source - (last.source + last.numel) <= gap
+            if near and piece.source + numel - runs[-1][0].source <= limit:
                 runs[-1].append(piece)
             else:
                 runs.append([piece])

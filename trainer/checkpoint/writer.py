@@ -1,39 +1,42 @@
-"""Writing one checkpoint from one rank: its shard, a receipt, and on rank 0 the commit. Needs no torch.
+"""Writing one checkpoint from one rank: its shard, and on rank 0 the commit. Needs no torch.
 
 In time, on two ranks (attempt 5e0f0001 of step 500; the names are those in checkpoints/step_000000500/):
 
-    rank 1   fills its host buffer | rank_00001.5e0f0001.safetensors | rank_00001.5e0f0001.receipt
-    rank 0   fills its host buffer | rank_00000.5e0f0001.safetensors | state.5e0f0001.{json,safetensors}
-                                   |      looks for the receipts until it has one of every other rank
+    rank 1   fills its host buffer | rank_00001.5e0f0001.<checksum>.safetensors
+    rank 0   fills its host buffer | rank_00000.5e0f0001.<checksum>.safetensors
+                                   | state.5e0f0001.{json,safetensors}
+                                   |      lists the folder until a shard of every rank is in it
                                    | manifest.json            <- from here on the checkpoint counts
                                    | older checkpoints begin to go, and files of earlier attempts
     training stands still          | and goes on
 
 Killed anywhere before the manifest, a save leaves files that nothing refers to: the next commit removes them,
-but for those of a later start of the run, whose number is in each name (reliability/lease.py).
-A receipt holds name, size and checksum of a shard, measured by the rank that wrote it: rank 0 reads no shard.
-The attempt is in every name but the manifest's, since a shard of a killed attempt at the same step must not
-be taken for one of this.
+but for those of a later start of the run, whose number is in each name (reliability/lease.py). A shard
+appears under its name when it is whole, and the name says what it holds: rank 0 reads no shard, and asks
+storage as often for 500 of them as for one. The attempt is in every name but the manifest's, since a shard of
+a killed attempt at the same step must not be taken for one of this.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data_pipeline.errors import RetryableFault
-from data_pipeline.storage.files import list_names, read_bytes
-from data_pipeline.storage.large import write_whole
+from data_pipeline.storage.files import list_names
+from data_pipeline.storage.large import checksum_bytes, write_whole
 from data_pipeline.storage.retry import PATIENT_TRIES
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import Retention, folder_name
-from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
+from trainer.checkpoint.layout import ShardPlan, Table, tables_from_json, tables_to_json
 from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile
 from trainer.checkpoint.retirement import Retirement
 from trainer.reliability.lease import Claim
 
-_FIRST_POLL_S, _LONGEST_POLL_S = 0.02, 2.0
+_FIRST_POLL_S, _LONGEST_POLL_S = 0.02, 1.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Commit:
     """What rank 0 writes besides its shard."""
 
     manifest: Manifest
-    """Complete but for checksums and sizes."""
+    """Complete but for tables, checksums and sizes."""
+    tables: bytes
+    """JSON: the tables of all ranks, megabytes of them under ZeRO-3 on hundreds."""
     state: bytes
     """JSON."""
     tensors: bytes
@@ -73,26 +78,21 @@ class Job:
         return join(self.folder, folder_name(self.step))
 
 
-def shard_name(rank: int, attempt: str) -> str:
+def shard_name(rank: int, attempt: str, checksum: str) -> str:
     """File of one rank in one attempt."""
-    return f"rank_{rank:05d}.{attempt}.safetensors"
-
-
-def receipt_name(rank: int, attempt: str) -> str:
-    """Small file that says that a rank's shard is stored."""
-    return f"rank_{rank:05d}.{attempt}.receipt"
+    return f"rank_{rank:05d}.{attempt}.{checksum}.safetensors"
 
 
 def write_shard(job: Job, data: memoryview) -> StoredFile:
     """Write this rank's shard. Raises UserError or RetryableFault."""
     assert len(data) == job.plan.data_bytes
-    name = shard_name(job.rank, job.attempt)
-    size, checksum = write_whole(join(job.url, name), job.plan.header(), data)
-    stored = StoredFile(name, size, checksum)
-    if job.commit is None:
-        receipt = json.dumps(vars(stored)).encode()
-        write_whole(join(job.url, receipt_name(job.rank, job.attempt)), receipt)
-    return stored
+    header = job.plan.header()
+    checksum = checksum_bytes(header, data)
+    name = shard_name(job.rank, job.attempt, checksum)
+    size, written = write_whole(join(job.url, name), header, data)
+    if written != checksum:
+        raise RetryableFault(f"{name} changed in memory while it was written; this host's memory is suspect.")
+    return StoredFile(name, size, checksum)
 
 
 def write_commit(job: Job, own: StoredFile, retirement: Retirement) -> None:
@@ -107,10 +107,11 @@ def write_commit(job: Job, own: StoredFile, retirement: Retirement) -> None:
     state_name, tensors_name = f"state.{job.attempt}.json", f"state.{job.attempt}.safetensors"
     state = write_whole(join(job.url, state_name), commit.state)
     tensors = write_whole(join(job.url, tensors_name), commit.tensors)
-    shards = (own, *_receipts(job, commit))
+    tables = tuple(tables_from_json(of_rank) for of_rank in json.loads(commit.tables))
     manifest = replace(
         commit.manifest,
-        shards=shards,
+        tables=tables,
+        shards=(own, *_shards_of_others(job, tables)),
         state=StoredFile(state_name, *state),
         tensors=StoredFile(tensors_name, *tensors),
     )
@@ -122,25 +123,28 @@ def write_commit(job: Job, own: StoredFile, retirement: Retirement) -> None:
     retirement.begin(job.folder, job.step, commit.retention, token)
 
 
-def _receipts(job: Job, commit: Commit) -> list[StoredFile]:
-    missing = set(range(1, len(commit.manifest.tables)))
-    found: dict[int, StoredFile] = {}
+def _shards_of_others(job: Job, tables: Sequence[dict[str, Table]]) -> list[StoredFile]:
+    """What the ranks but 0 wrote, as their files' names tell; waits until all are there."""
+    commit = job.commit
+    assert commit is not None
+    pattern = re.compile(rf"rank_(?P<rank>\d+)\.{job.attempt}\.(?P<checksum>[0-9a-f]{{32}})\.safetensors")
     deadline, pause = time.monotonic() + commit.patience_s, _FIRST_POLL_S
-    while missing:
-        names = set(list_names(job.url, tries=PATIENT_TRIES))
-        for rank in sorted(missing):
-            name = receipt_name(rank, job.attempt)
-            if name in names:
-                found[rank] = StoredFile(**json.loads(read_bytes(join(job.url, name), tries=PATIENT_TRIES)))
-                missing.discard(rank)
+    while True:
+        matches = map(pattern.fullmatch, list_names(job.url, tries=PATIENT_TRIES))
+        found = {int(match["rank"]): match for match in matches if match}
+        missing = [rank for rank in range(1, len(tables)) if rank not in found]
         if not missing:
             break
         if time.monotonic() > deadline:
-            late = ", ".join(map(str, sorted(missing)[:8]))
+            late = ", ".join(map(str, missing[:8]))
             raise RetryableFault(f"the checkpoint of step {job.step} was given up: no shard of ranks {late}.")
         time.sleep(pause)
         pause = min(_LONGEST_POLL_S, 1.5 * pause)
-    return [found[rank] for rank in sorted(found)]
+    plans = [ShardPlan(table, job.plan.kinds) for table in tables]
+    sizes = [len(plan.header()) + plan.data_bytes for plan in plans]
+    return [
+        StoredFile(found[rank][0], sizes[rank], found[rank]["checksum"]) for rank in range(1, len(tables))
+    ]
 
 
 def job_to_header(job: Job) -> tuple[dict[str, object], list[bytes]]:
@@ -161,7 +165,7 @@ def job_to_header(job: Job) -> tuple[dict[str, object], list[bytes]]:
         "patience_s": commit.patience_s,
         "claim": vars(commit.claim) if commit.claim is not None else None,
     }
-    return header, [commit.manifest.to_bytes(), commit.state, commit.tensors]
+    return header, [commit.manifest.to_bytes(), commit.tables, commit.state, commit.tensors]
 
 
 def job_from_header(header: dict[str, object], blobs: list[bytes]) -> Job:
@@ -172,10 +176,11 @@ def job_from_header(header: dict[str, object], blobs: list[bytes]) -> Job:
     assert isinstance(kinds, dict)
     parts: Commit | None = None
     if isinstance(commit, dict):
-        manifest, state, tensors = blobs
+        manifest, tables_of_all, state, tensors = blobs
         retention = Retention(**commit["retention"])
         claim = Claim(**commit["claim"]) if commit["claim"] is not None else None
-        parts = Commit(Manifest.from_bytes(manifest), state, tensors, retention, commit["patience_s"], claim)
+        files = Manifest.from_bytes(manifest), tables_of_all, state, tensors
+        parts = Commit(*files, retention, commit["patience_s"], claim)
     return Job(
         folder=str(header["folder"]),
         step=int(str(header["step"])),

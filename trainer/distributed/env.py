@@ -139,6 +139,8 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
     facts = deepspeed_variables(env)
     _environment_before.update({name: os.environ.get(name) for name in facts})
     os.environ.update(facts)
+    # Else each rank opens a connection to every other one: 3 N sockets for the log2 N that it talks to.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
         backend = "cpu:gloo,cuda:nccl"

@@ -142,6 +142,7 @@ def test_the_best_are_kept(make_run: MakeRun, asynchronous: bool, keep_best: int
     for loss in LOSSES:
         run.save(loss=loss)
         run.train(1)
+    run.manager.close()  # older ones go after the report that a newer one is there
     rows = list_checkpoints(run.config.run_dir)
     assert [(row.step, row.loss) for row in rows] == [(step, LOSSES[step]) for step in kept]
 
@@ -239,11 +240,15 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(make_run: MakeRun, asynch
     run = make_run(asynchronous=asynchronous)
     run.train(1)
     run.save()
-    # /dev/full refuses every byte with ENOSPC, like a disk without room.
+    # /dev/full refuses every byte with ENOSPC, like a disk without room. The name says what it would hold.
     run.train(1)
+    twin = make_run(run_dir=f"{run.config.run_dir}-twin")
+    twin.train(2)
+    twin.save()
+    checksum = shard_of(twin, 2).name.split(".")[2]
     folder_of(run, 2).mkdir()
     attempt = f"{run.manager._session}{run.manager._attempts + 1:04x}"
-    os.symlink("/dev/full", folder_of(run, 2) / f"rank_00000.{attempt}.safetensors.part")
+    os.symlink("/dev/full", folder_of(run, 2) / f"rank_00000.{attempt}.{checksum}.safetensors.part")
     with pytest.raises(UserError, match="the disk is full"):
         run.save()
     again = make_run()
