@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(2400)
 def test_the_doctor_passes_and_training_follows(make_run: Any) -> None:
     run = make_run({"steps": 4, "distributed": {"engine": "deepspeed", "zero_stage": 2, "doctor": True}})
     assert run.run() == 0, run.console[-4000:]
-    assert "9 of 9 checks passed" in run.console
+    assert "11 of 11 checks passed" in run.console
     assert sorted(run.trace()) == [1, 2, 3, 4]
 
 
@@ -32,5 +32,5 @@ def test_a_failing_doctor_stops_the_run_before_it_starts(
     shown = capfd.readouterr().err
     assert "shards" in shown
     assert "FAIL" in shown
-    assert "8 of 9 checks passed" in shown
+    assert "9 of 11 checks passed" in shown
     assert not (run.folder_of_run / "checkpoints").exists()
