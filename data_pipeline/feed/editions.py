@@ -22,6 +22,7 @@ from data_pipeline.storage.listing import look_up
 
 logger = logging.getLogger(__name__)
 
+_MAX_TOLD = 20
 REINDEX = "run `ldm data index` on the set once, then start the run again"
 
 
@@ -30,6 +31,7 @@ class ShardEditions:
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
+        self._told = 0
         self._renewed: dict[int, Edition] = {}
         self._replaced: dict[int, str] = {}
         self._locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
@@ -58,14 +60,18 @@ class ShardEditions:
                 raise ReadFailed(str(error)) from error
             if found is None:
                 self._replaced[shard] = str(why)
-                logger.warning("%s; its samples are left out until it is indexed again: %s", why, REINDEX)
+                self._tell(f"{why}; its samples are left out until it is indexed again: {REINDEX}")
                 raise why
             self._renewed[shard] = found
             url = self._dataset.urls[shard]
-            logger.warning(
-                "%s was stored again with the same samples; `ldm data index` takes note of it", url
-            )
+            self._tell(f"{url} was stored again with the same samples; `ldm data index` takes note of it")
             return found
+
+    def _tell(self, what: str) -> None:
+        """A line for each shard, until it is clear that there are many."""
+        self._told += 1
+        if self._told <= _MAX_TOLD:
+            logger.warning("%s%s", what, " (further ones are not told)" if self._told == _MAX_TOLD else "")
 
     def _indexed(self, shard: int) -> Edition:
         return Edition(self._dataset.sizes[shard], self._dataset.versions[shard])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -16,6 +17,7 @@ from data_pipeline.loader import Dataset, Loader, build_loader, open_dataset
 from data_pipeline.shards import dataset as datasets
 from data_pipeline.storage import editions
 from data_pipeline.storage.client import filesystem
+from data_pipeline.storage.editions import edition_of
 from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.local_s3 import LocalS3
 
@@ -179,6 +181,51 @@ def test_a_link_has_the_time_of_its_target(tmp_path: Path, write_shards: Callabl
     with loader_of(config, dataset) as loader:
         assert len(set(captions(loader, 12))) == 12
         assert not loader.rejected
+
+
+def test_where_the_listing_had_no_etag_the_time_is_compared(
+    tmp_path: Path,
+    write_shards: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with LocalS3(tmp_path, buckets=("set",), etags=True) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        place = Place("s3 with etags", "s3://set", tmp_path / "set", write_shards)
+        place.put([4, 4, 4])
+        config, dataset = opened(place, tmp_path)
+        infos = [fs.info(path) for fs, path in map(filesystem, dataset.urls)]
+        dataset = dataclasses.replace(dataset, versions=tuple(str(i["LastModified"]) for i in infos))
+        with loader_of(config, dataset) as loader:
+            assert len(set(captions(loader, 12))) == 12
+        assert "stored again" not in caplog.text
+        place.spoil(1)
+        with loader_of(config, dataset) as loader:
+            captions(loader, 8)
+            assert loader.rejected == {"shard_replaced": 4}
+
+
+def test_a_weak_etag_is_the_same_etag() -> None:
+    assert edition_of({"ETag": 'W/"a"'}, 1) == edition_of({"etag": '"a"'}, 1) == edition_of({"ETag": "a"}, 1)
+
+
+def test_many_are_told_as_many(
+    tmp_path: Path, write_shards: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place("local", str(tmp_path / "set"), tmp_path / "set", write_shards)
+    place.put([1] * 30)
+    config = DataConfig(
+        shards=f"{place.url}/*.tar", index=str(tmp_path / "index"), workers=0, lanes=1, image_size=16
+    )
+    dataset = open_dataset(config)
+    for shard in range(30):
+        place.touch(shard, 60)
+    with loader_of(config, dataset) as loader:
+        assert len(set(captions(loader, 30))) == 30
+    told = [r.getMessage() for r in caplog.records if "stored again" in r.getMessage()]
+    assert len(told) == 20
+    assert told[-1].endswith("(further ones are not told)")
 
 
 def test_a_shard_that_became_shorter_is_not_read_beyond_its_end(place: Place, tmp_path: Path) -> None:
