@@ -90,15 +90,21 @@ class PictureBlock:
 
 
 def open_pictures(url: str) -> PictureSet:
-    """List a folder of pictures (its sub-folders too), or tars by name, wildcard or folder.
+    """List folders (their sub-folders too) or files, pictures or tars, by name, braces or wildcards.
 
     Raises:
         DataError: nothing there, neither pictures nor tars, or both.
     """
-    names = [literal(pattern) for pattern in expand_braces(url)]
-    if any(name is None or name.endswith(".tar") for name in names):
+    patterns = expand_braces(url)
+    if all(pattern.endswith(".tar") for pattern in patterns):
         return PictureSet(url, tuple(list_files(url)), tars=True)
-    listed = [f for pattern in expand_braces(url) for f in find(join(pattern, "**"))]
+    # what stands for several things, or bears the ending of a file, is one; all else is a folder
+    single = [literal(p) is None or _extension(p) in IMAGE_EXTENSIONS for p in patterns]
+    listed = [
+        f
+        for pattern, is_file in zip(patterns, single, strict=True)
+        for f in find(pattern if is_file else join(pattern, "**"))
+    ]
     files = {f.url: f for f in listed if not name_of(f.url).startswith(".")}
     tars = [f for f in files.values() if f.url.endswith(".tar")]
     prompts = [name for name in files if name_of(name) == _PROMPTS]
@@ -123,11 +129,14 @@ def read_blocks(
     prepare: Prepare,
     *,
     block: int,
+    captions: bool = True,
     rank: int = 0,
     world_size: int = 1,
     threads: int = 4,
 ) -> Iterator[PictureBlock]:
     """This rank's blocks in order, decoded ahead by `threads` threads; close it to stop early.
+
+    Without `captions`, texts beside pictures are not read: each would be a request of its own.
 
     Raises:
         DataError: a tar that is damaged or cut short.
@@ -138,7 +147,8 @@ def read_blocks(
     with ThreadPoolExecutor(threads) as pool:
         try:
             for chunk in range(rank, pictures.chunks(block), world_size):
-                for number, group in enumerate(_grouped(_sources(pictures, chunk, block), block)):
+                sources = _sources(pictures, chunk, block, captions=captions)
+                for number, group in enumerate(_grouped(sources, block)):
                     futures = [pool.submit(_decode, source, prepare) for source in group]
                     waiting.append(((chunk, number), futures))
                     if len(waiting) > ahead:
@@ -224,7 +234,8 @@ def _format(data: bytes) -> str:
 
 
 def _extension(url: str) -> str:
-    return name_of(url).rpartition(".")[2].lower()
+    _, dot, extension = name_of(url).rpartition(".")
+    return extension.lower() if dot else ""
 
 
 def _grouped(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
@@ -232,13 +243,14 @@ def _grouped(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
         yield group
 
 
-def _sources(pictures: PictureSet, chunk: int, block: int) -> Iterator[_Source]:
+def _sources(pictures: PictureSet, chunk: int, block: int, *, captions: bool) -> Iterator[_Source]:
     if pictures.tars:
         yield from _tar_sources(pictures.files[chunk])
         return
     for file in pictures.files[chunk * block : (chunk + 1) * block]:
         text = file.url.rpartition(".")[0] + ".txt"
-        yield _Source(file.url, partial(_read_file, file.url, text if text in pictures.texts else None))
+        wanted = captions and text in pictures.texts
+        yield _Source(file.url, partial(_read_file, file.url, text if wanted else None))
 
 
 def _read_file(url: str, text: str | None) -> tuple[bytes, str]:

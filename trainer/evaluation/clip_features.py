@@ -37,7 +37,10 @@ class ClipFeatures:
         try:
             image = towers.build_image_tower(model, structure, weights)
         except ConfigError as error:
-            raise ConfigError(f"CLIP's features: {error} (--clip-model, --clip-weights)") from error
+            remedy = "--clip-weights"
+            if settings.get("quick_gelu") and "quickgelu" not in model:  # which a file does not say
+                remedy += f", with --clip-model {model}-quickgelu"
+            raise ConfigError(f"CLIP's features: {error} (Here: {remedy}.)") from error
         self._image = image.to(device).requires_grad_(False).eval()
         self._text = towers.build_tower(config, structure, seed=0) if text else None
         if self._text is not None:

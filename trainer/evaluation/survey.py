@@ -94,6 +94,7 @@ def _tally(
         pictures,
         _preparation(networks, options),
         block=options.block,
+        captions=any(name.endswith(".score") for name in options.moments),
         rank=collectives.rank(),
         world_size=collectives.world_size(),
         threads=options.threads,

@@ -155,6 +155,29 @@ def test_sub_folders_count_and_hidden_files_do_not(tmp_path: Path) -> None:
     assert len(open_pictures(str(tmp_path / "set")).files) == 3
 
 
+def test_pictures_by_wildcard_and_braces(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "set", 12)
+    folder_of(tmp_path / "other", 2)
+    for url, count in (
+        (f"{folder}/*.png", 12),
+        (f"{folder}/00[0-9].png", 10),
+        (f"{folder}/{{000..003}}.png", 4),
+        (f"{tmp_path}/{{set,other}}", 14),
+        (f"{folder}/000.png", 1),
+    ):
+        found = open_pictures(url)
+        assert (len(found.files), found.tars) == (count, False), url
+
+
+def test_texts_are_read_for_captions_alone(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "set", 2)
+    (folder / "000.txt").write_text("x")
+    found = open_pictures(str(folder))
+    (folder / "000.txt").unlink()
+    (block,) = read_blocks(found, np.asarray, block=2, captions=False)
+    assert block.captions == ("", "")
+
+
 def test_reading_can_stop_early(tmp_path: Path, write_shards: Callable[..., Any]) -> None:
     write_shards(tmp_path, [300])
     blocks = read_blocks(open_pictures(str(tmp_path)), np.asarray, block=2, threads=2)

@@ -155,7 +155,7 @@ def test_missing_weights_are_one_sentence_that_says_what_to_bring_where(
             "--inception-weights",
         ),
         "dinov2": ("dinov2_vitl14_pretrain.pth", "--dinov2-weights"),
-        "clip": ("ViT-L-14-336", "--clip-weights"),
+        "clip": ("cannot download", "--clip-weights, with --clip-model ViT-L-14-336-quickgelu"),
     }
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for family, words in wanted.items():

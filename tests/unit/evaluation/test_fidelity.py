@@ -143,12 +143,16 @@ def test_only_what_is_asked_for_is_kept(
     assert "make it anew with --metrics kid" in sentence
 
 
-def test_statistics_of_other_programs(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_statistics_of_other_programs(tmp_path: Path, measure: Measure, refusal: Callable[..., str]) -> None:
     made = folder_of(tmp_path / "made", range(3))
     np.savez(tmp_path / "fid.npz", mu=np.zeros(4), sigma=np.eye(4), mu_s=np.ones(3), sigma_s=np.eye(3))
     found = read_statistics(str(tmp_path / "fid.npz"))
     assert found.means["inception.pool"].tolist() == [0.0] * 4
     assert found.covariances["inception.spatial"].shape == (3, 3)
+    np.savez(tmp_path / "moved.npz", mu=np.full(4, 0.5), sigma=4 * np.eye(4))
+    assert measure(tmp_path / "moved.npz", tmp_path / "fid.npz", features="")["figures"] == {
+        "fid": pytest.approx(4 * 0.25 + 4.0)
+    }
     np.savez(tmp_path / "other.npz", arr_0=np.zeros(3))
     assert "holds neither mu and sigma" in refusal("fidelity", made, "--reference", tmp_path / "other.npz")
     np.savez(tmp_path / "pickled.npz", mu=np.asarray([{}], dtype=object), sigma=np.eye(1))
