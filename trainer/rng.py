@@ -38,6 +38,8 @@ class Purpose(IntEnum):
     """Starting noise of a sampled picture."""
     DROP_ALL = 14
     """Whether a sample loses all of its conditions together."""
+    REVIVAL = 15
+    """Which encoder output of a sample a dead entry of the codebook is moved to."""
     DROP = 0x100
     """DROP + index of the condition, 256 values."""
     CONDITION = 0x200

@@ -121,6 +121,11 @@ def _check_stage(config: Config) -> None:
         config.first_stage.name != "identity",
         "first_stage.name=identity has nothing to train; choose kl or vq for stage=autoencoder.",
     )
+    _require(
+        config.first_stage.name == "vq" or not config.autoencoder_loss.revive_codes_every,
+        f"autoencoder_loss.revive_codes_every revives entries of a codebook, which first_stage.name="
+        f"{config.first_stage.name} does not have; set it to 0, or first_stage.name=vq.",
+    )
     layers = config.autoencoder_loss.discriminator_layers
     _require(
         not config.autoencoder_loss.discriminator_weight or config.data.image_size >= 3 * 2**layers,

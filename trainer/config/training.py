@@ -98,6 +98,9 @@ class AutoencoderLossConfig:
     """commitment: beta holds the encoder's outputs to the entries (van den Oord et al. 2017, equation 3);
     codebook: it moves the entries, as taming-transformers' default did, with which the published LDM first
     stages were trained."""
+    revive_codes_every: int = number(0, least=0, most=10**12)
+    """Every so many optimizer steps, codebook entries that nothing chose meanwhile move to encoder outputs
+    (vq), at most one for each sample of the global batch; 0: dead entries stay dead."""
     learned_logvar: bool = False
     """Learn one log variance of the reconstruction error, with the generator's optimizer."""
     logvar_init: float = number(0.0, least=-100, most=100)

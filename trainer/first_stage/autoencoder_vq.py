@@ -99,8 +99,10 @@ class AutoencoderVQ(FirstStage):
         return encoded.float(), encoded.float().square()
 
     def training_outputs(self, pixels: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        """See FirstStage: with "codebook", "commitment" and "indices"."""
-        quantised = self.quantize(self.encode_whole(pixels))
+        """See FirstStage: with "codebook", "commitment", "indices" and "encoded", the detached [B, z, h, w]
+        that was quantised."""
+        encoded = self.encode_whole(pixels)
+        quantised = self.quantize(encoded)
         latents = match_parameters(quantised.latents, self.decoder)
         features = self.decoder.features(self.post_quant_conv(latents))
         return {
@@ -109,4 +111,5 @@ class AutoencoderVQ(FirstStage):
             "codebook": quantised.codebook_loss,
             "commitment": quantised.commitment_loss,
             "indices": quantised.indices,
+            "encoded": encoded.detach(),
         }

@@ -17,6 +17,10 @@ from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
 
 MEASURED_TENSOR = "latent_measured"
 """float32 [1] in a checkpoint of a first stage: 1 where its statistics belong to its weights, else 0."""
+IDLE_TENSOR = "codebook_idle"
+"""float32 [K] in a checkpoint: optimizer steps since each entry of a codebook was last chosen."""
+STATE_TENSORS = (MEASURED_TENSOR, IDLE_TENSOR)
+"""Small tensors of a checkpoint that only its run reads."""
 MARK = "latent_statistics"
 """Key in the metadata of a first stage's file; absent in files of versions that did not mark them."""
 MEASURED = "measured"
@@ -52,7 +56,7 @@ def exported_statistics(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
 
     Statistics that were never measured are left out, so that no reader can take them for values.
     """
-    others = {name: value for name, value in tensors.items() if name != MEASURED_TENSOR}
+    others = {name: value for name, value in tensors.items() if name not in STATE_TENSORS}
     complete = all(name in others for name in LATENT_BUFFERS)
     if MEASURED_TENSOR in tensors:
         measured = complete and bool(tensors[MEASURED_TENSOR].item())

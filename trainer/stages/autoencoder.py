@@ -17,6 +17,7 @@ from trainer.first_stage import losses
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.perceptual import PerceptualDistance
 from trainer.first_stage.statistics import (
+    IDLE_TENSOR,
     checkpoint_statistics,
     measure_latent_statistics,
     restore_statistics,
@@ -24,6 +25,7 @@ from trainer.first_stage.statistics import (
 from trainer.metrics.timer import StepTimer
 from trainer.pixels import to_bytes, to_unit_range
 from trainer.rng import Purpose, normal
+from trainer.stages.codebook_revival import CodebookRevival
 from trainer.stages.stage import Preview
 
 PREVIEW_COLUMNS = 8
@@ -52,6 +54,8 @@ class AutoencoderStage:
         self._autoencoder = engines["autoencoder"]
         self._discriminator = engines.get("discriminator")
         self._perceptual = perceptual
+        every = self._loss.revive_codes_every
+        self._revival = CodebookRevival(self._autoencoder, every, config.seed) if every else None
         self._timer = timer
         channels_last = config.distributed.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -78,10 +82,12 @@ class AutoencoderStage:
         totals: dict[str, Tensor] = {}
         counts: Tensor | None = None
         norms: dict[str, Tensor | None] = {}
+        candidates: list[tuple[Tensor, Tensor]] = []
+        revives = self._revival is not None and self._revival.is_due
         for micro in micro_batches:
             pixels = to_unit_range(micro.pixels).contiguous(memory_format=self._memory_format)
             with self._timer("autoencoder"):
-                metrics, reconstruction, indices = self._generator_backward(micro, pixels, adversary)
+                metrics, reconstruction, outputs = self._generator_backward(micro, pixels, adversary)
             with self._timer("optimizer"):
                 norms["grad_norm"] = self._autoencoder.step(learning_rate)
             if adversary is not None:
@@ -91,7 +97,10 @@ class AutoencoderStage:
                     norms["discriminator_grad_norm"] = adversary.step(learning_rate)
             for name, value in metrics.items():
                 totals[name] = totals[name] + value if name in totals else value
+            indices = outputs.get("indices")
             if indices is not None:
+                if revives and self._revival is not None:
+                    candidates.append(self._revival.candidates(outputs["encoded"], micro.ordinals))
                 if counts is None:
                     counts = indices.new_zeros(self._config.first_stage.codebook_size)
                 flat = indices.flatten()  # not bincount, which waits for the device
@@ -101,14 +110,17 @@ class AutoencoderStage:
             assert norm is not None, f"no {name}: the engine did not step at the accumulation boundary"
             means[name] = norm
         if counts is not None:
-            usage = losses.codebook_usage(collectives.reduce_sum(counts))
+            counts = collectives.reduce_sum(counts)
+            usage = losses.codebook_usage(counts)
+            if self._revival is not None:
+                means["codebook_revived"] = self._revival.after_step(counts, candidates)
             means |= dict(zip(("codebook_usage", "codebook_perplexity"), usage, strict=True))
         return means
 
     def _generator_backward(
         self, batch: Batch, pixels: Tensor, adversary: Engine | None
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        """Metrics, detached reconstruction, codebook indices (vq).
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Metrics, detached reconstruction, and of the look-ups (vq) "indices" and "encoded".
 
         Every loss on the picture is differentiated by the reconstruction first, and the autoencoder
         receives the weighted sum of those gradients. So perceptual network and discriminator are
@@ -151,7 +163,7 @@ class AutoencoderStage:
         return (
             {name: metric.detach() for name, metric in metrics.items()},
             leaf.detach(),
-            outputs.get("indices"),
+            {name: outputs[name] for name in ("indices", "encoded") if name in outputs},
         )
 
     def _regulariser(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -231,9 +243,12 @@ class AutoencoderStage:
             module.train()
 
     def state(self) -> dict[str, Tensor]:
-        """The latent statistics, or that they were not measured."""
-        return checkpoint_statistics(self.module)
+        """The latent statistics, or that they were not measured; for how long codes were idle."""
+        idle = {} if self._revival is None else {IDLE_TENSOR: self._revival.idle.cpu()}
+        return checkpoint_statistics(self.module) | idle
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         restore_statistics(self.module, state)
+        if self._revival is not None and IDLE_TENSOR in state:
+            self._revival.idle = state[IDLE_TENSOR].to(self._autoencoder.device)

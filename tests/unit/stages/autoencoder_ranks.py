@@ -39,6 +39,7 @@ def make_config(engine: str, zero_stage: int, name: str) -> Config:
             reconstruction="l2",
             perceptual_weight=0.1,
             perceptual_weights="random",
+            revive_codes_every=2 if name == "vq" else 0,
             learned_logvar=True,
             discriminator_start=1,
             discriminator_channels=8,
@@ -89,5 +90,7 @@ def train_autoencoder(env: DistributedEnv, engine_name: str, zero_stage: int, na
     tensors["grad_norm"] = metrics["grad_norm"].float()
     if name == "vq":
         tensors["codebook_usage"] = metrics["codebook_usage"]
+        tensors["codebook_revived"] = metrics["codebook_revived"]
+        assert metrics["codebook_revived"] > 0
     if env.is_main:
         write_weights(output, tensors, {})

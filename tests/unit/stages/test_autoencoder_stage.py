@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
+from trainer.config.io import load_config
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import (
@@ -19,10 +20,12 @@ from trainer.config.training import (
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.torch_engine import TorchEngine
 from trainer.first_stage.perceptual import build_perceptual
+from trainer.first_stage.statistics import IDLE_TENSOR, exported_statistics
 from trainer.metrics.timer import StepTimer
 from trainer.model import build_autoencoder
 from trainer.rng import Purpose, normal
 from trainer.stages.autoencoder import AutoencoderStage, to_bytes, to_unit_range
+from trainer.stages.codebook_revival import ENTRIES
 
 CPU = torch.device("cpu")
 ENV = DistributedEnv(0, 0, 1, 1, "127.0.0.1", 29500, "single", CPU)
@@ -328,3 +331,41 @@ def test_beta_weighs_the_term_that_the_configuration_says(
     value, _ = stage._regulariser({"reconstruction": torch.zeros(1), **terms})
     value.backward()
     assert [float(terms[n].grad) for n in terms] == [2 * codebook, 2 * commitment]  # type: ignore[arg-type]
+
+
+def test_dead_codes_move_to_encoder_outputs_and_only_those() -> None:
+    loss = dataclasses.replace(LOSS, revive_codes_every=3, perceptual_weight=0.0, discriminator_weight=0.0)
+    config = make_config(first_stage=dataclasses.replace(TINY, name="vq"), autoencoder_loss=loss)
+    stage = make_stage(config)
+    book = stage.module.quantize.embedding.weight  # type: ignore[union-attr]
+    with torch.no_grad():
+        book[5:] = 100.0  # out of reach: eleven of the sixteen entries
+    stage.engines["autoencoder"].refresh()
+    for step in range(2):
+        assert stage.train_step(make_batch(first=4 * step), step, 1e-3)["codebook_revived"] == 0
+    resumed = make_stage(config)  # what a checkpoint holds goes on
+    for name, engine in resumed.engines.items():
+        engine.module.load_state_dict(stage.engines[name].module.state_dict())
+        engine.optimizer_steps = 2
+        engine.refresh()
+    resumed.load_state(stage.state())
+    assert resumed.state()[IDLE_TENSOR][5:].tolist() == [2.0] * 11
+    batch = make_batch(first=8)
+    metrics = resumed.train_step(batch, 2, 0.0)
+    assert metrics["codebook_revived"] == 4  # one for each sample
+    weight = resumed.module.quantize.embedding.weight.detach()  # type: ignore[union-attr]
+    assert (weight[9:] == 100.0).all()
+    encoded = resumed.module.encode(to_unit_range(batch.pixels)).flatten(2)  # [B, z, h * w]
+    for i in range(4):
+        assert (encoded[i].T - weight[5 + i]).abs().sum(dim=1).min() < 1e-5
+    assert resumed.state()[IDLE_TENSOR][5:9].tolist() == [0.0] * 4
+    exported, _ = exported_statistics(resumed.state())
+    assert IDLE_TENSOR not in exported
+    for fragment in resumed.engines["autoencoder"].fragments():
+        if fragment.name == ENTRIES:
+            assert not fragment.moments["exp_avg"].view(-1, 3)[5:9].any()
+
+
+def test_only_a_codebook_can_be_revived() -> None:
+    with pytest.raises(ConfigError, match=r"revive_codes_every.*first_stage\.name=vq"):
+        load_config(None, ["stage=autoencoder", "autoencoder_loss.revive_codes_every=5"])
