@@ -60,11 +60,43 @@ def loss_of(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
     return ((outputs["logits"].float() - targets) ** 2).sum(dim=1).mean()
 
 
-def reference() -> dict[str, Any]:
+class TorchsMuon:
+    """torch's own Muon for the hidden matrices, its AdamW for the rest."""
+
+    def __init__(self, network: nn.Module) -> None:
+        settings = {"lr": LEARNING_RATE, "weight_decay": 0.1}
+        self._matrices = [
+            network.block[0].weight,  # type: ignore[index]
+            network.block[2].weight,  # type: ignore[index]
+            network.head.weight,
+        ]
+        # It takes two dimensions only: the same memory, seen as [out, in x kernel].
+        self._flat = [nn.Parameter(p.detach().view(len(p), -1)) for p in self._matrices]  # type: ignore
+        rest = [
+            p for p in network.parameters() if p.requires_grad and all(p is not m for m in self._matrices)
+        ]
+        self._muon = torch.optim.Muon(self._flat, adjust_lr_fn="match_rms_adamw", momentum=0.95, **settings)
+        self._adamw = torch.optim.AdamW(rest, foreach=False, **settings)
+
+    def zero_grad(self) -> None:
+        for parameter in (*self._matrices, *self._flat):
+            parameter.grad = None  # type: ignore[union-attr]
+        self._adamw.zero_grad()
+
+    def step(self) -> None:
+        for parameter, flat in zip(self._matrices, self._flat, strict=True):
+            flat.grad = parameter.grad.view(flat.shape)  # type: ignore[union-attr, operator]
+        self._muon.step()
+        self._adamw.step()
+
+
+def reference(optimizer_name: str = "adamw") -> dict[str, Any]:
     """One process, fp32, no engine: the truth."""
     network = make_network()
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.1, foreach=False)
+    optimizer: Any = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.1, foreach=False)
+    if optimizer_name == "muon":
+        optimizer = TorchsMuon(network)
     norms, first_moment = [], {}
     for step in range(STEPS):
         x, targets = global_batch(step)
@@ -84,14 +116,21 @@ def run_cases(env: DistributedEnv, cases: list[dict[str, Any]]) -> list[dict[str
 
 
 def run_case(
-    env: DistributedEnv, *, engine: str, zero_stage: int, accumulation: int, precision: str, compile: bool
+    env: DistributedEnv,
+    *,
+    engine: str,
+    zero_stage: int,
+    accumulation: int,
+    precision: str,
+    compile: bool,
+    optimizer: str = "adamw",
 ) -> dict[str, Any]:
     """One engine around a new network."""
     micro_batch = GLOBAL_BATCH // (env.world_size * accumulation)
     config = Config(
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=micro_batch,
-        optimizer=OPTIMIZER,
+        optimizer=dataclasses.replace(OPTIMIZER, name=optimizer),  # type: ignore[arg-type]
         distributed=DistributedConfig(
             engine=engine,
             zero_stage=zero_stage,

@@ -61,6 +61,25 @@ def test_engines_match_one_process(world_size: int) -> None:
     check(exact + rounded, world_size)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_muon_under_every_engine_is_torchs_muon_and_adamw(world_size: int) -> None:
+    """With a matrix that lies on two ranks; the iteration is in bf16, so weights agree to that."""
+    engines = [engine for engine in ENGINES if engine[1] < 3]
+    precisions = ("fp32", "bf16") if world_size == 2 else ("fp32",)
+    cases = [case(*engine, 1, p) | {"optimizer": "muon"} for engine in engines for p in precisions]
+    by_rank = run_ranks("tests/numerics/parity_ranks.py:run_cases", world_size, {"cases": cases})
+    truth, plain = reference("muon"), reference()
+    for number, settings in enumerate(cases):
+        found, exact = by_rank[0][number], settings["precision"] == "fp32"
+        assert found["norms"] == pytest.approx(truth["norms"], rel=1e-4 if exact else 2e-2), settings
+        for name, values in truth["weights"].items():
+            expected, actual = torch.tensor(values), torch.tensor(found["weights"][name])
+            error = float((actual - expected).abs().max() / expected.abs().max())
+            assert error < (2e-3 if exact else 0.1), (settings, name, error)
+            if name in ("block.0.weight", "block.2.weight", "head.weight"):
+                assert (expected - torch.tensor(plain["weights"][name])).abs().max() > 1e-2
+
+
 @pytest.mark.slow
 def test_four_ranks_match_one_process() -> None:
     check(

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from trainer.checkpoint.export import open_weights
 from trainer.config.io import config_to_dict, load_config
 from trainer.distributed.place import free_port
 from trainer.exit_codes import ExitCode
@@ -88,3 +90,21 @@ def test_another_objective_is_refused_before_anything_is_written_and_goes_on_wit
     # What it goes on as is what the next checkpoint says: the word is not needed again.
     assert train("steps=3", *CHANGED[1:]) == ExitCode.DONE
     assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == [1, 2, 3]
+
+
+def test_muon_goes_on_bit_for_bit_and_nothing_else_goes_on_with_its_state(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    muon = "optimizer.name=muon"
+    assert train("steps=4", muon) == ExitCode.DONE
+    at_once = open_weights(str(tmp_path / "run"), profile="weights")[0]
+    (tmp_path / "run").rename(tmp_path / "first")
+    for steps in (2, 4):
+        assert train(f"steps={steps}", muon) == ExitCode.DONE
+    again = open_weights(str(tmp_path / "run"), profile="weights")[0]
+    assert all(torch.equal(value, again[name]) for name, value in at_once.items())
+
+    caplog.clear()
+    assert train("steps=5", "resume_changed=[optimizer]") == ExitCode.USER_ERROR
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "was trained with optimizer.name=muon and goes on with nothing else" in error

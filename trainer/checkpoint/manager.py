@@ -33,7 +33,7 @@ from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
 from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.writer import Commit, Job
 from trainer.checkpoint.writer_client import BackgroundWriter, InlineWriter, Writer
-from trainer.config.identity import Difference, check_resume, check_trainable
+from trainer.config.identity import Difference, check_optimizer_state, check_resume
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
@@ -228,7 +228,7 @@ class CheckpointManager:
                 defines the run is not what it was (`trainer/config/identity.py`); nothing has been restored.
         """
         stored, tensors = collectives.from_main_rank(lambda: _read_small(handle))
-        check_trainable(stored["config"], self._config, handle.url)
+        check_optimizer_state(stored["config"], self._config, handle.url)
         for name, engine in engines.items():  # first: no word lets weights of other shapes in
             check_shapes(handle, name, engine.parameter_shapes)
         changed = check_resume(stored["config"], self._config, handle.url)

@@ -18,6 +18,7 @@ def check(config: Config) -> None:
     _check_stage(config)
     check_derived(config)
     _check_conditioning(config)
+    _check_optimizer(config)
     _check_graphs(config)
     if config.stage == "diffusion":
         check_diffusion(config.diffusion)
@@ -83,6 +84,15 @@ def _check_sizes(config: Config) -> None:
     _require(
         not (config.data.shards and config.data.sources),
         "give either data.shards or data.sources, not both.",
+    )
+
+
+def _check_optimizer(config: Config) -> None:
+    distributed = config.distributed
+    _require(
+        config.optimizer.name == "adamw" or distributed.engine == "torch" or distributed.zero_stage < 3,
+        f"optimizer.name={config.optimizer.name} needs whole matrices, which distributed.zero_stage=3 takes "
+        "apart one by one; set distributed.zero_stage to 2 or lower, or optimizer.name=adamw.",
     )
 
 

@@ -86,12 +86,14 @@ def as_trained(config: Config) -> Config:
     return dataclasses.replace(config, conditioning=dataclasses.replace(config.conditioning, **random))
 
 
-def check_trainable(stored: Mapping[str, Any], config: Config, checkpoint: str) -> None:
-    """Raise ConfigError where a run resumes with other parameters trained than it has optimizer state for."""
-    was = list(stored.get("trainable", ()))
-    if was != list(config.trainable):
+def check_optimizer_state(stored: Mapping[str, Any], config: Config, checkpoint: str) -> None:
+    """Raise ConfigError where a run resumes with what its optimizer state is not for: no word can help."""
+    trainable, name = list(stored.get("trainable", ())), stored.get("optimizer", {}).get("name", "adamw")
+    was = f"trainable={_shown(trainable)}" if trainable != list(config.trainable) else ""
+    was = was or (f"optimizer.name={name}" if name != config.optimizer.name else "")
+    if was:
         raise ConfigError(
-            f"the checkpoint {checkpoint} was trained with trainable={_shown(was)} and goes on with nothing "
+            f"the checkpoint {checkpoint} was trained with {was} and goes on with nothing "
             f"else; set it back, or name another run_dir (init_from={config.run_dir} starts it from these "
             "weights)."
         )

@@ -62,7 +62,7 @@ class Config:
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     """Objective of the first stage."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule."""
+    """AdamW or Muon, and the schedule."""
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Averages of the weights."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

@@ -123,7 +123,7 @@ class AutoencoderLossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up. Rates are final rates: nothing is multiplied by batch or GPU count."""
+    """AdamW or Muon with warm-up. Rates are final: nothing is multiplied by batch or GPU count."""
 
     learning_rate: float = number(1e-4, above=0, most=10)
     """Peak learning rate."""
@@ -141,6 +141,10 @@ class OptimizerConfig:
     """Fraction of the peak rate at the end of cosine and linear."""
     max_grad_norm: float = number(1.0, least=0, most=10**9)
     """Global gradient norm clip; 0 switches it off."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for hidden matrices, in steps as large as AdamW's; AdamW for the rest."""
+    momentum: float = number(0.95, least=0, below=1)
+    """Muon's decay rate (Nesterov)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""torch's AdamW with its state made at once, so that checkpoints load before the first step."""
+"""Optimizers with their state made at once, AdamW's, so that checkpoints load before the first step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from trainer.config.training import OptimizerConfig
+from trainer.distributed.muon import Muon
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, device: torch.device
+) -> Optimizer:
+    """The one that the configuration names; a Muon is still to be told where its masters lie."""
+    return Muon(parameters, config) if config.name == "muon" else build_adamw(parameters, config, device)
 
 
 def build_adamw(
@@ -29,7 +37,7 @@ def build_adamw(
     )
 
 
-def initialise_state(optimizer: AdamW, masters: Iterable[Tensor]) -> None:
+def initialise_state(optimizer: Optimizer, masters: Iterable[Tensor]) -> None:
     """Give every master tensor the state that AdamW would make at its first step.
 
     Replaces existing state: DeepSpeed's bf16 stage 0 makes a step with zero gradients at birth.
@@ -43,20 +51,20 @@ def initialise_state(optimizer: AdamW, masters: Iterable[Tensor]) -> None:
             state[key] = torch.zeros_like(master, requires_grad=False)
 
 
-def steps_made(optimizer: AdamW) -> int:
+def steps_made(optimizer: Optimizer) -> int:
     """Optimizer steps made, as AdamW counts them for its bias correction."""
     for state in optimizer.state.values():
         return int(state["step"].item())
     return 0
 
 
-def set_steps_made(optimizer: AdamW, steps: int) -> None:
+def set_steps_made(optimizer: Optimizer, steps: int) -> None:
     """The inverse of `steps_made`."""
     for state in optimizer.state.values():
         state["step"].fill_(steps)
 
 
-def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """The rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

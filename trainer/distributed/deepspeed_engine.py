@@ -43,6 +43,7 @@ from trainer.distributed.acceleration import GraphedForward, compile_regions
 from trainer.distributed.deepspeed_config import deepspeed_config
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
+from trainer.distributed.muon import Muon
 from trainer.distributed.replicas import replicated_fragments, synchronise
 from trainer.kernels.accumulate import FlatGradients
 
@@ -91,7 +92,7 @@ class DeepSpeedEngine:
         for parameter in trained.values():
             parameter.data = parameter.data.contiguous()
         initial = self._initial_weights(trained)
-        self._optimizer = adamw.build_adamw(trained.values(), config.optimizer, env.device)
+        self._optimizer = adamw.build_optimizer(trained.values(), config.optimizer, env.device)
         with _quiet():
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
@@ -105,6 +106,9 @@ class DeepSpeedEngine:
         if type(self._zero).__name__ == "BF16_Optimizer":
             self._gather_gradients_at_once()
         self._fragments = self._make_fragments()
+        if isinstance(self._optimizer, Muon):
+            cut = self._stage > 0
+            self._optimizer.attach(self._fragments if cut else self._replicas(0, 1), cut=cut)
         self._load_initial_weights(initial)
         if config.distributed.compile:
             # Stage 3 gathers weights in hooks of every module, which DeepSpeed alone knows how to compile.
@@ -251,13 +255,17 @@ class DeepSpeedEngine:
             return [f for name in self.parameter_shapes for f in self._zero3_fragment(name)]
         if self._stage > 0:
             return [f for name in self.parameter_shapes for f in self._zero12_fragment(name)]
+        return self._replicas(self._env.rank, self._env.world_size)
+
+    def _replicas(self, rank: int, world_size: int) -> list[Fragment]:
+        """Stage 0: one rank's share of what all hold."""
         masters = self._masters()
         return replicated_fragments(
             list(self.parameter_shapes),
             masters,
             [{key: self._optimizer.state[m][key] for key in adamw.MOMENTS} for m in masters],
-            rank=self._env.rank,
-            world_size=self._env.world_size,
+            rank=rank,
+            world_size=world_size,
         )
 
     def _zero12_fragment(self, name: str) -> Iterator[Fragment]:

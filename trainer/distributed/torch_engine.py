@@ -14,6 +14,7 @@ from trainer.distributed import adamw
 from trainer.distributed.acceleration import GraphedForward, compile_regions
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
+from trainer.distributed.muon import Muon
 from trainer.distributed.replicas import replicated_fragments, synchronise
 
 
@@ -47,7 +48,7 @@ class TorchEngine:
             self._masters = [nn.Parameter(p.detach().clone()) for p in self._parameters]
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(self.compute_dtype)
-        self._optimizer = adamw.build_adamw(self._masters, config.optimizer, env.device)
+        self._optimizer = adamw.build_optimizer(self._masters, config.optimizer, env.device)
         adamw.initialise_state(self._optimizer, self._masters)
         self._fragments = replicated_fragments(
             list(self.parameter_shapes),
@@ -56,6 +57,15 @@ class TorchEngine:
             rank=env.rank,
             world_size=env.world_size,
         )
+        if isinstance(self._optimizer, Muon):
+            wholes = replicated_fragments(
+                list(self.parameter_shapes),
+                list(self._masters),
+                [{key: self._optimizer.state[m][key] for key in adamw.MOMENTS} for m in self._masters],
+                rank=0,
+                world_size=1,
+            )
+            self._optimizer.attach(wholes, cut=False)
         if config.distributed.compile:
             compile_regions(module)
         self._forward = GraphedForward(module) if config.distributed.cuda_graphs else module

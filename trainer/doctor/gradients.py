@@ -84,7 +84,7 @@ def check_gradients(config: Config, env: DistributedEnv) -> list[Check]:
 def gradient_parity(config: Config, env: DistributedEnv, *, uses: int) -> Parity:
     """Compare on two optimizer steps with rate 0, so that stale buffers show. Collective.
 
-    The gradient is read back from Adam's first moment, m <- beta1 m + (1 - beta1) g, of the fragments
+    The gradient is read back from AdamW's first moment, m <- beta1 m + (1 - beta1) g, of the fragments
     that each rank owns: it has then gone through everything that a real step goes through.
     """
     accumulation = _twin_accumulation(config, env)
@@ -92,7 +92,7 @@ def gradient_parity(config: Config, env: DistributedEnv, *, uses: int) -> Parity
         config,
         micro_batch_size=_MICRO_BATCH,
         global_batch_size=_MICRO_BATCH * accumulation * env.world_size,
-        optimizer=dataclasses.replace(config.optimizer, max_grad_norm=0.0, weight_decay=0.0),
+        optimizer=dataclasses.replace(config.optimizer, name="adamw", max_grad_norm=0.0, weight_decay=0.0),
     )
     # The trainer's own generators are keyed by progress; still, leave torch's as they were.
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):

@@ -104,7 +104,7 @@ def is_compared(key: str, stage: str) -> bool:
     """The promise of this module, in the words of the test."""
     top, _, rest = key.partition(".")
     if key == "trainable":
-        return False  # refused before, without a word that would allow it: check_trainable
+        return False  # refused before, without a word that would allow it
     if top == "data":
         return rest in COMPARED_DATA and not (stage == "autoencoder" and key in AUTOENCODER_IDLE)
     if key in FREE or top in FREE:
