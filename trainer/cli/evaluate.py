@@ -4,8 +4,9 @@ reconstruction: PSNR, SSIM and LPIPS of an exported first stage over pictures fr
 torchvision's VGG16 (vgg16-397923af.pth), named by --perceptual-weights or in torch's cache.
 fidelity: FID, KID, IS, precision, recall, density, coverage, sFID, MIND, CMMD and CLIP score of pictures.
 statistics: what fidelity needs to know of a reference, once, for use ever after.
+sweep: fidelity over guidance scales and sampler steps, each point sampled and measured, as a table.
 
-The last two run by one process, or over ranks under torchrun or srun, with the same figures.
+fidelity and statistics run by one process, or over ranks under torchrun or srun, with the same figures.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.storage.files import write_bytes
-from trainer.cli import fidelity
+from trainer.cli import fidelity, sweep
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
@@ -62,11 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "statistics", help="measure and store a reference", epilog=fidelity.STATISTICS_EXAMPLE
         ),
     )
+    sweep.add_arguments(
+        commands.add_parser("sweep", help="fidelity over guidance and steps", epilog=sweep.SWEEP_EXAMPLE)
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the figures."""
-    return _reconstruction(args) if args.command == "reconstruction" else fidelity.run(args)
+    verbs = {"reconstruction": _reconstruction, "sweep": sweep.run}
+    return verbs.get(args.command, fidelity.run)(args)
 
 
 def _reconstruction(args: argparse.Namespace) -> int:

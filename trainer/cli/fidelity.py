@@ -8,16 +8,17 @@ import json
 import logging
 import os
 import typing
+from collections.abc import Sequence
 
 import torch
 
-from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.files import check_writable, write_bytes
+from data_pipeline.storage.urls import parent
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.evaluation.features import (
     FAMILIES,
-    FeatureNetwork,
     FeatureOptions,
     Fit,
     Resizing,
@@ -62,17 +63,20 @@ def add_arguments(fidelity: argparse.ArgumentParser, statistics: argparse.Argume
     )
     statistics.add_argument("--out", required=True, metavar="FILE", help="a .safetensors path or URL")
     for parser in (fidelity, statistics):
-        _add_feature_arguments(parser)
-        parser.add_argument("--image-size", type=int, help="bring every picture to this edge first")
-        parser.add_argument(
-            "--fit", choices=typing.get_args(Fit), help="keep the middle, or squash (default: crop)"
-        )
-        parser.add_argument(
-            "--batch-size", type=int, default=64, help="pictures at a time (default: %(default)s)"
-        )
-        parser.add_argument(
-            "--skip-broken", action="store_true", help="leave out pictures that cannot be read"
-        )
+        add_measuring_arguments(parser)
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of everything that measures pictures."""
+    _add_feature_arguments(parser)
+    parser.add_argument("--image-size", type=int, help="bring every picture to this edge first")
+    parser.add_argument(
+        "--fit", choices=typing.get_args(Fit), help="keep the middle, or squash (default: crop)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="pictures at a time (default: %(default)s)"
+    )
+    parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
 
 
 def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +112,7 @@ def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Either sub-command, by one process or by the ranks that torchrun or srun have started."""
-    _check(args)
+    check(args)
     env = DistributedEnv.detect()
     if env.world_size == 1:
         _measure(args, env.device)
@@ -121,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """What can be wrong without a look at any picture. Raises ConfigError."""
     for option, value in (("--image-size", args.image_size), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value} is too small; give at least 1.")
@@ -133,40 +138,80 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, device: torch.device) -> None:
-    wanted = _names(args.metrics)
+    collectives.from_main_rank(lambda: _check_places(args))
     if args.command == "statistics":
-        networks, widths = _networks(args, None, device)
-        check_metrics(wanted, widths)
-        made = _survey(args.pictures, args, networks, outputs_needed(wanted, widths, reference=False), device)
+        made = Measuring(args, (), device).statistics(args.pictures)
         if made is not None:
             write_statistics(args.out, made)
             print(_described("pictures", made.record) + f"\nstatistics in {args.out}")
         return
-    real = _stored(args.reference)
-    if real is not None:
-        _adopt(args, real.record)
-    made = _stored(args.pictures)
-    if made is not None:
-        _adopt(args, made.record)
-    if made is not None and real is not None:
-        check_metrics(wanted, made.outputs())
+    real, made = stored(args.reference), stored(args.pictures)
+    known = [each for each in (real, made) if each is not None]
+    if len(known) == 2:
+        check_metrics(names(args.metrics), known[1].outputs())
     else:
-        networks, widths = _networks(args, real or made, device)
-        check_metrics(wanted, widths)
-        real = real or _survey(
-            args.reference, args, networks, outputs_needed(wanted, widths, reference=True), device
+        measuring = Measuring(args, known, device)
+        real = real or measuring.statistics(args.reference, reference=True)
+        made = made or measuring.statistics(args.pictures)
+    collectives.from_main_rank(lambda: _report(args, made, real, device))
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """What is written comes after all that is measured; whether it can be is better known before."""
+    for url in (args.out, getattr(args, "save_reference", None)):
+        if url:
+            check_writable(parent(url))
+
+
+class Measuring:
+    """The networks of a command, and the options by which sets go through them. Collective."""
+
+    def __init__(
+        self, args: argparse.Namespace, known: Sequence[SetStatistics], device: torch.device
+    ) -> None:
+        """`known`: statistics that exist; networks and sizes that were not given are theirs.
+
+        Raises ConfigError: weights that are not at hand, metrics that nothing gives, other sizes than theirs.
+        """
+        for each in known:
+            _adopt(args, each.record)
+        self._args, self._device = args, device
+        self._wanted = names(args.metrics)
+        families = names(args.features) or (list(known[0].record.networks) if known else ["inception"])
+        options = FeatureOptions(
+            families=tuple(families),
+            resizing=args.resize or "torch-fidelity",
+            inception_weights=args.inception_weights,
+            clip_model=args.clip_model,
+            clip_weights=args.clip_weights,
+            clip_text=self._wanted is None or "clip_score" in self._wanted,
+            dinov2_model=args.dinov2_model,
+            dinov2_weights=args.dinov2_weights,
         )
-        made = made or _survey(
-            args.pictures, args, networks, outputs_needed(wanted, widths, reference=False), device
+        self._networks = collectives.on_every_rank(lambda: build_networks(options, device))
+        self._widths = {family: tuple(network.widths) for family, network in self._networks.items()}
+        check_metrics(self._wanted, self._widths)
+
+    def statistics(self, url: str, *, reference: bool = False) -> SetStatistics | None:
+        """Of the pictures behind a URL, on rank 0; None on others. See `survey`."""
+        args = self._args
+        moments, kept = outputs_needed(self._wanted, self._widths, reference=reference)
+        options = SurveyOptions(
+            moments=moments,
+            kept=kept,
+            image_size=args.image_size,
+            fit=args.fit or "crop",
+            block=args.batch_size,
+            threads=min(MOST_THREADS, len(os.sched_getaffinity(0))),
+            skip_broken=args.skip_broken,
         )
-    collectives.from_main_rank(lambda: _report(args, made, real, wanted, device))
+        return survey(url, self._networks, options, self._device)
 
 
 def _report(
     args: argparse.Namespace,
     made: SetStatistics | None,
     real: SetStatistics | None,
-    wanted: list[str] | None,
     device: torch.device,
 ) -> None:
     """On rank 0, which has the statistics."""
@@ -174,8 +219,7 @@ def _report(
     assert real is not None
     if args.save_reference:
         write_statistics(args.save_reference, real)
-    families = _names(args.features) or [f for f in made.record.networks if f in real.record.networks]
-    found = compare(made, real, families, wanted, device)
+    found = figures(args, made, real, device)
     print(_described("pictures", made.record))
     print(_described("reference", real.record))
     for name, value in found.figures.items():
@@ -183,10 +227,19 @@ def _report(
     for note in found.notes:
         logger.warning("%s.", note)
     if args.out:
-        write_bytes(args.out, json.dumps(_as_json(made, real, found), indent=1).encode())
+        write_bytes(args.out, json.dumps(as_json(made, real, found), indent=1).encode())
 
 
-def _as_json(made: SetStatistics, real: SetStatistics, found: Comparison) -> dict[str, object]:
+def figures(
+    args: argparse.Namespace, made: SetStatistics, real: SetStatistics, device: torch.device
+) -> Comparison:
+    """Of the features that were asked for, else of those that both sets have."""
+    families = names(args.features) or [f for f in made.record.networks if f in real.record.networks]
+    return compare(made, real, families, names(args.metrics), device)
+
+
+def as_json(made: SetStatistics, real: SetStatistics, found: Comparison) -> dict[str, object]:
+    """Everything that is known of a measurement."""
     return {
         "figures": found.figures,
         "pictures": dataclasses.asdict(made.record),
@@ -202,11 +255,12 @@ def _described(title: str, record: Record) -> str:
     return "\n".join(lines)
 
 
-def _names(text: str | None) -> list[str] | None:
+def names(text: str | None) -> list[str] | None:
+    """The parts of a list with commas; None for none."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _stored(url: str) -> SetStatistics | None:
+def stored(url: str) -> SetStatistics | None:
     """Statistics from a file, on every rank; None for pictures."""
     return collectives.on_every_rank(lambda: read_statistics(url)) if url.endswith(ENDINGS) else None
 
@@ -225,42 +279,3 @@ def _adopt(args: argparse.Namespace, record: Record) -> None:
                 f"{record.source} was measured with --{option.replace('_', '-')} {theirs}; leave the option "
                 "out, or measure that set anew."
             )
-
-
-def _networks(
-    args: argparse.Namespace, stored: SetStatistics | None, device: torch.device
-) -> tuple[dict[str, FeatureNetwork], dict[str, tuple[str, ...]]]:
-    """The networks, and their outputs by family: those that are named, else those of stored statistics."""
-    families = _names(args.features) or (list(stored.record.networks) if stored else ["inception"])
-    wanted = _names(args.metrics)
-    options = FeatureOptions(
-        families=tuple(families),
-        resizing=args.resize or "torch-fidelity",
-        inception_weights=args.inception_weights,
-        clip_model=args.clip_model,
-        clip_weights=args.clip_weights,
-        clip_text=wanted is None or "clip_score" in wanted,
-        dinov2_model=args.dinov2_model,
-        dinov2_weights=args.dinov2_weights,
-    )
-    networks = collectives.on_every_rank(lambda: build_networks(options, device))
-    return networks, {family: tuple(network.widths) for family, network in networks.items()}
-
-
-def _survey(
-    url: str,
-    args: argparse.Namespace,
-    networks: dict[str, FeatureNetwork],
-    outputs: tuple[frozenset[str], frozenset[str]],
-    device: torch.device,
-) -> SetStatistics | None:
-    options = SurveyOptions(
-        moments=outputs[0],
-        kept=outputs[1],
-        image_size=args.image_size,
-        fit=args.fit or "crop",
-        block=args.batch_size,
-        threads=min(MOST_THREADS, len(os.sched_getaffinity(0))),
-        skip_broken=args.skip_broken,
-    )
-    return survey(url, networks, options, device)

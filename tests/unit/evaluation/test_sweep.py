@@ -1,0 +1,102 @@
+"""`ldm evaluate sweep`: points, their table, and going on where it stopped; a network with random weights."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from trainer.__main__ import main
+from trainer.config.io import config_to_dict, load_config
+from trainer.model import build_model
+from trainer.weights import write_weights
+
+SETTINGS = [
+    "data.image_size=16",
+    "first_stage.name=identity",
+    "unet={model_channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, attention_factors: [2], "
+    "head_dim: 16, num_groups: 4}",
+    "conditioning.class_label={num_classes: 4, width: 16}",
+]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """A sweep of two points over a model that is made here."""
+    config = load_config(None, SETTINGS)
+    torch.manual_seed(0)
+    made = build_model(config)
+    for name, parameter in made.network.named_parameters():  # it hears its conditions
+        nn.init.normal_(parameter, std=0.5 if "attn2" in name or name.startswith("conditions.") else 0.05)
+    source = str(tmp_path / "model.safetensors")
+    write_weights(source, made.network.state_dict(), {"config": json.dumps(config_to_dict(config))})
+    (tmp_path / "real").mkdir()
+    for seed in range(5):
+        pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "real" / f"{seed}.png")
+    where = ["--reference", str(tmp_path / "real"), "--out", str(tmp_path / "curve"), "--features", "random"]
+    options = ["--guidance", "1:2:1", "--steps", "2", "--sample", "--class-label 1 --per-prompt 3"]
+    return ["evaluate", "sweep", source, *where, *options]
+
+
+def rows(tmp_path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((tmp_path / "curve" / "curve.csv").read_text())))
+
+
+def test_every_point_is_sampled_measured_and_kept(tmp_path: Path, command: list[str]) -> None:
+    assert main(command) == 0
+    found = rows(tmp_path)
+    assert [(row["guidance"], row["steps"]) for row in found] == [("1", "2"), ("2", "2")]
+    assert found[0]["fd_random"] != found[1]["fd_random"]
+    point = tmp_path / "curve" / "guidance_2_steps_2"
+    assert len(list((point / "pictures").iterdir())) == 3
+    told = json.loads((point / "figures.json").read_text())
+    assert float(found[1]["fd_random"]) == pytest.approx(told["figures"]["fd_random"], rel=1e-5)
+    # a point equals `fidelity` of its pictures
+    out = tmp_path / "alone.json"
+    alone = ["evaluate", "fidelity", str(point), "--reference", str(tmp_path / "real"), "--out", str(out)]
+    assert main([*alone, "--features", "random"]) == 0
+    assert json.loads(out.read_text())["figures"] == told["figures"]
+
+
+def test_it_goes_on_where_it_stopped_and_never_mixes_sweeps(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    first = rows(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "curve").rglob("*.png")}
+    more = [word if word != "1:2:1" else "1:3:1" for word in command]
+    assert main(more) == 0
+    assert rows(tmp_path)[:2] == first
+    assert len(rows(tmp_path)) == 3
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "made once"
+    capsys.readouterr()
+    assert main([word.replace("--class-label 1", "--class-label 2") for word in command]) == 2
+    assert "is of another sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--guidance", "1:x:1", "FIRST:LAST:STEP"),
+        ("--guidance", "3:1:1", "FIRST:LAST:STEP"),
+        ("--guidance", "1:1000:0.5", "points are more than"),
+        ("--steps", "2.5", "no number of steps"),
+        ("--sample", "--class-label 1 --out x", "may not hold --out"),
+    ],
+)
+def test_mistakes(
+    command: list[str], capsys: pytest.CaptureFixture[str], option: str, value: str, sentence: str
+) -> None:
+    command[command.index(option) + 1] = value
+    assert main(command) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ldm: ")]
+    assert len(lines) == 1
+    assert sentence in lines[0]

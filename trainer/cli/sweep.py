@@ -1,0 +1,152 @@
+"""`ldm evaluate sweep`: the curve of fidelity over guidance scales and sampler steps.
+
+OUT/guidance_G_steps_S/pictures/   what `ldm sample` makes, all points from the same seeds and prompts
+OUT/guidance_G_steps_S/figures.json   everything known of that point; a point that has it is not made again
+OUT/curve.csv                      a row per point, after each
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from data_pipeline.errors import NotFound
+from data_pipeline.storage.files import check_writable, read_text, write_bytes
+from data_pipeline.storage.urls import join
+from trainer.cli import sample
+from trainer.cli.fidelity import Measuring, add_measuring_arguments, as_json, check, figures, stored
+from trainer.config.run import ConfigError
+from trainer.distributed.env import DistributedEnv
+
+SWEEP_EXAMPLE = (
+    "example: ldm evaluate sweep s3://bucket/run --guidance 1:8:1 --steps 10,25,50 "
+    "--sample '--prompts-file prompts.txt --sampler dpmpp_2m' --reference val.safetensors --out curve"
+)
+MOST_POINTS = 1000
+_OURS = ("--guidance", "--steps", "--out", "--overwrite")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which points, from which model, against what."""
+    parser.add_argument("source", metavar="RUN", help="run folder, checkpoint folder or .safetensors file")
+    parser.add_argument(
+        "--guidance", required=True, metavar="VALUES", help="1,2.5,7 or FIRST:LAST:STEP, LAST included"
+    )
+    parser.add_argument("--steps", required=True, metavar="VALUES", help="the same for sampler steps")
+    parser.add_argument("--reference", required=True, metavar="PICTURES", help="as of `fidelity`")
+    parser.add_argument(
+        "--sample", default="", metavar="OPTIONS", help="further options of `ldm sample`, as one text"
+    )
+    parser.add_argument("--out", required=True, help="folder or URL")
+    add_measuring_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample and measure point by point."""
+    out = args.out.rstrip("/")
+    points = [(g, s) for s in _values(args.steps, "--steps") for g in _values(args.guidance, "--guidance")]
+    _check(args, points)
+    commands = {point: _command(args, point, join(out, _name(point))) for point in points}
+    check_writable(out)
+    env = DistributedEnv.detect()
+    if env.world_size > 1:
+        raise ConfigError("a sweep is made by one process; start it without torchrun or srun.")
+    real = stored(args.reference)
+    measuring = Measuring(args, [real] if real else [], env.device)
+    real = real or measuring.statistics(args.reference, reference=True)
+    assert real is not None
+    settings = {"source": args.source, "sample": args.sample, "reference": args.reference}
+    rows: list[dict[str, Any]] = []
+    for point, command in commands.items():
+        place = join(out, _name(point), "figures.json")
+        found = _former(place, settings | {"metrics": args.metrics})
+        if found is None:
+            sample.run(command)
+            made = measuring.statistics(join(out, _name(point)))
+            assert made is not None
+            found = as_json(made, real, figures(args, made, real, env.device))
+            found["settings"] = settings | {"metrics": args.metrics}
+            write_bytes(place, json.dumps(found, indent=1).encode())
+        rows.append({"guidance": str(point[0]), "steps": str(point[1]), **_numbers(found["figures"])})
+        write_bytes(join(out, "curve.csv"), _table(rows).encode())
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
+    print(f"{len(rows)} points in {join(out, 'curve.csv')}")
+    return 0
+
+
+def _check(args: argparse.Namespace, points: Sequence[tuple[Decimal, Decimal]]) -> None:
+    args.save_reference = None
+    folder, args.out = args.out, None
+    check(args)
+    args.out = folder
+    if len(points) > MOST_POINTS:
+        raise ConfigError(f"{len(points)} points are more than {MOST_POINTS}; sweep fewer values.")
+    whole = [steps for _, steps in points if steps != int(steps) or steps < 1]
+    if whole:
+        raise ConfigError(f"--steps {whole[0]} is no number of steps; give whole numbers of at least 1.")
+
+
+def _values(text: str, option: str) -> list[Decimal]:
+    """Exact decimals: a step of 0.1 reaches its end."""
+    try:
+        if ":" not in text:
+            return [Decimal(part) for part in text.split(",")]
+        first, last, step = (Decimal(part) for part in text.split(":"))
+        if step <= 0 or last < first or not (first + last + step).is_finite():
+            raise ValueError
+        count = int((last - first) / step) + 1
+        return [first + i * step for i in range(min(count, MOST_POINTS + 1))]
+    except (InvalidOperation, ValueError) as error:
+        raise ConfigError(
+            f"{option} {text} is neither a list such as 1,2.5,7 nor FIRST:LAST:STEP."
+        ) from error
+
+
+def _name(point: tuple[Decimal, Decimal]) -> str:
+    return f"guidance_{point[0]}_steps_{int(point[1])}"
+
+
+def _command(args: argparse.Namespace, point: tuple[Decimal, Decimal], folder: str) -> argparse.Namespace:
+    """What `ldm sample` is to do for one point."""
+    options = shlex.split(args.sample)
+    taken = [o for o in options if o.partition("=")[0] in _OURS]
+    if taken:
+        raise ConfigError(f"--sample may not hold {taken[0]}, which is the sweep's own.")
+    parser = argparse.ArgumentParser(prog="ldm evaluate sweep --sample")
+    sample.add_arguments(parser)
+    own = ["--guidance", str(point[0]), "--steps", str(int(point[1])), "--out", folder]
+    return parser.parse_args([args.source, *options, *own])
+
+
+def _former(url: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a sweep before has found of a point. Raises ConfigError where it was another sweep."""
+    try:
+        found = json.loads(read_text(url))
+        theirs = found["settings"]
+    except NotFound:
+        return None
+    except (ValueError, KeyError, TypeError):
+        theirs = None
+    if theirs != settings:
+        raise ConfigError(f"{url} is of another sweep ({theirs}); choose another folder with --out.")
+    return dict(found)
+
+
+def _numbers(found: object) -> dict[str, str]:
+    assert isinstance(found, dict)
+    return {name: f"{value:.6g}" for name, value in found.items()}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
