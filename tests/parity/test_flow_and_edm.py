@@ -78,11 +78,11 @@ def double_precision(monkeypatch):
         monkeypatch.setattr(module, "torch", DoublePrecisionTorch())
 
 
-def exported(denoiser, **settings):
+def exported(denoiser, spacing):
     """The scheduler that an export writes, as from_pretrained reads it."""
-    described = scheduler_to_diffusers(denoiser.config)
+    described = scheduler_to_diffusers(denoiser.config, spacing)
     cls = getattr(diffusers, described.pop("_class_name"))
-    return cls.from_config({**described, **settings})
+    return cls.from_config(described)
 
 
 def run(scheduler, denoiser, x, timesteps):
@@ -109,7 +109,7 @@ def test_the_exported_flow_scheduler_makes_the_same_trajectory(spacing, shift, s
     denoiser = SmoothDenoiser(**FLOW, shift=shift)
     start = noise(10_000).float()
     levels, made, _ = ours("euler", denoiser, spacing, steps, start)
-    scheduler = exported(denoiser, use_karras_sigmas=spacing == "karras")
+    scheduler = exported(denoiser, spacing)
     given = {"sigmas": [1 - i / steps for i in range(steps)]} if spacing == "trailing" else {}
     scheduler.set_timesteps(steps, **given)
     torch.testing.assert_close(scheduler.sigmas.double(), times(levels), rtol=1e-5, atol=1e-6)
@@ -167,12 +167,13 @@ def test_the_exported_shift_is_that_of_the_resolution():
     assert scheduler_to_diffusers(at_size(config, 512, 512))["shift"] == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "karras"])
 @pytest.mark.parametrize("steps", [2, 18])
-def test_the_exported_edm_scheduler_makes_the_same_trajectory(steps):
+def test_the_exported_edm_scheduler_makes_the_same_trajectory(steps, spacing):
     denoiser = SmoothDenoiser(**EDM)
     start = noise(10_000).float()
-    levels, made, _ = ours("euler", denoiser, "karras", steps, start)
-    scheduler = exported(denoiser)
+    levels, made, _ = ours("euler", denoiser, spacing, steps, start)
+    scheduler = exported(denoiser, spacing)
     scheduler.set_timesteps(steps)
     ratios = torch.tensor([levels.ratio(i) for i in range(steps + 1)], dtype=torch.float64)
     torch.testing.assert_close(scheduler.sigmas.double(), ratios, rtol=1e-5, atol=1e-8)

@@ -103,9 +103,14 @@ def assert_same_pictures(made: Tensor, theirs: np.ndarray) -> None:
             "diffusion={process: edm, prediction: edm, density: log_normal}",
             "sampling={sampler: euler, steps: 10, guidance_scale: 3.0, spacing: karras}",
         ],
+        [
+            TEXT,
+            "diffusion={process: edm, prediction: edm, density: log_normal}",
+            "sampling={sampler: ddim, steps: 10, guidance_scale: 3.0}",
+        ],
         [TEXT, "first_stage.latent_scale=0.7", "sampling.spacing=trailing", "unet.projection=conv"],
     ],
-    ids=["penultimate", "last-padded-short", "v-zero-snr", "edm", "one-scale"],
+    ids=["penultimate", "last-padded-short", "v-zero-snr", "edm", "edm-leading", "one-scale"],
 )
 def test_stable_diffusion_draws_the_same_pictures(settings: list[str], tmp_path: Path) -> None:
     source = run_file(tmp_path, *settings)
@@ -131,22 +136,27 @@ def test_sdxl_draws_the_same_pictures(tmp_path: Path) -> None:
     assert_same_pictures(made, drawn)
 
 
+EDM = ["diffusion={process: edm, prediction: edm, density: log_normal}", "sampling.spacing=karras"]
+
+
 @pytest.mark.parametrize(
-    ("stage", "kind"),
+    ("stage", "kind", "settings"),
     [
-        ("name: kl", "LDMPipeline"),
-        ("name: vq, codebook_size: 32", "LDMPipeline"),
-        ("name: identity", "DDIMPipeline"),
+        ("name: kl", "LDMPipeline", []),
+        ("name: kl", "LDMPipeline", EDM),
+        ("name: vq, codebook_size: 32", "LDMPipeline", []),
+        ("name: identity", "DDIMPipeline", []),
     ],
 )
 def test_pipelines_without_conditions_draw_the_same_pictures(
-    stage: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, kind: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = f"{stage}, base_channels: 8, channel_multipliers: [1, 2], num_res_blocks: 1, num_groups: 4"
     source = run_file(
         tmp_path,
         f"first_stage={{{fields}, weights: {tmp_path}/first_stage.safetensors}}",
         "unet.attention=plain",
+        *settings,
     )
     made, config = ours(source, 1)
     pipe = diffusers.DiffusionPipeline.from_pretrained(exported(tmp_path, source))
@@ -156,6 +166,14 @@ def test_pipelines_without_conditions_draw_the_same_pictures(
     # These pipelines take no latents.
     monkeypatch.setattr(f"{type(pipe).__module__}.randn_tensor", lambda *args, **options: noise)
     assert_same_pictures(made, pipe(num_inference_steps=10, output_type="np").images)
+
+
+def test_pixels_by_edm_have_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DDIMPipeline would take any scheduler for DDIM's, and draw something else."""
+    stage = f"first_stage={{name: identity, weights: {tmp_path}/first_stage.safetensors}}"
+    folder = exported(tmp_path, run_file(tmp_path, stage, "unet.attention=plain", *EDM))
+    assert not (folder / "model_index.json").exists()
+    assert "DDIMPipeline draws by DDIM, not by diffusion.process=edm" in "".join(capsys.readouterr())
 
 
 def test_inpainting_and_upscaling_have_everything_they_need(tmp_path: Path) -> None:

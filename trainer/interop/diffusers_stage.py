@@ -136,6 +136,7 @@ def scheduler_to_diffusers(config: DiffusionConfig, spacing: Spacing = "leading"
 
     DDIMScheduler, FlowMatchEulerDiscreteScheduler or EDMEulerScheduler. DDIM ends without noise, as our
     samplers do. Karras spacing, which it does not have, becomes leading; zero terminal SNR needs trailing.
+    The other two have leading and Karras spacing; trailing, which they are given by hand, becomes leading.
 
     Raises:
         ConfigError: no scheduler of diffusers reads what the network predicts.
@@ -148,7 +149,7 @@ def scheduler_to_diffusers(config: DiffusionConfig, spacing: Spacing = "leading"
             "sigma_data": config.sigma_data,
             "sigma_max": config.sigma_max,
             "sigma_min": config.sigma_min,
-            "sigma_schedule": "karras",
+            "sigma_schedule": "karras" if spacing == "karras" else "exponential",
             "rho": KARRAS_RHO,
             "final_sigmas_type": "zero",
         }
@@ -163,6 +164,7 @@ def scheduler_to_diffusers(config: DiffusionConfig, spacing: Spacing = "leading"
             "num_train_timesteps": config.num_timesteps,
             "shift": config.shift,
             "use_dynamic_shifting": False,
+            "use_karras_sigmas": spacing == "karras",
         }
     return {
         "_class_name": "DDIMScheduler",

@@ -47,6 +47,10 @@ def choose_pipeline(config: Config) -> Pipeline:
     if not given:
         if config.unet.attention != "plain":
             raise NoPipeline("diffusers draws without conditions with unet.attention=plain alone")
+        if stage == "identity" and config.diffusion.process != "discrete":
+            raise NoPipeline(
+                f"DDIMPipeline draws by DDIM, not by diffusion.process={config.diffusion.process}"
+            )
         if stage == "identity":
             return Pipeline("DDIMPipeline", ("unet",))
         return Pipeline("LDMPipeline", ("unet", "vqvae"))
