@@ -17,6 +17,9 @@ import errno
 class Failure(Exception):
     """Something that we can explain: one sentence, with a remedy where there is one."""
 
+    share: float | None = None
+    """Part of all ranks that met it, set on one that others raise as well; None: whoever raises it met it."""
+
 
 class UserError(Failure, ValueError):
     """A mistake that a person has to mend."""
@@ -28,6 +31,14 @@ class RetryableFault(Failure, RuntimeError):
 
 class FatalFault(Failure, RuntimeError):
     """The run cannot go on, and running it again would end here again."""
+
+
+class RunTaken(UserError):
+    """Another job holds this run folder."""
+
+
+class GivenUp(FatalFault):
+    """All ranks decided together that the run cannot go on: no machine is to blame."""
 
 
 class DataError(UserError):
@@ -123,8 +134,12 @@ def consequence_of(error: BaseException) -> type[Failure]:
 def as_failure(error: BaseException, where: str) -> Failure:
     """The same if it is one of ours, else one of its consequence that says where it came from.
 
-    For what crosses to another process, where the classes and the traceback of a library may not exist.
+    For what crosses to another process, where the classes and the traceback of a library may not exist, and
+    may be raised by all: its `share` says that one alone met it.
     """
     if isinstance(error, Failure):
-        return error
-    return consequence_of(error)(f"{where}: {type(error).__name__}: {error}")
+        failure = error
+    else:
+        failure = consequence_of(error)(f"{where}: {type(error).__name__}: {error}")
+    failure.share = 0.0
+    return failure

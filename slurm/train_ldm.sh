@@ -47,7 +47,7 @@ if [[ -z ${LDM_PYTHON:-} ]]; then
   LDM_PYTHON=$repository/.venv/bin/python
   [[ -x $LDM_PYTHON || -n ${LDM_CONTAINER:-} ]] || LDM_PYTHON=python3
 fi
-export LDM_PYTHON LDM_JOB_DIR=$job_dir
+export LDM_PYTHON LDM_JOB_DIR=$job_dir LDM_FAULTS=$job_dir/faults.jsonl
 say "job $job_key, attempt $attempt on $SLURM_JOB_NODELIST; logs and snapshot in $job_dir"
 
 # Optional container: a .sif runs under apptainer, anything else is an image for enroot/pyxis.

@@ -148,11 +148,19 @@ class Run:
         if self.env.is_main:
             logger.warning("going on with other settings, as resume_changed says: %s", "; ".join(changed))
 
+    def is_poisoned(self) -> bool:
+        """Whether weights, moments or averages hold something that is not finite. Collective; reads all."""
+        fragments = [f for engine in self.stage.engines.values() for f in engine.fragments()]
+        parts = [part for f in fragments for part in (f.master, *f.moments.values())]
+        parts += [value for profile in self.ema.profiles for value in self.ema.values(profile)]
+        return collectives.any_rank(not all(bool(torch.isfinite(part).all()) for part in parts))
+
     def rewind(self, incident: Incident) -> None:
         """Back to the newest good checkpoint, never to see the incident's samples again. Collective."""
         if self.env.is_main:
             write_journal(self.config.run_dir, self.healer.journal())
         details = {"kind": incident.kind, "value": incident.value, "skipped": list(incident.ordinals)}
+        details["culprits"] = list(incident.culprits)
         self.sinks.event(incident.step, self.state.samples_seen, "rewind", **details)
         failure = self.checkpoints.settle()
         if failure is not None:

@@ -95,7 +95,7 @@ def classify(error: BaseException, *, restarted: bool = False) -> ExitCode:
     """The exit code for an exception that ended a rank or a command: here, and nowhere else, it is decided.
 
     Storage that cannot be reached is a wrong URL, unless the run has been `restarted`: it was reachable
-    before.
+    before. Whether a mistake is believed to be one, in a run that has worked, reliability/doubt.py says.
     """
     if isinstance(error, SystemExit):
         return normalize(error.code if isinstance(error.code, int) else 0 if not error.code else 1)

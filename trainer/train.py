@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 
 from data_pipeline.batch import Batch
-from data_pipeline.errors import FatalFault, StorageOutage
+from data_pipeline.errors import GivenUp, StorageOutage
 from trainer.assembly import Run, build_run
 from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.collectives import Agreed
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.exit_codes import ExitCode, StopRequest
-from trainer.metrics.meters import Delayed, Meters
+from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.throughput import Throughput
 from trainer.metrics.timer import StartTimer
 from trainer.optim import learning_rate
-from trainer.reliability.healing import Incident
+from trainer.reliability.doubt import Standing, mark
+from trainer.reliability.healing import Incident, Verdict
 from trainer.reliability.heartbeat import board_from_environment
 from trainer.reliability.peers import peer_phases
 from trainer.reliability.preemption import Preemption
@@ -36,7 +39,7 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
 
     Raises:
         ConfigError, DataError: a mistake of the user's.
-        FatalFault: the loss does not recover.
+        GivenUp: the loss does not recover.
     """
     start = StartTimer()
     start.mark("imports and checks")
@@ -56,6 +59,9 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
             parts = build_run(config, env, start)
             try:
                 return train(parts, preemption, watchdog)
+            except Exception as error:
+                mark(error, Standing(parts.state.step, parts.checkpoints.committed))
+                raise
             finally:
                 parts.close()
         finally:
@@ -84,7 +90,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
             run.ema.update(state.step)
         run.start.first_step(run.env.device)
         meters.add(metrics)
-        delayed.push(state.step, metrics, batch.ordinals)
+        delayed.push(state.step, metrics, batch.ordinals, batch.keys)
         last_step = state.step == config.steps
 
         # While the device works: the next batch, then what all ranks must agree on.
@@ -158,7 +164,7 @@ def judge(
     The newest step stays unread until the next turn, unless a checkpoint must know it to be good.
 
     Raises:
-        FatalFault: too many rewinds.
+        GivenUp: too many rewinds.
     """
     ready = delayed.pop(everything=everything)
     read = [late.read() for late in ready]
@@ -170,18 +176,48 @@ def judge(
         losses=[values["loss"] for values in read],
     )
     for late, values, loss in zip(ready, read, agreed.losses, strict=True):
-        verdict = run.healer.check(late.step, loss, values["grad_norm"])
+        verdict = run.healer.check(late.step, loss, worst_norm(values), poisoned=run.is_poisoned)
         if verdict.action == "stop":
-            raise FatalFault(verdict.message)
+            raise GivenUp(verdict.message)
         if verdict.symptom is not None:
-            # Alike on all ranks, so that all of them are here.
-            parts = collectives.all_gather_object(late.ordinals.tolist())
-            incident = run.healer.record(verdict.symptom, chain.from_iterable(parts))
-            logger.warning("%s; rewinding and skipping %d samples", verdict.symptom, len(incident.ordinals))
-            return incident, agreed
+            incident = name_incident(run, verdict, late, values["loss"])  # alike on all ranks
+            if verdict.action == "rewind":
+                return incident, agreed
     if not everything and must_save(agreed):  # a checkpoint is about to be written after all
         return judge(run, delayed, agreed.request, agreed.data_lost, seen, everything=True)
     return None, agreed
+
+
+def worst_norm(values: Mapping[str, float]) -> float:
+    """A gradient norm of the step that is not finite, where one of its networks has one; else the first's."""
+    norms = [value for name, value in values.items() if name.endswith("grad_norm")]
+    return next((norm for norm in norms if not math.isfinite(norm)), values["grad_norm"])
+
+
+def name_incident(run: Run, verdict: Verdict, late: LateValues, own_loss: float) -> Incident:
+    """Record what went wrong at a step, and on which ranks, hosts and samples. Collective."""
+    finite = math.isfinite(own_loss)
+    own = (late.ordinals.tolist(), socket.gethostname(), () if finite else late.keys, finite)
+    parts = collectives.all_gather_object(own)
+    culprits = [
+        f"rank {rank} ({host}): {', '.join(keys)}"
+        for rank, (_, host, keys, was_finite) in enumerate(parts)
+        if not was_finite
+    ]
+    ordinals = list(chain.from_iterable(each for each, *_ in parts))
+    incident = run.healer.record(verdict, ordinals, culprits)
+    what = {
+        "skipped": "the step is left out",
+        "noted": "noted",
+        "rewound": f"rewinding and skipping {len(ordinals)} samples",
+    }[incident.action]
+    where = "; ".join(culprits) or "on no rank's own loss"
+    if run.env.is_main:
+        logger.warning("%s, %s: %s", verdict.symptom, where, what)
+    if verdict.action != "rewind":  # that is an event of its own
+        details = {"kind": incident.kind, "value": incident.value, "culprits": culprits}
+        run.sinks.event(incident.step, run.state.samples_seen, f"step {incident.action}", **details)
+    return incident
 
 
 def must_save(agreed: Agreed) -> bool:

@@ -20,6 +20,7 @@ from trainer.config.training import CheckpointConfig, DistributedConfig, EMAConf
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.doctor import examination
 from trainer.doctor import gradients as doctor_gradients
 from trainer.doctor import machine as doctor_machine
 from trainer.doctor import plan as doctor_plan
@@ -29,6 +30,7 @@ from trainer.doctor.examination import format_table, run_doctor
 from trainer.doctor.gradients import check_gradients
 from trainer.doctor.machine import check_all_reduce, check_clocks, check_versions
 from trainer.doctor.plan import check_disk, check_memory, plan
+from trainer.exit_codes import ExitCode
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +235,35 @@ def test_the_table_shows_remedies_only_for_failures() -> None:
     assert "FAIL  bad" in table
     assert "-> mend it" in table
     assert table.endswith("1 of 2 checks passed")
+
+
+def test_a_large_set_that_is_spelled_out_is_looked_up_and_not_listed(
+    tmp_path: Path, env: DistributedEnv, shards: str
+) -> None:
+    """Of 1200 names a handful is asked for."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    made = Path(shards).parent / "00000.tar"
+    assert made.exists()
+    for i in range(1200):
+        (folder / f"{i:05d}.tar").symlink_to(made)
+    (check,) = check_shards(config(tmp_path, f"{folder}/{{00000..01199}}.tar"), env)
+    assert check.passed, check.detail
+    assert check.detail.startswith("1200 shards; decoded")
+    (folder / "00800.tar").unlink()
+    (check,) = check_shards(config(tmp_path, f"{folder}/{{00000..01199}}.tar"), env)
+    assert not check.passed
+    assert "00800.tar does not exist" in check.detail
+
+
+def test_what_only_some_machines_have_is_worth_another_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = DistributedEnv.detect({})
+    for failed, code in (
+        ([Check("clocks", False, "4 s", machine=True)], ExitCode.RETRYABLE),
+        ([Check("clocks", False, "4 s", machine=True), Check("shards", False, "none")], ExitCode.USER_ERROR),
+        ([Check("clocks", True, "0 s", machine=True)], ExitCode.DONE),
+    ):
+        monkeypatch.setattr(examination, "CHECKS", (lambda config, env, failed=failed: failed,))
+        assert examination.diagnose(config(tmp_path), nodes) is code

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import Failure
+from data_pipeline.errors import Failure, as_failure
 from data_pipeline.storage.files import check_writable, read_bytes
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import (
@@ -95,7 +95,7 @@ class CheckpointManager:
             try:
                 check_writable(self._folder)
             except Failure as error:
-                failure = error
+                failure = as_failure(error, "rank 0")
         session = f"{0 if lease is None else lease.claim.token}-{uuid.uuid4().hex[:8]}"
         session, failure = collectives.broadcast_object((session, failure))
         if failure is not None:
@@ -109,6 +109,8 @@ class CheckpointManager:
         self._tables: dict[tuple[str, ...], bytes] = {}
         self._writer: Writer = BackgroundWriter() if config.checkpoint.asynchronous else InlineWriter()
         self.last_save: SaveReport | None = None
+        self.committed = False
+        """Whether a checkpoint of this configuration is known to be committed, or was taken over."""
 
     def save(
         self,
@@ -183,12 +185,17 @@ class CheckpointManager:
         self._pending = False
         of_ranks: list[Failure | None] = collectives.all_gather_object(self._writer.shard_result())
         failure = next(filter(None, of_ranks), None)
+        if failure is not None:
+            failure.share = sum(each is not None for each in of_ranks) / len(of_ranks)
         if failure is None:
             # Every rank's shard is there, so that the commit waits for nobody.
             committed = self._writer.commit_result() if self._env.is_main else None
             if committed is not None and self._lease is not None:
                 committed = self._lease.taken() or committed  # the writer process knows no class of errors
+            if committed is not None:
+                committed.share = 0.0
             failure = collectives.broadcast_object(committed)
+            self.committed = self.committed or failure is None
         else:
             self._writer.abandon()  # rank 0's waits for the shard that is missing
         self._waited_s += time.perf_counter() - begun
@@ -240,6 +247,7 @@ class CheckpointManager:
             if engine.fragments() is ema.fragments:
                 load_averages(reader, handle.manifest.kinds[name], ema)
             engine.refresh(moments=True)
+        self.committed = True
         return Loaded(handle.step, stored["state"], tensors, changed)
 
     def _check_frozen(self, handle: CheckpointHandle, frozen: FrozenWeights) -> None:

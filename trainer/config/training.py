@@ -222,13 +222,18 @@ class HealingConfig:
     """What to do about NaN, Inf and loss spikes."""
 
     enabled: bool = True
-    """Rewind to the last good checkpoint and skip the offending samples instead of stopping."""
+    """Leave out a step whose gradient is not finite; rewind to the last good checkpoint and skip the
+    offending samples where that does not help; instead of stopping."""
     spike_zscore: float = number(0.0, least=0, most=10**6)
     """Robust z-score of the loss that counts as a spike; 0: only NaN and Inf count."""
     spike_window: int = number(256, least=1, most=10**6)
     """Steps in the running median and deviation."""
+    spike_patience: int = number(3, least=1, most=10**6)
+    """Spikes at as many steps in a row make the run rewind; fewer are noted."""
+    max_skips: int = number(100, least=0, most=10**6)
+    """Steps left out within 100,000 steps before one more makes the run rewind."""
     max_rewinds: int = number(5, least=0, most=10**6)
-    """Rewinds before the run stops."""
+    """Rewinds within 100,000 steps before the run stops."""
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import socket
 import time
+from collections.abc import Sequence
 from contextlib import closing
+from typing import TypeVar
 
-from data_pipeline.errors import DataError, Failure
+from data_pipeline.errors import DataError, Failure, NotFound
 from data_pipeline.loader import Dataset, build_loader, check_layout, open_dataset
 from data_pipeline.storage.files import read_bytes, remove_file, write_bytes
-from data_pipeline.storage.listing import list_files
-from data_pipeline.storage.urls import join
+from data_pipeline.storage.large import checksum_bytes
+from data_pipeline.storage.listing import ListedFile, list_files, look_up
+from data_pipeline.storage.retry import QUICK_TRIES
+from data_pipeline.storage.urls import join, spelled_out
 from data_pipeline.tally import FIRST, Tally, added
 from data_pipeline.tools.inspection import look_at_head
 from trainer.config.run import Config
@@ -21,49 +27,76 @@ from trainer.doctor.check import Check, on_every_rank
 
 _PROBE_BYTES = 16_000_000
 _SHARDS_PER_RANK = 3
+_MOST_SHARDS = 48
+_LISTED_SHARDS = 1000
+"""From which number on the names of a set are believed, and a few looked up instead of all listed."""
 _LOOK_S = 5.0
 """Seconds after which no further batch is decoded."""
 
+T = TypeVar("T")
+
 
 def check_storage(config: Config, env: DistributedEnv) -> list[Check]:
-    """One object written to run_dir, read back, compared and removed, by one rank of each node."""
+    """One object written to run_dir by one rank of each node; all of them read and compare rank 0's.
+    Collective.
 
-    def examine() -> str:
-        if env.local_rank != 0:
+    A run_dir that each node has of its own takes every byte, and no checkpoint would ever be complete in it.
+    """
+    name, leads = "storage", env.local_rank == 0
+    url, content = join(config.run_dir, f"doctor_probe_{env.rank}"), os.urandom(_PROBE_BYTES)
+    first = collectives.broadcast_object((url, checksum_bytes(content), socket.gethostname()))
+    began = time.perf_counter()
+
+    def write() -> str:
+        if leads:
+            write_bytes(url, content)
+        return f"{config.run_dir} writes {_PROBE_BYTES / 1e6 / (time.perf_counter() - began):.0f} MB/s"
+
+    def read() -> str:
+        if not leads:
             return ""
-        url = join(config.run_dir, f"doctor_probe_{env.rank}")
-        content = os.urandom(_PROBE_BYTES)
-        started = time.perf_counter()
-        write_bytes(url, content)
-        written = time.perf_counter()
-        returned = read_bytes(url)
-        read = time.perf_counter()
-        remove_file(url)
-        if returned != content:
-            raise DataError(f"{url} came back with other bytes than were written")
-        rates = [_PROBE_BYTES / 1e6 / (b - a) for a, b in ((started, written), (written, read))]
-        return f"{config.run_dir} writes {rates[0]:.0f} MB/s, reads {rates[1]:.0f} MB/s per node"
+        probe, checksum, host = first
+        began = time.perf_counter()
+        try:
+            returned = read_bytes(probe)
+        except NotFound as error:
+            raise DataError(
+                f"{socket.gethostname()} does not see in {config.run_dir} what rank 0 ({host}) wrote there"
+            ) from error
+        if checksum_bytes(returned) != checksum:
+            raise DataError(f"{probe} came back with other bytes than were written")
+        return f", reads {_PROBE_BYTES / 1e6 / (time.perf_counter() - began):.0f} MB/s per node"
 
     remedy = "correct run_dir, its permissions or credentials, or the storage endpoint (AWS_ENDPOINT_URL)."
-    return [on_every_rank("storage", remedy, examine)]
+    shared = "name a run_dir that all nodes share: a folder that each of them mounts, or s3://BUCKET/PATH."
+    written = on_every_rank(name, remedy, write, askers=env.num_nodes)
+    seen = on_every_rank(name, shared, read, askers=env.num_nodes) if written.passed else None
+    if leads:
+        with contextlib.suppress(Failure):  # a folder that cannot be written to is told already
+            remove_file(url, tries=QUICK_TRIES)
+    if seen is None:
+        return [written]
+    return [dataclasses.replace(seen, detail=written.detail + seen.detail if seen.passed else seen.detail)]
 
 
 def check_shards(config: Config, env: DistributedEnv) -> list[Check]:
-    """A few shards, other ones on each rank: they are tars, their pictures decode, captions are there."""
-    sources = [source.shards for source in config.data.sources] or [config.data.shards]
+    """A few shards, other ones on each rank: they are tars, their pictures decode, captions are there.
+
+    Rank 0 chooses them; however many ranks and shards there are, a bounded number is looked at. Collective.
+    """
+    remedy = "look at them with `ldm data inspect`, and correct data.shards or data.captions."
+    try:
+        whole, chosen = collectives.from_main_rank(lambda: _choose(config, env.world_size))
+    except Failure as error:
+        return [Check("shards", False, str(error), remedy)]
+    mine = chosen[env.rank :: env.world_size]
 
     def examine() -> str:
-        shards = [shard for source in sources for shard in list_files(source)]
-        count = min(len(shards), _SHARDS_PER_RANK * env.world_size)
-        chosen = [shards[i * len(shards) // count] for i in range(count)][env.rank :: env.world_size]
-        looks = [look_at_head(shard, config.data) for shard in chosen]
+        looks = [look_at_head(shard, config.data) for shard in mine]
         pictures = sum(look.pictures for look in looks)
         captions = sum(look.captions for look in looks)
         bad = [defect for look in looks for defect in look.defects]
-        size = sum(shard.size for shard in shards) / 1e9
-        detail = (
-            f"{len(shards)} shards, {size:.2f} GB; decoded {pictures} pictures, {captions} with a caption"
-        )
+        detail = f"{whole}; decoded {pictures} pictures, {captions} with a caption"
         if looks and pictures == 0:
             raise DataError(f"{detail}; {bad[0] if bad else 'no picture found'}")
         if len(bad) > pictures:
@@ -73,8 +106,26 @@ def check_shards(config: Config, env: DistributedEnv) -> list[Check]:
             raise DataError(f"{detail}: none of the samples looked at has a .txt member")
         return detail + (f", {len(bad)} defects" if bad else "")
 
-    remedy = "look at them with `ldm data inspect`, and correct data.shards or data.captions."
     return [on_every_rank("shards", remedy, examine)]
+
+
+def _choose(config: Config, ranks: int) -> tuple[str, list[ListedFile]]:
+    """(all shards in words, those to look at). A large set that is spelled out is not listed."""
+    most = min(_SHARDS_PER_RANK * ranks, _MOST_SHARDS)
+    patterns = [source.shards for source in config.data.sources] or [config.data.shards]
+    named = [spelled_out(pattern) for pattern in patterns]
+    if all(names is not None for names in named) and sum(map(len, filter(None, named))) > _LISTED_SHARDS:
+        urls = [url for names in named for url in names or ()]
+        return f"{len(urls)} shards", [look_up(url) for url in _spread(urls, most)]
+    shards = [shard for pattern in patterns for shard in list_files(pattern)]
+    size = sum(shard.size for shard in shards) / 1e9
+    return f"{len(shards)} shards, {size:.2f} GB", _spread(shards, most)
+
+
+def _spread(things: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, from all over."""
+    count = min(len(things), most)
+    return [things[i * len(things) // count] for i in range(count)]
 
 
 def check_samples(config: Config, env: DistributedEnv) -> list[Check]:

@@ -46,7 +46,11 @@ def diagnose(config: Config, env: DistributedEnv) -> ExitCode:
         shutdown()
     if env.is_main:
         logger.info("doctor, %d ranks on %s:\n%s", env.world_size, env.device.type, format_table(checks))
-    return ExitCode.DONE if all(check.passed for check in checks) else ExitCode.USER_ERROR
+    failed = [check for check in checks if not check.passed]
+    if failed and all(check.machine for check in failed):
+        # Another attempt, perhaps on other nodes; it goes without a doctor, since restarts have none.
+        return ExitCode.RETRYABLE
+    return ExitCode.USER_ERROR if failed else ExitCode.DONE
 
 
 def format_table(checks: list[Check]) -> str:

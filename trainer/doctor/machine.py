@@ -72,7 +72,8 @@ def check_clocks(config: Config, env: DistributedEnv) -> list[Check]:
         spreads.append(max(clocks) - min(clocks))
     skew = min(spreads)
     remedy = "synchronise the nodes' clocks (chrony or systemd-timesyncd)."
-    return [Check("clocks", skew < _MAX_SKEW_S, f"differ by at most {skew * 1000:.1f} ms", remedy)]
+    detail = f"differ by at most {skew * 1000:.1f} ms"
+    return [Check("clocks", skew < _MAX_SKEW_S, detail, remedy, machine=env.num_nodes > 1)]
 
 
 def check_all_reduce(config: Config, env: DistributedEnv) -> list[Check]:
@@ -104,7 +105,8 @@ def check_all_reduce(config: Config, env: DistributedEnv) -> list[Check]:
         "look at NCCL_DEBUG=INFO for the chosen transport (slurm/README.md lists the variables), or leave "
         "out the slow node."
     )
-    return [Check(name, correct and rate > _MIN_BYTES_PER_S[kind], detail, remedy)]
+    machine = correct and env.num_nodes > 1  # a slow node may not be there next time
+    return [Check(name, correct and rate > _MIN_BYTES_PER_S[kind], detail, remedy, machine)]
 
 
 def _device_name(env: DistributedEnv) -> str:

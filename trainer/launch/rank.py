@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, classify, normalize
+from trainer.reliability.doubt import RESTART_COUNTERS, weighed
 
 LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
 """Environment variable with the launcher's process id; a rank does not outlive it."""
@@ -37,8 +38,6 @@ RESTARTS_VARIABLE = "LDM_RESTARTS"
 """Environment variable that tells a rank how often its launcher has restarted the run."""
 
 Task = Literal["train", "doctor"]
-
-_COUNTERS = (RESTARTS_VARIABLE, "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def rank_command(config_file: Path, task: Task) -> list[str]:
 
 def is_restart(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the same command has run before, so that its URLs are known to be right."""
-    return any(environment.get(name, "0") not in ("", "0") for name in _COUNTERS)
+    return any(environment.get(name, "0") not in ("", "0") for name in RESTART_COUNTERS)
 
 
 def run_rank(config: Config, task: Task = "train") -> ExitCode:
@@ -67,15 +66,19 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
             from trainer.reliability.outage import wait_for_storage
 
             wait_for_storage(config.run_dir, config.data)
-        if config.distributed.doctor and os.environ.get(RESTARTS_VARIABLE, "0") == "0":
+        env = DistributedEnv.detect()
+        config.accumulation(env.world_size)  # a mistake that needs neither peers nor a doctor to be seen
+        if config.distributed.doctor and not is_restart():
             code = _examine(config)
             if code is not ExitCode.DONE:
                 return code
         from trainer.train import run
 
-        return run(config, DistributedEnv.detect())
+        return run(config, env)
     except (Exception, KeyboardInterrupt) as error:
         code = classify(error, restarted=is_restart())
+        rank, ranks = (_number(names) for names in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")))
+        code = weighed(error, code, rank=rank, world_size=max(1, ranks))
         if code is ExitCode.USER_ERROR:
             logger.error("%s", error)
         elif code is ExitCode.ABORTED:
@@ -83,6 +86,11 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
         else:
             logger.exception("this rank ends with exit code %d (%s)", code, code.name)
         return code
+
+
+def _number(names: Sequence[str]) -> int:
+    """The first of these variables that is set to a number, else 0."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
 
 
 def main(arguments: list[str]) -> int:

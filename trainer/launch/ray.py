@@ -42,7 +42,7 @@ from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
 from trainer.launch.ray_board import RunBoard, RunRequest, usable_ranks
 from trainer.launch.ray_worker import ROUND_S, Facts, Follower, started_rank
-from trainer.reliability.lease import JOB_VARIABLE
+from trainer.reliability.job import JOB_VARIABLE
 
 logger = logging.getLogger(__name__)
 

@@ -89,12 +89,16 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
     In a job array, the task's number is added to the seed and the run folder gets `/seed-N`.
 
     Raises:
-        ConfigError: a mistake in the configuration; nothing was written.
+        ConfigError: a mistake in the configuration, or a batch that this allocation's ranks cannot share;
+            nothing was written.
     """
     path, overrides = arguments[0], list(arguments[1:])
     if not Path(path).exists() and (repository / path).exists():
         path = str(repository / path)  # submitted from outside the repository
     config = load_run(path, overrides)
+    nodes, tasks = (os.environ.get(f"SLURM_{name}", "") for name in ("NNODES", "NTASKS_PER_NODE"))
+    if nodes.isdigit() and tasks.isdigit():
+        config.accumulation(int(nodes) * int(tasks))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
         seed = config.seed + int(task)

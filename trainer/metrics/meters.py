@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,8 @@ class LateValues:
     step: int
     ordinals: Tensor
     """int64 [B]: this rank's samples of the step."""
+    keys: tuple[str, ...]
+    """Their names."""
     names: tuple[str, ...]
     values: Tensor
     """Host memory that the device fills; pinned where there is a GPU."""
@@ -65,15 +68,15 @@ class Delayed:
     def __init__(self) -> None:
         self._pending: list[LateValues] = []
 
-    def push(self, step: int, metrics: dict[str, Tensor], ordinals: Tensor) -> None:
-        """Remember one step's 0-d metrics and this rank's sample ordinals."""
+    def push(self, step: int, metrics: dict[str, Tensor], ordinals: Tensor, keys: Sequence[str] = ()) -> None:
+        """Remember one step's 0-d metrics and this rank's samples."""
         values = torch.stack([value.detach().float() for value in metrics.values()])
         arrived = None
         if values.is_cuda:
             values = values.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._pending.append(LateValues(step, ordinals, tuple(metrics), values, arrived))
+        self._pending.append(LateValues(step, ordinals, tuple(keys), tuple(metrics), values, arrived))
 
     def pop(self, *, everything: bool = False) -> list[LateValues]:
         """Steps whose values may be read now: all but the newest, or all of them."""

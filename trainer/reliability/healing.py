@@ -1,4 +1,14 @@
-"""Healing: decide from the agreed loss of each step whether to go on, rewind and skip, or give up."""
+"""Healing: decide from the agreed loss of each step whether to go on, leave it out, rewind, or give up.
+
+What a step showed, and what follows; the engine has left out every update whose gradient was not finite:
+
+    loss or gradient not finite, weights are fine    the step is left out in place, and named
+    the step after it is bad again, or weights       back to the newest good checkpoint, without the samples
+      or averages are not finite themselves            of these steps
+    a loss spike                                     noted: its update was made
+    `spike_patience` spikes in a row                 back, without their samples
+    more of it than the budget of 100,000 steps      left out -> back -> the end
+"""
 
 from __future__ import annotations
 
@@ -6,8 +16,8 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from data_pipeline.errors import NotFound
@@ -20,6 +30,7 @@ from trainer.config.training import HealingConfig
 _MAD_TO_SIGMA = 1.4826
 _MIN_HISTORY = 16
 _JOURNAL = "healing.json"
+_BUDGET_STEPS = 100_000
 
 
 Kind = Literal["nan", "inf", "spike", "gradient"]
@@ -40,9 +51,14 @@ class Symptom:
         return f"{_DESCRIPTIONS[self.kind]} ({self.value:.6g}) at step {self.step}"
 
 
+Action = Literal["skipped", "noted", "rewound", "dropped"]
+"""skipped: the update was left out. noted: a spike that did not stay. rewound: the run went back. dropped: a
+step before it whose samples went as well."""
+
+
 @dataclass(frozen=True)
 class Incident:
-    """A rewind, as it goes into the ledger, JSONL and W&B."""
+    """Something that went wrong at a step, as it goes into the ledger, JSONL and W&B."""
 
     step: int
     """The offending step."""
@@ -53,12 +69,17 @@ class Incident:
     zscore: float | None
     """Robust z-score of the loss (spike)."""
     ordinals: tuple[int, ...]
-    """Samples of that step, never to be used again."""
+    """Samples of that step; where the run went back, never to be used again."""
+    action: Action = "rewound"
+    """What followed."""
+    culprits: tuple[str, ...] = ()
+    """Rank, host and sample keys of each rank whose own loss was not finite."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do after a step: go on; `record` the symptom and rewind; or give up, and say why."""
+    """What to do after a step: go on, with a symptom to `record` or without; record and rewind; or give
+    up."""
 
     action: Literal["continue", "rewind", "stop"]
     symptom: Symptom | None = None
@@ -92,37 +113,76 @@ class Healer:
     @property
     def skipped(self) -> frozenset[int]:
         """Ordinals that the loader must leave out."""
-        return frozenset(o for incident in self._incidents for o in incident.ordinals)
+        gone = [incident for incident in self._incidents if incident.action in ("rewound", "dropped")]
+        return frozenset(o for incident in gone for o in incident.ordinals)
 
     @property
     def recent_loss(self) -> float | None:
         """Mean of the losses in the running window, the same on every rank; None while there are none."""
         return statistics.fmean(self._losses) if self._losses else None
 
-    def check(self, step: int, loss: float, grad_norm: float | None) -> Verdict:
-        """The verdict on optimizer step `step`."""
+    def check(
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float | None,
+        *,
+        poisoned: Callable[[], bool] = lambda: False,
+    ) -> Verdict:
+        """The verdict on optimizer step `step`.
+
+        Args:
+            grad_norm: of all gradients of the step; not finite: the engine made no update.
+            poisoned: whether weights or averages are not finite; asked after a step without an update.
+        """
         symptom = self._symptom(step, loss, grad_norm)
         if symptom is None:
             self._losses.append(loss)
             return Verdict("continue")
         if not self._config.enabled:
-            message = f"{symptom}; healing.enabled=true would rewind and skip its samples."
+            message = f"{symptom}; healing.enabled=true would leave it out, or rewind and skip its samples."
             return Verdict("stop", symptom, message)
-        if len(self._incidents) >= self._config.max_rewinds:
+        left_out = grad_norm is not None and not math.isfinite(grad_norm)
+        if symptom.kind == "spike":
+            passes = len(self._streak(step)) + 1 < self._config.spike_patience
+        else:
+            known = self._recent("skipped", step)
+            again = any(incident.kind != "spike" for incident in self._streak(step))
+            passes = left_out and not again and known < self._config.max_skips and not poisoned()
+        if passes:
+            return Verdict("continue", symptom)
+        rewinds = self._recent("rewound", step)
+        if rewinds >= self._config.max_rewinds:
             message = (
-                f"{symptom}, after {len(self._incidents)} rewinds already (healing.max_rewinds="
-                f"{self._config.max_rewinds}); lower optimizer.learning_rate or look at the samples "
-                "of the incidents in the run's ledger."
+                f"{symptom}, after {rewinds} rewinds within {_BUDGET_STEPS} steps already "
+                f"(healing.max_rewinds={self._config.max_rewinds}); lower optimizer.learning_rate "
+                "or look at the samples of the incidents in the run's ledger."
             )
             return Verdict("stop", symptom, message)
         return Verdict("rewind", symptom)
 
-    def record(self, symptom: Symptom, ordinals: Iterable[int]) -> Incident:
-        """Never serve these samples again: the global batch of the step, gathered from all ranks."""
+    def record(self, verdict: Verdict, ordinals: Iterable[int], culprits: Sequence[str] = ()) -> Incident:
+        """Remember the step: the global batch, gathered from all ranks.
+
+        After a rewind its samples, and those of bad steps right before it, are never served again.
+        """
+        symptom = verdict.symptom
+        assert symptom is not None
+        action: Action = "noted" if symptom.kind == "spike" else "skipped"
+        if verdict.action == "rewind":
+            action = "rewound"
+            for incident in self._streak(symptom.step):
+                self._incidents[self._incidents.index(incident)] = replace(incident, action="dropped")
         incident = Incident(
-            symptom.step, symptom.kind, repr(symptom.value), symptom.zscore, tuple(sorted(ordinals))
+            symptom.step,
+            symptom.kind,
+            repr(symptom.value),
+            symptom.zscore,
+            tuple(sorted(ordinals)),
+            action,
+            tuple(culprits),
         )
-        self._incidents.append(incident)
+        self._add(incident)
         return incident
 
     def state(self) -> dict[str, Any]:
@@ -140,11 +200,31 @@ class Healer:
 
     def merge(self, journal: list[dict[str, Any]]) -> None:
         """Add stored incidents that are not known yet (a restart after a rewind)."""
-        known = {(i.step, i.ordinals) for i in self._incidents}
         for record in journal:
-            incident = Incident(**{**record, "ordinals": tuple(record["ordinals"])})
-            if (incident.step, incident.ordinals) not in known:
-                self._incidents.append(incident)
+            lists = {name: tuple(record.get(name, ())) for name in ("ordinals", "culprits")}
+            self._add(Incident(**{**record, **lists}))
+
+    def _add(self, incident: Incident) -> None:
+        """Once each: a step that is made again meets the same; that the run went back is never forgotten."""
+        for index, known in enumerate(self._incidents):
+            if (known.step, known.ordinals) == (incident.step, incident.ordinals):
+                if known.action in ("skipped", "noted"):
+                    self._incidents[index] = incident
+                return
+        self._incidents.append(incident)
+
+    def _streak(self, step: int) -> list[Incident]:
+        """Incidents of the steps right before this one, newest first, that the run did not go back for."""
+        passed = {i.step: i for i in self._incidents if i.action in ("skipped", "noted")}
+        found = []
+        while step - 1 in passed:
+            step -= 1
+            found.append(passed[step])
+        return found
+
+    def _recent(self, action: Action, step: int) -> int:
+        """How often this has followed within the steps of one budget."""
+        return sum(i.action == action and i.step > step - _BUDGET_STEPS for i in self._incidents)
 
     def _symptom(self, step: int, loss: float, grad_norm: float | None) -> Symptom | None:
         if math.isnan(loss):

@@ -24,26 +24,19 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-from data_pipeline.errors import Failure, NotFound, UserError
+from data_pipeline.errors import Failure, NotFound, RunTaken
 from data_pipeline.storage.files import read_bytes, write_bytes
 from data_pipeline.storage.urls import join
+from trainer.reliability.job import is_gone, job_identity, machine, process_identity
 
-JOB_VARIABLE = "LDM_JOB"
-"""Environment variable that names a job across its restarts; set by launchers, or by a person's scheduler."""
 RENEW_S = 10.0
 EXPIRY_S = 45.0
 _FIRST_LOOK_S = 2.0
 _NAME = "lease.json"
 
 logger = logging.getLogger(__name__)
-
-
-class RunTaken(UserError):
-    """Another job holds this run folder."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ def acquire(
     job = job_identity() if job is None else job
     held = _read(run_dir)
     if held is not None and not held.released and not _is_ours(held, job):
-        if not _is_gone(held.process):
+        if not is_gone(held.process):
             _outlast(run_dir, held, expiry_s)
         logger.warning("%s was left by %s, which is gone; this job takes it over", run_dir, held.described)
     tenure = Tenure(
@@ -168,34 +161,13 @@ def acquire(
     return Lease(run_dir, tenure, renew_s)
 
 
-def job_identity(environ: Mapping[str, str] = os.environ, *, launcher: int | None = None) -> str:
-    """A name of this job that its restarts and requeues share, and no other job has.
-
-    Args:
-        launcher: process that starts the ranks anew, where that is one of ours.
-    """
-    if environ.get(JOB_VARIABLE):
-        return environ[JOB_VARIABLE]
-    if environ.get("SLURM_JOB_ID"):
-        return f"SLURM job {environ['SLURM_JOB_ID']} of {environ.get('SLURM_CLUSTER_NAME') or 'this cluster'}"
-    if launcher is not None:
-        return f"launcher {process_identity(launcher)}"
-    # torchrun's agent, or the shell: two ranks 0 under one shell need two ports.
-    return f"parent {process_identity(os.getppid())} port {environ.get('MASTER_PORT', '')}"
-
-
-def process_identity(pid: int) -> str:
-    """MACHINE/PID/START: the same for this process alone, in whatever container; START is 0 if it is gone."""
-    return f"{_machine()}/{pid}/{_started(pid)}"
-
-
 def _is_ours(held: Tenure, job: str) -> bool:
     """Whether an earlier start of this job holds it. One that lives beside us on this machine is another
     run."""
-    if held.job != job or not held.process.startswith(f"{_machine()}/"):
+    if held.job != job or not held.process.startswith(f"{machine()}/"):
         return held.job == job
     pid = int(held.process.rsplit("/", 2)[1])
-    return pid == os.getpid() or _is_gone(held.process)
+    return pid == os.getpid() or is_gone(held.process)
 
 
 def _outlast(run_dir: str, held: Tenure, expiry_s: float) -> None:
@@ -223,30 +195,6 @@ def _read(run_dir: str) -> Tenure | None:
     except (ValueError, TypeError):
         logger.warning("%s is not a lease; it is written anew", join(run_dir, _NAME))
         return None
-
-
-def _is_gone(process: str) -> bool:
-    """Whether a process is known to have ended: only that of one's own machine and container can be asked."""
-    machine, pid, started = process.rsplit("/", 2)
-    return bool(machine) and machine == _machine() and _started(int(pid)) != int(started)
-
-
-def _machine() -> str:
-    """This boot of this kernel and the namespace in which process ids mean something; empty where unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> int:
-    """Clock ticks from boot to a process's start; 0 if it is gone, or only its status is left."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
 
 
 def _described(job: str) -> str:

@@ -49,10 +49,10 @@ def poison(factor: float) -> Callable[[], None]:
             return train_step(self, batch, now, *rest)
 
         def loss(self: Any, micro: Any, *rest: Any) -> Any:
-            value = whole(self, micro, *rest)
+            value, error = whole(self, micro, *rest)
             own = Path(f"{note}.{os.environ['RANK']}")
             bad = set(map(int, own.read_text().split(","))) if own.exists() else set()
-            return value * factor if bad & set(micro.ordinals.tolist()) else value
+            return (value * factor if bad & set(micro.ordinals.tolist()) else value), error
 
         DiffusionStage.train_step = train  # type: ignore[method-assign]
         DiffusionStage._loss = loss  # type: ignore[method-assign]

@@ -98,7 +98,20 @@ def check_healing(injected: Any, make_run: Any, fault: str, changes: dict[str, A
 
 
 def test_a_nan_batch_is_rewound_and_skipped(injected: Any, make_run: Any) -> None:
-    check_healing(injected, make_run, "nan", {"steps": STEPS})
+    check_healing(injected, make_run, "nan", {"steps": STEPS, "healing": {"max_skips": 0}})
+
+
+def test_a_nan_batch_is_left_out_in_place_and_named(injected: Any) -> None:
+    """No checkpoint is gone back to, whatever the interval: nothing is lost but the update."""
+    run = injected("nan", {"steps": STEPS})
+    assert run.run() == 0, run.console[-4000:]
+    assert run.events("rewind") == []
+    (event,) = run.events("step skipped")
+    assert event["step"] == 11
+    assert [culprit.split(" ")[:2] for culprit in event["culprits"]] == [["rank", "0"], ["rank", "1"]]
+    assert all("/" in culprit.rpartition(": ")[2] for culprit in event["culprits"])  # keys of samples
+    assert [len(run.losses_of(step)) for step in range(10, 14)] == [1, 1, 1, 1]
+    assert "loss is NaN (nan) at step 11, rank 0 (" in run.console
 
 
 @pytest.mark.slow
@@ -113,18 +126,19 @@ def test_a_nan_batch_is_rewound_and_skipped(injected: Any, make_run: Any) -> Non
 def test_a_nan_batch_is_survived_under_deepspeed(
     injected: Any, make_run: Any, distributed: dict[str, Any]
 ) -> None:
-    check_healing(injected, make_run, "nan", {"steps": STEPS, "distributed": distributed})
+    changes = {"steps": STEPS, "distributed": distributed, "healing": {"max_skips": 0}}
+    check_healing(injected, make_run, "nan", changes)
 
 
 @pytest.mark.slow
 def test_a_spike_is_rewound_and_skipped(injected: Any, make_run: Any) -> None:
-    changes = {"steps": 32, "healing": {"spike_zscore": 20.0, "spike_window": 8}}
+    changes = {"steps": 32, "healing": {"spike_zscore": 20.0, "spike_window": 8, "spike_patience": 1}}
     check_healing(injected, make_run, "spike", changes)
 
 
 @pytest.mark.slow
 def test_endless_nans_end_with_a_sentence(injected: Any) -> None:
-    run = injected("nan", {"healing": {"max_rewinds": 0}})
+    run = injected("nan", {"healing": {"max_skips": 0, "max_rewinds": 0}})
     assert run.run() == ExitCode.FATAL
     assert "healing.max_rewinds=0" in run.console
     assert "restarting" not in run.console

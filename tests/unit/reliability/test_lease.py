@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import RunTaken
 from data_pipeline.storage import files
 from data_pipeline.storage.local_s3 import LocalS3
 from data_pipeline.storage.urls import join
@@ -25,7 +26,8 @@ from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.retirement import Retirement
 from trainer.distributed.env import DistributedEnv
 from trainer.exit_codes import ExitCode, classify
-from trainer.reliability.lease import JOB_VARIABLE, Lease, RunTaken, acquire, job_identity
+from trainer.reliability.job import JOB_VARIABLE, job_identity
+from trainer.reliability.lease import Lease, acquire
 
 HOLDER = """
 import sys, time
