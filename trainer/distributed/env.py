@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
+from trainer.distributed.network import interface_to, raise_descriptor_limit
 from trainer.distributed.place import Place
 
 Launcher = Literal["torchrun", "slurm", "single"]
@@ -136,7 +137,8 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
     waiting for the GPU.
     """
     assert not dist.is_initialized()
-    facts = deepspeed_variables(env)
+    raise_descriptor_limit()
+    facts = {**deepspeed_variables(env), **gloo_variables(env)}
     _environment_before.update({name: os.environ.get(name) for name in facts})
     os.environ.update(facts)
     # Else each rank opens a connection to every other one: 3 N sockets for the log2 N that it talks to.
@@ -171,6 +173,14 @@ def deepspeed_variables(env: DistributedEnv) -> dict[str, str]:
     if env.device.type == "cuda":
         facts["LOCAL_RANK"] = str(env.device.index)
     return facts
+
+
+def gloo_variables(env: DistributedEnv, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """On several nodes, the interface by which gloo meets its peers, unless it has been named."""
+    if env.num_nodes == 1 or environ.get("GLOO_SOCKET_IFNAME"):
+        return {}
+    interface = interface_to(env.master_addr)
+    return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
 
 
 def refuse_shared_devices(devices: Sequence[Hashable]) -> None:
