@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 import shutil
@@ -203,6 +204,110 @@ def test_pods_are_unprivileged_share_memory_and_are_scraped(name: str) -> None:
                 assert pod["terminationGracePeriodSeconds"] < 120
     assert len(images) == 1
     assert re.fullmatch(r"\S+:\d+\.\d+\.\d+", images.pop())
+
+
+TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
+RESTRICTED_VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
+
+
+def started_pod(document: dict[str, Any], group: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """The pod that KubeRay makes of a group: with what it puts beside our containers.
+
+    As in ray-operator/controllers/ray/common/pod.go of v1.3.2: the autoscaler on the head has of
+    autoscalerOptions its resources, image, environment, mounts and securityContext, and nothing else; workers
+    wait for the head in an init container with the securityContext of the ray container.
+    """
+    pod = copy.deepcopy(spec["template"]["spec"])
+    own = pod["containers"][0]
+    options = cluster_spec(document).get("autoscalerOptions", {})
+    if group != "head":
+        pod["initContainers"] = [{"name": "wait-gcs-ready", "securityContext": own["securityContext"]}]
+    elif cluster_spec(document).get("enableInTreeAutoscaling"):
+        kept = {name: options[name] for name in ("volumeMounts", "securityContext") if name in options}
+        pod["containers"].append({"name": "autoscaler", **kept})
+    return pod
+
+
+def breaches(pod: dict[str, Any]) -> list[str]:
+    """What the pod-security standard `restricted` (Kubernetes 1.31) would refuse about a pod."""
+    whole = pod.get("securityContext", {})
+    found = [f"host {name}" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    for volume in pod.get("volumes", []):
+        found += [f"volume {volume['name']}: {kind}" for kind in set(volume) - {"name"} - RESTRICTED_VOLUMES]
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        context, name = container.get("securityContext", {}), container["name"]
+        if context.get("allowPrivilegeEscalation") is not False:
+            found.append(f"{name}: allowPrivilegeEscalation")
+        capabilities = context.get("capabilities", {})
+        if capabilities.get("drop") != ["ALL"] or set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
+            found.append(f"{name}: capabilities")
+        if (
+            context.get("runAsNonRoot", whole.get("runAsNonRoot")) is not True
+            or context.get("runAsUser") == 0
+        ):
+            found.append(f"{name}: runAsNonRoot")
+        profile = context.get("seccompProfile", whole.get("seccompProfile", {})).get("type")
+        if profile not in ("RuntimeDefault", "Localhost"):
+            found.append(f"{name}: seccompProfile")
+    return found
+
+
+def token_files(pod: dict[str, Any], container: dict[str, Any]) -> set[str]:
+    """What a container finds where Ray's autoscaler looks for its token; {"automounted"} where Kubernetes
+    adds it."""
+    mounts = {m["mountPath"]: m["name"] for m in container.get("volumeMounts", [])}
+    if TOKEN_FOLDER not in mounts:
+        return {"automounted"} if pod.get("automountServiceAccountToken", True) else set()
+    (volume,) = (v for v in pod["volumes"] if v["name"] == mounts[TOKEN_FOLDER])
+    files = set()
+    for source in volume["projected"]["sources"]:
+        files |= {source["serviceAccountToken"]["path"]} if "serviceAccountToken" in source else set()
+        for kind in ("configMap", "downwardAPI"):
+            files |= {item["path"] for item in source.get(kind, {}).get("items", [])}
+    return files
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_the_namespace_admits_every_pod_with_what_kuberay_puts_into_it(name: str) -> None:
+    found = rendered(name)
+    (space,) = (document for document in found if document["kind"] == "Namespace")
+    assert space["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    (ray,) = (document for document in found if document["kind"] in ("RayJob", "RayCluster"))
+    for group, spec in groups(ray):
+        assert breaches(started_pod(ray, group, spec)) == [], group
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_the_autoscaler_alone_has_a_token(name: str) -> None:
+    (ray,) = (document for document in rendered(name) if document["kind"] in ("RayJob", "RayCluster"))
+    scaled = bool(cluster_spec(ray).get("enableInTreeAutoscaling"))
+    assert scaled == (name in ("cluster", "overlays/a100"))
+    tokens = {}
+    for group, spec in groups(ray):
+        pod = started_pod(ray, group, spec)
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            tokens[group, container["name"]] = token_files(pod, container)
+    holders = {place: files for place, files in tokens.items() if files}
+    assert holders == ({("head", "autoscaler"): {"token", "ca.crt", "namespace"}} if scaled else {})
+
+
+def test_the_judge_of_pods_finds_a_bare_autoscaler() -> None:
+    (cluster,) = documents((K8S / "cluster" / "raycluster.yaml").read_text(encoding="utf-8"))
+    del cluster["spec"]["autoscalerOptions"]
+    pod = started_pod(cluster, "head", cluster["spec"]["headGroupSpec"])
+    assert breaches(pod) == ["autoscaler: allowPrivilegeEscalation", "autoscaler: capabilities"]
+    assert token_files(pod, pod["containers"][1]) == set()
+    pod["volumes"].append({"name": "host", "hostPath": {"path": "/"}})
+    assert "volume host: hostPath" in breaches(pod)
 
 
 @pytest.mark.parametrize("name", ["base", "overlays/a100", "overlays/kind-cpu"])
