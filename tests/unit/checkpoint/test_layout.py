@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from trainer.checkpoint.layout import (
     tables_from_json,
     tables_to_json,
 )
+from trainer.checkpoint.reader import _merged
 
 
 def test_header_makes_a_safetensors_file() -> None:
@@ -97,3 +99,36 @@ def test_the_example_in_the_module_is_true() -> None:
     index = index_shards(shards)
     assert index["w"] == [(0, 2, 0, 10), (2, 8, 1, 0)]
     assert overlaps([Span("w", 4, 4)], index) == [Piece(shard=1, source=2, target=0, offset=0, numel=4)]
+
+
+def zero3_tables(sizes: dict[str, int], ranks: int) -> list[Table]:
+    """Each parameter cut by itself into equal parts, as ZeRO-3 does."""
+    tables: list[list[Span]] = [[] for _ in range(ranks)]
+    for name, size in sizes.items():
+        part = math.ceil(size / ranks)
+        for rank, start in enumerate(range(0, size, part)):
+            tables[rank].append(Span(name, start, min(part, size - start)))
+    return [tuple(table) for table in tables]
+
+
+def test_other_ranks_read_neighbouring_pieces_at_once() -> None:
+    """512 ranks wrote 700 parameters of 1.2 M elements; each of 504 asks for few ranges, not for 700 pieces."""
+    sizes = {f"p{i}": 1_200_000 + 977 * i for i in range(700)}
+    stored, wanted = zero3_tables(sizes, 512), zero3_tables(sizes, 504)
+    index = index_shards(stored)
+    for rank in (0, 251):
+        pieces = overlaps(wanted[rank], index)
+        assert len(pieces) > 700
+        shards = {piece.shard for piece in pieces}
+        runs = [run for shard in shards for run in _merged([p for p in pieces if p.shard == shard])]
+        assert len(runs) <= len(shards) + 1
+        assert sum(piece.numel for run in runs for piece in run) == sum(span.numel for span in wanted[rank])
+        # What is read in vain is less than what the shards hold: the two neighbours whole, at most.
+        read = sum(run[-1].source + run[-1].numel - run[0].source for run in runs)
+        assert read <= len(shards) * sum(span.numel for span in stored[0])
+
+
+def test_far_pieces_are_read_apart() -> None:
+    near = [Piece(0, 0, 0, 0, 10), Piece(0, 1000, 1, 0, 10)]
+    far = Piece(0, 10**7, 2, 0, 10)
+    assert _merged([*near, far]) == [near, [far]]
