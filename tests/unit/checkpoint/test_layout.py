@@ -112,7 +112,7 @@ def zero3_tables(sizes: dict[str, int], ranks: int) -> list[Table]:
 
 
 def test_other_ranks_read_neighbouring_pieces_at_once() -> None:
-    """512 ranks wrote 700 parameters of 1.2 M elements; each of 504 asks for few ranges, not for 700 pieces."""
+    """512 ranks wrote 700 parameters of 1.2 M elements; each of 504 asks for few ranges, not for 700."""
     sizes = {f"p{i}": 1_200_000 + 977 * i for i in range(700)}
     stored, wanted = zero3_tables(sizes, 512), zero3_tables(sizes, 504)
     index = index_shards(stored)
