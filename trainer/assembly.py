@@ -70,6 +70,8 @@ class Run:
     dataset: Dataset | None
     """None in resampled order."""
     start: StartTimer
+    snapshots: CheckpointManager | None = None
+    """Writes averages for `ldm ema`, beside the checkpoints: with a buffer and a process of its own."""
     lease: Lease | None = None
     frozen: FrozenWeights | None = None
     """What of the network is not trained."""
@@ -102,8 +104,19 @@ class Run:
         self.sinks.flush()
 
     def save_snapshot(self) -> None:
-        """Store the power-function averages for `ldm ema`. Collective."""
-        self.checkpoints.save_snapshot(self.state.step, self._stored, self.ema, tensors=self.stage.state())
+        """Store the power-function averages for `ldm ema`. Waits for no checkpoint. Collective."""
+        assert self.snapshots is not None
+        self.settle_snapshot()
+        tensors = self.stage.state()
+        self.snapshots.save_snapshot(self.state.step, self._stored, self.ema, tensors=tensors)
+
+    def settle_snapshot(self) -> None:
+        """Return when the last snapshot is stored, or is known not to be: the run goes on without it.
+        Collective."""
+        failure = self.snapshots.settle() if self.snapshots is not None else None
+        if failure is not None:
+            logger.error("a snapshot of the averages is not stored: %s", failure)
+            self.sinks.event(self.state.step, self.state.samples_seen, "snapshot failed")
 
     @property
     def _stored(self) -> dict[str, Stored]:
@@ -178,6 +191,8 @@ class Run:
     def close(self) -> None:
         """Let go of writers and sinks."""
         self.checkpoints.close()
+        if self.snapshots is not None:
+            self.snapshots.close()
         self.sinks.close()
         if self.lease is not None:
             self.lease.release()
@@ -224,6 +239,8 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
         checkpoints = CheckpointManager(config, env, buffer, lease)
         parts = (config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
         run = Run(*parts, lease=lease, frozen=frozen)
+        if config.ema.snapshot_every:
+            run.snapshots = CheckpointManager(config, env, lease=lease)
         resumed = run.restore()
         healer.merge(collectives.from_main_rank(lambda: read_journal(config.run_dir)))
         sinks.open(start_step=state.step, run_id=state.wandb_run_id)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 
+import torch
+
 from data_pipeline.batch import Batch
 from data_pipeline.errors import GivenUp, StorageOutage
 from trainer.assembly import Run, build_run
@@ -129,15 +131,17 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
             if not settle(run, watchdog):
                 run.save()
         if snapshot:
-            settle(run, watchdog)
+            watchdog.beat(state.step, "checkpoint")
             run.save_snapshot()
         if must_stop(agreed) and not last_step:
             settle(run, watchdog)
+            run.settle_snapshot()
             return leave(run, preemption, agreed)
         batch = upcoming
 
     watchdog.beat(state.step, "finish")
     settle(run, watchdog)
+    run.settle_snapshot()
     logger.info("done: %d steps, %d samples", state.step, state.samples_seen)
     return ExitCode.DONE
 
@@ -272,10 +276,20 @@ def slow_record(
 
 
 def preview(run: Run, batch: Batch) -> None:
-    """A grid with the averaged weights, into the run folder and W&B. Collective."""
+    """A grid with the averaged weights, into the run folder and W&B. Collective.
+
+    Pictures that do not fit into memory are left out: training does fit, and goes on.
+    """
     state = run.state
-    with run.averaged_weights():
-        made = run.stage.preview(batch.to(run.env.device))
+    try:
+        with run.averaged_weights():
+            made = run.stage.preview(batch.to(run.env.device))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if run.env.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning("no preview, for want of memory (lower sampling.num_previews): %s", error)
+        run.sinks.event(state.step, state.samples_seen, "preview failed")
+        return
     run.sinks.picture(
         state.step, state.samples_seen, "preview", grid(made.pixels, made.captions, made.columns)
     )

@@ -32,8 +32,11 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import Failure, UserError
 from data_pipeline.storage.client import filesystem
+from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.retry import QUICK_TRIES
+from data_pipeline.storage.urls import join
 from trainer.config.io import config_from_dict, config_to_dict, load_run
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
@@ -159,7 +162,7 @@ def train_rank(settings: dict[str, Any]) -> int:
     if give_up:
         logger.error("too many faults in a row without progress (distributed.max_restarts); giving up")
         return ExitCode.RETRYABLE
-    group = _Group(board, rank)
+    group = _Group(board, rank, config.run_dir)
     news = _Reporter(config, ranks).news if rank == 0 else _no_news
     if rank >= ranks:
         logger.info("the batch divides over %d ranks: this worker is a spare", ranks)
@@ -186,9 +189,10 @@ def _no_news(step: int, final: bool) -> Facts | None:
 class _Group:
     """Implements ray_worker.Group: the board is an actor, the rest is Ray Train."""
 
-    def __init__(self, board: Any, rank: int) -> None:
+    def __init__(self, board: Any, rank: int, run_dir: str) -> None:
         self._board = board
         self._rank = rank
+        self._run_dir = run_dir
 
     def tick(self, step: int) -> tuple[str, dict[int, int]]:
         """See Group."""
@@ -215,7 +219,26 @@ class _Group:
         with tempfile.TemporaryDirectory() as folder:
             pointer = {"step": facts["checkpoint_step"], "url": facts["checkpoint"]}
             (Path(folder) / "pointer.json").write_text(json.dumps(pointer), encoding="utf-8")
-            ray.train.report(facts, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            ray.train.report(
+                facts,
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_upload_fn=lambda made, name: store_pointer(made, self._run_dir, name),
+            )
+
+
+def store_pointer(made: ray.train.Checkpoint, run_dir: str, name: str) -> ray.train.Checkpoint:
+    """What Ray shows for a checkpoint, below run_dir/ray. It is for people: where storage does not take it,
+    the log says so, while Ray's own copy would raise, and all ranks start anew.
+    """
+    url = join(run_dir, "ray", "pointers", name)
+    try:
+        write_bytes(
+            join(url, "pointer.json"), (Path(made.path) / "pointer.json").read_bytes(), tries=QUICK_TRIES
+        )
+    except Failure as error:
+        logger.warning("Ray's dashboard does not get its pointer to a checkpoint: %s", error)
+    storage, path = filesystem(url)
+    return ray.train.Checkpoint(path, filesystem=_arrow(storage))
 
 
 class _Reporter:

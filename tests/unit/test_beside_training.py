@@ -1,0 +1,129 @@
+"""What happens beside training holds it up neither by waiting nor by failing: snapshots, previews, Ray's
+news."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.batch import Batch
+from data_pipeline.config import DataConfig
+from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from trainer.assembly import Run, build_run
+from trainer.checkpoint.catalogue import checkpoints_url, is_committed, snapshots_url
+from trainer.checkpoint.writer_client import BackgroundWriter
+from trainer.config.models import FirstStageConfig, UNetConfig
+from trainer.config.run import Config
+from trainer.config.training import DistributedConfig, EMAConfig, LoggingConfig
+from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.train import preview
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """A small run of one rank, before its first step."""
+    list(synthesize(str(tmp_path / "shards"), SynthesisOptions(samples=16, samples_per_shard=8)))
+    config = Config(
+        run_dir=str(tmp_path / "run"),
+        global_batch_size=8,
+        micro_batch_size=8,
+        data=DataConfig(shards=f"{tmp_path}/shards/*.tar", image_size=32, workers=0),
+        first_stage=FirstStageConfig(name="identity", latent_channels=3),
+        unet=UNetConfig(
+            model_channels=32, channel_multipliers=(1,), num_res_blocks=1, head_dim=16, attention_factors=()
+        ),
+        ema=EMAConfig(power_stds=(0.1,), snapshot_every=1),
+        distributed=DistributedConfig(engine="torch", precision="fp32"),
+        logging=LoggingConfig(wandb="disabled", progress_bar=False),
+    )
+    env = DistributedEnv.detect({})
+    initialise(env, 60.0)
+    made = build_run(config, env)
+    yield made
+    made.close()
+    shutdown()
+
+
+def test_a_snapshot_on_a_checkpoints_step_does_not_wait_for_the_checkpoint(run: Run) -> None:
+    """The process that writes the checkpoint is stopped: storage that takes for ever."""
+    batches = run.open_loader()
+    run.state.advance(8, next(batches).position)
+    batches.close()
+    run.save()
+    writer = run.checkpoints._writer
+    assert isinstance(writer, BackgroundWriter)
+    assert writer._process is not None
+    os.kill(writer._process.pid, signal.SIGSTOP)
+    try:
+        done = threading.Event()
+
+        def snapshot() -> None:
+            run.save_snapshot()
+            run.settle_snapshot()
+            done.set()
+
+        threading.Thread(target=snapshot, daemon=True).start()
+        assert done.wait(120.0), "the snapshot waits for the checkpoint"
+        assert is_committed(snapshots_url(run.config.run_dir), 1)
+        assert not is_committed(checkpoints_url(run.config.run_dir), 1)
+    finally:
+        os.kill(writer._process.pid, signal.SIGCONT)
+    run.checkpoints.wait()
+    assert is_committed(checkpoints_url(run.config.run_dir), 1)
+
+
+def test_a_snapshot_that_is_not_stored_ends_nothing(run: Run) -> None:
+    Path(run.config.run_dir, "snapshots").write_text("a file where the folder should be")
+    run.state.step = 1
+    run.save_snapshot()
+    run.settle_snapshot()
+    records = Path(run.config.run_dir, "logs/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in records if "event" in line] == ["snapshot failed"]
+    run.state.step = 0
+    run.save()
+    run.checkpoints.wait()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_preview_that_does_not_fit_is_left_out(
+    run: Run, error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_large(batch: Batch) -> None:
+        raise error
+
+    monkeypatch.setattr(run.stage, "preview", too_large)
+    batches = run.open_loader()
+    before = [fragment.master.clone() for fragment in run.stage.engines["unet"].fragments()]
+    with caplog.at_level(logging.WARNING):
+        preview(run, next(batches))
+    batches.close()
+    assert "lower sampling.num_previews" in caplog.text
+    after = [fragment.master for fragment in run.stage.engines["unet"].fragments()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # not the averages
+
+
+def test_ray_gets_no_exception_for_storage_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ray_train = pytest.importorskip("ray.train", reason='pip install "ray[default,train]"')
+    from trainer.launch.ray import store_pointer
+
+    (tmp_path / "pointer.json").write_text('{"step": 5}')
+    given = ray_train.Checkpoint.from_directory(str(tmp_path))
+    stored = store_pointer(given, str(tmp_path / "run"), "checkpoint_5")
+    assert json.loads((Path(stored.path) / "pointer.json").read_text()) == {"step": 5}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    with caplog.at_level(logging.WARNING):
+        away = store_pointer(given, "s3://bucket/run", "checkpoint_6")
+    assert "does not get its pointer" in caplog.text
+    assert away.path.endswith("checkpoint_6")
