@@ -32,7 +32,7 @@ from data_pipeline.pictures.decoding import decode_exactly
 from data_pipeline.pictures.headers import DECODE_ERRORS
 from data_pipeline.shards.build_index import not_a_tar
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS
-from data_pipeline.shards.records import parse_record
+from data_pipeline.shards.records import clean, parse_record
 from data_pipeline.shards.tars import BLOCK, scan
 from data_pipeline.storage.files import read_bytes, read_head, read_range
 from data_pipeline.storage.listing import ListedFile, find, list_files
@@ -157,6 +157,25 @@ def read_blocks(
                 yield _finished(*waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def captions_in(url: str) -> Iterator[str]:
+    """The captions of all pictures behind a URL, in the order of the set; those without one are left out.
+
+    Reads the pictures, too, as they lie between the captions.
+
+    Raises:
+        DataError: as `open_pictures`, or a damaged tar.
+    """
+    pictures = open_pictures(url)
+    for chunk in range(pictures.chunks(1)):
+        for source in _sources(pictures, chunk, 1, captions=True):
+            try:
+                data, caption = source.read()
+            except Rejected:
+                continue
+            if found := clean(caption or _own_caption(data)):
+                yield found
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging()
     verb = importlib.import_module(f"trainer.cli.{argv[0]}")
     arguments = parse(verb_parser(argv[0]), argv[1:])
+    arguments.command_line = argv  # for verbs that start ranks, each with the same words
     try:
         return int(verb.run(arguments))
     except (Failure, OSError, KeyboardInterrupt) as error:

@@ -128,6 +128,16 @@ def list_names(url: str, *, tries: int = QUICK_TRIES) -> list[str]:
     return sorted(name_of(name) for name in found if name.rstrip("/") != path)
 
 
+def list_sizes(url: str, *, tries: int = QUICK_TRIES) -> dict[str, int]:
+    """Bytes of every file directly inside a folder, by name; none when there is no folder."""
+    fs, path = filesystem(url)
+    try:
+        found = guarded(lambda: fs.ls(path, detail=True), url, tries=tries)
+    except NotFound:
+        return {}
+    return {name_of(info["name"]): int(info["size"] or 0) for info in found if info["type"] == "file"}
+
+
 def remove_file(url: str, *, tries: int = PATIENT_TRIES) -> None:
     """Remove a file; quiet when it is not there."""
     fs, path = filesystem(url)

@@ -99,7 +99,7 @@ def sampling_inputs(config: Config, wishes: Wishes) -> SamplingInputs:
     """
     check_wishes(config.conditioning, wishes)
     captions, labels = _rows(wishes)
-    _check_labels(config.conditioning, labels or ())
+    check_labels(config.conditioning, labels or ())
     n = len(captions)
     files = _read_files(wishes, config.data.max_image_pixels)
     checksums = {name: file.sha256 for name, file in files.items()}
@@ -153,7 +153,7 @@ def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
     )
     for present, given, flag, what in flags:
         if present and not given:
-            hint = "--prompt or --prompts-file" if flag == "--prompt" else flag
+            hint = "--prompt, --prompts-file or --prompts-from" if flag == "--prompt" else flag
             raise ConfigError(
                 f"this model was trained with {what}, so there is nothing to draw; give {hint}."
             )
@@ -178,7 +178,8 @@ def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
         raise ConfigError(f"--per-prompt {wishes.per_prompt} must lie in 1 .. {MAX_PER_PROMPT}.")
 
 
-def _check_labels(conditioning: ConditioningConfig, labels: Sequence[int]) -> None:
+def check_labels(conditioning: ConditioningConfig, labels: Sequence[int]) -> None:
+    """Raise ConfigError for a class index that this model does not know."""
     section = conditioning.class_label
     for label in labels:
         if section is not None and not -1 <= label < section.num_classes:

@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from data_pipeline.errors import NotFound
-from data_pipeline.storage.files import check_writable, list_names, read_text, remove_file, write_bytes
+from data_pipeline.storage.files import check_writable, list_names, read_text, remove_names, write_bytes
 from data_pipeline.storage.urls import join
 from trainer.config.run import ConfigError
-from trainer.metrics.pictures import grid
+from trainer.generation.store import OURS, PARTS, PICTURES, RECORD
+from trainer.metrics.pictures import MAX_SHEET, contact_sheet
 
-RECORD = "prompts.json"
-PICTURES = "pictures"
 GRID = "grid.png"
-GRID_COLUMNS = 9
-MAX_GRID = GRID_COLUMNS * GRID_COLUMNS
-"""Pictures in the grid at most: what a person looks at, and a file that opens."""
-_GRID_PIXELS = 4096
-"""Width of the grid at most, where pictures are larger than a person needs them there."""
-_NAME = re.compile(r"\d{5,}\.png")
 _MAY_DIFFER = ("versions",)
 """Of a set that is made again."""
 
@@ -65,8 +56,8 @@ class PictureSet:
 
     def begin(self) -> None:
         """Write the record, and remove the pictures of a former set."""
-        for name in self._former_pictures():
-            remove_file(join(self.url, PICTURES, name))
+        for folder in (PICTURES, PARTS):
+            remove_names(join(self.url, folder), self._former(folder))
         self._write(RECORD, json.dumps(self._record, indent=1, ensure_ascii=False).encode())
 
     def add(self, row: int, pictures: Tensor) -> None:
@@ -77,15 +68,13 @@ class PictureSet:
             text.add_text("ldm", json.dumps(self._shared | self._items[i], ensure_ascii=False))
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
             self._write(f"{PICTURES}/{i:05d}.png", _png(image, text))
-            if i < MAX_GRID:
+            if i < MAX_SHEET:
                 self._shown.append(picture)
 
     def finish(self, titles: tuple[str, ...]) -> str:
         """Write the grid; what was written, for people."""
         n, shown = len(titles), len(self._shown)
-        columns = min(shown, GRID_COLUMNS)
-        sheet = grid(torch.stack(self._shown), titles[:shown], columns, max_cell=_GRID_PIXELS // columns)
-        self._write(GRID, _png(sheet, PngInfo()))
+        self._write(GRID, contact_sheet(self._shown, titles))
         which = f" with the first {shown}" if shown < n else ""
         return f"{n} picture{'s' if n > 1 else ''} in {self.url}/{PICTURES}, {self.url}/{GRID}{which}"
 
@@ -98,7 +87,7 @@ class PictureSet:
             former = None
         except ValueError:  # not ours, or cut short
             former = {}
-        if former is None and not self._former_pictures():
+        if former is None and not self._former(PICTURES):
             return
         ours = json.loads(json.dumps(self._record))
         if not isinstance(former, dict) or _settled(former) != _settled(ours):
@@ -107,8 +96,8 @@ class PictureSet:
                 "--overwrite to replace it."
             )
 
-    def _former_pictures(self) -> list[str]:
-        return [name for name in list_names(join(self.url, PICTURES)) if _NAME.fullmatch(name)]
+    def _former(self, folder: str) -> list[str]:
+        return [name for name in list_names(join(self.url, folder)) if OURS.fullmatch(name)]
 
     def _write(self, name: str, data: bytes) -> None:
         write_bytes(f"{self.url}/{name}", data)

@@ -6,6 +6,8 @@ Models are told what they were trained with: prompts, --class-label, --layout, -
 
 Writes OUT/pictures/00000.png, 00001.png ... in the order of the prompts, OUT/grid.png, and OUT/prompts.json
 with all that it takes to make them again, which each picture carries as text too. docs/sampling.md
+
+With --count or --prompts-from it makes sets of any size over ranks, and goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import NotFound
 from data_pipeline.tools.given import read_prompt, read_prompts
+from trainer.cli import sample_series
 from trainer.cli.conditions_from_files import SamplingInputs, Wishes, sampling_inputs
 from trainer.cli.picture_set import PictureSet
 from trainer.conditioning.build import TEXT
@@ -38,6 +41,7 @@ from trainer.sample import Request, draw_all
 EXAMPLE = (
     "example: ldm sample s3://bucket/run --prompt 'a red circle' --sampler dpmpp_2m --steps 20 --out out"
 )
+BATCH = 16
 MAX_NOTES = 5
 """Prompts that are told to be too long, one by one."""
 
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HxW",
         help="pixels, e.g. 512x768 (default: that of a given picture, or of training)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--batch-size", type=int, help="pictures at a time (default: 16)")
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
@@ -91,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", default="samples", help="folder or URL (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace another set of pictures in --out")
+    sample_series.add_arguments(parser)
 
 
 def _add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +142,8 @@ def _add_condition_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sample and write. Everything that can be wrong is found before the weights are read."""
     _check_numbers(args)
+    if sample_series.is_series(args):
+        return sample_series.run(args, _wishes, _with_choices, _record, long_prompts)
     wishes = _wishes(args)
     found = find_model(
         args.source,
@@ -174,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
             inputs.request,
             seed=args.seed,
             first_index=args.first_index,
-            batch_size=args.batch_size,
+            batch_size=args.batch_size or BATCH,
         ):
             pictures.add(row, inputs.paste(made.cpu()))
             bar.update(len(made))
@@ -202,7 +209,7 @@ def long_prompts(model: DiffusionModel, request: Request) -> list[str]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size} must be at least 1.")
     if not 0 <= args.first_index < 1 << 62:
         raise ConfigError(f"--first-index {args.first_index} must be at least 0 and below 2**62.")

@@ -95,7 +95,7 @@ def _number(names: Sequence[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Entry point of a spawned rank."""
-    _die_with_launcher()
+    die_with_launcher()
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     configure_logging("" if rank == "0" else f"[rank {rank}] ")
     path, task = arguments
@@ -134,7 +134,8 @@ def _import_ahead(config: Config) -> None:
         importlib.import_module(name)
 
 
-def _die_with_launcher() -> None:
+def die_with_launcher() -> None:
+    """As a rank that a launcher of ours has started; does nothing for others."""
     launcher = os.environ.get(LAUNCHER_VARIABLE)
     if launcher is None:
         return

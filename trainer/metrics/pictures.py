@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data_pipeline.tools.lettering import Lettering
+
+_SHEET_COLUMNS = 9
+MAX_SHEET = _SHEET_COLUMNS * _SHEET_COLUMNS
+"""Pictures in a contact sheet at most: what a person looks at, and a file that opens."""
+_SHEET_PIXELS = 4096
+"""Width of a contact sheet at most, where pictures are larger than a person needs them there."""
+
+
+def contact_sheet(pictures: Sequence[Tensor], titles: Sequence[str]) -> bytes:
+    """The first of a set at a glance: a PNG of up to MAX_SHEET of these uint8 [3, H, W]."""
+    shown = min(len(pictures), MAX_SHEET)
+    columns = min(shown, _SHEET_COLUMNS)
+    made = torch.stack(list(pictures[:shown]))
+    sheet = grid(made, tuple(titles[:shown]), columns, max_cell=_SHEET_PIXELS // columns)
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return out.getvalue()
 
 
 def grid(

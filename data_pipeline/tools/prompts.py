@@ -1,0 +1,102 @@
+"""Lists of prompts: text, tables, lines of JSON, or the captions of shards."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from data_pipeline.errors import DataError
+from data_pipeline.picture_sets import captions_in
+from data_pipeline.shards.beside import read_table
+from data_pipeline.shards.records import clean
+from data_pipeline.storage.files import read_bytes, read_text
+from data_pipeline.storage.urls import name_of
+from data_pipeline.tools.given import read_prompts
+
+COLUMNS = ("caption", "prompt", "text")
+"""Of a table, the first that it has."""
+
+
+def listed_prompts(url: str, most: int | None = None) -> list[str]:
+    """Prompts, cleaned as captions are, in order; rows without a visible character are left out.
+
+    Args:
+        url: .txt (one a line), .csv, .tsv, .jsonl or .parquet with a column `caption`, `prompt` or `text`;
+            anything else is a folder of pictures or shards, whose captions are taken.
+        most: enough of them.
+
+    Raises:
+        DataError: no such file, another table, or none at all.
+    """
+    ending = name_of(url).rpartition(".")[2].lower()
+    read = _READERS.get(ending, captions_in)
+    found = list(itertools.islice(read(url), most))
+    if not found:
+        raise DataError(
+            f"there is no caption in {url}; name a text file with a prompt a line, a table with one of the "
+            f"columns {', '.join(COLUMNS)}, or shards with captions."
+        )
+    return found
+
+
+def _lines(url: str) -> Iterator[str]:
+    return iter(read_prompts(url))
+
+
+def _separated(url: str) -> Iterator[str]:
+    tabs = url.lower().endswith(".tsv")
+    text = io.StringIO(read_text(url), newline="")
+    # a caption of a .tsv may hold a lone quote
+    rows = csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.DictReader(text)
+    column = _column(list(rows.fieldnames or ()), url)
+    return _cleaned(row[column] for row in rows)
+
+
+def _json_lines(url: str) -> Iterator[str]:
+    values: list[Any] = []
+    for number, line in enumerate(read_text(url).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"line {number} of {url} is not JSON ({error}); write one object a line."
+            ) from error
+        values.append(value[_column(list(value), url)] if isinstance(value, dict) else value)
+    return _cleaned(iter(values))
+
+
+def _parquet(url: str) -> Iterator[str]:
+    try:
+        table = read_table(read_bytes(url))
+    except (OSError, ValueError) as error:  # pyarrow's are of these
+        raise DataError(f"{url} cannot be read as a parquet ({error}); write it anew.") from error
+    return _cleaned(iter(table[_column(list(table), url)]))
+
+
+_READERS: dict[str, Callable[[str], Iterator[str]]] = {
+    "txt": _lines,
+    "csv": _separated,
+    "tsv": _separated,
+    "jsonl": _json_lines,
+    "parquet": _parquet,
+}
+
+
+def _column(names: list[str], url: str) -> str:
+    for name in COLUMNS:
+        if name in names:
+            return name
+    raise DataError(
+        f"{url} has the columns {', '.join(map(str, names)) or 'of nothing'}; name that of the prompts "
+        f"{', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}."
+    )
+
+
+def _cleaned(values: Iterator[Any]) -> Iterator[str]:
+    return (text for value in values if isinstance(value, str) and (text := clean(value)))

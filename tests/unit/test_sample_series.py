@@ -1,0 +1,185 @@
+"""Large sets: which pictures they consist of, how they lie on disk, what is made again, what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from data_pipeline.picture_sets import open_pictures, read_blocks
+from data_pipeline.tools.prompts import listed_prompts
+from trainer.__main__ import main
+from trainer.config.io import config_to_dict, load_config
+from trainer.model import build_model
+from trainer.weights import write_weights
+
+CLASSES = ("conditioning.class_label={num_classes: 3, width: 16}",)
+TEXT = ("conditioning.text_transformer={width: 16, layers: 1, heads: 1, head_dim: 8, max_tokens: 8}",)
+
+
+def exported(folder: Path, *settings: str) -> str:
+    """A tiny model that hears its conditions."""
+    network = (
+        "unet={model_channels: 16, channel_multipliers: [1], num_res_blocks: 1, attention_factors: [1], "
+        "head_dim: 16, num_groups: 4}"
+    )
+    smallest = ["data.image_size=8", "first_stage.name=identity", network]
+    sampling = "sampling={steps: 2, guidance_scale: 2.0}"
+    config = load_config(None, [*smallest, sampling, *settings])
+    torch.manual_seed(0)
+    made = build_model(config)
+    for parameter in made.network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    url = str(folder / "model.safetensors")
+    write_weights(url, dict(made.network.state_dict()), {"config": json.dumps(config_to_dict(config))})
+    return url
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_a_picture_does_not_depend_on_the_set_around_it(tmp_path: Path) -> None:
+    """Nor on where its batch lies: the last one is filled up to the same size."""
+    source = exported(tmp_path, *CLASSES)
+    shared = ["sample", source, "--batch-size", "4", "--seed", "5"]
+    assert main([*shared, "--count", "10", "--out", str(tmp_path / "all")]) == 0
+    assert main([*shared, "--count", "7", "--out", str(tmp_path / "some")]) == 0
+    names = sorted(path.name for path in (tmp_path / "all/pictures").iterdir())
+    assert names == [f"{i:07d}.png" for i in range(10)]
+    for name in names[:7]:
+        assert np.array_equal(
+            pixels(tmp_path / "all/pictures" / name), pixels(tmp_path / "some/pictures" / name)
+        )
+    alone = ["--class-label", str(6 % 3), "--first-index", "6", "--out", str(tmp_path / "alone")]
+    assert main([*shared, *alone]) == 0
+    difference = pixels(tmp_path / "alone/pictures/00000.png").astype(int) - pixels(
+        tmp_path / "all/pictures/0000006.png"
+    )
+    assert np.abs(difference).max() <= 1  # another batch: the last bit
+    told = Image.open(tmp_path / "all/pictures/0000007.png").text
+    assert json.loads(told["ldm"])["class_label"] == 7 % 3, "all classes in turn"
+    assert json.loads(told["ldm"])["index"] == 7
+    assert (tmp_path / "all/grid.png").exists()
+
+
+def test_what_is_whole_is_not_made_again(tmp_path: Path) -> None:
+    source, out = exported(tmp_path, *CLASSES), tmp_path / "out"
+    command = ["sample", source, "--batch-size", "4", "--count", "20", "--out", str(out)]
+    assert main(command) == 0
+    before = tree(out)
+    kept = out / "pictures/0000000.png"
+    kept.touch()
+    stamp = kept.stat().st_mtime_ns
+    (out / "pictures/0000005.png").unlink()  # lost
+    cut = out / "pictures/0000009.png"
+    cut.write_bytes(cut.read_bytes()[:40])  # cut short
+    (out / "parts/000004.json").unlink()  # a kill before its record
+    (out / "pictures/0000016.png").write_bytes(b"other")
+    assert main(command) == 0
+    assert tree(out) == before
+    assert kept.stat().st_mtime_ns == stamp
+
+
+def test_a_set_is_continued_in_its_own_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = exported(tmp_path, *CLASSES), tmp_path / "out"
+    command = ["sample", source, "--count", "9", "--out", str(out)]
+    assert main([*command, "--batch-size", "4"]) == 0
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "9 of them from before" in capsys.readouterr().out
+    for other in (["--batch-size", "3"], ["--seed", "1"], ["--guidance", "3"], ["--format", "jpg"]):
+        assert main([*command, *other]) == 2, other
+        assert "holds another set of pictures" in capsys.readouterr().err
+    assert main([*command, "--format", "jpg", "--overwrite"]) == 0
+    names = {path.name for path in (out / "pictures").iterdir()}
+    assert names == {f"{i:07d}.{kind}" for i in range(9) for kind in ("jpg", "txt")}
+    assert main(["sample", source, "--class-label", "1", "--out", str(out), "--overwrite"]) == 0
+    assert [path.name for path in (out / "pictures").iterdir()] == ["00000.png"]
+    assert not (out / "parts").exists()
+    assert main(command) == 2, "a small set is another one, too"
+
+
+def test_tars_with_captions_are_what_training_and_evaluation_read(tmp_path: Path) -> None:
+    source, out = exported(tmp_path, *TEXT), tmp_path / "out"
+    (tmp_path / "prompts.tsv").write_text('id\tcaption\n1\ta "red\n2\t\n3\ta  blue   square\n')
+    command = ["sample", source, "--prompts-from", str(tmp_path / "prompts.tsv"), "--count", "5"]
+    assert main([*command, "--tars", "4", "--batch-size", "2", "--out", str(out)]) == 0
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == ["00000.tar", "00001.tar"]
+    with tarfile.open(out / "pictures/00001.tar") as tar:
+        assert tar.getnames() == ["0000004.png", "0000004.txt", "0000004.json"]
+        member = tar.extractfile("0000004.json")
+        assert member is not None
+        about = json.loads(member.read())
+    assert (about["caption"], about["index"], about["steps"]) == ('a "red', 4, 2)
+    blocks = list(read_blocks(open_pictures(str(out / "pictures")), lambda picture: picture.shape, block=8))
+    captions = [caption for block in blocks for caption in block.captions]
+    assert captions == ['a "red', "a blue square", 'a "red', "a blue square", 'a "red']
+    assert listed_prompts(str(out / "pictures"), 2) == captions[:2]
+    before = tree(out)
+    (out / "pictures/00000.tar").unlink()
+    assert main([*command, "--tars", "4", "--batch-size", "2", "--out", str(out)]) == 0
+    assert tree(out) == before
+
+
+def test_prompts_come_from_anything_with_captions(tmp_path: Path) -> None:
+    captions = ["a red circle", "two, blue"]
+    (tmp_path / "a.txt").write_text("a red circle\n\n two,  blue\n")
+    (tmp_path / "a.csv").write_text('file,prompt\n1,a red circle\n2,"two, blue"\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "a red circle"}\n"two, blue"\n')
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"key": [1, 2, 3], "caption": [*captions, None]}), tmp_path / "a.parquet")
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for i, caption in enumerate(captions):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(picture, "PNG")
+            for extension, content in (("png", picture.getvalue()), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{i}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    for name in ("a.txt", "a.csv", "a.jsonl", "a.parquet", "00000.tar", "{00000..00000}.tar"):
+        assert listed_prompts(str(tmp_path / name)) == captions, name
+        assert listed_prompts(str(tmp_path / name), 1) == captions[:1], name
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "classes").mkdir()
+    text, classes = exported(tmp_path / "text", *TEXT), exported(tmp_path / "classes", *CLASSES)
+    (tmp_path / "other.csv").write_text("file,alt\n1,a\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"te\n')
+    for source, words, said in (
+        (text, ["--count", "3"], "--prompts-from"),
+        (text, ["--prompts-from", str(tmp_path / "none.txt")], "none.txt"),
+        (text, ["--prompts-from", str(tmp_path / "other.csv")], "columns file, alt"),
+        (text, ["--prompts-from", str(tmp_path / "empty.txt")], "no caption"),
+        (text, ["--prompts-from", str(tmp_path / "torn.jsonl")], "line 2"),
+        (classes, ["--count", "0"], "--count 0"),
+        (classes, ["--count", "2", "--per-prompt", "2"], "--per-prompt"),
+        (classes, ["--count", "2", "--class-label", "0", "--class-label", "7"], "--class-label 7"),
+        (classes, ["--count", "2", "--tars", "0"], "--tars 0"),
+        (classes, ["--count", "2", "--ranks", "-1"], "--ranks -1"),
+        (classes, ["--tars", "--class-label", "0"], "--tars belongs"),
+        (classes, ["--count", "2", "--quality", "101"], "--quality 101"),
+        (classes, ["--count", "2", "--prompts-from", str(tmp_path / "torn.jsonl")], "torn.jsonl"),
+    ):
+        assert main(["sample", source, *words, "--out", str(tmp_path / "out")]) == 2, words
+        error = capsys.readouterr().err
+        assert said in error, words
+        assert len([line for line in error.splitlines() if line.startswith("ldm: ")]) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,244 @@
+"""The part of `ldm sample` that makes pictures by the ten thousand: over ranks, going on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from data_pipeline.tools.prompts import listed_prompts
+from trainer.checkpoint.commands import find_checkpoint, fingerprint
+from trainer.cli.conditions_from_files import SamplingInputs, Wishes, check_labels, sampling_inputs
+from trainer.config.run import Config, ConfigError
+from trainer.distributed import collectives
+from trainer.distributed.env import DistributedEnv
+from trainer.generation.make import accelerate, make_pictures
+from trainer.generation.series import Series
+from trainer.generation.store import Form, SetStore, former_record
+from trainer.launch.command import run_on_ranks
+from trainer.model import DiffusionModel, ModelFound, TrainedModel, find_model, load_model
+from trainer.sample import Request
+
+MAX_COUNT = 10_000_000
+"""Pictures of a set, whose names have seven digits."""
+PROMPTS_LOOKED_AT = 1000
+"""For being too long."""
+
+Record = Callable[..., dict[str, Any]]
+LongPrompts = Callable[[DiffusionModel, Request], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What rank 0 has found out for all of them."""
+
+    config: Config
+    found: ModelFound
+    series: Series
+    inputs: SamplingInputs
+    """Of one picture."""
+    record: dict[str, Any]
+    precision: Literal["fp32", "bf16"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `ldm sample` takes for large sets alone."""
+    group = parser.add_argument_group(
+        "sets of any size", "over ranks; the same command again goes on where it stopped"
+    )
+    group.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help="pictures; prompts and labels are taken in turn (default: one per prompt)",
+    )
+    group.add_argument(
+        "--prompts-from",
+        metavar="FILE|SHARDS",
+        help="captions of .txt, .csv, .tsv, .jsonl, .parquet, of shards or of a folder of pictures",
+    )
+    group.add_argument("--format", choices=("png", "jpg"), default="png", help="(default: %(default)s)")
+    group.add_argument("--quality", type=int, default=95, help="of JPEG (default: %(default)s)")
+    group.add_argument(
+        "--tars",
+        type=int,
+        nargs="?",
+        const=256,
+        metavar="N",
+        help="webdataset tars of N pictures each, with captions and metadata (without a number: %(const)s)",
+    )
+    group.add_argument(
+        "--ranks", type=int, default=0, help="local processes (default: one per visible GPU, or one)"
+    )
+
+
+def is_series(args: argparse.Namespace) -> bool:
+    """Whether a set of any size is asked for.
+
+    Raises:
+        ConfigError: options of one are given, but not what makes it one.
+    """
+    if args.count is not None or args.prompts_from is not None:
+        return True
+    for given, option in (
+        (args.tars is not None, "--tars"),
+        (args.format != "png", "--format"),
+        (args.ranks != 0, "--ranks"),
+    ):
+        if given:
+            raise ConfigError(f"{option} belongs to sets of any size; give --count or --prompts-from, too.")
+    return False
+
+
+def run(
+    args: argparse.Namespace,
+    wishes_of: Callable[[argparse.Namespace], Wishes],
+    with_choices: Callable[[Config, argparse.Namespace], Config],
+    record_of: Record,
+    long_prompts: LongPrompts,
+) -> int:
+    """Make the set, or what is missing of it.
+
+    Args:
+        wishes_of, with_choices, record_of, long_prompts: what `ldm sample` makes of its other arguments.
+    """
+    _check(args)
+
+    def work(env: DistributedEnv) -> None:
+        plan = collectives.from_main_rank(lambda: _plan(args, wishes_of, with_choices, record_of, env.device))
+        form = Form(args.format, args.quality, tars=args.tars is not None)
+        store = SetStore(args.out, plan.record, form)
+        trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
+        if env.is_main:
+            _tell(plan, trained, long_prompts, env)
+        there = make_pictures(store, plan.series, trained, overwrite=args.overwrite, paste=plan.inputs.paste)
+        if env.is_main:
+            before = f", {there} of them from before" if there else ""
+            print(f"{plan.series.count} pictures{before} in {store.pictures_url}, {store.url}/grid.png")
+
+    return run_on_ranks(args.command_line, args.ranks, work)
+
+
+def _plan(
+    args: argparse.Namespace,
+    wishes_of: Callable[[argparse.Namespace], Wishes],
+    with_choices: Callable[[Config, argparse.Namespace], Config],
+    record_of: Record,
+    device: torch.device,
+) -> Plan:
+    former = None if args.overwrite else former_record(args.out.rstrip("/") or args.out)
+    _adopt(args, former or {})
+    wishes = wishes_of(args)
+    prompts = wishes.prompts
+    if args.prompts_from is not None:
+        prompts += tuple(listed_prompts(args.prompts_from, args.count))
+    found = find_model(
+        args.source,
+        profile=args.weights,
+        step=args.checkpoint,
+        first_stage_weights=args.first_stage,
+        latent_scale=args.latent_scale,
+    )
+    config = with_choices(found.config, args)
+    labels = _labels(config, wishes.class_labels)
+    one = dataclasses.replace(wishes, prompts=prompts[:1], class_labels=labels[:1])
+    inputs = sampling_inputs(config, one)
+    check_labels(config.conditioning, labels)
+    series = Series(
+        template=inputs.request,
+        count=args.count if args.count is not None else len(prompts),
+        prompts=prompts or ("",),
+        labels=labels,
+        seed=args.seed,
+        first_index=args.first_index,
+        batch_size=args.batch_size,
+        batches_per_part=1 if args.tars is None else -(-args.tars // args.batch_size),
+    )
+    precision = args.precision or (config.distributed.precision if device.type == "cuda" else "fp32")
+    about = record_of(args, one, inputs, config, found, device, precision)
+    del about["prompts"]
+    record = about | {
+        "weights": fingerprint(args.source, found.step),
+        "prompts_from": args.prompts_from,
+        "num_prompts": len(prompts),
+        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "class_labels": list(labels),
+        "count": series.count,
+        "batch_size": series.batch_size,
+        "part_size": series.part_size,
+        "format": f"{args.format}{args.quality if args.format == 'jpg' else ''}",
+        "tars": args.tars is not None,
+        "compile": config.distributed.compile and device.type == "cuda",
+    }
+    return Plan(config, found, series, inputs, record, precision)
+
+
+def _adopt(args: argparse.Namespace, former: dict[str, Any]) -> None:
+    """A set that is continued keeps its checkpoint and batches, unless others are asked for."""
+    step, of_run = former.get("checkpoint"), not args.source.endswith(".safetensors")
+    if of_run and args.checkpoint is None and isinstance(step, int) and former.get("source") == args.source:
+        try:
+            find_checkpoint(args.source, step)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{args.out} holds pictures of step {step} of {args.source}, which is gone; give --overwrite "
+                "to begin a new set, or another --out."
+            ) from error
+        args.checkpoint = step
+    if args.batch_size is None:
+        size = former.get("batch_size")
+        args.batch_size = size if isinstance(size, int) and size > 0 else 16
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.count is not None and not 1 <= args.count <= MAX_COUNT:
+        raise ConfigError(f"--count {args.count} must lie in 1 .. {MAX_COUNT}.")
+    if args.per_prompt != 1:
+        raise ConfigError(
+            "--per-prompt is for small sets; --count says how many pictures there are, for which prompts are "
+            "taken in turn."
+        )
+    if not 1 <= args.quality <= 100:
+        raise ConfigError(f"--quality {args.quality} must lie in 1 .. 100.")
+    if args.tars is not None and not 1 <= args.tars <= MAX_COUNT:
+        raise ConfigError(f"--tars {args.tars} must be at least 1: pictures of each tar.")
+
+
+def _labels(config: Config, given: Sequence[int]) -> tuple[int, ...]:
+    """In turn; all classes where nobody says which."""
+    section = config.conditioning.class_label
+    return tuple(given) or (() if section is None else tuple(range(section.num_classes)))
+
+
+def _load(args: argparse.Namespace, plan: Plan, device: torch.device) -> TrainedModel:
+    trained = load_model(
+        args.source,
+        profile=args.weights if plan.found.step is None else plan.found.profile,
+        step=plan.found.step,
+        first_stage_weights=args.first_stage,
+        latent_scale=args.latent_scale,
+        device=device,
+        precision=plan.precision,
+    )
+    accelerate(plan.config, trained.model)
+    return dataclasses.replace(trained, config=plan.config)
+
+
+def _tell(plan: Plan, trained: TrainedModel, long_prompts: LongPrompts, env: DistributedEnv) -> None:
+    how, series = plan.config.sampling, plan.series
+    looked_at = min(series.count, len(series.prompts), PROMPTS_LOOKED_AT)
+    for note in long_prompts(trained.model, series.request(range(looked_at))):
+        print(f"note: {note}")
+    if series.parts < env.world_size:
+        print(
+            f"note: {series.parts} parts of {series.part_size} pictures for {env.world_size} ranks; the rest "
+            "have nothing to do: make --tars or --batch-size smaller."
+        )
+    print(
+        f"{trained.description}: {series.count} pictures, {how.sampler}, {how.steps} steps, guidance "
+        f"{how.guidance_scale}, {plan.precision}, {env.world_size} rank{'s' if env.world_size > 1 else ''}"
+    )

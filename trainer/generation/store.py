@@ -1,0 +1,205 @@
+"""Where a large set of pictures lies, part by part, and what of it is there and whole.
+
+    OUT/prompts.json                  everything that the pictures are a function of; written first
+    OUT/pictures/0000000.png ...      or .jpg with .txt beside it, or tars of both: 00000.tar, 00001.tar ...
+    OUT/parts/000000.json ...         one per part, written last: names and sizes of its files
+
+A part without its record does not count and is made again, and so is one of whose files one is missing or
+of another size. So a kill costs what was under way, and never shows half a picture.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from data_pipeline.errors import NotFound
+from data_pipeline.storage.files import (
+    check_writable,
+    list_sizes,
+    read_bytes,
+    read_text,
+    remove_names,
+    write_bytes,
+)
+from data_pipeline.storage.urls import join
+from trainer.config.run import ConfigError
+
+RECORD = "prompts.json"
+PICTURES = "pictures"
+PARTS = "parts"
+OURS = re.compile(r"\d{5,}\.(png|jpg|txt|tar|json)")
+"""Names of what a set consists of, in its folders."""
+_MAY_DIFFER = ("versions",)
+"""Of a set that is continued."""
+_REQUESTS = 16
+"""At a time, while records are read."""
+
+Kind = Literal["png", "jpg"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How pictures are written."""
+
+    kind: Kind = "png"
+    quality: int = 95
+    """Of JPEG, whose colours are kept at full resolution."""
+    tars: bool = False
+    """Parts as webdataset tars (picture, caption, json), instead of a folder of pictures."""
+
+
+class SetStore:
+    """The folder of one set, which any rank may write parts to; `begin` on one of them first."""
+
+    def __init__(self, out: str, record: dict[str, Any], form: Form) -> None:
+        """`record` is JSON-able: what the pictures are a function of."""
+        self.url = out.rstrip("/") or out
+        self._record = json.loads(json.dumps(record))
+        self._shared = {k: v for k, v in record.items() if k not in _MAY_DIFFER and not isinstance(v, list)}
+        self._form = form
+
+    @property
+    def pictures_url(self) -> str:
+        """What `ldm evaluate` is to read."""
+        return join(self.url, PICTURES)
+
+    def begin(self, *, overwrite: bool) -> set[int]:
+        """Write the record of a new set; parts that an earlier start has left whole.
+
+        Raises:
+            ConfigError: the folder holds another set, which may not go.
+            UserError, RetryableFault: it cannot be written to.
+        """
+        former = None if overwrite else former_record(self.url)
+        if former is None and not overwrite and any(OURS.fullmatch(n) for n in list_sizes(self.pictures_url)):
+            former = {}  # pictures of nobody knows what
+        if former is not None:
+            self._require_same(former)
+            return self._whole_parts()
+        check_writable(self.url)
+        for folder in (PARTS, PICTURES):
+            names = [name for name in list_sizes(join(self.url, folder)) if OURS.fullmatch(name)]
+            remove_names(join(self.url, folder), names)
+        write_bytes(join(self.url, RECORD), json.dumps(self._record, indent=1, ensure_ascii=False).encode())
+        return set()
+
+    def encode(self, picture: NDArray[np.uint8], item: dict[str, Any]) -> bytes:
+        """A file of uint8 [H, W, 3]; a PNG carries its caption and all that it was made from as text."""
+        out, image = io.BytesIO(), Image.fromarray(picture)
+        if self._form.kind == "jpg":
+            image.save(out, "JPEG", quality=self._form.quality, subsampling=0)
+        else:
+            text = PngInfo()
+            text.add_text("prompt", item["prompt"])
+            text.add_text("ldm", json.dumps(self._shared | item, ensure_ascii=False))
+            image.save(out, "PNG", pnginfo=text)
+        return out.getvalue()
+
+    def put(
+        self, part: int, rows: Sequence[int], items: Sequence[dict[str, Any]], files: list[bytes]
+    ) -> None:
+        """Write a part of encoded pictures, and then its record."""
+        if self._form.tars:
+            made = {f"{part:05d}.tar": self._tar(rows, items, files)}
+        else:
+            made = {f"{row:07d}.{self._form.kind}": data for row, data in zip(rows, files, strict=True)}
+            if self._form.kind == "jpg":  # which carries no text that `ldm evaluate` reads
+                made |= {f"{row:07d}.txt": i["prompt"].encode() for row, i in zip(rows, items, strict=True)}
+        for name, data in made.items():
+            write_bytes(join(self.pictures_url, name), data)
+        sizes = {name: len(data) for name, data in made.items()}
+        record = {"first": rows[0], "pictures": len(rows), "files": sizes}
+        write_bytes(join(self.url, PARTS, f"{part:06d}.json"), json.dumps(record).encode())
+
+    def first_pictures(self, count: int) -> list[NDArray[np.uint8]]:
+        """The first of a whole set as they were stored, uint8 [H, W, 3] each."""
+        found: list[NDArray[np.uint8]] = []
+        part = 0
+        while len(found) < count:
+            if self._form.tars:
+                data = read_bytes(join(self.pictures_url, f"{part:05d}.tar"))
+                with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                    members = [m for m in tar if m.name.endswith(self._form.kind)][: count - len(found)]
+                    files = [tar.extractfile(m).read() for m in members]  # type: ignore[union-attr]
+            else:
+                files = [read_bytes(join(self.pictures_url, f"{len(found):07d}.{self._form.kind}"))]
+            found += [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in files]
+            part += 1
+        return found
+
+    def _tar(self, rows: Sequence[int], items: Sequence[dict[str, Any]], files: list[bytes]) -> bytes:
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, item, picture in zip(rows, items, files, strict=True):
+                about = {"caption": item["prompt"], **self._shared, **item}
+                members = {
+                    self._form.kind: picture,
+                    "txt": item["prompt"].encode(),
+                    "json": json.dumps(about, ensure_ascii=False).encode(),
+                }
+                if "class_label" in item:
+                    members["cls"] = str(item["class_label"]).encode()
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{row:07d}.{extension}")  # no time: equal sets are equal bytes
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        return out.getvalue()
+
+    def _require_same(self, former: dict[str, Any]) -> None:
+        names = sorted(former.keys() | self._record.keys())
+        differing = [n for n in names if n not in _MAY_DIFFER and former.get(n) != self._record.get(n)]
+        if differing:
+            raise ConfigError(
+                f"{self.url} holds another set of pictures ({_told(differing[0], former, self._record)}); "
+                "choose another folder with --out, or give --overwrite to replace it."
+            )
+
+    def _whole_parts(self) -> set[int]:
+        folder = join(self.url, PARTS)
+        names = [name for name in list_sizes(folder) if OURS.fullmatch(name)]
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            records = list(pool.map(lambda name: _part_record(join(folder, name)), names))
+        there = list_sizes(self.pictures_url)
+        return {
+            int(name.partition(".")[0])
+            for name, files in zip(names, records, strict=True)
+            if files and all(there.get(each) == size for each, size in files.items())
+        }
+
+
+def former_record(out: str) -> dict[str, Any] | None:
+    """What a set in a folder was made from; None where there is none, empty where it is not ours."""
+    try:
+        former = json.loads(read_text(join(out, RECORD)))
+    except NotFound:
+        return None
+    except ValueError:  # not ours, or cut short
+        return {}
+    return former if isinstance(former, dict) else {}
+
+
+def _part_record(url: str) -> dict[str, int]:
+    try:
+        record = json.loads(read_text(url))
+        return {str(name): int(size) for name, size in record["files"].items()}
+    except (NotFound, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _told(name: str, former: dict[str, Any], ours: dict[str, Any]) -> str:
+    def shown(value: Any) -> str:
+        return "unknown" if value is None else str(value)[:60]
+
+    return f"{name} {shown(former.get(name))} instead of {shown(ours.get(name))}"
