@@ -26,6 +26,7 @@ from trainer.checkpoint.export import open_weights
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.layout import FROZEN
 from trainer.checkpoint.manager import CheckpointManager, Loaded
+from trainer.checkpoint.retirement import abort_dead_uploads
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.distributed import collectives
@@ -263,6 +264,8 @@ def _hold_folder(run_dir: str) -> Lease | None:
     """
     held: list[Lease] = []
     collectives.from_main_rank(lambda: held.append(acquire(run_dir)))
+    if held:
+        abort_dead_uploads(run_dir, held[0].claim.token)
     return held[0] if held else None
 
 

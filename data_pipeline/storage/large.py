@@ -12,8 +12,8 @@ import xxhash
 
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.client import filesystem
-from data_pipeline.storage.retry import PATIENT_TRIES, guarded, guarded_change
-from data_pipeline.storage.urls import is_local
+from data_pipeline.storage.retry import PATIENT_TRIES, QUICK_TRIES, guarded, guarded_change
+from data_pipeline.storage.urls import is_local, is_s3
 
 CHUNK_BYTES = 16 << 20
 """Unit of hashing and local writing."""
@@ -89,6 +89,39 @@ def _write_once(url: str, parts: Iterable[memoryview]) -> tuple[int, str]:
         os.replace(f"{path}.part", path)
         _sync_folder(os.path.dirname(path))
     return size, hasher.hexdigest()
+
+
+def abort_uploads(folder: str, is_dead: Callable[[str], bool]) -> int:
+    """End multipart uploads below an S3 folder whose writers are gone; how many there were.
+
+    Their parts are in no listing, and are kept and paid for until somebody ends them.
+
+    Args:
+        is_dead: of the URL that an upload would have made.
+
+    Raises:
+        UserError, RetryableFault: storage does not list or end them.
+    """
+    if not is_s3(folder):
+        return 0
+    fs, path = filesystem(folder, timeout_s=_TIMEOUT_S)
+    bucket, _, prefix = path.partition("/")
+
+    def once() -> int:
+        found: list[dict[str, Any]] = []
+        place: dict[str, str] = {}
+        while True:
+            page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **place)
+            found += page.get("Uploads") or []
+            if not page.get("IsTruncated"):
+                break
+            place = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        dead = [each for each in found if is_dead(f"s3://{bucket}/{each['Key']}")]
+        for each in dead:
+            fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"])
+        return len(dead)
+
+    return guarded_change(once, folder, done="cleaned of uploads", tries=QUICK_TRIES)
 
 
 def _write_all(file: Any, chunk: memoryview) -> None:

@@ -18,9 +18,18 @@ from dataclasses import dataclass
 
 from data_pipeline.errors import Failure, UserError
 from data_pipeline.storage.files import list_tree, remove_names
+from data_pipeline.storage.large import abort_uploads
 from data_pipeline.storage.retry import pause_before
-from data_pipeline.storage.urls import join
-from trainer.checkpoint.catalogue import Retention, folder_name, leftovers, steps_to_retire, token_of
+from data_pipeline.storage.urls import join, name_of
+from trainer.checkpoint.catalogue import (
+    Retention,
+    checkpoints_url,
+    folder_name,
+    leftovers,
+    snapshots_url,
+    steps_to_retire,
+    token_of,
+)
 from trainer.checkpoint.manifest import MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
@@ -74,6 +83,21 @@ class Retirement:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+
+def abort_dead_uploads(run_dir: str, token: int) -> None:
+    """End what earlier starts of this run were uploading when they were killed. Never raises.
+
+    token: of this start; whoever has a lower one may not commit any more.
+    """
+    for folder in (checkpoints_url(run_dir), snapshots_url(run_dir)):
+        try:
+            ended = abort_uploads(folder, lambda url: 0 < token_of(name_of(url)) < token)
+        except Exception as error:  # noqa: BLE001 - without the permission, or a server without such a list
+            logger.debug("unfinished uploads in %s are left as they are: %s", folder, error)
+            return
+        if ended:
+            logger.info("%d uploads that were killed with an earlier start are ended in %s", ended, folder)
 
 
 def _doomed(folder: str, newest: int, retention: Retention, token: int) -> list[Doomed]:

@@ -17,13 +17,14 @@ import pytest
 
 from data_pipeline.errors import RunTaken
 from data_pipeline.storage import files
+from data_pipeline.storage.client import filesystem
 from data_pipeline.storage.local_s3 import LocalS3
 from data_pipeline.storage.urls import join
 from tests.unit.checkpoint.small_run import SmallRun, build_small_run
 from trainer.checkpoint.catalogue import Retention, checkpoints_url, folder_name
 from trainer.checkpoint.commands import verify
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.checkpoint.retirement import Retirement
+from trainer.checkpoint.retirement import Retirement, abort_dead_uploads
 from trainer.distributed.env import DistributedEnv
 from trainer.exit_codes import ExitCode, classify
 from trainer.reliability.job import JOB_VARIABLE, job_identity
@@ -197,6 +198,28 @@ def test_a_running_job_learns_of_it_within_a_renewal(run_dir: str) -> None:
         time.sleep(0.05)
     assert first.lost is not None
     assert run.manager.failed  # so that the ranks agree to save, which is refused with the sentence
+
+
+def test_uploads_that_were_killed_with_an_earlier_start_are_ended(
+    server: LocalS3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their parts are in no listing, and paid for; those of this start and of other runs stay."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    fs, _ = filesystem("s3://bucket/run")
+    names = {
+        token: f"killed/checkpoints/step_000000005/rank_00001.{token}-aaaa0001.safetensors"
+        for token in (1, 2, 3)
+    }
+    keys = [*names.values(), "killed-not/checkpoints/step_000000005/rank_00001.1-aaaa0001.safetensors"]
+    for key in keys:
+        fs.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+    with caplog.at_level(logging.INFO):
+        abort_dead_uploads("s3://bucket/killed", token=3)
+    left = fs.call_s3("list_multipart_uploads", Bucket="bucket").get("Uploads")
+    assert sorted(each["Key"] for each in left) == sorted([names[3], keys[-1]])
+    assert "2 uploads that were killed" in caplog.text
+    abort_dead_uploads("s3://no-such-bucket/killed", token=3)  # quiet
 
 
 def test_a_job_has_one_name_in_all_its_starts() -> None:
