@@ -37,7 +37,9 @@ from trainer.launch.rank import LAUNCHER_VARIABLE, RESTARTS_VARIABLE
 from trainer.metrics.timer import StepTimer
 from trainer.model import build_autoencoder
 from trainer.models.unet import ATTENTIONS, UNet
+from trainer.reliability.doubt import FAULTS_VARIABLE
 from trainer.reliability.heartbeat import BOARD_VARIABLE
+from trainer.reliability.job import JOB_VARIABLE
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.weights import write_weights
 
@@ -202,7 +204,14 @@ def test_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: ExitCod
 def test_a_launcher_s_variables_are_all_in_the_document() -> None:
     table = DOCUMENT[DOCUMENT.index("## A launcher") :]
     place = Place(0, 0, 1, 1, "host", 1)
-    for name in (*place.variables(), BOARD_VARIABLE, LAUNCHER_VARIABLE, RESTARTS_VARIABLE):
+    for name in (
+        *place.variables(),
+        BOARD_VARIABLE,
+        LAUNCHER_VARIABLE,
+        RESTARTS_VARIABLE,
+        JOB_VARIABLE,
+        FAULTS_VARIABLE,
+    ):
         assert f"`{name}`" in table, name
 
 
