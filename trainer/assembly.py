@@ -39,6 +39,7 @@ from trainer.ema import EMA
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.interop.initialise import initialise
 from trainer.metrics.sinks import Sinks
+from trainer.metrics.step_profile import StepProfiler
 from trainer.metrics.timer import StartTimer, StepTimer
 from trainer.model import build_autoencoder, build_model
 from trainer.provenance import git_commit
@@ -71,6 +72,7 @@ class Run:
     dataset: Dataset | None
     """None in resampled order."""
     start: StartTimer
+    profiler: StepProfiler
     snapshots: CheckpointManager | None = None
     """Writes averages for `ldm ema`, beside the checkpoints: with a buffer and a process of its own."""
     lease: Lease | None = None
@@ -191,6 +193,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of writers and sinks."""
+        self.profiler.close(self.state.step)
         self.checkpoints.close()
         if self.snapshots is not None:
             self.snapshots.close()
@@ -239,7 +242,7 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     try:
         checkpoints = CheckpointManager(config, env, buffer, lease)
         parts = (config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
-        run = Run(*parts, lease=lease, frozen=frozen)
+        run = Run(*parts, StepProfiler(config.run_dir, env), lease=lease, frozen=frozen)
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
         resumed = run.restore()

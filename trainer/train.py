@@ -7,6 +7,7 @@ import math
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import chain
 
 import torch
@@ -29,6 +30,7 @@ from trainer.reliability.healing import Incident, Verdict
 from trainer.reliability.heartbeat import board_from_environment
 from trainer.reliability.peers import peer_phases
 from trainer.reliability.preemption import Preemption
+from trainer.reliability.requests import profile_url, stop_url
 from trainer.reliability.served_share import ServedShare
 from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, gather_reports
 from trainer.reliability.watchdog import Watchdog, silence_s
@@ -53,8 +55,8 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
         grace_s={"data": config.data.patience_s, "step": 600.0 if config.distributed.compile else 0.0},
         peers=peer_phases(env),
     )
-    stop_file = f"{config.run_dir.rstrip('/')}/STOP" if env.is_main else None
-    with watchdog, Preemption(stop_file) as preemption:
+    files = (stop_url(config.run_dir), profile_url(config.run_dir)) if env.is_main else ()
+    with watchdog, Preemption(*files) as preemption:
         initialise(env, config.distributed.timeout_s)
         start.mark("process group")
         try:
@@ -104,8 +106,10 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         snapshot = due(state.step, config.ema.snapshot_every)
         storing = saving or snapshot
         seen = batches.tally.seen
+        run.profiler.ask(preemption.take_profile())
         incident, agreed = judge(run, delayed, preemption.request, data_lost, seen, everything=storing)
         served_share.judge(agreed.seen, batches.tally, main_rank=run.env.is_main)
+        run.profiler.turn(state.step, agreed.profile, busy=partial(watchdog.beat, state.step, "profile"))
         if incident is not None:
             batches.close()
             watchdog.beat(state.step, "start")
@@ -178,6 +182,7 @@ def judge(
         save_failed=run.checkpoints.failed,
         seen=seen,
         losses=[values["loss"] for values in read],
+        profile=run.profiler.asked,
     )
     for late, values, loss in zip(ready, read, agreed.losses, strict=True):
         verdict = run.healer.check(late.step, loss, worst_norm(values), poisoned=run.is_poisoned)

@@ -15,35 +15,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-KINDS = (
-    # The first pattern that a kernel's name matches decides, so special names stand before general ones.
-    ("convolution", r"triton_tem_\w*conv"),
-    ("matmul", r"triton_tem_"),
-    ("compiled", r"^triton_(poi|red|per|for|spl)_"),
-    ("group norm", r"^_(forward|backward)_(sums|lines|apply)"),
-    ("layer norm and GEGLU", r"^_(layer_norm|geglu)_"),
-    ("attention", r"fmha|flash|sdpa|attention|softmax"),
-    ("layout conversion", r"nchwtonhwc|nhwctonchw|transpose|permute"),
-    ("group norm", r"group_?norm|rowwisemoments|computefusedparams|computeinternalgradients"),
-    ("layer norm and GEGLU", r"layer_?norm|gammabeta|computegradinput"),
-    ("convolution", r"conv|fprop|dgrad|wgrad|implicit_gemm"),
-    ("optimizer", r"adam|multi_tensor|foreach|lerp|lpnorm|^_accumulate"),
-    ("matmul", r"gemm|cutlass|nvjet|cublas|splitk|addmm|bmm|aten::mm|linear"),
-    ("random", r"philox|random|distribution|^_draw"),
-    ("activations", r"silu|gelu|sigmoid|glu"),
-    ("reductions", r"reduce|sum|mean|norm"),
-    ("copies and concatenation", r"memcpy|memset|copy|cat|fill|clone|index|gather|upsample"),
-    ("adds", r"add"),
-)
-"""(kind, pattern of the lower-case name of a kernel or, on a CPU, of an operator)"""
-
-_ANNOTATIONS = ("ProfilerStep", "## ", "nccl:")
-
-
-def kind_of(name: str) -> str:
-    """Kind of a kernel by its name, `other` where nothing fits."""
-    lowered = name.lower()
-    return next((kind for kind, pattern in KINDS if re.search(pattern, lowered)), "other")
+from trainer.metrics.step_profile import ANNOTATIONS, kind_of
 
 
 def measure(
@@ -114,7 +86,7 @@ def profile_kinds(run: Callable[[], object], device: torch.device, *, top: int =
     kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     rows, host = [], {}
     for event in profiler.key_averages():
-        if event.key.startswith(_ANNOTATIONS):
+        if event.key.startswith(ANNOTATIONS):
             continue
         if on_gpu and event.device_type == DeviceType.CPU and event.key.startswith(("cuda", "cu")):
             host[event.key] = event.count

@@ -118,6 +118,12 @@ def exists(url: str) -> bool:
     return bool(guarded(lambda: fs.exists(path), url))
 
 
+def modified_at(url: str) -> float:
+    """When a file was written, in seconds since 1970 by the storage's clock. Raises as `read_bytes`."""
+    fs, path = filesystem(url)
+    return float(guarded(lambda: fs.modified(path), url).timestamp())
+
+
 def list_names(url: str, *, tries: int = QUICK_TRIES) -> list[str]:
     """Names directly inside a folder, sorted; none when there is no folder."""
     fs, path = filesystem(url)

@@ -216,6 +216,8 @@ class Agreed:
     """Means over ranks of the losses that were handed in; NaN where one rank's was."""
     seen: float = 0.0
     """Sum over ranks of the samples that their loaders have looked at."""
+    profile: bool = False
+    """Whether rank 0 was asked for a profile of the next steps."""
 
 
 def agree(
@@ -225,6 +227,7 @@ def agree(
     save_failed: bool,
     losses: Sequence[float],
     seen: float = 0.0,
+    profile: bool = False,
 ) -> Agreed:
     """What all ranks decide together, once a step: log2 of the ranks messages; waits for no GPU. Collective.
 
@@ -232,13 +235,13 @@ def agree(
     """
     ranks = world_size()
     if ranks == 1:
-        return Agreed(request, data_lost, save_failed, tuple(losses), seen)
+        return Agreed(request, data_lost, save_failed, tuple(losses), seen, profile)
     # One slot per request level makes the maximum a sum, so a single reduction carries everything.
     levels = [float(level is request) for level in StopRequest]
-    head = [*levels, float(data_lost), float(save_failed), float(seen)]
+    head = [*levels, float(data_lost), float(save_failed), float(seen), float(profile)]
     message = torch.tensor([*head, *losses], dtype=torch.float64)
     message = _sum(message)
-    *counts, lost, failed, seen = message[: len(head)].tolist()
+    *counts, lost, failed, seen, profiles = message[: len(head)].tolist()
     asked = max(level for level, count in zip(StopRequest, counts, strict=True) if count > 0)
     means = message[len(head) :] / ranks
-    return Agreed(asked, lost > 0, failed > 0, tuple(means.tolist()), seen)
+    return Agreed(asked, lost > 0, failed > 0, tuple(means.tolist()), seen, profiles > 0)

@@ -98,7 +98,8 @@ class Sinks:
         """Something that happened once: a rewind, a resume, a slow rank."""
         if self._jsonl is None:
             return
-        self._jsonl.write({"step": step, "samples_seen": samples_seen, "event": name, **details})
+        record = {"step": step, "samples_seen": samples_seen, "event": name, "time": time.time(), **details}
+        self._jsonl.write(record)
         if self._wandb:
             self._wandb.log(samples_seen, {"event": name, **{f"event/{k}": v for k, v in details.items()}})
 

@@ -27,7 +27,7 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 
 from data_pipeline.errors import Failure, NotFound, RunTaken
-from data_pipeline.storage.files import read_bytes, write_bytes
+from data_pipeline.storage.files import modified_at, read_bytes, write_bytes
 from data_pipeline.storage.urls import join
 from trainer.reliability.job import is_gone, job_identity, machine, process_identity
 
@@ -159,6 +159,16 @@ def acquire(
     )
     write_bytes(join(run_dir, _NAME), json.dumps(asdict(tenure)).encode())
     return Lease(run_dir, tenure, renew_s)
+
+
+def holder(run_dir: str) -> Tenure | None:
+    """What the lease of a run folder says; None where there is none."""
+    return _read(run_dir)
+
+
+def written_at(run_dir: str) -> float:
+    """When the lease was last renewed, by the storage's clock. Raises NotFound where there is none."""
+    return modified_at(join(run_dir, _NAME))
 
 
 def _is_ours(held: Tenure, job: str) -> bool:

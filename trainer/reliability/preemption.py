@@ -1,4 +1,4 @@
-"""Stop requests: signals and the stop file set a flag that the loop reads at step boundaries."""
+"""Requests to a running job: signals and files in its folder set what the loop reads at step boundaries."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
-from data_pipeline.errors import Failure
-from data_pipeline.storage.files import exists, remove_file
+from data_pipeline.errors import Failure, UserError
+from data_pipeline.storage.files import exists, read_bytes, remove_file
 from data_pipeline.storage.retry import QUICK_TRIES
 from data_pipeline.storage.urls import is_local
 from trainer.exit_codes import StopRequest
+from trainer.reliability.requests import ProfileRequest
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,18 @@ class Preemption:
 
     stop_file: path or URL whose appearance asks for a saved stop (poll it on one rank only); it is
     removed by `acknowledge` once the state is saved, so that the same command resumes the run.
-    poll_s: seconds between looks at the stop file, in a thread of its own since it may be remote; unset:
+    profile_file: path or URL that asks for a profile of the next steps; removed once it is read, and the
+    request waits in `take_profile`.
+    poll_s: seconds between looks at the files, in a thread of its own since it may be remote; unset:
     1, or 10 for object storage.
     """
 
-    def __init__(self, stop_file: str | None = None, *, poll_s: float | None = None) -> None:
+    def __init__(
+        self, stop_file: str | None = None, profile_file: str | None = None, *, poll_s: float | None = None
+    ) -> None:
         self._stop_file = stop_file
+        self._profile_file = profile_file
+        self._profile: ProfileRequest | None = None
         remote = stop_file is not None and not is_local(stop_file)
         self._poll_s = poll_s if poll_s is not None else 10.0 if remote else 1.0
         self._request = StopRequest.NONE
@@ -49,6 +56,11 @@ class Preemption:
     def request(self) -> StopRequest:
         """The strongest request so far on this rank."""
         return self._request
+
+    def take_profile(self) -> ProfileRequest | None:
+        """The profile that was asked for, once."""
+        taken, self._profile = self._profile, None
+        return taken
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -110,6 +122,16 @@ class Preemption:
                 if exists(self._stop_file):
                     self._ask(StopRequest.STOPPED, f"stop file {self._stop_file}")
                     return
+                if self._profile_file is not None and exists(self._profile_file):
+                    self._read_profile(self._profile_file)
             except Failure as error:
-                logger.debug("could not look for the stop file: %s", error)
+                logger.debug("could not look for requests: %s", error)
             self._closing.wait(self._poll_s)
+
+    def _read_profile(self, url: str) -> None:
+        content = read_bytes(url, tries=QUICK_TRIES)
+        remove_file(url, tries=QUICK_TRIES)  # what cannot be removed would be asked for again and again
+        try:
+            self._profile = ProfileRequest.from_bytes(content)
+        except UserError as error:
+            logger.warning("%s is not followed: %s", url, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,8 @@ def test_a_slow_rank_is_named_once_and_counted_while_it_lasts(
         "own_s": 0.42,
         "step_s": 1.0,
     }
+    now = time.time()
+    assert all(now - 60 < event.pop("time") <= now for event in events)
     assert events == [expected] * 2
 
 
