@@ -7,7 +7,7 @@ that memory grows with n and not with its square. "Made" is the set to be judged
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,8 @@ DENSITY_NEIGHBOURS = 5
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0
 MIND_PROJECTIONS = 1000
+WHOLE_KERNEL = 1 << 26
+"""Numbers in a kernel matrix that is computed once for all subsets (half a gigabyte)."""
 CHUNK = 2048
 """Rows of a matrix of distances that are in memory at a time."""
 _SAME = 1e-12
@@ -71,16 +73,15 @@ def kernel_distance(made: Tensor, real: Tensor, subset_size: int) -> Spread:
     The subsets are those of torch-fidelity for the same features in the same order.
     """
     generator = np.random.RandomState(SEED)
-    found = []
-    for _ in range(KID_SUBSETS):
-        x = made[_chosen(generator, len(made), subset_size, made.device)].double()
-        y = real[_chosen(generator, len(real), subset_size, real.device)].double()
-        within = _off_diagonal_sum(x) + _off_diagonal_sum(y)
-        across = _cubic(x, y).sum()
-        found.append(
-            float(within / (subset_size * (subset_size - 1)) - 2 * across / (subset_size * subset_size))
-        )
-    return Spread(float(np.mean(found)), float(np.std(found)))
+    subsets = [
+        tuple(_chosen(generator, len(each), subset_size, each.device) for each in (made, real))
+        for _ in range(KID_SUBSETS)
+    ]
+    ours, theirs = [x for x, _ in subsets], [y for _, y in subsets]
+    within = _kernel_sums(made, made, ours, ours) + _kernel_sums(real, real, theirs, theirs)
+    across = _kernel_sums(made, real, ours, theirs)
+    found = within / (subset_size * (subset_size - 1)) - 2 * across / (subset_size * subset_size)
+    return Spread(float(found.mean()), float(found.std(correction=0)))
 
 
 def _chosen(
@@ -92,13 +93,34 @@ def _chosen(
     return torch.from_numpy(generator.choice(count, size, replace=False)).to(device)
 
 
+def _kernel_sums(x: Tensor, y: Tensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+    """Sums of the kernel over each subset, [subsets] fp64; within one set, without its diagonal.
+
+    Of small sets, the kernel between all is cheaper than that of each subset anew.
+    """
+    if len(x) * len(y) <= WHOLE_KERNEL:
+        kernel = _cubic(x.double(), y.double())
+        chosen = [_indicators(parts, len(each), x.device) for parts, each in ((rows, x), (columns, y))]
+        sums = ((chosen[0] @ kernel) * chosen[1]).sum(dim=1)
+        return sums - chosen[0] @ kernel.diagonal() if x is y else sums
+    found = []
+    for i, j in zip(rows, columns, strict=True):
+        part = _cubic(x[i].double(), y[j].double())
+        found.append(part.sum() - part.diagonal().sum() if x is y else part.sum())
+    return torch.stack(found)
+
+
+def _indicators(parts: Sequence[Tensor], count: int, device: torch.device) -> Tensor:
+    """[subsets, count], 1 where a vector belongs to a subset."""
+    found = torch.zeros(len(parts), count, dtype=torch.float64, device=device)
+    for row, part in zip(found, parts, strict=True):
+        row[part] = 1.0
+    return found
+
+
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1.0).pow(3)
-
-
-def _off_diagonal_sum(x: Tensor) -> Tensor:
-    kernel = _cubic(x, x)
-    return kernel.sum() - kernel.diagonal().sum()
+    base = (x @ y.T).div_(x.shape[1]).add_(1.0)
+    return base * base * base
 
 
 def inception_score(logits: Tensor) -> Spread:

@@ -34,7 +34,12 @@ class Moments:
         block = features.double()
         self.count += len(block)
         for i, part in enumerate((block.sum(dim=0), block.T @ block)):
-            self._words[i] = _plus(self._words[i], (part, torch.zeros_like(part)))
+            high, low = self._words[i]
+            total = high + part
+            back = total - high
+            # in place: a matrix of 2048 x 2048 is 32 MB, and each pass over it takes time
+            low += part.sub_(back).add_(high.sub_(back.neg_().add_(total)))
+            self._words[i] = total, low
 
     def tensors(self) -> list[Tensor]:
         """All of it as tensors on the CPU, for another process."""
@@ -51,13 +56,17 @@ class Moments:
 
     def mean(self) -> Tensor:
         """[D] fp64, on the CPU."""
-        return self._words[0][0].cpu() / self.count
+        return self._sums(0) / self.count
 
     def covariance(self) -> Tensor:
         """[D, D] fp64 on the CPU, of n - 1 degrees of freedom; zeros for a single picture."""
-        sums, products = (pair[0].cpu() for pair in self._words)
+        sums, products = self._sums(0), self._sums(1)
         centred = products - torch.outer(sums, sums / self.count)
         return (centred + centred.T) / (2 * max(1, self.count - 1))
+
+    def _sums(self, which: int) -> Tensor:
+        high, low = self._words[which]
+        return (high + low).cpu()
 
 
 def _plus(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -139,6 +139,9 @@ def test_monge_distance_of_a_shift_and_of_unequal_sets() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = gaussian(150, 8, 11), gaussian(130, 8, 12, shift=0.3)
     whole = (metrics.precision_and_recall(x, y), metrics.clip_discrepancy(x, y))
+    subsets = metrics.kernel_distance(x, y, 50)
+    monkeypatch.setattr(metrics, "WHOLE_KERNEL", 0)
+    assert metrics.kernel_distance(x, y, 50).mean == pytest.approx(subsets.mean, rel=1e-9)
     monkeypatch.setattr(metrics, "CHUNK", 7)
     assert metrics.precision_and_recall(x, y) == whole[0]
     assert metrics.clip_discrepancy(x, y) == pytest.approx(whole[1], rel=1e-12)
