@@ -66,21 +66,23 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "run") if request.param == "disk" else f"memory://{tmp_path.name}/run"
 
 
-HISTORY = [
-    logged(10, 900),
-    logged(20, 850),
-    event(15, "resume", 800, world_size=4),  # after a fault: five steps are made again
-    event(15, "slow rank", 790, rank=3, host="old"),
-    logged(20, 780),
-    event(22, "stopped", 770),
-    event(20, "resume", 600, world_size=4),
-    logged(30, 500, step_s=9.0),
-    event(31, "save failed", 490),
-    event(30, "resume", 300, world_size=4),  # nothing was lost
-    event(30, "slow rank", 60, rank=2, host="gpu7", own_s=1.0, step_s=2.0),
-    logged(690, 40, step_s=1.0),
-    logged(700, 20, step_s=3.0, images_per_s=30.0, loss="nan"),
-]
+def history() -> list[dict[str, Any]]:
+    """Records of three starts."""
+    return [
+        logged(10, 900),
+        logged(20, 850),
+        event(15, "resume", 800, world_size=4),  # after a fault: five steps are made again
+        event(15, "slow rank", 790, rank=3, host="old"),
+        logged(20, 780),
+        event(22, "stopped", 770),
+        event(20, "resume", 600, world_size=4),
+        logged(30, 500, step_s=9.0),
+        event(31, "save failed", 490),
+        event(30, "resume", 300, world_size=4),  # nothing was lost
+        event(30, "slow rank", 60, rank=2, host="gpu7", own_s=1.0, step_s=2.0),
+        logged(690, 40, step_s=1.0),
+        logged(700, 20, step_s=3.0, images_per_s=30.0, loss="nan"),
+    ]
 
 
 # Of before incidents said what was done, and of today.
@@ -88,31 +90,41 @@ INCIDENTS = [{"step": 3}, {"step": 5, "action": "rewound"}, {"step": 9, "action"
 
 
 def test_every_figure(run_dir: str) -> None:
-    write_run(run_dir, HISTORY, {})
+    began = time.time()
+    write_run(run_dir, history(), {})
     write_bytes(f"{run_dir}/healing.json", json.dumps(INCIDENTS).encode())
     write_bytes(f"{run_dir}/STOP", b"")
     found = standing(run_dir)
+    took = time.time() - began + 1.0
     assert (found.state, found.step, found.steps, found.samples_seen) == ("running", 700, 1000, 44_800)
     assert found.loss == "nan"
     assert (found.step_s, found.images_per_s) == (2.0, 31.0)  # of this start alone
     assert found.eta_s == 600.0
-    assert found.record_age_s == pytest.approx(20, abs=5)
+    assert found.record_age_s is not None
+    assert 19 < found.record_age_s < 20 + took
     assert found.checkpoint_step == 700
-    assert found.checkpoint_age_s == pytest.approx(0, abs=5)
+    assert found.checkpoint_age_s is not None
+    assert found.checkpoint_age_s < took
     assert (found.starts, found.bad_steps, found.rewinds) == (3, 3, 2)
     assert (found.faults, found.failed_saves) == (1, 1)
     assert (found.steps_again, found.events_since) == (5, 10)
     assert (found.ranks, found.slow_ranks, found.found_slow) == (4, 1, ("rank 2 (gpu7)",))
     assert found.holder == "SLURM job 17"
-    assert found.holder_age_s == pytest.approx(0, abs=5)
+    assert found.holder_age_s is not None
+    assert found.holder_age_s < took
     assert found.stop_requested
 
 
 def test_the_screen_and_the_object_say_the_same(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(run_dir, HISTORY, {})
+    write_run(run_dir, history(), {})
     assert main(["status", run_dir]) == 0
     shown = capsys.readouterr().out
-    for text in ("700 of 1,000 (70.0 %)", "10 min at this speed", "step 700, 0 s ago", "SLURM job 17, heard"):
+    for text in (
+        "700 of 1,000 (70.0 %)",
+        "10 min at this speed",
+        "checkpoint  step 700, ",
+        "SLURM job 17, heard",
+    ):
         assert text in shown
     assert len(shown.splitlines()) <= 12
     assert main(["status", run_dir, "--json"]) == 0
@@ -121,7 +133,7 @@ def test_the_screen_and_the_object_say_the_same(run_dir: str, capsys: pytest.Cap
 
 def test_a_held_folder_without_a_word_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    write_run(str(run_dir), HISTORY, {})
+    write_run(str(run_dir), history(), {})
     age_lease(run_dir, 7300)
     found = standing(str(run_dir))
     assert (found.state, found.eta_s) == ("silent", 600.0)
@@ -146,7 +158,7 @@ def test_a_process_of_this_machine_that_is_gone_is_said_to_be(tmp_path: Path) ->
     run_dir = str(tmp_path / "run")
     ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = process_identity(ended.pid)
-    write_run(run_dir, HISTORY, {"process": identity})
+    write_run(run_dir, history(), {"process": identity})
     assert standing(run_dir).state == "running"
     ended.communicate(b"\n")
     assert standing(run_dir).state == "gone"
@@ -163,7 +175,7 @@ def test_a_process_of_this_machine_that_is_gone_is_said_to_be(tmp_path: Path) ->
     ],
 )
 def test_how_a_run_ended(run_dir: str, last: dict[str, Any], checkpoint: int, state: str) -> None:
-    write_run(run_dir, [*HISTORY, last], {"released": True})
+    write_run(run_dir, [*history(), last], {"released": True})
     write_bytes(f"{run_dir}/checkpoints/step_{checkpoint:09d}/manifest.json", b"{}")
     found = standing(run_dir)
     assert (found.state, found.eta_s) == (state, None)
