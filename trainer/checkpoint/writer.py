@@ -117,7 +117,7 @@ def write_commit(job: Job, own: StoredFile, retirement: Retirement) -> None:
     )
     retirement.cancel()
     if commit.claim is not None:
-        commit.claim.verify()
+        commit.claim.verify(tries=PATIENT_TRIES)  # as patient as the shards were
     write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())
     token = 0 if commit.claim is None else commit.claim.token
     retirement.begin(job.folder, job.step, commit.retention, token)

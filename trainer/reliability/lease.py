@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 
 from data_pipeline.errors import Failure, NotFound, RunTaken
 from data_pipeline.storage.files import modified_at, read_bytes, write_bytes
+from data_pipeline.storage.retry import TRIES
 from data_pipeline.storage.urls import join
 from trainer.reliability.job import is_gone, job_identity, machine, process_identity
 
@@ -65,9 +66,9 @@ class Claim:
     token: int
     nonce: str
 
-    def verify(self) -> None:
+    def verify(self, *, tries: int = TRIES) -> None:
         """Raises RunTaken when another start holds the folder by now, or a Failure of storage's."""
-        held = _read(self.run_dir)
+        held = _read(self.run_dir, tries=tries)
         if held is None or held.nonce == self.nonce:
             return  # nobody else; a lease that was removed by hand comes back with the next renewal
         raise RunTaken(
@@ -195,9 +196,9 @@ def _outlast(run_dir: str, held: Tenure, expiry_s: float) -> None:
             )
 
 
-def _read(run_dir: str) -> Tenure | None:
+def _read(run_dir: str, *, tries: int = TRIES) -> Tenure | None:
     try:
-        text = read_bytes(join(run_dir, _NAME))
+        text = read_bytes(join(run_dir, _NAME), tries=tries)
     except NotFound:
         return None
     try:
