@@ -31,7 +31,8 @@ from data_pipeline.pictures.headers import picture_size
 from data_pipeline.shards.dataset import sources_of
 from data_pipeline.shards.filter_values import as_column, to_numbers
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.index import ORIGINAL, hash_text
+from data_pipeline.shards.identities import hash_text
+from data_pipeline.shards.index import ORIGINAL
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import picture_members, removed_by

@@ -34,20 +34,19 @@ from data_pipeline.pictures.headers import size_of
 from data_pipeline.shards.beside import parquet_of, read_table, rows_by_key
 from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Grouping, Sample, group, split_name
+from data_pipeline.shards.identities import hash_identity, identity_text, is_identity
 from data_pipeline.shards.index import (
     ABSENT,
     DEFECTS,
-    IDENTITIES,
     ManifestRow,
     ShardIndex,
     bad_row,
-    hash_identity,
     index_name,
     read_manifest,
     row_of,
     write_manifest,
 )
-from data_pipeline.shards.records import TEXT_BYTES, is_blank, parse_record
+from data_pipeline.shards.records import MAX_JSON, TEXT_BYTES, is_blank, parse_record
 from data_pipeline.shards.tars import BLOCK, MemberBytes, TarScan, scan
 from data_pipeline.storage.files import read_bytes, read_range, write_bytes
 from data_pipeline.storage.listing import ListedFile
@@ -58,7 +57,8 @@ logger = logging.getLogger(__name__)
 _MAX_WORDS = 256
 """Different texts up to which a column is kept ("status", "license"); with more it is a caption or a URL."""
 _MAX_WORD = 64
-_MAX_JSON = 1_000_000
+_UNREADABLE = "unreadable"
+"""What is noted of a json member that is no object, too."""
 _SAVE_EVERY_S = 30.0
 _HEAD = 512
 _KINDS = {
@@ -230,12 +230,26 @@ def _assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardInd
         defects=defects,
         pictures=pictures,
         blank=blank if blank.any() else None,
-        problems=tuple([*found.problems, *grouping.problems][:100]),
+        problems=tuple([*found.problems, *_unreadable(samples, found), *grouping.problems][:100]),
         apart=grouping.apart,
     )
     if any(records):
         _add_columns(index, records)
     return index
+
+
+def _unreadable(samples: Sequence[Sample], found: TarScan) -> Iterator[str]:
+    """A sentence about json members whose fields nobody will see."""
+    keys = [
+        s.key
+        for s in samples
+        if "json" in s.members and found.seen.get(s.members["json"].offset) == _UNREADABLE
+    ]
+    if keys:
+        yield (
+            f"{len(keys)} json members, first {keys[0][:80]!r}, are no JSON objects in UTF-8 of at most "
+            f"{MAX_JSON:,} bytes: filters and removal lists see none of their fields"
+        )
 
 
 def _look(name: str, member: MemberBytes) -> Any:
@@ -244,7 +258,8 @@ def _look(name: str, member: MemberBytes) -> Any:
     if extension == "txt":
         return is_blank(member.read(0, TEXT_BYTES)) or None
     if extension == "json":
-        return parse_record(member.read(0, _MAX_JSON))
+        record = parse_record(member.read(0, MAX_JSON + 1))
+        return _UNREADABLE if record is None else record
     return size_of(member.read, member.size) if _is_picture(extension) else None
 
 
@@ -267,8 +282,8 @@ def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]], *, parque
     omitted = list(index.omitted)
     for name in sorted({name for record in records for name in record}):
         raw = [record.get(name) for record in records]
-        if name in IDENTITIES:
-            hashed = [0 if v is None else hash_identity(str(v)) for v in raw]
+        if is_identity(name):
+            hashed = [0 if v is None else hash_identity(identity_text(name, v)) for v in raw]
             index.hashes[name] = np.asarray(hashed, np.uint64)
         values = [plain(v) for v in raw]
         if parquet:
@@ -292,7 +307,7 @@ def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]], *, parque
 def _fit(name: str, words: set[str], values: Sequence[Any]) -> bool:
     """Whether the texts of a column are few and short enough to be kept."""
     present = sum(v is not None for v in values)
-    few = len(words) <= min(_MAX_WORDS, max(8, present // 4)) and name not in IDENTITIES
+    few = len(words) <= min(_MAX_WORDS, max(8, present // 4)) and not is_identity(name)
     return few and all(len(word) <= _MAX_WORD for word in words)
 
 

@@ -22,7 +22,7 @@ from data_pipeline.shards.tars import Member
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _COMPOUND = ("seg.png", "depth.png")
 """Extensions with a dot of their own."""
-_KNOWN = (*IMAGE_EXTENSIONS, "txt", "caption", "json", "cls", "npy", "pyd", "ppm", *_COMPOUND)
+KNOWN_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "caption", "json", "cls", "npy", "pyd", "ppm", *_COMPOUND)
 _META = re.compile(r"__[^/]*__(/|$)|__MACOSX/")
 """webdataset's own metadata, and what macOS adds to archives."""
 _MAX_APART = 2_000_000
@@ -58,7 +58,7 @@ def split_name(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     prefix = f"{folder}/" if folder else ""
     lower = base.lower()
-    known = [e for e in _KNOWN if lower.endswith("." + e) and len(lower) > len(e) + 1]
+    known = [e for e in KNOWN_EXTENSIONS if lower.endswith("." + e) and len(lower) > len(e) + 1]
     if known:
         extension = max(known, key=len)
         return prefix + base[: -len(extension) - 1], extension

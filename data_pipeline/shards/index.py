@@ -31,7 +31,6 @@ import gzip
 import hashlib
 import io
 import json
-import re
 import struct
 import threading
 import tokenize
@@ -51,7 +50,7 @@ from data_pipeline.shards.tars import BLOCK
 from data_pipeline.storage.files import read_bytes, write_bytes
 from data_pipeline.storage.urls import join, name_of
 
-VERSION = 5
+VERSION = 6
 COLUMN_KINDS = ("number", "text", "mixed", "unkept", "empty")
 """Numbers; texts that spell no number; anything else; in the parquet alone and not kept; without a value."""
 ABSENT = np.uint32(0xFFFFFFFF)
@@ -61,15 +60,6 @@ MANIFEST = "manifest.jsonl.gz"
 _MAX_MEMBERS = 64
 ORIGINAL = ("original_height", "original_width")
 """Fields that tell the size of a picture before it was stored."""
-DIGESTS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
-"""Hexadecimal digits of the digests that are told from other texts by their looks."""
-IDENTITIES = ("url", "uid", "hash", *DIGESTS)
-"""Fields of a sample that removal lists may name; their hashes are kept."""
-_DIGEST = re.compile(
-    r"\s*(?:0x|(?:md5|sha-?\d+)[:=])?((?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{56}|[0-9a-f]{64}|[0-9a-f]{96}"
-    r"|[0-9a-f]{128}))\s*",
-    re.IGNORECASE,
-)
 _DAMAGE = (
     *(ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, SyntaxError, RuntimeError),
     *(ArithmeticError, MemoryError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile),
@@ -402,27 +392,6 @@ def write_manifest(folder: str, rows: dict[str, ManifestRow]) -> None:
     head |= {"columns": [dict(s) for s in sets], "members": list(members)}
     data = gzip.compress((json.dumps(head) + "\n" + body).encode(), mtime=0)
     write_bytes(join(folder, MANIFEST), data)
-
-
-def hash_text(text: str) -> int:
-    """64-bit hash of a text, never 0."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-        )
-        or 1
-    )
-
-
-def identity(text: str) -> str:
-    """The one spelling of a key, URL or digest: a digest in lower case without `0x` or `sha256:`."""
-    found = _DIGEST.fullmatch(text)
-    return found.group(1).lower() if found else text.strip()
-
-
-def hash_identity(text: str) -> int:
-    """64-bit hash under which keys, URLs and digests are compared with removal lists."""
-    return hash_text(identity(text))
 
 
 def _narrow(values: NDArray[np.float64]) -> tuple[NDArray[Any], bool]:

@@ -11,7 +11,7 @@ import json
 import unicodedata
 from typing import Any
 
-_MAX_JSON = 4_000_000
+MAX_JSON = 4_000_000
 _MAX_CHARACTERS = 4000
 _READ_CHARACTERS = 4 * _MAX_CHARACTERS
 TEXT_BYTES = 4 * _READ_CHARACTERS
@@ -21,7 +21,7 @@ _LOOK = 64
 
 def parse_record(body: bytes | None) -> dict[str, Any] | None:
     """The json member as a dict; None when absent or not an object. Bad JSON counts as absent."""
-    if body is None or len(body) > _MAX_JSON:
+    if body is None or len(body) > MAX_JSON:
         return None
     try:
         value = json.loads(body)

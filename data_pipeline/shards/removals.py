@@ -24,7 +24,7 @@ import re
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -32,8 +32,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, split_name
-from data_pipeline.shards.index import DIGESTS, IDENTITIES, hash_text, identity
+from data_pipeline.shards.grouping import KNOWN_EXTENSIONS, split_name, tidy
+from data_pipeline.shards.identities import (
+    DIGESTS,
+    IDENTITIES,
+    hash_text,
+    identity,
+    identity_text,
+    is_unpadded,
+    numbered,
+    readings,
+)
 from data_pipeline.storage.files import read_bytes
 from data_pipeline.storage.urls import name_of
 
@@ -61,6 +70,9 @@ _REFUSED = {
 }
 _FORMS = "plain text, CSV, JSON lines or Parquet, as it is or compressed by gzip"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
+_PATTERN = re.compile(r"(^|://)\*|/\*+$")
+"""A wildcard in place of a host or of all names in a folder."""
+_CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
 _SEPARATOR = re.compile(r'[\t,;|\s"]')
 _KIND = {length: name for name, length in DIGESTS.items()}
 
@@ -168,14 +180,14 @@ class _Entries:
                     record = json.loads(text)
                 except (ValueError, RecursionError) as error:
                     self.refuse(f"it is no JSON object ({error}); write each object on one line")
-                self._record(record)
+                self._record(record.items())
             elif _SEPARATOR.search(text):
                 try:
                     self._cells(text)
                 except csv.Error as error:
                     self.refuse(f"{error}; write shorter cells")
             else:
-                self._add(text)
+                self._line(text)
 
     def _table(self, lines: _Lines, names: list[str], delimiter: str) -> None:
         rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -191,7 +203,7 @@ class _Entries:
             if len(row) != len(names):
                 what = f"it has {len(row)} cells and the header {len(names)}"
                 self.refuse(f"{what}; put cells that hold {delimiter!r} in quotes")
-            self._record(dict(zip(names, row, strict=True)))
+            self._record(zip(names, row, strict=True))
 
     def _cells(self, text: str) -> None:
         """A line with separators and no header above it: cells, or a name that happens to hold one."""
@@ -211,6 +223,8 @@ class _Entries:
         alone = next(csv.reader([text]))
         if text.startswith('"') and len(alone) == 1:
             text = alone[0].strip()
+        elif any(_has_shape(reading) or not _SEPARATOR.search(reading) for reading in readings(text)):
+            pass  # one cell, with its end or a comment
         elif "\t" in text or ("," in text and not _URL.fullmatch(text)):
             self.refuse(
                 f"{text[:80]!r} has several columns, of which none is a URL or a digest, and the file no "
@@ -220,7 +234,16 @@ class _Entries:
         elif "," in text:
             # A URL with a comma, or a URL and a cell behind it: nobody can tell, so both are removed.
             self._add(text.partition(",")[0], counted=False)
-        self._add(text)
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        """A line that is one identifier, and what it may mean without bullet, quotes or comment."""
+        *others, bare = text, *readings(text)
+        if _PATTERN.search(bare):
+            self.refuse(f"{bare[:80]!r} is a pattern, and patterns are not read; name each URL or key")
+        self._add(bare)
+        for other in others:
+            self._add(other, counted=False)
 
     def _array(self, data: bytes) -> None:
         try:
@@ -233,7 +256,7 @@ class _Entries:
             if isinstance(value, str) and value.strip():
                 self._add(value.strip())
             elif isinstance(value, dict):
-                self._record(value)
+                self._record(value.items())
             else:
                 self.refuse(f"{str(value)[:80]!r} is neither a text nor an object")
 
@@ -254,22 +277,22 @@ class _Entries:
             if size > _MAX_BYTES:
                 self.refuse(f"it is larger than {_MAX_BYTES:,} bytes when unpacked; split it", here=False)
             for batch in batches:
-                for record in batch.to_pylist():
+                for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     self.number += 1
-                    self._record(record)
+                    self._record(zip(batch.schema.names, row, strict=True))
         except DataError:
             raise
         except Exception as error:  # noqa: BLE001 - pyarrow raises many types for damaged files
             self.refuse(f"the Parquet file is damaged ({str(error)[:120]}); write it again", here=False)
 
-    def _record(self, record: Mapping[Any, Any]) -> None:
-        """Every identifying field of an object or row; its other fields do not matter."""
-        fields = {str(name).strip().lower(): value for name, value in record.items()}
-        shard = self._value(fields, "shard")
-        values = {name: value for name in COLUMNS if (value := self._value(fields, name))}
+    def _record(self, record: Iterable[tuple[Any, Any]]) -> None:
+        """Every identifying field of an object or row, `url` and `URL` both; other fields do not matter."""
+        fields = [(str(name).strip().lower(), value) for name, value in record]
+        shard = next((text for name, v in fields if name == "shard" and (text := self._value(name, v))), "")
+        values = [(name, text) for name, v in fields if name in COLUMNS and (text := self._value(name, v))]
         if not values:
             self.refuse(f"it names no sample: give one of {', '.join(COLUMNS)}")
-        for name, value in values.items():
+        for name, value in values:
             digits = DIGESTS.get(name)
             if digits and (len(identity(value)) != digits or not _has_shape(value)):
                 what = f"{value[:80]!r} is no {name}"
@@ -280,15 +303,12 @@ class _Entries:
                 name = "shard/key" if "/" in value else "key"
             self._add(value, name)
 
-    def _value(self, fields: Mapping[str, Any], name: str) -> str:
-        value = fields.get(name)
+    def _value(self, name: str, value: Any) -> str:
         if value is None or value != value:
             return ""
-        if isinstance(value, bytes):
-            binary = 2 * len(value) == DIGESTS.get(name)
-            value = value.hex() if binary else value.decode("utf-8", "replace")
-        if isinstance(value, int) and name in ("hash", "uid"):
-            value = str(value)  # LAION's are numbers, without leading zeros
+        # LAION's hashes are numbers, without leading zeros
+        if isinstance(value, bytes) or (isinstance(value, (int, float)) and name in ("hash", "uid")):
+            value = identity_text(name, value)
         if not isinstance(value, str):
             what = f"{name} is {str(value)[:80]}, which is no text"
             self.refuse(f"{what}; write it in quotes or as a text column, with its leading zeros")
@@ -298,12 +318,15 @@ class _Entries:
         canonical = identity(text)
         looks = _kind(canonical)
         self._keep(canonical)
-        if looks in ("key", "shard/key"):
-            # Lists made from listings: `00000.tar/000000001.jpg` names a sample too.
+        if looks in ("key", "shard/key") and kind not in ("hash", "uid"):
+            # Lists made from listings: `./00000.tar/000000001.jpg` names a sample too.
             stem, extension = split_name(canonical)
-            plain = (stem if extension in IMAGE_EXTENSIONS else canonical).replace(".tar/", "/")
+            plain = (stem if extension in KNOWN_EXTENSIONS else canonical).replace(".tar/", "/")
+            plain = tidy(plain) or plain
             if plain != canonical:
                 self._keep(plain)
+            if is_unpadded(plain) and (number := numbered(plain)):
+                self._keep(number)
         if counted:
             self.kinds[kind if kind and kind != "hash" else looks] += 1
 
@@ -337,7 +360,7 @@ class _Lines(Iterator[str]):
                 text = self._pieces.pop().decode("utf-8")
             except UnicodeDecodeError as error:
                 self._entries.refuse(f"it is no UTF-8 ({error.reason}); save the file as UTF-8")
-            if "\0" in text:
+            if _CONTROL.search(text):
                 self._entries.refuse(f"it is not a text; write the list as {_FORMS}")
             if text.strip() and not text.startswith("#"):
                 return text

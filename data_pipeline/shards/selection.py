@@ -13,7 +13,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import aspect_of, bucket_shapes, nearest_shapes
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.index import DEFECTS, IDENTITIES, ShardIndex, hash_identity
+from data_pipeline.shards.identities import hash_identity, identity_text, is_identity, numbered
+from data_pipeline.shards.index import DEFECTS, ShardIndex
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import RemovalList, read_removals
 from data_pipeline.storage.urls import shard_names
@@ -167,9 +168,11 @@ def picture_members(config: DataConfig) -> tuple[str, ...]:
 def removable_keys(key: str, shard: str) -> list[str]:
     """All that a removal list may call a sample: its key, alone or after any of its shard's names.
 
-    A list written when there was one source must still hold when a second one makes the names longer.
+    A list written when there was one source must still hold when a second one makes the names longer. A key
+    of digits may have lost its leading zeros in a table.
     """
-    return [key, *(f"{name}/{key}" for name in shard_names(shard))]
+    names = [f"{name}/{key}" for name in shard_names(shard)]
+    return [key, *names, numbered(key) or key, numbered(names[0]) or key]
 
 
 def identity_hashes(index: ShardIndex) -> NDArray[np.uint64]:
@@ -182,6 +185,6 @@ def identity_hashes(index: ShardIndex) -> NDArray[np.uint64]:
 def removed_by(removals: Sequence[RemovalList], key: str, shard: str, body: bytes | None) -> str | None:
     """Reason against a sample that is not in any index: a list has its key or one of its json's fields."""
     record = parse_record(body) or {}
-    fields = [str(record[name]) for name in IDENTITIES if record.get(name) is not None]
+    fields = [identity_text(n, v) for n, v in record.items() if v is not None and is_identity(n)]
     hashes = np.asarray([hash_identity(name) for name in (*removable_keys(key, shard), *fields)], np.uint64)
     return next((f"removed: {each.name}" for each in removals if each.matches(hashes).any()), None)
