@@ -27,6 +27,7 @@ VERBS = {
     "import": "convert CompVis and diffusers weights",
     "ema": "reconstruct an average of any length from snapshots",
     "slurm": "submit runs to SLURM, and see where they stand",
+    "report": "write an HTML page about a run: curves, pictures, faults",
     "evaluate": "measure what a model can do, against data",
 }
 

@@ -17,9 +17,10 @@ from PIL import Image
 
 from data_pipeline.scenes.judge import evaluation_prompts, judge
 from data_pipeline.scenes.scene import COLORS, SHAPES
-from data_pipeline.storage.files import exists, list_names, read_text
+from data_pipeline.storage.files import exists
 from data_pipeline.storage.local_s3 import LocalS3
 from trainer.config.io import load_config
+from trainer.metrics.jsonl import read_records
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BUCKET = "ldm-demo"
@@ -83,6 +84,7 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         _stage("5/6", f"{PROMPTS} pictures from prompts", started)
         accuracy = _sample_and_judge(environment, folder)
         _stage("6/6", "summary", started)
+        _ldm(environment, "report", RUN, "--out", str(folder / "report.html"))
         rate = _images_per_s(RUN)
     _report(folder, accuracy, json.loads(quality.read_text())["psnr"], rate, time.monotonic() - started)
     return 0
@@ -121,18 +123,14 @@ def _sample_and_judge(environment: dict[str, str], folder: Path) -> Accuracy:
 
 def _images_per_s(run: str) -> float:
     """Median over the log records of all starts of the run."""
-    rates = []
-    for name in list_names(f"{run}/logs"):
-        for line in read_text(f"{run}/logs/{name}").splitlines():
-            record = json.loads(line)
-            if "images_per_s" in record:
-                rates.append(record["images_per_s"])
+    rates = [record["images_per_s"] for record in read_records(run) if "images_per_s" in record]
     return statistics.median(rates) if rates else float("nan")
 
 
 def _report(folder: Path, accuracy: Accuracy, psnr: float, rate: float, seconds: float) -> None:
     print(f"""
 pictures            {folder / "samples" / "grid.png"}
+curves and faults   {folder / "report.html"} (ldm report)
 shards at a glance  {folder / "shards.png"}
 colour accuracy     {accuracy.color:.2f} on {accuracy.prompts} prompts (chance {1 / len(COLORS):.2f})
 shape accuracy      {accuracy.shape:.2f} (chance {1 / len(SHAPES):.2f})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import Failure
-from data_pipeline.storage.files import cut_torn_line, write_bytes
+from data_pipeline.storage.files import cut_torn_line, list_names, read_bytes, read_tail, write_bytes
 from data_pipeline.storage.urls import is_local, join, local_path
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ SEND_EVERY_S = 60.0
 """Seconds between uploads."""
 SEGMENT_BYTES = 1_000_000
 """Size from which on a remote object is left as it is and the next begun: what it costs stays bounded."""
+_FILE = re.compile(r"metrics(-\d{8,})?\.jsonl")
 _LAST_TRIES = 10
 """Of the upload at the end of a run: about twenty seconds."""
 
@@ -87,3 +89,30 @@ class JSONLWriter:
             logger.warning("the last records are not stored yet: %s", error)
             return 0
         return len(lines) if len(text) > SEGMENT_BYTES else 0
+
+
+def read_records(run_dir: str, most_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Records of a run, losses and events alike, in the order in which they were made, wherever it lies.
+
+    Args:
+        most_bytes: of the newest; unset: all. Lines that are cut or torn are left out.
+    """
+    folder, left = join(run_dir, "logs"), most_bytes
+    parts: list[str] = []
+    for name in reversed(list_names(folder)):
+        if not _FILE.fullmatch(name) or left == 0:
+            continue
+        url = join(folder, name)
+        data = read_bytes(url) if left is None else read_tail(url, left)
+        left = None if left is None else max(0, left - len(data))
+        parts.insert(0, data.decode("utf-8", "replace"))
+    found = []
+    for line in "\n".join(parts).splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            found.append(record)
+    # Remote objects are named by steps, and a run that went back writes lower ones later.
+    return found if is_local(run_dir) else sorted(found, key=lambda record: record.get("time", 0))

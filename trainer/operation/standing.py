@@ -6,7 +6,6 @@ clocks differ, so do the ages.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,11 @@ from typing import Any, Literal
 import yaml
 
 from data_pipeline.errors import NotFound, UserError
-from data_pipeline.storage.files import exists, list_names, modified_at, read_bytes, read_tail
+from data_pipeline.storage.files import exists, modified_at, read_bytes
 from data_pipeline.storage.urls import is_local, join, local_path
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, is_committed, steps_found
 from trainer.checkpoint.manifest import MANIFEST_NAME
-from trainer.metrics.jsonl import SEND_EVERY_S
+from trainer.metrics.jsonl import SEND_EVERY_S, read_records
 from trainer.reliability.healing import read_journal
 from trainer.reliability.job import is_gone
 from trainer.reliability.lease import EXPIRY_S, Tenure, holder, written_at
@@ -100,7 +99,7 @@ def standing(run_dir: str) -> Standing:
         raise UserError(f"there is no run in {run_dir}, which is a file; name the run_dir of one.")
     tenure = holder(run_dir)
     settings = _settings(run_dir)
-    records = _records(run_dir)
+    records = read_records(run_dir, READ_BYTES)
     checkpoint = _checkpoint(run_dir)
     if tenure is None and settings is None and not records and checkpoint is None:
         raise UserError(f"there is no run in {run_dir}; name the run_dir of one, a folder or a URL.")
@@ -227,28 +226,6 @@ def _settings(run_dir: str) -> dict[str, Any] | None:
     except (NotFound, yaml.YAMLError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _records(run_dir: str) -> list[dict[str, Any]]:
-    """The newest records, losses and events alike, in the order in which they were made."""
-    folder, left = join(run_dir, "logs"), READ_BYTES
-    parts: list[str] = []
-    for name in reversed(list_names(folder)):
-        if left <= 0 or not (name.startswith("metrics") and name.endswith(".jsonl")):
-            continue
-        data = read_tail(join(folder, name), left)
-        left -= len(data)
-        parts.insert(0, data.decode("utf-8", "replace"))
-    found = []
-    for line in "\n".join(parts).splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the first line of a tail may be cut, the last one half written
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    # Remote objects are named by steps, and a run that went back writes lower ones later.
-    return found if is_local(run_dir) else sorted(found, key=lambda record: record.get("time", 0))
 
 
 def _speed(records: Sequence[dict[str, Any]]) -> _Speed:

@@ -1,0 +1,121 @@
+"""The page about a run: what it draws, what it says, and that it needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from trainer.__main__ import main
+from trainer.metrics.jsonl import JSONLWriter, read_records
+from trainer.report.figures import column, figures, running_median
+from trainer.report.page import previews, write_page
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "samples_seen": 8 * step, "time": 1_000.0 + step, **more}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Four steps, a rewind to the second, two more; pictures of three steps."""
+    writer = JSONLWriter(str(tmp_path))
+    for step, loss in ((1, 1.0), (2, 0.8), (3, math.nan), (4, 5.0)):
+        writer.write(record(step, loss=loss, **{"time/unet_s": 0.2, "step_s": 0.3, "images_per_s": 26.5}))
+    writer.write(record(4, event="rewind", kind="spike", value="<script>5.0</script>", skipped=[7, 9]))
+    for step, loss in ((3, 0.7), (4, 0.6)):
+        writer.write(record(step, loss=loss, **{"validation/loss": loss + 0.1, "rejected/too_small": 2.0}))
+    writer.close()
+    with (tmp_path / "logs/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "samples_se')  # cut by a crash
+    (tmp_path / "samples").mkdir()
+    for step, colour in ((0, "red"), (2, "green"), (4, "blue")):
+        Image.new("RGB", (3000, 20), colour).save(tmp_path / f"samples/preview-{step:08d}.png")
+    (tmp_path / "config.yaml").write_text("run_dir: </pre><script>alert(1)</script>\n")
+    return tmp_path
+
+
+def test_a_curve_is_broken_where_training_went_back(run_dir: Path) -> None:
+    rows = [r for r in read_records(str(run_dir)) if "event" not in r]
+    xs, ys = column(rows, "loss")
+    # Step 3 was not finite, which records hold as a text; steps 3 and 4 come a second time.
+    assert ys == [1.0, 0.8, 5.0, None, 0.7, 0.6]
+    assert xs == [8, 16, 32, 32, 24, 32]
+    assert column(rows, "nothing") == ([], [])
+
+
+def test_long_curves_are_thinned_evenly() -> None:
+    xs, _ = column([record(step, loss=1.0) for step in range(1, 10_001)], "loss")
+    assert 2_000 < len(xs) <= 4_000
+    assert len({after - before for before, after in pairwise(xs)}) == 1
+
+
+def test_the_median_runs_within_a_stretch() -> None:
+    assert running_median([1.0, 9.0, 2.0, None, 5.0, 3.0], 3) == [1.0, 5.0, 2.0, None, 5.0, 4.0]
+
+
+def test_figures_hold_what_the_records_hold(run_dir: Path) -> None:
+    drawn = figures(read_records(str(run_dir)))
+    assert list(drawn) == [
+        *("Loss", "Validation", "Speed", "Where a step's time goes", "Rejected samples by reason"),
+        "Progress and faults in time",
+    ]
+    assert [trace.name for trace in drawn["Loss"].data] == ["loss", "median of 25"]
+    assert list(drawn["Validation"].data[0].y) == pytest.approx([0.8, 0.7])
+    assert [shape.x0 for shape in drawn["Loss"].layout.shapes] == [32]  # the rewind
+    steps, rewinds = drawn["Progress and faults in time"].data
+    assert (steps.name, rewinds.name, list(rewinds.y)) == ("step", "rewind", [4])
+    assert rewinds.x[0].timestamp() == 1_004.0
+
+
+def test_the_page_stands_alone_and_runs_nothing_of_the_run(run_dir: Path) -> None:
+    page = write_page(str(run_dir)).decode()
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", page)
+    body = page[page.index("<body>") :]
+    assert "<script>alert(1)</script>" not in page
+    assert "&lt;script&gt;alert(1)" in body
+    assert "<script>5.0" not in page
+    for word in ("Loss", "Validation", "spike", "Configuration"):
+        assert word in body
+    assert "<b>4</b><span>step</span>" in body
+    assert "<b>1</b><span>rewinds</span>" in body
+
+
+def test_pictures_are_shrunk_and_spread_over_the_run(run_dir: Path) -> None:
+    grids = previews(str(run_dir), 2)
+    assert [grid.step for grid in grids] == [0, 4]
+    assert all(grid.data_url.startswith("data:image/webp;base64,") for grid in grids)
+    assert previews(str(run_dir), 0) == []
+    page = write_page(str(run_dir), most_pictures=0).decode()
+    assert 'id="grid"' not in page
+
+
+def test_records_of_a_remote_folder_are_in_order_of_time() -> None:
+    """After a rewind a later object may bear an earlier step."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    first = [record(1, loss=1.0), record(900, loss=0.5)]
+    again = [{**record(500, loss=0.6), "time": 5_000.0}]
+    for begin, lines in ((1, first), (500, again)):
+        text = "\n".join(map(json.dumps, lines))
+        memory.pipe_file(f"/report-run/logs/metrics-{begin:08d}.jsonl", text.encode())
+    found = read_records("memory://report-run")
+    assert [r["step"] for r in found] == [1, 900, 500]
+    assert [r["step"] for r in read_records("memory://report-run", 70)] == [500]
+
+
+def test_the_command_says_where_the_page_is(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run_dir)]) == 0
+    where = capsys.readouterr().out.strip()
+    assert where == f"{run_dir}/report.html"
+    assert Path(where).read_bytes().startswith(b"<!DOCTYPE html>")
+    assert main(["report", str(run_dir / "samples")]) == 2
+    assert "holds no records of a run" in capsys.readouterr().err
+    assert main(["report", str(run_dir), "--pictures", "-1"]) == 2

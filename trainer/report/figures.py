@@ -1,0 +1,252 @@
+"""The figures of a run: what its records hold, over the samples seen by training. Sole importer of plotly.
+
+A record is one line of metrics.jsonl, an event one that says so. Restarts and rewinds make steps again, so a
+column's curve may go back: it is broken there instead of being joined across.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import plotly.graph_objects as go
+import plotly.io
+import plotly.offline
+from plotly.subplots import make_subplots
+
+Record = dict[str, Any]
+
+SMOOTHED = 25
+"""Records whose median the thick line of the loss is."""
+MOST_POINTS = 4000
+"""Of one curve: a page of a run of weeks still opens at once."""
+EVENT_COLOURS = {
+    "rewind": "#d62728",
+    "save failed": "#d62728",
+    "storage outage": "#d62728",
+    "slow rank": "#ff7f0e",
+    "resume changed": "#9467bd",
+    "resume": "#7f7f7f",
+}
+
+
+def figures(records: Sequence[Record]) -> dict[str, go.Figure]:
+    """{title: figure} of everything that these records hold, in the order in which one looks at it.
+
+    Args:
+        records: lines of metrics.jsonl and of the evaluator's, oldest first.
+    """
+    rows = [record for record in records if "event" not in record]
+    events = [record for record in records if "event" in record]
+    drawn: dict[str, go.Figure | None] = {
+        "Loss": _loss(rows, events),
+        "Validation": _group(rows, events, "validation/"),
+        "Fidelity": _group(rows, events, "eval/"),
+        "Learning rate and gradient norm": _lines(
+            rows, events, {"learning_rate": "learning rate", "grad_norm": "gradient norm"}, rows_apart=True
+        ),
+        "Speed": _lines(rows, events, {"images_per_s": "images/s"}),
+        "Where a step's time goes": _step_split(rows, events),
+        "Waiting for data": _lines(rows, events, {"data_wait": "share of the step"}),
+        "Rejected samples by reason": _group(rows, events, "rejected/", total=True),
+        "Checkpoints": _lines(
+            rows,
+            events,
+            {
+                "checkpoint/blocked_s": "training stood still, s",
+                "checkpoint/waited_s": "of it for the save before, s",
+            },
+        ),
+        "Memory": _lines(rows, events, {"memory_gib": "GiB of a rank, at most"}),
+        "Progress and faults in time": _timeline(rows, events),
+    }
+    return {title: figure for title, figure in drawn.items() if figure is not None}
+
+
+def to_html(figure: go.Figure) -> str:
+    """A <div> for a page that has plotly's script already."""
+    html: str = plotly.io.to_html(
+        figure, full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
+    )
+    return html
+
+
+def script() -> str:
+    """plotly's JavaScript, some megabytes: the page needs no network."""
+    text: str = plotly.offline.get_plotlyjs()
+    return text
+
+
+def column(rows: Iterable[Record], name: str) -> tuple[list[int], list[float | None]]:
+    """(samples seen, values) of one column where it has a finite value; None where training went back."""
+    xs: list[int] = []
+    ys: list[float | None] = []
+    for row in rows:
+        value = row.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue  # absent, or "nan" and "inf", which the records hold as texts
+        if xs and row["samples_seen"] <= xs[-1]:
+            xs.append(xs[-1])
+            ys.append(None)
+        xs.append(row["samples_seen"])
+        ys.append(float(value))
+    stride = -(-len(xs) // MOST_POINTS)
+    return xs[::stride] if stride else xs, ys[::stride] if stride else ys
+
+
+def running_median(values: Sequence[float | None], width: int) -> list[float | None]:
+    """Median of the last `width` values at each place, from the last break on."""
+    medians: list[float | None] = []
+    window: list[float] = []
+    for value in values:
+        if value is None:
+            window = []
+            medians.append(None)
+            continue
+        window = [*window[-width + 1 :], value]
+        medians.append(statistics.median(window))
+    return medians
+
+
+def _loss(rows: Sequence[Record], events: Sequence[Record]) -> go.Figure | None:
+    names = [n for n in _names(rows) if n == "loss" or n.startswith("loss/") or n in ("error", "psnr")]
+    if not names:
+        return None
+    figure = _figure()
+    for name in names:
+        xs, ys = column(rows, name)
+        thin = {"width": 1} if name == "loss" else {"width": 1.5}
+        figure.add_scatter(x=xs, y=ys, name=name, mode="lines", line=thin, opacity=0.45)
+        if name == "loss":
+            smooth = running_median(ys, SMOOTHED)
+            figure.add_scatter(
+                x=xs, y=smooth, name=f"median of {SMOOTHED}", mode="lines", line={"width": 2.5}
+            )
+    buttons = [
+        {"label": kind, "method": "relayout", "args": [{"yaxis.type": kind}]} for kind in ("linear", "log")
+    ]
+    figure.update_layout(
+        updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, "x": 1, "y": 1.18}]
+    )
+    return _with_events(figure, events)
+
+
+def _group(
+    rows: Sequence[Record], events: Sequence[Record], prefix: str, *, total: bool = False
+) -> go.Figure | None:
+    names = [name for name in _names(rows) if name.startswith(prefix)]
+    if not names:
+        return None
+    figure = _figure()
+    for name in names:
+        xs, ys = column(rows, name)
+        mode = "lines" if total or len(xs) > 40 else "lines+markers"
+        figure.add_scatter(x=xs, y=ys, name=name.removeprefix(prefix), mode=mode)
+    return _with_events(figure, events)
+
+
+def _lines(
+    rows: Sequence[Record], events: Sequence[Record], titles: dict[str, str], *, rows_apart: bool = False
+) -> go.Figure | None:
+    curves = {title: column(rows, name) for name, title in titles.items()}
+    curves = {title: curve for title, curve in curves.items() if curve[0]}
+    if not curves:
+        return None
+    if rows_apart:
+        figure = make_subplots(len(curves), 1, shared_xaxes=True, vertical_spacing=0.08)
+        _style(figure)
+    else:
+        figure = _figure()
+    for place, (title, (xs, ys)) in enumerate(curves.items(), 1):
+        at = {"row": place, "col": 1} if rows_apart else {}
+        figure.add_scatter(x=xs, y=ys, name=title, mode="lines", **at)
+        if rows_apart and place < len(curves):
+            figure.update_xaxes(title=None, row=place, col=1)
+    return _with_events(figure, events)
+
+
+def _step_split(rows: Sequence[Record], events: Sequence[Record]) -> go.Figure | None:
+    names = [name for name in _names(rows) if name.startswith("time/")]
+    if not names:
+        return None
+    figure = _figure()
+    for name in names:
+        xs, ys = column(rows, name)
+        title = name.removeprefix("time/").removesuffix("_s")
+        figure.add_scatter(x=xs, y=ys, name=title, mode="lines", stackgroup="step", line={"width": 0.5})
+    xs, ys = column(rows, "step_s")
+    figure.add_scatter(x=xs, y=ys, name="whole step", mode="lines", line={"color": "#222", "width": 1})
+    figure.update_yaxes(title="seconds")
+    return _with_events(figure, events)
+
+
+def _timeline(rows: Sequence[Record], events: Sequence[Record]) -> go.Figure | None:
+    timed = [row for row in rows if "time" in row]
+    if not timed:
+        return None
+    figure = _figure()
+    figure.add_scatter(
+        x=[_date(row["time"]) for row in timed], y=[row["step"] for row in timed], name="step", mode="lines"
+    )
+    for kind in dict.fromkeys(event["event"] for event in events):
+        own = [event for event in events if event["event"] == kind]
+        figure.add_scatter(
+            x=[_date(_when(event, timed)) for event in own],
+            y=[event["step"] for event in own],
+            text=[_told(event) for event in own],
+            name=kind,
+            mode="markers",
+            marker={"size": 11, "symbol": "x", "color": EVENT_COLOURS.get(kind, "#1f77b4")},
+        )
+    figure.update_xaxes(title="time (UTC)")
+    figure.update_yaxes(title="optimizer steps")
+    return figure
+
+
+def _when(event: Record, timed: Sequence[Record]) -> float:
+    """Its own time; of events without one, that of the record before."""
+    if "time" in event:
+        return float(event["time"])
+    before = [row for row in timed if row["step"] <= event["step"]]
+    return float((before or timed)[-1 if before else 0]["time"])
+
+
+def _with_events(figure: go.Figure, events: Sequence[Record]) -> go.Figure:
+    for event in events:
+        colour = EVENT_COLOURS.get(event["event"], "#1f77b4")
+        figure.add_vline(x=event["samples_seen"], line={"color": colour, "width": 1, "dash": "dot"})
+    return figure
+
+
+def _told(event: Record) -> str:
+    known = ("step", "samples_seen", "time", "event", "skipped")
+    details = ", ".join(f"{name}: {value}" for name, value in event.items() if name not in known)
+    return f"step {event['step']}" + (f", {details}" if details else "")
+
+
+def _names(rows: Sequence[Record]) -> list[str]:
+    return sorted({name for row in rows for name in row})
+
+
+def _date(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _figure() -> go.Figure:
+    figure = go.Figure()
+    _style(figure)
+    return figure
+
+
+def _style(figure: go.Figure) -> None:
+    figure.update_layout(
+        template="plotly_white",
+        height=380,
+        margin={"l": 60, "r": 20, "t": 40, "b": 40},
+        legend={"orientation": "h", "y": -0.18},
+        hovermode="x unified",
+        font={"family": "system-ui, sans-serif", "size": 13},
+    )
+    figure.update_xaxes(title="samples seen")
