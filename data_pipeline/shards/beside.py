@@ -13,7 +13,8 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipeline.shards.filter_values import plain
+from data_pipeline.errors import DataError
+from data_pipeline.shards.filter_values import OTHER, plain
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.records import text_of
 
@@ -23,23 +24,44 @@ def parquet_of(shard: str) -> str:
     return shard.removesuffix(".tar") + ".parquet"
 
 
+KEY = "key"
+"""Column of the samples' keys; `Key` and webdataset's `__key__` are it too where there is none."""
+
+
 def read_table(raw: bytes, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
-    """Columns of a parquet by name; None: all. Whatever pyarrow raises for damaged files."""
+    """Columns of a parquet by name, that of the keys as KEY; `columns` beside it, None: all.
+
+    Raises DataError where there is no column of keys or two columns have one name, else whatever pyarrow
+    raises for damaged files.
+    """
     import pyarrow.parquet as pq  # half a second and 60 MB, for those who need it
 
-    table = pq.read_table(io.BytesIO(raw), columns=columns)
-    return {name: _values(column) for name, column in zip(table.column_names, table.columns, strict=True)}
+    file = pq.ParquetFile(io.BytesIO(raw))
+    names = file.schema_arrow.names
+    keys = [KEY] if KEY in names else [n for n in names if n.lower() in (KEY, f"__{KEY}__")]
+    if not keys:
+        raise DataError(f"has no column {KEY} that names the samples (there are {', '.join(names[:20])})")
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise DataError(f"has two columns {twice[0]}; which one is meant nobody can tell")
+    table = file.read(columns=None if columns is None else [*dict.fromkeys((keys[0], *columns))])
+    values = {name: _values(table.column(name)) for name in table.column_names}
+    return {KEY: values[keys[0]], **values}
 
 
 def _values(column: Any) -> list[Any]:
-    """Values of a column; texts that are no UTF-8, which no writer checks, as far as they are."""
+    """Values of a column; of texts that are no UTF-8, which no writer checks, as far as they are.
+
+    What Python has no type for (a time of a zone that it does not know) is there, but nothing: OTHER.
+    """
+    import pyarrow as pa
+
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        import pyarrow as pa
-
         raw = column.cast(pa.large_binary()).to_pylist()
         return [None if value is None else text_of(value) for value in raw]
+    except (ValueError, ArithmeticError, TypeError, NotImplementedError, ImportError, LookupError):
+        return [OTHER if value else None for value in column.is_valid().to_pylist()]
 
 
 def rows_by_key(column: Sequence[Any], keys: Sequence[str]) -> dict[str, int]:
@@ -60,9 +82,9 @@ def texts_beside(index: ShardIndex, names: Sequence[str], raw: bytes | None) -> 
     found = {name: list(index.column(name)) for name in names if name in index.codes}  # type: ignore[arg-type]
     wanted = unkept(index, names)
     if wanted and raw is not None:
-        table = read_table(raw, ["key", *wanted])
+        table = read_table(raw, wanted)
         keys = [key.decode() for key in index.keys]
-        rows = rows_by_key(table["key"], keys)
+        rows = rows_by_key(table[KEY], keys)
         for name in wanted:
             found[name] = [table[name][rows[key]] if key in rows else None for key in keys]
     return found

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import AccessDenied, NotATar, NotFound
+from data_pipeline.errors import AccessDenied, DataError, NotATar, NotFound
 from data_pipeline.pictures.headers import size_of
-from data_pipeline.shards.beside import parquet_of, read_table, rows_by_key
+from data_pipeline.shards.beside import KEY, parquet_of, read_table, rows_by_key
 from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Grouping, Sample, group, split_name
 from data_pipeline.shards.identities import hash_identity, identity_text, is_identity
@@ -46,7 +46,7 @@ from data_pipeline.shards.index import (
     row_of,
     write_manifest,
 )
-from data_pipeline.shards.records import MAX_JSON, TEXT_BYTES, is_blank, parse_record
+from data_pipeline.shards.records import MAX_JSON, TEXT_BYTES, is_blank, is_damaged, parse_record
 from data_pipeline.shards.tars import BLOCK, MemberBytes, TarScan, scan
 from data_pipeline.storage.files import read_bytes, read_range, write_bytes
 from data_pipeline.storage.listing import ListedFile
@@ -58,7 +58,14 @@ _MAX_WORDS = 256
 """Different texts up to which a column is kept ("status", "license"); with more it is a caption or a URL."""
 _MAX_WORD = 64
 _UNREADABLE = "unreadable"
-"""What is noted of a json member that is no object, too."""
+"""What is noted of a json member that is no object, or of a text in another encoding."""
+_NO_TEXT = "no UTF-8: captions get replacement characters there; `iconv -f latin1 -t utf8` may mend them"
+_CONSEQUENCES = {
+    "json": f"no JSON objects in UTF-8 of at most {MAX_JSON:,} bytes: filters and removal lists see none of "
+    "their fields",
+    "txt": _NO_TEXT,
+    "caption": _NO_TEXT,
+}
 _SAVE_EVERY_S = 30.0
 _HEAD = 512
 _KINDS = {
@@ -239,24 +246,20 @@ def _assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardInd
 
 
 def _unreadable(samples: Sequence[Sample], found: TarScan) -> Iterator[str]:
-    """A sentence about json members whose fields nobody will see."""
-    keys = [
-        s.key
-        for s in samples
-        if "json" in s.members and found.seen.get(s.members["json"].offset) == _UNREADABLE
-    ]
-    if keys:
-        yield (
-            f"{len(keys)} json members, first {keys[0][:80]!r}, are no JSON objects in UTF-8 of at most "
-            f"{MAX_JSON:,} bytes: filters and removal lists see none of their fields"
-        )
+    """Sentences about json members whose fields nobody will see, and texts with bytes that are none."""
+    for extension, what in _CONSEQUENCES.items():
+        members = [sample.members[extension] for sample in samples if extension in sample.members]
+        bad = [member.name for member in members if found.seen.get(member.offset) == _UNREADABLE]
+        if bad:
+            yield f"{len(bad)} {extension} members, first {bad[0][:80]!r}, are {what}"
 
 
 def _look(name: str, member: MemberBytes) -> Any:
     """What the index keeps of a member: fields of the json, height and width, whether a text is blank."""
     extension = split_name(name)[1]
-    if extension == "txt":
-        return is_blank(member.read(0, TEXT_BYTES)) or None
+    if extension in ("txt", "caption"):
+        text = member.read(0, TEXT_BYTES)
+        return is_blank(text) or (_UNREADABLE if is_damaged(text) else None)
     if extension == "json":
         record = parse_record(member.read(0, MAX_JSON + 1))
         return _UNREADABLE if record is None else record
@@ -329,11 +332,17 @@ def _add_parquet(index: ShardIndex, shard: ListedFile) -> None:
     try:
         table = read_table(raw)
         keys = [key.decode() for key in index.keys]
-        rows = rows_by_key(table["key"], keys)
+        rows = rows_by_key(table[KEY], keys)
+    except DataError as error:
+        index.problems += (f"parquet {name_of(url)} {error}",)
+        return
     except Exception as error:  # noqa: BLE001 - pyarrow raises many types for damaged files
         index.problems += (f"parquet {name_of(url)} is not readable: {str(error)[:120]}",)
         return
     index.missing_rows = len(rows.keys() - set(keys))
+    if len(rows) < len(table[KEY]):
+        again = len(table[KEY]) - len(rows)
+        index.problems += (f"{again} rows of {name_of(url)} have the key of another, and the last counts",)
     strangers = sum(key not in rows for key in keys)
     if strangers:
         index.problems += (f"{strangers} samples have no row in {name_of(url)}",)

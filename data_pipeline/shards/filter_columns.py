@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.filters import Filter, written
 from data_pipeline.shards.index import ManifestRow
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def check_columns(rule: Filter, rows: Sequence[ManifestRow]) -> None:
     holders = Counter(name for table in tables for name in table)
     for name in sorted(rule.columns):
         if not holders[name]:
-            raise DataError(unknown_column(name, holders, f"any of {where}"))
+            raise DataError(unknown_column(name, holders, f"any of {where}") + _unread_parquets(rows))
         if holders[name] < len(tables):
             logger.warning(
                 "data.filter: %d of %s have no column %s, which counts as missing there%s",
@@ -40,6 +40,14 @@ def check_columns(rule: Filter, rows: Sequence[ManifestRow]) -> None:
     _check_kinds(rule, kinds)
 
 
+def _unread_parquets(rows: Sequence[ManifestRow]) -> str:
+    """What is said of parquets that could not be read, where a column is missed that may be theirs."""
+    unread = [(row.shard, p) for row in rows for p in row.problems if p.startswith("parquet ")]
+    if not unread:
+        return ""
+    return f" The columns of {len(unread)} parquets are missing, first beside {unread[0][0]}: {unread[0][1]}."
+
+
 def check_captions(sources: Sequence[str], rows: Sequence[ManifestRow]) -> None:
     """Raise DataError for a source of captions that is neither a member nor a column of any shard."""
     members = {name for row in rows for name in row.members}
@@ -50,6 +58,7 @@ def check_captions(sources: Sequence[str], rows: Sequence[ManifestRow]) -> None:
             nearest = f"; the nearest is {near[0]}" if near else ""
             raise DataError(
                 f"data.captions names {source}, which is neither a member nor a column of any shard{nearest}."
+                + _unread_parquets(rows)
             )
 
 
@@ -91,7 +100,8 @@ def unknown_column(name: str, known: Iterable[str], where: str) -> str:
     by_lower = {other.lower(): other for other in names}
     near = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.0)
     nearest = by_lower[near[0]] if near else names[0]
-    others = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    nearest = written(nearest)
+    others = ", ".join(map(written, names[:20])) + (", ..." if len(names) > 20 else "")
     return f"{said}; the nearest is {nearest} (there are {others})."
 
 

@@ -55,11 +55,12 @@ from data_pipeline.shards.filter_values import (
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<text>'[^']*'|\"[^\"]*\")"
-    r"|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<op><=|>=|==|!=|[-<>+*/(),]))"
+    r"|(?P<name>[^\W\d]\w*)|(?P<quoted>`[^`]+`)|(?P<op><=|>=|==|!=|[-<>+*/(),]))"
 )
 _KEYWORDS = {"and", "or", "not", "in", "true", "false"}
 _FUNCTIONS = {"min": 2, "max": 2, "abs": 1, "missing": 1, "default": 2}
 _MAX_DEPTH = 50
+_WORD = re.compile(r"(?!(?:and|or|not|in|true|false|none|null|nan)$)[^\W\d]\w*", re.IGNORECASE)
 _OTHER_SIGNS = {"=": "==", "&": "and", "|": "or", "!": "not"}
 """What other languages write, and this one instead."""
 
@@ -74,6 +75,11 @@ class Clause:
     columns: frozenset[str]
     asked: frozenset[tuple[str, str]] = frozenset()
     """(column, "number" or "text"): what the columns' values must be readable as."""
+
+
+def written(column: str) -> str:
+    """A column's name as a filter has it: in backticks, unless it is a word of letters, digits and _."""
+    return column if _WORD.fullmatch(column) else f"`{column}`"
 
 
 class Filter:
@@ -264,6 +270,9 @@ class _Parser:
             return constant(float(text.lower() == "true"))
         if kind == "name" and text.lower() in ("none", "null", "nan"):
             raise self._wrong(place, f"{text} equals nothing; write missing(column)")
+        if kind == "quoted":
+            self.used.add(text[1:-1])
+            return named(text[1:-1])
         if text == "(":
             self._deeper()
             node = self._or()

@@ -17,6 +17,7 @@ _READ_CHARACTERS = 4 * _MAX_CHARACTERS
 TEXT_BYTES = 4 * _READ_CHARACTERS
 """Bytes of a text member that can be of its caption: UTF-8 has at most four a character."""
 _LOOK = 64
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def parse_record(body: bytes | None) -> dict[str, Any] | None:
@@ -43,8 +44,22 @@ def clean(text: str) -> str:
 
 
 def text_of(body: bytes) -> str:
-    """Content of a text member."""
-    return body.decode("utf-8", "replace")
+    """Content of a text member: UTF-8, or UTF-16 that begins with its mark."""
+    return body.decode("utf-16" if body.startswith(_UTF_16) else "utf-8", "replace")
+
+
+def is_damaged(body: bytes) -> bool:
+    """Whether the first TEXT_BYTES of a text member hold bytes that are no text, which `text_of` replaces."""
+    if body.startswith(_UTF_16):
+        return False
+    if b"\0" in body:  # UTF-16 without its mark, which is UTF-8 as well
+        return True
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        cut = error.reason == "unexpected end of data" and len(body) == TEXT_BYTES
+        return not cut
+    return False
 
 
 def is_blank(body: bytes) -> bool:

@@ -162,12 +162,14 @@ def _walk(window: _Window, found: TarScan, entries: list[Member | _Link], look: 
                 missing = data + length - window.size
                 found.problems.append(f"truncated inside {name[:80]!r}: {missing} bytes are missing")
                 return None
-            if kind in (b"0", b"\0", b"7"):
+            if kind == b"S" or said.sparse():
+                found.problems.append(
+                    f"sparse member {name[:80]!r} is not supported; write it again without `tar --sparse`"
+                )
+            elif kind in (b"0", b"\0", b"7"):
                 member = Member(name, data, length)
                 entries.append(member)
                 _note(found, look, window, member)
-            elif kind == b"S":
-                found.problems.append(f"sparse member {name[:80]!r} is not supported")
             said.forget()
         position = data + -(-length // BLOCK) * BLOCK
     return position
@@ -257,8 +259,17 @@ class _Said:
     def forget(self) -> None:
         self._next, self._long_name, self._long_link = {}, "", ""
 
+    def sparse(self) -> bool:
+        """Whether the data are pieces of a file with holes, as `tar --sparse --format=posix` writes them."""
+        return any(name.startswith("GNU.sparse.") for name in self._next)
+
     def name(self, header: bytes) -> str:
-        return self._next.get("path", self._all.get("path", "")) or self._long_name or _name(header)
+        return (
+            self._next.get("GNU.sparse.name", "")
+            or self._next.get("path", self._all.get("path", ""))
+            or self._long_name
+            or _name(header)
+        )
 
     def link(self, header: bytes) -> str:
         return self._next.get("linkpath", "") or self._long_link or _text(header[157:257])
@@ -297,6 +308,8 @@ def _checked_size(header: bytes) -> int | None:
     """Member size of a header whose checksum is right, else None."""
     stored = _number(header[148:156])
     total = sum(header) - sum(header[148:156]) + 8 * 32
-    if stored is None or stored != total:
+    # Old writers summed signed bytes, which differs where a name is not ASCII.
+    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
+    if stored is None or stored not in (total, signed):
         return None
     return _number(header[124:136])

@@ -143,6 +143,10 @@ def _expand(url: str) -> list[str]:
             raise DataError(f"The range {{{inner}}} in {url!r} is empty or too long; write {{first..last}}.")
         width = len(span.group(1))
         choices = [f"{i:0{width}d}" for i in range(first, last + 1)]
+    elif ".." in inner and "," not in inner and "/" not in inner:
+        raise DataError(
+            f"{{{inner}}} in {url!r} is no range of numbers; write {{first..last}}, or {{a,b}} for names."
+        )
     else:
         choices = inner.split(",")
     head, tails = url[: match.start()], _expand(url[match.end() :])

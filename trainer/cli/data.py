@@ -142,7 +142,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from data_pipeline.storage.urls import is_local, join, local_path
     from data_pipeline.tools.inspection import contact_sheet, inspect_shards
 
-    sheet = args.sheet
+    sheet = args.sheet or _SHEET
     if sheet.endswith("/") or (is_local(sheet) and Path(local_path(sheet)).is_dir()):
         sheet = join(sheet, _SHEET)
     with _progress(None, "shards") as bar:

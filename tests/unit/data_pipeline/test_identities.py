@@ -165,4 +165,6 @@ def test_large_jsons_are_read_and_unreadable_ones_told(
     url = make_set(tmp_path / "latin", write_tar, tiny_picture, latin)
     assert main(["data", "index", url, "--workers", "0"]) == 0
     said = capsys.readouterr().out
-    assert "00000.tar: 2 json members, first '000000002', are no JSON objects in UTF-8 of at most 4" in said
+    assert (
+        "00000.tar: 2 json members, first '000000002.json', are no JSON objects in UTF-8 of at most 4" in said
+    )
