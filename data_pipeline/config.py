@@ -61,6 +61,18 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class HeldOutConfig:
+    """Samples that training never sees, to measure it on; at most one of shards and share is set."""
+
+    shards: str = ""
+    """URL of shards of their own, with braces or wildcards; none of them may be a training shard."""
+    share: float = number(0.0, least=0, most=0.5)
+    """Share of the training shards' samples that is held out, chosen by a hash of their keys."""
+    filter: str | None = None
+    """Rows to measure on; unset: those of data.filter."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Shards, order, filters, pictures and captions."""
 
@@ -84,6 +96,8 @@ class DataConfig:
     """Share of the first 1000 samples that may be rejected, by `filter` too; above it the run ends."""
     removal_lists: tuple[str, ...] = ()
     """URLs of files with keys, image URLs or digests never to be served: text, CSV, JSON lines, Parquet."""
+    validation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Samples that are kept from training; `validation` says how they are measured."""
     image_size: int = number(256, least=1, most=2**16)
     """Edge length of the square crop, in pixels."""
     crop: Literal["random", "center"] = "center"

@@ -19,8 +19,9 @@ from data_pipeline.errors import DataError
 
 FIRST = 1000
 """Samples after which a share says something."""
-_NO_SAMPLES = ("set_aside", "duplicate_member", "shard_unreadable", "shard_cut_short")
-"""Reasons that count something else: what is tried again later, members, and shards."""
+_NOT_LOST = ("set_aside", "duplicate_member", "shard_unreadable", "shard_cut_short", "held_out")
+"""Reasons that count something else: what is tried again later, members, shards, and samples of
+data.validation, which are left out on purpose."""
 _REASONS = 8
 
 
@@ -35,7 +36,7 @@ class Tally:
     @property
     def lost(self) -> int:
         """Samples that were rejected for good."""
-        return sum(count for reason, count in self.rejected.items() if reason not in _NO_SAMPLES)
+        return sum(count for reason, count in self.rejected.items() if reason not in _NOT_LOST)
 
     @property
     def seen(self) -> int:
@@ -49,7 +50,7 @@ class Tally:
 
     def sentence(self) -> str:
         """The numbers, the most frequent reasons first."""
-        reasons = [(r, n) for r, n in self.rejected.most_common() if r not in _NO_SAMPLES]
+        reasons = [(r, n) for r, n in self.rejected.most_common() if r not in _NOT_LOST]
         told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons[:_REASONS])
         more = f" and {len(reasons) - _REASONS} reasons more" if len(reasons) > _REASONS else ""
         share = f"{self.served:,} of {self.seen:,} samples ({100 * self.served_share:.1f} %) are served"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import FatalFault
+from data_pipeline.held_out import HeldOut
 from data_pipeline.loader import (
     AnyLoader,
     Dataset,
@@ -36,6 +37,7 @@ from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.frozen import FrozenWeights, freeze
 from trainer.ema import EMA
+from trainer.evaluation.held_out import hold_out
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.interop.initialise import initialise
 from trainer.metrics.sinks import Sinks
@@ -78,6 +80,10 @@ class Run:
     lease: Lease | None = None
     frozen: FrozenWeights | None = None
     """What of the network is not trained."""
+    held_out: HeldOut | None = None
+    """The samples that validation measures; None where there is none."""
+    measured: tuple[int, dict[str, float]] = (-1, {})
+    """Step and figures of the last validation."""
 
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
@@ -103,6 +109,7 @@ class Run:
             state={"train": self.state.state_dict(position), "healer": self.healer.state()},
             tensors=self.stage.state(),
             loss=self.healer.recent_loss,
+            metrics=self.measured[1] if self.measured[0] == self.state.step else None,
         )
         self.sinks.flush()
 
@@ -222,6 +229,7 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
             world_size=env.world_size,
         )
     start = start or StartTimer()
+    held_out = hold_out(config, dataset)
     start.mark("data set")
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)
@@ -242,7 +250,8 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     try:
         checkpoints = CheckpointManager(config, env, buffer, lease)
         parts = (config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
-        run = Run(*parts, StepProfiler(config.run_dir, env), lease=lease, frozen=frozen)
+        profiler = StepProfiler(config.run_dir, env)
+        run = Run(*parts, profiler, lease=lease, frozen=frozen, held_out=held_out)
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
         resumed = run.restore()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -11,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -85,8 +87,9 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         accuracy = _sample_and_judge(environment, folder)
         _stage("6/6", "summary", started)
         _ldm(environment, "report", RUN, "--out", str(folder / "report.html"))
-        rate = _images_per_s(RUN)
-    _report(folder, accuracy, json.loads(quality.read_text())["psnr"], rate, time.monotonic() - started)
+        records = read_records(RUN)
+    psnr = json.loads(quality.read_text())["psnr"]
+    _report(folder, accuracy, psnr, records, time.monotonic() - started)
     return 0
 
 
@@ -121,13 +124,23 @@ def _sample_and_judge(environment: dict[str, str], folder: Path) -> Accuracy:
     )
 
 
-def _images_per_s(run: str) -> float:
-    """Median over the log records of all starts of the run."""
-    rates = [record["images_per_s"] for record in read_records(run) if "images_per_s" in record]
-    return statistics.median(rates) if rates else float("nan")
+def _validation(records: list[dict[str, Any]]) -> str:
+    """The last validation loss, with its standard error, and the first."""
+    found = [record for record in records if "validation/loss" in record]
+    if not found:
+        return "not measured"
+    first, last = (found[i]["validation/loss"] for i in (0, -1))
+    count, error = found[-1]["validation/samples"], found[-1]["validation/loss_stderr"]
+    return (
+        f"{last:.3f} +- {error:.3f} on {count:.0f} held-out pictures ({first:.3f} at step {found[0]['step']})"
+    )
 
 
-def _report(folder: Path, accuracy: Accuracy, psnr: float, rate: float, seconds: float) -> None:
+def _report(
+    folder: Path, accuracy: Accuracy, psnr: float, records: list[dict[str, Any]], seconds: float
+) -> None:
+    rates = [record["images_per_s"] for record in records if "images_per_s" in record]
+    rate = statistics.median(rates) if rates else math.nan
     print(f"""
 pictures            {folder / "samples" / "grid.png"}
 curves and faults   {folder / "report.html"} (ldm report)
@@ -135,6 +148,7 @@ shards at a glance  {folder / "shards.png"}
 colour accuracy     {accuracy.color:.2f} on {accuracy.prompts} prompts (chance {1 / len(COLORS):.2f})
 shape accuracy      {accuracy.shape:.2f} (chance {1 / len(SHAPES):.2f})
 reconstruction      {psnr:.1f} dB PSNR
+validation loss     {_validation(records)}
 training speed      {rate:.0f} images/s
 wall time           {seconds:.0f} s
 

@@ -46,6 +46,8 @@ class Purpose(IntEnum):
     """CONDITION + index: anything else that one condition draws, 256 values."""
     SAMPLER = 0x10000
     """SAMPLER + step index: noise that a stochastic sampler adds, 65536 values."""
+    VALIDATION = 0x20000
+    """VALIDATION + index of the level: noise at which a held-out sample is measured, 65536 values."""
 
 
 def philox(counter: tuple[Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -147,7 +147,7 @@ def draw_all(
         batch_size: pictures at a time.
     """
     device = next(model.network.parameters()).device
-    with _evaluating(model.network):
+    with evaluating(model.network):
         for first in range(0, len(request), batch_size):
             part = request.part(slice(first, first + batch_size))
             indices = torch.arange(first, first + len(part), device=device) + first_index
@@ -193,7 +193,8 @@ def draw(config: Config, model: DiffusionModel, request: Request, indices: Tenso
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in evaluation mode."""
     was_training = network.training
     network.eval()
     try:

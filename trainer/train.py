@@ -34,6 +34,7 @@ from trainer.reliability.requests import profile_url, stop_url
 from trainer.reliability.served_share import ServedShare
 from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, gather_reports
 from trainer.reliability.watchdog import Watchdog, silence_s
+from trainer.validation import cost, validate
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
     batches = run.open_loader()
     batch = next(batches) if state.step < config.steps else None
     run.start.mark("first batch")
+    if run.held_out is not None and run.env.is_main:
+        logger.info("validation: %s", cost(config, len(run.held_out)))
     if state.step == 0:
         run.save()  # what a rewind of the first steps goes back to
         run.start.mark("first save")
@@ -127,6 +130,8 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         if due(state.step, config.sampling.every):
             watchdog.beat(state.step, "preview")
             preview(run, batch)
+        if last_step or due(state.step, config.validation.every):
+            validate(run, watchdog)
         if last_step:
             watchdog.beat(state.step, "finish")
             finish(run)

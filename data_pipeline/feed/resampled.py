@@ -36,6 +36,7 @@ from data_pipeline.shards.index import ORIGINAL
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import picture_members, removed_by
+from data_pipeline.shards.split import REASONS, is_held_out
 from data_pipeline.storage.files import open_stream
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.urls import distinguishing_depth, shard_name
@@ -200,6 +201,8 @@ class ResampledLoader(Iterator[Batch]):
         try:
             if self._removals and (why := removed_by(self._removals, own_key, url, members.get("json"))):
                 raise Rejected(why)
+            if is_held_out(own_key, self._config.validation.share):
+                raise Rejected(REASONS["training"])
             caption = fill_sample(
                 self._config,
                 members,

@@ -89,6 +89,7 @@ def _digest(config: DataConfig, rows: Sequence[ManifestRow]) -> str:
         config.max_image_pixels,
         selection.members,
         selection.wants_text,
+        *([selection.held_out_share] if selection.held_out_share else []),
     )
     digest = hashlib.sha256(json.dumps([_FORMAT, VERSION, ASPECTS, repr(settings)]).encode())
     for row in rows:

@@ -17,6 +17,7 @@ from data_pipeline.shards.identities import hash_identity, identity_text, is_ide
 from data_pipeline.shards.index import DEFECTS, ShardIndex
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import RemovalList, read_removals
+from data_pipeline.shards.split import REASONS, Part, held_out
 from data_pipeline.storage.urls import shard_names
 
 _JSON_CONDITIONS = ("class_label", "layout")
@@ -43,13 +44,17 @@ class Selection:
     max_pixels: float = math.inf
     reads_json: bool = False
     """Whether every sample's json is read, not only where the index cannot decide the filter."""
+    held_out_share: float = 0.0
+    """Share of the samples that training does not see."""
+    part: Part = "training"
+    """Whether the others are read, or those."""
 
     def reasons(self, index: ShardIndex) -> tuple[NDArray[np.int32], tuple[str, ...]]:
         """[n] -1 for samples to read, else position in the returned names: all that the index can decide."""
         removed = [f"removed: {removal.name}" for removal in self.removals]
         names = (
             *(*self.filter.reasons(), *removed),
-            *("no_caption", "too_many_pixels", "too_large", "too_small", *DEFECTS),
+            *("no_caption", "too_many_pixels", "too_large", "too_small", REASONS[self.part], *DEFECTS),
         )
         n = len(index)
         result = np.full(n, -1, np.int32)
@@ -69,6 +74,9 @@ class Selection:
             result[(result < 0) & self._too_small(index)] = names.index("too_small")
             largest = self.extents(index)[1].max(axis=0)
             result[largest > self.max_member_bytes] = names.index("too_large")
+            if self.held_out_share:
+                other = held_out(index.keys, self.held_out_share) != (self.part == "validation")
+                result[(result < 0) & other] = names.index(REASONS[self.part])
             self._mark_removed(index, result, [names.index(name) for name in removed])
             # A defect outranks filter and removal list.
             defects = index.defects.astype(np.int32)
@@ -121,7 +129,9 @@ class Selection:
             result[removal.matches(columns).any(axis=0)] = code
 
 
-def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None = None) -> Selection:
+def make_selection(
+    config: DataConfig, removals: tuple[RemovalList, ...] | None = None, *, part: Part = "training"
+) -> Selection:
     """Selection of a configuration; reads the removal lists unless given them. Raises DataError."""
     conditions = config.conditions
     columns = tuple(source for source in config.captions if source != "txt")
@@ -145,6 +155,8 @@ def make_selection(config: DataConfig, removals: tuple[RemovalList, ...] | None 
         wants_text=config.require_caption and set(config.captions) == {"txt"},
         max_pixels=config.max_image_pixels,
         reads_json=reads_json,
+        held_out_share=config.validation.share,
+        part=part,
     )
 
 

@@ -25,6 +25,7 @@ from data_pipeline.shards.index import DEFECTS, ShardIndex
 from data_pipeline.shards.records import clean, parse_record, text_of
 from data_pipeline.shards.removals import RemovalList, read_removals
 from data_pipeline.shards.selection import identity_hashes, picture_members
+from data_pipeline.shards.split import held_out
 from data_pipeline.shards.tars import scan
 from data_pipeline.storage.files import read_range
 from data_pipeline.storage.listing import ListedFile, list_files
@@ -54,6 +55,8 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     removals: list[ListMatches] = field(default_factory=list)
     """What each of the asked removal lists has of these samples."""
+    held_out: int | None = None
+    """Samples that a share of data.validation would hold out, where one was asked for."""
     bad_members: Counter[str] = field(default_factory=Counter)
     """Rejections by reason among the samples whose pictures were decoded, and defects of the index."""
     decoded: int = 0
@@ -100,6 +103,8 @@ class Inspection:
         bad = ", ".join(f"{reason} {n}" for reason, n in self.bad_members.most_common()) or "none"
         text.append(f"bad members       {bad}")
         text += [f"removal list      {matches.line()}" for matches in self.removals]
+        if self.held_out is not None:
+            text.append(f"held out          {self.held_out:,} of {self.samples:,}")
         text += [f"problem           {p}" for p in self.problems[:20]]
         if len(self.problems) > 20:
             text.append(f"problem           and {len(self.problems) - 20} more")
@@ -138,6 +143,7 @@ def inspect_shards(
     url: str,
     *,
     removal_lists: Sequence[str] = (),
+    held_out_share: float | None = None,
     picture: Sequence[str] = IMAGE_EXTENSIONS,
     decode_per_shard: int = 50,
     pictures: int = 36,
@@ -146,13 +152,14 @@ def inspect_shards(
 ) -> Inspection:
     """Scan every shard behind `url` and decode a fixed random choice of its pictures.
 
-    `picture` is data.picture: the extensions of the pictures. A shard that is no tar is reported as a
-    problem. Raises DataError when nothing matches or storage does not answer.
+    `picture` is data.picture: the extensions of the pictures; `held_out_share` is data.validation.share. A
+    shard that is no tar is reported as a problem. Raises DataError when nothing matches or storage does not
+    answer.
     """
     removals = [ListMatches(each) for each in read_removals(removal_lists, numbered=True)]
     chosen_picture = picture_members(DataConfig(picture=tuple(picture)))
     shards = list_files(url)
-    result = Inspection(removals=removals)
+    result = Inspection(removals=removals, held_out=None if held_out_share is None else 0)
     per_sheet = -(-pictures // len(shards))
     for done, shard in enumerate(shards):
         progress(done, len(shards))
@@ -169,6 +176,8 @@ def inspect_shards(
             names = identity_hashes(index)
             for matches in removals:
                 matches.add(names)
+        if result.held_out is not None and held_out_share:
+            result.held_out += int(held_out(index.keys, held_out_share).sum())
         chosen = permutation(1, len(index))[:decode_per_shard]
         _decode_some(result, shard, index, np.sort(chosen).tolist(), per_sheet, max_pixels, chosen_picture)
     progress(len(shards), len(shards))

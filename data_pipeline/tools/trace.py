@@ -95,6 +95,25 @@ def explain_step(
             }
 
 
+def explain_validation(
+    config: DataConfig, seed: int, global_batch_size: int, samples: int
+) -> Iterator[dict[str, Any]]:
+    """The samples of data.validation that a run measures, one record each, without reading pictures."""
+    from data_pipeline.held_out import open_held_out
+
+    dataset = open_dataset(config) if config.order == "indexed" else None
+    held = open_held_out(config, samples, seed=seed, global_batch_size=global_batch_size, dataset=dataset)
+    for sample in held.samples:
+        height, width = sample.shape
+        yield {
+            "key": sample.key,
+            "ordinal": sample.ordinal,
+            "weight": sample.weight,
+            "height": height,
+            "width": width,
+        }
+
+
 def _served(
     buckets: Buckets,
     dataset: Dataset,

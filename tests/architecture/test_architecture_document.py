@@ -29,6 +29,6 @@ def test_paths_exist() -> None:
 
 def test_a_stage_has_the_methods_that_are_counted() -> None:
     methods = [name for name, _ in inspect.getmembers(Stage, inspect.isfunction) if not name.startswith("_")]
-    named = re.findall(r"`(\w+)`", DOCUMENT.split("`Stage` of five methods:")[1].split(". The")[0])
+    named = re.findall(r"`(\w+)`", DOCUMENT.split("`Stage` of six methods:")[1].split(". The")[0])
     assert sorted(methods) == sorted(named)
-    assert len(methods) == 5
+    assert len(methods) == 6

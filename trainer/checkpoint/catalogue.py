@@ -10,6 +10,7 @@ from data_pipeline.storage.files import exists, list_names, read_bytes
 from data_pipeline.storage.large import measure
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest, Manifest, StoredFile
+from trainer.config.checks_validation import TRAINING_LOSS, better_high
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Retention:
     keep_last: int
     keep_every: int
     keep_best: int
+    best_metric: str = TRAINING_LOSS
 
 
 def checkpoints_url(run_dir: str) -> str:
@@ -82,16 +84,17 @@ def problems(handle: CheckpointHandle, files: tuple[StoredFile, ...]) -> list[st
     return found
 
 
-def steps_to_keep(losses: Mapping[int, float | None], retention: Retention) -> set[int]:
+def steps_to_keep(merits: Mapping[int, float | None], retention: Retention) -> set[int]:
     """The newest `keep_last` (at least one), for ever the multiples of `keep_every`, the `keep_best` best.
 
     Args:
-        losses: recent training loss by committed step; None is never among the best, and of equal ones
+        merits: value of `best_metric` by committed step; None is never among the best, and of equal ones
             the newer is the better.
     """
-    newest = sorted(losses, reverse=True)[: max(1, retention.keep_last)]
-    for_ever = [step for step in losses if retention.keep_every and step % retention.keep_every == 0]
-    ranked = sorted((loss, -step) for step, loss in losses.items() if loss is not None)
+    newest = sorted(merits, reverse=True)[: max(1, retention.keep_last)]
+    for_ever = [step for step in merits if retention.keep_every and step % retention.keep_every == 0]
+    sign = -1.0 if better_high(retention.best_metric) else 1.0
+    ranked = sorted((sign * merit, -step) for step, merit in merits.items() if merit is not None)
     best = [-negative for _, negative in ranked[: retention.keep_best]]
     return {*newest, *for_ever, *best}
 
@@ -110,9 +113,10 @@ def steps_to_retire(folder: str, newest: int, retention: Retention) -> list[int]
     """
     steps = [step for step in steps_found(folder) if step <= newest]
     committed = [step for step in steps if is_committed(folder, step)]
-    # Each manifest is a request to storage and may be large: they are opened only if losses matter.
-    losses = {step: _loss(folder, step) if retention.keep_best else None for step in committed}
-    kept = steps_to_keep(losses, retention)
+    # Each manifest is a request to storage and may be large: they are opened only if merits matter.
+    metric = retention.best_metric
+    merits = {step: _merit(folder, step, metric) if retention.keep_best else None for step in committed}
+    kept = steps_to_keep(merits, retention)
     return [step for step in steps if step not in kept]
 
 
@@ -123,8 +127,8 @@ def leftovers(url: str) -> list[str]:
     return [name for name in list_names(url) if name not in named]
 
 
-def _loss(folder: str, step: int) -> float | None:
+def _merit(folder: str, step: int, metric: str) -> float | None:
     try:
-        return open_checkpoint(join(folder, folder_name(step))).manifest.loss
+        return open_checkpoint(join(folder, folder_name(step))).manifest.value(metric)
     except BadManifest:
         return None  # damaged: nothing to keep it for

@@ -18,6 +18,7 @@ from trainer.checkpoint.catalogue import (
     steps_found,
 )
 from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest
+from trainer.config.checks_validation import TRAINING_LOSS
 from trainer.config.run import ConfigError
 
 
@@ -38,6 +39,10 @@ class CheckpointRow:
     averages: tuple[str, ...] = ()
     loss: float | None = None
     """Recent training loss; None where it is not known."""
+    best_metric: str = TRAINING_LOSS
+    """What the run keeps its best checkpoints by."""
+    merit: float | None = None
+    """Its value; None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,8 @@ def _row(step: int, url: str) -> CheckpointRow:
         networks=tuple(manifest.shapes),
         averages=tuple(kind.removeprefix("ema.") for kind in kinds if kind.startswith("ema.")),
         loss=manifest.loss,
+        best_metric=manifest.best_metric,
+        merit=manifest.value(manifest.best_metric),
     )
 
 

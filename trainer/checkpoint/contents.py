@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import safetensors.torch
@@ -56,7 +56,9 @@ class Contents:
     tensors: dict[str, Tensor]
     """Small ones beside the weights; rank 0's count."""
     loss: float | None
-    """Recent training loss, by which `checkpoint.keep_best` chooses; rank 0's counts."""
+    """Recent training loss; rank 0's counts."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What was measured on held-out samples at this step; `checkpoint.keep_best` may go by one of them."""
 
     @staticmethod
     def of_checkpoint(
@@ -67,6 +69,7 @@ class Contents:
         state: dict[str, Any],
         tensors: dict[str, Tensor],
         loss: float | None,
+        metrics: dict[str, float] | None = None,
     ) -> Contents:
         """Everything that a run needs to go on."""
         averages = tuple(f"ema.{profile}" for profile in ema.profiles)
@@ -76,7 +79,7 @@ class Contents:
         }
         if FROZEN in kinds:
             kinds[FROZEN] = (MASTER,)
-        return Contents(step, engines, ema, kinds, state, tensors, loss)
+        return Contents(step, engines, ema, kinds, state, tensors, loss, metrics or {})
 
     @staticmethod
     def of_snapshot(

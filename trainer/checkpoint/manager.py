@@ -121,21 +121,26 @@ class CheckpointManager:
         state: dict[str, Any],
         tensors: dict[str, Tensor],
         loss: float | None,
+        metrics: dict[str, float] | None = None,
     ) -> None:
         """Take a checkpoint. When writing is asynchronous, returns once the state is copied.
 
         Args:
             state: JSON-able; the same on every rank.
             tensors: small ones beside the weights; rank 0's count.
-            loss: recent training loss, by which `checkpoint.keep_best` chooses; rank 0's counts.
+            loss: recent training loss; rank 0's counts.
+            metrics: what was measured on held-out samples at this step. `checkpoint.keep_best` goes by one of
+                them, or by the loss.
 
         Raises:
             UserError, RetryableFault: on all ranks: this save failed, or, when asynchronous, the one
                 before (unless `settle` has been told). Earlier checkpoints are intact.
         """
-        contents = Contents.of_checkpoint(step, engines, ema, state=state, tensors=tensors, loss=loss)
+        contents = Contents.of_checkpoint(
+            step, engines, ema, state=state, tensors=tensors, loss=loss, metrics=metrics
+        )
         wanted = self._config.checkpoint
-        retention = Retention(wanted.keep_last, wanted.keep_every, wanted.keep_best)
+        retention = Retention(wanted.keep_last, wanted.keep_every, wanted.keep_best, wanted.best_metric)
         self._submit(contents, self._folder, retention)
 
     def save_snapshot(
@@ -313,6 +318,8 @@ class CheckpointManager:
                 kinds=contents.kinds,
                 shapes=contents.shapes(),
                 loss=contents.loss,
+                best_metric=self._config.checkpoint.best_metric,
+                metrics=contents.metrics,
             ),
             tables=tables,
             state=contents.state_file(self._config, self._env.world_size),

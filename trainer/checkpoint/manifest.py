@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.storage.large import checksum_bytes
 from trainer.checkpoint.layout import ShardPlan, Table, tables_from_json, tables_to_json
+from trainer.config.checks_validation import TRAINING_LOSS
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
@@ -47,7 +48,16 @@ class Manifest:
     shapes: dict[str, dict[str, tuple[int, ...]]]
     """Whole shape of every parameter, by engine."""
     loss: float | None
-    """Recent training loss, by which the best are kept; None where it is not known."""
+    """Recent training loss; None where it is not known."""
+    best_metric: str = TRAINING_LOSS
+    """What the best are kept by: the training loss, or one of `metrics`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What was measured on held-out samples at this very step; empty where nothing was."""
+
+    def value(self, metric: str) -> float | None:
+        """What the checkpoint has of a metric by which the best are kept; None where it is not known."""
+        value = self.loss if metric == TRAINING_LOSS else self.metrics.get(metric)
+        return value if value is not None and math.isfinite(value) else None
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
@@ -76,6 +86,8 @@ class Manifest:
             "shapes": self.shapes,
             # JSON has no NaN and no infinity.
             "loss": self.loss if self.loss is not None and math.isfinite(self.loss) else None,
+            "best_metric": self.best_metric,
+            "metrics": {name: value for name, value in self.metrics.items() if math.isfinite(value)},
         }
         return json.dumps({"checksum": _checksum(body), **body}, separators=(",", ":")).encode()
 
@@ -102,7 +114,9 @@ class Manifest:
                 engine: {name: tuple(shape) for name, shape in shapes.items()}
                 for engine, shapes in body["shapes"].items()
             },
-            loss=body.get("loss"),  # manifests of earlier versions do not have it
+            loss=body.get("loss"),  # manifests of earlier versions do not have it, nor what follows
+            best_metric=body.get("best_metric", TRAINING_LOSS),
+            metrics=body.get("metrics", {}),
         )
 
 

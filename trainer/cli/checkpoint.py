@@ -7,6 +7,7 @@ import argparse
 from tqdm import tqdm
 
 from trainer.checkpoint.commands import list_checkpoints, verify
+from trainer.config.checks_validation import TRAINING_LOSS
 
 EXAMPLE = "example: ldm checkpoint verify s3://bucket/run"
 
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
             loss = "-" if row.loss is None else f"{row.loss:.4g}"
             size = f"{row.num_bytes / 1e6:10.1f} MB  {row.num_shards} shard(s)"
             what = f"loss {loss:>9}  {size}  {', '.join(row.networks)}"
+            if row.best_metric != TRAINING_LOSS:
+                what = f"{row.best_metric} {'-' if row.merit is None else f'{row.merit:.4g}':>9}  {what}"
             print(f"{row.step:>9}  {what if row.complete else f'INCOMPLETE: {row.problem}'}  {row.url}")
         return 0
     damaged = 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import RANGE, DataConfig, HeldOutConfig
 from data_pipeline.errors import DataError
 from trainer.config.io import load_config
 
@@ -129,6 +130,12 @@ def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         help="a list of data.removal_lists: how many samples it has, and which entries match none",
     )
     parser.add_argument(
+        "--held-out",
+        type=_share,
+        metavar="SHARE",
+        help="how many samples data.validation.share=SHARE holds out",
+    )
+    parser.add_argument(
         "--picture",
         action="append",
         metavar="EXTENSION",
@@ -149,6 +156,7 @@ def _inspect(args: argparse.Namespace) -> int:
         found = inspect_shards(
             args.url,
             removal_lists=args.removal_list,
+            held_out_share=args.held_out,
             picture=args.picture or DataConfig().picture,
             decode_per_shard=args.decode,
             pictures=args.pictures,
@@ -234,7 +242,11 @@ def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
-    parser.add_argument("--step", type=int, required=True, help="optimizer step, from 0")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int, help="optimizer step, from 0")
+    which.add_argument(
+        "--validation", action="store_true", help="the held-out samples that are measured, instead of a step"
+    )
     parser.add_argument(
         "--rejects",
         action="append",
@@ -244,9 +256,14 @@ def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     )
 
     def run(args: argparse.Namespace) -> int:
-        from data_pipeline.tools.trace import explain_step
+        from data_pipeline.tools.trace import explain_step, explain_validation
 
         config, seed, batch = _load(args.config, args.overrides)
+        if args.validation:
+            count = load_config(args.config, args.overrides).validation.samples
+            for record in explain_validation(config, seed, batch, count):
+                _say(json.dumps(record))
+            return 0
         assumed: list[str] = []
         for record in explain_step(config, seed, batch, args.step, rejects=args.rejects):
             assumed = record["assumes"]
@@ -255,6 +272,18 @@ def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         return 0
 
     parser.set_defaults(func=run)
+
+
+def _share(text: str) -> float:
+    """A number that data.validation.share may be."""
+    allowed = next(f for f in fields(HeldOutConfig) if f.name == "share").metadata[RANGE]
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if share not in allowed:
+        raise argparse.ArgumentTypeError(f"{text} is no share; it must be {allowed}")
+    return share
 
 
 def _load(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int, int]:

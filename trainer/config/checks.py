@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.config.checks_diffusion import check_diffusion, check_guidance, check_sampling
+from trainer.config.checks_validation import check_validation
 from trainer.config.derived import check_derived
 from trainer.config.models import RANDOM, TOWERS, FirstStageConfig, OpenCLIPConfig
 from trainer.config.network_plan import norm_groups, plan_levels
@@ -20,6 +21,7 @@ def check(config: Config) -> None:
     _check_conditioning(config)
     _check_optimizer(config)
     _check_graphs(config)
+    check_validation(config)
     if config.stage == "diffusion":
         check_diffusion(config.diffusion)
         check_sampling(config.diffusion, config.sampling)

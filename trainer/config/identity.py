@@ -40,7 +40,8 @@ _FREE = (
 _DATA = (
     *("image_size", "crop", "allow_enlarging", "horizontal_flip", "buckets", "filter", "require_caption"),
 )
-"""Where shards lie, and what is removed from them, may change: an opt-out needs no permission.
+"""Where shards lie, and what is removed from them, may change: an opt-out needs no permission. What is held
+out by data.validation.share may not: it would measure samples that were trained on, or train on the others.
 data.conditions and data.max_layout_boxes follow from `conditioning`."""
 
 
@@ -144,6 +145,7 @@ def _defining(config: dict[str, Any]) -> _Flat:
         flat |= _flattened(config[section], f"{section}.")
     flat |= {f"data.{name}": config["data"][name] for name in _DATA}
     flat["data.filter"] = flat["data.filter"].strip()
+    flat["data.validation.share"] = config["data"]["validation"]["share"]
     if config["data"]["buckets"]:
         flat |= {f"data.{name}": config["data"][name] for name in ("bucket_step", "bucket_max_aspect")}
     if stage == "diffusion":

@@ -18,6 +18,7 @@ from trainer.config.training import (
     LoggingConfig,
     OptimizerConfig,
     SamplingConfig,
+    ValidationConfig,
 )
 
 
@@ -71,6 +72,8 @@ class Config:
     """When to save."""
     healing: HealingConfig = field(default_factory=HealingConfig)
     """NaN and spike policy."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Measurements on held-out samples."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console, JSONL, W&B."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -212,7 +212,9 @@ class CheckpointConfig:
     keep_every: int = number(0, least=0, most=10**12)
     """Also keep, for ever, checkpoints whose step is a multiple of this; 0: none."""
     keep_best: int = number(0, least=0, most=10**6)
-    """Also keep the checkpoints with the lowest recent training loss; 0: none."""
+    """Also keep this many checkpoints that are the best by best_metric; 0: none."""
+    best_metric: str = "loss"
+    """loss: recent training loss; or what validation records, such as validation/loss or validation/psnr."""
     asynchronous: bool = True
     """Write from a separate process while training goes on; only the copy to host memory blocks."""
 
@@ -234,6 +236,20 @@ class HealingConfig:
     """Steps left out within 100,000 steps before one more makes the run rewind."""
     max_rewinds: int = number(5, least=0, most=10**6)
     """Rewinds within 100,000 steps before the run stops."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """How the samples of `data.validation` are measured while training goes on."""
+
+    every: int = number(0, least=0, most=10**12)
+    """Steps between measurements, one more after the last step; 0: none."""
+    samples: int = number(1000, least=2, most=10**7)
+    """Held-out samples that are measured, the same ones each time."""
+    timesteps: int = number(8, least=1, most=64)
+    """Noise levels at which each sample is measured, one of each equal part of what training draws."""
+    raw: bool = True
+    """Measure the trained weights beside their averages, which doubles the cost."""
 
 
 @dataclass(frozen=True)

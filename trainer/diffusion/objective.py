@@ -68,6 +68,12 @@ def quantile(config: DiffusionConfig, u: Tensor) -> Tensor:
             return mean + (1.2 if deviation is None else deviation) * torch.special.ndtri(u)
 
 
+def falls(config: DiffusionConfig) -> bool:
+    """Whether `quantile` falls: small numbers then draw much noise."""
+    low, high = quantile(config, torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+    return bool(high < low)
+
+
 def offset_noise(noise: Tensor, offsets: Tensor, strength: float) -> Tensor:
     """Noise [B, C, H, W] plus `strength` times standard normal `offsets` [B, C], constant over a channel."""
     return noise + strength * offsets[:, :, None, None]

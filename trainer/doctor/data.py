@@ -24,6 +24,7 @@ from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank
+from trainer.evaluation.held_out import hold_out
 
 _PROBE_BYTES = 16_000_000
 _SHARDS_PER_RANK = 3
@@ -139,6 +140,10 @@ def check_samples(config: Config, env: DistributedEnv) -> list[Check]:
         return [Check(name, False, str(error), "correct data.shards or what the sentence names.")]
     tally, mistake = Tally(), ""
     try:
+        held_out = hold_out(config, dataset)
+    except Failure as error:
+        return [Check(name, False, str(error), "correct data.validation.")]
+    try:
         tally = _first_samples(config, env, dataset)
     except Exception as error:  # noqa: BLE001 - whatever is wrong belongs in the table
         mistake = f"{type(error).__name__}: {error}"
@@ -151,7 +156,8 @@ def check_samples(config: Config, env: DistributedEnv) -> list[Check]:
         total.check(config.data.max_rejected_share)
     except DataError:
         return [Check(name, False, total.sentence(), remedy)]
-    return [Check(name, True, total.sentence(), remedy)]
+    measured = "" if held_out is None else f"; {len(held_out):,} held out are measured"
+    return [Check(name, True, total.sentence() + measured, remedy)]
 
 
 def _first_samples(config: Config, env: DistributedEnv, dataset: Dataset | None) -> Tally:

@@ -45,6 +45,11 @@ def ssim(first: Tensor, second: Tensor, data_range: float = 2.0) -> Tensor:
     return (luminance * structure).flatten(1).mean(dim=1).float()
 
 
+def distance_name(perceptual: PerceptualDistance | None) -> str:
+    """What a perceptual distance is called in results."""
+    return "psim" if perceptual is not None and perceptual.is_lpips else "random_features"
+
+
 def _blur(x: Tensor) -> Tensor:
     """Separable Gaussian window, without padding: [B, C, H, W] -> [B, C, H-10, W-10]."""
     position = torch.arange(WINDOW_EDGE, dtype=x.dtype, device=x.device) - WINDOW_EDGE // 2
@@ -74,7 +79,7 @@ def reconstruction_metrics(
         "psnr" in dB, "ssim", the perceptual distance where asked for, "pictures" counted. It is called
         "psim" with LPIPS alone: random features measure something else, which is "random_features".
     """
-    distance = "psim" if perceptual is not None and perceptual.is_lpips else "random_features"
+    distance = distance_name(perceptual)
     sums = {"psnr": 0.0, "ssim": 0.0} | ({distance: 0.0} if perceptual is not None else {})
     pictures = 0
     for batch in batches:

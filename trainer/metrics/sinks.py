@@ -86,9 +86,9 @@ class Sinks:
         self._jsonl.write({"step": step, "samples_seen": samples_seen, "time": time.time(), **record})
         if self._wandb:
             self._wandb.log(samples_seen, {"step": step, **record})
-        if self._bar is not None:
+        if self._bar is not None and "loss" in record:
             shown = {
-                "loss": f"{record['loss']:.4f}" if "loss" in record else "-",
+                "loss": f"{record['loss']:.4f}",
                 "img/s": f"{record.get('images_per_s', 0):.1f}",
                 "data wait": f"{100 * record.get('data_wait', 0):.0f}%",
             }

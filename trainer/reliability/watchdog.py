@@ -22,7 +22,7 @@ from trainer.reliability.heartbeat import Board
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["start", "data", "step", "checkpoint", "preview", "profile", "finish"]
+Phase = Literal["start", "data", "step", "checkpoint", "preview", "validation", "profile", "finish"]
 
 GRACE_S: Mapping[Phase, float] = {
     "start": 900.0,
@@ -30,6 +30,7 @@ GRACE_S: Mapping[Phase, float] = {
     "step": 0.0,
     "checkpoint": 600.0,
     "preview": 300.0,
+    "validation": 600.0,
     "profile": 300.0,
     "finish": 900.0,
 }

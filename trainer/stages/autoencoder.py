@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +15,8 @@ from data_pipeline.batch import Batch
 from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
+from trainer.evaluation.held_out import Measure, Measured
+from trainer.evaluation.reconstruction import WINDOW_EDGE, distance_name, psnr, ssim
 from trainer.first_stage import losses
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.perceptual import PerceptualDistance
@@ -25,6 +29,7 @@ from trainer.first_stage.statistics import (
 from trainer.metrics.timer import StepTimer
 from trainer.pixels import to_bytes, to_unit_range
 from trainer.rng import Purpose, normal
+from trainer.sample import evaluating
 from trainer.stages.codebook_revival import CodebookRevival
 from trainer.stages.stage import Preview
 
@@ -200,6 +205,31 @@ class AutoencoderStage:
         height, width = (edge // first_stage.downsampling for edge in batch.pixels.shape[2:])
         shape = (first_stage.latent_channels, height, width)
         return normal(self._config.seed, batch.ordinals, Purpose.POSTERIOR, shape)
+
+    @contextmanager
+    def measuring(self) -> Iterator[Measure]:
+        """See `Stage`: how well held-out pictures are given back, through the latents' mode."""
+        with self._autoencoder.gathered() as module, evaluating(module):
+            assert isinstance(module, FirstStage)
+            yield partial(self._measure, module)
+
+    @torch.no_grad()
+    def _measure(self, module: FirstStage, batch: Batch) -> Measured:
+        pixels = to_unit_range(batch.pixels).contiguous(memory_format=self._memory_format)
+        outputs = module.training_outputs(pixels, None)
+        reconstruction = outputs["reconstruction"].float()
+        error = losses.reconstruction_error(pixels, reconstruction, self._loss.reconstruction)
+        figures = {"reconstruction": error.flatten(1).mean(dim=1)}
+        made = to_unit_range(to_bytes(reconstruction))  # as it would be stored
+        figures["psnr"] = psnr(pixels, made)
+        if min(pixels.shape[2:]) >= WINDOW_EDGE:
+            figures["ssim"] = ssim(pixels, made)
+        if self._perceptual is not None:
+            figures[distance_name(self._perceptual)] = self._perceptual(pixels, made)
+        if "kl" in outputs:
+            figures["kl"] = outputs["kl"]
+        codes = outputs.get("indices")
+        return Measured(figures, None if codes is None else codes.reshape(len(batch), -1))
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Preview:

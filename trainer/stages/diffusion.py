@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
+from data_pipeline.held_out import SEED
 from data_pipeline.tools.given import read_prompt
 from trainer.conditioning.build import Conditioner
 from trainer.config.run import Config
 from trainer.diffusion.objective import (
     add_noise,
     draw_timesteps,
+    falls,
     loss_per_sample,
     offset_noise,
     weigh_by_uncertainty,
 )
 from trainer.diffusion.processes import at_size, make_process
 from trainer.distributed.engine import Engine
+from trainer.evaluation.held_out import Measure, Measured
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.statistics import require_same_statistics
 from trainer.metrics.timer import StepTimer
-from trainer.model import DiffusionModel
+from trainer.model import ConditionedUNet, DiffusionModel
 from trainer.pixels import to_unit_range
 from trainer.rng import Purpose, normal, permutation, uniform
-from trainer.sample import Request, generate
+from trainer.sample import Request, evaluating, generate
 from trainer.stages.stage import Preview
 
 
@@ -50,6 +56,7 @@ class DiffusionStage:
         self._first_stage = first_stage
         self._timer = timer
         self._process = make_process(config.diffusion).to(self._engine.device)
+        self._falls = falls(config.diffusion)
 
     def train_step(self, batch: Batch, step: int, learning_rate: float) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches (see `Stage`)."""
@@ -65,7 +72,7 @@ class DiffusionStage:
         grad_norm = None
         for micro in micro_batches:
             with self._timer("encode"):
-                latents, inputs = self._encode(micro)
+                latents, inputs = self._encode(micro, config.seed)
             with self._timer("unet"):
                 slots = micro.slots if strata is None else strata[micro.slots]
                 loss, error = self._loss(micro, latents, inputs, slots)
@@ -81,20 +88,20 @@ class DiffusionStage:
         return metrics
 
     @torch.no_grad()
-    def _encode(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _encode(self, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Frozen work: latents [B, z, h, w] and prepared conditions."""
         config = self._config
         pixels = to_unit_range(batch.pixels)
         factor = config.first_stage.downsampling
         shape = (config.first_stage.channels, pixels.shape[2] // factor, pixels.shape[3] // factor)
-        noise = normal(config.seed, batch.ordinals, Purpose.POSTERIOR, shape)
+        noise = normal(seed, batch.ordinals, Purpose.POSTERIOR, shape)
         latents = self._first_stage.latents(pixels, noise)
         inputs = self._conditioner.frozen.prepare(
             batch.captions,
             batch.conditions,
             pixels,
             first_stage=self._first_stage,
-            seed=config.seed,
+            seed=seed,
             ordinals=batch.ordinals,
         )
         return latents.float(), inputs
@@ -120,6 +127,46 @@ class DiffusionStage:
         if uncertainty is not None:
             losses = weigh_by_uncertainty(losses, uncertainty)
         return losses.mean(), error
+
+    @contextmanager
+    def measuring(self) -> Iterator[Measure]:
+        """See `Stage`: the loss at levels of noise that are fixed per sample, and nothing is dropped."""
+        with self._engine.gathered() as network, evaluating(network):
+            assert isinstance(network, ConditionedUNet)
+            yield partial(self._measure, network)
+
+    @torch.no_grad()
+    def _measure(self, network: ConditionedUNet, batch: Batch) -> Measured:
+        """The loss of each sample over `validation.timesteps` levels, one drawn in each equal part of what
+        training draws, and the loss in each part, from little to much noise.
+
+        `error` and the parts are without the learned uncertainty.
+        """
+        config, ordinals = self._config, batch.ordinals
+        levels = config.validation.timesteps
+        latents, inputs = self._encode(batch, SEED)
+        diffusion = at_size(config.diffusion, batch.pixels.shape[2], batch.pixels.shape[3])
+        even = dataclasses.replace(diffusion, timesteps="stratified")
+        uniforms = uniform(SEED, ordinals, Purpose.TIMESTEP, (levels,))
+        shifts = normal(SEED, ordinals, Purpose.OFFSET_NOISE, (levels, latents.shape[1]))
+        keep = self._conditioner.keep_masks(len(batch), latents.device)
+        errors, losses = [], []
+        for level in range(levels):
+            slots = torch.full_like(ordinals, level)
+            timesteps = draw_timesteps(even, uniforms[:, level], slots, levels)
+            noise = normal(SEED, ordinals, Purpose.VALIDATION + level, tuple(latents.shape[1:]))
+            if diffusion.offset_noise:
+                noise = offset_noise(noise, shifts[:, level], diffusion.offset_noise)
+            prediction = network(add_noise(self._process, latents, noise, timesteps), timesteps, inputs, keep)
+            error = loss_per_sample(diffusion, self._process, prediction.float(), latents, noise, timesteps)
+            errors.append(error.double())
+            if network.uncertainty is not None:
+                losses.append(weigh_by_uncertainty(error, network.uncertainty(timesteps)).double())
+        figures = {"loss": torch.stack(losses or errors).mean(dim=0)}
+        if losses:
+            figures["error"] = torch.stack(errors).mean(dim=0)
+        rising = errors[::-1] if self._falls else errors
+        return Measured(figures | {f"bin_{level}": error for level, error in enumerate(rising)})
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Preview:

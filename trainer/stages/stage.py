@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from trainer.distributed.engine import Engine
+from trainer.evaluation.held_out import Measure
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Stage(Protocol):
 
         Collective, because sharded weights are gathered for it; rank 0's pictures are the ones that are kept.
         """
+        ...
+
+    def measuring(self) -> AbstractContextManager[Measure]:
+        """Inside, what measures held-out samples with the weights as they are now; training goes on
+        afterwards as if nothing had been. Collective."""
         ...
 
     def finish(self, batches: Iterator[Batch]) -> None:

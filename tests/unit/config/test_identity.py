@@ -18,7 +18,7 @@ ALL_CONDITIONS = [
 ]
 FREE = {
     *("run_dir", "steps", "global_batch_size", "micro_batch_size", "seed", "init_from", "resume_changed"),
-    *("optimizer", "ema", "distributed", "checkpoint", "healing", "logging", "sampling"),
+    *("optimizer", "ema", "distributed", "checkpoint", "healing", "logging", "sampling", "validation"),
     "unet.activation_checkpointing",
     "diffusion.timesteps",
     *("diffusion.sigma_min", "diffusion.sigma_max"),
@@ -36,6 +36,7 @@ COMPARED_DATA = {
         "filter",
         "require_caption",
         "captions",
+        "validation.share",
     ),
 }
 
