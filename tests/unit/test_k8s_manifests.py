@@ -14,7 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from trainer.__main__ import verb_parser
+from trainer.cli import watch
+from trainer.cli.sample import check_series
 from trainer.config.io import load_config
+from trainer.exit_codes import ExitCode
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
 
@@ -354,3 +358,18 @@ def test_the_image_installs_only_pinned_versions_and_is_not_root() -> None:
 def test_the_example_secret_holds_no_secret() -> None:
     (secret,) = documents((K8S / "secret.example.yaml").read_text(encoding="utf-8"))
     assert set(secret["stringData"].values()) == {""}
+
+
+def test_the_evaluator_is_a_command_that_exists_in_a_pod_that_is_admitted() -> None:
+    (job,) = documents((K8S / "evaluator" / "job.yaml").read_text(encoding="utf-8"))
+    pod = job["spec"]["template"]["spec"]
+    assert breaches(pod) == []
+    words = pod["containers"][0]["command"]
+    assert words[:4] == ["python", "-m", "trainer", "evaluate"]
+    args = verb_parser("evaluate").parse_args(words[4:])
+    check_series(watch._drawing(args, args.source, "out"))
+    rules = job["spec"]["podFailurePolicy"]["rules"]
+    fatal = next(rule["onExitCodes"]["values"] for rule in rules if rule["action"] == "FailJob")
+    assert fatal == [ExitCode.USER_ERROR, ExitCode.FATAL], "neither is cured by another start"
+    (account,) = documents((K8S / "base" / "service-account.yaml").read_text(encoding="utf-8"))
+    assert pod["serviceAccountName"] == account["metadata"]["name"]

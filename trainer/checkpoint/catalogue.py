@@ -10,6 +10,7 @@ from data_pipeline.storage.files import exists, list_names, read_bytes
 from data_pipeline.storage.large import measure
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest, Manifest, StoredFile
+from trainer.checkpoint.marks import marked_steps
 from trainer.config.checks_validation import TRAINING_LOSS, better_high
 
 
@@ -110,6 +111,8 @@ def steps_to_retire(folder: str, newest: int, retention: Retention) -> list[int]
 
     Args:
         newest: step that has just been committed; folders of later steps are left alone.
+
+    Raises ValueError: what others want to keep is not understood (see `marks`).
     """
     steps = [step for step in steps_found(folder) if step <= newest]
     committed = [step for step in steps if is_committed(folder, step)]
@@ -117,7 +120,8 @@ def steps_to_retire(folder: str, newest: int, retention: Retention) -> list[int]
     metric = retention.best_metric
     merits = {step: _merit(folder, step, metric) if retention.keep_best else None for step in committed}
     kept = steps_to_keep(merits, retention)
-    return [step for step in steps if step not in kept]
+    marked = marked_steps(folder) if len(committed) > 1 else set()
+    return [step for step in steps if step not in kept and step not in marked]
 
 
 def leftovers(url: str) -> list[str]:

@@ -5,6 +5,7 @@ torchvision's VGG16 (vgg16-397923af.pth), named by --perceptual-weights or in to
 fidelity: FID, KID, IS, precision, recall, density, coverage, sFID, MIND, CMMD and CLIP score of pictures.
 statistics: what fidelity needs to know of a reference, once, for use ever after.
 sweep: fidelity over guidance scales and sampler steps, each point sampled and measured, as a table.
+watch: an evaluator beside a run, which draws from what it commits, measures, and marks the best.
 
 fidelity and statistics run by one process, or over ranks under torchrun or srun, with the same figures.
 """
@@ -21,7 +22,7 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.storage.files import write_bytes
-from trainer.cli import fidelity, sweep
+from trainer.cli import fidelity, sweep, watch
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
@@ -66,11 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sweep.add_arguments(
         commands.add_parser("sweep", help="fidelity over guidance and steps", epilog=sweep.SWEEP_EXAMPLE)
     )
+    watch.add_arguments(
+        commands.add_parser("watch", help="an evaluator beside a run", epilog=watch.WATCH_EXAMPLE)
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the figures."""
-    verbs = {"reconstruction": _reconstruction, "sweep": sweep.run}
+    verbs = {"reconstruction": _reconstruction, "sweep": sweep.run, "watch": watch.run}
     return verbs.get(args.command, fidelity.run)(args)
 
 

@@ -18,6 +18,7 @@ import importlib.metadata
 import re
 import sys
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from trainer.conditioning.build import TEXT
 from trainer.config.checks_diffusion import check_guidance, check_sampling
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
+from trainer.distributed.env import DistributedEnv
 from trainer.model import DiffusionModel, ModelFound, find_model, load_model
 from trainer.provenance import git_commit
 from trainer.sample import Request, draw_all
@@ -143,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     """Sample and write. Everything that can be wrong is found before the weights are read."""
     _check_numbers(args)
     if sample_series.is_series(args):
-        return sample_series.run(args, _wishes, _with_choices, _record, long_prompts)
+        return sample_series.run(args, _reading())
     wishes = _wishes(args)
     found = find_model(
         args.source,
@@ -187,6 +189,32 @@ def run(args: argparse.Namespace) -> int:
             bar.update(len(made))
     print(pictures.finish(inputs.titles))
     return 0
+
+
+def arguments(words: Sequence[str], program: str) -> argparse.Namespace:
+    """Those of `ldm sample`, for commands that take some of them and draw by themselves."""
+    parser = argparse.ArgumentParser(prog=program)
+    add_arguments(parser)
+    parsed = parser.parse_args(words)
+    parsed.command_line = ["sample", *words]
+    return parsed
+
+
+def make_series(args: argparse.Namespace, env: DistributedEnv) -> None:
+    """A set of any size on the ranks that there are, for commands that measure it. Collective."""
+    sample_series.make(args, _reading(), env)
+
+
+def check_series(args: argparse.Namespace) -> None:
+    """What can be wrong with such a set without a look at the model. Raises ConfigError."""
+    _check_numbers(args)
+    if not sample_series.is_series(args):
+        raise ConfigError("say how many pictures are to be drawn, with --count or --prompts-from.")
+    sample_series.check(args)
+
+
+def _reading() -> sample_series.Reading:
+    return sample_series.Reading(_wishes, _with_choices, _record, long_prompts)
 
 
 def long_prompts(model: DiffusionModel, request: Request) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -28,8 +29,15 @@ MAX_COUNT = 10_000_000
 PROMPTS_LOOKED_AT = 1000
 """For being too long."""
 
-Record = Callable[..., dict[str, Any]]
-LongPrompts = Callable[[DiffusionModel, Request], list[str]]
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What `ldm sample` makes of its other arguments."""
+
+    wishes: Callable[[argparse.Namespace], Wishes]
+    with_choices: Callable[[Config, argparse.Namespace], Config]
+    record: Callable[..., dict[str, Any]]
+    long_prompts: Callable[[DiffusionModel, Request], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,48 +102,36 @@ def is_series(args: argparse.Namespace) -> bool:
     return False
 
 
-def run(
-    args: argparse.Namespace,
-    wishes_of: Callable[[argparse.Namespace], Wishes],
-    with_choices: Callable[[Config, argparse.Namespace], Config],
-    record_of: Record,
-    long_prompts: LongPrompts,
-) -> int:
-    """Make the set, or what is missing of it.
+def run(args: argparse.Namespace, reading: Reading) -> int:
+    """Make the set, or what is missing of it, on all ranks."""
+    check(args)
+    return run_on_ranks(args.command_line, args.ranks, lambda env: make(args, reading, env))
 
-    Args:
-        wishes_of, with_choices, record_of, long_prompts: what `ldm sample` makes of its other arguments.
+
+def make(args: argparse.Namespace, reading: Reading, env: DistributedEnv) -> None:
+    """The same on the ranks that there are. Collective.
+
+    Raises:
+        ConfigError: options that do not go together, or a folder that holds another set.
     """
-    _check(args)
-
-    def work(env: DistributedEnv) -> None:
-        plan = collectives.from_main_rank(lambda: _plan(args, wishes_of, with_choices, record_of, env.device))
-        form = Form(args.format, args.quality, tars=args.tars is not None)
-        store = SetStore(args.out, plan.record, form)
-        trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
-        if env.is_main:
-            _tell(plan, trained, long_prompts, env)
-        there = make_pictures(store, plan.series, trained, overwrite=args.overwrite, paste=plan.inputs.paste)
-        if env.is_main:
-            before = f", {there} of them from before" if there else ""
-            print(f"{plan.series.count} pictures{before} in {store.pictures_url}, {store.url}/grid.png")
-
-    return run_on_ranks(args.command_line, args.ranks, work)
+    plan = collectives.from_main_rank(lambda: _plan(args, reading, env.device))
+    store = SetStore(args.out, plan.record, Form(args.format, args.quality, tars=args.tars is not None))
+    trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
+    if env.is_main:
+        _tell(plan, trained, reading, env)
+    there = make_pictures(store, plan.series, trained, overwrite=args.overwrite, paste=plan.inputs.paste)
+    if env.is_main:
+        before = f", {there} of them from before" if there else ""
+        print(f"{plan.series.count} pictures{before} in {store.pictures_url}, {store.url}/grid.png")
 
 
-def _plan(
-    args: argparse.Namespace,
-    wishes_of: Callable[[argparse.Namespace], Wishes],
-    with_choices: Callable[[Config, argparse.Namespace], Config],
-    record_of: Record,
-    device: torch.device,
-) -> Plan:
+def _plan(args: argparse.Namespace, reading: Reading, device: torch.device) -> Plan:
     former = None if args.overwrite else former_record(args.out.rstrip("/") or args.out)
     _adopt(args, former or {})
-    wishes = wishes_of(args)
+    wishes = reading.wishes(args)
     prompts = wishes.prompts
     if args.prompts_from is not None:
-        prompts += tuple(listed_prompts(args.prompts_from, args.count))
+        prompts += _prompts_from(args.prompts_from, args.count)
     found = find_model(
         args.source,
         profile=args.weights,
@@ -143,7 +139,7 @@ def _plan(
         first_stage_weights=args.first_stage,
         latent_scale=args.latent_scale,
     )
-    config = with_choices(found.config, args)
+    config = reading.with_choices(found.config, args)
     labels = _labels(config, wishes.class_labels)
     one = dataclasses.replace(wishes, prompts=prompts[:1], class_labels=labels[:1])
     inputs = sampling_inputs(config, one)
@@ -159,7 +155,7 @@ def _plan(
         batches_per_part=1 if args.tars is None else -(-args.tars // args.batch_size),
     )
     precision = args.precision or (config.distributed.precision if device.type == "cuda" else "fp32")
-    about = record_of(args, one, inputs, config, found, device, precision)
+    about = reading.record(args, one, inputs, config, found, device, precision)
     del about["prompts"]
     record = about | {
         "weights": fingerprint(args.source, found.step),
@@ -175,6 +171,12 @@ def _plan(
         "compile": config.distributed.compile and device.type == "cuda",
     }
     return Plan(config, found, series, inputs, record, precision)
+
+
+@functools.lru_cache(1)
+def _prompts_from(url: str, most: int | None) -> tuple[str, ...]:
+    """Read once by a process that makes several sets of them."""
+    return tuple(listed_prompts(url, most))
 
 
 def _adopt(args: argparse.Namespace, former: dict[str, Any]) -> None:
@@ -194,7 +196,8 @@ def _adopt(args: argparse.Namespace, former: dict[str, Any]) -> None:
         args.batch_size = size if isinstance(size, int) and size > 0 else 16
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """What can be wrong without a look at the model. Raises ConfigError."""
     if args.count is not None and not 1 <= args.count <= MAX_COUNT:
         raise ConfigError(f"--count {args.count} must lie in 1 .. {MAX_COUNT}.")
     if args.per_prompt != 1:
@@ -228,10 +231,10 @@ def _load(args: argparse.Namespace, plan: Plan, device: torch.device) -> Trained
     return dataclasses.replace(trained, config=plan.config)
 
 
-def _tell(plan: Plan, trained: TrainedModel, long_prompts: LongPrompts, env: DistributedEnv) -> None:
+def _tell(plan: Plan, trained: TrainedModel, reading: Reading, env: DistributedEnv) -> None:
     how, series = plan.config.sampling, plan.series
     looked_at = min(series.count, len(series.prompts), PROMPTS_LOOKED_AT)
-    for note in long_prompts(trained.model, series.request(range(looked_at))):
+    for note in reading.long_prompts(trained.model, series.request(range(looked_at))):
         print(f"note: {note}")
     if series.parts < env.world_size:
         print(

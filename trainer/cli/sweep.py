@@ -3,6 +3,7 @@
 OUT/guidance_G_steps_S/pictures/   what `ldm sample` makes, all points from the same seeds and prompts
 OUT/guidance_G_steps_S/figures.json   everything known of that point; a point that has it is not made again
 OUT/curve.csv                      a row per point, after each
+OUT/sweep.json                     the checkpoint of all points, the newest when the sweep began
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import check_writable, read_text, write_bytes
 from data_pipeline.storage.urls import join
+from trainer.checkpoint.commands import find_checkpoint
 from trainer.cli import sample
 from trainer.cli.fidelity import Measuring, add_measuring_arguments, as_json, check, figures, stored
 from trainer.config.run import ConfigError
@@ -54,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
     _check(args, points)
     commands = {point: _command(args, point, join(out, _name(point))) for point in points}
     check_writable(out)
+    step = _step_of_all(args, out, next(iter(commands.values())))
+    for command in commands.values():
+        command.checkpoint = step
+        if step is not None:
+            command.command_line += ["--checkpoint", str(step)]
     env = DistributedEnv.detect()
     if env.world_size > 1:
         raise ConfigError("a sweep is made by one process; start it without torchrun or srun.")
@@ -67,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
         place = join(out, _name(point), "figures.json")
         found = _former(place, settings | {"metrics": args.metrics})
         if found is None:
-            sample.run(command)
+            status = sample.run(command)
+            if status != 0:  # of the ranks that have drawn; they have said why
+                return status
             made = measuring.statistics(join(out, _name(point)))
             assert made is not None
             found = as_json(made, real, figures(args, made, real, env.device))
@@ -118,10 +127,29 @@ def _command(args: argparse.Namespace, point: tuple[Decimal, Decimal], folder: s
     taken = [o for o in options if o.partition("=")[0] in _OURS]
     if taken:
         raise ConfigError(f"--sample may not hold {taken[0]}, which is the sweep's own.")
-    parser = argparse.ArgumentParser(prog="ldm evaluate sweep --sample")
-    sample.add_arguments(parser)
     own = ["--guidance", str(point[0]), "--steps", str(int(point[1])), "--out", folder]
-    return parser.parse_args([args.source, *options, *own])
+    return sample.arguments([args.source, *options, *own], "ldm evaluate sweep --sample")
+
+
+def _step_of_all(args: argparse.Namespace, out: str, command: argparse.Namespace) -> int | None:
+    """The checkpoint of every point: a run that trains on must not move along the curve.
+
+    None for a file, which has one.
+    """
+    if command.checkpoint is not None or args.source.endswith(".safetensors"):
+        return None if command.checkpoint is None else int(command.checkpoint)
+    url = join(out, "sweep.json")
+    try:
+        former = json.loads(read_text(url))
+        if former["source"] == args.source:
+            return int(former["checkpoint"])
+    except NotFound:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{url} is not a sweep's; choose another folder with --out.") from error
+    step = find_checkpoint(args.source).step
+    write_bytes(url, json.dumps({"source": args.source, "checkpoint": step}).encode())
+    return step
 
 
 def _former(url: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:

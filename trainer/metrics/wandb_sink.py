@@ -32,8 +32,14 @@ class WandbSink:
     """A run, or a group of runs, that restarts continue; online without a network falls back to offline."""
 
     def __init__(
-        self, config: LoggingConfig, run_dir: str, resolved: dict[str, Any], run_id: str | None
+        self,
+        config: LoggingConfig,
+        run_dir: str,
+        resolved: dict[str, Any],
+        run_id: str | None,
+        group: str | None = None,
     ) -> None:
+        """`group`: that of another run, which this one stands beside."""
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -50,7 +56,7 @@ class WandbSink:
             "entity": config.wandb_entity,
             "dir": folder,
             "config": resolved,
-            "group": os.environ.get("WANDB_RUN_GROUP") or self._id,
+            "group": os.environ.get("WANDB_RUN_GROUP") or group or self._id,
         }
         whole: dict[str, Any] = {"id": self._id, "resume": "allow" if run_id else None}
         segment: dict[str, Any] = {

@@ -39,6 +39,8 @@ class FaultProxy(ThreadingHTTPServer):
         self.deleted: list[str] = []
         """What was asked to be deleted: paths, and the keys of bulk requests."""
         self.counts: Counter[str] = Counter()
+        self.traffic: list[tuple[str, str, int]] = []
+        """(method, path, bytes of the answer) of all that is passed on."""
         self.lock = threading.Lock()
 
     def __enter__(self) -> FaultProxy:
@@ -107,6 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = upstream.getresponse()
         data = answer.read()
         upstream.close()
+        self.server.traffic.append((self.command, self.path, len(data)))
         reads = self.command == "GET" and "list-type" not in self.path
         fault = self.server.choose(self.path) if reads else ""
         if reads:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tests.unit.evaluator.committed_run import CommittedRun
 from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config
 from trainer.model import build_model
@@ -100,3 +101,24 @@ def test_mistakes(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ldm: ")]
     assert len(lines) == 1
     assert sentence in lines[0]
+
+
+def test_all_points_are_of_one_checkpoint_and_sets_may_be_large(tmp_path: Path) -> None:
+    """The run trains on between them; a set of any size goes on inside a point."""
+    run = CommittedRun(str(tmp_path / "run"), "checkpoint.keep_last=9")
+    run.commit(100)
+    (tmp_path / "real").mkdir()
+    for seed in range(5):
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "real" / f"{seed}.png")
+    where = ["--reference", str(tmp_path / "real"), "--out", str(tmp_path / "curve"), "--features", "random"]
+    command = ["evaluate", "sweep", str(tmp_path / "run"), *where, "--sample", "--count 6 --batch-size 4"]
+    assert main([*command, "--guidance", "1", "--steps", "2"]) == 0
+    run.commit(200)
+    run.close()
+    assert main([*command, "--guidance", "1,2", "--steps", "2"]) == 0
+    for guidance in (1, 2):
+        point = tmp_path / "curve" / f"guidance_{guidance}_steps_2"
+        assert json.loads((point / "prompts.json").read_text())["checkpoint"] == 100
+        assert len(list((point / "pictures").iterdir())) == 6
+    assert len(rows(tmp_path)) == 2

@@ -1,0 +1,129 @@
+"""`ldm evaluate watch`: an evaluator beside a run, on a machine or in a process of its own.
+
+OUT/metrics.jsonl              a line per measured checkpoint: eval/* against samples_seen
+OUT/samples/step_000001000.png the first of its pictures
+RUN/checkpoints/keep/          its mark on the best ones, which the run then does not remove
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import typing
+
+from data_pipeline.storage.urls import join
+from trainer.cli import sample
+from trainer.cli.fidelity import Measuring, add_measuring_arguments, check, figures, stored
+from trainer.config.run import ConfigError
+from trainer.distributed import collectives
+from trainer.distributed.env import DistributedEnv
+from trainer.evaluation.statistics import SetStatistics
+from trainer.evaluator.lookout import Rule, Sighting
+from trainer.evaluator.watch import Watcher, WatchOptions
+from trainer.launch.command import run_on_ranks
+
+WATCH_EXAMPLE = (
+    "example: ldm evaluate watch s3://bucket/run --reference val.safetensors "
+    "--sample '--count 5000 --prompts-from prompts.txt --steps 25'"
+)
+DEFAULT_OUT = "evaluation"
+"""In the folder of the run."""
+_OURS = ("--out", "--overwrite", "--checkpoint", "--ranks", "--tars")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which run, which pictures, against what, and what is kept."""
+    parser.add_argument("source", metavar="RUN", help="run folder; it may be empty yet")
+    parser.add_argument("--reference", required=True, metavar="PICTURES", help="as of `fidelity`")
+    parser.add_argument(
+        "--sample", required=True, metavar="OPTIONS", help="of `ldm sample`, as one text; --count at least"
+    )
+    parser.add_argument("--out", help="folder or URL (default: RUN/evaluation)")
+    parser.add_argument(
+        "--rule",
+        choices=typing.get_args(Rule),
+        default="newest",
+        help="newest: pass over what is older when the next one is due; all: catch up (default: %(default)s)",
+    )
+    parser.add_argument("--every", type=int, default=1, metavar="STEPS", help="only multiples of it")
+    parser.add_argument("--no-snapshots", action="store_true", help="checkpoints alone")
+    parser.add_argument(
+        "--best",
+        type=int,
+        default=1,
+        metavar="N",
+        help="that the run keeps (default: %(default)s)",
+    )
+    parser.add_argument("--best-metric", metavar="FIGURE", help="such as fid (default: the first figure)")
+    parser.add_argument("--keep-pictures", action="store_true", help="after they were measured, too")
+    parser.add_argument(
+        "--poll-s", type=float, default=60.0, metavar="SECONDS", help="between looks (default: %(default)s)"
+    )
+    parser.add_argument("--once", action="store_true", help="end when nothing is left to measure")
+    parser.add_argument("--ranks", type=int, default=0, help="local processes (default: one per visible GPU)")
+    add_measuring_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Watch until the last step of the run is measured."""
+    out = args.out or join(args.source, DEFAULT_OUT)
+    args.out, args.save_reference = None, None
+    check(args)
+    _check(args)
+    sample.check_series(_drawing(args, args.source, out))
+    return run_on_ranks(args.command_line, args.ranks, lambda env: _watch(args, out, env))
+
+
+def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
+    real = stored(args.reference)
+    measuring = Measuring(args, [real] if real else [], env.device)
+    real = real or measuring.statistics(args.reference, reference=True)
+
+    def draw(sighting: Sighting, folder: str) -> None:
+        sample.make_series(_drawing(args, sighting.url, folder), env)
+
+    def measure(folder: str) -> dict[str, float] | None:
+        made = measuring.statistics(folder)
+        return collectives.from_main_rank(lambda: _figures(args, made, real, env))
+
+    options = WatchOptions(
+        run_dir=args.source,
+        out=out,
+        rule=args.rule,
+        every=args.every,
+        snapshots=not args.no_snapshots,
+        best=args.best,
+        best_metric=args.best_metric,
+        keep_pictures=args.keep_pictures,
+        poll_s=args.poll_s,
+        once=args.once,
+    )
+    Watcher(options, draw, measure).run()
+
+
+def _figures(
+    args: argparse.Namespace, made: SetStatistics | None, real: SetStatistics | None, env: DistributedEnv
+) -> dict[str, float]:
+    """On rank 0, which has the statistics."""
+    assert made is not None
+    assert real is not None
+    return figures(args, made, real, env.device).figures
+
+
+def _drawing(args: argparse.Namespace, source: str, folder: str) -> argparse.Namespace:
+    """What `ldm sample` is to do for one checkpoint."""
+    options = shlex.split(args.sample)
+    taken = [option for option in options if option.partition("=")[0] in _OURS]
+    if taken:
+        raise ConfigError(f"--sample may not hold {taken[0]}, which is the evaluator's own.")
+    return sample.arguments([source, *options, "--out", folder], "ldm evaluate watch --sample")
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option, value, least in (("--every", args.every, 1), ("--best", args.best, 0)):
+        if value < least:
+            raise ConfigError(f"{option} {value} must be at least {least}.")
+    if not 0.0 < args.poll_s < 1e6:
+        raise ConfigError(f"--poll-s {args.poll_s:g} must lie above 0 and below a million seconds.")
+    if args.source.endswith(".safetensors"):
+        raise ConfigError(f"{args.source} is a file that does not change; name a run folder to watch.")

@@ -1,0 +1,101 @@
+"""What an evaluator has found out: its own JSONL, a line per measured checkpoint, and which are the best.
+
+The file is rewritten whole with each line (a few hundred bytes each), which is atomic on disk and on S3: so
+a kill leaves it as it was, a line is never there twice, and storage that cannot append is no other case.
+Where a run was rewound, a step may have two lines; the later one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipeline.errors import NotFound
+from data_pipeline.storage.files import read_text, write_bytes
+from data_pipeline.storage.urls import join
+from trainer.config.run import ConfigError
+
+NAME = "metrics.jsonl"
+PREFIX = "eval/"
+"""Of figures, as W&B groups them."""
+_HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "clip_score")
+
+
+class Findings:
+    """The lines of one evaluator's folder."""
+
+    def __init__(self, out: str) -> None:
+        """Read what an earlier start has found. Raises ConfigError: the file is not ours."""
+        self.url = join(out, NAME)
+        self._records: list[dict[str, Any]] = []
+        try:
+            lines = read_text(self.url).splitlines()
+        except NotFound:
+            return
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                _ = record["step"], record["checkpoint"], record["samples_seen"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"line {number} of {self.url} is not an evaluator's; remove the file, or choose another "
+                    "--out."
+                ) from error
+            self._records.append(record)
+
+    @property
+    def measured(self) -> set[tuple[int, str]]:
+        """Steps and checksums of all that has been measured."""
+        return {(record["step"], record["checkpoint"]) for record in self._records}
+
+    @property
+    def first_figure(self) -> str | None:
+        """The one that a measurement names first; None before any."""
+        names = (key for record in self._records for key in record if key.startswith(PREFIX))
+        return next((name.removeprefix(PREFIX) for name in names), None)
+
+    @property
+    def reached_the_end(self) -> bool:
+        """Whether the last step of the run is among them."""
+        return any(record["step"] >= record.get("run_steps", math.inf) for record in self._records)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Store a line; once it returns, the checkpoint counts as measured."""
+        # JSON has no NaN and no infinity: they become texts.
+        strict = {
+            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+        }
+        records = [*self._records, strict]
+        text = "".join(json.dumps(each, allow_nan=False) + "\n" for each in records)
+        write_bytes(self.url, text.encode())
+        self._records = records
+
+    def best(self, metric: str, count: int) -> list[int]:
+        """Steps of whole checkpoints with the best figures, the best first; of equal ones the newer.
+
+        Raises:
+            ConfigError: there is no such figure.
+        """
+        latest = {record["step"]: record for record in self._records if not record.get("snapshot")}
+        name = PREFIX + metric
+        known = sorted(
+            {key[len(PREFIX) :] for record in latest.values() for key in record if key.startswith(PREFIX)}
+        )
+        if latest and metric not in known:
+            raise ConfigError(
+                f"there is no figure {metric!r} to keep the best by; choose of {', '.join(known)}."
+            )
+        sign = -1.0 if higher_is_better(metric) else 1.0
+        ranked = sorted(
+            (sign * record[name], -step)
+            for step, record in latest.items()
+            if isinstance(record.get(name), (int, float))
+        )
+        return [-negative for _, negative in ranked[:count]]
+
+
+def higher_is_better(metric: str) -> bool:
+    """Of a figure by name; features other than Inception's are named behind it."""
+    return any(metric == name or metric.startswith(f"{name}_") for name in _HIGHER_IS_BETTER)
