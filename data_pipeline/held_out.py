@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from data_pipeline.batch import Batch
 from data_pipeline.errors import Rejected, Replaced
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
-from data_pipeline.feed.sample import fill_sample
+from data_pipeline.feed.sample import Known, draw_crop, fill_sample
 from data_pipeline.feed.task import ShareLayout
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.held_out import HeldOut, HeldOutSample, open_held_out
@@ -141,15 +141,14 @@ def _fill(
         whole = Filter(held.config.filter)
         late = whole.part([clause for clause in whole.clauses if clause.text in mine.late])
         late = late.given(mine.late_values)
-    return fill_sample(
+    place = draw_crop(held.config, mine.key, 0, seed=SEED, ordinal=mine.ordinal)
+    caption, _ = fill_sample(
         held.config,
         members,
-        late=late,
-        original=mine.original,
-        beside=mine.beside,
+        Known(late, mine.original, mine.beside),
         target=mine.shape,
-        seed=SEED,
-        ordinal=mine.ordinal,
+        draws=(SEED, mine.ordinal, place),
         out=out,
         row=row,
     )
+    return caption

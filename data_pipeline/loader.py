@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Cached, no_pixels
 from data_pipeline.config import DataConfig
 from data_pipeline.feed.conditions import check_conditions
 from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
+from data_pipeline.moments.entry import Moments, MomentsCache
 from data_pipeline.order.lanes import Order, deal
 from data_pipeline.order.position import merge_positions, pack, unpack
 from data_pipeline.shards.dataset import Dataset, open_dataset
@@ -59,12 +60,14 @@ def build_loader(
     position: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     skip_ordinals: Iterable[int] = (),
     dataset: Dataset | None = None,
+    moments: Moments | None = None,
 ) -> AnyLoader:
     """Loader of rank `rank`: an endless iterator of Batch with global_batch_size / world_size samples.
 
     `position` is `merge_positions` of what all ranks' last consumed batches carry; it fits any world size
-    and number of workers that divides the lanes. `skip_ordinals` are never served again. Raises DataError
-    within seconds when the storage, the shards or the configuration are wrong.
+    and number of workers that divides the lanes. `skip_ordinals` are never served again. `moments`: with
+    a cache, batches have `cached`, and pixels only where it has nothing. Raises DataError within seconds when
+    the storage, the shards or the configuration are wrong.
     """
     if config.order == "resampled":
         # webdataset is heavy to import, and only this mode needs it
@@ -94,6 +97,8 @@ def build_loader(
             position=position,
             skip_ordinals=frozenset(int(o) for o in skip_ordinals),
         )
+        if moments is not None:
+            tasks = [dataclasses.replace(task, moments=moments) for task in tasks]
         return Loader(tasks, workers, rank=rank)
     except BaseException:
         for worker in workers:
@@ -186,10 +191,16 @@ class Loader(Iterator[Batch]):
         for source, task in zip(self._sources, self._tasks, strict=True):
             share, memory, slot = source.take()
             for name, piece in task.layout(share.height, share.width).arrays(memory).items():
+                if name == "pixels" and share.without_pixels:
+                    continue
                 if name not in tensors:
                     tensors[name] = _host_tensor((self._size, *piece.shape[1:]), piece.dtype)
+                    if name == "pixels" and filled:  # of rows before, which had none
+                        tensors[name][:filled] = 0
                 # NumPy copies in this thread; torch would start threads that spin beside the workers.
                 tensors[name].numpy()[filled : filled + len(piece)] = piece
+            if share.without_pixels and "pixels" in tensors:
+                tensors["pixels"][filled : filled + task.size] = 0
             source.release(slot)
             shares.append(share)
             filled += task.size
@@ -197,9 +208,12 @@ class Loader(Iterator[Batch]):
         self._step += 1
         self.tally.served += self._size
         self._account(shares)
-        pixels = tensors.pop("pixels").permute(0, 3, 1, 2)  # [B, 3, H, W], channels last in memory
+        size = (self._size, shares[0].height, shares[0].width, 3)
+        pixels = tensors.pop("pixels") if "pixels" in tensors else no_pixels(size)
+        cached = _cached(self._tasks[0].moments.cache, tensors, shares)
         return Batch(
-            pixels=pixels,
+            pixels=pixels.permute(0, 3, 1, 2),  # [B, 3, H, W], channels last in memory
+            cached=cached,
             captions=tuple(itertools.chain.from_iterable(share.captions for share in shares)),
             ordinals=tensors.pop("ordinals"),
             conditions=tensors,
@@ -255,6 +269,20 @@ def _host_tensor(shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
     """Uninitialised; pinned where there is a GPU, or its copy would wait for all work that was launched."""
     kind = torch.from_numpy(np.empty(0, dtype)).dtype
     return torch.empty(shape, dtype=kind, pin_memory=torch.cuda.is_available())
+
+
+def _cached(
+    cache: MomentsCache | None, tensors: dict[str, torch.Tensor], shares: Sequence[FilledShare]
+) -> Cached | None:
+    """Takes what belongs to the cache of moments out of the tensors of a batch."""
+    if cache is None:
+        return None
+    values = tensors.pop("moments")
+    return Cached(
+        values.view(torch.bfloat16) if cache.dtype == "bf16" else values,
+        tensors.pop("found"),
+        tuple(itertools.chain.from_iterable(share.labels for share in shares)),
+    )
 
 
 class _Inline:

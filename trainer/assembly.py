@@ -22,6 +22,8 @@ from data_pipeline.loader import (
     merge_positions,
     open_dataset,
 )
+from data_pipeline.moments.entry import Moments
+from data_pipeline.moments.writer import MomentsWriter
 from trainer.checkpoint.contents import Stored, share_bytes
 from trainer.checkpoint.export import open_weights
 from trainer.checkpoint.host_buffer import HostBuffer
@@ -38,6 +40,8 @@ from trainer.distributed.env import DistributedEnv
 from trainer.distributed.frozen import FrozenWeights, freeze
 from trainer.ema import EMA
 from trainer.evaluation.held_out import hold_out
+from trainer.first_stage.base import FirstStage
+from trainer.first_stage.encode_once import EncodeOnce, moments_cache, open_cache
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.interop.initialise import initialise
 from trainer.metrics.sinks import Sinks
@@ -84,6 +88,7 @@ class Run:
     """The samples that validation measures; None where there is none."""
     measured: tuple[int, dict[str, float]] = (-1, {})
     """Step and figures of the last validation."""
+    encode_once: EncodeOnce | None = None
 
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
@@ -96,7 +101,14 @@ class Run:
             position=None if from_start else self.state.position,
             skip_ordinals=self.healer.skipped,
             dataset=self.dataset,
+            moments=self._moments,
         )
+
+    @property
+    def _moments(self) -> Moments | None:
+        cache = self.encode_once.cache if self.encode_once is not None else None
+        variants = self.config.first_stage.cache_variants
+        return Moments(variants, cache) if variants or cache is not None else None
 
     def save(self) -> None:
         """Checkpoint where the run stands. Collective."""
@@ -201,6 +213,8 @@ class Run:
     def close(self) -> None:
         """Let go of writers and sinks."""
         self.profiler.close(self.state.step)
+        if self.encode_once is not None:
+            self.encode_once.close()
         self.checkpoints.close()
         if self.snapshots is not None:
             self.snapshots.close()
@@ -250,8 +264,9 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     try:
         checkpoints = CheckpointManager(config, env, buffer, lease)
         parts = (config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
+        once = stage.encode_once if isinstance(stage, DiffusionStage) else None
         profiler = StepProfiler(config.run_dir, env)
-        run = Run(*parts, profiler, lease=lease, frozen=frozen, held_out=held_out)
+        run = Run(*parts, profiler, lease=lease, frozen=frozen, held_out=held_out, encode_once=once)
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
         resumed = run.restore()
@@ -295,7 +310,23 @@ def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer, star
     start.mark("networks")
     buffer = _begin_buffer({"unet": model.network}, DiffusionStage.averaged, config, env)
     engines: dict[str, Engine] = {"unet": build_engine(model.network, config, env)}
-    return DiffusionStage(config, engines, model.conditioner, model.first_stage, timer), buffer, frozen, {}
+    once = _open_moments(config, env, model.first_stage)
+    stage = DiffusionStage(config, engines, model.conditioner, model.first_stage, timer, once)
+    return stage, buffer, frozen, {}
+
+
+def _open_moments(config: Config, env: DistributedEnv, first_stage: FirstStage) -> EncodeOnce | None:
+    """The cache of moments, where the configuration names one. Collective.
+
+    Raises:
+        UserError, RetryableFault: it cannot be written.
+    """
+    if config.first_stage.cache is None:
+        return None
+    cache = moments_cache(config.first_stage, first_stage)
+    allowance = collectives.from_main_rank(lambda: open_cache(config.first_stage, cache))
+    share = None if allowance is None else allowance // env.world_size
+    return EncodeOnce(first_stage, cache, MomentsWriter(cache, allowance=share), config.micro_batch_size)
 
 
 def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer, start: StartTimer) -> _Built:

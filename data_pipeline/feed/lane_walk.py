@@ -54,6 +54,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import Rejected
+from data_pipeline.feed.moments import MomentsReads, Planned
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.position import LaneState
@@ -88,6 +89,8 @@ class Visit:
     """Captions that lie beside the tar, by column."""
     passed: list[tuple[str, str]] = field(default_factory=list)
     """(reason, key) of rejected samples beside it that no order counts."""
+    planned: Planned | None = None
+    """What the cache of moments has for it, or may get from it."""
 
     def load(self) -> dict[str, bytes]:
         """Member contents by extension; waits for them. Raises ReadFailed."""
@@ -171,7 +174,14 @@ class LaneWalk:
 class Walker:
     """All lanes of one worker, with the index views, the reads and the read-ahead budget they share."""
 
-    def __init__(self, task: ShareTask, views: ShardViews, reads: MemberReads) -> None:
+    def __init__(
+        self,
+        task: ShareTask,
+        views: ShardViews,
+        reads: MemberReads,
+        moments: MomentsReads | None = None,
+    ) -> None:
+        self._moments = moments
         self.buckets = task.buckets
         self.background = reads.background
         self._shard_of = task.dataset.shard_of
@@ -179,13 +189,20 @@ class Walker:
         self._views = views
         self._reads = reads
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
-        self._budget = task.config.buffer_bytes / max(1.0, task.dataset.mean_bytes)  # in samples
+        self._budget = task.config.buffer_bytes / max(1.0, self._sample_bytes(task))  # in samples
         pairs = [(lane, bucket) for lane in task.lanes for bucket in range(len(task.buckets.shapes))]
         self.walks = [
             LaneWalk(lane, bucket, state.copy(), self)
             for (lane, bucket), state in zip(pairs, task.states, strict=True)
         ]
         """Lane-major: bucket b of the i-th lane is at i * buckets + b."""
+
+    @staticmethod
+    def _sample_bytes(task: ShareTask) -> float:
+        """What a sample that is read ahead takes: its members, or its moments where they are larger."""
+        cache = task.moments.cache
+        entry = max(cache.entry_bytes(*shape) for shape in task.buckets.shapes) if cache is not None else 0
+        return max(task.dataset.mean_bytes, entry)
 
     def read_ahead(self) -> None:
         """Plan further windows, the most urgent lanes first, while the memory budget lasts."""
@@ -249,10 +266,18 @@ class Walker:
             )
             if reason is not None:
                 continue
+            planned = None
+            if self._moments is not None:
+                target = self.buckets.shapes[walk.bucket]
+                planned = self._moments.plan(shard, view, row, target, ordinal + slot)
+                visits[slot].planned = planned
+            unread = planned.extension if planned is not None and planned.place is not None else None
             members = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
             for extension, (start, size) in zip(view.members, members, strict=True):
-                if start >= 0:
+                if start >= 0 and extension != unread:
                     wanted.setdefault(shard, []).append(Extent(start, start + size, slot, extension))
         for (slot, extension), future in self._reads.start(wanted, due).items():
             visits[slot].members[extension] = future
+        if self._moments is not None:
+            self._moments.start({slot: v.planned for slot, v in visits.items() if v.planned is not None}, due)
         return list(visits.values())

@@ -13,10 +13,10 @@ the visits, and are free once their sample is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from data_pipeline.errors import Replaced
 from data_pipeline.feed.editions import ShardEditions
@@ -30,6 +30,7 @@ _GAP = 128_000
 _FIRST_RANGE_BYTES = 1_000_000
 """Most bytes asked for at once in the first windows of a lane."""
 
+T = TypeVar("T")
 Contents: TypeAlias = dict[tuple[int, str], bytes]
 """Bytes of the members of one range, by slot and extension."""
 
@@ -56,8 +57,8 @@ class MemberReads:
         range_bytes: int,
     ) -> None:
         self.background = background
+        self.editions = ShardEditions(dataset)
         self._dataset, self._reader, self._cache = dataset, reader, cache
-        self._editions = ShardEditions(dataset)
         self._range_bytes = max(1, range_bytes)
 
     def start(
@@ -68,37 +69,48 @@ class MemberReads:
         `due` is the number of samples that the lane serves before the plan's first: a read with fewer
         samples before it goes first, whatever lane it is for.
         """
+        return self.start_from(wanted, due, self._bytes)
+
+    def start_from(
+        self, wanted: Mapping[T, list[Extent]], due: float, read: Callable[[T, int, int], bytes]
+    ) -> dict[tuple[int, str], Future[Contents]]:
+        """The same from other files than shards, by `read(file, start, stop)`."""
         futures: dict[tuple[int, str], Future[Contents]] = {}
         # Right after a start somebody waits for these very samples, and a range is of use when it is whole.
         limit = self._range_bytes if due else min(self._range_bytes, _FIRST_RANGE_BYTES)
-        for shard, extents in wanted.items():
+        for file, extents in wanted.items():
             for group in ranges(sorted(extents), limit):
                 urgency = due + min(extent.slot for extent in group)
-                future = self.background.submit(urgency, partial(self._read, shard, group))
+                future = self.background.submit(urgency, partial(_read, partial(read, file), group))
                 for extent in group:
                     futures[extent.slot, extent.extension] = future
         return futures
 
-    def _read(self, shard: int, group: list[Extent]) -> Contents:
-        start = group[0].start
-        stop = max(extent.stop for extent in group)
-        data = self._bytes(shard, start, stop) if stop > start else b""
-        # Copies, not views: a view of one member would keep the bytes of the whole range alive.
-        return {(e.slot, e.extension): data[e.start - start : e.stop - start] for e in group}
+    def read_now(self, shard: int, extent: Extent) -> bytes:
+        """One member that nothing was asked for ahead. Raises ReadFailed, Replaced."""
+        return self._bytes(shard, extent.start, extent.stop)
 
     def _bytes(self, shard: int, start: int, stop: int) -> bytes:
         url = self._dataset.urls[shard]
-        edition = self._editions.expected(shard)
+        edition = self.editions.expected(shard)
         try:
             return self._of_edition(url, edition, start, stop)
         except Replaced as error:
-            return self._of_edition(url, self._editions.renew(shard, edition, error), start, stop)
+            return self._of_edition(url, self.editions.renew(shard, edition, error), start, stop)
 
     def _of_edition(self, url: str, edition: Edition, start: int, stop: int) -> bytes:
         fetch = partial(self._reader.read, url, expected=edition)
         if self._cache is None:
             return fetch(start, stop)
         return self._cache.read(f"{url} {edition.version}", edition.size, start, stop, fetch)
+
+
+def _read(read: Callable[[int, int], bytes], group: list[Extent]) -> Contents:
+    start = group[0].start
+    stop = max(extent.stop for extent in group)
+    data = read(start, stop) if stop > start else b""
+    # Copies, not views: a view of one member would keep the bytes of the whole range alive.
+    return {(e.slot, e.extension): data[e.start - start : e.stop - start] for e in group}
 
 
 def ranges(extents: list[Extent], limit: int) -> list[list[Extent]]:

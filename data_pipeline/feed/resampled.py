@@ -24,7 +24,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import AccessDenied, DataError, Failure, Rejected, StorageOutage
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
 from data_pipeline.feed.findings import Findings
-from data_pipeline.feed.sample import fill_sample, sample_arrays
+from data_pipeline.feed.sample import Known, draw_crop, fill_sample, sample_arrays
 from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
 from data_pipeline.pictures.headers import picture_size
@@ -203,15 +203,15 @@ class ResampledLoader(Iterator[Batch]):
                 raise Rejected(why)
             if is_held_out(own_key, self._config.validation.share):
                 raise Rejected(REASONS["training"])
-            caption = fill_sample(
+            ordinal = fold(self._step, hash_text(key)) >> 1
+            place = draw_crop(self._config, own_key, 0, seed=self._seed, ordinal=ordinal)
+            caption, _ = fill_sample(
                 self._config,
                 members,
-                late=self._late(members),
-                beside={},  # a stream has no parquet
-                original=original_size(parse_record(members.get("json"))),
+                # a stream has no parquet beside it
+                Known(self._late(members), original_size(parse_record(members.get("json")))),
                 target=(edge, edge),
-                seed=self._seed,
-                ordinal=fold(self._step, hash_text(key)) >> 1,
+                draws=(self._seed, ordinal, place),
                 out=row,
                 row=0,
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,8 +14,10 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import Rejected
 from data_pipeline.feed.captions import choose_caption
 from data_pipeline.feed.conditions import fill_conditions
-from data_pipeline.pictures.crops import crop_pixels, plan_crop
-from data_pipeline.pictures.decoding import decode
+from data_pipeline.moments.entry import MomentsCache
+from data_pipeline.order.draws import Draw, below, fold
+from data_pipeline.pictures.crops import Geometry, Place, crop_at, crop_pixels, draw_place
+from data_pipeline.pictures.decoding import check_size, decode
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.selection import picture_members
@@ -22,57 +26,98 @@ _SAME_ASPECT = 0.03
 """Logarithm of the ratio of two aspects up to which rounding explains it."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a sample besides its members."""
+
+    late: Filter | None = None
+    """Clauses of the filter that its json must still satisfy."""
+    original: tuple[int, int] | None = None
+    """Height and width before whoever stored the picture made it smaller; None: as stored."""
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """Captions in the parquet beside the tar, by column."""
+
+
+@dataclass(frozen=True)
+class Reused:
+    """What the cache of moments holds of a picture."""
+
+    values: NDArray[Any]
+    """[C, h, w]"""
+    geometry: Geometry
+    """Of the pixels that were encoded."""
+
+
+def draw_crop(config: DataConfig, key: str, variants: int, *, seed: int, ordinal: int) -> Place:
+    """The crop of one visit: anew, or one of a number of `variants` that each key has, whatever the seed."""
+    random_crop, may_flip = config.crop == "random", config.horizontal_flip
+    if variants:
+        chosen = below(seed, ordinal, Draw.VARIANT, variants)
+        name = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+        seed, ordinal = 0, fold(name, chosen)
+    return draw_place(random_crop=random_crop, may_flip=may_flip, seed=seed, ordinal=ordinal)
+
+
 def fill_sample(
     config: DataConfig,
     members: Mapping[str, bytes],
+    known: Known,
     *,
-    late: Filter | None,
-    original: tuple[int, int] | None,
-    beside: Mapping[str, Any],
     target: tuple[int, int],
-    seed: int,
-    ordinal: int,
+    draws: tuple[int, int, Place],
     out: Mapping[str, NDArray[Any]],
     row: int,
-) -> str:
-    """Decode one sample into row `row` of the batch arrays; returns its caption. Raises Rejected.
+    reused: Reused | None = None,
+) -> tuple[str, Geometry]:
+    """Decode one sample into row `row` of the batch arrays; its caption and crop. Raises Rejected.
 
-    late: clauses of the filter that its json must still satisfy
-    original: height and width before whoever stored the picture made it smaller; None: as stored
-    beside: captions in the parquet beside the tar, by column
+    draws: seed and ordinal, from which the caption is drawn, and the crop that was
+    reused: what stands for the picture, which is then neither needed nor decoded
     """
+    seed, ordinal, place = draws
     record = parse_record(members.get("json"))
-    if late is not None:
-        reason = late.check(record or {})
+    if known.late is not None:
+        reason = known.late.check(record or {})
         if reason is not None:
             raise Rejected(reason)
     caption = choose_caption(
         config.captions,
         members,
-        {**beside, **{name: value for name, value in (record or {}).items() if value is not None}},
+        {**known.beside, **{name: value for name, value in (record or {}).items() if value is not None}},
         require=config.require_caption,
         seed=seed,
         ordinal=ordinal,
     )
+    if reused is None:
+        geometry = _fill_pixels(config, members, target, place, out["pixels"][row])
+    else:
+        geometry = reused.geometry
+        check_size(geometry.height, geometry.width, config.max_image_pixels)
+        _check_large_enough(config, geometry.height, geometry.width, target)
+        out["moments"][row] = reused.values
+    before = known.original and _upright(known.original, geometry.height / geometry.width)
+    fill_conditions(config, members, record, geometry, before, out, row)
+    return caption, geometry
+
+
+def _fill_pixels(
+    config: DataConfig,
+    members: Mapping[str, bytes],
+    target: tuple[int, int],
+    place: Place,
+    out: NDArray[Any],
+) -> Geometry:
     data = next((members[e] for e in picture_members(config) if e in members), None)
     if data is None:
         raise Rejected("no_image")
     picture = decode(data, target=target, max_pixels=config.max_image_pixels)
-    if not config.allow_enlarging and (picture.height < target[0] or picture.width < target[1]):
-        raise Rejected("too_small", f"{picture.width} x {picture.height} for {target[1]} x {target[0]}")
-    geometry = plan_crop(
-        picture.height,
-        picture.width,
-        target,
-        random_crop=config.crop == "random",
-        may_flip=config.horizontal_flip,
-        seed=seed,
-        ordinal=ordinal,
-    )
-    geometry = crop_pixels(picture, geometry, out["pixels"][row])
-    before = original and _upright(original, picture.height / picture.width)
-    fill_conditions(config, members, record, geometry, before, out, row)
-    return caption
+    _check_large_enough(config, picture.height, picture.width, target)
+    return crop_pixels(picture, crop_at(picture.height, picture.width, target, place), out)
+
+
+def _check_large_enough(config: DataConfig, height: int, width: int, target: tuple[int, int]) -> None:
+    if not config.allow_enlarging and (height < target[0] or width < target[1]):
+        raise Rejected("too_small", f"{width} x {height} for {target[1]} x {target[0]}")
 
 
 def _upright(original: tuple[int, int], aspect: float) -> tuple[int, int]:
@@ -84,6 +129,14 @@ def _upright(original: tuple[int, int], aspect: float) -> tuple[int, int]:
     return original[::-1] if turned < _SAME_ASPECT < given else original
 
 
-def sample_arrays(height: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape per sample of pixels and ordinals; conditions come on top."""
-    return {"pixels": ("uint8", (height, width, 3)), "ordinals": ("int64", ())}
+def sample_arrays(
+    height: int, width: int, cache: MomentsCache | None = None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape per sample of pixels, ordinals and what is cached of it; conditions come on top."""
+    spec: dict[str, tuple[str, tuple[int, ...]]] = {
+        "pixels": ("uint8", (height, width, 3)),
+        "ordinals": ("int64", ()),
+    }
+    if cache is not None:
+        spec |= {"moments": (cache.numpy_dtype.str, cache.shape(height, width)), "found": ("bool", ())}
+    return spec

@@ -17,6 +17,7 @@ One row, from the inside out:
         _serve      visit -> reason against it?   -> Rejected: counted, and the lane moves on
                           -> bytes do not come?   -> set aside, the lane moves on
                           -> decode, crop, caption, conditions into the row   -> its caption
+                             (or moments instead of pixels, where they were encoded before: moments.py)
 
 A rejection moves the lane, never the row: each row is filled from the lane that owns it, so no other
 lane's samples shift, and the states differ only in the lanes that met one.
@@ -33,9 +34,12 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError, ReadFailed, Rejected, Replaced
 from data_pipeline.feed.editions import REINDEX
 from data_pipeline.feed.lane_walk import LaneWalk, Visit, Walker
+from data_pipeline.feed.moments import MomentsReads
 from data_pipeline.feed.reads import MemberReads
-from data_pipeline.feed.sample import fill_sample
+from data_pipeline.feed.sample import Known, Reused, draw_crop, fill_sample
 from data_pipeline.feed.task import ShareTask
+from data_pipeline.moments.entry import Label
+from data_pipeline.pictures.crops import Geometry
 from data_pipeline.shards.selection import make_selection
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.cache import BlockCache
@@ -61,6 +65,10 @@ class FilledShare:
     """(reason, key, detail, ordinal) since the last share"""
     counts: dict[str, int] = field(default_factory=dict)
     """requests, bytes, retries, failures since the last share"""
+    labels: list[Label | None] = field(default_factory=list)
+    """Of each row that is to be encoded, under what it may be stored; empty without a cache of moments."""
+    without_pixels: bool = False
+    """Every row is in the cache of moments."""
 
 
 class ShareStream:
@@ -80,9 +88,14 @@ class ShareStream:
         # A lane is in one shard, and reads ahead in the next.
         capacity = 2 * len(task.lanes) + 8
         selection = make_selection(config, task.removals)
-        views = ShardViews(task.dataset, selection, task.buckets, self._reader, capacity)
+        encoded = task.moments.cache is not None
+        views = ShardViews(
+            task.dataset, selection, task.buckets, self._reader, capacity, with_identities=encoded
+        )
         reads = MemberReads(task.dataset, self._reader, self._background, cache, config.read_ahead_bytes)
-        self._walker = Walker(task, views, reads)
+        self._moments = MomentsReads(task, reads, self._reader, capacity) if encoded else None
+        self._walker = Walker(task, views, reads, self._moments)
+        self._labels: list[Label | None] = []
         self._step = task.step
         self._sent: Counter[str] = Counter()
         self._rejects: list[tuple[str, str, str, int]] = []
@@ -96,6 +109,7 @@ class ShareStream:
         out = self._task.layout(height, width).arrays(buffer)
         captions: list[str] = []
         keys: list[str] = []
+        self._labels = []
         for walk in self._walker.walks[bucket :: len(buckets.shapes)]:
             for _ in range(self._task.per_lane):
                 caption, key = self._fill_row(walk, (height, width), out, len(keys))
@@ -103,6 +117,10 @@ class ShareStream:
                 keys.append(key)
         self._walker.read_ahead()
         self._step += 1
+        if self._moments is not None:  # a row is one or the other, and nothing is left from earlier steps
+            out["pixels"][out["found"]] = 0
+            out["moments"][~out["found"]] = 0
+        counts = self._counts()
         share = FilledShare(
             height=height,
             width=width,
@@ -110,11 +128,17 @@ class ShareStream:
             keys=keys,
             states=[walk.state.as_json() for walk in self._walker.walks],
             rejects=self._rejects,
-            counts=dict(self._reader.counts - self._sent),
+            counts=dict(counts - self._sent),
+            labels=self._labels,
+            without_pixels=self._moments is not None and bool(out["found"].all()),
         )
-        self._sent = self._reader.counts.copy()
+        self._sent = counts
         self._rejects = []
         return share
+
+    def _counts(self) -> Counter[str]:
+        moments = self._moments.counts if self._moments is not None else Counter[str]()
+        return self._reader.counts + moments
 
     def _fill_row(
         self, walk: LaneWalk, target: tuple[int, int], out: dict[str, NDArray[Any]], row: int
@@ -156,25 +180,47 @@ class ShareStream:
         if visit.reason is not None:
             raise Rejected(visit.reason)
         try:
-            members = visit.load()
+            members, reused = self._load(visit)
         except Replaced as error:
             raise Rejected("shard_replaced", str(error)[:300]) from error
         except ReadFailed as error:
             walk.defer(visit)
             self._rejects.append(("set_aside", self._key(visit), str(error)[:300], ordinal))
             return None
-        return fill_sample(
-            self._task.config,
+        task = self._task
+        place = draw_crop(
+            task.config, visit.key, task.moments.variants, seed=task.order.seed, ordinal=ordinal
+        )
+        caption, geometry = fill_sample(
+            task.config,
             members,
-            late=visit.late,
-            original=visit.original,
-            beside=visit.beside,
+            Known(visit.late, visit.original, visit.beside),
             target=target,
-            seed=self._task.order.seed,
-            ordinal=ordinal,
+            draws=(task.order.seed, ordinal, place),
             out=out,
             row=row,
+            reused=reused,
         )
+        if self._moments is not None:
+            out["found"][row] = reused is not None
+            self._labels.append(self._label(visit, geometry) if reused is None else None)
+            self._moments.count("missed" if reused is None else "found")
+        return caption
+
+    def _load(self, visit: Visit) -> tuple[dict[str, bytes], Reused | None]:
+        """Members and what stands for the picture among them. Raises ReadFailed, Replaced."""
+        members = visit.load()
+        if self._moments is None or visit.planned is None or visit.planned.place is None:
+            return members, None
+        reused = self._moments.take(visit.planned, visit.slot)
+        if reused is None:
+            members[visit.planned.extension] = self._moments.picture(visit.planned)
+        return members, reused
+
+    def _label(self, visit: Visit, geometry: Geometry) -> Label | None:
+        if self._moments is None or visit.planned is None:
+            return None
+        return self._moments.label(visit.planned, geometry)
 
     def _key(self, visit: Visit) -> str:
         return self._task.dataset.sample_key(visit.shard, visit.key)
@@ -195,4 +241,6 @@ class ShareStream:
     def close(self) -> None:
         """Stop the threads."""
         self._reader.close()
+        if self._moments is not None:
+            self._moments.close()
         self._background.close()

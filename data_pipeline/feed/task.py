@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from data_pipeline.config import DataConfig
 from data_pipeline.feed.conditions import condition_arrays
 from data_pipeline.feed.sample import sample_arrays
+from data_pipeline.moments.entry import NOTHING_ONCE, Moments, MomentsCache
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import LaneState
@@ -39,6 +40,8 @@ class ShareTask:
     """Visits that the trainer does not want again (loss spikes)."""
     removals: tuple[RemovalList, ...] | None = None
     """The removal lists as the rank has read them; None: the worker reads them itself."""
+    moments: Moments = NOTHING_ONCE
+    """What is encoded once."""
 
     @property
     def size(self) -> int:
@@ -48,18 +51,22 @@ class ShareTask:
     def layout(self, height: int = 0, width: int = 0) -> ShareLayout:
         """Layout of a share of this picture size; 0: the largest that occurs."""
         if height and width:
-            return ShareLayout(self.config, self.size, height, width)
-        layouts = [ShareLayout(self.config, self.size, h, w) for h, w in self.buckets.shapes]
+            return ShareLayout(self.config, self.size, height, width, self.moments.cache)
+        layouts = [
+            ShareLayout(self.config, self.size, h, w, self.moments.cache) for h, w in self.buckets.shapes
+        ]
         return max(layouts, key=lambda layout: layout.bytes)
 
 
 class ShareLayout:
     """Where the arrays of one share lie in a flat buffer."""
 
-    def __init__(self, config: DataConfig, size: int, height: int, width: int) -> None:
+    def __init__(
+        self, config: DataConfig, size: int, height: int, width: int, cache: MomentsCache | None = None
+    ) -> None:
         self._fields: list[tuple[str, np.dtype[Any], tuple[int, ...], int]] = []
         position = 0
-        spec = sample_arrays(height, width) | condition_arrays(config, height, width)
+        spec = sample_arrays(height, width, cache) | condition_arrays(config, height, width)
         for name, (kind, shape) in spec.items():
             dtype = np.dtype(kind)
             self._fields.append((name, dtype, (size, *shape), position))

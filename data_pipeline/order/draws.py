@@ -20,6 +20,7 @@ class Draw(IntEnum):
     FLIP = 5
     CAPTION = 6
     BUCKET = 7
+    VARIANT = 8
 
 
 def mix(x: int) -> int:

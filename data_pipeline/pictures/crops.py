@@ -23,7 +23,7 @@ SDXL's size condition speaks of the crop in the resized picture, here 85 x 64, w
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -35,6 +35,19 @@ from data_pipeline.pictures.decoding import Picture, decode_map
 
 # Loader processes are the parallelism; OpenCV's own threads would fight over the same cores.
 cv2.setNumThreads(0)
+
+
+RESAMPLING = 1
+"""Version of what decoding, cropping and resizing make of a picture: raise it when a change moves a pixel, so
+that what was encoded before is not taken for what would be encoded now."""
+
+
+class Place(NamedTuple):
+    """Where a crop lies in the room that it has, from 0 to 1, and whether it is mirrored."""
+
+    y: float
+    x: float
+    flip: bool
 
 
 @dataclass(frozen=True)
@@ -99,13 +112,24 @@ def plan_crop(
     ordinal: int,
 ) -> Geometry:
     """Largest crop of the target's aspect; its place and the flip are drawn from (seed, ordinal)."""
-    aspect = target[1] / target[0]
-    crop_w = min(float(width), height * aspect)
-    crop_h = min(float(height), width / aspect)
+    place = draw_place(random_crop=random_crop, may_flip=may_flip, seed=seed, ordinal=ordinal)
+    return crop_at(height, width, target, place)
+
+
+def draw_place(*, random_crop: bool, may_flip: bool, seed: int, ordinal: int) -> Place:
+    """The centre unless it is random, drawn from (seed, ordinal)."""
     y, x = 0.5, 0.5
     if random_crop:
         y, x = uniform(seed, ordinal, Draw.CROP_Y), uniform(seed, ordinal, Draw.CROP_X)
-    top, left = y * (height - crop_h) / height, x * (width - crop_w) / width
+    return Place(y, x, may_flip and uniform(seed, ordinal, Draw.FLIP) < 0.5)
+
+
+def crop_at(height: int, width: int, target: tuple[int, int], place: Place) -> Geometry:
+    """Largest crop of the target's aspect at its place."""
+    aspect = target[1] / target[0]
+    crop_w = min(float(width), height * aspect)
+    crop_h = min(float(height), width / aspect)
+    top, left = place.y * (height - crop_h) / height, place.x * (width - crop_w) / width
     return Geometry(
         height=height,
         width=width,
@@ -113,7 +137,7 @@ def plan_crop(
         left=left,
         bottom=top + crop_h / height,
         right=left + crop_w / width,
-        flip=may_flip and uniform(seed, ordinal, Draw.FLIP) < 0.5,
+        flip=place.flip,
         target_height=target[0],
         target_width=target[1],
     )

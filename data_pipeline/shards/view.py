@@ -47,11 +47,17 @@ class ShardView:
     """[accepted] rows that the orders of buckets count, ascending; None: they count all rows."""
     rows: tuple[NDArray[np.int64], ...]
     """The same by bucket."""
+    identities: NDArray[np.uint64]
+    """[ways to name a sample, n] hashes of URLs and digests; 0 is missing."""
 
     def original(self, row: int) -> tuple[int, int] | None:
         """Height and width of one picture before it was stored, if its json says so."""
         height, width = self.originals[:, row].tolist()
         return (height, width) if height and width else None
+
+    def identities_of(self, row: int) -> tuple[int, ...]:
+        """What removal lists may have of one sample besides its key."""
+        return tuple(int(identity) for identity in self.identities[:, row] if identity)
 
     def captions(self, row: int) -> dict[str, Any]:
         """What lies beside the tar of one sample's captions."""
@@ -90,8 +96,17 @@ class ShardViews:
     """Views of the shards in use, each loaded once, the least recently used dropped."""
 
     def __init__(
-        self, dataset: Dataset, selection: Selection, buckets: Buckets, reader: RangeReader, capacity: int
+        self,
+        dataset: Dataset,
+        selection: Selection,
+        buckets: Buckets,
+        reader: RangeReader,
+        capacity: int,
+        *,
+        with_identities: bool = False,
     ) -> None:
+        """`capacity`: views that are kept; `with_identities`: also what only removal lists ask for."""
+        self._with_identities = with_identities
         self._dataset, self._selection, self._reader = dataset, selection, reader
         self._buckets = buckets
         self._capacity = capacity
@@ -156,6 +171,9 @@ class ShardViews:
             originals=index.original_sizes(),
             accepted=accepted,
             rows=tuple(rows),
+            identities=np.stack(list(index.hashes.values()))
+            if self._with_identities and index.hashes
+            else np.zeros((0, len(index)), np.uint64),
         )
 
     def _texts(self, index: ShardIndex) -> dict[str, list[Any]]:

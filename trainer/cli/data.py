@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_index(subparsers)
     _add_trace(subparsers)
     _add_explain(subparsers)
+    _add_purge(subparsers)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -272,6 +273,40 @@ def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         return 0
 
     parser.set_defaults(func=run)
+
+
+def _add_purge(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _parser(
+        subparsers,
+        "purge",
+        "Take what data.removal_lists names out of the cache of a run's first stage (first_stage.cache).",
+        "ldm data purge run.yaml first_stage.cache=s3://bucket/cache data.removal_lists=[opt_out.csv]",
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
+    parser.set_defaults(func=_purge)
+
+
+def _purge(args: argparse.Namespace) -> int:
+    from data_pipeline.tools.purge import purge
+
+    config = load_config(args.config, args.overrides)
+    cache, lists = config.first_stage.cache, config.data.removal_lists
+    if cache is None or not lists:
+        missing = "first_stage.cache" if cache is None else "data.removal_lists"
+        raise DataError(
+            f"{missing} is not set, so nothing can be purged; name the cache and the lists, e.g. "
+            "first_stage.cache=s3://bucket/cache data.removal_lists=[opt_out.csv]."
+        )
+    with _progress(None, "parts") as bar:
+        found = purge(cache, lists, progress=_updater(bar))
+    _say(f"parts             {found.parts:,} ({found.rewritten:,} written anew)")
+    _say(f"entries           {found.entries:,} ({found.removed:,} removed)")
+    if found.unknown:
+        _say(f"without a table   {found.unknown:,} (removed: nothing says what they held)")
+    if found.unfinished:
+        _say(f"unfinished        {found.unfinished:,} (younger than an hour; run this again later)")
+    return 1 if found.unfinished else 0
 
 
 def _share(text: str) -> float:

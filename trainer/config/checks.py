@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainer.config.checks_diffusion import check_diffusion, check_guidance, check_sampling
 from trainer.config.checks_validation import check_validation
 from trainer.config.derived import check_derived
-from trainer.config.models import RANDOM, TOWERS, FirstStageConfig, OpenCLIPConfig
+from trainer.config.models import FROM_PIXELS, RANDOM, TOWERS, FirstStageConfig, OpenCLIPConfig
 from trainer.config.network_plan import norm_groups, plan_levels
 from trainer.config.run import Config, ConfigError
 
@@ -20,6 +20,7 @@ def check(config: Config) -> None:
     check_derived(config)
     _check_conditioning(config)
     _check_optimizer(config)
+    _check_cache(config)
     _check_graphs(config)
     check_validation(config)
     if config.stage == "diffusion":
@@ -95,6 +96,57 @@ def _check_optimizer(config: Config) -> None:
         config.optimizer.name == "adamw" or distributed.engine == "torch" or distributed.zero_stage < 3,
         f"optimizer.name={config.optimizer.name} needs whole matrices, which distributed.zero_stage=3 takes "
         "apart one by one; set distributed.zero_stage to 2 or lower, or optimizer.name=adamw.",
+    )
+
+
+def _check_cache(config: Config) -> None:
+    """What cannot be encoded once, or not be kept."""
+    stage, conditioning = config.first_stage, config.conditioning
+    if stage.cache_variants:
+        _require(
+            config.data.order == "indexed",
+            "first_stage.cache_variants needs data.order=indexed; set it to 0, since a resampled stream "
+            "draws each crop anew.",
+        )
+    if stage.cache is None:
+        return
+    _require(
+        stage.cache.strip() != "",
+        "first_stage.cache is empty; name a folder or URL, or null for no cache.",
+    )
+    _require(
+        config.stage == "diffusion",
+        "first_stage.cache keeps what a frozen first stage gives, and stage=autoencoder trains it; remove "
+        "first_stage.cache.",
+    )
+    _require(
+        stage.name != "identity",
+        "first_stage.cache has nothing to keep where first_stage.name=identity encodes nothing; remove it.",
+    )
+    _require(
+        config.data.order == "indexed",
+        "first_stage.cache needs data.order=indexed, whose index says which picture is which before it is "
+        "read; remove first_stage.cache or set data.order=indexed.",
+    )
+    pixels = [name for name in FROM_PIXELS if getattr(conditioning, name) is not None]
+    _require(
+        not pixels,
+        f"first_stage.cache serves no pixels, from which conditioning.{' and conditioning.'.join(pixels)} is "
+        "made at every visit; remove first_stage.cache.",
+    )
+    drawn = [
+        name
+        for name, there in {
+            "data.crop=random": config.data.crop == "random",
+            "data.horizontal_flip=true": config.data.horizontal_flip,
+        }.items()
+        if there
+    ]
+    _require(
+        not drawn or stage.cache_variants > 0,
+        f"{' and '.join(drawn)} makes other pixels of a picture at every visit, which first_stage.cache "
+        "cannot keep; set first_stage.cache_variants, e.g. to 4, for that many crops of each picture, or "
+        "data.crop=center and data.horizontal_flip=false.",
     )
 
 

@@ -32,6 +32,9 @@ _FREE = (
     "unet.activation_checkpointing",  # memory against time, the same numbers
     "first_stage.encode_chunk",
     "first_stage.tile_pixels",
+    "first_stage.cache",  # what is kept is what would be computed
+    "first_stage.cache_bytes",
+    "first_stage.cache_dtype",  # precision
     "diffusion.timesteps",  # changes the variance of the loss, not its mean
     "diffusion.sigma_min",  # where a sampler ends and begins
     "diffusion.sigma_max",
@@ -154,6 +157,8 @@ def _defining(config: dict[str, Any]) -> _Flat:
         _normalise_towers(flat)
         _normalise_objective(flat)
     _normalise_first_stage(flat, stage)
+    if stage != "diffusion" or not (flat["data.crop"] == "random" or flat["data.horizontal_flip"]):
+        flat.pop("first_stage.cache_variants", None)  # of one crop
     return {key: value for key, value in flat.items() if key not in _FREE}
 
 

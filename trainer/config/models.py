@@ -12,6 +12,8 @@ RANDOM = "random"
 file of that name is ./random."""
 TOWERS = ("openclip", "openclip_second")
 """Sections of ConditioningConfig that are frozen text towers."""
+FROM_PIXELS = ("low_resolution", "masked_image")
+"""Sections of ConditioningConfig whose condition is made from the picture itself."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,17 @@ class FirstStageConfig:
     """Encode and decode in overlapping tiles of this edge length; 0: whole images."""
     encode_chunk: int = number(0, least=0, most=10**6)
     """Images per encoder call inside a micro-batch, to bound memory; 0: all at once."""
+    cache: str | None = None
+    """Folder or URL that keeps what the frozen encoder gives for each picture, filled as training streams:
+    from then on the picture is neither read nor decoded nor encoded. Unset: encoded at each visit."""
+    cache_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of what is kept, and of what is encoded live beside it; a bf16 encoder gives bf16."""
+    cache_variants: int = number(0, least=0, most=1024)
+    """Random crops and flips of each picture, of which every visit draws one, with a cache or without; 0: a
+    new one at every visit, which cannot be cached."""
+    cache_bytes: int = number(0, least=0, most=10**18)
+    """Size bound of the cache folder, all first stages together: once it is full nothing is added, and what
+    is there stays. 0: none."""
 
     @property
     def downsampling(self) -> int:

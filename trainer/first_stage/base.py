@@ -99,9 +99,17 @@ class FirstStage(nn.Module, ABC):
 
     def latents(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
         """Normalised latents for the second stage, float32 [B, z, h, w]; noise None gives the mode."""
+        return self.latents_of(self.moments(pixels), noise)
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """`encode` of pixels in -1 .. 1 in the range that the encoder is shown: what a cache may keep."""
         if self.config.input_range == "0..1":
             pixels = (pixels + 1) / 2
-        return self.normalise(self.sample(self.encode(pixels), noise))
+        return self.encode(pixels)
+
+    def latents_of(self, moments: Tensor, noise: Tensor | None) -> Tensor:
+        """Normalised latents drawn from `moments`, float32 [B, z, h, w]; noise None gives the mode."""
+        return self.normalise(self.sample(moments, noise))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, z, h, w] -> pixels [B, 3, H, W], float32, about -1 .. 1."""

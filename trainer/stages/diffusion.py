@@ -27,6 +27,7 @@ from trainer.diffusion.processes import at_size, make_process
 from trainer.distributed.engine import Engine
 from trainer.evaluation.held_out import Measure, Measured
 from trainer.first_stage.base import FirstStage
+from trainer.first_stage.encode_once import EncodeOnce
 from trainer.first_stage.statistics import require_same_statistics
 from trainer.metrics.timer import StepTimer
 from trainer.model import ConditionedUNet, DiffusionModel
@@ -48,7 +49,9 @@ class DiffusionStage:
         conditioner: Conditioner,
         first_stage: FirstStage,
         timer: StepTimer,
+        encode_once: EncodeOnce | None = None,
     ) -> None:
+        self.encode_once = encode_once
         self.engines = engines
         self._config = config
         self._engine = engines["unet"]
@@ -67,6 +70,9 @@ class DiffusionStage:
             strata = permutation(
                 config.seed, step, Purpose.STRATUM, config.global_batch_size, self._engine.device
             )
+        if self.encode_once is not None:
+            with self._timer("encode"):
+                batch = self.encode_once.complete(batch)
         micro_batches = batch.micro_batches(config.micro_batch_size)
         total, total_error = torch.zeros((2,), device=self._engine.device).unbind()
         grad_norm = None
@@ -91,11 +97,16 @@ class DiffusionStage:
     def _encode(self, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Frozen work: latents [B, z, h, w] and prepared conditions."""
         config = self._config
-        pixels = to_unit_range(batch.pixels)
         factor = config.first_stage.downsampling
-        shape = (config.first_stage.channels, pixels.shape[2] // factor, pixels.shape[3] // factor)
+        height, width = batch.pixels.shape[2:]
+        shape = (config.first_stage.channels, height // factor, width // factor)
         noise = normal(seed, batch.ordinals, Purpose.POSTERIOR, shape)
-        latents = self._first_stage.latents(pixels, noise)
+        if batch.cached is None:
+            pixels = to_unit_range(batch.pixels)
+            moments = self._first_stage.moments(pixels)
+        else:  # complete: the conditions that need pixels are refused with a cache
+            pixels, moments = None, batch.cached.values
+        latents = self._first_stage.latents_of(moments, noise)
         inputs = self._conditioner.frozen.prepare(
             batch.captions,
             batch.conditions,

@@ -23,6 +23,7 @@ FREE = {
     "diffusion.timesteps",
     *("diffusion.sigma_min", "diffusion.sigma_max"),
     *("first_stage.weights", "first_stage.tile_pixels", "first_stage.encode_chunk"),
+    *("first_stage.cache", "first_stage.cache_dtype", "first_stage.cache_bytes"),
     "autoencoder_loss.latent_statistics",
 }
 """Sections and settings that may change without a word."""
@@ -74,7 +75,12 @@ def another(value: Any) -> Any:
     return f"{value}x"
 
 
-DIFFUSION = settings(load_config(None, [*ALL_CONDITIONS, "first_stage.name=vq", "diffusion.loss=huber"]))
+DIFFUSION = settings(
+    load_config(
+        None,
+        [*ALL_CONDITIONS, "first_stage.name=vq", "diffusion.loss=huber", "data.horizontal_flip=true"],
+    )
+)
 AUTOENCODER = settings(
     load_config(
         None, ["stage=autoencoder", "first_stage.name=vq", "autoencoder_loss.perceptual_weights=vgg16.pth"]
@@ -97,7 +103,9 @@ ONLY_IN = {
     "huber_delta": ("",),
 }
 """Settings of `diffusion` -> the objectives in which they do something; "" is DIFFUSION's."""
-AUTOENCODER_IDLE = {"first_stage.latent_scale", "first_stage.input_range", "data.captions"}
+AUTOENCODER_IDLE = {
+    *("first_stage.latent_scale", "first_stage.input_range", "first_stage.cache_variants", "data.captions"),
+}
 """Settings that only a second stage has."""
 
 
@@ -156,7 +164,10 @@ def test_nothing_differs_from_itself() -> None:
 
 @pytest.mark.parametrize("now", [DIFFUSION, AUTOENCODER], ids=["diffusion", "autoencoder"])
 def test_keys_that_an_older_configuration_lacks_have_their_defaults(now: dict[str, Any]) -> None:
-    changed = {"stage", "first_stage.name", "diffusion.loss", "conditioning.low_resolution.factor"}
+    changed = {
+        *("stage", "first_stage.name", "diffusion.loss", "conditioning.low_resolution.factor"),
+        "data.horizontal_flip",
+    }
     assert not changed - {*leaves(DIFFUSION)}  # these are not the defaults here
     for key in set(leaves(now)) - changed:
         stored = copy.deepcopy(now)

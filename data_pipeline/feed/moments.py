@@ -1,0 +1,227 @@
+"""A worker's side of the cache of moments: what stands for a picture, found before it is read, checked after.
+
+The life of one sample. At its first visit the cache has nothing:
+
+    plan     key from stage, picture and transform -> not found: the picture is read with the other members
+    serve    decoded and cropped; a label goes with the row: under what its moments are to be stored
+    encode   the training process encodes the row, hands moments and label to its writer, trains on
+    pack     in a thread there: an entry of a part, beside its neighbours of the shard     (writer.py)
+    commit   the part is full: tar, table, rows of the shard                               (parts.py)
+
+and from the next visit on, in this run or another, it has:
+
+    plan     found: a range of the part is asked for instead of the picture
+    take     checksum and key are right, and the shard is still what the key says: moments into the row
+             otherwise the picture is read after all, and all is as at the first visit
+
+Captions, json and conditions are read from the shard as ever, so filters, removal lists and draws do not know
+whether a picture was there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import astuple, dataclass
+
+from data_pipeline.errors import ReadFailed, Replaced
+from data_pipeline.feed.reads import Contents, Extent, MemberReads
+from data_pipeline.feed.sample import Reused, draw_crop
+from data_pipeline.feed.task import ShareTask
+from data_pipeline.moments.catalogue import REFRESH_S, Catalogue, Place
+from data_pipeline.moments.entry import Damaged, Label, Picture, digest, entry_key, unpack
+from data_pipeline.moments.parts import part_url
+from data_pipeline.pictures.crops import RESAMPLING, Geometry
+from data_pipeline.shards.selection import picture_members
+from data_pipeline.shards.view import ShardView
+from data_pipeline.storage.editions import Edition
+from data_pipeline.storage.ranges import RangeReader
+from data_pipeline.storage.retry import ShortBody, is_transient
+
+_ENTRY = "moments"
+
+
+@dataclass
+class Planned:
+    """What the cache has for one visit, or is to get from it."""
+
+    label: Label
+    shard: int
+    edition: Edition
+    """Of the shard when the key was made."""
+    extension: str
+    """Member that is the picture."""
+    extent: Extent
+    """Where it lies."""
+    target: tuple[int, int]
+    place: Place | None = None
+    """Where its moments lie; None: they are not there."""
+    future: Future[Contents] | None = None
+
+
+class MomentsReads:
+    """Finds, reads and checks the moments of a worker's samples."""
+
+    def __init__(self, task: ShareTask, reads: MemberReads, reader: RangeReader, capacity: int) -> None:
+        """`capacity`: shards in use; `reader`: of the shards, asked whether they are still the same."""
+        assert task.moments.cache is not None
+        config = task.config
+        self._task, self._cache = task, task.moments.cache
+        self._pictures = frozenset(picture_members(config))
+        self._reads, self._shards = reads, reader
+        self._parts = RangeReader(
+            timeout_s=config.request_timeout_s,
+            tries=min(3, config.max_retries),
+            patience_s=config.patience_s,
+            probes=task.dataset.urls[:2],
+        )
+        self._catalogue = Catalogue(self._cache.folder, capacity)
+        self._asked: dict[int, tuple[float, Edition]] = {}
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """cache_found, cache_missed, cache_damaged samples; cache_requests and cache_bytes of reading."""
+        read = {f"cache_{name}": self._parts.counts[name] for name in ("requests", "bytes", "retries")}
+        return self._counts + Counter(read)
+
+    def plan(
+        self, shard: int, view: ShardView, row: int, target: tuple[int, int], ordinal: int
+    ) -> Planned | None:
+        """What the cache has of a row; None where it can neither have nor get anything."""
+        found = next(
+            (
+                (extension, start, size)
+                for extension, start, size in zip(
+                    view.members, view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True
+                )
+                if extension in self._pictures and start >= 0
+            ),
+            None,
+        )
+        edition = self._edition(shard)
+        if found is None or edition is None:
+            return None
+        extension, start, size = found
+        task, url, sample = self._task, self._task.dataset.urls[shard], view.key(row)
+        crop = draw_crop(task.config, sample, task.moments.variants, seed=task.order.seed, ordinal=ordinal)
+        key = entry_key(
+            self._cache.stage,
+            Picture(url, edition.size, edition.version, start, size),
+            (*target, *crop, RESAMPLING),
+        )
+        place = self._catalogue.find(url, key) if self._catalogue.answers else None
+        if place is not None:
+            edition_now = self._asked_again(shard, edition)
+            if edition_now != edition:
+                return self.plan(shard, view, row, target, ordinal) if edition_now is not None else None
+        label = Label(key.hex(), url, sample, start, view.identities_of(row))
+        extent = Extent(start, start + size, 0, extension)
+        return Planned(label, shard, edition, extension, extent, target, place)
+
+    def start(self, planned: Mapping[int, Planned], due: float) -> None:
+        """Begin to read what was found, by slot of the plan."""
+        wanted: dict[str, list[Extent]] = {}
+        for slot, each in planned.items():
+            if each.place is not None:
+                extent = Extent(each.place.offset, each.place.offset + each.place.size, slot, _ENTRY)
+                wanted.setdefault(part_url(self._cache.folder, each.place.part), []).append(extent)
+        for (slot, _), future in self._reads.start_from(wanted, due, self._parts.read).items():
+            planned[slot].future = future
+
+    def take(self, planned: Planned, slot: int) -> Reused | None:
+        """The moments of a visit, once they are there and right; None: the picture is to be encoded.
+
+        Raises:
+            Replaced: the shard holds other samples by now.
+        """
+        if planned.place is None or planned.future is None:
+            return None
+        try:
+            data = planned.future.result().pop((slot, _ENTRY))
+        except ReadFailed as error:
+            cause = error.__cause__
+            if cause is None or (is_transient(cause) and not isinstance(cause, ShortBody)):
+                self._catalogue.silent(error)
+            else:
+                gone = isinstance(cause, FileNotFoundError)
+                self._damaged(planned.place, "it is gone" if gone else str(cause)[:200])
+            return None
+        if digest(data) != planned.place.check:
+            self._damaged(planned.place, "a checksum differs")
+            return None
+        if self._reads.editions.expected(planned.shard) != planned.edition:
+            return None
+        try:
+            shape = self._cache.shape(*planned.target)
+            values, numbers = unpack(data, planned.label.key, self._cache.dtype, shape)
+        except Damaged as error:
+            self._damaged(planned.place, str(error))
+            return None
+        return Reused(values, geometry_of(numbers))
+
+    def picture(self, planned: Planned) -> bytes:
+        """The picture whose moments were not what they should be. Raises ReadFailed, Replaced."""
+        return self._reads.read_now(planned.shard, planned.extent)
+
+    def label(self, planned: Planned, geometry: Geometry) -> Label | None:
+        """Under what the moments of the pixels are stored; None where the shard changed on the way."""
+        try:
+            same = self._reads.editions.expected(planned.shard) == planned.edition
+        except Replaced:
+            same = False
+        label = planned.label
+        if not same:
+            return None
+        return Label(label.key, label.shard, label.sample, label.first, label.identities, astuple(geometry))
+
+    def count(self, name: str) -> None:
+        """One more served sample that was `found` or `missed`."""
+        self._counts[f"cache_{name}"] += 1
+
+    def close(self) -> None:
+        """Wake sleeping retries."""
+        self._parts.close()
+
+    def _damaged(self, place: Place, why: str) -> None:
+        self._counts["cache_damaged"] += 1
+        self._catalogue.broken(place, why)
+
+    def _edition(self, shard: int) -> Edition | None:
+        """None: the shard was replaced, or its storage tells neither ETag nor time."""
+        try:
+            edition = self._reads.editions.expected(shard)
+        except Replaced:
+            return None
+        return edition if edition.version not in ("", "None") else None
+
+    def _asked_again(self, shard: int, edition: Edition) -> Edition | None:
+        """The edition that the shard has by now, asked for once a minute: nothing else may read it."""
+        with self._lock:
+            asked = self._asked.get(shard)
+            if asked is not None and asked[1] == edition and time.monotonic() - asked[0] < REFRESH_S:
+                return edition
+        try:
+            self._shards.read(self._task.dataset.urls[shard], 0, 1, expected=edition)
+        except Replaced as error:
+            try:
+                edition = self._reads.editions.renew(shard, edition, error)
+            except (Replaced, ReadFailed):
+                return None
+        except ReadFailed:
+            return None
+        with self._lock:
+            self._asked[shard] = time.monotonic(), edition
+        return edition
+
+
+def geometry_of(numbers: tuple[float, ...]) -> Geometry:
+    """The crop that an entry tells of."""
+    height, width, top, left, bottom, right, flip, target_height, target_width = numbers
+    return Geometry(
+        int(height), int(width), top, left, bottom, right, bool(flip), int(target_height), int(target_width)
+    )

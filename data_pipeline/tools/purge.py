@@ -1,0 +1,158 @@
+"""Takes samples out of a cache of moments for good: parts that hold them are written anew without them.
+
+    read       the table of every part: which rows does a removal list name, by key, URL or digest?
+    rewrite    what is left of such a part becomes a part of its own, committed like any other
+    remove     rows of the shards, tar, table of the old one, in this order
+
+A kill in between leaves both, and the same command again goes on. What was interrupted while it was written
+(a tar without a table, of which nobody knows what it holds) goes too, once it is old enough to be nobody's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from data_pipeline.errors import DataError, NotFound
+from data_pipeline.moments.entry import Label, digest
+from data_pipeline.moments.parts import (
+    PARTS,
+    SHARDS,
+    Row,
+    Table,
+    commit_part,
+    part_url,
+    read_table,
+    shard_folder,
+    written_s,
+)
+from data_pipeline.shards.identities import hash_identity
+from data_pipeline.shards.removals import RemovalList, read_removals
+from data_pipeline.shards.selection import removable_keys
+from data_pipeline.storage.files import list_names, list_tree, read_bytes, remove_file
+from data_pipeline.storage.urls import join
+
+_READERS = 8
+_ABANDONED_S = 3600.0
+"""Nobody takes that long between a tar and its table."""
+
+
+@dataclass(frozen=True)
+class Purged:
+    """What was done to a cache."""
+
+    parts: int = 0
+    """Parts that were looked at."""
+    entries: int = 0
+    removed: int = 0
+    """Entries that the lists name."""
+    rewritten: int = 0
+    """Parts that held some."""
+    unknown: int = 0
+    """Parts removed because nothing says what they hold."""
+    unfinished: int = 0
+    """Parts that may still be being written."""
+
+    def __add__(self, other: Purged) -> Purged:
+        mine, theirs = vars(self).values(), vars(other).values()
+        return Purged(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+
+def purge(
+    cache: str,
+    removal_lists: Sequence[str],
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Purged:
+    """Remove what the lists at these URLs name from all stages of a cache folder.
+
+    Raises:
+        DataError: a list that cannot be read with certainty; nothing has been removed.
+        UserError, RetryableFault: storage; what was done is done, and the same again goes on.
+    """
+    removals = read_removals(removal_lists)
+    stages = [join(cache, name) for name in list_names(cache)]
+    found = [(stage, name) for stage in stages for name in list_names(join(stage, PARTS))]
+    parts = sorted({(stage, name.rpartition(".")[0]) for stage, name in found})
+    tars = {(stage, name) for stage, name in found}
+    total = Purged()
+    with ThreadPoolExecutor(_READERS) as pool:
+        task = partial(_purge_part, tars=tars, removals=removals)
+        for done, each in enumerate(pool.map(task, parts), 1):
+            total += each
+            progress(done, len(parts))
+    return total
+
+
+def _purge_part(
+    place: tuple[str, str], *, tars: set[tuple[str, str]], removals: Sequence[RemovalList]
+) -> Purged:
+    folder, part = place
+    has_tar, has_table = ((folder, f"{part}.{kind}") in tars for kind in ("tar", "json"))
+    if not has_table and time.time() - written_s(part) < _ABANDONED_S:
+        return Purged(unfinished=1)
+    table = _table(join(folder, PARTS, f"{part}.json")) if has_table and has_tar else None
+    if table is None:
+        _remove(folder, part, None)
+        return Purged(unknown=1)
+    rows = [(shard, row) for shard, each in table.rows.items() for row in each]
+    named = {row.key for shard, row in rows if _is_named(shard, row, removals)}
+    if not named:
+        return Purged(parts=1, entries=len(rows))
+    _rewrite(folder, table, [(shard, row) for shard, row in rows if row.key not in named])
+    return Purged(1, len(rows), len(named), 1)
+
+
+def _table(url: str) -> Table | None:
+    try:
+        return read_table(url)
+    except NotFound:
+        return None
+    except DataError as error:
+        if type(error) is not DataError:  # of the storage, not of the table
+            raise
+        return None
+
+
+def _is_named(shard: str, row: Row, removals: Sequence[RemovalList]) -> bool:
+    names = [hash_identity(name) for name in removable_keys(row.sample, shard)]
+    hashes = np.asarray([*names, *row.identities], np.uint64)
+    return any(bool(each.matches(hashes).any()) for each in removals)
+
+
+def _rewrite(folder: str, table: Table, rows: Sequence[tuple[str, Row]]) -> None:
+    """Commit the rows that stay as a new part, then remove the old one."""
+    data = read_bytes(part_url(folder, table.part)) if rows else b""
+    entries = [
+        (
+            Label(row.key, shard, row.sample, row.offset, row.identities),
+            data[row.offset : row.offset + row.size],
+        )
+        for shard, row in rows
+    ]
+    whole = [entry for entry, (_, row) in zip(entries, rows, strict=True) if digest(entry[1]) == row.check]
+    if whole:
+        commit_part(folder, whole)
+    _remove(folder, table.part, table)
+
+
+def _remove(folder: str, part: str, table: Table | None) -> None:
+    """Remove a part; without its table, its rows are looked for in the folders of all shards."""
+    if table is not None:
+        rows = [
+            join(shard_folder(folder, shard), f"{part}.{kind}")
+            for shard in table.rows
+            for kind in ("json", "bad")
+        ]
+    else:
+        listed = list_tree(join(folder, SHARDS))
+        rows = [
+            join(folder, SHARDS, name) for name in listed if name.rpartition("/")[2].startswith(f"{part}.")
+        ]
+    for url in (*rows, part_url(folder, part), join(folder, PARTS, f"{part}.json")):
+        remove_file(url)

@@ -1,0 +1,402 @@
+"""The cache of moments: what the loader serves with it off, filling, full, half lost; never out of date.
+
+A stand-in for the encoder, so that every number can be told: moments are 4 x 4 means of the pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.loader import build_loader, merge_positions, open_dataset
+from data_pipeline.moments.entry import Moments, MomentsCache
+from data_pipeline.moments.parts import commit_part
+from data_pipeline.moments.writer import MomentsWriter
+from data_pipeline.pictures.crops import RESAMPLING, crop_pixels, plan_crop
+from data_pipeline.pictures.decoding import Picture
+
+BATCH, EDGE, FACTOR = 12, 16, 4
+UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
+"""An example takes a second."""
+
+
+def encode(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32 [B, 3, H / 4, W / 4]"""
+    return torch.nn.functional.avg_pool2d(pixels.float(), FACTOR)
+
+
+def config_for(folder: Path, **changes: Any) -> DataConfig:
+    given = {"shards": str(folder / "*.tar"), "image_size": EDGE, "workers": 0, "shuffle_window": 5}
+    return DataConfig(**{**given, **changes})
+
+
+def cache_at(folder: Path, **changes: Any) -> MomentsCache:
+    plain = MomentsCache(str(folder), "stage", "fp32", channels=3, downsampling=FACTOR)
+    return replace(plain, **changes)
+
+
+def values_of(batch: Batch, writer: MomentsWriter | None) -> Tensor:
+    """Moments of all rows, those that were missing on their way to the cache."""
+    if batch.cached is None:
+        return encode(batch.pixels)
+    cached = batch.cached
+    live = encode(batch.pixels).to(cached.values.dtype)
+    values = torch.where(cached.found[:, None, None, None], cached.values, live)
+    if writer is not None:
+        bits = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+        writer.put(cached.labels, lambda: bits.numpy(), 1)
+    return values
+
+
+def train(
+    config: DataConfig,
+    steps: int,
+    moments: Moments | None,
+    *,
+    ranks: int = 1,
+    position: Any = None,
+    seed: int = 3,
+    part_bytes: int = 20_000,
+) -> tuple[list[Any], Any, Counter[str]]:
+    """(keys, ordinals, captions, sizes, moments) of every step, the position behind them, and counts."""
+    cache = moments.cache if moments is not None else None
+    writers = [MomentsWriter(cache, part_bytes=part_bytes) if cache else None for _ in range(ranks)]
+    loaders = [
+        build_loader(
+            config,
+            seed=seed,
+            global_batch_size=BATCH,
+            rank=rank,
+            world_size=ranks,
+            position=position,
+            moments=moments,
+        )
+        for rank in range(ranks)
+    ]
+    out, counts = [], Counter[str]()
+    for _ in range(steps):
+        parts = [next(loader) for loader in loaders]
+        values = torch.cat([values_of(part, w) for part, w in zip(parts, writers, strict=True)])
+        out.append(
+            (
+                [key for part in parts for key in part.keys],
+                torch.cat([part.ordinals for part in parts]).tolist(),
+                [caption for part in parts for caption in part.captions],
+                torch.cat([part.conditions["size"] for part in parts]).tolist(),
+                values,
+            )
+        )
+        position = merge_positions([json.loads(json.dumps(part.position)) for part in parts])
+    for loader, writer in zip(loaders, writers, strict=True):
+        counts += loader.counts + loader.rejected
+        loader.close()
+        if writer is not None:
+            writer.close()
+            counts += writer.counts
+    return out, position, counts
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(x[:4] == y[:4] and torch.equal(x[4], y[4]) for x, y in zip(a, b, strict=True))
+
+
+def parts_of(cache: MomentsCache) -> list[Path]:
+    return sorted(Path(cache.folder).glob("parts/*.tar"))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
+@given(
+    counts=st.lists(st.integers(6, 25), min_size=1, max_size=4).filter(lambda c: sum(c) >= 24),
+    ranks=st.sampled_from([1, 2, 3]),
+    again=st.sampled_from([1, 2, 3, 4]),
+    lost=st.sampled_from(["nothing", "parts", "tables", "bytes", "rows", "ends"]),
+    variants=st.sampled_from([0, 3]),
+    filtered=st.booleans(),
+)
+def test_off_filling_full_and_half_lost_are_the_same(
+    tmp_path_factory, write_shards, counts, ranks, again, lost, variants, filtered
+) -> None:
+    """Keys, draws, captions, sizes and fp32 moments, bit for bit, at any number of ranks."""
+    folder, cache = tmp_path_factory.mktemp("shards"), cache_at(tmp_path_factory.mktemp("cache"))
+    write_shards(folder, counts, corrupt=frozenset({"00000/000000001"}))
+    changes: dict[str, Any] = {"filter": "score < 0.85"} if filtered else {}
+    if variants:
+        changes |= {"crop": "random", "horizontal_flip": True}
+    config = config_for(folder, **changes)
+    off, _, _ = train(config, 8, Moments(variants) if variants else None)
+    filling, _, _ = train(config, 8, Moments(variants, cache), ranks=ranks)
+    assert same(filling, off)
+    tars = parts_of(cache)
+    assert tars
+    for part in tars[::2]:
+        if lost == "parts":
+            part.unlink()
+        elif lost == "tables":
+            part.with_suffix(".json").unlink()
+        elif lost == "bytes":
+            data = bytearray(part.read_bytes())
+            data[1000:] = bytes(byte ^ 1 for byte in data[1000:])
+            part.write_bytes(data)
+        elif lost == "ends":
+            part.write_bytes(part.read_bytes()[:3000])
+        elif lost == "rows":
+            for rows in Path(cache.folder).glob(f"shards/*/{part.stem}.json"):
+                rows.write_bytes(rows.read_bytes()[:-3])
+    half, position, found = train(config, 5, Moments(variants, cache), ranks=again)
+    rest, _, _ = train(config, 3, Moments(variants, cache), ranks=ranks, position=position)
+    assert same(half + rest, off)
+    if lost == "nothing":
+        assert found["cache_missed"] == 0
+    assert found["cache_found"] > 0 or lost != "nothing"
+
+
+def test_pictures_that_are_cached_are_neither_read_nor_decoded(tmp_path: Path, write_shards) -> None:
+    write_shards(tmp_path / "shards", [24])
+    config, moments = config_for(tmp_path / "shards"), Moments(0, cache_at(tmp_path / "cache"))
+    first, _, filling = train(config, 2, moments)
+    shard = tmp_path / "shards" / "00000.tar"
+    status = shard.stat()
+    data = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        for member in tar.getmembers():
+            if member.name.endswith(".jpg"):
+                data[member.offset_data : member.offset_data + member.size] = bytes(member.size)
+    shard.write_bytes(data)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if it had never been touched
+    second, _, full = train(config, 2, moments)
+    assert same(first, second)
+    assert (filling["cache_missed"], filling["cache_found"], full["cache_missed"]) == (24, 0, 0)
+    assert full["cache_found"] == 24
+    assert full["written"] == 0
+
+
+CHANGES: dict[str, Any] = {
+    "nothing": lambda config, cache: (config, cache),
+    "stage": lambda config, cache: (config, replace(cache, stage="another")),
+    "precision": lambda config, cache: (config, replace(cache, stage="rounded", dtype="bf16")),
+    "crop size": lambda config, cache: (replace(config, image_size=8), cache),
+    "random crop": lambda config, cache: (replace(config, crop="random"), cache),
+    "flip": lambda config, cache: (replace(config, horizontal_flip=True), cache),
+    "enlarging": lambda config, cache: (replace(config, allow_enlarging=True, image_size=24), cache),
+}
+MENDED = ("touched", "other picture", "moved picture", "grown")
+
+
+def change_shard(kind: str, folder: Path) -> None:
+    """Give sample 3 another picture, or the same content another edition."""
+    shard = folder / "00000.tar"
+    with tarfile.open(shard) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]  # type: ignore[union-attr]
+    names = [name for name, _ in members if name.endswith(".jpg")]
+    pictures = dict(members)
+    if kind in ("other picture", "moved picture"):  # of one size: a byte of a JPEG's comment would do as well
+        a, b = names[3], names[4]
+        pictures[a], pictures[b] = pictures[b], pictures[a]
+    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+        order = members[3:] + members[:3] if kind == "moved picture" else members
+        for name, _ in order:
+            content = pictures[name] + (bytes(700) if kind == "grown" and name == names[0] else b"")
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
+@given(
+    changed=st.lists(st.sampled_from([*CHANGES, *MENDED]), min_size=1, max_size=3, unique=True),
+    variants=st.sampled_from([1, 2]),
+)
+def test_nothing_out_of_date_is_ever_served(tmp_path_factory, write_shards, changed, variants) -> None:
+    """After any change the moments are those of encoding without a cache; only what stayed is found."""
+    folder, place = tmp_path_factory.mktemp("shards"), tmp_path_factory.mktemp("cache")
+    write_shards(folder, [24])
+    config, cache = config_for(folder), cache_at(place)
+    train(config, 2, Moments(variants, cache))
+    for change in changed:
+        if change in CHANGES:
+            config, cache = CHANGES[change](config, cache)
+        else:
+            change_shard(change, folder)
+        off, _, _ = train(config, 2, Moments(variants))
+        expected = [
+            (*step[:4], step[4].to(torch.bfloat16 if cache.dtype == "bf16" else torch.float32))
+            for step in off
+        ]
+        on, _, counts = train(config, 2, Moments(variants, cache))
+        assert same(on, expected)
+        if change in MENDED or change in ("stage", "precision", "crop size", "enlarging"):
+            assert counts["cache_found"] == 0 or changed.index(change) > 0
+        full, _, counts = train(config, 2, Moments(variants, cache))
+        assert same(full, expected)
+        assert counts["cache_missed"] == 0
+
+
+def test_a_shard_replaced_while_it_is_cached_is_noticed(tmp_path: Path, write_shards) -> None:
+    """No byte of the picture is read, and yet the replaced shard is: its edition belongs to the key."""
+    folder, cache = tmp_path / "shards", cache_at(tmp_path / "cache")
+    write_shards(folder, [24])
+    # captions lie beside nothing: no other member is read either
+    config = config_for(folder, captions=(), require_caption=False)
+    moments = Moments(0, cache)
+    train(config, 2, moments)
+    dataset = open_dataset(config)
+    change_shard("grown", folder)
+    loader = build_loader(config, seed=3, global_batch_size=BATCH, moments=moments, dataset=dataset)
+    with pytest.raises(DataError, match="changed after they were indexed"):
+        next(loader)
+    assert loader.counts["cache_found"] == 0
+    loader.close()
+
+
+def test_an_opted_out_sample_is_not_served(tmp_path: Path, write_shards) -> None:
+    write_shards(tmp_path / "shards", [36])
+    config, moments = config_for(tmp_path / "shards"), Moments(0, cache_at(tmp_path / "cache"))
+    first, _, _ = train(config, 3, moments)
+    gone = first[0][0][:2]
+    (tmp_path / "removed.txt").write_text("\n".join(gone))
+    second, _, counts = train(replace(config, removal_lists=(str(tmp_path / "removed.txt"),)), 6, moments)
+    assert not set(gone) & set(itertools.chain.from_iterable(step[0] for step in second))
+    assert counts["removed: removed.txt"] > 0
+
+
+def test_parts_are_ordinary_tars_of_safetensors(tmp_path: Path, write_shards) -> None:
+    write_shards(tmp_path / "shards", [24])
+    cache = cache_at(tmp_path / "cache", dtype="bf16")
+    served, _, _ = train(config_for(tmp_path / "shards"), 2, Moments(0, cache))
+    expected = {tuple(values.flatten().tolist()) for step in served for values in step[4].to(torch.float32)}
+    found = set()
+    for part in parts_of(cache):
+        with tarfile.open(part) as tar:
+            for member in tar.getmembers():
+                entry = load(tar.extractfile(member).read())["moments"]  # type: ignore[union-attr]
+                assert entry.dtype == torch.bfloat16
+                found.add(tuple(entry.to(torch.float32).flatten().tolist()))
+    assert found == expected
+
+
+def test_damage_is_said_once_and_mended(tmp_path: Path, write_shards, caplog) -> None:
+    write_shards(tmp_path / "shards", [48])
+    config, cache = config_for(tmp_path / "shards"), cache_at(tmp_path / "cache")
+    off, _, _ = train(config, 4, Moments(0, cache), part_bytes=10**6)
+    (part,) = parts_of(cache)
+    part.write_bytes(part.read_bytes().replace(b"moments", b"momentz"))
+    mended, _, counts = train(config, 4, Moments(0, cache), part_bytes=10**6)
+    assert same(off, mended)
+    assert counts["cache_missed"] == 48
+    assert sum("is damaged" in record.message for record in caplog.records) == 1
+    again, _, counts = train(config, 4, Moments(0, cache))
+    assert same(off, again)
+    assert (counts["cache_found"], counts["cache_damaged"]) == (48, 0)
+
+
+def test_a_kill_loses_only_what_was_not_committed(tmp_path: Path, write_shards) -> None:
+    """Whatever file a part was interrupted at, its samples are encoded again, and nobody stumbles."""
+    write_shards(tmp_path / "shards", [24])
+    config = config_for(tmp_path / "shards")
+    off, _, _ = train(config, 2, None)
+    for kept in (".tar", "parts"):
+        cache = cache_at(tmp_path / f"cache{kept}")
+        train(config, 2, Moments(0, cache))
+        for file in Path(cache.folder).rglob("*"):
+            if file.is_file() and file.suffix != ".tar" and (kept == ".tar" or file.parent.name != "parts"):
+                file.unlink()
+        on, _, counts = train(config, 2, Moments(0, cache))
+        assert same(on, off)
+        assert counts["cache_missed"] == 24
+
+
+def test_two_runs_may_fill_one_cache(tmp_path: Path, write_shards) -> None:
+    write_shards(tmp_path / "shards", [24, 24])
+    config, moments = config_for(tmp_path / "shards"), Moments(0, cache_at(tmp_path / "cache"))
+    off, _, _ = train(config, 4, None)
+    loaders = [build_loader(config, seed=seed, global_batch_size=BATCH, moments=moments) for seed in (3, 4)]
+    writers = [MomentsWriter(moments.cache, part_bytes=9_000) for _ in loaders]  # type: ignore[arg-type]
+    for _ in range(4):
+        for loader, writer in zip(loaders, writers, strict=True):
+            values_of(next(loader), writer)
+    for each in (*loaders, *writers):
+        each.close()
+    on, _, counts = train(config, 4, moments)
+    assert same(on, off)
+    assert counts["cache_missed"] == 0
+
+
+def test_a_full_cache_keeps_what_it_has(tmp_path: Path, write_shards, caplog) -> None:
+    write_shards(tmp_path / "shards", [24])
+    config, cache = config_for(tmp_path / "shards"), cache_at(tmp_path / "cache")
+    writer = MomentsWriter(cache, allowance=20_000, part_bytes=9_000)
+    loader = build_loader(config, seed=3, global_batch_size=BATCH, moments=Moments(0, cache))
+    for _ in range(2):
+        values_of(next(loader), writer)
+    loader.close()
+    writer.close()
+    sizes = [part.stat().st_size for part in parts_of(cache)]
+    assert 0 < sum(sizes) <= 20_000
+    assert writer.counts["bytes"] == sum(sizes)
+    assert "cache_bytes" in caplog.text
+    off, _, _ = train(config, 2, None)
+    loader_counts = train(config, 2, Moments(0, cache))
+    assert same(loader_counts[0], off)
+
+
+def test_variants_are_as_many_as_declared(tmp_path: Path, write_shards) -> None:
+    """Each key has that many crops, whatever seed and visit; each is drawn in its turn."""
+    write_shards(tmp_path / "shards", [12])
+    config = config_for(tmp_path / "shards", image_size=8, crop="random", horizontal_flip=True)
+    seen: dict[str, set[tuple[int, ...]]] = {}
+    for seed in (1, 2):
+        for keys, _, _, sizes, _ in train(config, 30, Moments(3), seed=seed)[0]:
+            for key, size in zip(keys, sizes, strict=True):
+                seen.setdefault(key, set()).add(tuple(size))
+    crops = {key: len(each) for key, each in seen.items()}
+    assert set(crops.values()) <= {1, 2, 3}
+    assert max(crops.values()) == 3
+
+
+def test_what_resampling_makes_of_a_picture_is_pinned() -> None:
+    """RESAMPLING must be raised together with this digest, or old moments are taken for new ones."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    digests = hashlib.sha256()
+    for edge in (24, 40, 64, 90, 96):
+        out = np.zeros((edge, edge, 3), np.uint8)
+        plan = plan_crop(90, 130, (edge, edge), random_crop=True, may_flip=True, seed=1, ordinal=edge)
+        crop_pixels(Picture(pixels, 90, 130), plan, out)
+        digests.update(out.tobytes())
+    assert (RESAMPLING, digests.hexdigest()[:16]) == (1, "6b54e75effb773e0")
+
+
+def test_storage_that_fails_does_not_end_anything(tmp_path: Path, write_shards, caplog) -> None:
+    """The cache's folder cannot be written and not be read; pictures are encoded live."""
+    write_shards(tmp_path / "shards", [24])
+    config = config_for(tmp_path / "shards")
+    (tmp_path / "file").write_text("no folder")
+    off, _, _ = train(config, 2, None)
+    on, _, counts = train(config, 2, Moments(0, cache_at(tmp_path / "file")))
+    assert same(on, off)
+    assert counts["failed"] == 24
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_a_part_that_cannot_be_written_is_not_half_there(tmp_path: Path) -> None:
+    (tmp_path / "parts").write_text("no folder")
+    with pytest.raises(UserError, match="cannot be written"):
+        commit_part(str(tmp_path), [])
