@@ -19,6 +19,7 @@ import torch
 
 from data_pipeline.batch import Batch, Cached, no_pixels
 from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
 from data_pipeline.feed.conditions import check_conditions
 from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
@@ -152,6 +153,26 @@ def check_layout(
     return order
 
 
+def _reject_file(config: DataConfig, rank: int) -> Path | None:
+    """The reject file of a rank, known to be writable. Raises DataError when it is not."""
+    if not config.reject_file:
+        return None
+    name = config.reject_file.replace("{rank}", str(rank))
+    path = Path(local_path(name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_line(path)
+        there = path.exists()
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise DataError(
+            f"data.reject_file {path} cannot be written ({error.strerror}); name another."
+        ) from error
+    return path
+
+
 class Loader(Iterator[Batch]):
     """Iterator of Batch; close it, or use it as a context manager, to stop its processes."""
 
@@ -171,9 +192,7 @@ class Loader(Iterator[Batch]):
         """requests, bytes, retries, failures of this rank."""
         self.wait_s = 0.0
         """Seconds that __next__ has waited for data in total."""
-        self._reject_file = task.config.reject_file and task.config.reject_file.replace("{rank}", str(rank))
-        if self._reject_file:
-            cut_torn_line(Path(local_path(self._reject_file)))
+        self._reject_file = _reject_file(task.config, rank)
         for worker, each in zip(workers, tasks, strict=bool(workers)):
             worker.begin(each)
         self._sources: Sequence[WorkerProcess | _Inline] = workers or [_Inline(task)]
@@ -238,9 +257,7 @@ class Loader(Iterator[Batch]):
                 record = {"reason": reason, "key": key, "detail": detail, "ordinal": ordinal}
                 lines.append(json.dumps(record))
         if lines and self._reject_file:
-            path = Path(local_path(self._reject_file))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as f:
+            with self._reject_file.open("a") as f:
                 f.write("\n".join(lines) + "\n")
 
     def close(self) -> None:

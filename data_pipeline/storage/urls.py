@@ -46,8 +46,9 @@ def is_http(url: str) -> bool:
 
 
 def local_path(url: str) -> str:
-    """The path behind a local URL; a leading `~` is the home folder."""
-    assert is_local(url), url
+    """The path behind a local URL; a leading `~` is the home folder. Raises DataError for another."""
+    if not is_local(url):
+        raise DataError(f"{url} is not on this machine, and this has to be; name a path.")
     return os.path.expanduser(re.sub(r"^file:(//)?", "", url, flags=re.IGNORECASE))
 
 

@@ -84,7 +84,7 @@ def find_ledger(config: DataConfig, paths: Sequence[str] = ()) -> Ledger:
 def _read(ledger: Ledger, file: str) -> None:
     lines = read_text(file).split("\n")
     for number, line in enumerate(lines, 1):
-        if not line or (number == len(lines) and not line.endswith("}")):
+        if not line or (number == len(lines) and line.startswith("{") and not line.endswith("}")):
             continue  # a crash may have torn the last line
         try:
             record = json.loads(line)

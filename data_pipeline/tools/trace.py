@@ -18,6 +18,7 @@ from data_pipeline.tools.seek import Place, Seeker
 
 _EPOCHS = 2
 """Epochs of a lane without one sample after which it is called hopeless, as in training."""
+_MAX_STEP = 10**8
 
 
 def trace(
@@ -58,8 +59,8 @@ def explain_step(
     from the start of the run to the sample; `assumes` says what must hold for the sample to be the one that
     was served. `rejects` names reject files, by default those of data.reject_file.
     """
-    if step < 0:
-        raise DataError(f"--step is {step}; steps count from 0.")
+    if not 0 <= step < _MAX_STEP:
+        raise DataError(f"--step is {step}; steps count from 0, and no run has {_MAX_STEP:,}.")
     if config.order != "indexed":
         raise DataError("data.order=resampled has no index to explain a step from; `ldm data trace` runs it.")
     ledger = find_ledger(config, rejects)

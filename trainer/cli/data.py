@@ -150,6 +150,8 @@ def _inspect(args: argparse.Namespace) -> int:
     from data_pipeline.storage.urls import is_local, join, local_path
     from data_pipeline.tools.inspection import contact_sheet, inspect_shards
 
+    _at_least(args.decode, 0, "--decode")
+    _at_least(args.pictures, 0, "--pictures")
     sheet = args.sheet or _SHEET
     if sheet.endswith("/") or (is_local(sheet) and Path(local_path(sheet)).is_dir()):
         sheet = join(sheet, _SHEET)
@@ -189,6 +191,7 @@ def _index(args: argparse.Namespace) -> int:
     from data_pipeline.storage.listing import list_files
     from data_pipeline.storage.urls import name_of
 
+    _at_least(args.workers, 0, "--workers")
     shards = list_files(args.url)
     folder = index_folder(DataConfig(index=args.index), shards[0].url)
     with _progress(len(shards), "shards") as bar:
@@ -224,8 +227,12 @@ def _add_trace(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
         config, seed, batch = _load(args.config, args.overrides)
         if args.workers is not None:
+            _at_least(args.workers, 0, "--workers")
             config = replace(config, workers=args.workers)
+        _at_least(args.ranks, 1, "--ranks")
         first, stop = _range(args.steps, "--steps")
+        if not (first.is_integer() and stop.is_integer() and 0 <= first < stop):
+            raise DataError(f"--steps is {args.steps!r}; write A:B with whole numbers, e.g. 0:10 for 0 to 9.")
         steps = range(int(first), int(stop))
         for step, keys in trace(config, seed, batch, steps=steps, ranks=args.ranks):
             _say(json.dumps({"step": step, "keys": keys}))
@@ -330,9 +337,17 @@ def _load(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int, int]:
 def _range(text: str, flag: str) -> tuple[float, float]:
     first, _, last = text.partition(":")
     try:
-        return float(first), float(last or first)
+        values = float(first), float(last or first)
     except ValueError:
-        raise DataError(f"{flag} is {text!r}; write A or A:B, e.g. 1:3.") from None
+        values = math.nan, math.nan
+    if not all(map(math.isfinite, values)):
+        raise DataError(f"{flag} is {text!r}; write A or A:B, e.g. 1:3.")
+    return values
+
+
+def _at_least(value: int, least: int, flag: str) -> None:
+    if value < least:
+        raise DataError(f"{flag} is {value}; it must be at least {least}.")
 
 
 def _progress(total: int | None, unit: str) -> tqdm[NoReturn]:
