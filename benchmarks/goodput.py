@@ -33,14 +33,11 @@ from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.config.io import config_to_dict, load_config
 from trainer.launch.observe import LocalRun
+from trainer.planning.machine import RESTART_S, ettr, mttf_s
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("SIGKILL of one rank", "SIGKILL of all ranks", "SIGSTOP of one rank")
 WEIGHTS = (0.6, 0.2, 0.2)
-
-# Measured by Kokolis et al. (2024, arXiv 2410.21680) on 1,024 A100: 7.9 hours between failures; the mean
-# time falls as 1 / GPUs.
-MTTF_1024_S = 7.9 * 3600
 
 
 @dataclass
@@ -64,11 +61,6 @@ class Recovery:
     def restart_s(self) -> float:
         """From the spawning of new ranks to the first new optimizer step."""
         return self.import_s + self.build_s + self.first_step_s
-
-
-def ettr(interval_s: float, detect_s: float, restart_s: float, stall_s: float, mttf_s: float) -> float:
-    """Effective training time ratio: 1 - (I/2 + D + R) / MTTF - S / I (first order in 1 / MTTF)."""
-    return max(0.0, 1 - (interval_s / 2 + detect_s + restart_s) / mttf_s - stall_s / interval_s)
 
 
 class Patient:
@@ -239,7 +231,7 @@ def model(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     print("closed form 1 - (I/2 + D + R) / MTTF - S / I; nothing here is measured at this scale")
     for gpus in (64, 128, 256, 512, 1024):
-        mttf = MTTF_1024_S * 1024 / gpus
+        mttf = mttf_s(gpus)
         row = {name: ettr(**values, mttf_s=mttf) for name, values in settings.items()}
         rows.append({"gpus": gpus, "mttf_h": mttf / 3600, **row})
         shown = "  ".join(f"{name} {100 * value:5.1f} %" for name, value in row.items())
@@ -265,7 +257,7 @@ def main() -> None:
     modelling.add_argument("--interval", type=float, default=600.0, help="seconds between checkpoints")
     modelling.add_argument("--detect", type=float, default=15.0, help="distributed.watchdog_s")
     modelling.add_argument(
-        "--restart", type=float, default=180.0, help="assumed: scheduler, import, NCCL, load"
+        "--restart", type=float, default=RESTART_S, help="assumed: scheduler, import, NCCL, load"
     )
     modelling.add_argument("--stall", type=float, default=0.5, help="seconds that a save blocks training")
     for command in (measuring, modelling):

@@ -18,6 +18,7 @@ VERBS = {
     "data": "synthesize, inspect, index and trace shards",
     "config": "print the resolved configuration and the DeepSpeed dictionary",
     "params": "count parameters per module, without building the model",
+    "plan": "say what a run needs on so many GPUs: memory, time, data, checkpoints, days",
     "doctor": "check machines, storage, shards and gradients before training",
     "status": "say where a run stands: step, speed, loss, time left, checkpoint, faults, ranks",
     "stop": "ask a running job to save and leave",

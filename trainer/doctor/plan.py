@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,58 +12,10 @@ from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank
-from trainer.ema import profile_names
-from trainer.model import count_parameters
+from trainer.planning.memory import plan
 
-_ADAM_MOMENTS = 2
-_FP32 = 4
 # Activations depend on micro-batch and resolution; without this much left there is no point.
 _RESERVE = 0.2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Bytes that one rank holds through the run, before activations."""
-
-    trained_parameters: int
-    frozen_parameters: int
-    device_bytes: int
-    """Weights, gradients, master weights, Adam moments and EMA profiles on the device."""
-    staging_bytes: int
-    """Host memory of a checkpoint on its way to storage."""
-    checkpoint_bytes: int
-    """One checkpoint, over all ranks."""
-
-
-@functools.cache
-def plan(config: Config, world_size: int) -> Plan:
-    """Parameter counts (on the meta device) times bytes, divided as the ZeRO stage divides them."""
-    counts = count_parameters(config)
-    trained, frozen = counts["trained"]["total"], counts["frozen"]["total"]
-    d = config.distributed
-    compute = 2 if d.precision == "bf16" else _FP32
-    profiles = len(profile_names(config.ema))
-    master = _FP32 if compute != _FP32 or d.zero_stage > 0 else 0
-    zero = d.zero_stage if d.engine == "deepspeed" else 0
-    bytes_each = {
-        "weights": compute / (world_size if zero == 3 else 1),
-        "gradients": _FP32 / (world_size if zero >= 2 else 1),
-        "optimizer": (master + _ADAM_MOMENTS * _FP32) / (world_size if zero >= 1 else 1),
-        # The averages lie beside what each rank owns at every stage.
-        "ema": profiles * _FP32 / world_size,
-    }
-    stored = (1 + _ADAM_MOMENTS + profiles) * _FP32 * trained
-    kept = (
-        count for name, count in counts["frozen"].items() if name != "total" and name in counts["trained"]
-    )
-    stored += _FP32 * sum(kept)  # of the network, with `trainable`
-    return Plan(
-        trained_parameters=trained,
-        frozen_parameters=frozen,
-        device_bytes=round(trained * sum(bytes_each.values()) + frozen * compute),
-        staging_bytes=round(stored / world_size),
-        checkpoint_bytes=stored,
-    )
 
 
 def check_memory(config: Config, env: DistributedEnv) -> list[Check]:

@@ -14,6 +14,7 @@ __all__ = [
     "INTERPRETED",
     "cdiv",
     "channel_block",
+    "counted_on_meta",
     "fused",
     "plain",
     "power_of_two",
@@ -61,6 +62,17 @@ def plain() -> Generator[None]:
         yield
     finally:
         _switched_on = before
+
+
+@contextmanager
+def counted_on_meta() -> Generator[None]:
+    """Inside, tensors of the meta device are taken as a GPU's: what kernels would be given can be counted."""
+    global _RUNS_ON
+    before, _RUNS_ON = _RUNS_ON, {"meta"}
+    try:
+        yield
+    finally:
+        _RUNS_ON = before
 
 
 def use_kernels(wanted: bool) -> None:

@@ -175,7 +175,7 @@ def test_a_process_of_this_machine_that_is_gone_is_said_to_be(tmp_path: Path) ->
     ],
 )
 def test_how_a_run_ended(run_dir: str, last: dict[str, Any], checkpoint: int, state: str) -> None:
-    write_run(run_dir, [*history(), last], {"released": True})
+    write_run(run_dir, [*history(), {**last, "time": time.time() - 5}], {"released": True})
     write_bytes(f"{run_dir}/checkpoints/step_{checkpoint:09d}/manifest.json", b"{}")
     found = standing(run_dir)
     assert (found.state, found.eta_s) == (state, None)

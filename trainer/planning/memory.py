@@ -1,0 +1,67 @@
+"""Bytes that a run needs: on each rank, on the host beside it, and in storage for a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from trainer.config.run import Config
+from trainer.ema import profile_names
+from trainer.model import count_parameters
+
+ADAM_MOMENTS = 2
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that one rank holds through the run, before activations."""
+
+    trained_parameters: int
+    frozen_parameters: int
+    weights: float
+    """Compute weights of the trained network, on the device; so the next four."""
+    gradients: float
+    optimizer: float
+    """Master weights and Adam's moments."""
+    ema: float
+    frozen: float
+    """Weights of the first stage and of frozen towers."""
+    staging_bytes: int
+    """Host memory of a checkpoint on its way to storage."""
+    checkpoint_bytes: int
+    """One checkpoint, over all ranks."""
+
+    @property
+    def device_bytes(self) -> int:
+        """All that lies on the device."""
+        return round(self.weights + self.gradients + self.optimizer + self.ema + self.frozen)
+
+
+@functools.cache
+def plan(config: Config, world_size: int) -> Plan:
+    """Parameter counts (on the meta device) times bytes, divided as the ZeRO stage divides them."""
+    counts = count_parameters(config)
+    trained, frozen = counts["trained"]["total"], counts["frozen"]["total"]
+    d = config.distributed
+    compute = 2 if d.precision == "bf16" else FP32
+    profiles = len(profile_names(config.ema))
+    master = FP32 if compute != FP32 or d.zero_stage > 0 else 0
+    zero = d.zero_stage if d.engine == "deepspeed" else 0
+    stored = (1 + ADAM_MOMENTS + profiles) * FP32 * trained
+    kept = (
+        count for name, count in counts["frozen"].items() if name != "total" and name in counts["trained"]
+    )
+    stored += FP32 * sum(kept)  # of the network, with `trainable`
+    return Plan(
+        trained_parameters=trained,
+        frozen_parameters=frozen,
+        weights=trained * compute / (world_size if zero == 3 else 1),
+        gradients=trained * FP32 / (world_size if zero >= 2 else 1),
+        optimizer=trained * (master + ADAM_MOMENTS * FP32) / (world_size if zero >= 1 else 1),
+        # The averages lie beside what each rank owns at every stage.
+        ema=trained * profiles * FP32 / world_size,
+        frozen=float(frozen * compute),
+        staging_bytes=round(stored / world_size),
+        checkpoint_bytes=stored,
+    )

@@ -1,0 +1,214 @@
+"""What a run will need on a number of GPUs, before any of them is asked: memory, time, data, days."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config.run import Config, ConfigError
+from trainer.planning.machine import GIB, RESTART_S, Machine, ettr, mttf_s
+from trainer.planning.memory import Plan, plan
+from trainer.planning.speed import Step, step
+from trainer.planning.work import Work, count_work
+
+STALL_BYTES_S = 30e9
+"""At which the state goes to pinned host memory: 13.9 GB blocked training for 0.45 s on an H100."""
+_SAVE_S = 10.0
+"""Shortest time that a save is allowed to take beside training, for the rate that storage must bear."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What the data set's files are like; nobody looks at them."""
+
+    bytes_per_sample: float = 100e3
+    samples_per_shard: int = 10_000
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run on one machine."""
+
+    config: Config
+    machine: Machine
+    memory: Plan
+    work: Work
+    step: Step
+    feed: Feed
+
+    @property
+    def activation_bytes(self) -> float:
+        """Of a micro-batch, on each rank."""
+        return self.config.micro_batch_size * self.work.activation_bytes
+
+    @property
+    def device_bytes(self) -> float:
+        """Of each rank, at the end of a forward."""
+        return self.memory.device_bytes + self.activation_bytes
+
+    @property
+    def limit_bytes(self) -> float:
+        """What tensors may take of a GPU's memory."""
+        return self.machine.gpu.memory_gib * GIB * self.machine.reached.room
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """The most samples of a forward pass that fit; 0 where not even the weights do."""
+        return max(0, int((self.limit_bytes - self.memory.device_bytes) // self.work.activation_bytes))
+
+    @property
+    def best_micro_batch(self) -> int:
+        """The largest that fits and divides the global batch over the ranks; 0 where none does."""
+        share, rest = divmod(self.config.global_batch_size, self.machine.gpus)
+        fitting = min(share, self.largest_micro_batch)
+        return 0 if rest else next((n for n in range(fitting, 0, -1) if share % n == 0), 0)
+
+    @property
+    def images_per_s(self) -> float:
+        """Of all ranks."""
+        return self.config.global_batch_size / self.step.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs of the trained network over the peak, while training."""
+        rate = self.images_per_s / self.machine.gpus * 3 * self.work.forward_flops
+        return rate / (self.machine.gpu.peak_tflops * 1e12)
+
+    @property
+    def interval_s(self) -> float:
+        """Between checkpoints."""
+        return self.config.checkpoint.every * self.step.seconds
+
+    @property
+    def stall_s(self) -> float:
+        """For which a save blocks training."""
+        return self.memory.staging_bytes / STALL_BYTES_S
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time that makes steps that last, by the formula of docs/reliability.md."""
+        d = self.config.distributed
+        detect = d.watchdog_s + (d.link_patience_s if self.machine.nodes > 1 else 0.0)
+        return ettr(self.interval_s, detect, RESTART_S, self.stall_s, mttf_s(self.machine.gpus))
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole run, faults included; None where it would not get on."""
+        return self.config.steps * self.step.seconds / 3600 / self.goodput if self.goodput else None
+
+    def figures(self) -> dict[str, Any]:
+        """For programs."""
+        m, s, work = self.memory, self.step, self.work
+        rate = self.images_per_s
+        return {
+            "gpu": self.machine.gpu.name,
+            "gpus": self.machine.gpus,
+            "nodes": self.machine.nodes,
+            "memory_bytes": {
+                "weights": m.weights,
+                "gradients": m.gradients,
+                "optimizer": m.optimizer,
+                "ema": m.ema,
+                "frozen": m.frozen,
+                "activations": self.activation_bytes,
+                "total": self.device_bytes,
+                "limit": self.limit_bytes,
+                "host_staging": m.staging_bytes,
+            },
+            "fits": self.device_bytes <= self.limit_bytes,
+            "largest_micro_batch": self.largest_micro_batch,
+            "best_micro_batch": self.best_micro_batch,
+            "accumulation": self.config.accumulation(self.machine.gpus),
+            "flops_per_sample": {"network": work.network_flops, "frozen": work.frozen_flops},
+            "launches": work.launches,
+            "seconds_per_step": {
+                "encode": s.encode_s,
+                "network": s.network_s,
+                "optimizer": s.optimizer_s,
+                "communication": s.communication_s,
+                "exposed_communication": s.exposed_s,
+                "total": s.seconds,
+            },
+            "bound_by_launches": s.bound_by_launches,
+            "images_per_s": rate,
+            "images_per_s_per_gpu": rate / self.machine.gpus,
+            "mfu": self.mfu,
+            "data_bytes_per_s": rate * self.feed.bytes_per_sample,
+            "shards_per_s": rate / self.feed.samples_per_shard,
+            "checkpoint": {
+                "bytes": m.checkpoint_bytes,
+                "every_s": self.interval_s,
+                "bytes_per_s": m.checkpoint_bytes / self.interval_s,
+                "stall_s": self.stall_s,
+            },
+            "mttf_s": mttf_s(self.machine.gpus),
+            "goodput": self.goodput,
+            "days": None if self.hours is None else self.hours / 24,
+            "gpu_hours": None if self.hours is None else self.hours * self.machine.gpus,
+        }
+
+
+def make_plan(config: Config, machine: Machine, feed: Feed | None = None) -> Planned:
+    """Count on the meta device and model the rest: seconds, no GPU, nothing downloaded.
+
+    Raises:
+        ConfigError: it is a first stage, its global batch cannot be divided over so many GPUs, or the machine
+            is no place for its precision.
+    """
+    work = count_work(config)
+    if config.distributed.precision != "bf16":
+        raise ConfigError("a plan knows the rates of bf16 alone; set distributed.precision=bf16.")
+    needed = plan(config, machine.gpus)
+    timed = step(config, work, machine, needed.trained_parameters)
+    return Planned(config, machine, needed, work, timed, feed or Feed())
+
+
+def describe(planned: Planned) -> str:
+    """One screen for people."""
+    p, m, s, gpus = planned, planned.memory, planned.step, planned.machine.gpus
+    config, rate = p.config, p.images_per_s
+    parts = {
+        "weights": m.weights,
+        "gradients": m.gradients,
+        "optimizer": m.optimizer,
+        "averages": m.ema,
+        "frozen": m.frozen,
+        "activations": p.activation_bytes,
+    }
+    memory = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    verdict = "fits" if p.device_bytes <= p.limit_bytes else "DOES NOT FIT"
+    accumulation = config.accumulation(gpus)
+    most = p.largest_micro_batch
+    best = f"; {p.best_micro_batch} divides the batch" if p.best_micro_batch else ""
+    bound = " (bound by launches: distributed.cuda_graphs=true replays them)" if s.bound_by_launches else ""
+    exposed = f"{1e3 * s.exposed_s:.1f} of {1e3 * s.communication_s:.1f} ms of communication"
+    parts_ms = f"encode {1e3 * s.encode_s:.1f} ms, network {1e3 * s.network_s:.1f} ms"
+    step_parts = f"{parts_ms}, optimizer and averages {1e3 * s.optimizer_s:.1f} ms, {exposed}"
+    save_s = min(p.interval_s, _SAVE_S)
+    traffic = f"{m.checkpoint_bytes / save_s / 1e9:.2g} GB/s to be done in {save_s:.0f} s"
+    saved = f"{m.checkpoint_bytes / 1e9:.1f} GB every {p.interval_s / 60:.1f} min"
+    flops = p.work.network_flops, p.work.frozen_flops
+    shards = rate / p.feed.samples_per_shard
+    rows = {
+        "machine": f"{gpus} x {p.machine.gpu.name} in {p.machine.nodes} node(s)",
+        "memory": f"{p.device_bytes / GIB:.1f} of {p.limit_bytes / GIB:.1f} GiB per rank: {verdict}",
+        "": f"GiB: {memory}; on the host {m.staging_bytes / GIB:.2f} for checkpoints",
+        "micro-batch": f"{config.micro_batch_size} x {accumulation}; at most {most} fit{best}",
+        "FLOPs": f"{flops[0] / 1e12:.3f} T per sample trained, {flops[1] / 1e12:.3f} T frozen",
+        "step": f"{s.seconds:.4g} s{bound}",
+        " ": step_parts,
+        "speed": f"{rate:,.0f} images/s, {rate / gpus:.1f} per GPU; {100 * p.mfu:.1f} % of the peak",
+        "data": f"{rate * p.feed.bytes_per_sample / 1e6:,.0f} MB/s, {shards:.3g} shards/s",
+        "checkpoint": f"{saved}, {traffic}; blocks {p.stall_s:.3f} s",
+        "goodput": f"{100 * p.goodput:.1f} % at a fault every {mttf_s(gpus) / 3600:.1f} h",
+        "time": _time(p),
+    }
+    lines = [f"{name:<12} {text}" for name, text in rows.items()]
+    return "\n".join([*lines, "A model, not a measurement: docs/planning.md has its formulas and residuals."])
+
+
+def _time(planned: Planned) -> str:
+    if planned.hours is None:
+        return "it would not get on: more time is lost than made"
+    days, hours = planned.hours / 24, planned.hours * planned.machine.gpus
+    return f"{days:.2f} days for {planned.config.steps:,} steps, {hours:,.0f} GPU-hours"

@@ -1,0 +1,147 @@
+"""Seconds of an optimizer step, from counted work and a machine: few terms, each with its source.
+
+micro-batch    launches x gap + samples x FLOPs / (peak x share), or launches x the processor's launch
+               where that is longer and no graph is replayed
+encoding       the same for the frozen networks, with a constant of their own
+optimizer      bytes of masters, moments, averages and gradients that a rank owns, over the bandwidth
+communication  passes x bytes x (n - 1) / n over the slowest link of a ring, and a latency per message
+               that grows with log2 n; a share is hidden behind backward where it overlaps
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.config.run import Config
+from trainer.ema import profile_names
+from trainer.planning.machine import Machine
+from trainer.planning.work import Work
+
+_OPTIMIZER_BYTES = 38
+"""Of a trained parameter, read and written in a step: gradient 12 (norm, update, zero), master 8, moments 16,
+compute weight 2."""
+_AVERAGE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of exchange between the ranks."""
+
+    kind: Literal["all-reduce", "reduce-scatter", "all-gather"]
+    num_bytes: float
+    """Of the whole tensor."""
+    times: int = 1
+    """In an optimizer step."""
+    messages: int = 1
+    """Pieces that it is done in."""
+    within_node: bool = False
+
+    def seconds(self, machine: Machine) -> float:
+        """Of a step; nothing where it is among one rank."""
+        ranks = machine.gpus_per_node if self.within_node else machine.gpus
+        if ranks == 1:
+            return 0.0
+        passes = 2 if self.kind == "all-reduce" else 1
+        moved = passes * self.num_bytes * (ranks - 1) / ranks
+        bus = machine.bus_bytes_s(within_node=self.within_node)
+        latency = passes * self.messages * machine.reached.latency_s * math.ceil(math.log2(ranks))
+        return self.times * (moved / bus + latency)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the seconds of one optimizer step go."""
+
+    encode_s: float
+    network_s: float
+    optimizer_s: float
+    communication_s: float
+    """All of it, hidden or not."""
+    exposed_s: float
+    """What of it training waits for."""
+    bound_by_launches: bool
+    """The processor launches more slowly than the GPU works."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.encode_s + self.network_s + self.optimizer_s + self.exposed_s
+
+
+def micro_batch_s(work: Work, samples: int, machine: Machine, *, graphs: bool) -> float:
+    """Forward and backward of the trained network."""
+    return max(_device_s(work, samples, machine), 0.0 if graphs else work.launches * machine.launch_s)
+
+
+def _device_s(work: Work, samples: int, machine: Machine) -> float:
+    flops = samples * work.network_flops
+    reached = machine.reached
+    return work.launches * reached.gap_s + flops / (machine.gpu.peak_tflops * 1e12 * reached.network)
+
+
+def encode_s(work: Work, samples: int, machine: Machine) -> float:
+    """The frozen networks, of one micro-batch; nothing where there are none."""
+    if not work.frozen_flops:
+        return 0.0
+    flops = samples * work.frozen_flops
+    return machine.reached.encode_s + flops / (machine.gpu.peak_tflops * 1e12 * machine.reached.frozen)
+
+
+def optimizer_s(parameters: float, averages: int, machine: Machine, *, update: int, average: int) -> float:
+    """Norm, clip, AdamW and averages.
+
+    Args:
+        update: ranks over which the optimizer's state is spread. average: ranks that share the averages.
+    """
+    moved = parameters * (_OPTIMIZER_BYTES / update + averages * _AVERAGE_BYTES / average)
+    return moved / (machine.gpu.bandwidth_tb_s * 1e12 * machine.reached.memory)
+
+
+def collectives(config: Config, parameters: int, accumulation: int) -> list[Collective]:
+    """What the configured engine exchanges in an optimizer step (trainer/distributed/deepspeed_config.py)."""
+    d = config.distributed
+    compute = 2 if d.precision == "bf16" else 4
+    whole = compute * float(parameters)
+    pieces = max(1, -(-parameters // d.reduce_bucket_elements))
+    if d.engine == "torch" or d.zero_stage == 0:
+        # DeepSpeed accumulates and reduces stage 0 in the compute precision, the plain engine in fp32.
+        each = 4.0 if d.engine == "torch" else float(compute)
+        return [Collective("all-reduce", each * parameters, messages=pieces)]
+    fp32 = 4.0 * parameters
+    if d.zero_stage == 1:
+        reduce = Collective("all-reduce", fp32, messages=pieces)
+        return [reduce, Collective("all-gather", whole, messages=pieces)]
+    reduce = Collective("reduce-scatter", fp32, times=accumulation, messages=pieces)
+    gathers = 2 * accumulation if d.zero_stage == 3 else 1
+    return [reduce, Collective("all-gather", whole, times=gathers, messages=pieces)]
+
+
+def step(config: Config, work: Work, machine: Machine, parameters: int) -> Step:
+    """One optimizer step of a configuration.
+
+    Raises:
+        ConfigError: the global batch cannot be divided over so many GPUs.
+    """
+    accumulation = config.accumulation(machine.gpus)
+    samples, d = config.micro_batch_size, config.distributed
+    device = _device_s(work, samples, machine)
+    network = micro_batch_s(work, samples, machine, graphs=d.cuda_graphs)
+    total = sum(each.seconds(machine) for each in collectives(config, parameters, accumulation))
+    sharded = d.engine == "deepspeed" and d.zero_stage > 0
+    hidden = machine.reached.hidden if d.overlap_communication else 0.0
+    return Step(
+        encode_s=accumulation * encode_s(work, samples, machine),
+        network_s=accumulation * network,
+        optimizer_s=optimizer_s(
+            parameters,
+            len(profile_names(config.ema)),
+            machine,
+            update=machine.gpus if sharded else 1,
+            average=machine.gpus,
+        ),
+        communication_s=total,
+        exposed_s=total * (1 - hidden),
+        bound_by_launches=network > device,
+    )
