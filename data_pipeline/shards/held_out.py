@@ -112,10 +112,9 @@ def open_held_out(
             "data.validation.share=0.01."
         )
     reading = _reading(config)
+    found = dataset if dataset is not None and not own.shards else _indexed(config, reading)
     if own.shards:
-        _check_apart(config, dataset, found := open_dataset(dataclasses.replace(reading, buckets=False)))
-    else:
-        found = dataset or open_dataset(dataclasses.replace(reading, buckets=False))
+        _check_apart(config, dataset, found)
     selection = make_selection(reading, part="validation")
     shapes = target_shapes(config)
     if config.buckets:
@@ -153,6 +152,19 @@ def _reading(config: DataConfig) -> DataConfig:
         reject_file=None,
         workers=0,
     )
+
+
+def _indexed(config: DataConfig, reading: DataConfig) -> Dataset:
+    """The shards that held-out samples lie in."""
+    try:
+        return open_dataset(dataclasses.replace(reading, buckets=False))
+    except DataError as error:
+        if config.order == "indexed":
+            raise
+        raise DataError(
+            "Held-out samples are read by an index, whatever data.order is; name plain tars by "
+            f"data.validation.shards, since these cannot be indexed: {error}"
+        ) from error
 
 
 def _check_apart(config: DataConfig, dataset: Dataset | None, own: Dataset) -> None:

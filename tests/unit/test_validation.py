@@ -17,15 +17,18 @@ from data_pipeline.feed import reads
 from data_pipeline.held_out import SEED
 from data_pipeline.scenes.scene import NUM_CLASSES, SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.storage.large import checksum_bytes
 from trainer.assembly import Run, build_run
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
 from trainer.checkpoint.commands import list_checkpoints
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import EngineReader
 from trainer.cli import checkpoint as checkpoint_command
 from trainer.config.io import load_config
 from trainer.config.run import ConfigError
 from trainer.diffusion.objective import draw_timesteps, loss_per_sample
 from trainer.distributed.env import DistributedEnv
+from trainer.doctor.data import check_samples
 from trainer.exit_codes import ExitCode
 from trainer.pixels import to_unit_range
 from trainer.reliability.watchdog import Watchdog
@@ -125,6 +128,22 @@ def test_training_does_not_notice(settings: Any, tmp_path: Path) -> None:
     assert not validations(without)
     assert losses(with_it) == losses(without)
     assert torch.equal(weights(tmp_path / "with"), weights(tmp_path / "without"))
+
+
+def test_it_has_a_phase_of_its_own_before_the_watchdog(settings: Any) -> None:
+    """A beat before each batch and one at the end: 9 samples in batches of 2, twice."""
+    seen: list[tuple[int, str]] = []
+
+    class Listening(Watchdog):
+        def beat(self, step: int, phase: Any = "step") -> None:
+            seen.append((step, phase))
+
+    run = opened(settings(*MEASURED))
+    try:
+        validate(run, Listening(0))
+    finally:
+        run.close()
+    assert seen == [(0, "validation")] * 12
 
 
 def test_a_run_that_resumes_has_the_same_figures(settings: Any) -> None:
@@ -320,6 +339,30 @@ def test_the_best_checkpoints_by_a_metric_are_kept(
 def test_contradictions_are_refused(settings: Any, more: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, settings(*more))
+
+
+def test_the_doctor_says_what_is_measured_and_what_cannot_be(settings: Any) -> None:
+    env = DistributedEnv.detect({})
+    (good,) = check_samples(load_config(None, settings(*MEASURED)), env)
+    assert good.passed
+    assert good.detail.endswith("; 9 held out are measured")
+    (bad,) = check_samples(load_config(None, settings(*MEASURED, "data.validation.share=1e-9")), env)
+    assert not bad.passed
+    assert "raise data.validation.share" in bad.detail
+
+
+def test_manifests_of_before_have_the_training_loss_alone(settings: Any, tmp_path: Path) -> None:
+    run_it(settings(*MEASURED, steps=2))
+    new = open_checkpoint(str(tmp_path / "run" / "checkpoints" / folder_name(2))).manifest
+    assert new.value("validation/loss") == new.metrics["validation/loss"]
+    body = json.loads(new.to_bytes())
+    for name in ("metrics", "best_metric", "checksum"):
+        del body[name]
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    old = Manifest.from_bytes(json.dumps({**body, "checksum": checksum_bytes(text.encode())}).encode())
+    assert (old.best_metric, old.metrics) == ("loss", {})
+    assert old.value("loss") == new.loss
+    assert old.value("validation/loss") is None
 
 
 def test_another_share_is_another_run(settings: Any) -> None:

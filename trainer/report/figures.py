@@ -22,11 +22,14 @@ SMOOTHED = 25
 """Records whose median the thick line of the loss is."""
 MOST_POINTS = 4000
 """Of one curve: a page of a run of weeks still opens at once."""
+VALIDATION = "validation/"
+"""Before the names of what is measured on held-out samples."""
 EVENT_COLOURS = {
     "rewind": "#d62728",
     "save failed": "#d62728",
     "storage outage": "#d62728",
     "slow rank": "#ff7f0e",
+    "validation not finite": "#ff7f0e",
     "resume changed": "#9467bd",
     "resume": "#7f7f7f",
 }
@@ -42,7 +45,7 @@ def figures(records: Sequence[Record]) -> dict[str, go.Figure]:
     events = [record for record in records if "event" in record]
     drawn: dict[str, go.Figure | None] = {
         "Loss": _loss(rows, events),
-        "Validation": _group(rows, events, "validation/"),
+        **_validation(rows, events),
         "Fidelity": _group(rows, events, "eval/"),
         "Learning rate and gradient norm": _lines(
             rows, events, {"learning_rate": "learning rate", "grad_norm": "gradient norm"}, rows_apart=True
@@ -130,6 +133,38 @@ def _loss(rows: Sequence[Record], events: Sequence[Record]) -> go.Figure | None:
     figure.update_layout(
         updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, "x": 1, "y": 1.18}]
     )
+    return _with_events(figure, events)
+
+
+def _validation(rows: Sequence[Record], events: Sequence[Record]) -> dict[str, go.Figure | None]:
+    """Each figure of the averages beside that of the trained weights, with standard errors; then the loss by
+    noise level."""
+    names = [
+        name for name in _names(rows) if name.startswith(VALIDATION) and f"{name}_stderr" in _names(rows)
+    ]
+    bins = [name for name in names if name.startswith(f"{VALIDATION}bin_")]
+    kinds = dict.fromkeys(
+        name.removeprefix(VALIDATION).removeprefix("raw_") for name in names if name not in bins
+    )
+    drawn: dict[str, go.Figure | None] = {}
+    for kind in kinds:
+        pair = [name for name in (f"{VALIDATION}{kind}", f"{VALIDATION}raw_{kind}") if name in names]
+        drawn[f"Validation: {kind}"] = _with_errors(rows, events, pair)
+    if bins:
+        by_place = sorted(bins, key=lambda name: int(name.rpartition("_")[2]))
+        drawn["Validation by noise level, from little to much"] = _with_errors(rows, events, by_place)
+    return drawn
+
+
+def _with_errors(rows: Sequence[Record], events: Sequence[Record], names: Sequence[str]) -> go.Figure:
+    figure = _figure()
+    for name in names:
+        xs, ys = column(rows, name)
+        _, errors = column([row for row in rows if name in row], f"{name}_stderr")
+        error = {"type": "data", "array": errors, "thickness": 1} if len(errors) == len(ys) else None
+        figure.add_scatter(
+            x=xs, y=ys, name=name.removeprefix(VALIDATION), mode="lines+markers", error_y=error
+        )
     return _with_events(figure, events)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -211,6 +212,22 @@ def test_shards_of_their_own_are_measured_whole(sets: Path, tmp_path: Path) -> N
     assert set(measured(held(gone))) == kept - {"rare0001"}
     everything = dataclasses.replace(own, filter="")
     assert len(measured(held(dataclasses.replace(config, validation=everything)))) == 13
+
+
+def test_streams_that_have_no_index_need_shards_of_their_own(sets: Path, tmp_path: Path) -> None:
+    """Compressed tars can be trained on in resampled order: samples are left out of them, and not read."""
+    for shard in (sets / "main").glob("*.tar"):
+        (tmp_path / f"{shard.stem}.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
+    config = configured(sets, shards=str(tmp_path / "*.tar.gz"), order="resampled", workers=1)
+    with build_loader(config, seed=1, global_batch_size=8) as loader:
+        trained = {key_of(key) for _ in range(40) for key in next(loader).keys}
+    assert not any(is_held_out(key, SHARE) for key in trained)
+    with pytest.raises(
+        DataError, match=r"whatever data\.order is; name plain tars by data\.validation\.shards"
+    ):
+        open_held_out(config, 4, seed=0, global_batch_size=12)
+    own = dataclasses.replace(config, validation=HeldOutConfig(shards=str(sets / "rare" / "*.tar")))
+    assert len(open_held_out(own, 4, seed=0, global_batch_size=12)) == 4
 
 
 @pytest.mark.parametrize("order", ["indexed", "resampled"])

@@ -22,6 +22,14 @@ def record(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "samples_seen": 8 * step, "time": 1_000.0 + step, **more}
 
 
+def validated(loss: float) -> dict[str, float]:
+    """A record of validation, of eleven noise levels."""
+    found = {"loss": loss, "raw_loss": loss + 1, **{f"bin_{i}": loss + i for i in (10, *range(10))}}
+    errors = {f"{name}_stderr": 0.01 * value for name, value in found.items()}
+    whole = {**found, **errors, "samples": 1000.0, "seconds": 3.0}
+    return {f"validation/{name}": value for name, value in whole.items()}
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Four steps, a rewind to the second, two more; pictures of three steps."""
@@ -30,7 +38,8 @@ def run_dir(tmp_path: Path) -> Path:
         writer.write(record(step, loss=loss, **{"time/unet_s": 0.2, "step_s": 0.3, "images_per_s": 26.5}))
     writer.write(record(4, event="rewind", kind="spike", value="<script>5.0</script>", skipped=[7, 9]))
     for step, loss in ((3, 0.7), (4, 0.6)):
-        writer.write(record(step, loss=loss, **{"validation/loss": loss + 0.1, "rejected/too_small": 2.0}))
+        writer.write(record(step, loss=loss, **{"rejected/too_small": 2.0}))
+        writer.write(record(step, **validated(loss + 0.1)))
     writer.close()
     with (tmp_path / "logs/metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "samples_se')  # cut by a crash
@@ -63,11 +72,23 @@ def test_the_median_runs_within_a_stretch() -> None:
 def test_figures_hold_what_the_records_hold(run_dir: Path) -> None:
     drawn = figures(read_records(str(run_dir)))
     assert list(drawn) == [
-        *("Loss", "Validation", "Speed", "Where a step's time goes", "Rejected samples by reason"),
+        *(
+            "Loss",
+            "Validation: loss",
+            "Validation by noise level, from little to much",
+            "Speed",
+            "Where a step's time goes",
+            "Rejected samples by reason",
+        ),
         "Progress and faults in time",
     ]
     assert [trace.name for trace in drawn["Loss"].data] == ["loss", "median of 25"]
-    assert list(drawn["Validation"].data[0].y) == pytest.approx([0.8, 0.7])
+    averaged, raw = drawn["Validation: loss"].data
+    assert (averaged.name, raw.name) == ("loss", "raw_loss")
+    assert list(averaged.y) == pytest.approx([0.8, 0.7])
+    assert list(raw.error_y.array) == pytest.approx([0.018, 0.017])
+    levels = drawn["Validation by noise level, from little to much"].data
+    assert [level.name for level in levels] == [f"bin_{i}" for i in range(11)]
     assert [shape.x0 for shape in drawn["Loss"].layout.shapes] == [32]  # the rewind
     steps, rewinds = drawn["Progress and faults in time"].data
     assert (steps.name, rewinds.name, list(rewinds.y)) == ("step", "rewind", [4])
