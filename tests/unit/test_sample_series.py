@@ -183,3 +183,15 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         assert said in error, words
         assert len([line for line in error.splitlines() if line.startswith("ldm: ")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_local_ranks_beside_those_of_a_launcher_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = exported(tmp_path, *CLASSES)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    command = ["sample", source, "--count", "3", "--out", str(tmp_path / "out")]
+    assert main([*command, "--ranks", "2"]) == 2
+    assert "--ranks starts local processes" in capsys.readouterr().err
+    assert main(command) == 0

@@ -236,6 +236,8 @@ def _tell(plan: Plan, trained: TrainedModel, reading: Reading, env: DistributedE
     looked_at = min(series.count, len(series.prompts), PROMPTS_LOOKED_AT)
     for note in reading.long_prompts(trained.model, series.request(range(looked_at))):
         print(f"note: {note}")
+    if any(series.prompts) and len(series.prompts) < series.count:
+        print(f"note: {len(series.prompts)} prompts for {series.count} pictures; they are taken in turn.")
     if series.parts < env.world_size:
         print(
             f"note: {series.parts} parts of {series.part_size} pictures for {env.world_size} ranks; the rest "

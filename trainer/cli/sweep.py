@@ -2,7 +2,7 @@
 
 OUT/guidance_G_steps_S/pictures/   what `ldm sample` makes, all points from the same seeds and prompts
 OUT/guidance_G_steps_S/figures.json   everything known of that point; a point that has it is not made again
-OUT/curve.csv                      a row per point, after each
+OUT/curve.csv, OUT/curve.html      a row per point, after each, and the page that draws them
 OUT/sweep.json                     the checkpoint of all points, the newest when the sweep began
 """
 
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     assert real is not None
     settings = {"source": args.source, "sample": args.sample, "reference": args.reference}
     rows: list[dict[str, Any]] = []
+    missing = ""
     for point, command in commands.items():
         place = join(out, _name(point), "figures.json")
         found = _former(place, settings | {"metrics": args.metrics})
@@ -84,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
             write_bytes(place, json.dumps(found, indent=1).encode())
         rows.append({"guidance": str(point[0]), "steps": str(point[1]), **_numbers(found["figures"])})
         write_bytes(join(out, "curve.csv"), _table(rows).encode())
+        missing = _draw(rows, out)
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
-    print(f"{len(rows)} points in {join(out, 'curve.csv')}")
+    print(f"{len(rows)} points in {join(out, 'curve.csv')}{missing}")
     return 0
 
 
@@ -164,6 +166,19 @@ def _former(url: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     if theirs != settings:
         raise ConfigError(f"{url} is of another sweep ({theirs}); choose another folder with --out.")
     return dict(found)
+
+
+def _draw(rows: Sequence[Mapping[str, str]], out: str) -> str:
+    """The page with the curve; what to say where there is nothing to draw with."""
+    try:
+        from trainer.report.figures import fidelity_curve
+    except ModuleNotFoundError as error:
+        if error.name != "plotly":
+            raise
+        return "; to have curve.html as well, install plotly (pip install plotly) and repeat the command"
+    points = [{name: float(value) for name, value in row.items()} for row in rows]
+    write_bytes(join(out, "curve.html"), fidelity_curve(points))
+    return ""
 
 
 def _numbers(found: object) -> dict[str, str]:

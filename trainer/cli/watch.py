@@ -18,6 +18,7 @@ from trainer.config.run import ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.evaluation.statistics import SetStatistics
+from trainer.evaluator.findings import FOLDER
 from trainer.evaluator.lookout import Rule, Sighting
 from trainer.evaluator.watch import Watcher, WatchOptions
 from trainer.launch.command import run_on_ranks
@@ -26,8 +27,6 @@ WATCH_EXAMPLE = (
     "example: ldm evaluate watch s3://bucket/run --reference val.safetensors "
     "--sample '--count 5000 --prompts-from prompts.txt --steps 25'"
 )
-DEFAULT_OUT = "evaluation"
-"""In the folder of the run."""
 _OURS = ("--out", "--overwrite", "--checkpoint", "--ranks", "--tars")
 
 
@@ -66,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Watch until the last step of the run is measured."""
-    out = args.out or join(args.source, DEFAULT_OUT)
+    out = args.out or join(args.source, FOLDER)
     args.out, args.save_reference = None, None
     check(args)
     _check(args)

@@ -17,6 +17,8 @@ from data_pipeline.storage.files import read_text, write_bytes
 from data_pipeline.storage.urls import join
 from trainer.config.run import ConfigError
 
+FOLDER = "evaluation"
+"""Of an evaluator, in that of the run, unless another is named."""
 NAME = "metrics.jsonl"
 PREFIX = "eval/"
 """Of figures, as W&B groups them."""
@@ -44,6 +46,11 @@ class Findings:
                     "--out."
                 ) from error
             self._records.append(record)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All lines, in the order in which they were written."""
+        return list(self._records)
 
     @property
     def measured(self) -> set[tuple[int, str]]:

@@ -220,7 +220,8 @@ class Watcher:
     ) -> None:
         """On rank 0: the line first, with which the checkpoint counts as measured."""
         findings = self._held()
-        named = {PREFIX + name: value for name, value in (figures | times).items()}
+        named = {PREFIX + name: value for name, value in figures.items()}
+        named |= {f"evaluator/{name}": value for name, value in times.items()}
         place = {"step": sighting.step, "samples_seen": standing.samples_seen, "time": time.time()}
         about = {"checkpoint": sighting.checksum, "snapshot": sighting.snapshot}
         findings.add({**place, **about, "run_steps": standing.config.steps, **named})

@@ -16,7 +16,7 @@ from trainer.config.run import ConfigError
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.exit_codes import ExitCode
 from trainer.launch.local import ranks_are_given, supervise, visible_devices
-from trainer.launch.rank import die_with_launcher
+from trainer.launch.rank import LAUNCHER_VARIABLE, die_with_launcher
 
 _RANKS_WAIT_S = 86_400.0
 """For each other: one may have the last share of the work alone. A rank that died is noticed at once."""
@@ -37,6 +37,10 @@ def run_on_ranks(words: Sequence[str], ranks: int, work: Callable[[DistributedEn
     if ranks < 0:
         raise ConfigError(f"--ranks {ranks} must be at least 0; 0 is one per GPU.")
     if ranks_are_given(os.environ):
+        if ranks and LAUNCHER_VARIABLE not in os.environ:
+            raise ConfigError(
+                "--ranks starts local processes, and torchrun or srun has started some already; leave it out."
+            )
         die_with_launcher()
         return _as_rank(work)
     ranks = ranks or visible_devices(os.environ) or 1

@@ -7,7 +7,7 @@ column's curve may go back: it is broken there instead of being joined across.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -66,6 +66,35 @@ def figures(records: Sequence[Record]) -> dict[str, go.Figure]:
         "Progress and faults in time": _timeline(rows, events),
     }
     return {title: figure for title, figure in drawn.items() if figure is not None}
+
+
+def fidelity_curve(points: Sequence[Mapping[str, float]]) -> bytes:
+    """A page of its own: the first distance over CLIP score, or over guidance where there is none.
+
+    Args:
+        points: `guidance`, `steps` and figures by name; a line for each number of steps.
+    """
+    names = [
+        name for name in dict.fromkeys(n for p in points for n in p) if name not in ("guidance", "steps")
+    ]
+    across = "clip_score" if "clip_score" in names and len(names) > 1 else "guidance"
+    up = next(name for name in names if name != across)
+    figure = _figure()
+    for steps in sorted({point["steps"] for point in points}):
+        own = sorted((p for p in points if p["steps"] == steps), key=lambda point: point["guidance"])
+        figure.add_scatter(
+            x=[point.get(across) for point in own],
+            y=[point.get(up) for point in own],
+            text=[f"guidance {point['guidance']:g}" for point in own],
+            name=f"{steps:g} steps",
+            mode="lines+markers+text" if across != "guidance" else "lines+markers",
+            textposition="top center",
+        )
+    figure.update_layout(hovermode="closest", height=600)
+    figure.update_xaxes(title=across)
+    figure.update_yaxes(title=up)
+    page: str = figure.to_html(full_html=True, include_plotlyjs=True)
+    return page.encode()
 
 
 def to_html(figure: go.Figure) -> str:

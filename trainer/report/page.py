@@ -17,6 +17,7 @@ from PIL import Image
 from data_pipeline.errors import NotFound, UserError
 from data_pipeline.storage.files import list_names, read_bytes
 from data_pipeline.storage.urls import join
+from trainer.evaluator.findings import FOLDER, Findings
 from trainer.metrics.jsonl import read_records
 from trainer.report.figures import Record, figures, script, to_html
 
@@ -47,8 +48,11 @@ def write_page(run_dir: str, *, most_pictures: int = 60) -> bytes:
         raise UserError(
             f"{run_dir} holds no records of a run (logs/metrics*.jsonl); name the run_dir of one."
         )
+    # Without its time, at which training was elsewhere.
+    evaluated = [{k: v for k, v in r.items() if k != "time"} for r in Findings(join(run_dir, FOLDER)).records]
+    drawn = [*records, *evaluated]
     settings = _settings(run_dir)
-    sections = [(title, to_html(figure)) for title, figure in figures(records).items()]
+    sections = [(title, to_html(figure)) for title, figure in figures(drawn).items()]
     grids = previews(run_dir, most_pictures)
     if grids:
         sections.insert(1, ("Pictures, same prompts and seeds", _slider(grids)))

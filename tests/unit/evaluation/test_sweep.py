@@ -55,6 +55,8 @@ def test_every_point_is_sampled_measured_and_kept(tmp_path: Path, command: list[
     assert main(command) == 0
     found = rows(tmp_path)
     assert [(row["guidance"], row["steps"]) for row in found] == [("1", "2"), ("2", "2")]
+    drawn = (tmp_path / "curve" / "curve.html").read_text()
+    assert all(text in drawn for text in ("guidance 2", "2 steps", "fd_random", found[0]["fd_random"]))
     assert found[0]["fd_random"] != found[1]["fd_random"]
     point = tmp_path / "curve" / "guidance_2_steps_2"
     assert len(list((point / "pictures").iterdir())) == 3

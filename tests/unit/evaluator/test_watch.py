@@ -19,6 +19,7 @@ from trainer.checkpoint.catalogue import Retention, steps_to_retire
 from trainer.checkpoint.marks import mark, marked_steps
 from trainer.evaluator.findings import Findings, higher_is_better
 from trainer.evaluator.lookout import Lookout, Sighting
+from trainer.metrics.jsonl import JSONLWriter
 
 from .committed_run import CommittedRun, reference
 
@@ -271,3 +272,14 @@ def test_the_script_for_slurm_says_how_to_use_it(tmp_path: Path) -> None:
         )
         assert done.returncode == 2
         assert "usage: sbatch" in done.stderr
+
+
+def test_the_report_draws_what_it_has_found(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run()
+    run.commit(100)
+    assert watch(tmp_path, "--once") == 0
+    JSONLWriter(str(tmp_path / "run")).write({"step": 100, "samples_seen": 400, "time": 1.0, "loss": 0.5})
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Fidelity" in page
+    assert "fd_random" in page
