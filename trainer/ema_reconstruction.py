@@ -23,7 +23,7 @@ from trainer.checkpoint.catalogue import (
     snapshots_url,
     steps_found,
 )
-from trainer.checkpoint.export import beside_weights, read_state, write_parameters
+from trainer.checkpoint.export import beside_weights, read_state, weights_file, write_parameters
 from trainer.checkpoint.manifest import BadManifest
 from trainer.checkpoint.reader import EngineReader, NetworkReader
 from trainer.config.run import ConfigError
@@ -66,14 +66,20 @@ def reconstruct(
         step: end of the average; unset: the newest snapshot.
 
     Raises:
-        ConfigError: too few snapshots, or a width or step that they cannot give.
+        ConfigError: too few snapshots, or a width or step that they cannot give; no destination.
     """
+    destination = weights_file(destination)
     snapshots = _snapshots(run_dir)
     last = snapshots[0].step if step is None else step
     used = [snapshot for snapshot in snapshots if snapshot.step <= last]
     if not used:
         raise ConfigError(
             f"the first snapshot of {run_dir} is of step {snapshots[-1].step}; choose a later step."
+        )
+    if last > snapshots[0].step:
+        raise ConfigError(
+            f"the newest snapshot of {run_dir} is of step {snapshots[0].step}, and nothing says what came "
+            f"until step {last}; choose an earlier --step, or leave it out."
         )
     try:
         wanted = Profile(exponent_from_std(std), last)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from data_pipeline.errors import NotFound
+from data_pipeline.errors import NotFound, UserError
 from data_pipeline.storage.files import read_bytes, read_head
 from data_pipeline.storage.large import write_whole
 from data_pipeline.storage.urls import is_local, local_path
@@ -90,6 +90,8 @@ def read_metadata(url: str) -> dict[str, str]:
         header = json.loads(read_head(url, 8 + int.from_bytes(head[:8], "little"))[8:])
     except NotFound as error:
         raise _absent(url) from error
+    except UserError:  # which is a ValueError, too
+        raise
     except (ValueError, RecursionError) as error:
         raise _damaged(url, error) from error
     return _texts(header)

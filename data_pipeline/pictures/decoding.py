@@ -172,6 +172,12 @@ def _labels(image: Image.Image) -> NDArray[np.uint8]:
         if deep.size and not 0 <= deep.min() <= deep.max() <= 255:
             raise Rejected("bad_map", f"a label of {deep.max()}, where 255 is the last and means unlabelled")
         return deep.astype(np.uint8)
+    if image.mode == "F":
+        real = np.asarray(image)
+        whole = np.isfinite(real) & (real == np.trunc(real)) & (real >= 0) & (real <= 255)
+        if not whole.all():
+            raise Rejected("bad_map", f"a label of {real[~whole][0]:g}, which is no whole number up to 255")
+        return real.astype(np.uint8)
     if image.mode in ("RGB", "RGBA"):
         red, green, blue = (np.asarray(image.getchannel(i)) for i in range(3))
         if not (np.array_equal(red, green) and np.array_equal(red, blue)):

@@ -25,8 +25,8 @@ def listed_prompts(url: str, most: int | None = None) -> list[str]:
     """Prompts, cleaned as captions are, in order; rows without a visible character are left out.
 
     Args:
-        url: .txt (one a line), .csv, .tsv, .jsonl or .parquet with a column `caption`, `prompt` or `text`;
-            anything else is a folder of pictures or shards, whose captions are taken.
+        url: .txt (one a line), .csv, .tsv, .json, .jsonl or .parquet with a column `caption`, `prompt` or
+            `text`; anything else is a folder of pictures or shards, whose captions are taken.
         most: enough of them.
 
     Raises:
@@ -41,6 +41,16 @@ def listed_prompts(url: str, most: int | None = None) -> list[str]:
             f"columns {', '.join(COLUMNS)}, or shards with captions."
         )
     return found
+
+
+def prompts_of(url: str) -> list[str]:
+    """What a file of prompts holds: a table as `listed_prompts` reads it, else a text with one a line.
+
+    Raises:
+        DataError: no such file, or another table.
+    """
+    ending = name_of(url).rpartition(".")[2].lower()
+    return list(_READERS.get(ending, _lines)(url))
 
 
 def _lines(url: str) -> Iterator[str]:
@@ -71,6 +81,19 @@ def _json_lines(url: str) -> Iterator[str]:
     return _cleaned(iter(values))
 
 
+def _json(url: str) -> Iterator[str]:
+    """A list of texts, or of objects as lines of JSON have them."""
+    try:
+        values = json.loads(read_text(url))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{url} is not JSON ({error}); lines of JSON are named .jsonl.") from error
+    if not isinstance(values, list):
+        raise DataError(f"{url} is JSON but no list; write a list of texts, or of objects with a caption.")
+    return _cleaned(
+        value[_column(list(value), url)] if isinstance(value, dict) else value for value in values
+    )
+
+
 def _parquet(url: str) -> Iterator[str]:
     try:
         table = read_table(read_bytes(url))
@@ -84,6 +107,8 @@ _READERS: dict[str, Callable[[str], Iterator[str]]] = {
     "csv": _separated,
     "tsv": _separated,
     "jsonl": _json_lines,
+    "ndjson": _json_lines,
+    "json": _json,
     "parquet": _parquet,
 }
 

@@ -106,3 +106,11 @@ def test_mistakes_are_explained(run: tuple[str, EMA], tmp_path: Path) -> None:
         reconstruct(run[0], target, std=0.1, step=3)
     with pytest.raises(ConfigError, match=r"0\.2886"):
         reconstruct(run[0], target, std=0.5)
+    with pytest.raises(ConfigError, match=r"newest snapshot of .* is of step 400.*until step 401"):
+        reconstruct(run[0], target, std=0.1, step=401)
+    for destination in ("", str(tmp_path / "ema.pt")):
+        with pytest.raises(ConfigError, match=r"name a file or folder|let it end in .safetensors"):
+            reconstruct(run[0], destination, std=0.1)
+    assert list(tmp_path.iterdir()) == []
+    made = reconstruct(run[0], str(tmp_path / "there"), std=0.05, step=STEPS)
+    assert made.destination == str(tmp_path / "there/weights.safetensors")

@@ -335,6 +335,9 @@ def test_mistakes_are_told_before_the_weights_are_read(
         (plain, ["--prompts-file", str(tmp_path / "latin.txt")], "save it as UTF-8"),
         (plain, ["--prompts-file", str(tmp_path)], "is a folder"),
         (plain, ["--prompts-file", str(tmp_path / "file")], "holds no prompt"),
+        (plain, ["--prompts-file", ""], "folder"),
+        (plain, ["--weights", "power_0.1"], "holds weights alone, not 'power_0.1'"),
+        (plain, ["--checkpoint", "5"], "holds weights of no known step, not step 5"),
         (plain, ["--out", str(tmp_path / "file")], "file"),
         (plain, ["--out", str(tmp_path / "file" / "out")], "file"),
         (plain, ["--out", "s4://nowhere"], "s4"),
@@ -415,3 +418,27 @@ def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     assert "give --class-label" in capsys.readouterr().err
     assert main(["sample", source, "--class-label", "9", "--out", str(tmp_path / "out")]) == 2
     assert "class_label" in capsys.readouterr().err
+
+
+def test_tables_of_prompts_are_read_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not line by line, with the header as the first prompt and braces in the others."""
+    tables = {
+        "a.csv": "id,caption\n1,a red circle\n2,a blue one\n",
+        "a.TSV": "caption\tid\na red circle\t1\na blue one\t2\n",
+        "a.jsonl": '{"caption": "a red circle"}\n{"caption": "a blue one"}\n',
+        "a.json": '["a red circle", {"text": "a blue one"}]',
+        "a.txt": "a red circle\r\na blue one\r\n",
+        "noending": "a red circle\na blue one",
+    }
+    source = texts(tmp_path)
+    for name, content in tables.items():
+        (tmp_path / name).write_bytes(content.encode())
+        out = tmp_path / f"out-{name}"
+        file = str(tmp_path / name)
+        assert main(["sample", source, "--prompts-file", file, "--steps", "1", "--out", str(out)]) == 0
+        assert json.loads((out / "prompts.json").read_text())["prompts"] == ["a red circle", "a blue one"]
+    for content, sentence in (("{}", "no list"), ("[", "is not JSON"), ('[{"x": 1}]', "has the columns x")):
+        (tmp_path / "b.json").write_text(content)
+        command = ["sample", source, "--prompts-file", str(tmp_path / "b.json"), "--out", str(tmp_path / "b")]
+        assert main(command) == 2
+        assert sentence in capsys.readouterr().err

@@ -56,9 +56,18 @@ class Verification:
 
 
 def list_checkpoints(run_dir: str) -> list[CheckpointRow]:
-    """The checkpoints of a run, newest first."""
+    """The checkpoints of a run, newest first.
+
+    Raises:
+        ConfigError: there is none, not even one that is incomplete.
+    """
     folder = checkpoints_url(run_dir)
-    return [_row(step, join(folder, folder_name(step))) for step in steps_found(folder)]
+    steps = steps_found(folder)
+    if not steps:
+        raise ConfigError(
+            f"there is no checkpoint in {run_dir}; name a run folder (run_dir of a configuration)."
+        )
+    return [_row(step, join(folder, folder_name(step))) for step in steps]
 
 
 def verify(source: str, step: int | None = None) -> list[Verification]:

@@ -72,8 +72,7 @@ def export(
     engine = str(state["averaged"])
     profile, kind = choose_kind(handle, engine, profile)
     reader = NetworkReader(handle, engine)
-    if not destination.endswith(".safetensors"):
-        destination = join(destination, "weights.safetensors")
+    destination = weights_file(destination)
     shapes = reader.shapes
     small, metadata = beside_weights(handle, state, profile)
     num_bytes = write_parameters(
@@ -93,8 +92,7 @@ def export_tensors(
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
-    if not destination.endswith(".safetensors"):
-        destination = join(destination, "weights.safetensors")
+    destination = weights_file(destination)
     small = {name: value for name, value in tensors.items() if name in LATENT_BUFFERS}
     shapes = {name: tuple(value.shape) for name, value in tensors.items() if name not in small}
     num_bytes = write_parameters(
@@ -121,10 +119,11 @@ def open_weights(
         step: which checkpoint of a run folder; unset: the newest.
 
     Raises:
-        ConfigError: there is nothing there.
+        ConfigError: there is nothing there, or a file that holds another profile or step.
     """
     if source.endswith(".safetensors"):
         tensors, metadata = read_weights(source)
+        _require_choice(source, metadata, profile, step)
         if metadata.get("network") == AUTOENCODER and never_measured(tensors, metadata):
             tensors, mark = exported_statistics(tensors)
             metadata |= mark
@@ -146,16 +145,51 @@ def read_about(source: str, *, profile: str | None = None, step: int | None = No
         ConfigError: as `open_weights`.
     """
     if source.endswith(".safetensors"):
-        return read_metadata(source)
+        metadata = read_metadata(source)
+        _require_choice(source, metadata, profile, step)
+        return metadata
     handle = _checkpoint_of(source, step)
     state = read_state(handle)
     profile, _ = choose_kind(handle, str(state["averaged"]), profile)
     return _metadata(handle, state, profile)
 
 
+def weights_file(destination: str) -> str:
+    """The file that a destination stands for: itself, or weights.safetensors in a folder.
+
+    Raises:
+        ConfigError: it is empty, or has the ending of another format.
+    """
+    if not destination.strip():
+        raise ConfigError("the destination is empty (a variable that is not set?); name a file or folder.")
+    if destination.endswith(TORCH_ENDINGS):
+        raise ConfigError(
+            f"{destination} would hold safetensors; let it end in .safetensors, or name a folder."
+        )
+    return destination if destination.endswith(".safetensors") else join(destination, "weights.safetensors")
+
+
+def _require_choice(source: str, metadata: dict[str, str], profile: str | None, step: int | None) -> None:
+    """Raise ConfigError where a file, which holds one set of weights, is asked for another."""
+    held = metadata.get("profile", WEIGHTS)
+    if profile not in (None, held):
+        raise ConfigError(
+            f"{source} holds {held} alone, not {profile!r}; leave out --weights, or name the run."
+        )
+    if step is not None and str(step) != metadata.get("step"):
+        known = f"step {metadata['step']} alone" if "step" in metadata else "weights of no known step"
+        raise ConfigError(
+            f"{source} holds {known}, not step {step}; leave out --checkpoint, or name the run."
+        )
+
+
 def _checkpoint_of(source: str, step: int | None) -> CheckpointHandle:
     if source.endswith(TORCH_ENDINGS):
         raise ConfigError(f"{source} is a file of another program; convert it with `ldm import`.")
+    if source.endswith(".safetensors"):
+        raise ConfigError(
+            f"{source} is a file, not a run; name the run or checkpoint folder that it came from."
+        )
     return find_checkpoint(source, step)
 
 

@@ -23,5 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reconstruct and report."""
-    print(reconstruct(args.source, args.destination, std=args.std, step=args.step, dtype=args.dtype))
+    made = reconstruct(args.source, args.destination, std=args.std, step=args.step, dtype=args.dtype)
+    print(
+        f"{made.destination}: {made.num_bytes / 1e6:.1f} MB, the average of relative width {made.std:g} at "
+        f"step {made.step}, from {made.num_averages} stored ones (relative error {made.error:.2g})"
+    )
     return 0

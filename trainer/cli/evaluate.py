@@ -21,7 +21,8 @@ from contextlib import closing
 import torch
 
 from data_pipeline.config import DataConfig
-from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.files import check_writable, write_bytes
+from data_pipeline.storage.urls import parent
 from trainer.cli import fidelity, sweep, watch
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
 def _reconstruction(args: argparse.Namespace) -> int:
     config = _first_stage_config(args.weights)
     _check_numbers(args, config)
+    if args.out is not None:
+        check_writable(parent(args.out))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage = load_first_stage(dataclasses.replace(config, weights=args.weights), device)
     perceptual = None
@@ -96,7 +99,7 @@ def _reconstruction(args: argparse.Namespace) -> int:
         print(f"{name:8} {value:.4f}")
     network = "none" if perceptual is None else perceptual.name
     print(f"perceptual network: {network}")
-    if args.out:
+    if args.out is not None:
         source = {"weights": args.weights, "shards": args.shards, "image_size": args.image_size}
         write_bytes(args.out, json.dumps(figures | {"perceptual_network": network} | source).encode())
     return 0
@@ -105,7 +108,13 @@ def _reconstruction(args: argparse.Namespace) -> int:
 def _check_numbers(args: argparse.Namespace, config: FirstStageConfig) -> None:
     if args.samples < 1:
         raise ConfigError(f"--samples {args.samples} measures nothing; give at least 1.")
-    factor = config.downsampling
+    if config.name == "identity":
+        raise ConfigError(
+            f"{args.weights} draws pixels without a first stage, so there is nothing to measure."
+        )
+    factor, most = config.downsampling, DataConfig().max_image_pixels
+    if args.image_size**2 > most:
+        raise ConfigError(f"--image-size {args.image_size} is more than {most} pixels; choose a smaller one.")
     if args.image_size < LEAST_EDGE or args.image_size % factor:
         raise ConfigError(
             f"--image-size {args.image_size} must be at least {LEAST_EDGE} and a multiple of {factor}, the "

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.layout != "native":
         return _export_whole(args)
+    _require_no_networks(args, "a native file holds no frozen networks")
     made = _export_measured(args) if args.measure else _export_stored(args)
     print(
         f"{made.destination}: {made.num_parameters / 1e6:.2f} M parameters, {made.num_bytes / 1e6:.1f} MB, "
@@ -89,6 +90,12 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _require_no_networks(args: argparse.Namespace, why: str) -> None:
+    for option in ("first_stage", "text_encoder", "text_encoder_2"):
+        if getattr(args, option) is not None:
+            raise ConfigError(f"{why}; leave out --{option.replace('_', '-')}.")
 
 
 def _export_stored(args: argparse.Namespace) -> Exported:
@@ -126,8 +133,11 @@ def _export_whole(args: argparse.Namespace) -> int:
     tensors, metadata, config = _open(args)
     average: dict[str, Tensor] | None = None
     if config.stage == "autoencoder":
+        _require_no_networks(args, f"{args.source} is a first stage, which has none beside it")
         tensors = {f"first_stage.{name}": value for name, value in tensors.items()}
     else:
+        if config.first_stage.name == "identity" and args.first_stage is not None:
+            raise ConfigError(f"{args.source} draws pixels without a first stage; leave out --first-stage.")
         config = _with_networks(as_trained(config) if "network" in metadata else config, args)
         trained = tensors
         tensors = {n: v for n, v in trained.items() if n.startswith(("unet.", "conditions."))}

@@ -27,7 +27,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data_pipeline.errors import NotFound
-from data_pipeline.tools.given import read_prompt, read_prompts
+from data_pipeline.tools.given import read_prompt
+from data_pipeline.tools.prompts import prompts_of
 from trainer.cli import sample_series
 from trainer.cli.conditions_from_files import SamplingInputs, Wishes, sampling_inputs
 from trainer.cli.picture_set import PictureSet
@@ -52,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which weights, what to draw, how."""
     parser.add_argument("source", metavar="RUN", help="run folder, checkpoint folder or .safetensors file")
     parser.add_argument("--prompt", action="append", default=[], help="caption; may be given several times")
-    parser.add_argument("--prompts-file", help="path or URL of a text file in UTF-8, one prompt per line")
+    parser.add_argument(
+        "--prompts-file",
+        help="path or URL of a text in UTF-8, one prompt per line, or of a table as for --prompts-from",
+    )
     parser.add_argument(
         "--negative-prompt", metavar="TEXT", help="what guidance leads away from, in place of no text at all"
     )
@@ -323,9 +327,9 @@ def _wishes(args: argparse.Namespace) -> Wishes:
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = [read_prompt(text, "--prompt") for text in args.prompt]
-    if args.prompts_file:
+    if args.prompts_file is not None:
         try:
-            listed = read_prompts(args.prompts_file)
+            listed = prompts_of(args.prompts_file)
         except NotFound as error:
             raise ConfigError(f"there is no prompts file {args.prompts_file}.") from error
         if not listed:

@@ -41,7 +41,8 @@ _FREE = (
     "autoencoder_loss.latent_statistics",  # measured again before they are stored
 )
 _DATA = (
-    *("image_size", "crop", "allow_enlarging", "horizontal_flip", "buckets", "filter", "require_caption"),
+    *("picture", "image_size", "crop", "allow_enlarging", "horizontal_flip", "buckets", "filter"),
+    "require_caption",
 )
 """Where shards lie, and what is removed from them, may change: an opt-out needs no permission. What is held
 out by data.validation.share may not: it would measure samples that were trained on, or train on the others.

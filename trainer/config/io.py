@@ -15,7 +15,7 @@ from data_pipeline.storage.urls import local_path
 from trainer.config import yaml_values
 from trainer.config.checks import check, check_networks
 from trainer.config.derived import derive
-from trainer.config.ranges import check_ranges
+from trainer.config.ranges import check_names, check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.config.yaml_values import Written, bare, shown
 
@@ -44,6 +44,7 @@ def load_config(path: str | None, overrides: typing.Sequence[str] = ()) -> Confi
         _apply_override(tree, override)
     config: Config = _build(Config, tree, "")
     check_ranges(config)
+    check_names(config)
     data = tree.get("data")
     config = derive(config, given=data if isinstance(data, dict) else ())
     check(config)
@@ -236,7 +237,8 @@ def _coerce(hint: Any, value: Any, origin: str, dotted: str) -> tuple[bool, Any]
     if kind is typing.Literal:
         written = value.text if isinstance(value, Written) else value
         value = written if written in typing.get_args(hint) else bare(value)
-        return value in typing.get_args(hint) and not isinstance(value, bool), value
+        # By type, too: 1.0 and true equal 1.
+        return any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint)), value
     if hint is str and isinstance(value, Written):
         return value.value is not None, value.text
     value = bare(value)
@@ -275,6 +277,8 @@ def _nearest_choice(hint: Any, value: Any) -> str:
         for choice in typing.get_args(option)
     ]
     near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
+    if near == [str(value)]:  # a number that was quoted
+        return f"; write {value} without quotes."
     return f"; did you mean {near[0]!r}?" if near else "."
 
 

@@ -1,8 +1,9 @@
-"""Refuses numbers outside the range that their field declares (`data_pipeline.config.number`)."""
+"""Refuses numbers outside the range of their field (`data_pipeline.config.number`), and empty names."""
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,27 @@ def check_ranges(section: Any, prefix: str = "") -> None:
     for key, value, allowed in _numbers(section, prefix):
         if value not in allowed:
             raise ConfigError(f"{key}={value} must be {allowed}.")
+
+
+_NAMES = ("run_dir", "logging.wandb_project")
+"""Texts that name something and have no null."""
+
+
+def check_names(section: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a name, path or URL that is empty, as a variable that is not set leaves it.
+
+    Those are the texts that may be null, which says that there is none, and `_NAMES`.
+    """
+    hints = typing.get_type_hints(type(section))
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_names(value, f"{key}.")
+        elif isinstance(value, str) and not value.strip():
+            optional = type(None) in typing.get_args(hints[field.name])
+            if optional or key in _NAMES:
+                otherwise = ", or null for none" if optional else ""
+                raise ConfigError(f"{key} is empty (a variable that is not set?); give it a name{otherwise}.")
 
 
 def _numbers(section: Any, prefix: str) -> Iterator[tuple[str, float, Range]]:

@@ -21,7 +21,7 @@ from trainer.interop.first_stage_names import STATISTICS
 from trainer.interop.latent_scale import folded, is_one_number
 from trainer.interop.parts import TOWERS, Groups, by_role, cast, convert_part, latent_statistics
 from trainer.interop.report import TransferReport
-from trainer.weights import write_weights
+from trainer.weights import WEIGHT_ENDINGS, write_weights
 
 Layout = Literal["native", "compvis", "diffusers"]
 Tensors = Mapping[str, Tensor]
@@ -62,6 +62,10 @@ def export_weights(
         case "compvis":
             files = _write_compvis(groups, averaged, destination_url, config, dtype)
         case "diffusers":
+            if not destination_url.strip() or destination_url.endswith(WEIGHT_ENDINGS):
+                raise ConfigError(
+                    f"the diffusers layout is a folder; name one in the place of {destination_url!r}."
+                )
             best = {**groups, "unet": averaged} if averaged else groups
             files, notes = write_diffusers(best, destination_url.rstrip("/"), config, dtype)
     unsaid = () if layout == "native" else tuple(n for n in tensors if _is_unsaid(n, layout))

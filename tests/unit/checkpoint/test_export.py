@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.__main__ import main
 from trainer.checkpoint import export as export_module
-from trainer.checkpoint.export import export
+from trainer.checkpoint.export import export, open_weights, read_about
 from trainer.config.io import config_from_dict
 from trainer.config.run import ConfigError
 from trainer.weights import read_weights
@@ -73,3 +74,33 @@ def test_mistakes_are_explained(run: SmallRun, tmp_path: Path) -> None:
         export(run.config.run_dir, str(tmp_path), step=77)
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         export(str(tmp_path / "nothing"), str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", " ", "out.pt", "out.ckpt", "out.bin", "out.pth"])
+def test_a_destination_of_another_format_or_none_is_refused(run: SmallRun, tmp_path: Path, name: str) -> None:
+    destination = str(tmp_path / name) if name.strip() else name
+    with pytest.raises(ConfigError, match=r"is empty|let it end in \.safetensors"):
+        export(run.config.run_dir, destination)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_is_asked_for_what_it_holds(run: SmallRun, tmp_path: Path) -> None:
+    file = export(run.config.run_dir, str(tmp_path / "out.safetensors")).destination
+    for look in (open_weights, read_about):
+        for choice in ({}, {"profile": "decay"}, {"step": 3}):
+            look(file, **choice)
+        with pytest.raises(ConfigError, match="holds decay alone, not 'weights'; leave out --weights"):
+            look(file, profile="weights")
+        with pytest.raises(ConfigError, match="holds step 3 alone, not step 2; leave out --checkpoint"):
+            look(file, step=2)
+    with pytest.raises(ConfigError, match="is a file, not a run"):
+        export(file, str(tmp_path / "again.safetensors"))
+
+
+def test_listing_what_is_no_run_is_a_mistake(
+    run: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["checkpoint", "list", run.config.run_dir]) == 0
+    assert "step_000000003" in capsys.readouterr().out
+    assert main(["checkpoint", "list", str(tmp_path / "nowhere")]) == 2
+    assert "there is no checkpoint in" in capsys.readouterr().err

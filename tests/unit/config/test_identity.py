@@ -29,6 +29,7 @@ FREE = {
 """Sections and settings that may change without a word."""
 COMPARED_DATA = {
     *(
+        "picture",
         "image_size",
         "crop",
         "allow_enlarging",
@@ -247,6 +248,11 @@ def test_keys_that_are_unknown_by_now_are_ignored() -> None:
             ["first_stage.latent_scale=0.18215", "first_stage.weights=a.safetensors"],
             ["first_stage.latent_scale=0.18215", "first_stage.weights=b.safetensors"],
             ["first_stage.weights was a.safetensors, is b.safetensors"],
+        ),
+        (
+            ["data.picture=[original.jpg]"],
+            ["data.picture=[jpg]"],
+            ["data.picture was [original.jpg], is [jpg]"],
         ),
     ],
 )

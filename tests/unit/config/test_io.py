@@ -259,3 +259,30 @@ def test_aliases_of_aliases_do_not_explode(tmp_path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ConfigError, match=r"run\.yaml:16: aliases make this more than 100000 values"):
         load_config(str(path))
+
+
+@pytest.mark.parametrize("written", ["=", "= ", "=''", "=' '"])
+@pytest.mark.parametrize(
+    "key",
+    ["run_dir", "init_from", "first_stage.weights", "conditioning.openclip.pretrained", "data.index"]
+    + ["data.cache_dir", "autoencoder_loss.perceptual_weights"],
+)
+def test_a_name_from_a_variable_that_is_not_set_is_refused(key: str, written: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key} is empty .a variable that is not set"):
+        load_config(None, [key + written])
+    assert config_from_dict({"logging": {"wandb_entity": ""}}).logging.wandb_entity == "", "older runs go on"
+
+
+def test_texts_that_may_be_empty_stay_so() -> None:
+    config = load_config(None, ["data.filter=", "data.shards=", "sampling.prompts=['']"])
+    assert (config.data.filter, config.data.shards, config.sampling.prompts) == ("", "", ("",))
+
+
+def test_a_choice_has_the_type_of_its_options() -> None:
+    """1.0 equals 1, and was handed on as what it is not."""
+    assert type(load_config(None, ["distributed.zero_stage=1"]).distributed.zero_stage) is int
+    for value in ("1.0", "true"):
+        with pytest.raises(ConfigError, match="zero_stage` must be one of 0, 1, 2, 3"):
+            load_config(None, [f"distributed.zero_stage={value}"])
+    with pytest.raises(ConfigError, match="write 1 without quotes"):
+        load_config(None, ["distributed.zero_stage='1'"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipeline.errors import DataError, NotFound
 from data_pipeline.feed.captions import choose_caption
-from data_pipeline.tools.given import read_prompt, read_prompts
+from data_pipeline.tools.given import read_map, read_prompt, read_prompts
 
 LINES = ["a  red\tcircle ", "cafe\u0301", "\u7d05\u3044\u5186", "a\u200bb", "\U0001f469\u200d\U0001f680"]
 
@@ -51,3 +53,16 @@ def test_what_is_no_text_file(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "nowhere.txt"))
     with pytest.raises(DataError, match=r"--prompt 'caf.udce9' is not UTF-8"):
         read_prompt("caf\udce9", "--prompt")
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 256.0, float("nan"), float("inf")])
+def test_labels_are_whole_numbers(tmp_path: Path, value: float) -> None:
+    """A TIFF of real numbers may hold labels, or levels, which would all be label 0."""
+    values = np.arange(16, dtype=np.float32).reshape(4, 4)
+    url = str(tmp_path / "map.tiff")
+    Image.fromarray(values).save(url)
+    assert np.array_equal(read_map(url, 100, labels=True).values, values.astype(np.uint8))
+    values[1, 2] = value
+    Image.fromarray(values).save(url)
+    with pytest.raises(DataError, match="no whole number up to 255"):
+        read_map(url, 100, labels=True)

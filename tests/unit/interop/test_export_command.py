@@ -14,7 +14,7 @@ from trainer.config.io import config_to_dict, load_config
 from trainer.first_stage.build import build_first_stage, first_stage_tensors
 from trainer.interop.export import export_weights
 from trainer.model import build_model
-from trainer.weights import read_weights, write_weights
+from trainer.weights import read_metadata, read_weights, write_weights
 
 SMALL = "model: ViT-B-32, pretrained: random, width: 16, layers: 3, heads: 2"
 TEXT = f"conditioning.openclip={{{SMALL}}}"
@@ -186,3 +186,43 @@ def test_ldms_inpainting_models_order_latents_picture_mask(
         assert torch.equal(read_weights(f"{back}/unet_ema.safetensors")[0]["unet.conv_in.weight"], expected)
         said = "ordered from LDM's" if form == "ldm" else "needs conditioning.masked_image.form=ldm"
         assert said in capsys.readouterr().out
+
+
+def test_options_and_destinations_that_mean_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, there = run_file(tmp_path, TEXT), str(tmp_path / "there")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    pixels = run_file(plain)
+    metadata = read_metadata(pixels)
+    config = json.loads(metadata["config"])
+    config["first_stage"] = {"name": "identity"}
+    write_weights(pixels, read_weights(pixels)[0], metadata | {"config": json.dumps(config)})
+    cases = [
+        ([source, there, "--first-stage", "x"], "holds no frozen networks; leave out --first-stage"),
+        ([source, there, "--text-encoder", "x"], "leave out --text-encoder"),
+        ([pixels, there, "--layout", "diffusers", "--first-stage", "x"], "leave out --first-stage"),
+        ([source, "", "--layout", "diffusers"], "is a folder"),
+        ([source, f"{there}.safetensors", "--layout", "diffusers"], "is a folder"),
+        ([source, f"{there}.safetensors"], "is a file, not a run"),
+        ([source, there, "--layout", "diffusers", "--weights", "weights"], "holds decay alone"),
+    ]
+    for arguments, sentence in cases:
+        assert main(["export", *arguments]) == 2, arguments
+        assert sentence in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "first_stage.safetensors",
+        "plain",
+        "run.safetensors",
+    ]
+    measure = ["evaluate", "reconstruction", pixels, "--shards", "x", "--perceptual-weights", "none"]
+    assert main(measure) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+    stage = str(tmp_path / "first_stage.safetensors")
+    for option, value, sentence in (
+        ("--image-size", "100000", "choose a smaller one"),
+        ("--out", f"{stage}/figures.json", "cannot be written"),
+    ):
+        assert main([*measure[:2], stage, *measure[3:], option, value]) == 2
+        assert sentence in capsys.readouterr().err
