@@ -97,7 +97,16 @@ def read_torch(source: str | io.BytesIO, url: str, *, mapped: bool) -> dict[str,
         raise ConfigError(f"{url} is no torch file of weights, or cut short ({_line(error)}).") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{url} holds no dictionary of tensors but a {type(content).__name__}.")
-    return _chosen(dict(_dictionaries(content)), content, url)
+    chosen = _chosen(dict(_dictionaries(content)), content, url)
+    return {name: _strided(tensor, name, url) for name, tensor in chosen.items()}
+
+
+def _strided(tensor: Tensor, name: str, url: str) -> Tensor:
+    """As safetensors have them: sparse ones written out."""
+    if tensor.is_meta or tensor.is_quantized:
+        what = "no values (it was saved on the meta device)" if tensor.is_meta else "quantised values"
+        raise ConfigError(f"{url} has {what} in {name}; save the weights themselves.")
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:

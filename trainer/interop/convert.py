@@ -73,7 +73,11 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
     for role, file in TEXT_FILES.items():
         if role in source.parts:
             files[file] = _text_tower(source.parts[role], f"{role} of {source.url}")
+    if not files:
+        raise ConfigError(f"{source.url} holds no network that is recognised; nothing was taken from it.")
     files = {file: (_at_most_single(tensors), metadata) for file, (tensors, metadata) in files.items()}
+    for tensors, _ in files.values():
+        _check_values(tensors, source.url)
     folder = destination_url.rstrip("/")
     if config is not None:
         _describe_run(files, config, folder)
@@ -91,6 +95,23 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
 def _at_most_single(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Double precision as float32, in which everything here computes; other types as they are."""
     return {n: t.float() if t.dtype == torch.float64 else t for n, t in tensors.items()}
+
+
+def _check_values(tensors: Mapping[str, Tensor], url: str) -> None:
+    """Raise ConfigError for tensors that no trained network has: they would be taken for weights."""
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{url} has {kind} where weights belong (our {name}): quantised, or no weights; take the "
+                "file in half or single precision."
+            )
+        whole = tensor.float() if tensor.element_size() < 2 else tensor  # torch cannot ask those of 8 bits
+        if not bool(whole.isfinite().all()):
+            raise ConfigError(
+                f"{url} has NaN or infinity in its weights (our {name}), so what they compute is none; take "
+                "another checkpoint, or the file in a wider precision."
+            )
 
 
 def convert_unet(part: ForeignNetwork, config: UNetConfig, origin: str) -> dict[str, Tensor]:

@@ -90,9 +90,14 @@ def _from_folder(url: str) -> ForeignWeights:
 
 
 def _from_file(url: str, tensors: dict[str, Tensor]) -> ForeignWeights:
-    if any(name.startswith((compvis.UNET, compvis.FIRST_STAGE, compvis.AVERAGE)) for name in tensors):
+    if any(name.startswith((compvis.UNET, compvis.FIRST_STAGE)) for name in tensors):
         return _from_compvis(url, tensors)
     source = ForeignWeights(url)
+    if any(name.startswith(compvis.AVERAGE) for name in tensors):
+        beside = _without((compvis.AVERAGE,), tensors, source)
+        if not _is_known(beside):
+            return _from_compvis(url, tensors)
+        tensors = beside  # an autoencoder of CompVis with its own average
     bare = tensors
     while not _is_known(bare) and (prefix := _common_prefix(bare)):
         bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}

@@ -427,3 +427,58 @@ def test_a_tower_without_text_model_in_its_names(prefix: str, tmp_path: Path) ->
     assert torch.equal(tower["ln_final.bias"], tensors[f"{prefix}final_layer_norm.bias"])
     stacked = [tensors[f"{prefix}encoder.layers.0.self_attn.{p}_proj.bias"] for p in "qkv"]
     assert torch.equal(tower["transformer.resblocks.0.attn.in_proj_bias"], torch.cat(stacked))
+
+
+def refused(source: str, folder: Path) -> str:
+    """The sentence; nothing is written."""
+    with pytest.raises(ConfigError) as caught:
+        import_weights(source, str(folder), CONFIG)
+    assert not folder.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.to(torch.int8), "int8 where weights belong"),
+        (lambda t: t.to(torch.uint8), "uint8 where weights belong"),
+        (lambda t: t.to(torch.complex64), "complex64 where weights belong"),
+        (lambda t: t * float("nan"), "NaN or infinity"),
+        (lambda t: (t.abs() + 1e6).half(), "NaN or infinity"),
+    ],
+)
+def test_what_no_trained_network_holds_is_no_weights(
+    change: Any, sentence: str, ending: str, stage: dict[str, Tensor], tmp_path: Path
+) -> None:
+    name = "encoder.conv_in.weight"
+    source = save(tmp_path / f"model.{ending}", stage | {name: change(stage[name])})
+    assert sentence in refused(source, tmp_path / "there")
+
+
+def test_tensors_that_are_sparse_are_written_out_and_empty_ones_refused(
+    stage: dict[str, Tensor], tmp_path: Path
+) -> None:
+    sparse = {name: t.to_sparse() if t.dim() == 1 else t for name, t in stage.items()}
+    assert_same(imported(save(tmp_path / "x.pt", sparse), tmp_path / "there"), stage)
+    meta = {name: t.to("meta") for name, t in stage.items()}
+    assert "was saved on the meta device" in refused(save(tmp_path / "y.pt", meta), tmp_path / "meta")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_an_autoencoder_with_an_average_of_its_own(
+    prefix: str, stage: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """As CompVis' AutoencoderKL writes it with ema_decay: the average has lost its dots."""
+    average = {f"model_ema.{name.replace('.', '')}": t + 1 for name, t in stage.items()}
+    whole = stage | average | {"model_ema.decay": torch.tensor(0.999), "loss.logvar": torch.zeros(())}
+    source = save(tmp_path / "x.ckpt", {"state_dict": {prefix + name: t for name, t in whole.items()}})
+    assert_same(imported(source, tmp_path / "there"), stage)
+
+
+def test_a_file_of_which_nothing_is_taken_is_refused(tmp_path: Path) -> None:
+    others = {
+        "first_stage_model.loss.logvar": torch.zeros(2),
+        "first_stage_model.model_ema.decay": torch.zeros(1),
+    }
+    assert "nothing was taken" in refused(save(tmp_path / "x.safetensors", others), tmp_path / "there")
