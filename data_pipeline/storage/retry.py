@@ -20,7 +20,7 @@ from data_pipeline.errors import (
     Unreachable,
     UserError,
 )
-from data_pipeline.storage.urls import is_http, is_local
+from data_pipeline.storage.urls import is_http, is_local, is_s3
 
 T = TypeVar("T")
 
@@ -62,6 +62,7 @@ _MISTAKES = (
     ),
 )
 """What a person has to mend, by the words of storage libraries; no retry helps."""
+_GONE = (404, 410)
 _HOPELESS = frozenset({errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
@@ -80,6 +81,7 @@ def require_range(url: str, received: int, asked: int) -> None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: network trouble, throttling, 5xx, a short body."""
+    error = _real(error)
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return False
     if isinstance(error, (TimeoutError, ShortBody)):
@@ -87,6 +89,15 @@ def is_transient(error: BaseException) -> bool:
     text = f"{type(error).__name__} {error}"
     known = isinstance(error, ConnectionError) or bool(_TRANSIENT.search(text))
     return known and not any(re.search(words, text) for words, _ in _MISTAKES)
+
+
+def _real(error: BaseException) -> BaseException:
+    """What went wrong where a client of web servers says of everything that there is no such file."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or cause is None:
+        return error
+    of_network = isinstance(cause, TimeoutError) or type(cause).__module__.partition(".")[0] == "aiohttp"
+    return cause if of_network and getattr(cause, "status", None) not in _GONE else error
 
 
 def pause_before(attempt: int) -> float:
@@ -146,6 +157,7 @@ def _after(tries: int, failure: Failure) -> Failure:
 
 def explain(error: BaseException, url: str) -> Failure:
     """The sentence, and the consequence, of what a storage library raised while reading."""
+    error = _real(error)
     text = f"{type(error).__name__}: {error}"
     for words, remedy in _MISTAKES:
         if re.search(words, text) and not is_local(url):
@@ -153,7 +165,7 @@ def explain(error: BaseException, url: str) -> Failure:
     if "NoSuchBucket" in text or "bucket does not exist" in text:
         return missing_bucket(url.partition("://")[2].split("/", 1)[0])
     if isinstance(error, PermissionError) or _DENIED.search(text):
-        remedy = "its permissions" if is_local(url) else "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        remedy = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if is_s3(url) else "its permissions"
         return AccessDenied(f"Access to {url} is denied; check {remedy} ({_short(text)}).")
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{url} does not exist; check the URL.")

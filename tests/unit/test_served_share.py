@@ -92,7 +92,7 @@ def test_too_many_rejections_end_the_run_with_their_reasons(train: Train, tmp_pa
     write_shard(tmp_path / "0.tar", 1500, lambda i: i % 20 == 0)
     few = ("global_batch_size=64", "micro_batch_size=64", "data.lanes=8")
     assert train(*few, "steps=50") == ExitCode.USER_ERROR
-    (error,) = errors(caplog)
+    *_, error = errors(caplog)
     assert re.search(r"samples \([45]\.\d %\) are served; rejected: no_caption \(\d", error)
     assert "data.max_rejected_share=0.5" in error
     caplog.clear()
@@ -111,7 +111,7 @@ def test_a_filter_that_keeps_little_counts_too_and_few_samples_are_not_judged(
     write_shard(tmp_path / "0.tar", 120, lambda i: True)
     assert train("data.filter=score < 0.25") == ExitCode.DONE  # 2 steps of 8: about 50 were seen
     assert train("data.filter=score < 0.25", "steps=60") == ExitCode.USER_ERROR
-    (error,) = errors(caplog)
+    *_, error = errors(caplog)
     assert re.search(r"samples \((2\d|30)\.\d %\) are served; rejected: filter: score < 0.25 \(7", error)
 
 
@@ -162,5 +162,5 @@ def test_resampled_order_says_what_is_wrong_instead_of_waiting(
 ) -> None:
     spoil(tmp_path / "0.tar")
     assert train("data.order=resampled") == ExitCode.USER_ERROR
-    (error,) = errors(caplog)
+    *_, error = errors(caplog)
     assert re.search(told, error), error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 
+from data_pipeline.errors import DataError
 from data_pipeline.tally import FIRST, Tally, added
 from trainer.distributed import collectives
 
@@ -37,6 +38,10 @@ class ServedShare:
             return
         self._judged = True
         total = added(collectives.all_gather_object(tally))
-        total.check(self._limit)
+        try:
+            total.check(self._limit)
+        except DataError as error:
+            error.share = 1.0  # counted over all ranks: no machine is to blame
+            raise
         if main_rank:
             logger.info("data: %s", total.sentence())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,54 @@ def test_a_reject_file_appears_with_the_first_rejection(
     assert not path.exists()
     assert main([*command, "data.filter=score < 0.3"]) == 0
     assert '"reason": "filter: score < 0.3"' in path.read_text()
+
+
+@pytest.fixture(name="answer")
+def answer_fixture() -> Iterator[tuple[str, type]]:
+    """A web server that answers everything with one status, and where it stands."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        status = 403
+
+        def do_GET(self) -> None:
+            self.send_response(self.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Not on stderr."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", Handler
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [
+        (403, "is denied; check its permissions"),
+        (404, "2 of the 2 shards"),
+        (503, "cannot be reached"),
+        (401, "401"),
+    ],
+)
+def test_a_web_server_that_refuses_has_the_shards(
+    answer: tuple[str, Any], tmp_path: Path, status: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fsspec says of whatever went wrong that there is no such file."""
+    answer[1].status = status
+    url = answer[0] + "/{00000..00001}.tar"
+    assert main(["data", "index", url, "--index", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert ("do not exist" in said) == (status == 404)
+
+
+def test_a_web_server_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = "http://127.0.0.1:9/{00000..00001}.tar"
+    assert main(["data", "index", url, "--index", str(tmp_path)]) == 2
+    assert "cannot be reached" in capsys.readouterr().err
