@@ -27,6 +27,7 @@ LIMIT_S = 1500.0
 DEMO_CONFIG = REPOSITORY / "configs" / "demo_first_stage.yaml"
 # The tests' bucket; a rate that does not depend on the number of steps; the discriminator's part as well.
 DEMO_OVERRIDES = [
+    "data.allow_enlarging=true",  # the bucket's pictures are small
     "data.shards=s3://ldm/shards/*.tar",
     "optimizer.schedule=constant",
     "autoencoder_loss.discriminator_start=5",
