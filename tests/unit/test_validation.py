@@ -56,7 +56,7 @@ OBJECTIVES = {
 def shards_fixture(tmp_path_factory: pytest.TempPathFactory) -> str:
     """40 small pictures in 2 shards, with classes, layouts and maps."""
     folder = tmp_path_factory.mktemp("shards")
-    scene = SceneOptions(max_objects=1, min_edge=20, max_edge=28)
+    scene = SceneOptions(max_objects=1, min_edge=20, max_edge=40)
     list(synthesize(str(folder), SynthesisOptions(samples=40, samples_per_shard=20, scene=scene, maps=True)))
     return f"{folder}/*.tar"
 
@@ -231,6 +231,24 @@ def test_every_condition_is_measured_without_being_dropped(settings: Any, condit
         assert run.measured == (1, first)
     finally:
         run.close()
+
+
+def test_pictures_of_several_shapes_are_measured_in_batches_of_one(settings: Any) -> None:
+    buckets = ["data.buckets=true", "data.bucket_step=4", "data.allow_enlarging=true", "data.lanes=1"]
+    flow = [*OBJECTIVES["flow"], "diffusion.shift=2", "diffusion.shift_pixels=16"]
+    found = []
+    for micro in (1, 2, 4):
+        run = opened(settings(*MEASURED, *buckets, *flow, f"micro_batch_size={micro}", name=f"run{micro}"))
+        try:
+            assert run.held_out is not None
+            assert len({sample.shape for sample in run.held_out.samples}) > 1
+            validate(run, Watchdog(0))
+        finally:
+            run.close()
+        found.append(run.measured[1])
+    assert found[0]["validation/samples"] == 9
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_a_loss_that_is_no_number_is_said_and_ends_nothing(settings: Any, caplog: Any) -> None:
