@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.config.run import Config, ConfigError
@@ -35,6 +35,8 @@ class Planned:
     work: Work
     step: Step
     feed: Feed
+    cached: Step | None = None
+    """With `first_stage.cache`, a step whose samples all lie in it; `step` is one of which none does."""
 
     @property
     def activation_bytes(self) -> float:
@@ -129,6 +131,7 @@ class Planned:
                 "exposed_communication": s.exposed_s,
                 "total": s.seconds,
             },
+            "seconds_per_cached_step": None if self.cached is None else self.cached.seconds,
             "bound_by_launches": s.bound_by_launches,
             "images_per_s": rate,
             "images_per_s_per_gpu": rate / self.machine.gpus,
@@ -160,7 +163,10 @@ def make_plan(config: Config, machine: Machine, feed: Feed | None = None) -> Pla
         raise ConfigError("a plan knows the rates of bf16 alone; set distributed.precision=bf16.")
     needed = plan(config, machine.gpus)
     timed = step(config, work, machine, needed.trained_parameters)
-    return Planned(config, machine, needed, work, timed, feed or Feed())
+    cached = None
+    if config.first_stage.cache is not None:
+        cached = step(config, replace(work, encoder_flops=0.0), machine, needed.trained_parameters)
+    return Planned(config, machine, needed, work, timed, feed or Feed(), cached)
 
 
 def describe(planned: Planned) -> str:
@@ -197,14 +203,24 @@ def describe(planned: Planned) -> str:
         "FLOPs": f"{flops[0] / 1e12:.3f} T per sample trained, {flops[1] / 1e12:.3f} T frozen",
         "step": f"{s.seconds:.4g} s{bound}",
         " ": step_parts,
+        "once cached": _cached(p),
         "speed": f"{rate:,.0f} images/s, {rate / gpus:.1f} per GPU; {100 * p.mfu:.1f} % of the peak",
         "data": f"{rate * p.feed.bytes_per_sample / 1e6:,.0f} MB/s, {shards:.3g} shards/s",
         "checkpoint": f"{saved}, {traffic}; blocks {p.stall_s:.3f} s",
         "goodput": f"{100 * p.goodput:.1f} % at a fault every {mttf_s(gpus) / 3600:.1f} h",
         "time": _time(p),
     }
-    lines = [f"{name:<12} {text}" for name, text in rows.items()]
+    lines = [f"{name:<12} {text}" for name, text in rows.items() if text]
     return "\n".join([*lines, "A model, not a measurement: docs/planning.md has its formulas and residuals."])
+
+
+def _cached(planned: Planned) -> str | None:
+    """What first_stage.cache makes of a step, once it holds every sample."""
+    if planned.cached is None:
+        return None
+    seconds = planned.cached.seconds
+    rate = planned.config.global_batch_size / seconds
+    return f"{seconds:.4g} s, {rate:,.0f} images/s; below, as if nothing is"
 
 
 def _time(planned: Planned) -> str:

@@ -130,7 +130,9 @@ def step(config: Config, work: Work, machine: Machine, parameters: int) -> Step:
     network = micro_batch_s(work, samples, machine, graphs=d.cuda_graphs)
     total = sum(each.seconds(machine) for each in collectives(config, parameters, accumulation))
     sharded = d.engine == "deepspeed" and d.zero_stage > 0
-    hidden = machine.reached.hidden if d.overlap_communication else 0.0
+    # DeepSpeed's bf16 optimizer of stage 1 reduces once, after backward, whatever is asked for.
+    overlaps = d.overlap_communication and d.engine == "deepspeed" and d.zero_stage >= 2
+    hidden = machine.reached.hidden if overlaps else 0.0
     return Step(
         encode_s=accumulation * encode_s(work, samples, machine),
         network_s=accumulation * network,

@@ -46,12 +46,19 @@ class Work:
     """Forward and backward of the trained network; what activation checkpointing computes again included."""
     forward_flops: float
     """Of it, the forward."""
-    frozen_flops: float
-    """Forward of the first stage's encoder and of frozen towers."""
+    encoder_flops: float
+    """Forward of the first stage's encoder."""
+    tower_flops: float
+    """Forward of frozen towers."""
     activation_bytes: float
     """Kept for the backward of the trained network."""
     launches: int
     """Of a forward and backward, whatever the micro-batch."""
+
+    @property
+    def frozen_flops(self) -> float:
+        """Forward of all that is not trained."""
+        return self.encoder_flops + self.tower_flops
 
 
 @functools.cache
@@ -70,9 +77,9 @@ def count_work(config: Config) -> Work:
         network = build_network(config, conditioner).to(dtype)
         freeze(network, config.trainable)
         forward, total, kept, launches = _train(config, network, conditioner)
-        frozen = _encode(config, dtype) + _towers(config, conditioner)
+        encoder, towers = _encode(config, dtype), _towers(config, conditioner)
     trained = _trained_conditions(config, conditioner)
-    return Work(total + 3 * trained, forward + trained, frozen, kept, launches)
+    return Work(total + 3 * trained, forward + trained, encoder, towers, kept, launches)
 
 
 def context_tokens(config: ConditioningConfig) -> int:

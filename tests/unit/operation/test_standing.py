@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import fsspec
 import pytest
 
 from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.local_s3 import LocalS3
 from tests.unit.test_resume_changed import Train
 from trainer.__main__ import main
 from trainer.exit_codes import ExitCode
@@ -61,9 +63,21 @@ def age_lease(run_dir: Path, seconds: float) -> None:
     os.utime(run_dir / "lease.json", (then, then))
 
 
-@pytest.fixture(params=["disk", "elsewhere"])
-def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "run") if request.param == "disk" else f"memory://{tmp_path.name}/run"
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+    with LocalS3(tmp_path_factory.mktemp("s3"), buckets=("bucket",)) as running:
+        yield running
+
+
+@pytest.fixture(params=["disk", "memory", "s3"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "disk":
+        return str(tmp_path / "run")
+    if request.param == "memory":
+        return f"memory://{tmp_path.name}/run"
+    for name, value in request.getfixturevalue("server").env.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{tmp_path.name}/run"
 
 
 def history() -> list[dict[str, Any]]:

@@ -170,6 +170,27 @@ def test_a_step_is_bound_by_launches_until_graphs_replay_them() -> None:
     assert graphs.step.network_s == pytest.approx(graphs.work.launches * reached.gap_s + flops)
 
 
+def test_communication_is_hidden_where_the_engine_overlaps_it() -> None:
+    def exposed(stage: int, *overrides: str) -> float:
+        step = make_plan(sd2(f"distributed.zero_stage={stage}", *overrides), machine("h100", 64)).step
+        return step.exposed_s / step.communication_s
+
+    overlapped = "distributed.overlap_communication=true"
+    assert [exposed(stage) for stage in (1, 2, 3)] == [1, 1, 1]
+    assert [exposed(stage, overlapped) for stage in (1, 2, 3)] == [1, 0.5, 0.5]
+
+
+def test_a_cache_of_moments_takes_the_encoder_away() -> None:
+    place, plain = machine("h100", 1), sd2()
+    assert make_plan(plain, place).cached is None
+    planned = make_plan(sd2("first_stage.cache=/somewhere"), place)
+    assert planned.cached is not None
+    assert planned.step == make_plan(plain, place).step
+    saved = planned.step.seconds - planned.cached.seconds
+    assert saved == pytest.approx(2048 * planned.work.encoder_flops / (989e12 * Reached().frozen))
+    assert "once cached" in describe(planned)
+
+
 def test_goodput_is_the_documented_formula() -> None:
     document = (ROOT / "docs/reliability.md").read_text()
     for gpus in (64, 128, 256, 512, 1024):
