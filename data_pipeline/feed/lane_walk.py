@@ -271,10 +271,10 @@ class Walker:
                 target = self.buckets.shapes[walk.bucket]
                 planned = self._moments.plan(shard, view, row, target, ordinal + slot)
                 visits[slot].planned = planned
-            unread = planned.extension if planned is not None and planned.place is not None else None
+            unread = planned.unread if planned is not None else frozenset()
             members = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
             for extension, (start, size) in zip(view.members, members, strict=True):
-                if start >= 0 and extension != unread:
+                if start >= 0 and extension not in unread:
                     wanted.setdefault(shard, []).append(Extent(start, start + size, slot, extension))
         for (slot, extension), future in self._reads.start(wanted, due).items():
             visits[slot].members[extension] = future

@@ -14,8 +14,9 @@ and from the next visit on, in this run or another, it has:
     take     checksum and key are right, and the shard is still what the key says: moments into the row
              otherwise the picture is read after all, and all is as at the first visit
 
-Captions, json and conditions are read from the shard as ever, so filters, removal lists and draws do not know
-whether a picture was there.
+Small members (txt, json, cls) are kept beside the moments, as they lie in the shard, or bytes of pictures
+would still be read in passing from one caption to the next. What becomes of them is decided at every visit as
+ever: filters, captions, conditions and draws do not know where the bytes came from.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from data_pipeline.errors import ReadFailed, Replaced
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.sample import Reused, draw_crop
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.moments.catalogue import REFRESH_S, Catalogue, Place
-from data_pipeline.moments.entry import Damaged, Label, Picture, digest, entry_key, unpack
+from data_pipeline.moments.entry import Damaged, Label, Member, Picture, digest, entry_key, unpack
 from data_pipeline.moments.parts import part_url
 from data_pipeline.pictures.crops import RESAMPLING, Geometry
 from data_pipeline.shards.selection import picture_members
@@ -42,6 +43,8 @@ from data_pipeline.storage.ranges import RangeReader
 from data_pipeline.storage.retry import ShortBody, is_transient
 
 _ENTRY = "moments"
+_MEMBER_BYTES = 16_384
+"""Larger members, maps mostly, stay in the shard alone."""
 
 
 @dataclass
@@ -52,14 +55,21 @@ class Planned:
     shard: int
     edition: Edition
     """Of the shard when the key was made."""
-    extension: str
-    """Member that is the picture."""
-    extent: Extent
-    """Where it lies."""
+    picture: str
+    """Extension of the member that is the picture."""
+    extents: dict[str, Extent]
+    """Where each member of the sample lies in its shard, by extension."""
     target: tuple[int, int]
     place: Place | None = None
     """Where its moments lie; None: they are not there."""
     future: Future[Contents] | None = None
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """Members that are not read from the shard."""
+        if self.place is None:
+            return frozenset()
+        return (self.place.members & self.extents.keys()) | {self.picture}
 
 
 class MomentsReads:
@@ -93,25 +103,18 @@ class MomentsReads:
         self, shard: int, view: ShardView, row: int, target: tuple[int, int], ordinal: int
     ) -> Planned | None:
         """What the cache has of a row; None where it can neither have nor get anything."""
-        found = next(
-            (
-                (extension, start, size)
-                for extension, start, size in zip(
-                    view.members, view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True
-                )
-                if extension in self._pictures and start >= 0
-            ),
-            None,
-        )
+        places = zip(view.members, view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
+        extents = {name: Extent(start, start + size, 0, name) for name, start, size in places if start >= 0}
+        picture = next((name for name in extents if name in self._pictures), None)
         edition = self._edition(shard)
-        if found is None or edition is None:
+        if picture is None or edition is None:
             return None
-        extension, start, size = found
+        first, stop = extents[picture].start, extents[picture].stop
         task, url, sample = self._task, self._task.dataset.urls[shard], view.key(row)
         crop = draw_crop(task.config, sample, task.moments.variants, seed=task.order.seed, ordinal=ordinal)
         key = entry_key(
             self._cache.stage,
-            Picture(url, edition.size, edition.version, start, size),
+            Picture(url, edition.size, edition.version, first, stop - first),
             (*target, *crop, RESAMPLING),
         )
         place = self._catalogue.find(url, key) if self._catalogue.answers else None
@@ -119,9 +122,8 @@ class MomentsReads:
             edition_now = self._asked_again(shard, edition)
             if edition_now != edition:
                 return self.plan(shard, view, row, target, ordinal) if edition_now is not None else None
-        label = Label(key.hex(), url, sample, start, view.identities_of(row))
-        extent = Extent(start, start + size, 0, extension)
-        return Planned(label, shard, edition, extension, extent, target, place)
+        label = Label(key.hex(), url, sample, first, view.identities_of(row))
+        return Planned(label, shard, edition, picture, extents, target, place)
 
     def start(self, planned: Mapping[int, Planned], due: float) -> None:
         """Begin to read what was found, by slot of the plan."""
@@ -158,26 +160,41 @@ class MomentsReads:
             return None
         try:
             shape = self._cache.shape(*planned.target)
-            values, numbers = unpack(data, planned.label.key, self._cache.dtype, shape)
+            entry = unpack(data, planned.label.key, self._cache.dtype, shape)
         except Damaged as error:
             self._damaged(planned.place, str(error))
             return None
-        return Reused(values, geometry_of(numbers))
+        same = {
+            name: member.content
+            for name, member in entry.members.items()
+            if name in planned.unread and _is_at(member, planned.extents[name])
+        }
+        return Reused(entry.values, geometry_of(entry.geometry), same)
 
-    def picture(self, planned: Planned) -> bytes:
-        """The picture whose moments were not what they should be. Raises ReadFailed, Replaced."""
-        return self._reads.read_now(planned.shard, planned.extent)
+    def unread(self, planned: Planned, reused: Reused | None) -> dict[str, bytes]:
+        """Members that were to come from the cache: what it holds, the others from the shard after all.
 
-    def label(self, planned: Planned, geometry: Geometry) -> Label | None:
-        """Under what the moments of the pixels are stored; None where the shard changed on the way."""
+        Raises ReadFailed, Replaced.
+        """
+        held = reused.members if reused is not None else {}
+        lacking = planned.unread - held.keys() - ({planned.picture} if reused is not None else set())
+        read = {name: self._reads.read_now(planned.shard, planned.extents[name]) for name in sorted(lacking)}
+        return {**held, **read}
+
+    def label(self, planned: Planned, members: Mapping[str, bytes], geometry: Geometry) -> Label | None:
+        """Under what, and beside what, the moments are stored; None where the shard changed on the way."""
         try:
             same = self._reads.editions.expected(planned.shard) == planned.edition
         except Replaced:
             same = False
-        label = planned.label
         if not same:
             return None
-        return Label(label.key, label.shard, label.sample, label.first, label.identities, astuple(geometry))
+        small = tuple(
+            Member(name, planned.extents[name].start, content)
+            for name, content in members.items()
+            if name not in self._pictures and name in planned.extents and len(content) <= _MEMBER_BYTES
+        )
+        return replace(planned.label, members=small, geometry=astuple(geometry))
 
     def count(self, name: str) -> None:
         """One more served sample that was `found` or `missed`."""
@@ -217,6 +234,11 @@ class MomentsReads:
         with self._lock:
             self._asked[shard] = time.monotonic(), edition
         return edition
+
+
+def _is_at(member: Member, extent: Extent) -> bool:
+    """Whether a member of an entry is the one that the index names by now."""
+    return member.first == extent.start and len(member.content) == extent.stop - extent.start
 
 
 def geometry_of(numbers: tuple[float, ...]) -> Geometry:

@@ -46,6 +46,8 @@ class Reused:
     """[C, h, w]"""
     geometry: Geometry
     """Of the pixels that were encoded."""
+    members: dict[str, bytes] = field(default_factory=dict)
+    """Members beside the picture that are kept with it, by extension."""
 
 
 def draw_crop(config: DataConfig, key: str, variants: int, *, seed: int, ordinal: int) -> Place:

@@ -203,7 +203,7 @@ class ShareStream:
         )
         if self._moments is not None:
             out["found"][row] = reused is not None
-            self._labels.append(self._label(visit, geometry) if reused is None else None)
+            self._labels.append(self._label(visit, members, geometry) if reused is None else None)
             self._moments.count("missed" if reused is None else "found")
         return caption
 
@@ -213,14 +213,12 @@ class ShareStream:
         if self._moments is None or visit.planned is None or visit.planned.place is None:
             return members, None
         reused = self._moments.take(visit.planned, visit.slot)
-        if reused is None:
-            members[visit.planned.extension] = self._moments.picture(visit.planned)
-        return members, reused
+        return members | self._moments.unread(visit.planned, reused), reused
 
-    def _label(self, visit: Visit, geometry: Geometry) -> Label | None:
+    def _label(self, visit: Visit, members: dict[str, bytes], geometry: Geometry) -> Label | None:
         if self._moments is None or visit.planned is None:
             return None
-        return self._moments.label(visit.planned, geometry)
+        return self._moments.label(visit.planned, members, geometry)
 
     def _key(self, visit: Visit) -> str:
         return self._task.dataset.sample_key(visit.shard, visit.key)

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,13 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 60.0
 _READERS = 8
 _ROWS = np.dtype(
-    [("key", "<u8"), ("rest", "<u8"), ("part", "<i4"), ("size", "<i4"), ("offset", "<i8"), ("check", "<u8")]
+    [
+        *(("key", "<u8"), ("rest", "<u8"), ("part", "<i4"), ("size", "<i4"), ("offset", "<i8")),
+        *(("check", "<u8"), ("members", "<u8")),
+    ]
 )
+_KINDS = 64
+"""Extensions that are told apart, a bit each; further ones are read from the shard."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Place:
     offset: int
     size: int
     check: int
+    members: frozenset[str] = frozenset()
+    """Extensions of what it holds beside the moments."""
 
 
 @dataclass
@@ -55,6 +63,20 @@ class _Known:
     """Tables that were read, and the position of each's part in `parts`; -1: damaged."""
     parts: list[str] = field(default_factory=list)
     rows: NDArray[Any] = field(default_factory=lambda: np.zeros(0, _ROWS))
+    extensions: list[str] = field(default_factory=list)
+    """Extensions that occur, by the bit of "members" that stands for each."""
+
+    def place(self, shard: str, row: NDArray[Any]) -> Place:
+        """Where the entry of a row lies."""
+        bits = int(row["members"])
+        held = frozenset(name for i, name in enumerate(self.extensions) if bits >> i & 1)
+        part = self.parts[int(row["part"])]
+        return Place(shard, part, int(row["offset"]), int(row["size"]), int(row["check"]), held)
+
+    def bits(self, members: Sequence[str]) -> int:
+        """The extensions as bits."""
+        self.extensions += [m for m in members if m not in self.extensions][: _KINDS - len(self.extensions)]
+        return sum(1 << self.extensions.index(name) for name in members if name in self.extensions)
 
 
 class Catalogue:
@@ -81,7 +103,7 @@ class Catalogue:
             for row in known.rows[start : max(start, stop)][::-1]:
                 part = known.parts[int(row["part"])]
                 if row["key"] == first and row["rest"] == rest and (shard, part) not in self._broken:
-                    return Place(shard, part, int(row["offset"]), int(row["size"]), int(row["check"]))
+                    return known.place(shard, row)
         return None
 
     def broken(self, place: Place, why: str) -> None:
@@ -164,7 +186,7 @@ def _merged(shard: str, known: _Known, new: dict[str, Table | None], tables: set
     there = np.asarray([known.names[name] for name in known.names if name in tables], np.int32)
     kept = known.rows[np.isin(known.rows["part"], there)]
     rows = [
-        (*_words(row.key), known.names[name], row.size, row.offset, row.check)
+        (*_words(row.key), known.names[name], row.size, row.offset, row.check, known.bits(row.members))
         for name, table in new.items()
         if table is not None
         for row in table.rows.get(shard, ())

@@ -17,7 +17,7 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +88,26 @@ class Picture:
     bytes: int
 
 
+class Member(NamedTuple):
+    """A member beside the picture: caption, json, class, small map."""
+
+    extension: str
+    first: int
+    """Its first byte in the shard, by which it is known for the same one."""
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is kept of one picture."""
+
+    values: NDArray[Any]
+    """The bits of the moments, [C, h, w]."""
+    geometry: tuple[float, ...]
+    members: dict[str, Member]
+    """By extension."""
+
+
 @dataclass(frozen=True)
 class Label:
     """What the moments of one picture are stored under and with."""
@@ -102,6 +122,8 @@ class Label:
     """First byte of its picture, by which neighbours stay neighbours."""
     identities: tuple[int, ...]
     """Hashes of its URL and digests, by which removal lists name it."""
+    members: tuple[Member, ...] = ()
+    """Small members beside the picture, so that none of the sample needs to be read from its shard."""
     geometry: tuple[float, ...] = ()
     """The fields of `pictures.crops.Geometry`: size of the original, crop box, flip, size of the target."""
 
@@ -118,9 +140,22 @@ def digest(data: bytes | memoryview) -> int:
 
 
 def pack(label: Label, values: NDArray[Any], dtype: Dtype) -> bytes:
-    """A safetensors file with "moments" [C, h, w]; `values` carries the bits of `dtype`."""
+    """A safetensors file: "moments" [C, h, w], members as bytes; `values` carries the bits of `dtype`."""
     name, kind = _STORED[dtype]
-    body = np.ascontiguousarray(values, dtype=kind).tobytes()
+    pieces = [np.ascontiguousarray(values, dtype=kind).tobytes()]
+    tensors: dict[str, Any] = {
+        "moments": {"dtype": name, "shape": list(values.shape), "data_offsets": [0, len(pieces[0])]}
+    }
+    place = len(pieces[0])
+    for member in label.members:
+        stop = place + len(member.content)
+        tensors[f".{member.extension}"] = {
+            "dtype": "U8",
+            "shape": [stop - place],
+            "data_offsets": [place, stop],
+        }
+        pieces.append(member.content)
+        place = stop
     header = {
         "__metadata__": {
             "key": label.key,
@@ -128,18 +163,17 @@ def pack(label: Label, values: NDArray[Any], dtype: Dtype) -> bytes:
             "sample": label.sample,
             "identities": " ".join(f"{identity:016x}" for identity in label.identities),
             "geometry": json.dumps(label.geometry),
+            "members": json.dumps({member.extension: member.first for member in label.members}),
         },
-        "moments": {"dtype": name, "shape": list(values.shape), "data_offsets": [0, len(body)]},
+        **tensors,
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    return struct.pack("<Q", len(text)) + text + body
+    return struct.pack("<Q", len(text)) + text + b"".join(pieces)
 
 
-def unpack(
-    data: bytes, key: str, dtype: Dtype, shape: tuple[int, int, int]
-) -> tuple[NDArray[Any], tuple[float, ...]]:
-    """The bits of the moments [C, h, w] and the geometry.
+def unpack(data: bytes, key: str, dtype: Dtype, shape: tuple[int, int, int]) -> Entry:
+    """The inverse of `pack`.
 
     Raises:
         Damaged: it is not the entry of this key, dtype and shape.
@@ -154,6 +188,10 @@ def unpack(
         if (told["dtype"], told["shape"]) != (name, list(shape)):
             raise Damaged(f"it holds {told['dtype']} {told['shape']}, not {name} {list(shape)}")
         values = np.frombuffer(data, kind, count=int(np.prod(shape)), offset=8 + length)
-        return values.reshape(shape), tuple(json.loads(metadata["geometry"]))
+        members = {}
+        for extension, first in json.loads(metadata["members"]).items():
+            start, stop = header[f".{extension}"]["data_offsets"]
+            members[extension] = Member(extension, first, data[8 + length + start : 8 + length + stop])
+        return Entry(values.reshape(shape), tuple(json.loads(metadata["geometry"])), members)
     except (ValueError, LookupError, TypeError, struct.error) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error

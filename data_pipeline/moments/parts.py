@@ -49,6 +49,8 @@ class Row:
     check: int
     sample: str
     identities: tuple[int, ...] = ()
+    members: tuple[str, ...] = ()
+    """Extensions of what the entry holds beside the moments."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def read_table(url: str) -> Table:
 
 
 def _row(told: dict[str, Any]) -> Row:
-    return Row(**{**told, "identities": tuple(told["identities"])})
+    return Row(**{**told, "identities": tuple(told["identities"]), "members": tuple(told["members"])})
 
 
 def part_url(folder: str, part: str) -> str:
@@ -141,7 +143,10 @@ def commit_part(folder: str, entries: Sequence[tuple[Label, bytes]], *, tries: i
         header = _header(label.key + SUFFIX, len(data))
         place += len(header)
         rows.setdefault(label.shard, []).append(
-            Row(label.key, place, len(data), digest(data), label.sample, label.identities)
+            Row(
+                *(label.key, place, len(data), digest(data), label.sample, label.identities),
+                tuple(member.extension for member in label.members),
+            )
         )
         padding = bytes(-len(data) % _BLOCK)
         pieces += [header, data, padding]

@@ -82,7 +82,8 @@ class MomentsWriter:
             if self._queued_bytes + num_bytes > _QUEUED_BYTES:
                 self.counts["dropped"] += len(rows)
                 self._tell(
-                    "its storage is slower than the encoding; what it misses is stored at a later visit"
+                    "slow",
+                    "its storage is slower than the encoding; what it misses is stored at a later visit",
                 )
                 return
             self._queued_bytes += num_bytes
@@ -138,16 +139,17 @@ class MomentsWriter:
             table = commit_part(self._cache.folder, entries)
         except Failure as error:
             self.counts["failed"] += len(entries)
-            self._tell(f"{error} Training goes on; the samples are stored at a later visit")
+            self._tell("failed", f"{error} Training goes on; the samples are stored at a later visit")
             for label, _ in entries:
                 self._recent.pop(label.key, None)
             return
         self.counts.update(written=len(entries), bytes=table.size, parts=1)
 
     def _tell_full(self) -> None:
-        self._tell("it has first_stage.cache_bytes and nothing more is added; what is there stays")
+        self._tell("full", "it has first_stage.cache_bytes and nothing more is added; what is there stays")
 
-    def _tell(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _tell(self, kind: str, what: str) -> None:
+        """Say it once."""
+        if kind not in self._told:
+            self._told.add(kind)
             logger.warning("the cache %s: %s", self._cache.folder, what)

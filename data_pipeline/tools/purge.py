@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from data_pipeline.errors import DataError, NotFound
-from data_pipeline.moments.entry import Label, digest
+from data_pipeline.moments.entry import Label, Member, digest
 from data_pipeline.moments.parts import (
     PARTS,
     SHARDS,
@@ -130,7 +130,10 @@ def _rewrite(folder: str, table: Table, rows: Sequence[tuple[str, Row]]) -> None
     data = read_bytes(part_url(folder, table.part)) if rows else b""
     entries = [
         (
-            Label(row.key, shard, row.sample, row.offset, row.identities),
+            Label(
+                *(row.key, shard, row.sample, row.offset, row.identities),
+                tuple(Member(extension, 0, b"") for extension in row.members),  # in the data already
+            ),
             data[row.offset : row.offset + row.size],
         )
         for shard, row in rows

@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.moments.catalogue import Catalogue
-from data_pipeline.moments.entry import Label, MomentsCache, Picture, entry_key, pack, unpack
+from data_pipeline.moments.entry import Label, Member, MomentsCache, Picture, entry_key, pack, unpack
 from data_pipeline.moments.parts import commit_part, part_url, read_table
 from data_pipeline.shards.identities import hash_identity
 from trainer.__main__ import main
@@ -25,7 +25,8 @@ CACHE = MomentsCache("", "stage", "fp32", channels=2, downsampling=1)
 def label_of(shard: str, number: int) -> Label:
     key = entry_key("stage", Picture(shard, 1, "etag", 512 * number, 700), (4, 4))
     url = hash_identity(f"http://x.invalid/{number}")
-    return Label(key.hex(), shard, f"{number:09d}", 512 * number, (url,))
+    members = (Member("txt", 512, b"caption"),)
+    return Label(key.hex(), shard, f"{number:09d}", 512 * number, (url,), members)
 
 
 def write_cache(folder: Path, *, parts: int = 3, each: int = 4) -> list[Label]:
@@ -58,8 +59,10 @@ def readable(folder: Path, labels: list[Label]) -> set[int]:
         if place is None:
             continue
         data = Path(part_url(str(folder / "stage"), place.part)).read_bytes()
-        values, _ = unpack(data[place.offset : place.offset + place.size], label.key, "fp32", (2, 4, 4))
-        assert (values == number).all()
+        entry = unpack(data[place.offset : place.offset + place.size], label.key, "fp32", (2, 4, 4))
+        assert (entry.values == number).all()
+        assert place.members == {"txt"}
+        assert entry.members["txt"].content == b"caption"
         found.add(number)
     return found
 
