@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,11 @@ from data_pipeline.picture_sets import open_pictures, read_blocks
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config
-from trainer.model import build_model
+from trainer.generation.make import AHEAD, make_pictures
+from trainer.generation.series import Series
+from trainer.generation.store import Form, SetStore
+from trainer.model import build_model, load_model
+from trainer.sample import Request
 from trainer.weights import write_weights
 
 CLASSES = ("conditioning.class_label={num_classes: 3, width: 16}",)
@@ -195,3 +202,56 @@ def test_local_ranks_beside_those_of_a_launcher_are_refused(
     assert main([*command, "--ranks", "2"]) == 2
     assert "--ranks starts local processes" in capsys.readouterr().err
     assert main(command) == 0
+
+
+def test_all_batches_are_of_one_size_and_aligned() -> None:
+    """Or kernels would round the last ones otherwise; parts cover the set once."""
+    series = Series(Request(("",)), 10, prompts=("a", "b", "c"), batch_size=4, batches_per_part=2)
+    batches = [batch for part in range(series.parts) for batch in series.batches(part)]
+    assert batches == [range(0, 4), range(4, 8), range(8, 12)]
+    assert [row for part in range(series.parts) for row in series.rows(part)] == list(range(10))
+    assert series.request(batches[2]).captions == ("c", "a", "b", "c")
+
+
+class WatchedStore(SetStore):
+    """Says how many pictures were encoded before a part was written."""
+
+    def __init__(self, out: str) -> None:
+        super().__init__(out, {}, Form())
+        self.encoded = 0
+        self.ahead: list[int] = []
+
+    def encode(self, picture: np.ndarray, item: dict[str, Any]) -> bytes:
+        self.encoded += 1
+        return super().encode(picture, item)
+
+    def put(
+        self, part: int, rows: Sequence[int], items: Sequence[dict[str, Any]], files: list[bytes]
+    ) -> None:
+        time.sleep(0.2)  # slow storage: drawing gets ahead of it as far as it may
+        self.ahead.append(self.encoded - rows[-1] - 1)
+        super().put(part, rows, items, files)
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
+    source = exported(tmp_path, *CLASSES)
+    trained = load_model(source, device=torch.device("cpu"))
+    store = WatchedStore(str(tmp_path / "out"))
+    series = Series(Request(("",)), 40, labels=(0, 1), batch_size=2, batches_per_part=2)
+    assert make_pictures(store, series, trained) == 0
+    assert len(store.ahead) == 10
+    assert max(store.ahead) <= AHEAD * series.part_size
+
+
+def test_another_machine_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = exported(tmp_path, *CLASSES), tmp_path / "out"
+    command = ["sample", source, "--count", "3", "--out", str(out)]
+    assert main(command) == 0
+    record = json.loads((out / "prompts.json").read_text())
+    record["versions"]["device"] = "NVIDIA H100"
+    (out / "prompts.json").write_text(json.dumps(record))
+    (out / "parts/000000.json").unlink()
+    assert main(command) == 0
+    assert "begun with device NVIDIA H100, now cpu" in caplog.text + capsys.readouterr().err

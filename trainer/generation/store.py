@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import tarfile
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ from data_pipeline.storage.files import (
 from data_pipeline.storage.urls import join
 from trainer.config.run import ConfigError
 
+logger = logging.getLogger(__name__)
+
 RECORD = "prompts.json"
 PICTURES = "pictures"
 PARTS = "parts"
@@ -44,7 +47,7 @@ OURS = re.compile(r"\d{5,}\.(png|jpg|txt|tar|json)")
 _MAY_DIFFER = ("versions",)
 """Of a set that is continued."""
 _REQUESTS = 16
-"""At a time, while records are read."""
+"""At a time, of those that wait for storage."""
 
 Kind = Literal["png", "jpg"]
 
@@ -117,8 +120,8 @@ class SetStore:
             made = {f"{row:07d}.{self._form.kind}": data for row, data in zip(rows, files, strict=True)}
             if self._form.kind == "jpg":  # which carries no text that `ldm evaluate` reads
                 made |= {f"{row:07d}.txt": i["prompt"].encode() for row, i in zip(rows, items, strict=True)}
-        for name, data in made.items():
-            write_bytes(join(self.pictures_url, name), data)
+        with ThreadPoolExecutor(min(_REQUESTS, len(made))) as pool:  # each waits for storage, not for us
+            list(pool.map(lambda name: write_bytes(join(self.pictures_url, name), made[name]), made))
         sizes = {name: len(data) for name, data in made.items()}
         record = {"first": rows[0], "pictures": len(rows), "files": sizes}
         write_bytes(join(self.url, PARTS, f"{part:06d}.json"), json.dumps(record).encode())
@@ -164,6 +167,14 @@ class SetStore:
             raise ConfigError(
                 f"{self.url} holds another set of pictures ({_told(differing[0], former, self._record)}); "
                 "choose another folder with --out, or give --overwrite to replace it."
+            )
+        before, now = (record.get("versions", {}) for record in (former, self._record))
+        if before != now:
+            changed = [f"{n} {before.get(n)}, now {now[n]}" for n in now if before.get(n) != now[n]]
+            logger.warning(
+                "%s was begun with %s: new pictures may differ from those of then in the last bit",
+                self.url,
+                "; ".join(changed),
             )
 
     def _whole_parts(self) -> set[int]:

@@ -193,6 +193,20 @@ def test_one_that_is_removed_or_damaged_is_passed_over(tmp_path: Path, make_run:
     assert [line["step"] for line in lines(tmp_path)] == [100]
 
 
+def test_a_rewind_is_seen_by_one_that_goes_on_looking(tmp_path: Path, make_run: MakeRun) -> None:
+    run, lookout = make_run(), Lookout(str(tmp_path / "run"))
+    assert lookout.look() == []
+    run.commit(100)
+    run.commit(200)
+    (_, before) = lookout.look()
+    run.commit(200, weights=7)
+    (kept, after) = lookout.look()
+    assert (before.step, after.step) == (200, 200)
+    assert before.checksum != after.checksum
+    assert not lookout.is_there(before)
+    assert lookout.due([kept, after], {kept.key, before.key}, "newest") == (after, [])
+
+
 def test_the_newest_rule_after_a_restart(tmp_path: Path) -> None:
     def seen(*steps: int) -> list[Sighting]:
         return [Sighting(step, f"sum{step}", str(step), snapshot=False) for step in steps]
