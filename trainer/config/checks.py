@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainer.config.checks_diffusion import check_diffusion, check_guidance, check_sampling
 from trainer.config.checks_validation import check_validation
 from trainer.config.derived import check_derived
-from trainer.config.models import FROM_PIXELS, RANDOM, TOWERS, FirstStageConfig, OpenCLIPConfig
+from trainer.config.models import FROM_PIXELS, RANDOM, TOWERS, FirstStageConfig, OpenCLIPConfig, UNetConfig
 from trainer.config.network_plan import norm_groups, plan_levels
 from trainer.config.run import Config, ConfigError
 
@@ -13,6 +13,7 @@ from trainer.config.run import Config, ConfigError
 def check(config: Config) -> None:
     """Raise ConfigError, with the remedy, for the first impossible combination; ranges come before."""
     _check_sizes(config)
+    _check_attention(config)
     plan_levels(config.unet)
     if config.first_stage.name != "identity":
         norm_groups(config.first_stage)
@@ -88,6 +89,26 @@ def _check_sizes(config: Config) -> None:
         not (config.data.shards and config.data.sources),
         "give either data.shards or data.sources, not both.",
     )
+
+
+def _check_attention(config: Config) -> None:
+    """Attention at factors that no level has would be left out without a word.
+
+    Some that no level has are common in published configurations (LDM's super-resolution lists 16 and 8).
+    """
+    sections: dict[str, UNetConfig | FirstStageConfig] = {"unet": config.unet}
+    if config.first_stage.name != "identity":
+        sections["first_stage"] = config.first_stage
+    for name, section in sections.items():
+        levels = [2**level for level in range(len(section.channel_multipliers))]
+        given, odd = section.attention_factors, [f for f in section.attention_factors if f & (f - 1)]
+        _require(
+            not odd and (not given or bool(set(given) & set(levels))),
+            f"{name}.attention_factors={list(given)} has {f'{odd[0]}, which' if odd else 'factors that'} no "
+            f"level has: those of {name}.channel_multipliers are "
+            f"{', '.join(map(str, levels))} (CompVis' first stages list edges of feature maps instead); name "
+            "some of these, or [] for none.",
+        )
 
 
 def _check_optimizer(config: Config) -> None:

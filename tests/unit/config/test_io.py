@@ -286,3 +286,30 @@ def test_a_choice_has_the_type_of_its_options() -> None:
             load_config(None, [f"distributed.zero_stage={value}"])
     with pytest.raises(ConfigError, match="write 1 without quotes"):
         load_config(None, ["distributed.zero_stage='1'"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["unet.attention_factors=[3]"], r"unet.attention_factors=.* has 3, which no level .* 1, 2, 4, 8"),
+        (["unet.attention_factors=[2, 48]"], "has 48, which no level has"),
+        (
+            ["unet={channel_multipliers: [1, 2], attention_factors: [4]}"],
+            "factors that no level .* are 1, 2 ",
+        ),
+        (
+            ["first_stage.attention_factors=[32]"],
+            "first_stage.attention_factors=.* factors that no level has",
+        ),
+    ],
+)
+def test_attention_where_there_is_no_level_is_refused(settings: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(None, settings)
+
+
+def test_attention_at_some_levels_or_none() -> None:
+    for settings in (["unet.attention_factors=[8, 1]"], ["unet.attention_factors=[]"]):
+        load_config(None, [*settings, "first_stage.attention_factors=[8]"])
+    load_config(None, ["unet.channel_multipliers=[1, 2]"])  # with the default's factor 4
+    load_config(None, ["first_stage={name: identity, attention_factors: [32]}"])  # of no meaning there
