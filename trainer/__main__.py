@@ -13,6 +13,7 @@ from trainer.exit_codes import ExitCode, classify
 
 VERBS = {
     "train": "train a first stage or a diffusion model; the same command again resumes",
+    "encode": "fill the cache of the first stage's moments ahead of training",
     "sample": "draw pictures from a run or from exported weights",
     "demo": "train both stages on this machine against a real S3 server and look at the pictures",
     "data": "synthesize, inspect, index and trace shards",

@@ -41,6 +41,7 @@ from trainer.distributed.frozen import FrozenWeights, freeze
 from trainer.ema import EMA
 from trainer.evaluation.held_out import hold_out
 from trainer.first_stage.base import FirstStage
+from trainer.first_stage.build import frozen_dtype, place_first_stage
 from trainer.first_stage.encode_once import EncodeOnce, moments_cache, open_cache
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.interop.initialise import initialise
@@ -298,12 +299,8 @@ def _hold_folder(run_dir: str) -> Lease | None:
 
 def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer, start: StartTimer) -> _Built:
     model = build_model(config, env.device)
-    frozen_dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
-    model.first_stage.to(env.device, frozen_dtype)
-    if config.distributed.channels_last and env.device.type == "cuda":
-        # Frozen, so no flat slice of ZeRO's: its weights may be channels-last, too.
-        model.first_stage.to(memory_format=torch.channels_last)
-    model.conditioner.frozen.to(env.device, frozen_dtype)
+    place_first_stage(model.first_stage, config.distributed, env.device)
+    model.conditioner.frozen.to(env.device, frozen_dtype(config.distributed))
     _start_from(config.init_from, model.network)
     freeze(model.network, config.trainable)
     frozen = FrozenWeights(model.network, env.rank, env.world_size) if config.trainable else None

@@ -46,15 +46,17 @@ class MomentsWriter:
         allowance: int | None = None,
         part_bytes: int = PART_BYTES,
         part_age_s: float = _PART_AGE_S,
+        patient: bool = False,
     ) -> None:
-        """`allowance`: bytes that this writer may add; None: as many as there are."""
+        """`allowance`: bytes that this writer may add, None for no bound; `patient`: `put` waits for room."""
         self.counts: Counter[str] = Counter()
         """written, bytes, parts, dropped, failed"""
         self._cache, self._allowance = cache, allowance
         self._part_bytes, self._part_age_s = part_bytes, part_age_s
         self._queue: queue.Queue[_Batch | None] = queue.Queue()
         self._queued_bytes = 0
-        self._lock = threading.Lock()
+        self._patient = patient
+        self._room = threading.Condition()
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._pending: list[tuple[Label, bytes]] = []
         self._pending_bytes, self._oldest_s = 0, 0.0
@@ -70,7 +72,7 @@ class MomentsWriter:
         return label is not None and not self._full and label.key not in self._recent
 
     def put(self, labels: Sequence[Label | None], fetch: Callable[[], NDArray[Any]], num_bytes: int) -> None:
-        """Store the rows of `fetch()` [B, C, h, w] whose label is wanted; returns at once.
+        """Store the rows of `fetch()` [B, C, h, w] whose label is wanted; returns at once unless patient.
 
         fetch: called in the thread; gives the bits of the cache's dtype
         num_bytes: what the batch takes until it is packed
@@ -78,8 +80,10 @@ class MomentsWriter:
         rows = [(row, label) for row, label in enumerate(labels) if label is not None and self.wants(label)]
         if not rows:
             return
-        with self._lock:
-            if self._queued_bytes + num_bytes > _QUEUED_BYTES:
+        with self._room:
+            if self._patient:
+                self._room.wait_for(lambda: self._has_room(num_bytes) or not self._thread.is_alive())
+            elif not self._has_room(num_bytes):
                 self.counts["dropped"] += len(rows)
                 self._tell(
                     "slow",
@@ -98,6 +102,9 @@ class MomentsWriter:
         self._queue.put(None)
         self._thread.join(_END_S)
 
+    def _has_room(self, num_bytes: int) -> bool:
+        return self._queued_bytes == 0 or self._queued_bytes + num_bytes <= _QUEUED_BYTES
+
     def _run(self) -> None:
         while True:
             with suppress(queue.Empty):
@@ -107,8 +114,9 @@ class MomentsWriter:
                     return
                 rows, fetch, num_bytes = batch
                 self._pack(rows, fetch)
-                with self._lock:
+                with self._room:
                     self._queued_bytes -= num_bytes
+                    self._room.notify_all()
             old = bool(self._pending) and time.monotonic() - self._oldest_s > self._part_age_s
             if old or self._pending_bytes >= self._part_bytes:
                 self._commit()

@@ -12,6 +12,7 @@ from trainer.config.checks import require_first_stage
 from trainer.config.models import FirstStageConfig
 from trainer.config.network_plan import norm_groups
 from trainer.config.run import ConfigError
+from trainer.config.training import DistributedConfig
 from trainer.first_stage.autoencoder_kl import AutoencoderKL
 from trainer.first_stage.autoencoder_vq import AutoencoderVQ
 from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
@@ -55,6 +56,19 @@ def load_first_stage(config: FirstStageConfig, device: torch.device | str = "cpu
         require_statistics(tensors, metadata, url)
     module.statistics_measured = True
     return _frozen(module, config)
+
+
+def frozen_dtype(config: DistributedConfig) -> torch.dtype:
+    """What frozen networks compute in while a second stage is trained."""
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def place_first_stage(module: FirstStage, config: DistributedConfig, device: torch.device) -> None:
+    """Move a frozen first stage to the device, in the dtype and memory layout of training."""
+    module.to(device, frozen_dtype(config))
+    if config.channels_last and device.type == "cuda":
+        # Frozen, so no flat slice of ZeRO's: its weights may be channels-last, too.
+        module.to(memory_format=torch.channels_last)
 
 
 def check_first_stage(config: FirstStageConfig) -> None:

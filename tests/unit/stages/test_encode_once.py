@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from data_pipeline.loader import build_loader
@@ -17,7 +18,8 @@ from data_pipeline.moments.entry import Moments
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
-from trainer.config.io import load_config
+from trainer.__main__ import main
+from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import Config, ConfigError
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.torch_engine import TorchEngine
@@ -231,3 +233,42 @@ def test_the_bound_counts_what_is_there(shards: str, weights: str, tmp_path: Pat
     cache = moments_cache(bounded, build_first_stage(bounded))
     assert taken > 0
     assert open_cache(bounded, cache) == 7
+
+
+def test_what_is_encoded_ahead_is_there_when_training_comes(
+    shards: str, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ldm encode` by two ranks, then by one that finds all; training encodes nothing, and loses nothing."""
+    cached = (f"first_stage.cache={tmp_path / 'cache'}", "first_stage.cache_dtype=fp32")
+    config = configuration(shards, weights, *cached)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    for rank in (0, 1):
+        assert main(["encode", str(tmp_path / "run.yaml"), "--ranks", "2", "--rank", str(rank)]) == 0
+    capsys.readouterr()
+    assert main(["encode", str(tmp_path / "run.yaml")]) == 0
+    assert "in the cache      60 before, 0 stored now" in capsys.readouterr().out
+    off, _ = Training(configuration(shards, weights)).run()
+    training = Training(config)
+    assert training.run()[0] == off
+    assert training.encoded == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["first_stage.cache=null"], "first_stage.cache is not set"),
+        (["--rank", "2", "--ranks", "2"], "--rank 2 is none of --ranks 2"),
+        (["--steps", "0"], "--steps 0 is nothing"),
+        (["--ranks", "7"], "7"),
+        (["first_stage.weights=null"], "first_stage.weights is not set"),
+    ],
+)
+def test_encode_says_what_is_wrong(
+    shards: str, weights: str, tmp_path: Path, capsys, words: list[str], sentence: str
+) -> None:
+    config = configuration(shards, weights, f"first_stage.cache={tmp_path / 'cache'}")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    assert main(["encode", str(tmp_path / "run.yaml"), *words]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert "Traceback" not in told
