@@ -21,14 +21,15 @@ SEND_EVERY_S = 60.0
 """Seconds between uploads."""
 SEGMENT_BYTES = 1_000_000
 """Size from which on a remote object is left as it is and the next begun: what it costs stays bounded."""
-_FILE = re.compile(r"metrics(-\d{8,})?\.jsonl")
+_FILE = re.compile(r"metrics(-\d+)*\.jsonl")
 _LAST_TRIES = 10
 """Of the upload at the end of a run: about twenty seconds."""
 
 
 class JSONLWriter:
     """Writes `logs/metrics.jsonl` under a local run folder; under a remote one, which cannot append,
-    `logs/metrics-STEP.jsonl` objects named by the step of their first record.
+    `logs/metrics-START-STEP.jsonl` objects: when this writer began, in milliseconds, and the step of the
+    first record. A restart from the same step must not write over what the start before it recorded.
 
     A remote folder that does not answer keeps nobody from training: records wait in memory.
     """
@@ -40,6 +41,7 @@ class JSONLWriter:
             self._file = Path(local_path(self._folder)) / "metrics.jsonl"
             self._file.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_line(self._file)
+        self._begun = time.time_ns() // 1_000_000
         self._lines: list[str] = []
         self._sent = time.monotonic()
         # A thread, because storage that hangs must not hang the step.
@@ -81,7 +83,7 @@ class JSONLWriter:
 
     def _send(self, lines: list[str], tries: int) -> int:
         """How many lines lie in an object that is left as it is from now on."""
-        url = join(self._folder, f"metrics-{json.loads(lines[0])['step']:08d}.jsonl")
+        url = join(self._folder, f"metrics-{self._begun:013d}-{json.loads(lines[0])['step']:08d}.jsonl")
         text = "\n".join(lines) + "\n"
         try:
             write_bytes(url, text.encode(), tries=tries)
@@ -114,5 +116,5 @@ def read_records(run_dir: str, most_bytes: int | None = None) -> list[dict[str, 
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             found.append(record)
-    # Remote objects are named by steps, and a run that went back writes lower ones later.
+    # Earlier versions named remote objects by steps alone, and a run that went back wrote lower ones later.
     return found if is_local(run_dir) else sorted(found, key=lambda record: record.get("time", 0))

@@ -78,13 +78,20 @@ def test_remote_jsonl_is_sent_every_minute_and_in_segments(monkeypatch: pytest.M
     assert stored() == {}
     writer.write({"step": 3})
     writer._sending.result()
-    assert stored() == {"metrics-00000001.jsonl": [1, 2, 3]}
+    begun = writer._begun
+    assert stored() == {f"metrics-{begun}-00000001.jsonl": [1, 2, 3]}
     writer.write({"step": 4})  # over 40 bytes: the next record begins an object of its own
     writer._sending.result()
     monkeypatch.setattr(jsonl, "SEND_EVERY_S", 60.0)
     writer.write({"step": 5})
     writer.close()
-    assert stored() == {"metrics-00000001.jsonl": [1, 2, 3, 4], "metrics-00000005.jsonl": [5]}
+    first = {f"metrics-{begun}-00000001.jsonl": [1, 2, 3, 4], f"metrics-{begun}-00000005.jsonl": [5]}
+    assert stored() == first
+    time.sleep(0.002)
+    again = JSONLWriter(run)  # a start from the same step keeps what the one before it recorded
+    again.write({"step": 5})
+    again.close()
+    assert stored() == {**first, f"metrics-{again._begun}-00000005.jsonl": [5]}
     filesystem.rm("memory://jsonl-test", recursive=True)
 
 
