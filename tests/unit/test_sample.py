@@ -336,6 +336,8 @@ def test_mistakes_are_told_before_the_weights_are_read(
         (plain, ["--prompts-file", str(tmp_path)], "is a folder"),
         (plain, ["--prompts-file", str(tmp_path / "file")], "holds no prompt"),
         (plain, ["--prompts-file", ""], "folder"),
+        (plain, ["--out", ""], "--out is empty"),
+        (plain, ["--count", "2", "--out", " "], "--out is empty"),
         (plain, ["--weights", "power_0.1"], "holds weights alone, not 'power_0.1'"),
         (plain, ["--checkpoint", "5"], "holds weights of no known step, not step 5"),
         (plain, ["--out", str(tmp_path / "file")], "file"),

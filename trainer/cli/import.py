@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from trainer.config.io import load_config
+from trainer.config.run import ConfigError
 from trainer.interop.convert import import_weights
 
 EXAMPLE = "example: ldm import v2-1_512-ema-pruned.safetensors sd21 --config configs/sd/sd2_base_512.yaml"
@@ -24,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and say what became of every tensor."""
-    config = load_config(args.config) if args.config else None
+    if not args.destination.strip():
+        raise ConfigError("FOLDER is empty (a variable that is not set?); name the folder to write.")
+    config = None if args.config is None else load_config(args.config)
     print(import_weights(args.source, args.destination, config).describe())
     return 0

@@ -241,6 +241,8 @@ def long_prompts(model: DiffusionModel, request: Request) -> list[str]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
+    if not args.out.strip():
+        raise ConfigError("--out is empty (a variable that is not set?); name a folder.")
     if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size} must be at least 1.")
     if not 0 <= args.first_index < 1 << 62:

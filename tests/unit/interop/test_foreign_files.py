@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.storage.files import write_bytes
+from trainer.__main__ import main
 from trainer.checkpoint.export import open_weights
 from trainer.cli import evaluate
 from trainer.config.models import FirstStageConfig, UNetConfig
@@ -482,3 +483,15 @@ def test_a_file_of_which_nothing_is_taken_is_refused(tmp_path: Path) -> None:
         "first_stage_model.model_ema.decay": torch.zeros(1),
     }
     assert "nothing was taken" in refused(save(tmp_path / "x.safetensors", others), tmp_path / "there")
+
+
+def test_a_folder_or_configuration_from_a_variable_that_is_not_set(
+    stage: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(tmp_path / "x.safetensors", stage)
+    for arguments, sentence in (
+        (["", "--config", "c.yaml"], "FOLDER is empty"),
+        (["there", "--config", ""], "cannot read"),
+    ):
+        assert main(["import", source, *arguments]) == 2
+        assert sentence in capsys.readouterr().err
