@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(verb.run(arguments))
     except (Failure, OSError, KeyboardInterrupt) as error:
-        code = classify(error)
+        from trainer.launch.rank import is_restart  # not at the top: most commands end well, and sooner
+
+        code = classify(error, restarted=is_restart())
         if isinstance(error, Failure):
             print(f"ldm: {error}", file=sys.stderr)
         elif isinstance(error, OSError):

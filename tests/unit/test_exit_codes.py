@@ -18,6 +18,7 @@ from data_pipeline.errors import (
     WorkerDied,
     consequence_of,
 )
+from trainer.__main__ import main
 from trainer.config.run import ConfigError
 from trainer.exit_codes import ExitCode, classify, combine, normalize, should_restart
 
@@ -117,3 +118,18 @@ def test_a_failure_keeps_its_consequence_in_another_process(failure: Failure) ->
 
 def test_unknown_status_is_a_retryable_fault() -> None:
     assert normalize(99) is ExitCode.RETRYABLE
+
+
+@pytest.mark.parametrize(("variable", "code"), [(None, 2), ("SLURM_RESTART_COUNT", 76), ("LDM_RESTARTS", 76)])
+def test_a_command_that_is_started_again_does_not_blame_its_urls_for_an_outage(
+    variable: str | None, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluator that SLURM requeues, say: 2 would end it for good."""
+    keys = {"AWS_ACCESS_KEY_ID": "a" * 20, "AWS_SECRET_ACCESS_KEY": "b" * 40}
+    for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_REGION": "us-east-1", **keys}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("SLURM_RESTART_COUNT", "LDM_RESTARTS", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "1")
+    assert main(["checkpoint", "list", "s3://bucket/run"]) == code

@@ -1,4 +1,4 @@
-"""What an evaluator has found out: its own JSONL, a line per measured checkpoint, and which are the best.
+"""What an evaluator has found out: its JSONL, a line per measured checkpoint; which are the best; and W&B.
 
 The file is rewritten whole with each line (a few hundred bytes each), which is atomic on disk and on S3: so
 a kill leaves it as it was, a line is never there twice, and storage that cannot append is no other case.
@@ -7,15 +7,21 @@ Where a run was rewound, a step may have two lines; the later one counts.
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
+
+from PIL import Image
 
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import read_text, write_bytes
 from data_pipeline.storage.urls import join
-from trainer.config.run import ConfigError
+from trainer.config.io import config_to_dict
+from trainer.config.run import Config, ConfigError
+from trainer.metrics.wandb_sink import WandbSink
 
 FOLDER = "evaluation"
 """Of an evaluator, in that of the run, unless another is named."""
@@ -23,6 +29,8 @@ NAME = "metrics.jsonl"
 PREFIX = "eval/"
 """Of figures, as W&B groups them."""
 _HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "clip_score")
+_RUNS_OWN = "WANDB_RUN_ID"
+"""Where a launcher says the id of the run: two processes must not write to one."""
 
 
 class Findings:
@@ -106,3 +114,39 @@ class Findings:
 def higher_is_better(metric: str) -> bool:
     """Of a figure by name; features other than Inception's are named behind it."""
     return any(metric == name or metric.startswith(f"{name}_") for name in _HIGHER_IS_BETTER)
+
+
+class Teller:
+    """Figures and grids against samples_seen, as the run logs its own; nothing where the run has no W&B."""
+
+    def __init__(self, config: Config, out: str, group: str | None, name: str) -> None:
+        """Begin to tell.
+
+        Args:
+            config: of the run; its `logging` says whether and where to.
+            out: folder of the evaluator.
+            group: id of the run, by which W&B shows the two together.
+            name: of the evaluator, the same after a restart.
+        """
+        self._sink: WandbSink | None = None
+        if config.logging.wandb == "disabled":
+            return
+        os.environ.pop(_RUNS_OWN, None)
+        run_id = f"{group}-{name}" if group else None
+        resolved = config_to_dict(config) | {"evaluator": out}
+        self._sink = WandbSink(config.logging, out, resolved, run_id, group)
+
+    def tell(self, samples_seen: int, record: Mapping[str, Any], sheet: bytes | None) -> None:
+        """The figures of a checkpoint, and a PNG of its first pictures."""
+        if self._sink is None:
+            return
+        self._sink.log(samples_seen, dict(record))
+        if sheet is not None:
+            with Image.open(io.BytesIO(sheet)) as picture:
+                picture.load()
+                self._sink.image(samples_seen, "eval/samples", picture)
+
+    def close(self) -> None:
+        """Finish without waiting for a network that is not there."""
+        if self._sink is not None:
+            self._sink.close()

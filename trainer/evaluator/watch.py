@@ -37,9 +37,8 @@ from trainer.checkpoint.marks import mark
 from trainer.config.io import config_from_dict
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
-from trainer.evaluator.findings import PREFIX, Findings
+from trainer.evaluator.findings import PREFIX, Findings, Teller
 from trainer.evaluator.lookout import Lookout, Rule, Sighting
-from trainer.evaluator.telling import Teller
 from trainer.reliability.lease import Lease, acquire
 
 logger = logging.getLogger(__name__)
