@@ -177,6 +177,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         (text, ["--prompts-from", str(tmp_path / "empty.txt")], "no caption"),
         (text, ["--prompts-from", str(tmp_path / "torn.jsonl")], "line 2"),
         (classes, ["--count", "0"], "--count 0"),
+        (text, ["--prompts-from", ""], "--prompts-from is empty"),
         (classes, ["--count", "2", "--per-prompt", "2"], "--per-prompt"),
         (classes, ["--count", "2", "--class-label", "0", "--class-label", "7"], "--class-label 7"),
         (classes, ["--count", "2", "--tars", "0"], "--tars 0"),

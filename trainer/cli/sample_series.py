@@ -205,6 +205,8 @@ def check(args: argparse.Namespace) -> None:
             "--per-prompt is for small sets; --count says how many pictures there are, for which prompts are "
             "taken in turn."
         )
+    if args.prompts_from is not None and not args.prompts_from.strip():
+        raise ConfigError("--prompts-from is empty (a variable that is not set?); name a file or shards.")
     if not 1 <= args.quality <= 100:
         raise ConfigError(f"--quality {args.quality} must lie in 1 .. 100.")
     if args.tars is not None and not 1 <= args.tars <= MAX_COUNT:

@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Watch until the last step of the run is measured."""
+    for place, what in ((args.source, "RUN"), (args.out, "--out")):
+        if place is not None and not place.strip():
+            raise ConfigError(f"{what} is empty (a variable that is not set?); name a folder.")
     out = args.out or join(args.source, FOLDER)
     args.out, args.save_reference = None, None
     check(args)

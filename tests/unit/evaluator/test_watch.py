@@ -250,6 +250,7 @@ def test_mistakes_are_one_sentence(
     make_run().commit(100)
     for words, said in (
         (["--every", "0"], "--every 0"),
+        (["--out", " "], "--out is empty"),
         (["--best", "-1"], "--best -1"),
         (["--poll-s", "0"], "--poll-s 0"),
         (["--sample", "--steps 3"], "--count"),
