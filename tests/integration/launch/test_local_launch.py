@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +28,6 @@ UNEXAMINED = Config(distributed=DistributedConfig(doctor=False))
 PREAMBLE = """
 import json, os, signal, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 rank = int(os.environ["RANK"])
 here = Path(os.environ["SCRIPT_DIR"])
 attempt = int(os.environ["LDM_RESTARTS"])
@@ -262,7 +260,6 @@ def test_the_log_of_a_failed_rank_is_shown(ranks: Ranks, caplog: pytest.LogCaptu
 ORPHANS = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from trainer.launch.local import supervise
 folder = Path(sys.argv[1])
 supervise(
@@ -273,9 +270,8 @@ supervise(
 CHILD = """
 import os, time
 from pathlib import Path
-from types import SimpleNamespace
-from trainer.launch.rank import _die_with_launcher
-_die_with_launcher()
+from trainer.launch.rank import die_with_launcher
+die_with_launcher()
 Path(os.environ["SCRIPT_DIR"], "pid_" + os.environ["RANK"]).write_text(str(os.getpid()))
 time.sleep(60)
 """

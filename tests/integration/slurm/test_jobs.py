@@ -181,7 +181,7 @@ def test_a_node_that_fails_twice_is_excluded(slurm: Any, bucket: Any, tmp_path: 
     settings = [f"run_dir={run.url}", "steps=2", "distributed.doctor=true"]
     job = Job(slurm, tmp_path, str(SCRIPT), str(bucket.config), *settings, LDM_NODE_CHECK=str(check))
     job.finish()
-    assert "checks passed" in job.rank_log(3)
+    assert "done: 2 steps" in job.rank_log(3)  # the doctor was there before the first attempt alone
     assert [attempt["blamed"] for attempt in job.attempts] == [["n1"], ["n1"], []]
     assert job.attempts[-1]["nodes"] == "n[2-3]"
     assert slurm.field(job.number, "ExcNodeList") == "n1"

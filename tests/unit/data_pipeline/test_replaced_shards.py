@@ -225,7 +225,7 @@ def test_many_are_told_as_many(
         assert len(set(captions(loader, 30))) == 30
     told = [r.getMessage() for r in caplog.records if "stored again" in r.getMessage()]
     assert len(told) == 20
-    assert told[-1].endswith("(further ones are not told)")
+    assert sum(line.endswith("(further ones are not told)") for line in told) == 1  # read by several threads
 
 
 def test_a_shard_that_became_shorter_is_not_read_beyond_its_end(place: Place, tmp_path: Path) -> None:
