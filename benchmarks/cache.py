@@ -54,6 +54,8 @@ class Pass:
     losses: list[float]
     step_s: list[float]
     counts: Counter[str]
+    cpu_s: float
+    """Of the training process, its writer and the loader's process; a busy machine hardly changes it."""
     close_s: float
     """Until the last part was committed."""
 
@@ -63,7 +65,10 @@ def configuration(args: argparse.Namespace, weights: str, *settings: str) -> Con
         None,
         [
             *("data.shards=s3://shards/*.tar", f"data.image_size={args.edge}", "data.workers=1"),
-            "data.lanes=1",  # reads ahead reach beyond the pass by 64 samples of each lane
+            *(
+                "data.lanes=1",
+                "data.shuffle_window=16",
+            ),  # reads ahead reach beyond the pass by 64 samples of each lane
             f"first_stage={{{FIRST_STAGE.format(width=args.width)}, weights: {weights}}}",
             f"unet={{model_channels: {args.width}, channel_multipliers: [1, 2, 4], num_res_blocks: 2, "
             "attention_factors: [4, 2], head_dim: 16, num_groups: 8, attention: plain}",
@@ -93,6 +98,7 @@ def one_pass(config: Config, steps: int) -> Pass:
     stage, once = make_stage(config)
     moments = Moments(0, once.cache) if once is not None else None
     losses, seconds = [], []
+    cpu = cpu_seconds()
     with closing(build_loader(config.data, seed=0, global_batch_size=BATCH, moments=moments)) as batches:
         batch = next(batches)
         for step in range(steps):
@@ -105,8 +111,14 @@ def one_pass(config: Config, steps: int) -> Pass:
     began = time.perf_counter()
     if once is not None:
         once.close()
-        counts += once.counts
-    return Pass(losses, seconds, counts, time.perf_counter() - began)
+        counts += Counter({f"written_{name}": count for name, count in once.counts.items()})
+    return Pass(losses, seconds, counts, cpu_seconds() - cpu, time.perf_counter() - began)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it started and saw end."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def operations(config: Config) -> dict[str, float]:
@@ -129,7 +141,7 @@ def per_sample(found: Pass, samples: int) -> dict[str, float]:
     """Counts divided by the samples of a pass."""
     names = (
         *("requests", "bytes", "cache_requests", "cache_bytes", "cache_found", "cache_missed"),
-        "written",
+        *("written_written", "written_bytes"),
     )
     return {name: round(found.counts[name] / samples, 3) for name in names}
 
@@ -162,21 +174,25 @@ def main() -> None:
         passes: dict[str, list[Pass]] = {"live": [], "filling": [], "full": []}
         for repeat in range(args.repeats):
             cache = (f"first_stage.cache=s3://cache/{repeat}", "first_stage.cache_dtype=fp32")
-            for name, made in passes.items():
+            turns = ("live", "filling", "full") if repeat % 2 == 0 else ("filling", "full", "live")
+            for name in turns:
+                made = passes[name]
                 config = configuration(args, weights, *(() if name == "live" else cache))
                 made.append(one_pass(config, steps))
                 sys.stderr.write(f"{name} {repeat}: {statistics.median(made[-1].step_s):.3f} s a step\n")
             if not passes["live"][-1].losses == passes["filling"][-1].losses == passes["full"][-1].losses:
                 raise SystemExit("the losses differ")
-        live = [sum(each.step_s) for each in passes["live"]]
         result = {
             "settings": vars(args),
             **operations(configuration(args, weights)),
             "per_sample": {name: per_sample(made[-1], args.samples) for name, made in passes.items()},
+            "cpu_seconds": {name: [round(p.cpu_s, 2) for p in made] for name, made in passes.items()},
             "seconds": {name: [round(sum(p.step_s), 2) for p in made] for name, made in passes.items()},
-            "times_live": {
+            "cpu_times_live": {
                 name: round(
-                    statistics.median(sum(p.step_s) / own for p, own in zip(made, live, strict=True)), 3
+                    statistics.median(p.cpu_s for p in made)
+                    / statistics.median(p.cpu_s for p in passes["live"]),
+                    3,
                 )
                 for name, made in passes.items()
             },

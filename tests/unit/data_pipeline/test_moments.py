@@ -33,6 +33,8 @@ from data_pipeline.moments.parts import commit_part
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.pictures.crops import RESAMPLING, crop_pixels, plan_crop
 from data_pipeline.pictures.decoding import Picture
+from data_pipeline.scenes.scene import SceneOptions
+from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 
 BATCH, EDGE, FACTOR = 12, 16, 4
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
@@ -191,6 +193,42 @@ def test_pictures_that_are_cached_are_neither_read_nor_decoded(tmp_path: Path, w
     assert (
         full["bytes"] - full["written"] <= index + 24
     )  # and a byte now and then, to see whether it is the same
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_boxes_maps_and_sizes_follow_the_crop_that_was_encoded(tmp_path: Path, buckets: bool) -> None:
+    """Every field of a batch, with random crops of pictures of many shapes, in buckets and without."""
+    scene = SceneOptions(min_objects=1, max_objects=2, min_edge=24, max_edge=60)
+    options = SynthesisOptions(samples=96, failed_share=0.0, maps=True, scene=scene)
+    list(synthesize(str(tmp_path / "shards"), options))
+    changes = {"conditions": ("class_label", "layout", "semantic_map", "depth"), "require_caption": False}
+    drawn = {"crop": "random", "horizontal_flip": True, "buckets": buckets, "bucket_step": 4}
+    config = config_for(tmp_path / "shards", **changes, **drawn, lanes=1, allow_enlarging=True)
+    cache = cache_at(tmp_path / "cache")
+    seen: list[list[dict[str, Any]]] = []
+    for moments in (Moments(2), Moments(2, cache), Moments(2, cache)):
+        writer = MomentsWriter(cache) if moments.cache else None
+        loader = build_loader(config, seed=3, global_batch_size=BATCH, moments=moments)
+        steps = []
+        for _ in range(6):
+            batch = next(loader)
+            values = values_of(batch, writer)
+            steps.append({**batch.conditions, "values": values, "keys": batch.keys, "texts": batch.captions})
+        counts = loader.counts
+        loader.close()
+        if writer is not None:
+            writer.close()
+        seen.append(steps)
+    assert counts["cache_missed"] == 0
+    assert len({step["values"].shape for step in seen[0]}) > (1 if buckets else 0)
+    for name, value in ((name, value) for step in seen[0] for name, value in step.items()):
+        assert isinstance(value, tuple) or value.numel(), name
+    for others in seen[1:]:
+        for step, other in zip(seen[0], others, strict=True):
+            assert step.keys() == other.keys()
+            for name, value in step.items():
+                same_value = value == other[name] if isinstance(value, tuple) else value.equal(other[name])
+                assert same_value, name
 
 
 def test_members_that_were_not_kept_come_from_the_shard(tmp_path: Path, write_shards) -> None:

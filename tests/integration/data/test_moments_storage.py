@@ -1,0 +1,72 @@
+"""The cache of moments on a real S3 server that misbehaves, and filled by a process that is killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.scenes.scene import SceneOptions
+from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.storage.local_s3 import LocalS3
+from tests.integration.data.fault_proxy import FaultProxy
+from tests.integration.data.moments_filler import cache_at, config_for, same, train
+
+SAMPLES = 192
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Buckets of the server: shards, and an empty one for the cache."""
+    root = tmp_path_factory.mktemp("buckets")
+    options = SynthesisOptions(
+        SAMPLES, failed_share=0.0, samples_per_shard=64, scene=SceneOptions(1, 1, 40, 56)
+    )
+    list(synthesize(str(root / "scenes"), options))
+    (root / "kept").mkdir()
+    return root
+
+
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The S3 server behind its proxy; the environment points to the proxy."""
+    with LocalS3(folder) as s3, FaultProxy(s3.port) as proxy:
+        for name, value in proxy.environment(s3.env).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+def test_faults_of_storage_change_nothing(folder: Path, server: FaultProxy) -> None:
+    """Filling and reading through resets, short and stalled bodies and 503s, with processes and without."""
+    off, _ = train(config_for(str(folder / "scenes" / "*.tar")), None)
+    server.faults = {"short": 0.03, "storm": 0.05, "reset": 0.03}
+    filling, counts = train(config_for("s3://scenes/*.tar", workers=2), cache_at("s3://kept/a"))
+    assert same(filling, off)
+    assert counts["written"] > 0
+    full, counts = train(config_for("s3://scenes/*.tar"), cache_at("s3://kept/a"))
+    assert same(full, off)
+    assert counts["cache_found"] > 0
+    assert sum(server.counts[fault] for fault in server.faults) > 5
+
+
+def test_a_process_that_is_killed_leaves_whole_parts(folder: Path, tmp_path: Path) -> None:
+    config, cache = config_for(str(folder / "scenes" / "*.tar")), cache_at(str(tmp_path / "cache"))
+    off, _ = train(config, None)
+    script = [sys.executable, str(Path(__file__).with_name("moments_filler.py")), config.shards, cache.folder]
+    filler = subprocess.Popen(script, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    deadline = time.monotonic() + 90
+    while len(list(Path(cache.folder).glob("shards/*/*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    filler.kill()
+    filler.wait()
+    again, counts = train(config, cache)
+    assert same(again, off)
+    assert counts["cache_found"] > 0
+    full, counts = train(config, cache)
+    assert same(full, off)
+    assert (counts["cache_missed"], counts["cache_damaged"]) == (0, 0)
