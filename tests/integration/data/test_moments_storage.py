@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.moments.parts import taken_bytes
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.tools.purge import purge
 from tests.integration.data.fault_proxy import FaultProxy
 from tests.integration.data.moments_filler import cache_at, config_for, same, train
 
@@ -52,6 +54,21 @@ def test_faults_of_storage_change_nothing(folder: Path, server: FaultProxy) -> N
     assert same(full, off)
     assert counts["cache_found"] > 0
     assert sum(server.counts[fault] for fault in server.faults) > 5
+
+
+def test_purging_and_measuring_on_s3(folder: Path, server: FaultProxy, tmp_path: Path) -> None:
+    """What is removed is encoded again by a run that has no list, and nothing else is."""
+    config, cache = config_for("s3://scenes/*.tar"), cache_at("s3://kept/b/stage")
+    first, _ = train(config, cache)
+    held = sum(part.stat().st_size for part in (folder / "kept" / "b").rglob("*.tar"))
+    assert taken_bytes("s3://kept/b") == held > 0
+    (tmp_path / "list.txt").write_text("\n".join(first[0][0][:3]))
+    server.faults = {"storm": 0.05, "reset": 0.03}
+    found = purge("s3://kept/b", [str(tmp_path / "list.txt")])
+    assert (found.entries, found.removed, found.unknown, found.unfinished) == (SAMPLES, 3, 0, 0)
+    again, counts = train(config, cache)
+    assert same(again, first)
+    assert counts["cache_missed"] == counts["written"] == 3
 
 
 def test_a_process_that_is_killed_leaves_whole_parts(folder: Path, tmp_path: Path) -> None:
