@@ -21,6 +21,7 @@ ever: filters, captions, conditions and draws do not know where the bytes came f
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -41,6 +42,8 @@ from data_pipeline.shards.view import ShardView
 from data_pipeline.storage.editions import Edition
 from data_pipeline.storage.ranges import RangeReader
 from data_pipeline.storage.retry import ShortBody, is_transient
+
+logger = logging.getLogger(__name__)
 
 _ENTRY = "moments"
 _MEMBER_BYTES = 16_384
@@ -92,6 +95,7 @@ class MomentsReads:
         self._asked: dict[int, tuple[float, Edition]] = {}
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._told = False
 
     @property
     def counts(self) -> Counter[str]:
@@ -214,7 +218,17 @@ class MomentsReads:
             edition = self._reads.editions.expected(shard)
         except Replaced:
             return None
-        return edition if edition.version not in ("", "None") else None
+        if edition.version not in ("", "None"):
+            return edition
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "the storage of %s tells neither an ETag nor when it was changed, so nothing would show that "
+                "its pictures are others by now: they are encoded at every visit, and not kept in %s",
+                self._task.dataset.urls[shard],
+                self._cache.folder,
+            )
+        return None
 
     def _asked_again(self, shard: int, edition: Edition) -> Edition | None:
         """The edition that the shard has by now, asked for once a minute: nothing else may read it."""

@@ -107,6 +107,11 @@ class FirstStage(nn.Module, ABC):
             pixels = (pixels + 1) / 2
         return self.encode(pixels)
 
+    @property
+    def moments_channels(self) -> int:
+        """Channels of `moments`: mean and log variance of a Gaussian posterior, else z."""
+        return self.config.channels * (2 if self.gaussian else 1)
+
     def latents_of(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         """Normalised latents drawn from `moments`, float32 [B, z, h, w]; noise None gives the mode."""
         return self.normalise(self.sample(moments, noise))

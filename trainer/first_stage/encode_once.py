@@ -88,7 +88,7 @@ def moments_cache(config: FirstStageConfig, first_stage: FirstStage) -> MomentsC
         folder=join(config.cache, stage[:20]),
         stage=stage,
         dtype=config.cache_dtype,
-        channels=config.latent_channels * (2 if first_stage.gaussian else 1),
+        channels=first_stage.moments_channels,
         downsampling=config.downsampling,
     )
 

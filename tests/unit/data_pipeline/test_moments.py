@@ -35,6 +35,7 @@ from data_pipeline.pictures.crops import RESAMPLING, crop_pixels, plan_crop
 from data_pipeline.pictures.decoding import Picture
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.purge import purge
 
 BATCH, EDGE, FACTOR = 12, 16, 4
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
@@ -330,6 +331,34 @@ def test_an_opted_out_sample_is_not_served(tmp_path: Path, write_shards) -> None
     second, _, counts = train(replace(config, removal_lists=(str(tmp_path / "removed.txt"),)), 6, moments)
     assert not set(gone) & set(itertools.chain.from_iterable(step[0] for step in second))
     assert counts["removed: removed.txt"] > 0
+
+
+def test_purging_reaches_what_the_loader_stored(tmp_path: Path, write_shards) -> None:
+    """By the URL of a sample, which the cache knows by its hash alone, and by the key as `trace` has it."""
+    write_shards(tmp_path / "shards", [24])
+    config, moments = config_for(tmp_path / "shards"), Moments(0, cache_at(tmp_path / "cache" / "stage"))
+    served, _, _ = train(config, 2, moments)
+    by_url, by_key = served[0][0][0].split("/")[1], served[1][0][5]
+    (tmp_path / "removed.txt").write_text(f"http://x.invalid/{by_url}\n{by_key}\n")
+    assert purge(str(tmp_path / "cache"), [str(tmp_path / "removed.txt")]).removed == 2
+    again, _, counts = train(config, 2, moments)
+    assert same(again, served)
+    assert counts["cache_missed"] == 2
+
+
+def test_shards_that_tell_no_edition_are_not_kept(tmp_path: Path, write_shards, caplog) -> None:
+    """Nothing would show that such a shard was replaced; that they are not kept is said once."""
+    write_shards(tmp_path / "shards", [24, 24])
+    config, cache = config_for(tmp_path / "shards"), cache_at(tmp_path / "cache")
+    dataset = replace(open_dataset(config), versions=("None", "None"))
+    writer = MomentsWriter(cache)
+    loader = build_loader(config, seed=3, global_batch_size=BATCH, moments=Moments(0, cache), dataset=dataset)
+    for _ in range(4):
+        values_of(next(loader), writer)
+    loader.close()
+    writer.close()
+    assert writer.counts["written"] == 0
+    assert caplog.text.count("neither an ETag nor when it was changed") == 1
 
 
 def test_parts_are_ordinary_tars_of_safetensors(tmp_path: Path, write_shards) -> None:
