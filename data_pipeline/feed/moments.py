@@ -131,13 +131,19 @@ class MomentsReads:
 
     def start(self, planned: Mapping[int, Planned], due: float) -> None:
         """Begin to read what was found, by slot of the plan."""
-        wanted: dict[str, list[Extent]] = {}
+        wanted: dict[tuple[str, int], list[Extent]] = {}
         for slot, each in planned.items():
             if each.place is not None:
                 extent = Extent(each.place.offset, each.place.offset + each.place.size, slot, _ENTRY)
-                wanted.setdefault(part_url(self._cache.folder, each.place.part), []).append(extent)
-        for (slot, _), future in self._reads.start_from(wanted, due, self._parts.read).items():
+                part = part_url(self._cache.folder, each.place.part), each.place.part_size
+                wanted.setdefault(part, []).append(extent)
+        for (slot, _), future in self._reads.start_from(wanted, due, self._read_part).items():
             planned[slot].future = future
+
+    def _read_part(self, part: tuple[str, int], start: int, stop: int) -> bytes:
+        """A range of a part, which has a certain size: one that is cut short is not asked again and again."""
+        url, size = part
+        return self._parts.read(url, start, stop, expected=Edition(size, "None"))
 
     def take(self, planned: Planned, slot: int) -> Reused | None:
         """The moments of a visit, once they are there and right; None: the picture is to be encoded.
@@ -149,6 +155,9 @@ class MomentsReads:
             return None
         try:
             data = planned.future.result().pop((slot, _ENTRY))
+        except Replaced as error:
+            self._damaged(planned.place, str(error)[:200])
+            return None
         except ReadFailed as error:
             cause = error.__cause__
             if cause is None or (is_transient(cause) and not isinstance(cause, ShortBody)):

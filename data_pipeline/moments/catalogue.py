@@ -51,6 +51,8 @@ class Place:
     check: int
     members: frozenset[str] = frozenset()
     """Extensions of what it holds beside the moments."""
+    part_size: int = -1
+    """Bytes of the whole part."""
 
 
 @dataclass
@@ -62,6 +64,8 @@ class _Known:
     names: dict[str, int] = field(default_factory=dict)
     """Tables that were read, and the position of each's part in `parts`; -1: damaged."""
     parts: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of each part."""
     rows: NDArray[Any] = field(default_factory=lambda: np.zeros(0, _ROWS))
     extensions: list[str] = field(default_factory=list)
     """Extensions that occur, by the bit of "members" that stands for each."""
@@ -70,8 +74,8 @@ class _Known:
         """Where the entry of a row lies."""
         bits = int(row["members"])
         held = frozenset(name for i, name in enumerate(self.extensions) if bits >> i & 1)
-        part = self.parts[int(row["part"])]
-        return Place(shard, part, int(row["offset"]), int(row["size"]), int(row["check"]), held)
+        part, size = self.parts[int(row["part"])], self.sizes[int(row["part"])]
+        return Place(shard, part, int(row["offset"]), int(row["size"]), int(row["check"]), held, size)
 
     def bits(self, members: Sequence[str]) -> int:
         """The extensions as bits."""
@@ -165,6 +169,7 @@ class Catalogue:
                 known.names[name] = -1 if table is None else len(known.parts)
                 if table is not None:
                     known.parts.append(table.part)
+                    known.sizes.append(table.size)
             known.rows = _merged(shard, known, dict(zip(new, found, strict=True)), tables)
 
 
