@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import ray
@@ -48,6 +48,8 @@ from trainer.launch.ray_worker import ROUND_S, Facts, Follower, started_rank
 from trainer.reliability.job import JOB_VARIABLE
 
 logger = logging.getLogger(__name__)
+
+_POINTER = "pointer.json"
 
 _REPORT_S = 10.0
 _SILENCE_S = 15.0
@@ -216,29 +218,29 @@ class _Group:
         if self._rank or "checkpoint" not in facts:
             ray.train.report(facts)
             return
+        storage = ray.train.get_context().get_storage()
+        experiment = storage.experiment_fs_path  # below run_dir/ray; Ray takes checkpoints in it alone
+
+        def upload(made: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+            url = join(self._run_dir, "ray", PurePath(experiment).name, name, _POINTER)
+            store_pointer(Path(made.path) / _POINTER, url)
+            return ray.train.Checkpoint(f"{experiment}/{name}", filesystem=storage.storage_filesystem)
+
         with tempfile.TemporaryDirectory() as folder:
             pointer = {"step": facts["checkpoint_step"], "url": facts["checkpoint"]}
-            (Path(folder) / "pointer.json").write_text(json.dumps(pointer), encoding="utf-8")
-            ray.train.report(
-                facts,
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_upload_fn=lambda made, name: store_pointer(made, self._run_dir, name),
-            )
+            (Path(folder) / _POINTER).write_text(json.dumps(pointer), encoding="utf-8")
+            made = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(facts, checkpoint=made, checkpoint_upload_fn=upload)
 
 
-def store_pointer(made: ray.train.Checkpoint, run_dir: str, name: str) -> ray.train.Checkpoint:
-    """What Ray shows for a checkpoint, below run_dir/ray. It is for people: where storage does not take it,
-    the log says so, while Ray's own copy would raise, and all ranks start anew.
+def store_pointer(pointer: Path, url: str) -> None:
+    """What Ray shows for a checkpoint. It is for people: where storage does not take it, the log says so,
+    while Ray's own copy would raise, and all ranks start anew.
     """
-    url = join(run_dir, "ray", "pointers", name)
     try:
-        write_bytes(
-            join(url, "pointer.json"), (Path(made.path) / "pointer.json").read_bytes(), tries=QUICK_TRIES
-        )
+        write_bytes(url, pointer.read_bytes(), tries=QUICK_TRIES)
     except Failure as error:
         logger.warning("Ray's dashboard does not get its pointer to a checkpoint: %s", error)
-    storage, path = filesystem(url)
-    return ray.train.Checkpoint(path, filesystem=_arrow(storage))
 
 
 class _Reporter:
