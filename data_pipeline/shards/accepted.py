@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, Failure, NotFound
 from data_pipeline.order.buckets import ASPECTS, aspect_of
-from data_pipeline.shards.index import VERSION, ManifestRow, decode_index
+from data_pipeline.shards.index import VERSION
+from data_pipeline.shards.manifest import ManifestRow, decode_listed
 from data_pipeline.shards.selection import make_selection, target_shapes
 from data_pipeline.storage.files import read_bytes, write_bytes
 from data_pipeline.storage.urls import join, parent
@@ -140,9 +141,7 @@ def _count_some(config: DataConfig, wanted: Sequence[tuple[str, str]]) -> Accept
     reasons: Counter[str] = Counter()
     for url, checksum in wanted:
         data = read_bytes(url, timeout_s=config.request_timeout_s, tries=config.max_retries)
-        if hashlib.sha256(data).hexdigest() != checksum:
-            raise DataError(f"The index {url} does not match its manifest; run `ldm data index` again.")
-        index = decode_index(data, url)
+        index = decode_listed(data, url, checksum)
         index.choose_picture(selection.picture)
         codes, names = selection.reasons(index)
         counts.append(np.bincount(aspect_of(*index.picture_sizes())[codes < 0], minlength=ASPECTS))

@@ -35,11 +35,9 @@ from data_pipeline.shards.beside import KEY, parquet_of, read_table, rows_by_key
 from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Grouping, Sample, group, split_name
 from data_pipeline.shards.identities import hash_identity, identity_text, is_identity
-from data_pipeline.shards.index import (
-    ABSENT,
-    DEFECTS,
+from data_pipeline.shards.index import ABSENT, DEFECTS, ShardIndex
+from data_pipeline.shards.manifest import (
     ManifestRow,
-    ShardIndex,
     bad_row,
     index_name,
     read_manifest,

@@ -20,7 +20,7 @@ from data_pipeline.shards.build_index import build_index, is_current
 from data_pipeline.shards.filter_columns import check_captions, check_columns
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS
-from data_pipeline.shards.index import ManifestRow, bad_row, read_manifest
+from data_pipeline.shards.manifest import ManifestRow, bad_row, read_manifest
 from data_pipeline.shards.selection import picture_members, target_shapes
 from data_pipeline.storage.listing import ListedFile, list_files, spans
 from data_pipeline.storage.urls import (

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards.filters import Filter, written
-from data_pipeline.shards.index import ManifestRow
+from data_pipeline.shards.manifest import ManifestRow
 
 logger = logging.getLogger(__name__)
 

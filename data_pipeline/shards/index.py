@@ -1,4 +1,4 @@
-"""Per-shard index (keys, member offsets and sizes, filter columns) and the manifest of a shard set.
+"""Per-shard index: keys, member offsets and sizes, filter columns.
 
 A tar of two samples, the second without a caption, and what is kept of it:
 
@@ -19,16 +19,10 @@ The fields of the json (or parquet) become columns of n values, by what is in th
          |                |                   |                          |
       numbers          codes and words     hashes, omitted            omitted: a filter on it must read
       floats, NaN      few short texts     for removal lists          each json ("late" clauses)
-
-The manifest has one row per shard, with what is needed before any index is: how many samples (the order),
-their aspects (the buckets), and name and checksum of the index file. So a set of 200,000 shards is opened
-by reading one file, and the index of a shard is read when a lane comes to it.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import io
 import json
 import struct
@@ -43,12 +37,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError, NotFound
-from data_pipeline.order.buckets import aspect_histogram
+from data_pipeline.errors import DataError
 from data_pipeline.shards.filter_values import OTHER, as_column, spelled_number, to_numbers
 from data_pipeline.shards.tars import BLOCK
-from data_pipeline.storage.files import read_bytes, write_bytes
-from data_pipeline.storage.urls import join, name_of
 
 VERSION = 6
 COLUMN_KINDS = ("number", "text", "mixed", "unkept", "empty")
@@ -56,11 +47,9 @@ COLUMN_KINDS = ("number", "text", "mixed", "unkept", "empty")
 ABSENT = np.uint32(0xFFFFFFFF)
 DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
-MANIFEST = "manifest.jsonl.gz"
-_MAX_MEMBERS = 64
 ORIGINAL = ("original_height", "original_width")
 """Fields that tell the size of a picture before it was stored."""
-_DAMAGE = (
+DAMAGE = (
     *(ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, SyntaxError, RuntimeError),
     *(ArithmeticError, MemoryError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile),
 )
@@ -269,129 +258,11 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
                 problems=tuple(header["problems"]),
                 missing_rows=header["missing_rows"],
             )
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DataError(
             f"The index {where} is damaged or of another version ({error}); delete it and run "
             "`ldm data index` again."
         ) from error
-
-
-@dataclass(frozen=True)
-class ManifestRow:
-    """One indexed shard."""
-
-    shard: str
-    """URL of the tar."""
-    size: int
-    version: str
-    """ETag or modification time when it was indexed."""
-    samples: int
-    """Raw samples."""
-    bytes: int
-    """Bytes of all members."""
-    index: str
-    """Name of the index file in the index folder."""
-    checksum: str
-    """SHA-256 of the index file."""
-    problems: tuple[str, ...] = ()
-    missing_rows: int = 0
-    aspects: dict[str, int] = field(default_factory=dict)
-    """Pictures by aspect ratio, also those of samples with several."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Filter columns of the shard and their COLUMN_KINDS."""
-    members: tuple[str, ...] = ()
-    """Extensions that occur, the most frequent first."""
-    apart: int = 0
-    """Samples whose members lie apart."""
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether the shard is no tar; the only problem says why, and there is no index file."""
-        return not self.index
-
-
-def index_name(shard: str) -> str:
-    """File name of the index of a shard."""
-    digest = hashlib.sha256(shard.encode()).hexdigest()[:10]
-    return f"{name_of(shard).removesuffix('.tar')}-{digest}.npz"
-
-
-def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
-    """Manifest row of an index and its encoded form."""
-    frequent = sorted(index.extensions, key=lambda e: -int((index.extents(e)[0] >= 0).sum()))
-    sizes = np.concatenate([np.zeros((2, 0), np.uint32), *index.pictures.values()], axis=1)
-    heights, widths = sizes[:, (sizes > 0).all(axis=0)].astype(np.float64)
-    return ManifestRow(
-        shard=index.shard,
-        size=index.size,
-        version=index.version,
-        samples=len(index),
-        bytes=int(index.sizes.sum(dtype=np.int64)),
-        index=index_name(index.shard),
-        checksum=hashlib.sha256(encoded).hexdigest(),
-        problems=index.problems,
-        missing_rows=index.missing_rows,
-        aspects=aspect_histogram(heights, widths),
-        columns=index.column_kinds(),
-        members=tuple(frequent[:_MAX_MEMBERS]),
-        apart=index.apart,
-    )
-
-
-def bad_row(shard: str, size: int, version: str, why: str) -> ManifestRow:
-    """Manifest row of a shard that is no tar."""
-    return ManifestRow(shard, size, version, samples=0, bytes=0, index="", checksum="", problems=(why,))
-
-
-def read_manifest(folder: str) -> dict[str, ManifestRow]:
-    """Manifest rows by shard URL; empty when there is none of this version. Raises DataError when damaged."""
-    url = join(folder, MANIFEST)
-    try:
-        raw = read_bytes(url)
-    except NotFound:
-        return {}
-    try:
-        lines = gzip.decompress(raw).decode().splitlines()
-        head = json.loads(lines[0])
-        if head["format"] != VERSION:
-            return {}  # an older index is read anew
-        body = "\n".join(lines[1:])
-        if hashlib.sha256(body.encode()).hexdigest() != head["checksum"]:
-            raise ValueError("checksum")
-        # Rows name their set of columns by its place in the head: a million shards share a few objects.
-        sets = [{str(k): str(v) for k, v in c.items()} for c in head["columns"]]
-        members = [tuple(str(e) for e in extensions) for extensions in head["members"]]
-        rows = [json.loads(line) for line in lines[1:]]
-        for row in rows:
-            row["problems"] = tuple(row["problems"])
-            row["columns"] = sets[row["columns"]]
-            row["members"] = members[row["members"]]
-        return {row["shard"]: ManifestRow(**row) for row in rows}
-    except _DAMAGE as error:
-        raise DataError(
-            f"The manifest {url} is damaged or of another version ({error}); delete it and run "
-            "`ldm data index` again."
-        ) from error
-
-
-def write_manifest(folder: str, rows: dict[str, ManifestRow]) -> None:
-    """Write the manifest, with a checksum over its rows."""
-    sets: dict[tuple[tuple[str, str], ...], int] = {}
-    members: dict[tuple[str, ...], int] = {}
-    lines = []
-    for shard in sorted(rows):
-        changed = {
-            "problems": list(rows[shard].problems),
-            "columns": sets.setdefault(tuple(sorted(rows[shard].columns.items())), len(sets)),
-            "members": members.setdefault(rows[shard].members, len(members)),
-        }
-        lines.append(json.dumps({**vars(rows[shard]), **changed}))
-    body = "\n".join(lines)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    head = {"format": VERSION, "shards": len(rows), "checksum": digest}
-    head |= {"columns": [dict(s) for s in sets], "members": list(members)}
-    data = gzip.compress((json.dumps(head) + "\n" + body).encode(), mtime=0)
-    write_bytes(join(folder, MANIFEST), data)
 
 
 def _narrow(values: NDArray[np.float64]) -> tuple[NDArray[Any], bool]:

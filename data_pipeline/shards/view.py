@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -17,7 +16,8 @@ from data_pipeline.order.buckets import Buckets
 from data_pipeline.shards.beside import parquet_of, texts_beside, unkept
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.index import ShardIndex, decode_index
+from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.manifest import decode_listed
 from data_pipeline.shards.selection import Selection
 from data_pipeline.storage.ranges import RangeReader
 
@@ -140,9 +140,7 @@ class ShardViews:
     def _load(self, shard: int) -> ShardView:
         url = self._dataset.index_urls[shard]
         data = self._reader.read_all(url)
-        if hashlib.sha256(data).hexdigest() != self._dataset.checksums[shard]:
-            raise DataError(f"The index {url} does not match its manifest; run `ldm data index` again.")
-        return self._view(decode_index(data, url))
+        return self._view(decode_listed(data, url, self._dataset.checksums[shard]))
 
     def _view(self, index: ShardIndex) -> ShardView:
         index.choose_picture(self._selection.picture)

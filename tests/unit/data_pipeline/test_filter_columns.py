@@ -19,8 +19,9 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.loader import build_loader, open_dataset
-from data_pipeline.shards import index
-from data_pipeline.shards.index import read_manifest
+from data_pipeline.shards import index, manifest
+from data_pipeline.shards.index import VERSION
+from data_pipeline.shards.manifest import read_manifest
 from trainer.exit_codes import classify
 
 ROWS = 6
@@ -212,7 +213,8 @@ def test_an_index_of_an_older_version_is_read_anew(
     """It knows fewer digests and columns: an opt-out by sha512 would be lost in it."""
     shard(0, punsafe([0.05] * ROWS))
     with monkeypatch.context() as patch:
-        patch.setattr(index, "VERSION", index.VERSION - 1)
+        for module in (index, manifest):
+            patch.setattr(module, "VERSION", VERSION - 1)
         open_dataset(config_for(tmp_path, ""))
     folder = str(tmp_path / "_index")
     assert read_manifest(folder) == {}

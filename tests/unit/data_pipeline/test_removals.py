@@ -20,7 +20,7 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.loader import build_loader
-from data_pipeline.shards import removals
+from data_pipeline.shards import removal_entries
 from trainer.__main__ import main
 
 HASHES = ("md5", "sha1", "sha256", "sha512")
@@ -239,8 +239,8 @@ def test_what_cannot_be_read_with_certainty_is_refused(shards: str, tmp_path: Pa
 def test_what_unpacks_without_end_is_refused(
     shards: str, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(removals, "_MAX_BYTES", 10_000)
-    monkeypatch.setattr(removals, "_MAX_ARRAY", 10_000)
+    monkeypatch.setattr(removal_entries, "_MAX_BYTES", 10_000)
+    monkeypatch.setattr(removal_entries, "_MAX_ARRAY", 10_000)
     (tmp_path / "list").write_bytes(gzip.compress(content))
     with pytest.raises(DataError, match="larger than 10,000 bytes when unpacked"):
         served(shards, tmp_path / "list")
