@@ -2,7 +2,8 @@
 
 Compared are those that change what the loss is an estimate of: the stage, its networks, its objective, its
 conditions with the probabilities of leaving them out, and which pictures and texts it is an average over.
-Free are those that say how far, how fast and where: steps, rates, batch, seed, averages, ranks, precision.
+Free are those that say how far, how fast and where: steps, rates, batch, averages, ranks, precision. (The
+position in the data refuses another seed.)
 A new field of a compared section is compared, unless it is named as free here.
 """
 
