@@ -11,9 +11,11 @@ from functools import partial
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import GivenUp, StorageOutage
+from data_pipeline.loader import AnyLoader
 from trainer.assembly import Run, build_run
 from trainer.config.run import Config
 from trainer.distributed import collectives
@@ -75,27 +77,18 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
 
 def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
     """The loop. One turn is one optimizer step; every rank takes the same turns."""
-    config, state, stage, timer = run.config, run.state, run.stage, run.timer
+    config, state, timer = run.config, run.state, run.timer
     meters, delayed, throughput = Meters(), Delayed(), Throughput(config.global_batch_size)
     slow_ranks, served_share = SlowRanks(), ServedShare(config.data.max_rejected_share)
     batches = run.open_loader()
     batch = next(batches) if state.step < config.steps else None
-    run.start.mark("first batch")
-    if run.held_out is not None and run.env.is_main:
-        logger.info("validation: %s", cost(config, len(run.held_out)))
-    if state.step == 0:
-        run.save()  # what a rewind of the first steps goes back to
-        run.start.mark("first save")
+    begin(run)
 
     while state.step < config.steps:
         assert batch is not None
         watchdog.beat(state.step, "step")
         rate = learning_rate(config.optimizer, state.step, config.steps)
-        metrics = stage.train_step(batch.to(run.env.device), state.step, rate)
-        state.advance(config.global_batch_size, batch.position)
-        with timer("optimizer"):
-            run.ema.update(state.step)
-        run.start.first_step(run.env.device)
+        metrics = take_step(run, batch, rate)
         meters.add(metrics)
         delayed.push(state.step, metrics, batch.ordinals, batch.keys)
         last_step = state.step == config.steps
@@ -107,8 +100,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         watchdog.beat(state.step, "step")
         saving = last_step or due(state.step, config.checkpoint.every)
         snapshot = due(state.step, config.ema.snapshot_every)
-        storing = saving or snapshot
-        seen = batches.tally.seen
+        storing, seen = saving or snapshot, batches.tally.seen
         run.profiler.ask(preemption.take_profile())
         incident, agreed = judge(run, delayed, preemption.request, data_lost, seen, everything=storing)
         served_share.judge(agreed.seen, batches.tally, main_rank=run.env.is_main)
@@ -124,17 +116,8 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         run.sinks.advance(state.step)
         if due(state.step, config.logging.every) or last_step:
             record = {**meters.reduce(), **throughput.read(state.step, timer), "learning_rate": rate}
-            reports = gather_reports(batches.tally, batches.counts, record)
-            record |= data_record(reports) | slow_record(run, slow_ranks, reports, record) | run.save_record()
-            run.sinks.log(state.step, state.samples_seen, record)
-        if due(state.step, config.sampling.every):
-            watchdog.beat(state.step, "preview")
-            preview(run, batch)
-        if last_step or due(state.step, config.validation.every):
-            validate(run, watchdog)
-        if last_step:
-            watchdog.beat(state.step, "finish")
-            finish(run)
+            report(run, record, batches, slow_ranks)
+        look(run, batch, watchdog)
         if saving or must_save(agreed):
             watchdog.beat(state.step, "checkpoint")
             if not settle(run, watchdog):
@@ -143,16 +126,35 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
             watchdog.beat(state.step, "checkpoint")
             run.save_snapshot()
         if must_stop(agreed) and not last_step:
-            settle(run, watchdog)
-            run.settle_snapshot()
+            settle_all(run, watchdog)
             return leave(run, preemption, agreed)
         batch = upcoming
 
     watchdog.beat(state.step, "finish")
-    settle(run, watchdog)
-    run.settle_snapshot()
+    settle_all(run, watchdog)
     logger.info("done: %d steps, %d samples", state.step, state.samples_seen)
     return ExitCode.DONE
+
+
+def begin(run: Run) -> None:
+    """The first batch is there: tell what validation will cost, and save a run that is new. Collective."""
+    run.start.mark("first batch")
+    if run.held_out is not None and run.env.is_main:
+        logger.info("validation: %s", cost(run.config, len(run.held_out)))
+    if run.state.step == 0:
+        run.save()  # what a rewind of the first steps goes back to
+        run.start.mark("first save")
+
+
+def take_step(run: Run, batch: Batch, rate: float) -> dict[str, Tensor]:
+    """One optimizer step, its place in the run, and the averages; metrics that are still on the device."""
+    state, device = run.state, run.env.device
+    metrics = run.stage.train_step(batch.to(device), state.step, rate)
+    state.advance(run.config.global_batch_size, batch.position)
+    with run.timer("optimizer"):
+        run.ema.update(state.step)
+    run.start.first_step(device)
+    return metrics
 
 
 def due(step: int, every: int) -> bool:
@@ -263,6 +265,19 @@ def settle(run: Run, watchdog: Watchdog) -> bool:
     return True
 
 
+def settle_all(run: Run, watchdog: Watchdog) -> None:
+    """Return when nothing of the run is on its way to storage any more. Collective; raises as `settle`."""
+    settle(run, watchdog)
+    run.settle_snapshot()
+
+
+def report(run: Run, record: dict[str, float], batches: AnyLoader, slow_ranks: SlowRanks) -> None:
+    """Record a log interval: what this rank has of it, and what the ranks tell each other. Collective."""
+    reports = gather_reports(batches.tally, batches.counts, record)
+    record |= data_record(reports) | slow_record(run, slow_ranks, reports, record) | run.save_record()
+    run.sinks.log(run.state.step, run.state.samples_seen, record)
+
+
 def slow_record(
     run: Run, slow_ranks: SlowRanks, reports: Sequence[RankReport], record: dict[str, float]
 ) -> dict[str, float]:
@@ -283,6 +298,21 @@ def slow_record(
             "%s the median time for its own work, for %d reports running", names, slow_ranks.patience
         )
     return {"slow_ranks": float(len(slow))}
+
+
+def look(run: Run, batch: Batch, watchdog: Watchdog) -> None:
+    """At the weights as they are, before they are saved: pictures, held-out samples, at the end the latents,
+    each where it is due. Collective."""
+    config, step = run.config, run.state.step
+    last_step = step == config.steps
+    if due(step, config.sampling.every):
+        watchdog.beat(step, "preview")
+        preview(run, batch)
+    if last_step or due(step, config.validation.every):
+        validate(run, watchdog)
+    if last_step:
+        watchdog.beat(step, "finish")
+        finish(run)
 
 
 def preview(run: Run, batch: Batch) -> None:
