@@ -257,7 +257,7 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
         **config_to_dict(config),
         "world_size": env.world_size,
         "accumulation": accumulation,
-        "git_commit": git_commit(Path(__file__).resolve().parent) or "unknown",
+        "git_commit": (git_commit(Path(__file__).resolve().parent) if env.is_main else None) or "unknown",
         **facts,
     }
     sinks = Sinks(config, main_rank=env.is_main, resolved=resolved)

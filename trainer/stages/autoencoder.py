@@ -81,14 +81,14 @@ class AutoencoderStage:
         knows: neither the discriminator's steps nor a restart shift it.
         """
         self.module.statistics_measured = False  # what an earlier end of the run measured is of other weights
-        started = self._autoencoder.optimizer_steps >= self._loss.discriminator_start
-        adversary = self._discriminator if started else None
+        made = self._autoencoder.optimizer_steps  # lies on the device: read once
+        adversary = self._discriminator if made >= self._loss.discriminator_start else None
         micro_batches = batch.micro_batches(self._config.micro_batch_size)
         totals: dict[str, Tensor] = {}
         counts: Tensor | None = None
         norms: dict[str, Tensor | None] = {}
         candidates: list[tuple[Tensor, Tensor]] = []
-        revives = self._revival is not None and self._revival.is_due
+        revives = self._revival is not None and self._revival.is_due(made)
         for micro in micro_batches:
             pixels = to_unit_range(micro.pixels).contiguous(memory_format=self._memory_format)
             with self._timer("autoencoder"):

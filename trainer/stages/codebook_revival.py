@@ -30,10 +30,9 @@ class CodebookRevival:
         self._shape = (shape[0], shape[1])
         self.idle = torch.zeros(shape[0], device=engine.device)
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the next optimizer step is one that revives."""
-        return (self._engine.optimizer_steps + 1) % self._every == 0
+    def is_due(self, made: int) -> bool:
+        """Whether the next optimizer step, after so many, is one that revives."""
+        return (made + 1) % self._every == 0
 
     def candidates(self, latents: Tensor, ordinals: Tensor) -> tuple[Tensor, Tensor]:
         """One encoder output of each sample: ordinals int64 [B] and points float32 [B, z].

@@ -74,6 +74,7 @@ class DiffusionStage:
             with self._timer("encode"):
                 batch = self.encode_once.complete(batch)
         micro_batches = batch.micro_batches(config.micro_batch_size)
+        learned = config.diffusion.learned_uncertainty
         total, total_error = torch.zeros((2,), device=self._engine.device).unbind()
         grad_norm = None
         for micro in micro_batches:
@@ -86,10 +87,11 @@ class DiffusionStage:
             with self._timer("optimizer"):
                 grad_norm = self._engine.step(learning_rate)
             total += loss.detach()
-            total_error += error
+            if learned:
+                total_error += error
         assert grad_norm is not None, "the engine did not step at the accumulation boundary"
         metrics = {"loss": total / len(micro_batches), "grad_norm": grad_norm}
-        if config.diffusion.learned_uncertainty:  # what other runs call their loss
+        if learned:  # what other runs call their loss
             metrics["error"] = total_error / len(micro_batches)
         return metrics
 
@@ -134,10 +136,10 @@ class DiffusionStage:
         output = self._engine(noisy, timesteps, inputs, drop)
         prediction, uncertainty = output if diffusion.learned_uncertainty else (output, None)
         losses = loss_per_sample(diffusion, self._process, prediction.float(), latents, noise, timesteps)
-        error = losses.detach().mean()
-        if uncertainty is not None:
-            losses = weigh_by_uncertainty(losses, uncertainty)
-        return losses.mean(), error
+        error = losses.mean()
+        if uncertainty is None:
+            return error, error.detach()
+        return weigh_by_uncertainty(losses, uncertainty).mean(), error.detach()
 
     @contextmanager
     def measuring(self) -> Iterator[Measure]:
