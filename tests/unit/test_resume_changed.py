@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from tests.unit.one_rank import Train, one_rank, small_shards
 from trainer.checkpoint.export import open_weights
-from trainer.config.io import config_to_dict, load_config
-from trainer.distributed.place import free_port
 from trainer.exit_codes import ExitCode
-from trainer.launch import rank
 
 TINY = (
     "data.image_size=16",
@@ -33,26 +28,12 @@ TINY = (
     "checkpoint.asynchronous=false",
 )
 CHANGED = ("steps=2", "diffusion.prediction=v", "diffusion.beta_end=0.02", "optimizer.learning_rate=1e-3")
-Train = Callable[..., int]
 
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """One rank of `ldm train` in this process; its exit code."""
-    scene = SceneOptions(min_edge=16, max_edge=24)
-    list(synthesize(str(tmp_path / "shards"), SynthesisOptions(samples=8, failed_share=0.0, scene=scene)))
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    where = (f"run_dir={tmp_path}/run", f"data.shards={tmp_path}/shards/*.tar")
-
-    def run(*overrides: str) -> int:
-        monkeypatch.setenv("MASTER_PORT", str(free_port()))
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(config_to_dict(load_config(None, [*TINY, *where, *overrides]))))
-        return rank.main([str(path), "train"])
-
-    return run
+    where = (f"run_dir={tmp_path}/run", f"data.shards={small_shards(tmp_path / 'shards')}")
+    return one_rank(monkeypatch, tmp_path, [*TINY, *where])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

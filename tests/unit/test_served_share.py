@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.config.io import config_to_dict, load_config
+from tests.unit.one_rank import Train, one_rank
+from trainer.config.io import load_config
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
-from trainer.distributed.place import free_port
 from trainer.doctor.check import Check
 from trainer.doctor.data import check_samples, check_shards
 from trainer.exit_codes import ExitCode
-from trainer.launch import rank
 
 TINY = (
     *("data.image_size=16", "data.workers=0", "steps=2", "global_batch_size=8", "micro_batch_size=8"),
@@ -32,7 +31,6 @@ TINY = (
     "distributed={engine: torch, zero_stage: 0, precision: fp32, doctor: false, watchdog_s: 0}",
     "checkpoint.asynchronous=false",
 )
-Train = Callable[..., int]
 
 
 def write_shard(path: Path, samples: int, captioned: Callable[[int], bool], *, first: int = 0) -> None:
@@ -51,22 +49,7 @@ def write_shard(path: Path, samples: int, captioned: Callable[[int], bool], *, f
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """One rank of `ldm train` in this process; its exit code."""
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-
-    def run(*overrides: str) -> int:
-        monkeypatch.setenv("MASTER_PORT", str(free_port()))
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(config_to_dict(load_config(None, [*settings(tmp_path), *overrides]))))
-        return rank.main([str(path), "train"])
-
-    return run
+    return one_rank(monkeypatch, tmp_path, settings(tmp_path))
 
 
 def settings(folder: Path) -> list[str]:

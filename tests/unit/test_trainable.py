@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from tests.unit.one_rank import Train, one_rank, small_shards
 from trainer.__main__ import main
 from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.export import open_weights
-from trainer.config.io import config_to_dict, load_config
+from trainer.config.io import load_config
 from trainer.config.run import ConfigError
 from trainer.distributed.frozen import FrozenWeights, freeze
-from trainer.distributed.place import free_port
 from trainer.ema_reconstruction import reconstruct
 from trainer.exit_codes import ExitCode
-from trainer.launch import rank
 from trainer.model import build_model, count_parameters
 from trainer.weights import read_weights, write_weights
 
@@ -42,7 +37,6 @@ TINY = (
     "sampling.guidance_scale=1",
 )
 PART = "trainable=[conditions, unet.*.attn2.*]"
-Train = Callable[..., int]
 
 
 def is_trained(name: str) -> bool:
@@ -51,30 +45,14 @@ def is_trained(name: str) -> bool:
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """One rank of `ldm train` in this process, from weights in a file; its exit code."""
-    scene = SceneOptions(min_edge=16, max_edge=24)
-    list(synthesize(str(tmp_path / "shards"), SynthesisOptions(samples=8, failed_share=0.0, scene=scene)))
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    """From weights in a file."""
     write_start(tmp_path / "start.safetensors", seed=3)
     where = (
         f"run_dir={tmp_path}/run",
-        f"data.shards={tmp_path}/shards/*.tar",
+        f"data.shards={small_shards(tmp_path / 'shards')}",
         f"init_from={tmp_path}/start.safetensors",
     )
-
-    def run(*overrides: str) -> int:
-        monkeypatch.setenv("MASTER_PORT", str(free_port()))
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(config_to_dict(load_config(None, [*TINY, *where, *overrides]))))
-        return rank.main([str(path), "train"])
-
-    return run
+    return one_rank(monkeypatch, tmp_path, [*TINY, *where])
 
 
 def write_start(path: Path, seed: int) -> None:

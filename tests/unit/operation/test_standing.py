@@ -16,7 +16,7 @@ import pytest
 
 from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.local_s3 import LocalS3
-from tests.unit.test_resume_changed import Train
+from tests.unit.one_rank import Train
 from trainer.__main__ import main
 from trainer.exit_codes import ExitCode
 from trainer.operation.standing import duration, standing

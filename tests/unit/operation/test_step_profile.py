@@ -12,7 +12,8 @@ import pytest
 
 from data_pipeline.errors import UserError
 from tests.integration.ranks import run_ranks
-from tests.unit.test_resume_changed import Train, records
+from tests.unit.one_rank import Train
+from tests.unit.test_resume_changed import records
 from trainer.exit_codes import ExitCode
 from trainer.metrics.step_profile import Spent, by_kind, format_profile
 from trainer.reliability.requests import ProfileRequest, ask_for_profile, profile_url
