@@ -22,7 +22,8 @@ PLACES = (
     "trainer/launch/*.py",
 )
 START = re.compile(
-    r"(?:ldm (?:train|doctor)|ldm slurm submit|train_ldm\.sh|-m trainer\.launch\.ray) +(configs/\S+\.yaml.*)"
+    r"(?:ldm (?:train|doctor|encode)|ldm slurm submit|train_ldm\.sh|-m trainer\.launch\.ray)"
+    r" +(configs/\S+\.yaml.*)"
 )
 
 
@@ -51,7 +52,7 @@ def test_there_are_commands_in_every_kind_of_place() -> None:
     assert {"README.md", "slurm/README.md", "slurm/train_ldm.sh", "docs/launching.md"} <= found
     assert "k8s/overlays/a100/kustomization.yaml" in found
     assert len([place for place in found if place.startswith("configs/")]) > 30
-    assert {place for place, _ in helped()} >= {"train", "doctor", "slurm"}
+    assert {place for place, _ in helped()} >= {"train", "doctor", "encode", "slurm"}
 
 
 @pytest.mark.parametrize(("place", "command"), written() + helped())

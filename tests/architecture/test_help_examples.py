@@ -46,7 +46,8 @@ def test_examples_are_parsed(verb: str, monkeypatch: pytest.MonkeyPatch) -> None
         config = getattr(parsed, "config", None)
         if isinstance(config, str) and (ROOT / config).exists():
             settings = [word for word in getattr(parsed, "overrides", []) if word != "a.b=c"]
-            load_config(config, settings)
+            loaded = load_config(config, settings)
+            assert verb not in ("data", "encode") or loaded.data.shards, f"{command} reads no shards"
 
 
 def test_every_sub_command_of_data_shows_one() -> None:

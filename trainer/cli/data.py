@@ -214,7 +214,7 @@ def _add_trace(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         subparsers,
         "trace",
         "Run the real loader and print one JSON line per step with its keys in global order.",
-        "ldm data trace configs/sd/sd2_base_256.yaml --steps 0:100 --ranks 2 --workers 3",
+        "ldm data trace configs/sd/sd2_base_256.yaml data.shards='s3://bucket/laion/*.tar' --steps 0:9",
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
@@ -246,7 +246,7 @@ def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         subparsers,
         "explain",
         "Say which samples a step is made from, from the order and the index alone.",
-        "ldm data explain configs/sd/sd2_base_256.yaml --step 1200",
+        "ldm data explain configs/sd/sd2_base_256.yaml data.shards='s3://bucket/laion/*.tar' --step 1200",
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")

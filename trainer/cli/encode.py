@@ -27,7 +27,11 @@ from trainer.distributed.env import choose_device
 from trainer.first_stage.build import load_first_stage, place_first_stage
 from trainer.first_stage.encode_once import EncodeOnce, moments_cache, open_cache
 
-EXAMPLE = "example: ldm encode configs/sd/sd2_base_512.yaml first_stage.cache=s3://bucket/cache"
+EXAMPLE = (
+    "example: ldm encode configs/sd/sd2_base_512.yaml data.shards='s3://bucket/laion/*.tar' "
+    "first_stage.weights=s3://bucket/kl_f8.safetensors conditioning.openclip.pretrained=laion2b_s32b_b79k "
+    "first_stage.cache=s3://bucket/cache"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -77,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=256,
         metavar="N",
-        help="webdataset tars of N pictures each, with captions and metadata (without a number: %(const)s)",
+        help="webdataset tars of N pictures each, in whole batches, with captions and metadata "
+        "(without a number: %(const)s)",
     )
     group.add_argument(
         "--ranks", type=int, default=0, help="local processes (default: one per visible GPU, or one)"

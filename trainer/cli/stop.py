@@ -1,6 +1,6 @@
 """Ask a running job for a clean stop: it saves at its next step boundary, and ends with code 77, for good.
 
-The same command as before resumes it. The request is the file RUN/STOP, which the run removes once it has
+The command that started it resumes it. The request is the file RUN/STOP, which the run removes once it has
 saved.
 """
 
