@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import Failure
-from data_pipeline.storage.files import list_names, read_tail
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, is_committed, steps_found
+from trainer.metrics.jsonl import read_records
 from trainer.reliability.heartbeat import BOARD_VARIABLE, Board, Pulse
 
 _TAIL_BYTES = 65_536
@@ -18,24 +17,13 @@ _TAIL_BYTES = 65_536
 def latest_record(run_dir: str) -> dict[str, Any] | None:
     """Newest record of losses and rates, None when there is none yet or storage cannot be read.
 
-    Under a remote run folder records become visible when the trainer flushes them, at checkpoints.
+    Of a remote run folder it may be a minute old.
     """
-    folder = join(run_dir, "logs")
     try:
-        names = [name for name in list_names(folder) if name.endswith(".jsonl")]
-        if not names:
-            return None
-        text = read_tail(join(folder, max(names)), _TAIL_BYTES).decode("utf-8", "replace")
+        records = read_records(run_dir, _TAIL_BYTES)
     except Failure:
         return None
-    for line in reversed(text.splitlines()):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the first line of the tail may be cut, the last one half written
-        if isinstance(record, dict) and "loss" in record:
-            return record
-    return None
+    return next((record for record in reversed(records) if "loss" in record), None)
 
 
 def newest_checkpoint(run_dir: str) -> tuple[int, str] | None:

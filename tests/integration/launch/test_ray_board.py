@@ -70,3 +70,14 @@ def test_progress_of_a_run(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / f"step_{step:09d}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_000000005" / "manifest.json").write_text("{}")
     assert newest_checkpoint(run_dir) == (5, f"{run_dir}/checkpoints/step_000000005")
+
+
+def test_a_start_that_has_only_told_of_itself_does_not_hide_the_last_losses(tmp_path: Path) -> None:
+    """In object storage each start begins a record of its own."""
+    (tmp_path / "logs").mkdir()
+    for name, record in {
+        "metrics-0000000000001-00000001.jsonl": {"step": 7, "loss": 2.0},
+        "metrics-0000000000002-00000008.jsonl": {"step": 8, "event": "resume"},
+    }.items():
+        (tmp_path / "logs" / name).write_text(json.dumps(record) + "\n")
+    assert latest_record(str(tmp_path)) == {"step": 7, "loss": 2.0}
