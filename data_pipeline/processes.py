@@ -54,12 +54,21 @@ def unnamed_file(name: str) -> int:
 
 def process_age_s() -> float:
     """Seconds since this process started; where the system does not say, since this module was imported."""
-    try:
-        with open("/proc/self/stat", encoding="utf-8") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])  # proc(5): starttime
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
+    known = process_status(os.getpid())
+    if known is None or not hasattr(time, "CLOCK_BOOTTIME"):
         return time.monotonic() - _IMPORTED
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - known[1] / os.sysconf("SC_CLK_TCK")
+
+
+def process_status(pid: int) -> tuple[str, int] | None:
+    """(state letter, clock ticks from boot to its start) of a process; None: gone, or there is no /proc."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            # The name, in parentheses, may hold anything. proc(5): state, ... starttime
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[19])
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import Failure, as_failure
-from data_pipeline.storage.files import check_writable, read_bytes
+from data_pipeline.storage.files import check_writable
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import (
     CheckpointHandle,
@@ -27,6 +27,7 @@ from trainer.checkpoint.catalogue import (
     steps_found,
 )
 from trainer.checkpoint.contents import Contents, Stored, load_averages, load_engine, spans_of
+from trainer.checkpoint.export import read_state
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan, tables_to_json
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
@@ -332,6 +333,5 @@ class CheckpointManager:
 
 def _read_small(handle: CheckpointHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What is stored beside the shards."""
-    files = handle.manifest
-    tensors, _ = read_weights(join(handle.url, files.tensors.name))
-    return json.loads(read_bytes(join(handle.url, files.state.name))), tensors
+    tensors, _ = read_weights(join(handle.url, handle.manifest.tensors.name))
+    return read_state(handle), tensors

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from data_pipeline.processes import process_status
+
 JOB_VARIABLE = "LDM_JOB"
 """Environment variable that names a job across its restarts; set by launchers, or by a person's scheduler."""
 
@@ -42,11 +44,8 @@ def machine() -> str:
 
 def _started(pid: int) -> int:
     """Clock ticks from boot to a process's start; 0 if it is gone, or only its status is left."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
+    known = process_status(pid)
+    return 0 if known is None or known[0] in "ZX" else known[1]
 
 
 def is_gone(process: str) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
+from data_pipeline.processes import process_status
 from trainer.config.training import DistributedConfig
 from trainer.exit_codes import ExitCode
 from trainer.reliability.heartbeat import Board
@@ -235,12 +236,8 @@ def stopped_children() -> list[int]:
 
 def is_stopped(pid: int) -> bool:
     """Whether a process is in state T; False if it is gone or the system has no /proc."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    # The name, in parentheses, may hold anything; the state follows it.
-    return status.rpartition(")")[2].split()[0] == "T"
+    known = process_status(pid)
+    return known is not None and known[0] == "T"
 
 
 def _exit_retryable() -> None:
