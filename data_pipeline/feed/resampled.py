@@ -35,7 +35,7 @@ from data_pipeline.shards.identities import hash_text
 from data_pipeline.shards.index import ORIGINAL
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import read_removals
-from data_pipeline.shards.selection import picture_members, removed_by
+from data_pipeline.shards.selection import identities_in, picture_members, removed_by
 from data_pipeline.shards.split import REASONS, is_held_out
 from data_pipeline.storage.files import open_stream
 from data_pipeline.storage.listing import list_files
@@ -60,10 +60,10 @@ class _Reading:
             yield sample
 
 
-def original_size(record: Mapping[str, Any] | None) -> tuple[int, int] | None:
+def original_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
     """Height and width before the picture was stored, if its json says so: `ShardIndex.original_sizes`."""
     values = np.empty(len(ORIGINAL), dtype=object)
-    values[:] = [(record or {}).get(name) for name in ORIGINAL]
+    values[:] = [record.get(name) for name in ORIGINAL]
     height, width = to_numbers(as_column(values)).values.tolist()
     usable = all(1 <= edge < 1 << 31 for edge in (height, width))
     return (int(height), int(width)) if usable else None
@@ -177,7 +177,7 @@ class ResampledLoader(Iterator[Batch]):
         is_content = isinstance(error, (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError))
         self._findings.broken(reading.url, reading.samples if is_content else 1, error)
 
-    def _late(self, members: dict[str, bytes]) -> Filter | None:
+    def _late(self, members: dict[str, bytes], record: Mapping[str, Any]) -> Filter | None:
         """The filter for one sample; raises DataError when records keep coming without one of its columns.
 
         No index tells the columns here, so the records do. picture_* are what an index would read.
@@ -188,7 +188,7 @@ class ResampledLoader(Iterator[Batch]):
         if self._filter.columns & picture.keys():
             head = next((members[e] for e in picture_members(self._config) if e in members), b"")
             picture = dict(zip(_PICTURE, picture_size(head) or (None, None), strict=True))
-        self._findings.columns({*(parse_record(members.get("json")) or {}), *picture})
+        self._findings.columns({*record, *picture})
         return self._filter.given(picture)
 
     def _put(self, sample: dict[str, Any]) -> None:
@@ -196,10 +196,11 @@ class ResampledLoader(Iterator[Batch]):
         edge = self._config.image_size
         spec = sample_arrays(edge, edge) | condition_arrays(self._config, edge, edge)
         row = {name: np.zeros((1, *shape), kind) for name, (kind, shape) in spec.items()}
+        record = parse_record(members.get("json")) or {}
         own_key, url = str(sample["__key__"]), str(sample.get("__url__", ""))
         key = f"{shard_name(url, self._name_depth)}/{own_key}"
         try:
-            if self._removals and (why := removed_by(self._removals, own_key, url, members.get("json"))):
+            if why := removed_by(self._removals, own_key, url, identities_in(record)):
                 raise Rejected(why)
             if is_held_out(own_key, self._config.validation.share):
                 raise Rejected(REASONS["training"])
@@ -209,7 +210,7 @@ class ResampledLoader(Iterator[Batch]):
                 self._config,
                 members,
                 # a stream has no parquet beside it
-                Known(self._late(members), original_size(parse_record(members.get("json")))),
+                Known(self._late(members, record), original_size(record)),
                 target=(edge, edge),
                 draws=(self._seed, ordinal, place),
                 out=row,

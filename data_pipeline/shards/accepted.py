@@ -143,8 +143,7 @@ def _count_some(config: DataConfig, wanted: Sequence[tuple[str, str]]) -> Accept
         data = read_bytes(url, timeout_s=config.request_timeout_s, tries=config.max_retries)
         index = decode_listed(data, url, checksum)
         index.choose_picture(selection.picture)
-        codes, names = selection.reasons(index)
-        counts.append(np.bincount(aspect_of(*index.picture_sizes())[codes < 0], minlength=ASPECTS))
-        for code, count in zip(*np.unique(codes[codes >= 0], return_counts=True), strict=True):
-            reasons[names[code]] += int(count)
+        decided = selection.decide(index)
+        counts.append(np.bincount(aspect_of(*index.picture_sizes())[decided.accepted], minlength=ASPECTS))
+        reasons += decided.counted()
     return Accepted(np.stack(counts), dict(reasons))

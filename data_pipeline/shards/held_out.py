@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.shards.dataset import Dataset, open_dataset, sources_of
 from data_pipeline.shards.identities import hash_text
-from data_pipeline.shards.selection import Selection, make_selection, target_shapes
+from data_pipeline.shards.removals import read_removals
+from data_pipeline.shards.selection import Selection, make_selection, removed_by, target_shapes
 from data_pipeline.shards.split import places
 from data_pipeline.shards.view import ShardView, ShardViews
 from data_pipeline.storage.listing import list_files
@@ -37,6 +38,8 @@ _LEAST_SHARDS = 64
 _MOST_SHARDS = 4096
 """Indexes that are looked at even if they do not: rank 0 reads them at every start."""
 _READERS = 16
+_ANY = (1 << 64) - 1
+"""No hash of a key is larger."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def open_held_out(
     found = dataset if dataset is not None and not own.shards else _indexed(config, reading)
     if own.shards:
         _check_apart(config, dataset, found)
-    selection = make_selection(reading, part="validation")
+    selection = make_selection(reading, removals=(), part="validation")
     shapes = target_shapes(config)
     if config.buckets:
         dataset = dataset or open_dataset(config)
@@ -198,56 +201,69 @@ def _choose(
         timeout_s=config.request_timeout_s, tries=config.max_retries, patience_s=config.patience_s
     )
     buckets = Buckets(tuple(shapes), (), accepted_only=True)
-    views = ShardViews(dataset, selection, buckets, reader, capacity=2 * _READERS)
+    removals = read_removals(config.removal_lists)  # asked about few samples, and not about whole shards
+    views = ShardViews(
+        dataset, selection, buckets, reader, capacity=2 * _READERS, with_identities=bool(removals)
+    )
     weights = np.bincount(dataset.shard_of, minlength=len(dataset.urls))
     # By name, so that shards that join or leave the set leave the others' samples where they are.
     order = np.argsort(places(name_of(url).encode() for url in dataset.urls), kind="stable").tolist()[
         :_MOST_SHARDS
     ]
-    found: list[tuple[int, HeldOutSample]] = []
+    chosen: list[tuple[int, HeldOutSample]] = []
+    last = _ANY
     reasons: Counter[str] = Counter()
     looked = 0
     with ThreadPoolExecutor(_READERS) as pool:
         for first in range(0, len(order), _READERS):
-            if len(found) >= count and looked >= _LEAST_SHARDS:
+            if len(chosen) >= count and looked >= _LEAST_SHARDS:
                 break
             some = order[first : first + _READERS]
             for shard, view in zip(some, pool.map(views.get, some), strict=True):
-                found += _candidates(dataset, shard, view, buckets, int(weights[shard]))
-                reasons.update(view.names[code] for code in view.codes.tolist() if code >= 0)
+                reasons += view.decided.counted()
+                for hashed, row, shape in _candidates(view, buckets, last):
+                    if why := removed_by(
+                        removals, view.key(row), dataset.urls[shard], view.identities_of(row)
+                    ):
+                        reasons[why] += 1
+                    else:
+                        sample = _sample(dataset, shard, view, row, shape, int(weights[shard]))
+                        chosen.append((hashed, sample))
+                if len(chosen) >= count:
+                    chosen = sorted(chosen, key=lambda pair: (pair[0], pair[1].ordinal))[:count]
+                    last = chosen[-1][0]
             looked += len(some)
-    found.sort(key=lambda pair: (pair[0], pair[1].ordinal))
-    chosen = found[:count]
-    return [sample for _, sample in sorted(chosen, key=lambda pair: pair[1].shape)], looked, reasons
+    chosen.sort(key=lambda pair: (pair[1].shape, pair[0], pair[1].ordinal))
+    return [sample for _, sample in chosen], looked, reasons
 
 
-def _candidates(
-    dataset: Dataset, shard: int, view: ShardView, buckets: Buckets, weight: int
-) -> list[tuple[int, HeldOutSample]]:
-    """(hash of the key, sample) of all that may be measured in a shard."""
-    hashes = places(view.keys)
-    found = []
+def _candidates(view: ShardView, buckets: Buckets, last: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """(hash of the key, row, shape) of all samples of a shard whose hash is at most `last`."""
     for shape, rows in zip(buckets.shapes, view.rows, strict=True):
-        for row in rows.tolist():
-            if view.codes[row] >= 0:  # a removal list has it, which buckets do not count
-                continue
-            starts, sizes = view.offsets[:, row].tolist(), view.sizes[:, row].tolist()
-            extents = zip(view.members, starts, sizes, strict=True)
-            late = view.late
-            sample = HeldOutSample(
-                shard=shard,
-                key=dataset.sample_key(shard, view.key(row)),
-                ordinal=hash_text(f"{name_of(dataset.urls[shard])} {view.key(row)}") >> 1,
-                weight=weight,
-                shape=shape,
-                extents=tuple((e, start, start + size) for e, start, size in extents if start >= 0),
-                original=view.original(row),
-                beside=view.captions(row),
-                late=tuple(clause.text for clause in late.clauses) if late is not None else (),
-                late_values={name: column[row] for name, column in view.late_columns.items()},
-            )
-            found.append((int(hashes[row]), sample))
-    return found
+        hashes = places(view.keys[rows])
+        near = hashes <= np.uint64(last)
+        for hashed, row in zip(hashes[near].tolist(), rows[near].tolist(), strict=True):
+            yield hashed, row, shape
+
+
+def _sample(
+    dataset: Dataset, shard: int, view: ShardView, row: int, shape: tuple[int, int], weight: int
+) -> HeldOutSample:
+    starts, sizes = view.offsets[:, row].tolist(), view.sizes[:, row].tolist()
+    extents = zip(view.members, starts, sizes, strict=True)
+    late = view.late
+    return HeldOutSample(
+        shard=shard,
+        key=dataset.sample_key(shard, view.key(row)),
+        ordinal=hash_text(f"{name_of(dataset.urls[shard])} {view.key(row)}") >> 1,
+        weight=weight,
+        shape=shape,
+        extents=tuple((e, start, start + size) for e, start, size in extents if start >= 0),
+        original=view.original(row),
+        beside=view.captions(row),
+        late=tuple(clause.text for clause in late.clauses) if late is not None else (),
+        late_values={name: column[row] for name, column in view.late_columns.items()},
+    )
 
 
 def _only_theirs(config: DataConfig, dataset: Dataset, chosen: Sequence[HeldOutSample]) -> HeldOut:

@@ -32,6 +32,7 @@ _PARTED = re.compile(
     re.IGNORECASE,
 )
 """Pairs of digits with something between them, and UUIDs."""
+_SHORTEST = min(DIGESTS.values())
 _NUMBER = re.compile(r"(\d{1,39})(?:\.0+)?", re.ASCII)
 _BULLET = re.compile(r"[-*+\u2022]\s+(.*)")
 _QUOTES = ("'", '"', "`")
@@ -46,6 +47,8 @@ def hash_text(text: str) -> int:
 
 def identity(text: str) -> str:
     """The one spelling of a key, URL or digest: a digest in lower case, its digits alone; UUIDs likewise."""
+    if len(text) < _SHORTEST or "/" in text:  # neither, as nearly all names of samples are
+        return text.strip()
     if _PARTED.fullmatch(text):
         text = re.sub("[-: ]", "", text.strip())
     found = _DIGEST.fullmatch(text)

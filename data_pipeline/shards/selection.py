@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +17,27 @@ from data_pipeline.order.buckets import aspect_of, bucket_shapes, nearest_shapes
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.identities import hash_identity, identity_text, is_identity, numbered
 from data_pipeline.shards.index import DEFECTS, ShardIndex
-from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import RemovalList, read_removals
 from data_pipeline.shards.split import REASONS, Part, held_out
 from data_pipeline.storage.urls import shard_names
 
 _JSON_CONDITIONS = ("class_label", "layout")
 _MEMBER_CONDITIONS = {"semantic_map": "seg.png", "depth": "depth.png", "class_label": "cls"}
+
+
+class Decision(NamedTuple):
+    """What is decided about the n samples of a shard before a byte of it is read."""
+
+    codes: NDArray[np.int32]
+    """[n] -1 for samples to read, else position of the reason in `names`."""
+    names: tuple[str, ...]
+    accepted: NDArray[np.bool_]
+    """[n] what buckets count: removal lists may grow during a run, and must not shift its order."""
+
+    def counted(self) -> Counter[str]:
+        """How many samples are not read, by reason."""
+        codes, counts = np.unique(self.codes[self.codes >= 0], return_counts=True)
+        return Counter(dict(zip([self.names[code] for code in codes], counts.tolist(), strict=True)))
 
 
 @dataclass
@@ -49,8 +65,8 @@ class Selection:
     part: Part = "training"
     """Whether the others are read, or those."""
 
-    def reasons(self, index: ShardIndex) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-        """[n] -1 for samples to read, else position in the returned names: all that the index can decide."""
+    def decide(self, index: ShardIndex) -> Decision:
+        """All that the index can decide about its samples."""
         removed = [f"removed: {removal.name}" for removal in self.removals]
         names = (
             *(*self.filter.reasons(), *removed),
@@ -77,15 +93,12 @@ class Selection:
             if self.held_out_share:
                 other = held_out(index.keys, self.held_out_share) != (self.part == "validation")
                 result[(result < 0) & other] = names.index(REASONS[self.part])
-            self._mark_removed(index, result, [names.index(name) for name in removed])
-            # A defect outranks filter and removal list.
-            defects = index.defects.astype(np.int32)
-            result = np.where(defects > 0, defects + len(names) - len(DEFECTS), result)
-        return result, names
-
-    def accepted(self, index: ShardIndex) -> NDArray[np.bool_]:
-        """[n] what buckets count: removal lists may grow during a run, and must not shift its order."""
-        return np.asarray(replace(self, removals=()).reasons(index)[0] < 0)
+        defects = index.defects.astype(np.int32)
+        accepted = (result < 0) & (defects == 0)
+        self._mark_removed(index, result, [names.index(name) for name in removed])
+        # A defect outranks filter and removal list.
+        result = np.where(defects > 0, defects + len(names) - len(DEFECTS), result)
+        return Decision(result, names, accepted)
 
     def _too_small(self, index: ShardIndex) -> NDArray[np.bool_]:
         """[n] whether a picture would have to be enlarged; of unknown sizes decoding decides."""
@@ -177,26 +190,42 @@ def picture_members(config: DataConfig) -> tuple[str, ...]:
     return tuple(spelled)
 
 
-def removable_keys(key: str, shard: str) -> list[str]:
-    """All that a removal list may call a sample: its key, alone or after any of its shard's names.
+def key_hashes(keys: Iterable[str], shard: str) -> NDArray[np.uint64]:
+    """[n, ways] hashes of all that a removal list may call samples of a shard besides their identities.
 
-    A list written when there was one source must still hold when a second one makes the names longer. A key
-    of digits may have lost its leading zeros in a table.
+    A key, alone or after any of its shard's names: a list written when there was one source must still hold
+    when a second one makes the names longer. A key of digits may have lost its leading zeros in a table.
     """
-    names = [f"{name}/{key}" for name in shard_names(shard)]
-    return [key, *names, numbered(key) or key, numbered(names[0]) or key]
+    shards = shard_names(shard)
+    hashes = [
+        [
+            hash_identity(key),
+            *(hash_identity(f"{name}/{key}") for name in shards),
+            hash_identity(numbered(key) or key),
+            hash_identity(numbered(f"{shards[0]}/{key}") or key),
+        ]
+        for key in keys
+    ]
+    return np.asarray(hashes, np.uint64).reshape(-1, 3 + len(shards))
 
 
 def identity_hashes(index: ShardIndex) -> NDArray[np.uint64]:
     """[ways to name a sample, n] hashes of all that a removal list may have of each sample; 0 is missing."""
-    spellings = [removable_keys(key.decode("utf-8", "replace"), index.shard) for key in index.keys]
-    keys = np.asarray([[hash_identity(name) for name in names] for names in spellings], np.uint64)
-    return np.stack([*keys.reshape(len(index), -1).T, *index.hashes.values()])
+    keys = key_hashes((key.decode("utf-8", "replace") for key in index.keys), index.shard)
+    return np.stack([*keys.T, *index.hashes.values()])
 
 
-def removed_by(removals: Sequence[RemovalList], key: str, shard: str, body: bytes | None) -> str | None:
-    """Reason against a sample that is not in any index: a list has its key or one of its json's fields."""
-    record = parse_record(body) or {}
-    fields = [identity_text(n, v) for n, v in record.items() if v is not None and is_identity(n)]
-    hashes = np.asarray([hash_identity(name) for name in (*removable_keys(key, shard), *fields)], np.uint64)
+def identities_in(record: Mapping[str, Any]) -> list[int]:
+    """Hashes of the identities among the fields of a sample's json."""
+    fields = [(name, value) for name, value in record.items() if value is not None and is_identity(name)]
+    return [hash_identity(identity_text(name, value)) for name, value in fields]
+
+
+def removed_by(
+    removals: Sequence[RemovalList], key: str, shard: str, identities: Iterable[int]
+) -> str | None:
+    """Reason against one sample: the first list that has its key, or one of the hashes of its identities."""
+    if not removals:
+        return None
+    hashes = np.asarray([*key_hashes([key], shard)[0], *identities], np.uint64)
     return next((f"removed: {each.name}" for each in removals if each.matches(hashes).any()), None)

@@ -18,7 +18,7 @@ from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import decode_listed
-from data_pipeline.shards.selection import Selection
+from data_pipeline.shards.selection import Decision, Selection
 from data_pipeline.storage.ranges import RangeReader
 
 
@@ -27,9 +27,7 @@ class ShardView:
     """What is decided about the n samples of one shard before a byte of it is read."""
 
     keys: NDArray[np.bytes_]
-    codes: NDArray[np.int32]
-    """[n] -1: read it; else position of the reason in `names`."""
-    names: tuple[str, ...]
+    decided: Decision
     members: tuple[str, ...]
     """Extensions that are read, one row of offsets and sizes each."""
     offsets: NDArray[np.int64]
@@ -88,8 +86,8 @@ class ShardView:
 
     def reason(self, row: int) -> str | None:
         """Why a sample is rejected unread; None: read it."""
-        code = int(self.codes[row])
-        return self.names[code] if code >= 0 else None
+        code = int(self.decided.codes[row])
+        return self.decided.names[code] if code >= 0 else None
 
 
 class ShardViews:
@@ -144,7 +142,7 @@ class ShardViews:
 
     def _view(self, index: ShardIndex) -> ShardView:
         index.choose_picture(self._selection.picture)
-        codes, names = self._selection.reasons(index)
+        decided = self._selection.decide(index)
         late = self._selection.undecided(index)
         self.undecided |= {clause.text for clause in late.clauses} if late is not None else set()
         late_columns = {n: index.column(n) for n in sorted(late.columns)} if late is not None else {}
@@ -153,13 +151,12 @@ class ShardViews:
             offsets[self._selection.members.index("json")] = -1
         accepted, rows = None, []
         if self._buckets.accepted_only:
-            accepted = np.flatnonzero(self._selection.accepted(index))
+            accepted = np.flatnonzero(decided.accepted)
             place = self._buckets.assign(*index.picture_sizes())[accepted]
             rows = [accepted[place == bucket] for bucket in range(len(self._buckets.shapes))]
         return ShardView(
             keys=index.keys,
-            codes=codes,
-            names=names,
+            decided=decided,
             members=self._selection.members,
             offsets=offsets,
             sizes=sizes,

@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from data_pipeline.errors import DataError, NotFound
 from data_pipeline.moments.entry import Label, Member, digest
 from data_pipeline.moments.parts import (
@@ -31,9 +29,8 @@ from data_pipeline.moments.parts import (
     shard_folder,
     written_s,
 )
-from data_pipeline.shards.identities import hash_identity
 from data_pipeline.shards.removals import RemovalList, read_removals
-from data_pipeline.shards.selection import removable_keys
+from data_pipeline.shards.selection import removed_by
 from data_pipeline.storage.files import list_names, list_tree, read_bytes, remove_file
 from data_pipeline.storage.urls import join
 
@@ -101,7 +98,7 @@ def _purge_part(
         _remove(folder, part, None)
         return Purged(unknown=1)
     rows = [(shard, row) for shard, each in table.rows.items() for row in each]
-    named = {row.key for shard, row in rows if _is_named(shard, row, removals)}
+    named = {row.key for shard, row in rows if removed_by(removals, row.sample, shard, row.identities)}
     if not named:
         return Purged(parts=1, entries=len(rows))
     _rewrite(folder, table, [(shard, row) for shard, row in rows if row.key not in named])
@@ -117,12 +114,6 @@ def _table(url: str) -> Table | None:
         if type(error) is not DataError:  # of the storage, not of the table
             raise
         return None
-
-
-def _is_named(shard: str, row: Row, removals: Sequence[RemovalList]) -> bool:
-    names = [hash_identity(name) for name in removable_keys(row.sample, shard)]
-    hashes = np.asarray([*names, *row.identities], np.uint64)
-    return any(bool(each.matches(hashes).any()) for each in removals)
 
 
 def _rewrite(folder: str, table: Table, rows: Sequence[tuple[str, Row]]) -> None:

@@ -170,7 +170,8 @@ class Seeker:
     def _sums(self, shard: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """[n + 1] accepted and rejected samples before each of the n rows that the order counts here."""
         view = self._views.get(shard)
-        codes, passed = view.codes, np.zeros(len(view.codes), np.int64)
+        codes = view.decided.codes
+        passed = np.zeros(len(codes), np.int64)
         if view.accepted is not None:
             # See `ShardView.passed`.
             between = np.diff(view.accepted, prepend=-1) - 1

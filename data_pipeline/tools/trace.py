@@ -173,7 +173,7 @@ def _visits(
             row = view.row(bucket, counted)
             ordinal = order.ordinal(state.epoch, lane, offset)
             key = dataset.sample_key(shard, view.key(row)) if ledger.files else ""
-            rejected = bool(view.codes[row] >= 0) or ledger.rejects(ordinal, key)
+            rejected = bool(view.decided.codes[row] >= 0) or ledger.rejects(ordinal, key)
             visit = _Visit(LaneState(state.epoch, offset), shard, row, rejected)
             if ledger.defers(ordinal, key):
                 deferred.append(visit)
