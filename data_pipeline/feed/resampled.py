@@ -100,6 +100,8 @@ class ResampledLoader(Iterator[Batch]):
             for _ in range(source.repeat)
         ]
         self._name_depth = distinguishing_depth(self._urls)
+        edge = config.image_size
+        self._arrays = sample_arrays(edge, edge) | condition_arrays(config, edge, edge)
         self._seed, self._rank = seed, rank
         self._size = global_batch_size // world_size
         self._global = global_batch_size
@@ -194,8 +196,7 @@ class ResampledLoader(Iterator[Batch]):
     def _put(self, sample: dict[str, Any]) -> None:
         members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
         edge = self._config.image_size
-        spec = sample_arrays(edge, edge) | condition_arrays(self._config, edge, edge)
-        row = {name: np.zeros((1, *shape), kind) for name, (kind, shape) in spec.items()}
+        row = {name: np.zeros((1, *shape), kind) for name, (kind, shape) in self._arrays.items()}
         record = parse_record(members.get("json")) or {}
         own_key, url = str(sample["__key__"]), str(sample.get("__url__", ""))
         key = f"{shard_name(url, self._name_depth)}/{own_key}"

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError, Failure, NotFound
-from data_pipeline.moments.parts import Table, read_table, shard_folder
+from data_pipeline.errors import Failure
+from data_pipeline.moments.parts import Table, shard_folder, whole_table
 from data_pipeline.storage.files import list_names, write_bytes
 from data_pipeline.storage.urls import join
 
@@ -159,7 +159,7 @@ class Catalogue:
             tables = {n.removesuffix(".json") for n in listed if n.endswith(".json")} - bad
             new = sorted(tables - known.names.keys())
             with ThreadPoolExecutor(_READERS) as pool:
-                found = list(pool.map(_table, (join(folder, f"{name}.json") for name in new)))
+                found = list(pool.map(whole_table, (join(folder, f"{name}.json") for name in new)))
         except Failure as error:
             self.silent(error)
             return
@@ -171,19 +171,6 @@ class Catalogue:
                     known.parts.append(table.part)
                     known.sizes.append(table.size)
             known.rows = _merged(shard, known, dict(zip(new, found, strict=True)), tables)
-
-
-def _table(url: str) -> Table | None:
-    """None: damaged, or gone since it was listed."""
-    try:
-        return read_table(url)
-    except NotFound:
-        return None
-    except DataError as error:
-        if type(error) is not DataError:
-            raise
-        logger.warning("%s What it tells of is encoded again.", error)
-        return None
 
 
 def _merged(shard: str, known: _Known, new: dict[str, Table | None], tables: set[str]) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tarfile
 import time
 import uuid
@@ -32,10 +33,16 @@ from data_pipeline.storage.large import write_stream
 from data_pipeline.storage.retry import guarded
 from data_pipeline.storage.urls import join
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1
 PARTS, SHARDS = "parts", "shards"
 _BLOCK = 512
 _TRIES = 5
+
+
+class DamagedTable(DataError):
+    """A table is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Table:
 
 
 def read_table(url: str) -> Table:
-    """A table as it was written. Raises DataError for anything else, and what reading raises."""
+    """A table as it was written. Raises DamagedTable for anything else, and what reading raises."""
     head, _, body = read_bytes(url).partition(b"\n")
     try:
         if hashlib.sha256(body).hexdigest().encode() != head:
@@ -86,7 +93,18 @@ def read_table(url: str) -> Table:
             {shard: tuple(_row(row) for row in rows) for shard, rows in told["rows"].items()},
         )
     except (ValueError, LookupError, TypeError) as error:
-        raise DataError(f"The table {url} is damaged ({error}).") from error
+        raise DamagedTable(f"The table {url} is damaged ({error}).") from error
+
+
+def whole_table(url: str) -> Table | None:
+    """The same; None where it is gone, or damaged, which is said."""
+    try:
+        return read_table(url)
+    except NotFound:
+        return None
+    except DamagedTable as error:
+        logger.warning("%s What it tells of is encoded again.", error)
+        return None
 
 
 def _row(told: dict[str, Any]) -> Row:

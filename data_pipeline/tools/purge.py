@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from data_pipeline.errors import DataError, NotFound
 from data_pipeline.moments.entry import Label, Member, digest
 from data_pipeline.moments.parts import (
     PARTS,
@@ -25,8 +24,8 @@ from data_pipeline.moments.parts import (
     Table,
     commit_part,
     part_url,
-    read_table,
     shard_folder,
+    whole_table,
     written_s,
 )
 from data_pipeline.shards.removals import RemovalList, read_removals
@@ -93,7 +92,7 @@ def _purge_part(
     has_tar, has_table = ((folder, f"{part}.{kind}") in tars for kind in ("tar", "json"))
     if not has_table and time.time() - written_s(part) < _ABANDONED_S:
         return Purged(unfinished=1)
-    table = _table(join(folder, PARTS, f"{part}.json")) if has_table and has_tar else None
+    table = whole_table(join(folder, PARTS, f"{part}.json")) if has_table and has_tar else None
     if table is None:
         _remove(folder, part, None)
         return Purged(unknown=1)
@@ -103,17 +102,6 @@ def _purge_part(
         return Purged(parts=1, entries=len(rows))
     _rewrite(folder, table, [(shard, row) for shard, row in rows if row.key not in named])
     return Purged(1, len(rows), len(named), 1)
-
-
-def _table(url: str) -> Table | None:
-    try:
-        return read_table(url)
-    except NotFound:
-        return None
-    except DataError as error:
-        if type(error) is not DataError:  # of the storage, not of the table
-            raise
-        return None
 
 
 def _rewrite(folder: str, table: Table, rows: Sequence[tuple[str, Row]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from data_pipeline.config import DataConfig
@@ -78,10 +79,9 @@ def explain_step(
     places = [Place(0, 0, 0, 0)] * order.lanes  # only a walk from the start meets all that a ledger has
     if not ledger.files:
         places = Seeker(buckets, wanted, dataset, views).seek(skip)
+    walk = _Walk(buckets, wanted, dataset, views, ledger)
     for lane, place in enumerate(places):
-        for i, (state, shard, row, rejected) in enumerate(
-            _served(buckets, dataset, views, ledger, lane, wanted, place, skip, per_lane)
-        ):
+        for i, (state, shard, row, rejected) in enumerate(walk.served(lane, place, skip, per_lane)):
             view = views.get(shard)
             yield {
                 "step": step,
@@ -115,33 +115,6 @@ def explain_validation(
         }
 
 
-def _served(
-    buckets: Buckets,
-    dataset: Dataset,
-    views: ShardViews,
-    ledger: Ledger,
-    lane: int,
-    bucket: int,
-    start: Place,
-    skip: int,
-    take: int,
-) -> Iterator[tuple[LaneState, int, int, int]]:
-    """The `take` served visits of a lane after the first `skip`: (place, shard, row, rejections before)."""
-    seen, rejected = start.accepted, start.rejected
-    for visit in _visits(buckets, dataset, views, ledger, lane, bucket, start):
-        view = views.get(visit.shard)
-        beside = len(view.passed(visit.row))
-        if visit.rejected:
-            rejected += 1 + beside
-            continue
-        if seen >= skip:
-            yield visit.place, visit.shard, visit.row, rejected
-        seen += 1
-        rejected += beside
-        if seen == skip + take:
-            return
-
-
 class _Visit(NamedTuple):
     """One sample of a lane, as far as it is known what became of it."""
 
@@ -151,42 +124,63 @@ class _Visit(NamedTuple):
     rejected: bool
 
 
-def _visits(
-    buckets: Buckets,
-    dataset: Dataset,
-    views: ShardViews,
-    ledger: Ledger,
-    lane: int,
-    bucket: int,
-    start: Place,
-) -> Iterator[_Visit]:
-    """A lane's visits from a place on, what was set aside at the end of its epoch."""
-    order = buckets.orders[bucket]
-    state, fruitless = LaneState(start.epoch, start.offset), 0
-    deferred: list[_Visit] = []
-    while True:
-        first, stop = order.window_of(lane, state.offset)
-        entries, places = order.visits(state.epoch, lane, first, stop)
-        for offset, (entry, counted) in enumerate(zip(entries.tolist(), places.tolist(), strict=True), first):
-            shard = int(dataset.shard_of[entry])
-            view = views.get(shard)
-            row = view.row(bucket, counted)
-            ordinal = order.ordinal(state.epoch, lane, offset)
-            key = dataset.sample_key(shard, view.key(row)) if ledger.files else ""
-            rejected = bool(view.decided.codes[row] >= 0) or ledger.rejects(ordinal, key)
-            visit = _Visit(LaneState(state.epoch, offset), shard, row, rejected)
-            if ledger.defers(ordinal, key):
-                deferred.append(visit)
+@dataclass(frozen=True)
+class _Walk:
+    """The lanes of one bucket, as far as index and ledger tell of them."""
+
+    buckets: Buckets
+    bucket: int
+    dataset: Dataset
+    views: ShardViews
+    ledger: Ledger
+
+    def served(
+        self, lane: int, start: Place, skip: int, take: int
+    ) -> Iterator[tuple[LaneState, int, int, int]]:
+        """`take` served visits of a lane after the first `skip`: (place, shard, row, rejections before)."""
+        seen, rejected = start.accepted, start.rejected
+        for visit in self.visits(lane, start):
+            view = self.views.get(visit.shard)
+            beside = len(view.passed(visit.row))
+            if visit.rejected:
+                rejected += 1 + beside
                 continue
-            fruitless = fruitless + 1 if rejected else 0
-            yield visit
-        state.offset = stop
-        if stop >= order.lane_size(lane):
-            yield from deferred
-            deferred = []
-            state = LaneState(state.epoch + 1, 0)
-            if fruitless > _EPOCHS * order.lane_size(lane):
-                raise DataError(
-                    f"Every sample of lane {lane} is rejected; loosen data.filter, lower data.lanes or "
-                    "correct the shards."
-                )
+            if seen >= skip:
+                yield visit.place, visit.shard, visit.row, rejected
+            seen += 1
+            rejected += beside
+            if seen == skip + take:
+                return
+
+    def visits(self, lane: int, start: Place) -> Iterator[_Visit]:
+        """A lane's visits from a place on, what was set aside at the end of its epoch."""
+        order, ledger = self.buckets.orders[self.bucket], self.ledger
+        state, fruitless = LaneState(start.epoch, start.offset), 0
+        deferred: list[_Visit] = []
+        while True:
+            first, stop = order.window_of(lane, state.offset)
+            entries, places = order.visits(state.epoch, lane, first, stop)
+            pairs = zip(entries.tolist(), places.tolist(), strict=True)
+            for offset, (entry, counted) in enumerate(pairs, first):
+                shard = int(self.dataset.shard_of[entry])
+                view = self.views.get(shard)
+                row = view.row(self.bucket, counted)
+                ordinal = order.ordinal(state.epoch, lane, offset)
+                key = self.dataset.sample_key(shard, view.key(row)) if ledger.files else ""
+                rejected = bool(view.decided.codes[row] >= 0) or ledger.rejects(ordinal, key)
+                visit = _Visit(LaneState(state.epoch, offset), shard, row, rejected)
+                if ledger.defers(ordinal, key):
+                    deferred.append(visit)
+                    continue
+                fruitless = fruitless + 1 if rejected else 0
+                yield visit
+            state.offset = stop
+            if stop >= order.lane_size(lane):
+                yield from deferred
+                deferred = []
+                state = LaneState(state.epoch + 1, 0)
+                if fruitless > _EPOCHS * order.lane_size(lane):
+                    raise DataError(
+                        f"Every sample of lane {lane} is rejected; loosen data.filter, lower data.lanes or "
+                        "correct the shards."
+                    )

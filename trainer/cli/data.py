@@ -52,6 +52,11 @@ def _parser(
     )
 
 
+def _take_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
+
+
 def _add_synthesize(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _parser(
         subparsers,
@@ -216,8 +221,7 @@ def _add_trace(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Run the real loader and print one JSON line per step with its keys in global order.",
         "ldm data trace configs/sd/sd2_base_256.yaml data.shards='s3://bucket/laion/*.tar' --steps 0:9",
     )
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
+    _take_config(parser)
     parser.add_argument("--steps", default="0:10", metavar="A:B", help="steps A to B - 1")
     parser.add_argument("--ranks", type=int, default=1, help="ranks to run, one after another in each step")
     parser.add_argument("--workers", type=int, help="loader processes per rank; default: data.workers")
@@ -248,8 +252,7 @@ def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "Say which samples a step is made from, from the order and the index alone.",
         "ldm data explain configs/sd/sd2_base_256.yaml data.shards='s3://bucket/laion/*.tar' --step 1200",
     )
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
+    _take_config(parser)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--step", type=int, help="optimizer step, from 0")
     which.add_argument(
@@ -289,8 +292,7 @@ def _add_purge(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Take what data.removal_lists names out of the cache of a run's first stage (first_stage.cache).",
         "ldm data purge run.yaml first_stage.cache=s3://bucket/cache data.removal_lists=[opt_out.csv]",
     )
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the configuration")
+    _take_config(parser)
     parser.set_defaults(func=_purge)
 
 
