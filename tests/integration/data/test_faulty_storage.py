@@ -8,7 +8,6 @@ import socket
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,15 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             raw = raw[: pictures[60].offset_data + 100]
         path.write_bytes(raw)
     return root
-
-
-@pytest.fixture
-def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The S3 server and the proxy in front of it; the environment points to the proxy."""
-    with LocalS3(folder) as s3, FaultProxy(s3.port) as proxy:
-        for name, value in proxy.environment(s3.env).items():
-            monkeypatch.setenv(name, value)
-        yield proxy
 
 
 def config_for(url: str, **changes: object) -> DataConfig:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ import pytest
 from data_pipeline.moments.parts import taken_bytes
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
-from data_pipeline.storage.local_s3 import LocalS3
 from data_pipeline.tools.purge import purge
 from tests.integration.data.fault_proxy import FaultProxy
 from tests.integration.data.moments_filler import cache_at, config_for, same, train
@@ -32,15 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     list(synthesize(str(root / "scenes"), options))
     (root / "kept").mkdir()
     return root
-
-
-@pytest.fixture
-def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The S3 server behind its proxy; the environment points to the proxy."""
-    with LocalS3(folder) as s3, FaultProxy(s3.port) as proxy:
-        for name, value in proxy.environment(s3.env).items():
-            monkeypatch.setenv(name, value)
-        yield proxy
 
 
 def test_faults_of_storage_change_nothing(folder: Path, server: FaultProxy) -> None:
