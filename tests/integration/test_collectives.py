@@ -96,4 +96,7 @@ def test_a_run_asks_no_more_of_storage_and_peers_than_its_ranks_explain(tmp_path
     # One round more for twice the ranks; gradients are DeepSpeed's, one call each.
     assert table["calls a step: isend"] == (1, 2)
     assert table["calls a step: all_reduce"] == table["calls a step: all_gather_into_tensor"] == (1, 1)
-    assert table["file descriptors of a rank"][1] - table["file descriptors of a rank"][0] < 8
+    # One peer more in each of the two groups; only the store of torch.distributed talks to all ranks.
+    growth = {name: after - before for name, (before, after) in table.items()}
+    assert growth["file descriptors of a rank"] <= 6
+    assert growth["file descriptors of rank 0, which keeps the store"] <= 6 + 2 * 3
