@@ -158,7 +158,7 @@ def build_stage(config: Config) -> DiffusionStage:
 @torch.no_grad()
 def condition_gain(config: Config, stage: DiffusionStage, batch: Batch) -> float:
     """Loss under the neighbour's condition less loss under one's own, at equal noise and timesteps."""
-    latents, inputs = stage._encode(batch)
+    latents, inputs = stage._encode(batch, config.seed)
     shuffled = {name: value.roll(1, dims=0) for name, value in inputs.items()}
     keep = stage._conditioner.keep_masks(len(batch))
     schedule = make_schedule(config.diffusion)
