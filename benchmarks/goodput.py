@@ -33,6 +33,7 @@ from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.config.io import config_to_dict, load_config
 from trainer.launch.observe import LocalRun
+from trainer.metrics.jsonl import read_records
 from trainer.planning.machine import RESTART_S, ettr, mttf_s
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,9 +138,7 @@ class Patient:
 
     def records(self) -> list[dict[str, Any]]:
         """Logged steps, in the order in which they were made."""
-        path = self.out / "logs" / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [record for record in map(json.loads, lines) if "loss" in record]
+        return [record for record in read_records(str(self.out)) if "loss" in record]
 
     def stop(self) -> None:
         """End it; nothing needs to be saved."""

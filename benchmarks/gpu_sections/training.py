@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 from gpu_sections.processes import ROOT, environment, kill_family
 from gpu_sections.recipe import Setup
 from trainer.checkpoint.manifest import MANIFEST_NAME
+from trainer.metrics.jsonl import read_records
 
 INTERVALS = 5
 """Log records in the measured steps; the first has no rate and the second still warms up."""
@@ -126,7 +126,6 @@ class Training:
         self.started = time.time()
         self._process = process
         self._run_dir = run_dir
-        self._metrics = run_dir / "logs" / "metrics.jsonl"
         self._log = log
 
     def saved_at(self) -> float | None:
@@ -143,9 +142,7 @@ class Training:
         known = 0
         while True:
             ended = self._process.poll()
-            lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
-            found = [json.loads(line) for line in lines if line.endswith("}")]
-            found = [record for record in found if "event" not in record]
+            found = [record for record in read_records(str(self._run_dir)) if "event" not in record]
             if len(found) > known:
                 known = len(found)
                 yield found

@@ -21,6 +21,7 @@ from data_pipeline.storage.files import read_text, write_bytes
 from data_pipeline.storage.urls import join
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config, ConfigError
+from trainer.metrics.jsonl import line_of
 from trainer.metrics.wandb_sink import WandbSink
 
 FOLDER = "evaluation"
@@ -78,14 +79,9 @@ class Findings:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Store a line; once it returns, the checkpoint counts as measured."""
-        # JSON has no NaN and no infinity: they become texts.
-        strict = {
-            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-        }
-        records = [*self._records, strict]
-        text = "".join(json.dumps(each, allow_nan=False) + "\n" for each in records)
-        write_bytes(self.url, text.encode())
-        self._records = records
+        lines = [*map(line_of, self._records), line_of(record)]
+        write_bytes(self.url, "".join(line + "\n" for line in lines).encode())
+        self._records.append(json.loads(lines[-1]))
 
     def best(self, metric: str, count: int) -> list[int]:
         """Steps of whole checkpoints with the best figures, the best first; of equal ones the newer.

@@ -22,6 +22,7 @@ from trainer.config.run import ConfigError
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
 from trainer.launch.slurm_job import read_attempts, snapshot
+from trainer.operation.standing import duration
 
 _FOLLOW_S = 1.0
 
@@ -100,7 +101,8 @@ def describe_job(folder: Path, states: dict[str, str]) -> list[str]:
     outcomes = Counter(attempt["outcome"] for attempt in attempts)
     if attempts:
         ended = ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.items())
-        lines.append(f"    attempts: {ended}; last ended {_ago(attempts[-1]['ended'])} ago")
+        age = max(0.0, time.time() - attempts[-1]["ended"])
+        lines.append(f"    attempts: {ended}; last ended {duration(age)} ago")
     strikes = Counter(node for attempt in attempts for node in attempt["blamed"])
     if strikes:
         lines.append("    faults:   " + ", ".join(f"{node} {count}" for node, count in strikes.items()))
@@ -195,7 +197,8 @@ def _progress(submission: dict[str, Any]) -> str:
         return "nothing yet"
     parts = [f"step {max((record or {}).get('step', 0), (checkpoint or (0, ''))[0])} of {steps}"]
     if record is not None:
-        parts.append(f"loss {record['loss']:.4f}")
+        loss = record["loss"]  # a text where it is not finite
+        parts.append(f"loss {loss if isinstance(loss, str) else format(loss, '.4f')}")
         if "images_per_s" in record:
             parts.append(f"{record['images_per_s']:.1f} images/s")
     if checkpoint is not None:
@@ -206,11 +209,3 @@ def _progress(submission: dict[str, Any]) -> str:
 def _newest_attempt(folder: Path) -> int:
     numbers = [int(path.name.partition("-")[2]) for path in folder.glob("attempt-*")]
     return max(numbers, default=1)
-
-
-def _ago(moment: float) -> str:
-    seconds = max(0, int(time.time() - moment))
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"

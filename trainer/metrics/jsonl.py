@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,7 @@ class JSONLWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record: on disk at once, in a remote folder within about a minute."""
-        # JSON has no NaN and no infinity: they become texts.
-        strict = {
-            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-        }
-        line = json.dumps(strict, allow_nan=False)
+        line = line_of(record)
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -91,6 +88,12 @@ class JSONLWriter:
             logger.warning("the last records are not stored yet: %s", error)
             return 0
         return len(lines) if len(text) > SEGMENT_BYTES else 0
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """A record as strict JSON, which has no NaN and no infinity: they become texts."""
+    strict = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(strict, allow_nan=False)
 
 
 def read_records(run_dir: str, most_bytes: int | None = None) -> list[dict[str, Any]]:

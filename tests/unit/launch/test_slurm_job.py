@@ -204,6 +204,8 @@ def test_status_of_a_job(tmp_path: Path, config_file: Path) -> None:
     assert "1 x retryable" in text
     assert "n2 1" in text
     assert "step 4 of 7, loss 0.2500, 12.3 images/s" in text
+    (logs / "metrics.jsonl").write_text('{"step": 5, "loss": "nan"}\n')  # as the log writes what is no number
+    assert "step 5 of 7, loss nan" in "\n".join(describe_job(job, {}))
 
 
 def test_logs_of_a_rank(tmp_path: Path) -> None:
