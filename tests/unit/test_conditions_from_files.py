@@ -17,7 +17,8 @@ from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.loader import build_loader
-from trainer.cli.conditions_from_files import Wishes, check_wishes, read_layout, sampling_inputs
+from trainer.cli.conditions_from_files import read_layout, sampling_inputs
+from trainer.cli.wishes import Wishes, check_wishes
 from trainer.config.io import load_config
 from trainer.config.run import Config, ConfigError
 

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainer.__main__ import main
-from trainer.cli.conditions_from_files import Wishes, sampling_inputs
+from trainer.cli.conditions_from_files import sampling_inputs
+from trainer.cli.wishes import Wishes
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import Config
 from trainer.first_stage.build import build_first_stage

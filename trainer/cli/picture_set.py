@@ -7,25 +7,16 @@ OUT/grid.png               the first of them at a glance
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from data_pipeline.errors import NotFound
-from data_pipeline.storage.files import check_writable, list_names, read_text, remove_names, write_bytes
+from data_pipeline.storage.files import check_writable, write_bytes
 from data_pipeline.storage.urls import join
-from trainer.config.run import ConfigError
-from trainer.generation.store import OURS, PARTS, PICTURES, RECORD
+from trainer.generation.store import GRID, PICTURES, begin_set, encode_png, require_same, what_is_there
 from trainer.metrics.pictures import MAX_SHEET, contact_sheet
-
-GRID = "grid.png"
-_MAY_DIFFER = ("versions",)
-"""Of a set that is made again."""
 
 
 class PictureSet:
@@ -47,67 +38,30 @@ class PictureSet:
             UserError, RetryableFault: it cannot be written to.
         """
         self.url = out.rstrip("/") or out
-        self._record = record
+        self._record = json.loads(json.dumps(record))
         self._shared = {name: value for name, value in record.items() if not isinstance(value, list)}
         self._items = items
         self._shown: list[Tensor] = []
-        self._check(overwrite)
+        former = None if overwrite else what_is_there(self.url)
+        if former is not None:
+            require_same(self.url, former, self._record)
         check_writable(self.url)
 
     def begin(self) -> None:
         """Write the record, and remove the pictures of a former set."""
-        for folder in (PICTURES, PARTS):
-            remove_names(join(self.url, folder), self._former(folder))
-        self._write(RECORD, json.dumps(self._record, indent=1, ensure_ascii=False).encode())
+        begin_set(self.url, self._record)
 
     def add(self, row: int, pictures: Tensor) -> None:
         """Write uint8 [B, 3, H, W]; `row` is the place of the first in the set."""
         for i, picture in enumerate(pictures.cpu(), row):
-            text = PngInfo()
-            text.add_text("prompt", self._items[i]["prompt"])
-            text.add_text("ldm", json.dumps(self._shared | self._items[i], ensure_ascii=False))
-            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            self._write(f"{PICTURES}/{i:05d}.png", _png(image, text))
+            data = encode_png(picture.permute(1, 2, 0).numpy(), self._shared, self._items[i])
+            write_bytes(join(self.url, PICTURES, f"{i:05d}.png"), data)
             if i < MAX_SHEET:
                 self._shown.append(picture)
 
     def finish(self, titles: tuple[str, ...]) -> str:
         """Write the grid; what was written, for people."""
         n, shown = len(titles), len(self._shown)
-        self._write(GRID, contact_sheet(self._shown, titles))
+        write_bytes(join(self.url, GRID), contact_sheet(self._shown, titles))
         which = f" with the first {shown}" if shown < n else ""
         return f"{n} picture{'s' if n > 1 else ''} in {self.url}/{PICTURES}, {self.url}/{GRID}{which}"
-
-    def _check(self, overwrite: bool) -> None:
-        if overwrite:
-            return
-        try:
-            former = json.loads(read_text(join(self.url, RECORD)))
-        except NotFound:
-            former = None
-        except ValueError:  # not ours, or cut short
-            former = {}
-        if former is None and not self._former(PICTURES):
-            return
-        ours = json.loads(json.dumps(self._record))
-        if not isinstance(former, dict) or _settled(former) != _settled(ours):
-            raise ConfigError(
-                f"{self.url} holds another set of pictures; choose another folder with --out, or give "
-                "--overwrite to replace it."
-            )
-
-    def _former(self, folder: str) -> list[str]:
-        return [name for name in list_names(join(self.url, folder)) if OURS.fullmatch(name)]
-
-    def _write(self, name: str, data: bytes) -> None:
-        write_bytes(f"{self.url}/{name}", data)
-
-
-def _settled(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in _MAY_DIFFER}
-
-
-def _png(image: Image.Image, text: PngInfo) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=text)
-    return buffer.getvalue()

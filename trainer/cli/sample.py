@@ -13,40 +13,35 @@ With --count or --prompts-from it makes sets of any size over ranks, and goes on
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib.metadata
-import re
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from data_pipeline.errors import NotFound
-from data_pipeline.tools.given import read_prompt
-from data_pipeline.tools.prompts import prompts_of
 from trainer.cli import sample_series
-from trainer.cli.conditions_from_files import SamplingInputs, Wishes, sampling_inputs
+from trainer.cli.conditions_from_files import SamplingInputs, sampling_inputs
 from trainer.cli.picture_set import PictureSet
-from trainer.conditioning.build import TEXT
-from trainer.config.checks_diffusion import check_guidance, check_sampling
-from trainer.config.run import Config, ConfigError
+from trainer.cli.sample_asked import (
+    find_asked,
+    load_asked,
+    long_prompts,
+    precision_asked,
+    record_of,
+    wishes_of,
+    with_choices,
+)
+from trainer.config.run import ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
-from trainer.distributed.env import DistributedEnv
-from trainer.model import DiffusionModel, ModelFound, find_model, load_model
-from trainer.provenance import git_commit
-from trainer.sample import Request, draw_all
+from trainer.sample import draw_all
 
 EXAMPLE = (
     "example: ldm sample s3://bucket/run --prompt 'a red circle' --sampler dpmpp_2m --steps 20 --out out"
 )
 BATCH = 16
-MAX_NOTES = 5
-"""Prompts that are told to be too long, one by one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,30 +144,16 @@ def run(args: argparse.Namespace) -> int:
     """Sample and write. Everything that can be wrong is found before the weights are read."""
     _check_numbers(args)
     if sample_series.is_series(args):
-        return sample_series.run(args, _reading())
-    wishes = _wishes(args)
-    found = find_model(
-        args.source,
-        profile=args.weights,
-        step=args.checkpoint,
-        first_stage_weights=args.first_stage,
-        latent_scale=args.latent_scale,
-    )
-    config = _with_choices(found.config, args)
+        return sample_series.run(args)
+    wishes = wishes_of(args)
+    found = find_asked(args)
+    config = with_choices(found.config, args)
     inputs = sampling_inputs(config, wishes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = args.precision or (config.distributed.precision if device.type == "cuda" else "fp32")
-    record = _record(args, wishes, inputs, config, found, device, precision)
+    precision = precision_asked(args, config, device)
+    record = record_of(args, wishes, inputs, config, found, device, precision)
     pictures = PictureSet(args.out, record, _items(args, inputs), overwrite=args.overwrite)
-    trained = load_model(
-        args.source,
-        profile=args.weights if found.step is None else found.profile,
-        step=found.step,
-        first_stage_weights=args.first_stage,
-        latent_scale=args.latent_scale,
-        device=device,
-        precision=precision,
-    )
+    trained = load_asked(args, found, device, precision)
     for note in long_prompts(trained.model, inputs.request):
         print(f"note: {note}", file=sys.stderr)
     how, n = config.sampling, len(inputs.titles)
@@ -195,18 +176,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def arguments(words: Sequence[str], program: str) -> argparse.Namespace:
-    """Those of `ldm sample`, for commands that take some of them and draw by themselves."""
-    parser = argparse.ArgumentParser(prog=program)
+def arguments(
+    source: str, options: str, own: Sequence[str], reserved: Sequence[str], program: str
+) -> argparse.Namespace:
+    """Those of `ldm sample`, for commands that take some of them as one text and draw by themselves.
+
+    Args:
+        options: the text.
+        own: what the command adds.
+        reserved: options that are the command's and may not stand in the text.
+        program: the command, for messages.
+
+    Raises:
+        ConfigError: one of the reserved is there.
+    """
+    given = shlex.split(options)
+    taken = [option for option in given if option.partition("=")[0] in reserved]
+    if taken:
+        raise ConfigError(f"--sample may not hold {taken[0]}, which is given by {program} itself.")
+    words = [source, *given, *own]
+    parser = argparse.ArgumentParser(prog=f"{program} --sample")
     add_arguments(parser)
     parsed = parser.parse_args(words)
     parsed.command_line = ["sample", *words]
     return parsed
-
-
-def make_series(args: argparse.Namespace, env: DistributedEnv) -> None:
-    """A set of any size on the ranks that there are, for commands that measure it. Collective."""
-    sample_series.make(args, _reading(), env)
 
 
 def check_series(args: argparse.Namespace) -> None:
@@ -215,29 +208,6 @@ def check_series(args: argparse.Namespace) -> None:
     if not sample_series.is_series(args):
         raise ConfigError("say how many pictures are to be drawn, with --count or --prompts-from.")
     sample_series.check(args)
-
-
-def _reading() -> sample_series.Reading:
-    return sample_series.Reading(_wishes, _with_choices, _record, long_prompts)
-
-
-def long_prompts(model: DiffusionModel, request: Request) -> list[str]:
-    """A sentence for each caption that is longer than the model reads; after a few, one for the rest."""
-    notes = []
-    for caption in dict.fromkeys((*request.captions, *request.negative)):
-        for condition in model.conditioner.conditions.values():
-            count, at_once = condition.text_tokens(caption)
-            if count > at_once * request.text_chunks:
-                remedy = "shorten it"
-                if isinstance(condition.frozen, nn.Module):
-                    remedy += f", or give --prompt-chunks {-(-count // at_once)}"
-                notes.append(
-                    f"{caption[:60]!r} has {count} tokens and the model reads the first "
-                    f"{at_once * request.text_chunks}; {remedy}."
-                )
-                break
-    more = len(notes) - MAX_NOTES
-    return notes if more <= 0 else [*notes[:MAX_NOTES], f"{more} more prompts are longer than that, too."]
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -251,50 +221,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {args.seed} must be at least 0 and below 2**64.")
 
 
-def _record(
-    args: argparse.Namespace,
-    wishes: Wishes,
-    inputs: SamplingInputs,
-    config: Config,
-    found: ModelFound,
-    device: torch.device,
-    precision: str,
-) -> dict[str, Any]:
-    """Everything that the pictures are a function of; lists where they differ."""
-    how, request = config.sampling, inputs.request
-    given = {name: value for name, value in dataclasses.asdict(wishes).items() if value and name != "prompts"}
-    if request.start is not None:  # also where nobody said it
-        given["strength"] = request.start.strength
-    if "noise_level" in request.conditions:
-        given["noise_level"] = int(request.conditions["noise_level"][0])
-    return {
-        "source": args.source,
-        "checkpoint": found.step,
-        "profile": found.profile,
-        "first_stage": config.first_stage.weights,
-        "latent_scale": config.first_stage.latent_scale,
-        "seed": args.seed,
-        "first_index": args.first_index,
-        "prompts": list(request.captions),
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in given.items()},
-        "size": "x".join(map(str, request.size or ())),
-        "files": inputs.checksums,
-        "sampler": how.sampler,
-        "steps": how.steps,
-        "spacing": how.spacing,
-        "eta": how.eta,
-        "guidance": how.guidance_scale,
-        "guidance_rescale": how.guidance_rescale,
-        "precision": precision,
-        "versions": {
-            "ldm": importlib.metadata.version("latent-diffusion-trainer"),
-            "commit": git_commit(Path(__file__).resolve().parent, mark_changes=True) or "unknown",
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        },
-    }
-
-
 def _items(args: argparse.Namespace, inputs: SamplingInputs) -> list[dict[str, Any]]:
     """Of each picture what it does not share with the others."""
     request = inputs.request
@@ -304,65 +230,3 @@ def _items(args: argparse.Namespace, inputs: SamplingInputs) -> list[dict[str, A
         | ({} if labels is None else {"class_label": int(labels[i])})
         for i, caption in enumerate(request.captions)
     ]
-
-
-def _wishes(args: argparse.Namespace) -> Wishes:
-    return Wishes(
-        prompts=tuple(_prompts(args)),
-        negative_prompt=read_prompt(args.negative_prompt or "", "--negative-prompt"),
-        prompt_chunks=args.prompt_chunks,
-        class_labels=tuple(args.class_label),
-        layout=args.layout,
-        semantic_map=args.semantic_map,
-        depth=args.depth,
-        image=args.image,
-        mask=args.mask,
-        strength=args.strength,
-        noise_level=args.noise_level,
-        size=_pair(args.size, "--size"),
-        original_size=_pair(args.original_size, "--original-size"),
-        crop=_pair(args.crop, "--crop"),
-        target_size=_pair(args.target_size, "--target-size"),
-        per_prompt=args.per_prompt,
-    )
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    prompts = [read_prompt(text, "--prompt") for text in args.prompt]
-    if args.prompts_file is not None:
-        try:
-            listed = prompts_of(args.prompts_file)
-        except NotFound as error:
-            raise ConfigError(f"there is no prompts file {args.prompts_file}.") from error
-        if not listed:
-            raise ConfigError(f"the prompts file {args.prompts_file} holds no prompt; write one a line.")
-        prompts += listed
-    return prompts
-
-
-def _pair(text: str | None, flag: str) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
-    if match is None:
-        raise ConfigError(f"{flag} {text} is not two numbers of pixels, the vertical one first: 512x768.")
-    return int(match[1]), int(match[2])
-
-
-def _with_choices(config: Config, args: argparse.Namespace) -> Config:
-    chosen = {
-        "sampler": args.sampler,
-        "steps": args.steps,
-        "spacing": args.spacing,
-        "guidance_scale": args.guidance,
-        "guidance_rescale": args.guidance_rescale,
-        "eta": args.eta,
-    }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    sampling: SamplingConfig = dataclasses.replace(config.sampling, **given)
-    check_sampling(config.diffusion, sampling)
-    config = dataclasses.replace(config, sampling=sampling)
-    check_guidance(config, told=TEXT if args.negative_prompt else ())
-    if args.negative_prompt and sampling.guidance_scale == 1.0:
-        raise ConfigError("--negative-prompt needs guidance to lead away from it; give --guidance above 1.")
-    return config

@@ -6,38 +6,39 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from data_pipeline.storage.urls import join
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.checkpoint.commands import find_checkpoint, fingerprint
-from trainer.cli.conditions_from_files import SamplingInputs, Wishes, check_labels, sampling_inputs
+from trainer.cli.conditions_from_files import SamplingInputs, sampling_inputs
+from trainer.cli.sample_asked import (
+    Precision,
+    find_asked,
+    load_asked,
+    long_prompts,
+    precision_asked,
+    record_of,
+    wishes_of,
+    with_choices,
+)
+from trainer.cli.wishes import check_labels
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.generation.make import accelerate, make_pictures
 from trainer.generation.series import Series
-from trainer.generation.store import Form, SetStore, former_record
+from trainer.generation.store import GRID, Form, SetStore, former_record
 from trainer.launch.command import run_on_ranks
-from trainer.model import DiffusionModel, ModelFound, TrainedModel, find_model, load_model
-from trainer.sample import Request
+from trainer.model import ModelFound, TrainedModel
 
 MAX_COUNT = 10_000_000
 """Pictures of a set, whose names have seven digits."""
 PROMPTS_LOOKED_AT = 1000
 """For being too long."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """What `ldm sample` makes of its other arguments."""
-
-    wishes: Callable[[argparse.Namespace], Wishes]
-    with_choices: Callable[[Config, argparse.Namespace], Config]
-    record: Callable[..., dict[str, Any]]
-    long_prompts: Callable[[DiffusionModel, Request], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Plan:
     inputs: SamplingInputs
     """Of one picture."""
     record: dict[str, Any]
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,44 +104,38 @@ def is_series(args: argparse.Namespace) -> bool:
     return False
 
 
-def run(args: argparse.Namespace, reading: Reading) -> int:
+def run(args: argparse.Namespace) -> int:
     """Make the set, or what is missing of it, on all ranks."""
     check(args)
-    return run_on_ranks(args.command_line, args.ranks, lambda env: make(args, reading, env))
+    return run_on_ranks(args.command_line, args.ranks, lambda env: make(args, env))
 
 
-def make(args: argparse.Namespace, reading: Reading, env: DistributedEnv) -> None:
-    """The same on the ranks that there are. Collective.
+def make(args: argparse.Namespace, env: DistributedEnv) -> None:
+    """The same on the ranks that there are, also for commands that measure the set. Collective.
 
     Raises:
         ConfigError: options that do not go together, or a folder that holds another set.
     """
-    plan = collectives.from_main_rank(lambda: _plan(args, reading, env.device))
+    plan = collectives.from_main_rank(lambda: _plan(args, env.device))
     store = SetStore(args.out, plan.record, Form(args.format, args.quality, tars=args.tars is not None))
     trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
     if env.is_main:
-        _tell(plan, trained, reading, env)
+        _tell(plan, trained, env)
     there = make_pictures(store, plan.series, trained, overwrite=args.overwrite, paste=plan.inputs.paste)
     if env.is_main:
         before = f", {there} of them from before" if there else ""
-        print(f"{plan.series.count} pictures{before} in {store.pictures_url}, {store.url}/grid.png")
+        print(f"{plan.series.count} pictures{before} in {store.pictures_url}, {join(store.url, GRID)}")
 
 
-def _plan(args: argparse.Namespace, reading: Reading, device: torch.device) -> Plan:
+def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
     former = None if args.overwrite else former_record(args.out.rstrip("/") or args.out)
     _adopt(args, former or {})
-    wishes = reading.wishes(args)
+    wishes = wishes_of(args)
     prompts = wishes.prompts
     if args.prompts_from is not None:
         prompts += _prompts_from(args.prompts_from, args.count)
-    found = find_model(
-        args.source,
-        profile=args.weights,
-        step=args.checkpoint,
-        first_stage_weights=args.first_stage,
-        latent_scale=args.latent_scale,
-    )
-    config = reading.with_choices(found.config, args)
+    found = find_asked(args)
+    config = with_choices(found.config, args)
     labels = _labels(config, wishes.class_labels)
     one = dataclasses.replace(wishes, prompts=prompts[:1], class_labels=labels[:1])
     inputs = sampling_inputs(config, one)
@@ -155,8 +150,8 @@ def _plan(args: argparse.Namespace, reading: Reading, device: torch.device) -> P
         batch_size=args.batch_size,
         batches_per_part=1 if args.tars is None else -(-args.tars // args.batch_size),
     )
-    precision = args.precision or (config.distributed.precision if device.type == "cuda" else "fp32")
-    about = reading.record(args, one, inputs, config, found, device, precision)
+    precision = precision_asked(args, config, device)
+    about = record_of(args, one, inputs, config, found, device, precision)
     del about["prompts"]
     record = about | {
         "weights": fingerprint(args.source, found.step),
@@ -221,23 +216,15 @@ def _labels(config: Config, given: Sequence[int]) -> tuple[int, ...]:
 
 
 def _load(args: argparse.Namespace, plan: Plan, device: torch.device) -> TrainedModel:
-    trained = load_model(
-        args.source,
-        profile=args.weights if plan.found.step is None else plan.found.profile,
-        step=plan.found.step,
-        first_stage_weights=args.first_stage,
-        latent_scale=args.latent_scale,
-        device=device,
-        precision=plan.precision,
-    )
+    trained = load_asked(args, plan.found, device, plan.precision)
     accelerate(plan.config, trained.model)
     return dataclasses.replace(trained, config=plan.config)
 
 
-def _tell(plan: Plan, trained: TrainedModel, reading: Reading, env: DistributedEnv) -> None:
+def _tell(plan: Plan, trained: TrainedModel, env: DistributedEnv) -> None:
     how, series = plan.config.sampling, plan.series
     looked_at = min(series.count, len(series.prompts), PROMPTS_LOOKED_AT)
-    for note in reading.long_prompts(trained.model, series.request(range(looked_at))):
+    for note in long_prompts(trained.model, series.request(range(looked_at))):
         print(f"note: {note}")
     if any(series.prompts) and len(series.prompts) < series.count:
         print(f"note: {len(series.prompts)} prompts for {series.count} pictures; they are taken in turn.")

@@ -12,7 +12,6 @@ import argparse
 import csv
 import io
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -125,12 +124,8 @@ def _name(point: tuple[Decimal, Decimal]) -> str:
 
 def _command(args: argparse.Namespace, point: tuple[Decimal, Decimal], folder: str) -> argparse.Namespace:
     """What `ldm sample` is to do for one point."""
-    options = shlex.split(args.sample)
-    taken = [o for o in options if o.partition("=")[0] in _OURS]
-    if taken:
-        raise ConfigError(f"--sample may not hold {taken[0]}, which is the sweep's own.")
     own = ["--guidance", str(point[0]), "--steps", str(int(point[1])), "--out", folder]
-    return sample.arguments([args.source, *options, *own], "ldm evaluate sweep --sample")
+    return sample.arguments(args.source, args.sample, own, _OURS, "ldm evaluate sweep")
 
 
 def _step_of_all(args: argparse.Namespace, out: str, command: argparse.Namespace) -> int | None:

@@ -8,11 +8,10 @@ RUN/checkpoints/keep/          its mark on the best ones, which the run then doe
 from __future__ import annotations
 
 import argparse
-import shlex
 import typing
 
 from data_pipeline.storage.urls import join
-from trainer.cli import sample
+from trainer.cli import sample, sample_series
 from trainer.cli.fidelity import Measuring, add_measuring_arguments, check, figures, stored
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
@@ -82,7 +81,7 @@ def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
     real = real or measuring.statistics(args.reference, reference=True)
 
     def draw(sighting: Sighting, folder: str) -> None:
-        sample.make_series(_drawing(args, sighting.url, folder), env)
+        sample_series.make(_drawing(args, sighting.url, folder), env)
 
     def measure(folder: str) -> dict[str, float] | None:
         made = measuring.statistics(folder)
@@ -114,11 +113,7 @@ def _figures(
 
 def _drawing(args: argparse.Namespace, source: str, folder: str) -> argparse.Namespace:
     """What `ldm sample` is to do for one checkpoint."""
-    options = shlex.split(args.sample)
-    taken = [option for option in options if option.partition("=")[0] in _OURS]
-    if taken:
-        raise ConfigError(f"--sample may not hold {taken[0]}, which is the evaluator's own.")
-    return sample.arguments([source, *options, "--out", folder], "ldm evaluate watch --sample")
+    return sample.arguments(source, args.sample, ["--out", folder], _OURS, "ldm evaluate watch")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -39,13 +39,12 @@ from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.evaluator.findings import PREFIX, Findings, Teller
 from trainer.evaluator.lookout import Lookout, Rule, Sighting
+from trainer.generation.store import GRID, PICTURES
 from trainer.reliability.lease import Lease, acquire
 
 logger = logging.getLogger(__name__)
 
-PICTURES = "pictures"
 SAMPLES = "samples"
-GRID = "grid.png"
 _MAX_FAULTS = 5
 """In a row, of others than storage that is away."""
 _REPORT_S = 600.0

@@ -27,7 +27,7 @@ from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.acceleration import compile_regions, configure_process
 from trainer.generation.series import Series
-from trainer.generation.store import SetStore
+from trainer.generation.store import GRID, SetStore
 from trainer.metrics.pictures import MAX_SHEET, contact_sheet
 from trainer.model import DiffusionModel, TrainedModel
 from trainer.sample import draw
@@ -35,7 +35,6 @@ from trainer.sample import draw
 AHEAD = 2
 """Parts that are written while the next ones are drawn."""
 MAX_ENCODERS = 8
-GRID = "grid.png"
 
 
 def make_pictures(

@@ -28,6 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import (
     check_writable,
+    list_names,
     list_sizes,
     read_bytes,
     read_text,
@@ -42,10 +43,12 @@ logger = logging.getLogger(__name__)
 RECORD = "prompts.json"
 PICTURES = "pictures"
 PARTS = "parts"
+GRID = "grid.png"
+"""The first pictures at a glance."""
 OURS = re.compile(r"\d{5,}\.(png|jpg|txt|tar|json)")
 """Names of what a set consists of, in its folders."""
 _MAY_DIFFER = ("versions",)
-"""Of a set that is continued."""
+"""Of a set that is continued, or made again."""
 _REQUESTS = 16
 """At a time, of those that wait for storage."""
 
@@ -85,29 +88,21 @@ class SetStore:
             ConfigError: the folder holds another set, which may not go.
             UserError, RetryableFault: it cannot be written to.
         """
-        former = None if overwrite else former_record(self.url)
-        if former is None and not overwrite and any(OURS.fullmatch(n) for n in list_sizes(self.pictures_url)):
-            former = {}  # pictures of nobody knows what
+        former = None if overwrite else what_is_there(self.url)
         if former is not None:
-            self._require_same(former)
+            require_same(self.url, former, self._record)
+            self._warn_of_versions(former)
             return self._whole_parts()
         check_writable(self.url)
-        for folder in (PARTS, PICTURES):
-            names = [name for name in list_sizes(join(self.url, folder)) if OURS.fullmatch(name)]
-            remove_names(join(self.url, folder), names)
-        write_bytes(join(self.url, RECORD), json.dumps(self._record, indent=1, ensure_ascii=False).encode())
+        begin_set(self.url, self._record)
         return set()
 
     def encode(self, picture: NDArray[np.uint8], item: dict[str, Any]) -> bytes:
         """A file of uint8 [H, W, 3]; a PNG carries its caption and all that it was made from as text."""
-        out, image = io.BytesIO(), Image.fromarray(picture)
-        if self._form.kind == "jpg":
-            image.save(out, "JPEG", quality=self._form.quality, subsampling=0)
-        else:
-            text = PngInfo()
-            text.add_text("prompt", item["prompt"])
-            text.add_text("ldm", json.dumps(self._shared | item, ensure_ascii=False))
-            image.save(out, "PNG", pnginfo=text)
+        if self._form.kind == "png":
+            return encode_png(picture, self._shared, item)
+        out = io.BytesIO()
+        Image.fromarray(picture).save(out, "JPEG", quality=self._form.quality, subsampling=0)
         return out.getvalue()
 
     def put(
@@ -160,14 +155,7 @@ class SetStore:
                     tar.addfile(info, io.BytesIO(content))
         return out.getvalue()
 
-    def _require_same(self, former: dict[str, Any]) -> None:
-        names = sorted(former.keys() | self._record.keys())
-        differing = [n for n in names if n not in _MAY_DIFFER and former.get(n) != self._record.get(n)]
-        if differing:
-            raise ConfigError(
-                f"{self.url} holds another set of pictures ({_told(differing[0], former, self._record)}); "
-                "choose another folder with --out, or give --overwrite to replace it."
-            )
+    def _warn_of_versions(self, former: dict[str, Any]) -> None:
         before, now = (record.get("versions", {}) for record in (former, self._record))
         if before != now:
             changed = [f"{n} {before.get(n)}, now {now[n]}" for n in now if before.get(n) != now[n]]
@@ -179,7 +167,7 @@ class SetStore:
 
     def _whole_parts(self) -> set[int]:
         folder = join(self.url, PARTS)
-        names = [name for name in list_sizes(folder) if OURS.fullmatch(name)]
+        names = _ours_in(folder)
         with ThreadPoolExecutor(_REQUESTS) as pool:
             records = list(pool.map(lambda name: _part_record(join(folder, name)), names))
         there = list_sizes(self.pictures_url)
@@ -199,6 +187,43 @@ def former_record(out: str) -> dict[str, Any] | None:
     except ValueError:  # not ours, or cut short
         return {}
     return former if isinstance(former, dict) else {}
+
+
+def what_is_there(out: str) -> dict[str, Any] | None:
+    """As `former_record`, and empty for pictures of nobody knows what."""
+    former = former_record(out)
+    return {} if former is None and _ours_in(join(out, PICTURES)) else former
+
+
+def require_same(out: str, former: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raise ConfigError where a folder holds another set than that of a record, which is as JSON gives it."""
+    names = sorted(former.keys() | record.keys())
+    differing = [n for n in names if n not in _MAY_DIFFER and former.get(n) != record.get(n)]
+    if differing:
+        raise ConfigError(
+            f"{out} holds another set of pictures ({_told(differing[0], former, record)}); "
+            "choose another folder with --out, or give --overwrite to replace it."
+        )
+
+
+def begin_set(out: str, record: dict[str, Any]) -> None:
+    """Remove the pictures of a former set, and write the record of a new one."""
+    for folder in (PARTS, PICTURES):
+        remove_names(join(out, folder), _ours_in(join(out, folder)))
+    write_bytes(join(out, RECORD), json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+
+def encode_png(picture: NDArray[np.uint8], shared: dict[str, Any], item: dict[str, Any]) -> bytes:
+    """A file of uint8 [H, W, 3] that carries its caption and all that it was made from as text."""
+    out, text = io.BytesIO(), PngInfo()
+    text.add_text("prompt", item["prompt"])
+    text.add_text("ldm", json.dumps(shared | item, ensure_ascii=False))
+    Image.fromarray(picture).save(out, "PNG", pnginfo=text)
+    return out.getvalue()
+
+
+def _ours_in(folder: str) -> list[str]:
+    return [name for name in list_names(folder) if OURS.fullmatch(name)]
 
 
 def _part_record(url: str) -> dict[str, int]:

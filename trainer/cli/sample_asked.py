@@ -1,0 +1,189 @@
+"""What the arguments of `ldm sample` ask for, of small sets and of large ones alike."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from data_pipeline.errors import NotFound
+from data_pipeline.tools.given import read_prompt
+from data_pipeline.tools.prompts import prompts_of
+from trainer.cli.conditions_from_files import SamplingInputs
+from trainer.cli.wishes import Wishes
+from trainer.conditioning.build import TEXT
+from trainer.config.checks_diffusion import check_guidance, check_sampling
+from trainer.config.run import Config, ConfigError
+from trainer.config.training import SamplingConfig
+from trainer.model import DiffusionModel, ModelFound, TrainedModel, find_model, load_model
+from trainer.provenance import git_commit
+from trainer.sample import Request
+
+Precision: TypeAlias = Literal["fp32", "bf16"]
+MAX_NOTES = 5
+"""Prompts that are told to be too long, one by one."""
+
+
+def wishes_of(args: argparse.Namespace) -> Wishes:
+    """Prompts and conditions; --prompts-file is read here."""
+    return Wishes(
+        prompts=tuple(_prompts(args)),
+        negative_prompt=read_prompt(args.negative_prompt or "", "--negative-prompt"),
+        prompt_chunks=args.prompt_chunks,
+        class_labels=tuple(args.class_label),
+        layout=args.layout,
+        semantic_map=args.semantic_map,
+        depth=args.depth,
+        image=args.image,
+        mask=args.mask,
+        strength=args.strength,
+        noise_level=args.noise_level,
+        size=_pair(args.size, "--size"),
+        original_size=_pair(args.original_size, "--original-size"),
+        crop=_pair(args.crop, "--crop"),
+        target_size=_pair(args.target_size, "--target-size"),
+        per_prompt=args.per_prompt,
+    )
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = [read_prompt(text, "--prompt") for text in args.prompt]
+    if args.prompts_file is not None:
+        try:
+            listed = prompts_of(args.prompts_file)
+        except NotFound as error:
+            raise ConfigError(f"there is no prompts file {args.prompts_file}.") from error
+        if not listed:
+            raise ConfigError(f"the prompts file {args.prompts_file} holds no prompt; write one a line.")
+        prompts += listed
+    return prompts
+
+
+def _pair(text: str | None, flag: str) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    if match is None:
+        raise ConfigError(f"{flag} {text} is not two numbers of pixels, the vertical one first: 512x768.")
+    return int(match[1]), int(match[2])
+
+
+def find_asked(args: argparse.Namespace) -> ModelFound:
+    """The model, without its weights."""
+    return find_model(
+        args.source,
+        profile=args.weights,
+        step=args.checkpoint,
+        first_stage_weights=args.first_stage,
+        latent_scale=args.latent_scale,
+    )
+
+
+def load_asked(
+    args: argparse.Namespace, found: ModelFound, device: torch.device, precision: Precision
+) -> TrainedModel:
+    """The weights that were found."""
+    return load_model(
+        args.source,
+        profile=args.weights if found.step is None else found.profile,
+        step=found.step,
+        first_stage_weights=args.first_stage,
+        latent_scale=args.latent_scale,
+        device=device,
+        precision=precision,
+    )
+
+
+def precision_asked(args: argparse.Namespace, config: Config, device: torch.device) -> Precision:
+    """The one that is named; else the run's own on a GPU, fp32 on a CPU."""
+    named: Precision | None = args.precision
+    return named or (config.distributed.precision if device.type == "cuda" else "fp32")
+
+
+def with_choices(config: Config, args: argparse.Namespace) -> Config:
+    """The configuration with the sampler that the arguments name. Raises ConfigError where it is none."""
+    chosen = {
+        "sampler": args.sampler,
+        "steps": args.steps,
+        "spacing": args.spacing,
+        "guidance_scale": args.guidance,
+        "guidance_rescale": args.guidance_rescale,
+        "eta": args.eta,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    sampling: SamplingConfig = dataclasses.replace(config.sampling, **given)
+    check_sampling(config.diffusion, sampling)
+    config = dataclasses.replace(config, sampling=sampling)
+    check_guidance(config, told=TEXT if args.negative_prompt else ())
+    if args.negative_prompt and sampling.guidance_scale == 1.0:
+        raise ConfigError("--negative-prompt needs guidance to lead away from it; give --guidance above 1.")
+    return config
+
+
+def record_of(
+    args: argparse.Namespace,
+    wishes: Wishes,
+    inputs: SamplingInputs,
+    config: Config,
+    found: ModelFound,
+    device: torch.device,
+    precision: str,
+) -> dict[str, Any]:
+    """Everything that the pictures are a function of; lists where they differ."""
+    how, request = config.sampling, inputs.request
+    given = {name: value for name, value in dataclasses.asdict(wishes).items() if value and name != "prompts"}
+    if request.start is not None:  # also where nobody said it
+        given["strength"] = request.start.strength
+    if "noise_level" in request.conditions:
+        given["noise_level"] = int(request.conditions["noise_level"][0])
+    return {
+        "source": args.source,
+        "checkpoint": found.step,
+        "profile": found.profile,
+        "first_stage": config.first_stage.weights,
+        "latent_scale": config.first_stage.latent_scale,
+        "seed": args.seed,
+        "first_index": args.first_index,
+        "prompts": list(request.captions),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in given.items()},
+        "size": "x".join(map(str, request.size or ())),
+        "files": inputs.checksums,
+        "sampler": how.sampler,
+        "steps": how.steps,
+        "spacing": how.spacing,
+        "eta": how.eta,
+        "guidance": how.guidance_scale,
+        "guidance_rescale": how.guidance_rescale,
+        "precision": precision,
+        "versions": {
+            "ldm": importlib.metadata.version("latent-diffusion-trainer"),
+            "commit": git_commit(Path(__file__).resolve().parent, mark_changes=True) or "unknown",
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
+    }
+
+
+def long_prompts(model: DiffusionModel, request: Request) -> list[str]:
+    """A sentence for each caption that is longer than the model reads; after a few, one for the rest."""
+    notes = []
+    for caption in dict.fromkeys((*request.captions, *request.negative)):
+        for condition in model.conditioner.conditions.values():
+            count, at_once = condition.text_tokens(caption)
+            if count > at_once * request.text_chunks:
+                remedy = "shorten it"
+                if isinstance(condition.frozen, nn.Module):
+                    remedy += f", or give --prompt-chunks {-(-count // at_once)}"
+                notes.append(
+                    f"{caption[:60]!r} has {count} tokens and the model reads the first "
+                    f"{at_once * request.text_chunks}; {remedy}."
+                )
+                break
+    more = len(notes) - MAX_NOTES
+    return notes if more <= 0 else [*notes[:MAX_NOTES], f"{more} more prompts are longer than that, too."]
