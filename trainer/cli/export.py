@@ -30,7 +30,7 @@ from trainer.evaluation.latent_statistics import with_measured_statistics
 from trainer.first_stage.build import first_stage_tensors, load_first_stage
 from trainer.first_stage.statistics import UNMEASURED, require_same_statistics
 from trainer.interop.export import export_weights
-from trainer.interop.parts import TOWERS
+from trainer.interop.parts import TOWERS, is_clip_l
 from trainer.weights import metadata_object
 
 EXAMPLE = "example: ldm export s3://bucket/first_stage_run s3://bucket/first_stage.safetensors"
@@ -195,7 +195,7 @@ def _towers(config: Config, layout: Literal["compvis", "diffusers"]) -> dict[str
         second = config.conditioning.openclip_second is not None
         if layout == "diffusers" and not second:
             weights = stored_tower(tower, index, "read")
-        elif layout == "diffusers" or tower.model.startswith("ViT-L-14"):
+        elif layout == "diffusers" or is_clip_l(tower):
             weights = stored_tower(tower, index, "blocks")
         else:
             weights = stored_tower(tower, index, "all")

@@ -16,7 +16,6 @@ from data_pipeline.storage.files import check_writable, write_bytes
 from data_pipeline.storage.urls import parent
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
-from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.evaluation.features import (
     FAMILIES,
     FeatureOptions,
@@ -34,6 +33,7 @@ from trainer.evaluation.statistics import (
     write_statistics,
 )
 from trainer.evaluation.survey import SurveyOptions, survey
+from trainer.launch.command import as_rank
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ FIDELITY_EXAMPLE = (
     "example: ldm evaluate fidelity samples --reference 's3://bucket/val/{00000..00009}.tar' --image-size 256"
 )
 STATISTICS_EXAMPLE = "example: ldm evaluate statistics 's3://bucket/val/*.tar' --image-size 256 --out s3://bucket/val.safetensors"
-RANKS_WAIT_S = 3600.0
 MOST_THREADS = 16
 
 
@@ -113,16 +112,7 @@ def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Either sub-command, by one process or by the ranks that torchrun or srun have started."""
     check(args)
-    env = DistributedEnv.detect()
-    if env.world_size == 1:
-        _measure(args, env.device)
-        return 0
-    initialise(env, RANKS_WAIT_S)
-    try:
-        _measure(args, env.device)
-    finally:
-        shutdown()
-    return 0
+    return as_rank(lambda env: _measure(args, env.device))
 
 
 def check(args: argparse.Namespace) -> None:

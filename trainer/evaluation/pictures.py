@@ -47,13 +47,15 @@ def pictures_once(
         raise DataError(f"{where} hold no picture for {purpose}.")
     batches = build_loader(data, seed=seed, global_batch_size=batch_size, dataset=dataset)
     with closing(batches), tqdm(total=samples, unit="image", desc=purpose) as bar:
-        while bar.n < samples:
+        given = 0  # a bar that is switched off does not count
+        while given < samples:
             batch = next(batches)
             pixels = batch.pixels
             if first_epoch is not None:
                 pixels = pixels[batch.ordinals < first_epoch]
                 if len(pixels) == 0:  # every lane is through
                     break
-            pixels = pixels[: samples - bar.n]
+            pixels = pixels[: samples - given]
             yield pixels
+            given += len(pixels)
             bar.update(len(pixels))

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.config.models import OpenCLIPConfig
 from trainer.config.run import Config, ConfigError
 from trainer.diffusion.schedule import make_schedule
 from trainer.first_stage.build import WEIGHTS_FILE, first_stage_metadata
@@ -19,7 +18,15 @@ from trainer.interop.convert import CLASS_TOKENS, TEXT_FILES, UNET_AVERAGE_FILE,
 from trainer.interop.diffusers_export import write_diffusers
 from trainer.interop.first_stage_names import STATISTICS
 from trainer.interop.latent_scale import folded, is_one_number
-from trainer.interop.parts import TOWERS, Groups, by_role, cast, convert_part, latent_statistics
+from trainer.interop.parts import (
+    TOWERS,
+    Groups,
+    by_role,
+    cast,
+    convert_part,
+    is_clip_l,
+    latent_statistics,
+)
 from trainer.interop.report import TransferReport
 from trainer.weights import WEIGHT_ENDINGS, write_weights
 
@@ -139,7 +146,7 @@ def _first_stage_to_compvis(tensors: Tensors, config: Config) -> tuple[dict[str,
 def _place_tower(
     parts: compvis.CompVisParts, config: Config, role: str, section: str, tensors: Tensors
 ) -> None:
-    clip = _is_clip(getattr(config.conditioning, section))
+    clip = is_clip_l(getattr(config.conditioning, section))
     if parts.clip if clip else parts.open_clip:
         raise ConfigError(
             "the compvis layout holds two text towers as SDXL does, ViT-L-14 and another one; these are "
@@ -150,11 +157,6 @@ def _place_tower(
         parts.clip = convert_part(config, role, tensors, "diffusers")
     else:
         parts.open_clip = dict(tensors)
-
-
-def _is_clip(tower: OpenCLIPConfig | None) -> bool:
-    """Whether the original layout stores this tower in the names of transformers (SD1, SDXL's first)."""
-    return tower is not None and tower.model.startswith("ViT-L-14")
 
 
 def _is_unsaid(name: str, layout: Layout) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from trainer.config.models import OpenCLIPConfig
 from trainer.config.run import Config, ConfigError
 from trainer.interop import compvis
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links
@@ -20,6 +21,11 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 TOWERS = {"text_encoder": "openclip", "text_encoder_2": "openclip_second"}
 """Prefix of a text tower's tensors -> its section of ConditioningConfig."""
+
+
+def is_clip_l(tower: OpenCLIPConfig | None) -> bool:
+    """Whether the original layout stores this tower in the names of transformers (SD1, SDXL's first)."""
+    return tower is not None and tower.model.startswith("ViT-L-14")
 
 
 def by_role(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

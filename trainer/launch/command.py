@@ -42,7 +42,7 @@ def run_on_ranks(words: Sequence[str], ranks: int, work: Callable[[DistributedEn
                 "--ranks starts local processes, and torchrun or srun has started some already; leave it out."
             )
         die_with_launcher()
-        return _as_rank(work)
+        return as_rank(work)
     ranks = ranks or visible_devices(os.environ) or 1
     if ranks == 1:
         work(DistributedEnv.detect())
@@ -59,7 +59,8 @@ def run_on_ranks(words: Sequence[str], ranks: int, work: Callable[[DistributedEn
         )
 
 
-def _as_rank(work: Callable[[DistributedEnv], None]) -> ExitCode:
+def as_rank(work: Callable[[DistributedEnv], None]) -> ExitCode:
+    """Do `work` on the ranks that there are, of which this process is one; collective where they are many."""
     env = DistributedEnv.detect()
     if env.world_size == 1:
         work(env)

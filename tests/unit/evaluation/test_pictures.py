@@ -7,12 +7,14 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Set
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
@@ -56,6 +58,12 @@ def test_each_picture_once(tmp_path: Path, batch_size: int, damaged: set[int]) -
     assert Counter(greys(shards, 200, batch_size)) == Counter(everything)
     some = greys(shards, 20, batch_size)
     assert len(some) == len(set(some)) == 20
+
+
+def test_without_a_progress_bar_there_are_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = partial(tqdm, disable=True)  # as TQDM_DISABLE=1
+    monkeypatch.setattr("trainer.evaluation.pictures.tqdm", without)
+    assert len(greys(write_shards(tmp_path, [17, 9]), 10, 4)) == 10
 
 
 def test_shards_without_pictures_are_told(tmp_path: Path) -> None:
