@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from data_pipeline.errors import Failure
 from trainer.console import configure_logging
@@ -32,6 +33,13 @@ VERBS = {
     "report": "write an HTML page about a run: curves, pictures, faults",
     "evaluate": "measure what a model can do, against data",
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Shows texts as they are written, its sub-commands' too: an example broken over lines would not run."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,12 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def verb_parser(name: str) -> argparse.ArgumentParser:
     """The parser of one verb."""
     verb = importlib.import_module(f"trainer.cli.{name}")
-    parser = argparse.ArgumentParser(
-        prog=f"ldm {name}",
-        description=verb.__doc__,
-        epilog=verb.EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Parser(prog=f"ldm {name}", description=verb.__doc__, epilog=verb.EXAMPLE)
     verb.add_arguments(parser)
     return parser
 
@@ -83,12 +86,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 
 def _overview(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ldm",
         description="Train latent diffusion models. Verbs:\n"
         + "\n".join(f"  {verb:10} {summary}" for verb, summary in VERBS.items()),
         epilog="`ldm VERB --help` explains a verb and shows an example.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the above")
     parser.parse_args(argv or ["--help"])

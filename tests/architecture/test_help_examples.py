@@ -35,7 +35,7 @@ def examples(verb: str) -> list[str]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_are_parsed(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")  # in which an example is still one line, to be copied
     monkeypatch.chdir(ROOT)
     commands = examples(verb)
     assert commands

@@ -48,7 +48,6 @@ def _parser(
         help=about,
         description=about,
         epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 

@@ -7,6 +7,7 @@ in https://ui.perfetto.dev) and a table by kind of operation. What is trained do
 from __future__ import annotations
 
 import argparse
+import math
 
 from trainer.operation.asking import Patience, profile
 
@@ -21,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=_ranks, default=(0,), metavar="R,R", help="whose, counted from 0 (default: 0)"
     )
     parser.add_argument(
-        "--wait", type=float, nargs="?", const=0.0, metavar="SECONDS",
+        "--wait", type=float, nargs="?", const=math.inf, metavar="SECONDS",
         help="return when the files are there, or with code 1 after so many seconds (no number: for ever)",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask, and say what happens."""
-    patience = None if args.wait is None else Patience(args.wait or None)
+    patience = None if args.wait is None else Patience(args.wait)
     ranks = tuple(sorted(set(args.ranks)))
     return 0 if profile(args.source, steps=args.steps, ranks=ranks, patience=patience, tell=print) else 1
 

@@ -7,6 +7,7 @@ saved.
 from __future__ import annotations
 
 import argparse
+import math
 
 from trainer.operation.asking import Patience, cancel_stop, stop
 
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN, and whether to wait."""
     parser.add_argument("source", metavar="RUN", help="run folder, a path or a URL")
     parser.add_argument(
-        "--wait", type=float, nargs="?", const=0.0, metavar="SECONDS",
+        "--wait", type=float, nargs="?", const=math.inf, metavar="SECONDS",
         help="return when it has ended, or with code 1 after so many seconds (without a number: for ever)",
     )  # fmt: skip
     parser.add_argument(
@@ -30,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
     if args.cancel:
         cancel_stop(args.source, print)
         return 0
-    patience = None if args.wait is None else Patience(args.wait or None)
+    patience = None if args.wait is None else Patience(args.wait)
     return 0 if stop(args.source, patience, print) else 1

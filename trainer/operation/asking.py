@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,15 +32,14 @@ _TELL_S = 30.0
 class Patience:
     """How long an answer is waited for."""
 
-    limit_s: float | None = None
-    """None: for ever."""
+    limit_s: float = math.inf
 
     def until(self, answered: Callable[[], bool], run_dir: str, tell: Tell, waiting: str) -> bool:
         """Look again and again; whether it was answered in time."""
         began = told = time.monotonic()
         while not _quietly(answered):
             now = time.monotonic()
-            if self.limit_s is not None and now - began > self.limit_s:
+            if now - began > self.limit_s:
                 return False
             if now - told > _TELL_S:
                 told = now
