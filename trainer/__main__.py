@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(verb.run(arguments))
     except (Failure, OSError, KeyboardInterrupt) as error:
-        from trainer.launch.rank import is_restart  # not at the top: most commands end well, and sooner
+        from trainer.reliability.job import is_restart  # not at the top: most commands end well, and sooner
 
         code = classify(error, restarted=is_restart())
         if isinstance(error, Failure):

@@ -33,13 +33,13 @@ from trainer.first_stage.build import (
     load_first_stage,
 )
 from trainer.interop.unet_names import unet_links
-from trainer.launch.rank import LAUNCHER_VARIABLE, RESTARTS_VARIABLE
+from trainer.launch.rank import LAUNCHER_VARIABLE
 from trainer.metrics.timer import StepTimer
 from trainer.model import build_autoencoder
 from trainer.models.unet import ATTENTIONS, UNet
 from trainer.reliability.doubt import FAULTS_VARIABLE
 from trainer.reliability.heartbeat import BOARD_VARIABLE
-from trainer.reliability.job import JOB_VARIABLE
+from trainer.reliability.job import JOB_VARIABLE, RESTARTS_VARIABLE
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.weights import write_weights
 

@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,12 +30,11 @@ from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, classify, normalize
-from trainer.reliability.doubt import RESTART_COUNTERS, weighed
+from trainer.reliability.doubt import weighed
+from trainer.reliability.job import is_restart
 
 LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
 """Environment variable with the launcher's process id; a rank does not outlive it."""
-RESTARTS_VARIABLE = "LDM_RESTARTS"
-"""Environment variable that tells a rank how often its launcher has restarted the run."""
 
 Task = Literal["train", "doctor"]
 
@@ -45,11 +44,6 @@ logger = logging.getLogger(__name__)
 def rank_command(config_file: Path, task: Task) -> list[str]:
     """The command line of a rank."""
     return [sys.executable, "-m", "trainer.launch.rank", str(config_file), task]
-
-
-def is_restart(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the same command has run before, so that its URLs are known to be right."""
-    return any(environment.get(name, "0") not in ("", "0") for name in RESTART_COUNTERS)
 
 
 def run_rank(config: Config, task: Task = "train") -> ExitCode:

@@ -30,9 +30,9 @@ from pathlib import Path
 
 from trainer.distributed.place import Place
 from trainer.exit_codes import ExitCode
-from trainer.launch.rank import LAUNCHER_VARIABLE, RESTARTS_VARIABLE
+from trainer.launch.rank import LAUNCHER_VARIABLE
 from trainer.reliability.heartbeat import BOARD_VARIABLE, Board, Pulse
-from trainer.reliability.job import JOB_VARIABLE, job_identity
+from trainer.reliability.job import JOB_VARIABLE, RESTARTS_VARIABLE, job_identity
 from trainer.reliability.watchdog import STACKS_SIGNAL, is_stopped
 
 _MUTE_LIMIT_S = 900.0

@@ -28,12 +28,10 @@ from pathlib import Path
 
 from data_pipeline.errors import Failure, GivenUp, RunTaken
 from trainer.exit_codes import ExitCode
-from trainer.reliability.job import job_identity
+from trainer.reliability.job import RESTART_COUNTERS, is_restart, job_identity
 
 FAULTS_VARIABLE = "LDM_FAULTS"
 """Environment variable that names the file of faults; on a disk that all nodes see, where there is one."""
-RESTART_COUNTERS = ("LDM_RESTARTS", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-"""Environment variables that say how often the same command has been started again."""
 REPEATS = 3
 _AGREE_S = 0.5
 _FINAL = (ExitCode.USER_ERROR, ExitCode.FATAL)
@@ -78,9 +76,8 @@ def weighed(
 ) -> ExitCode:
     """The exit code of this rank: `code`, or RETRYABLE while a machine may be to blame for the error."""
     standing: Standing = error.__dict__.get("standing", Standing())
-    restarted = any(environ.get(name, "0") not in ("", "0") for name in RESTART_COUNTERS)
     decided = isinstance(error, (RunTaken, GivenUp))  # by the run itself, whatever the machines do
-    if code not in _FINAL or decided or not (restarted or standing.committed):
+    if code not in _FINAL or decided or not (is_restart(environ) or standing.committed):
         return code
     fault = Fault(
         attempt="/".join(environ.get(name, "0") for name in RESTART_COUNTERS),

@@ -10,6 +10,10 @@ from data_pipeline.processes import process_status
 
 JOB_VARIABLE = "LDM_JOB"
 """Environment variable that names a job across its restarts; set by launchers, or by a person's scheduler."""
+RESTARTS_VARIABLE = "LDM_RESTARTS"
+"""Environment variable that tells a rank how often its launcher has restarted the run."""
+RESTART_COUNTERS = (RESTARTS_VARIABLE, "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+"""Environment variables that say how often the same command has been started again."""
 
 
 def job_identity(environ: Mapping[str, str] = os.environ, *, launcher: int | None = None) -> str:
@@ -26,6 +30,11 @@ def job_identity(environ: Mapping[str, str] = os.environ, *, launcher: int | Non
         return f"launcher {process_identity(launcher)}"
     # torchrun's agent, or the shell: two ranks 0 under one shell need two ports.
     return f"parent {process_identity(os.getppid())} port {environ.get('MASTER_PORT', '')}"
+
+
+def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the same command has run before, so that its URLs are known to be right."""
+    return any(environ.get(name, "0") not in ("", "0") for name in RESTART_COUNTERS)
 
 
 def process_identity(pid: int) -> str:

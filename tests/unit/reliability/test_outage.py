@@ -18,9 +18,9 @@ from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode
 from trainer.launch import rank
-from trainer.launch.rank import RESTARTS_VARIABLE, is_restart
 from trainer.reliability import outage
 from trainer.reliability.healing import read_journal, write_journal
+from trainer.reliability.job import RESTARTS_VARIABLE, is_restart
 
 
 def free_port() -> int:
