@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards.grouping import Keys, stem_of, tidy
+from data_pipeline.shards.tars import BLOCK
 
 _RUN = 64
 """Members with the same name up to the first dot that are looked at together to find where their keys end."""
-_BLOCK = 512
 
 
 class _Readable(Protocol):
@@ -124,7 +124,7 @@ def _members(stream: _Readable, url: str) -> Iterator[tuple[str, bytes]]:
             assert rest is not None
             block = b""
             while not block.strip(b"\0"):
-                block = rest.read(_BLOCK)
+                block = rest.read(BLOCK)
                 if not block:
                     return
         stream, mode = _Joined(block, rest), "r|"

@@ -20,17 +20,13 @@ import tarfile
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from data_pipeline.errors import DataError, NotFound
 from data_pipeline.moments.entry import SUFFIX, Label, digest
-from data_pipeline.storage.client import filesystem
-from data_pipeline.storage.files import list_names, read_bytes, write_bytes
+from data_pipeline.storage.files import list_names, list_sizes, read_bytes, write_bytes
 from data_pipeline.storage.large import write_stream
-from data_pipeline.storage.retry import guarded
 from data_pipeline.storage.urls import join
 
 logger = logging.getLogger(__name__)
@@ -136,14 +132,8 @@ def written_s(part: str) -> float:
 
 def taken_bytes(cache: str) -> int:
     """Size of the tars of all stages in a cache folder."""
-    total = 0
-    for stage in list_names(cache):
-        url = join(cache, stage, PARTS)
-        fs, path = filesystem(url)
-        with suppress(NotFound, NotADirectoryError):
-            found = guarded(partial(fs.ls, path, detail=True), url)
-            total += sum(int(info["size"] or 0) for info in found if str(info["name"]).endswith(".tar"))
-    return total
+    listed = [list_sizes(join(cache, stage, PARTS)) for stage in list_names(cache)]
+    return sum(size for sizes in listed for name, size in sizes.items() if name.endswith(".tar"))
 
 
 def commit_part(folder: str, entries: Sequence[tuple[Label, bytes]], *, tries: int = _TRIES) -> Table:

@@ -167,7 +167,7 @@ def explain(error: BaseException, url: str) -> Failure:
     if isinstance(error, PermissionError) or _DENIED.search(text):
         remedy = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if is_s3(url) else "its permissions"
         return AccessDenied(f"Access to {url} is denied; check {remedy} ({_short(text)}).")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return NotFound(f"{url} does not exist; check the URL.")
     if isinstance(error, IsADirectoryError):
         return DataError(f"{url} is a folder, and a file is wanted; name the file in it.")

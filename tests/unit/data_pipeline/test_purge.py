@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.moments.catalogue import Catalogue
 from data_pipeline.moments.entry import Label, Member, MomentsCache, Picture, entry_key, pack, unpack
-from data_pipeline.moments.parts import commit_part, part_url, read_table
+from data_pipeline.moments.parts import commit_part, part_url, read_table, taken_bytes
 from data_pipeline.shards.identities import hash_identity
 from trainer.__main__ import main
 
@@ -135,6 +135,16 @@ def test_a_damaged_table_cannot_vouch_for_its_part(tmp_path: Path) -> None:
     assert purge(folder, tmp_path, "nothing") == 0
     assert not list(folder.rglob(f"{part}*"))
     assert readable(folder, labels) == {4, 5, 6, 7}
+
+
+def test_a_file_beside_the_stages_is_none_of_the_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    labels = write_cache(folder, parts=1)
+    (folder / "README").write_text("whose cache this is")
+    assert taken_bytes(str(folder)) == sum(tar.stat().st_size for tar in folder.glob("stage/parts/*.tar"))
+    assert purge(folder, tmp_path, labels[0].sample) == 0
+    assert readable(folder, labels) == {1, 2, 3}
+    assert (folder / "README").exists()
 
 
 @pytest.mark.parametrize("lacking", ["first_stage.cache=null", "data.removal_lists=[]"])

@@ -163,6 +163,7 @@ def test_nothing_that_could_start_a_program_is_opened(url: str) -> None:
     ("error", "kind"),
     [
         (FileNotFoundError("x"), NotFound),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), NotFound),
         (PermissionError("x"), AccessDenied),
         (RuntimeError("NoSuchBucket"), MissingBucket),
         (RuntimeError("SignatureDoesNotMatch"), AccessDenied),
