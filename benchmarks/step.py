@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from trainer.config.models import UNetConfig
 from trainer.config.training import DiffusionConfig
-from trainer.diffusion.guidance import ClassifierFreeGuidance
+from trainer.diffusion.denoiser import ClassifierFreeGuidance
 from trainer.diffusion.parameterization import Prediction
-from trainer.diffusion.sampling import sample
+from trainer.diffusion.samplers import sample
 from trainer.diffusion.schedule import NoiseSchedule, make_schedule
 from trainer.interop.diffusers_stage import scheduler_to_diffusers
 from trainer.interop.diffusers_unet import unet_to_diffusers

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from trainer.conditioning.build import TEXT
 from trainer.conditioning.image_size import uncropped
 from trainer.config.run import Config
-from trainer.diffusion.denoiser import Denoiser
+from trainer.diffusion.denoiser import ClassifierFreeGuidance, Denoiser
 from trainer.diffusion.editing import ReplacementInpainting
-from trainer.diffusion.guidance import ClassifierFreeGuidance
 from trainer.diffusion.parameterization import Prediction
 from trainer.diffusion.processes import Process, at_size, make_process
-from trainer.diffusion.sampling import sample
+from trainer.diffusion.samplers import sample
 from trainer.first_stage.base import FirstStage
 from trainer.model import DiffusionModel
 from trainer.pixels import to_bytes

@@ -12,8 +12,8 @@ from gpu_sections.networks import latent_shape, training_step
 from gpu_sections.recipe import Setup, meta_conditioner, network_inputs, random_first_stage, random_network
 from gpu_sections.timing import forget, in_turns, measure, profile_kinds
 from trainer.config.run import Config
-from trainer.diffusion.guidance import ClassifierFreeGuidance
-from trainer.diffusion.sampling import sample
+from trainer.diffusion.denoiser import ClassifierFreeGuidance
+from trainer.diffusion.samplers import sample
 from trainer.diffusion.schedule import make_schedule
 from trainer.distributed.acceleration import configure_process
 from trainer.first_stage.base import FirstStage

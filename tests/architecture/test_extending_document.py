@@ -20,7 +20,7 @@ from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import AutoencoderLossConfig, DiffusionConfig, DistributedConfig
 from trainer.diffusion.levels import make_levels
-from trainer.diffusion.sampling import SAMPLERS, Sampler
+from trainer.diffusion.samplers import SAMPLERS, Sampler
 from trainer.diffusion.schedule import make_schedule
 from trainer.distributed.build import build_engine
 from trainer.distributed.env import DistributedEnv

@@ -13,7 +13,7 @@ from trainer import rng
 from trainer.config.training import DiffusionConfig, SamplerName
 from trainer.diffusion.levels import make_levels
 from trainer.diffusion.processes import make_process
-from trainer.diffusion.sampling import SAMPLERS, sample
+from trainer.diffusion.samplers import SAMPLERS, sample
 from trainer.rng import Purpose
 
 STOCHASTIC = {"ddpm", "euler_ancestral", "dpmpp_sde"}

@@ -20,7 +20,7 @@ from trainer.diffusion.levels import make_levels
 from trainer.diffusion.objective import add_noise, draw_timesteps, loss_per_sample, loss_weights
 from trainer.diffusion.parameterization import from_x0, prediction_target, to_eps, to_x0
 from trainer.diffusion.processes import make_process
-from trainer.diffusion.sampling import SAMPLERS
+from trainer.diffusion.samplers import SAMPLERS
 from trainer.rng import Purpose
 
 MEAN, DEVIATION = 0.7, 0.5

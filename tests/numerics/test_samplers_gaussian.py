@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from trainer.config.training import DiffusionConfig
-from trainer.diffusion.denoiser import ignore, no_noise
+from trainer.diffusion.denoiser import ClassifierFreeGuidance, ignore, no_noise
 from trainer.diffusion.editing import ReplacementInpainting, image_to_image_start
-from trainer.diffusion.guidance import ClassifierFreeGuidance
 from trainer.diffusion.levels import NoiseLevels, make_levels
 from trainer.diffusion.parameterization import from_x0
-from trainer.diffusion.sampling import SAMPLERS, sample
+from trainer.diffusion.samplers import SAMPLERS, sample
 from trainer.diffusion.schedule import make_schedule
 
 MEAN, DEVIATION = 0.7, 0.5

@@ -20,7 +20,7 @@ from trainer.config.training import DiffusionConfig
 from trainer.diffusion.levels import make_levels
 from trainer.diffusion.objective import add_noise, loss_per_sample, loss_weights, quantile
 from trainer.diffusion.processes import at_size, make_process
-from trainer.diffusion.sampling import SAMPLERS
+from trainer.diffusion.samplers import SAMPLERS
 from trainer.interop.diffusers_stage import scheduler_to_diffusers
 
 SHAPE = (2, 4, 3, 3)

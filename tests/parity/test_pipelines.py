@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.__main__ import main
-from trainer.conditioning.clip_tokenizer import ClipTokenizer
 from trainer.conditioning.low_resolution import noise_level_alphas_cumprod
+from trainer.conditioning.tokenizers import ClipTokenizer
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.models import LowResolutionConfig
 from trainer.config.run import Config

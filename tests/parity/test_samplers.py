@@ -26,7 +26,7 @@ import torch
 
 from trainer.config.training import DiffusionConfig
 from trainer.diffusion.levels import make_levels
-from trainer.diffusion.sampling import SAMPLERS
+from trainer.diffusion.samplers import SAMPLERS
 from trainer.diffusion.schedule import make_schedule
 
 SHAPE = (2, 4, 3, 3)

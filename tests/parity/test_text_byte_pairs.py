@@ -8,8 +8,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.conditioning import clip_tokenizer
-from trainer.conditioning.clip_tokenizer import ClipTokenizer
+from trainer.conditioning import tokenizers
+from trainer.conditioning.tokenizers import ClipTokenizer
 
 TEXT = st.one_of(
     st.text(max_size=60),
@@ -41,7 +41,7 @@ def test_end_padding_repeats_the_end_token() -> None:
 
 
 def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clip_tokenizer, "REMEMBERED_WORDS", 50)
+    monkeypatch.setattr(tokenizers, "REMEMBERED_WORDS", 50)
     tokenizer = ClipTokenizer(77)
     expected = tokenizer(["a <end_of_text> zebra"])
     for i in range(0, 400, 10):

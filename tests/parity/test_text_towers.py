@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.conditioning.clip_tokenizer import ClipTokenizer
 from trainer.conditioning.open_clip_towers import architecture, load_tower
 from trainer.conditioning.openclip import OpenCLIP
 from trainer.conditioning.text_transformer import TextEncoder
+from trainer.conditioning.tokenizers import ClipTokenizer
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig, TextTransformerConfig
 from trainer.weights import write_weights
 

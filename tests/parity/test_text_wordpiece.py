@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from trainer.conditioning.wordpiece import WordPiece, read_vocabulary
+from trainer.conditioning.tokenizers import WordPiece, read_vocabulary
 
 WORDS = [
     "the",

@@ -18,8 +18,8 @@ from trainer.conditioning.base import (
     replace_dropped,
     upload,
 )
-from trainer.conditioning.clip_tokenizer import ClipTokenizer
 from trainer.conditioning.open_clip_towers import TextTransformer, architecture, build_tower
+from trainer.conditioning.tokenizers import ClipTokenizer
 from trainer.config.checks import require_tower
 from trainer.config.models import TOWERS, FirstStageConfig, OpenCLIPConfig
 from trainer.kernels.replay import Replayed

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from trainer.conditioning.base import Condition, Conditioning, Source, TrainedPart
-from trainer.conditioning.clip_tokenizer import ClipTokenizer
+from trainer.conditioning.tokenizers import ClipTokenizer, WordPiece, read_vocabulary
 from trainer.conditioning.transformer import TokenTransformer, token_embedding
-from trainer.conditioning.wordpiece import WordPiece, read_vocabulary
 from trainer.config.models import FirstStageConfig, TextTransformerConfig
 from trainer.config.run import ConfigError
 

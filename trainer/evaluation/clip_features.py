@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.conditioning.clip_tokenizer import ClipTokenizer
+from trainer.conditioning.tokenizers import ClipTokenizer
 from trainer.config.models import OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.evaluation.features import Fit, channels_first, resized_on_device, to_size, weights_digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from trainer.conditioning.clip_tokenizer import SPECIAL_TOKENS, ClipTokenizer
+from trainer.conditioning.tokenizers import SPECIAL_TOKENS, ClipTokenizer
 
 START, END, PADDING = "<|startoftext|>", "<|endoftext|>", "<|padding|>"
 """Start and end as transformers writes them; padding with 0 has a name of its own, because that id is also

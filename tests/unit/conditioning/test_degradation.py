@@ -11,16 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.conditioning.base import Source
-from trainer.conditioning.degradation import (
+from trainer.conditioning.low_resolution import (
     CHROMINANCE,
     LUMINANCE,
+    LowResolution,
     jpeg,
+    noise_level_alphas_cumprod,
     quantisation_steps,
     quantise,
     shrink_bicubic,
     shrink_degraded,
 )
-from trainer.conditioning.low_resolution import LowResolution, noise_level_alphas_cumprod
 from trainer.config.models import FirstStageConfig, LowResolutionConfig
 from trainer.config.run import ConfigError
 from trainer.rng import Purpose

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from trainer.conditioning.base import Source
 from trainer.conditioning.image_size import ImageSize, uncropped
-from trainer.conditioning.masked_image import MaskedImage
-from trainer.conditioning.masks import random_masks
+from trainer.conditioning.masked_image import MaskedImage, random_masks
 from trainer.conditioning.spatial import Depth, LabelReduction
 from trainer.config.models import DepthConfig, FirstStageConfig, ImageSizeConfig, MaskedImageConfig
 from trainer.config.run import ConfigError

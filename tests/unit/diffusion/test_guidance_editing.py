@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from trainer.config.training import DiffusionConfig
+from trainer.diffusion.denoiser import ClassifierFreeGuidance, guide
 from trainer.diffusion.editing import ReplacementInpainting, image_to_image_start
-from trainer.diffusion.guidance import ClassifierFreeGuidance, guide
 from trainer.diffusion.levels import make_levels
 from trainer.diffusion.schedule import make_schedule
 
