@@ -1,18 +1,72 @@
-"""What the commands and the ranks write to the terminal through `logging`."""
+"""What the commands and the ranks write to the terminal: lines by `logging`, and progress bars."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LEVEL_VARIABLE = "LDM_LOG_LEVEL"
+LOG_FILE_INTERVAL_S = 30.0
+LOG_FILE_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
 _QUIET = ("DeepSpeed", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx")
 """Libraries whose INFO lines would bury ours."""
+
+
+class _BesideBars(logging.StreamHandler[Any]):
+    """A line never ends up behind a bar that stands on the terminal: the bar steps aside for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bars = sys.modules.get("tqdm")  # most commands never draw one
+        if bars is None or not self.stream.isatty():
+            super().emit(record)
+            return
+        with bars.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 def configure_logging(prefix: str = "") -> None:
     """One line per record on stderr, `prefix` in front; the level comes from LDM_LOG_LEVEL (INFO)."""
     level = os.environ.get(LEVEL_VARIABLE, "INFO")
-    logging.basicConfig(level=level, format=f"{prefix}%(levelname)s %(message)s")
+    logging.basicConfig(level=level, format=f"{prefix}%(levelname)s %(message)s", handlers=[_BesideBars()])
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def progress_bar(
+    total: int | None,
+    unit: str,
+    title: str,
+    *,
+    initial: int = 0,
+    smoothing: float = 0.3,
+    disable: bool = False,
+) -> tqdm[Any]:
+    """A bar on stderr that moves on a terminal; in a log file, a line every half minute.
+
+    Args:
+        total: None where nobody knows.
+        initial: how many were done before.
+        smoothing: of the rate, from 0 (the mean so far) to 1 (the newest).
+        disable: on ranks other than 0.
+    """
+    from tqdm import tqdm
+
+    switch: dict[str, Any] = {"disable": True} if disable else {}  # else TQDM_DISABLE decides
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=unit,
+        desc=title,
+        smoothing=smoothing,
+        dynamic_ncols=terminal,
+        bar_format=None if terminal else LOG_FILE_LINE,
+        mininterval=0.5 if terminal else LOG_FILE_INTERVAL_S,
+        maxinterval=10.0 if terminal else LOG_FILE_INTERVAL_S,
+        **switch,
+    )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from tqdm import tqdm
-
 from trainer.checkpoint.commands import list_checkpoints, verify
 from trainer.config.checks_validation import TRAINING_LOSS
+from trainer.console import progress_bar
 
 EXAMPLE = "example: ldm checkpoint verify s3://bucket/run"
 
@@ -34,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{row.step:>9}  {what if row.complete else f'INCOMPLETE: {row.problem}'}  {row.url}")
         return 0
     damaged = 0
-    for found in tqdm(verify(args.source, args.checkpoint), unit="checkpoint", desc="verify"):
-        damaged += bool(found.problems)
-        tqdm.write(f"{found.step:>9}  {'; '.join(found.problems) or 'good'}  {found.url}")
+    with progress_bar(None, "checkpoint", "verify") as bar:
+        for found in verify(args.source, args.checkpoint):
+            damaged += bool(found.problems)
+            bar.write(f"{found.step:>9}  {'; '.join(found.problems) or 'good'}  {found.url}")
+            bar.update()
     return 1 if damaged else 0

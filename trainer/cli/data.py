@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.config import RANGE, DataConfig, HeldOutConfig
 from data_pipeline.errors import DataError
 from trainer.config.io import load_config
+from trainer.console import progress_bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -107,7 +108,7 @@ def _synthesize(args: argparse.Namespace) -> int:
         scene=scene,
     )
     rows = successes = size_bytes = 0
-    with _progress(args.samples, "rows") as bar:
+    with progress_bar(args.samples, "rows", "synthesize") as bar:
         for report in synthesize(args.url, options, workers=args.workers):
             rows += report.rows
             successes += report.successes
@@ -159,7 +160,7 @@ def _inspect(args: argparse.Namespace) -> int:
     sheet = args.sheet or _SHEET
     if sheet.endswith("/") or (is_local(sheet) and Path(local_path(sheet)).is_dir()):
         sheet = join(sheet, _SHEET)
-    with _progress(None, "shards") as bar:
+    with progress_bar(None, "shards", "inspect") as bar:
         found = inspect_shards(
             args.url,
             removal_lists=args.removal_list,
@@ -198,7 +199,7 @@ def _index(args: argparse.Namespace) -> int:
     _at_least(args.workers, 0, "--workers")
     shards = list_files(args.url)
     folder = index_folder(DataConfig(index=args.index), shards[0].url)
-    with _progress(len(shards), "shards") as bar:
+    with progress_bar(len(shards), "shards", "index") as bar:
         report = build_index(shards, folder, workers=args.workers, progress=_updater(bar))
     rows = report.rows.values()
     _say(f"shards            {len(report.rows)} ({report.read} read now)")
@@ -306,7 +307,7 @@ def _purge(args: argparse.Namespace) -> int:
             f"{missing} is not set, so nothing can be purged; name the cache and the lists, e.g. "
             "first_stage.cache=s3://bucket/cache data.removal_lists=[opt_out.csv]."
         )
-    with _progress(None, "parts") as bar:
+    with progress_bar(None, "parts", "purge") as bar:
         found = purge(cache, lists, progress=_updater(bar))
     _say(f"parts             {found.parts:,} ({found.rewritten:,} written anew)")
     _say(f"entries           {found.entries:,} ({found.removed:,} removed)")
@@ -351,13 +352,7 @@ def _at_least(value: int, least: int, flag: str) -> None:
         raise DataError(f"{flag} is {value}; it must be at least {least}.")
 
 
-def _progress(total: int | None, unit: str) -> tqdm[NoReturn]:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=unit, dynamic_ncols=True)
-
-
-def _updater(bar: tqdm[NoReturn]) -> Callable[[int, int], None]:
+def _updater(bar: tqdm[Any]) -> Callable[[int, int], None]:
     def update(done: int, total: int) -> None:
         bar.total = total
         bar.n = done

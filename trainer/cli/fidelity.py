@@ -23,7 +23,14 @@ from trainer.evaluation.features import (
     Resizing,
     build_networks,
 )
-from trainer.evaluation.fidelity import METRICS, Comparison, check_metrics, compare, outputs_needed
+from trainer.evaluation.fidelity import (
+    METRICS,
+    Comparison,
+    check_metrics,
+    compare,
+    figure_names,
+    outputs_needed,
+)
 from trainer.evaluation.statistics import (
     ENDINGS,
     UNKNOWN,
@@ -181,6 +188,12 @@ class Measuring:
         self._networks = collectives.on_every_rank(lambda: build_networks(options, device))
         self._widths = {family: tuple(network.widths) for family, network in self._networks.items()}
         check_metrics(self._wanted, self._widths)
+
+    def check_figure(self, name: str) -> None:
+        """Raises ConfigError: these networks and metrics give no figure of this name."""
+        offered = figure_names(self._wanted, self._widths)
+        if name not in offered:
+            raise ConfigError(f"there is no figure {name!r} here; choose from {', '.join(offered)}.")
 
     def statistics(self, url: str, *, reference: bool = False) -> SetStatistics | None:
         """Of the pictures behind a URL, on rank 0; None on others. See `survey`."""

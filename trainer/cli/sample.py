@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from trainer.cli import sample_series
 from trainer.cli.conditions_from_files import SamplingInputs, sampling_inputs
@@ -36,6 +35,7 @@ from trainer.cli.sample_asked import (
 )
 from trainer.config.run import ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
+from trainer.console import progress_bar
 from trainer.sample import draw_all
 
 EXAMPLE = (
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         f"{found.description}: {how.sampler}, {how.steps} steps, guidance {how.guidance_scale}, {precision}"
     )
     pictures.begin()
-    with tqdm(total=n, unit="image", desc="sample") as bar:
+    with progress_bar(n, "image", "sample") as bar:
         for row, made in draw_all(
             config,
             trained.model,

@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
 def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
     real = stored(args.reference)
     measuring = Measuring(args, [real] if real else [], env.device)
+    if args.best_metric is not None:
+        measuring.check_figure(args.best_metric)
     real = real or measuring.statistics(args.reference, reference=True)
 
     def draw(sighting: Sighting, folder: str) -> None:

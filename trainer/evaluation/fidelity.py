@@ -64,6 +64,16 @@ def figure_name(metric: str, family: str) -> str:
     return f"{_GENERAL.get(metric, metric)}_{family}"
 
 
+def figure_names(wanted: Sequence[str] | None, widths: Mapping[str, Iterable[str]]) -> list[str]:
+    """What a comparison by these metrics and features is to give, without deviations. See `check_metrics`."""
+    return [
+        figure_name(metric, family)
+        for family, outputs in widths.items()
+        for metric, need in METRICS.items()
+        if (wanted is None or metric in wanted) and need.output in outputs
+    ]
+
+
 def check_metrics(wanted: Sequence[str] | None, widths: Mapping[str, Iterable[str]]) -> None:
     """Refuse metrics that do not exist, or that none of the features give.
 

@@ -11,11 +11,11 @@ from collections.abc import Generator
 from contextlib import closing
 
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.loader import build_loader, open_dataset
+from trainer.console import progress_bar
 
 
 def pictures_once(
@@ -46,7 +46,7 @@ def pictures_once(
     if samples == 0:
         raise DataError(f"{where} hold no picture for {purpose}.")
     batches = build_loader(data, seed=seed, global_batch_size=batch_size, dataset=dataset)
-    with closing(batches), tqdm(total=samples, unit="image", desc=purpose) as bar:
+    with closing(batches), progress_bar(samples, "image", purpose) as bar:
         given = 0  # a bar that is switched off does not count
         while given < samples:
             batch = next(batches)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.errors import DataError
 from data_pipeline.picture_sets import PictureBlock, PictureSet, Prepare, open_pictures, read_blocks
+from trainer.console import progress_bar
 from trainer.distributed import collectives
 from trainer.evaluation.features import FeatureNetwork, Fit, to_size
 from trainer.evaluation.moments import Moments
@@ -104,7 +104,7 @@ def _tally(
         contextlib.closing(blocks),  # type: ignore[type-var]
         _exact_convolutions(),
         torch.no_grad(),
-        tqdm(total=whole, unit="picture", desc=pictures.url[-30:], disable=collectives.rank() > 0) as bar,
+        progress_bar(whole, "picture", pictures.url[-30:], disable=collectives.rank() > 0) as bar,
     ):
         for block in blocks:
             _take(block, networks, options, tally)

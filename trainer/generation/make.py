@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.urls import join
 from trainer.config.run import Config
+from trainer.console import progress_bar
 from trainer.distributed import collectives
 from trainer.distributed.acceleration import compile_regions, configure_process
 from trainer.generation.series import Series
@@ -147,9 +147,7 @@ def _progress(
     wanted = series.count - there
     of_ours = sum(len(series.rows(part)) for part in ours)
     done = 0
-    with tqdm(
-        total=series.count, initial=there, unit="image", desc=title, disable=collectives.rank() > 0
-    ) as bar:
+    with progress_bar(series.count, "image", title, initial=there, disable=collectives.rank() > 0) as bar:
 
         def told(count: int) -> None:
             nonlocal done

@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from data_pipeline.errors import Failure
 from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.urls import join
 from trainer.config.io import dump_yaml
 from trainer.config.run import Config
+from trainer.console import progress_bar
 from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
-
-LOG_FILE_INTERVAL_S = 30.0
-LOG_FILE_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
-
-
-def progress_bar(config: Config, start_step: int) -> Any:
-    """A bar that moves on a terminal; in a log file, a line every half minute."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=config.steps,
-        initial=start_step,
-        unit="step",
-        desc=config.stage,
-        smoothing=0.1,
-        dynamic_ncols=terminal,
-        bar_format=None if terminal else LOG_FILE_LINE,
-        mininterval=0.5 if terminal else LOG_FILE_INTERVAL_S,
-        maxinterval=10.0 if terminal else LOG_FILE_INTERVAL_S,
-    )
 
 
 class Sinks:
@@ -67,7 +47,7 @@ class Sinks:
         if config.logging.wandb != "disabled":
             self._wandb = WandbSink(config.logging, config.run_dir, self._resolved, run_id)
         if config.logging.progress_bar:
-            self._bar = progress_bar(config, start_step)
+            self._bar = progress_bar(config.steps, "step", config.stage, initial=start_step, smoothing=0.1)
 
     @property
     def run_id(self) -> str | None:

@@ -209,5 +209,5 @@ def _read(run_dir: str, *, tries: int = TRIES) -> Tenure | None:
 
 
 def _described(job: str) -> str:
-    who = job if job.startswith(("SLURM", "Ray")) else "another job"
+    who = job if job.startswith(("SLURM", "Ray")) else "a job"
     return f"{who} (host {socket.gethostname()}, process {os.getpid()}, begun {time.strftime('%F %T%z')})"

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from trainer.__main__ import main
 from trainer.config.models import FirstStageConfig
+from trainer.console import progress_bar
 from trainer.evaluation.pictures import pictures_once
 from trainer.first_stage.build import build_first_stage, first_stage_tensors
 from trainer.weights import write_weights
@@ -61,8 +61,8 @@ def test_each_picture_once(tmp_path: Path, batch_size: int, damaged: set[int]) -
 
 
 def test_without_a_progress_bar_there_are_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = partial(tqdm, disable=True)  # as TQDM_DISABLE=1
-    monkeypatch.setattr("trainer.evaluation.pictures.tqdm", without)
+    without = partial(progress_bar, disable=True)  # as TQDM_DISABLE=1
+    monkeypatch.setattr("trainer.evaluation.pictures.progress_bar", without)
     assert len(greys(write_shards(tmp_path, [17, 9]), 10, 4)) == 10
 
 

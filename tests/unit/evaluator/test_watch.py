@@ -257,7 +257,7 @@ def test_mistakes_are_one_sentence(
         (["--sample", "--count 3 --out x"], "--out"),
         (["--sample", "--count 0"], "--count 0"),
         (["--once", "--sample", "--count 3 --prompts-from x.txt"], "x.txt"),
-        (["--once", "--best-metric", "recall"], "no figure 'recall'"),
+        (["--once", "--best-metric", "recall"], "no figure 'recall' here; choose from fd_random"),
     ):
         assert watch(tmp_path, *words) == 2, words
         error = capsys.readouterr().err

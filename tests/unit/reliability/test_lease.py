@@ -92,7 +92,7 @@ def test_a_second_job_is_told_while_the_first_one_lives(
     hold(run_dir, "first", holders)
     began = time.monotonic()
     with pytest.raises(
-        RunTaken, match=r"in use by another job .*stop that run, or give this one a run_dir"
+        RunTaken, match=r"in use by a job .*stop that run, or give this one a run_dir"
     ) as told:
         acquire(run_dir, job="second", expiry_s=30.0)
     assert time.monotonic() - began < 15.0
@@ -121,7 +121,7 @@ def test_that_of_another_machine_expires(run_dir: str) -> None:
     second = acquire(run_dir, job="second", expiry_s=1.5)
     assert 1.0 < time.monotonic() - began < 20.0
     assert second.claim.token == first.claim.token + 1
-    with pytest.raises(RunTaken, match="was taken over by another job"):
+    with pytest.raises(RunTaken, match="was taken over by a job"):
         first.claim.verify()
     second.release()
 
