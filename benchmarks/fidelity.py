@@ -25,8 +25,7 @@ from torch import Tensor
 
 from trainer.evaluation import metrics
 from trainer.evaluation.features import FeatureOptions, build_networks
-from trainer.evaluation.moments import Moments
-from trainer.evaluation.survey import SurveyOptions, survey
+from trainer.evaluation.survey import Moments, SurveyOptions, survey
 
 WIDTH = 2048
 BLOCK = 64

@@ -21,7 +21,7 @@ from data_pipeline.scenes.judge import EvaluationPrompt, judge
 from data_pipeline.scenes.scene import SceneOptions, make_scene, render
 from trainer.config.io import load_config
 from trainer.evaluation.reconstruction import psnr
-from trainer.first_stage.autoencoder_kl import AutoencoderKL
+from trainer.first_stage.autoencoders import AutoencoderKL
 from trainer.pixels import to_bytes, to_unit_range
 
 CONFIG = "configs/demo_first_stage.yaml"

@@ -24,8 +24,7 @@ from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.exit_codes import ExitCode, StopRequest
 from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
-from trainer.metrics.throughput import Throughput
-from trainer.metrics.timer import StartTimer
+from trainer.metrics.timer import StartTimer, Throughput
 from trainer.optim import learning_rate
 from trainer.reliability.doubt import Standing, mark
 from trainer.reliability.healing import Incident, Verdict

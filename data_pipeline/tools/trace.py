@@ -1,9 +1,20 @@
-"""Which samples made which step: by running the loader, or from the order and the index alone."""
+"""Which samples made which step: by running the loader, or from the order and the index alone.
+
+The index decides filters over its columns, removal lists, sizes, absent and blank captions. Whether a picture
+can be decoded, what a json says that the index does not keep, and whether storage answered is known only once
+a sample was read. Each sample so rejected moves its lane on by one, and all that the lane serves after it. A
+run with data.reject_file writes them down, by ordinal, and `explain_step` reads them:
+
+    {"reason": "not_an_image", "key": "00003/000030007", "detail": "...", "ordinal": 31007}
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import glob
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from data_pipeline.config import DataConfig
@@ -13,13 +24,14 @@ from data_pipeline.order.position import LaneState
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.selection import make_selection
 from data_pipeline.shards.view import ShardViews
+from data_pipeline.storage.files import read_text
 from data_pipeline.storage.ranges import RangeReader
-from data_pipeline.tools.ledger import Ledger, find_ledger
 from data_pipeline.tools.seek import Place, Seeker
 
 _EPOCHS = 2
 """Epochs of a lane without one sample after which it is called hopeless, as in training."""
 _MAX_STEP = 10**8
+_SET_ASIDE = "set_aside"
 
 
 def trace(
@@ -184,3 +196,76 @@ class _Walk:
                         f"Every sample of lane {lane} is rejected; loosen data.filter, lower data.lanes or "
                         "correct the shards."
                     )
+
+
+@dataclass
+class Ledger:
+    """Rejections of a run, as its reject files tell them."""
+
+    files: tuple[str, ...] = ()
+    rejected: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Keys by ordinal: with buckets, samples that no order counts have the ordinal of a neighbour."""
+    set_aside: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Visits that storage did not answer, which came again at the end of their epoch."""
+
+    def rejects(self, ordinal: int, key: str) -> bool:
+        """Whether the run rejected a visit, at once or when it came again."""
+        return ordinal in self.rejected and key in self.rejected[ordinal]
+
+    def defers(self, ordinal: int, key: str) -> bool:
+        """Whether the run set a visit aside."""
+        return ordinal in self.set_aside and key in self.set_aside[ordinal]
+
+    def assumptions(self, config: DataConfig, undecided: Collection[str]) -> list[str]:
+        """What must hold for the answer to be exact; `undecided` clauses of the filter need each json."""
+        if self.files:
+            return [f"{', '.join(self.files)} hold every rejection of the run up to this step"]
+        return list(_assumed(config, undecided))
+
+
+def find_ledger(config: DataConfig, paths: Sequence[str] = ()) -> Ledger:
+    """The reject files `paths`, with wildcards, or those of data.reject_file as far as they exist.
+
+    Raises DataError for paths that match nothing, and for files that are no reject files.
+    """
+    given = list(paths)
+    if not given and config.reject_file:
+        given = [glob.escape(config.reject_file).replace("{rank}", "*")]
+    files: list[str] = []
+    for path in given:
+        found = sorted(glob.glob(path)) or ([path] if "://" in path else [])
+        if paths and not found:
+            raise DataError(f"--rejects {path} matches no file; name data.reject_file of all ranks.")
+        files += found
+    ledger = Ledger(tuple(files))
+    for file in files:
+        _read(ledger, file)
+    return ledger
+
+
+def _assumed(config: DataConfig, undecided: Collection[str]) -> Iterator[str]:
+    yield "every picture before could be decoded"
+    for text in sorted(undecided):
+        yield f"every json before satisfied `{text}`, which the index does not decide"
+    if config.require_caption and (columns := [source for source in config.captions if source != "txt"]):
+        yield f"every sample before had a caption (the index knows those of txt, not of {', '.join(columns)})"
+    for condition in config.conditions:
+        yield f"every sample before had its {condition}"
+    if config.removal_lists:
+        yield "the removal lists were the same from the start"
+    yield "storage answered, and nothing was skipped after a loss spike"
+
+
+def _read(ledger: Ledger, file: str) -> None:
+    lines = read_text(file).split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line or (number == len(lines) and line.startswith("{") and not line.endswith("}")):
+            continue  # a crash may have torn the last line
+        try:
+            record = json.loads(line)
+            reason, key, ordinal = str(record["reason"]), str(record["key"]), int(record["ordinal"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"{file}, line {number} is no record of a rejection ({error}); name data.reject_file."
+            ) from error
+        (ledger.set_aside if reason == _SET_ASIDE else ledger.rejected)[ordinal].add(key)

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from trainer.config.models import FirstStageConfig
 from trainer.first_stage import losses
-from trainer.first_stage.autoencoder_kl import AutoencoderKL, kl_divergence, split_moments
-from trainer.first_stage.autoencoder_vq import VectorQuantizer
+from trainer.first_stage.autoencoders import AutoencoderKL, VectorQuantizer, kl_divergence, split_moments
 from trainer.first_stage.discriminator import BatchNorm, PatchDiscriminator
 from trainer.first_stage.perceptual import (
     PerceptualDistance,
@@ -130,7 +129,7 @@ def test_quantiser_picks_the_nearest_entry(monkeypatch: pytest.MonkeyPatch) -> N
     distance = (z - entries).square().mean()
     torch.testing.assert_close(result.codebook_loss, distance)
     torch.testing.assert_close(result.commitment_loss, distance)
-    monkeypatch.setattr("trainer.first_stage.autoencoder_vq.DISTANCES_AT_ONCE", 150)
+    monkeypatch.setattr("trainer.first_stage.autoencoders.DISTANCES_AT_ONCE", 150)
     assert torch.equal(quantiser(z).indices, expected)
 
 

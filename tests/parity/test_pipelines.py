@@ -18,7 +18,7 @@ from trainer.config.io import config_to_dict, load_config
 from trainer.config.models import LowResolutionConfig
 from trainer.config.run import Config
 from trainer.first_stage.build import build_first_stage, first_stage_tensors
-from trainer.interop.tokenizer_files import tokenizer_files
+from trainer.interop.diffusers_export import tokenizer_files
 from trainer.model import build_model, load_model
 from trainer.rng import Purpose, normal
 from trainer.sample import Request, generate

@@ -23,13 +23,18 @@ from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.doctor import examination
 from trainer.doctor import gradients as doctor_gradients
 from trainer.doctor import machine as doctor_machine
-from trainer.doctor import plan as doctor_plan
 from trainer.doctor.check import Check
 from trainer.doctor.data import check_shards, check_storage
 from trainer.doctor.examination import format_table, run_doctor
 from trainer.doctor.gradients import check_gradients
-from trainer.doctor.machine import check_all_reduce, check_clocks, check_versions
-from trainer.doctor.plan import check_disk, check_memory, plan
+from trainer.doctor.machine import (
+    check_all_reduce,
+    check_clocks,
+    check_disk,
+    check_memory,
+    check_versions,
+    plan,
+)
 from trainer.exit_codes import ExitCode
 
 
@@ -219,7 +224,7 @@ def test_too_little_memory_or_disk_fails(
     tmp_path: Path, env: DistributedEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = config(tmp_path, checkpoint=CheckpointConfig(keep_last=3, keep_best=2))
-    monkeypatch.setattr(doctor_plan, "_available_host_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(doctor_machine, "_available_host_bytes", lambda: 1_000_000)
     (memory,) = check_memory(small, env)
     assert not memory.passed
     assert "zero_stage" in memory.remedy

@@ -6,11 +6,38 @@ Run again, it resumes whatever is unfinished; --fresh starts over.
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from trainer.demo import DemoFailed, run_demo
+import numpy as np
+from PIL import Image
+
+from data_pipeline.scenes.judge import evaluation_prompts, judge
+from data_pipeline.scenes.scene import COLORS, SHAPES
+from data_pipeline.storage.files import exists
+from data_pipeline.storage.local_s3 import LocalS3
+from trainer.config.io import load_config
+from trainer.metrics.jsonl import read_records
 
 EXAMPLE = "example: ldm demo --folder .demo steps=3000"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+BUCKET = "ldm-demo"
+SHARDS = f"s3://{BUCKET}/shards"
+FIRST_STAGE_RUN = f"s3://{BUCKET}/runs/first_stage"
+FIRST_STAGE_FILE = f"s3://{BUCKET}/first_stage.safetensors"
+RUN = f"s3://{BUCKET}/runs/text_to_image"
+SAMPLES = 6000
+SCENES = ("--objects", "1:1", "--size", "72:96", "--radius", "0.3:0.44", "--workers", "2")
+PROMPTS = 108
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,3 +53,128 @@ def run(args: argparse.Namespace) -> int:
         return run_demo(args.folder.resolve(), fresh=args.fresh, overrides=args.overrides)
     except DemoFailed as failure:
         return failure.code
+
+
+class DemoFailed(RuntimeError):
+    """A command of the demo failed; its own message is above."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of pictures that show what their prompt names."""
+
+    prompts: int
+    color: float
+    shape: float
+
+
+def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
+    """Synthesize, train both stages, sample, judge, report. What is there already is kept.
+
+    Args:
+        folder: everything the demo writes, the S3 server's files included.
+        overrides: `a.b=c` for the second stage, e.g. steps=10 in tests.
+    """
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with LocalS3(folder / "s3", buckets=(BUCKET,)) as server:
+        print(f"S3 server at {server.endpoint}, files under {folder / 's3'}", flush=True)
+        environment = {**os.environ, **server.env, "WANDB_DIR": str(folder / "wandb")}
+        os.environ.update(server.env)
+        (folder / "wandb").mkdir(exist_ok=True)
+        _stage("1/6", "captioned scenes as img2dataset shards", started)
+        if not exists(f"{SHARDS}/00000.tar"):
+            _ldm(environment, "data", "synthesize", SHARDS, "--samples", str(SAMPLES), *SCENES)
+        _ldm(environment, "data", "inspect", SHARDS, "--sheet", str(folder / "shards.png"))
+        _stage("2/6", "first stage: KL autoencoder with LPIPS and PatchGAN", started)
+        _ldm(environment, "train", str(CONFIGS / "demo_first_stage.yaml"), f"run_dir={FIRST_STAGE_RUN}")
+        _ldm(environment, "export", FIRST_STAGE_RUN, FIRST_STAGE_FILE)
+        _stage("3/6", "how well it reconstructs", started)
+        quality, config = folder / "reconstruction.json", CONFIGS / "demo_text_to_image.yaml"
+        image_size = load_config(str(config), overrides).data.image_size
+        _ldm(environment, "evaluate", "reconstruction", FIRST_STAGE_FILE, "--shards", f"{SHARDS}/*.tar",
+             "--image-size", str(image_size), "--samples", "512", "--out", str(quality),
+             "--perceptual-weights", "random")  # fmt: skip
+        _stage("4/6", "text-conditioned latent diffusion", started)
+        _ldm(environment, "train", str(config), f"run_dir={RUN}", *overrides)
+        _stage("5/6", f"{PROMPTS} pictures from prompts", started)
+        accuracy = _sample_and_judge(environment, folder)
+        _stage("6/6", "summary", started)
+        _ldm(environment, "report", RUN, "--out", str(folder / "report.html"))
+        records = read_records(RUN)
+    psnr = json.loads(quality.read_text())["psnr"]
+    _report(folder, accuracy, psnr, records, time.monotonic() - started)
+    return 0
+
+
+def _stage(number: str, what: str, started: float) -> None:
+    print(f"\n== [{number}] {what} ({time.monotonic() - started:.0f} s so far)", flush=True)
+
+
+def _ldm(environment: dict[str, str], *arguments: str) -> None:
+    print(f"$ ldm {' '.join(arguments)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "trainer", *arguments], env=environment, check=False)
+    if done.returncode:
+        raise DemoFailed(done.returncode)
+
+
+def _sample_and_judge(environment: dict[str, str], folder: Path) -> Accuracy:
+    prompts = evaluation_prompts(PROMPTS)
+    listed = folder / "prompts.txt"
+    listed.write_text("".join(f"{prompt.prompt}\n" for prompt in prompts))
+    out = folder / "samples"
+    _ldm(environment, "sample", RUN, "--prompts-file", str(listed), "--out", str(out), "--overwrite")
+    verdicts = [
+        judge(
+            np.asarray(Image.open(out / "pictures" / f"{i:05d}.png").convert("RGB")).transpose(2, 0, 1),
+            prompt,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    return Accuracy(
+        prompts=len(prompts),
+        color=statistics.fmean(verdict.color_correct for verdict in verdicts),
+        shape=statistics.fmean(verdict.shape_correct for verdict in verdicts),
+    )
+
+
+def _validation(records: list[dict[str, Any]]) -> str:
+    """The last validation loss, with its standard error, and the first."""
+    found = [record for record in records if "validation/loss" in record]
+    if not found:
+        return "not measured"
+    first, last = (found[i]["validation/loss"] for i in (0, -1))
+    count, error = found[-1]["validation/samples"], found[-1]["validation/loss_stderr"]
+    return (
+        f"{last:.3f} +- {error:.3f} on {count:.0f} held-out pictures ({first:.3f} at step {found[0]['step']})"
+    )
+
+
+def _report(
+    folder: Path, accuracy: Accuracy, psnr: float, records: list[dict[str, Any]], seconds: float
+) -> None:
+    rates = [record["images_per_s"] for record in records if "images_per_s" in record]
+    rate = statistics.median(rates) if rates else math.nan
+    print(f"""
+pictures            {folder / "samples" / "grid.png"}
+curves and faults   {folder / "report.html"} (ldm report)
+shards at a glance  {folder / "shards.png"}
+colour accuracy     {accuracy.color:.2f} on {accuracy.prompts} prompts (chance {1 / len(COLORS):.2f})
+shape accuracy      {accuracy.shape:.2f} (chance {1 / len(SHAPES):.2f})
+reconstruction      {psnr:.1f} dB PSNR
+validation loss     {_validation(records)}
+training speed      {rate:.0f} images/s
+wall time           {seconds:.0f} s
+
+go on:
+  resume, longer    make demo DEMO='steps=3000'
+  start over        make demo-clean
+  W&B               .venv/bin/wandb sync {folder / "wandb"}/wandb/offline-run-*
+  pictures, again   the S3 files stay under {folder / "s3"}; `make demo` samples anew from them
+""")

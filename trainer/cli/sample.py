@@ -23,7 +23,6 @@ import torch
 
 from trainer.cli import sample_series
 from trainer.cli.conditions_from_files import SamplingInputs, sampling_inputs
-from trainer.cli.picture_set import PictureSet
 from trainer.cli.sample_asked import (
     find_asked,
     load_asked,
@@ -36,6 +35,7 @@ from trainer.cli.sample_asked import (
 from trainer.config.run import ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.console import progress_bar
+from trainer.generation.store import PictureSet
 from trainer.sample import draw_all
 
 EXAMPLE = (

@@ -13,10 +13,8 @@ from trainer.config.models import FirstStageConfig
 from trainer.config.network_plan import norm_groups
 from trainer.config.run import ConfigError
 from trainer.config.training import DistributedConfig
-from trainer.first_stage.autoencoder_kl import AutoencoderKL
-from trainer.first_stage.autoencoder_vq import AutoencoderVQ
+from trainer.first_stage.autoencoders import AutoencoderKL, AutoencoderVQ, Identity
 from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
-from trainer.first_stage.identity import Identity
 from trainer.first_stage.statistics import MARK, MEASURED, UNMEASURED, require_statistics
 from trainer.weights import TORCH_ENDINGS, check_fit, metadata_object, read_metadata, read_weights, shapes_of
 

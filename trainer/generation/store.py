@@ -1,6 +1,11 @@
-"""Where a large set of pictures lies, part by part, and what of it is there and whole.
+"""Where a set of pictures lies: a small one written as it is made, a large one part by part.
 
     OUT/prompts.json                  everything that the pictures are a function of; written first
+    OUT/pictures/00000.png ...        in the order of the prompts, each with its own record as text
+    OUT/grid.png                      the first of them at a glance
+
+Of a large set, which many ranks write and a kill may interrupt:
+
     OUT/pictures/0000000.png ...      or .jpg with .txt beside it, or tars of both: 00000.tar, 00001.tar ...
     OUT/parts/000000.json ...         one per part, written last: names and sizes of its files
 
@@ -24,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import (
@@ -37,9 +43,9 @@ from data_pipeline.storage.files import (
 )
 from data_pipeline.storage.urls import join
 from trainer.config.run import ConfigError
+from trainer.metrics.pictures import MAX_SHEET, contact_sheet
 
 logger = logging.getLogger(__name__)
-
 RECORD = "prompts.json"
 PICTURES = "pictures"
 PARTS = "parts"
@@ -51,7 +57,6 @@ _MAY_DIFFER = ("versions",)
 """Of a set that is continued, or made again."""
 _REQUESTS = 16
 """At a time, of those that wait for storage."""
-
 Kind = Literal["png", "jpg"]
 
 
@@ -220,6 +225,54 @@ def encode_png(picture: NDArray[np.uint8], shared: dict[str, Any], item: dict[st
     text.add_text("ldm", json.dumps(shared | item, ensure_ascii=False))
     Image.fromarray(picture).save(out, "PNG", pnginfo=text)
     return out.getvalue()
+
+
+class PictureSet:
+    """Where the pictures of one record go; refuses a folder that holds others."""
+
+    def __init__(
+        self, out: str, record: dict[str, Any], items: Sequence[dict[str, Any]], *, overwrite: bool
+    ) -> None:
+        """A set that is not begun yet.
+
+        Args:
+            out: folder, any URL.
+            record: what the pictures are a function of; lists hold what differs between them.
+            items: the same of each picture alone.
+            overwrite: whether another set may go.
+
+        Raises:
+            ConfigError: the folder holds another set, which may not go.
+            UserError, RetryableFault: it cannot be written to.
+        """
+        self.url = out.rstrip("/") or out
+        self._record = json.loads(json.dumps(record))
+        self._shared = {name: value for name, value in record.items() if not isinstance(value, list)}
+        self._items = items
+        self._shown: list[Tensor] = []
+        former = None if overwrite else what_is_there(self.url)
+        if former is not None:
+            require_same(self.url, former, self._record)
+        check_writable(self.url)
+
+    def begin(self) -> None:
+        """Write the record, and remove the pictures of a former set."""
+        begin_set(self.url, self._record)
+
+    def add(self, row: int, pictures: Tensor) -> None:
+        """Write uint8 [B, 3, H, W]; `row` is the place of the first in the set."""
+        for i, picture in enumerate(pictures.cpu(), row):
+            data = encode_png(picture.permute(1, 2, 0).numpy(), self._shared, self._items[i])
+            write_bytes(join(self.url, PICTURES, f"{i:05d}.png"), data)
+            if i < MAX_SHEET:
+                self._shown.append(picture)
+
+    def finish(self, titles: tuple[str, ...]) -> str:
+        """Write the grid; what was written, for people."""
+        n, shown = len(titles), len(self._shown)
+        write_bytes(join(self.url, GRID), contact_sheet(self._shown, titles))
+        which = f" with the first {shown}" if shown < n else ""
+        return f"{n} picture{'s' if n > 1 else ''} in {self.url}/{PICTURES}, {self.url}/{GRID}{which}"
 
 
 def _ours_in(folder: str) -> list[str]:

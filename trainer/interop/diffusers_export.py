@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from trainer.conditioning.tokenizers import SPECIAL_TOKENS, ClipTokenizer
 from trainer.config.models import OpenCLIPConfig
 from trainer.config.network_plan import norm_groups
 from trainer.config.run import Config, ConfigError
@@ -23,13 +25,15 @@ from trainer.interop.diffusers_unet import Json, unet_to_diffusers
 from trainer.interop.latent_scale import folded, is_one_number
 from trainer.interop.parts import TOWERS, Groups, cast, convert_part, latent_statistics
 from trainer.interop.pipelines import NoPipeline, Pipeline, choose_pipeline, require_vector_as_sdxl
-from trainer.interop.tokenizer_files import tokenizer_files
 from trainer.interop.unet_names import UNetSizes
 
 DIFFUSERS_VERSION = "0.30.0"
 """Whose files these are like; pipelines ask for it to mend those of older versions."""
 CLIP_END, CLIP_START = 49407, 49406
 """CLIP's end-of-text and start-of-text tokens."""
+START, END, PADDING = "<|startoftext|>", "<|endoftext|>", "<|padding|>"
+"""Start and end as transformers writes them; padding with 0 has a name of its own, because that id is also
+the exclamation mark's: as a special token "!" would be cut out of every text."""
 
 
 def write_diffusers(
@@ -71,6 +75,36 @@ def write_diffusers(
     if pipeline is not None:
         index = {"_class_name": pipeline.name, "_diffusers_version": DIFFUSERS_VERSION, **pipeline.settings}
     return diffusers.write_folder(url, components, schedulers, tokenizers, index), notes
+
+
+def tokenizer_files(max_tokens: int, padding: Literal["zero", "end"]) -> dict[str, bytes]:
+    """Contents by name of a CLIPTokenizer's folder: the ids are those of our ClipTokenizer.
+
+    Except where that repairs text as open_clip does (broken encodings, HTML entities), which transformers
+    leaves as it is.
+    """
+    ours = ClipTokenizer(max_tokens, padding)
+    spelled = dict(zip(SPECIAL_TOKENS, (START, END), strict=True))
+    vocabulary = {spelled.get(piece, piece): number for piece, number in ours.pieces.items()}
+    pad = END
+    if padding == "zero":
+        vocabulary[PADDING], pad = 0, PADDING
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": max_tokens,
+        "do_lower_case": True,
+        "errors": "replace",
+        "add_prefix_space": False,
+        **special,
+    }
+    merges = "".join(f"{first} {second}\n" for first, second in ours.merges)
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False).encode(),
+        "merges.txt": f"#version: 0.2\n{merges}".encode(),
+        "special_tokens_map.json": json.dumps(special, indent=2).encode(),
+        "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+    }
 
 
 def _pipeline(groups: Groups, config: Config) -> tuple[Pipeline | None, list[str]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.evaluation import metrics
-from trainer.evaluation.moments import Moments
+from trainer.evaluation.survey import Moments
 
 
 def gaussian(count: int, width: int, seed: int, *, shift: float = 0.0, scale: float = 1.0) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trainer.config.models import FirstStageConfig
-from trainer.first_stage.autoencoder_kl import AutoencoderKL
+from trainer.first_stage.autoencoders import AutoencoderKL
 from trainer.first_stage.tiling import OVERLAP, apply_in_chunks, apply_in_tiles, tile_starts
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer import rng
 from trainer.config.models import FirstStageConfig, UNetConfig
-from trainer.first_stage.autoencoder_kl import AutoencoderKL
+from trainer.first_stage.autoencoders import AutoencoderKL
 from trainer.kernels.accumulate import CHUNK, FlatGradients
 from trainer.kernels.geglu import geglu
 from trainer.kernels.group_norm import GroupNorm

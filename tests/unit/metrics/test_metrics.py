@@ -21,8 +21,7 @@ from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.meters import Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.sinks import Sinks
-from trainer.metrics.throughput import Throughput
-from trainer.metrics.timer import StepTimer
+from trainer.metrics.timer import StepTimer, Throughput
 from trainer.metrics.wandb_sink import WandbSink
 
 
