@@ -147,13 +147,34 @@ def _apply_override(tree: _Tree, override: str) -> None:
         raise ConfigError(f"`{override}` is not an override; write section.key=value.")
     *parents, leaf = dotted.split(".")
     for name in parents:
-        child = tree.get(name)
-        if isinstance(child, _Given) and isinstance(bare(child.value), dict):
-            child = tree[name] = _tree_of(bare(child.value), child.origin)
-        elif not isinstance(child, dict):
+        child = _opened(tree, name)
+        if not isinstance(child, dict):
             child = tree[name] = {}
         tree = child
-    tree[leaf] = _Given(yaml_values.parse_argument(text), "command line")
+    value = yaml_values.parse_argument(text)
+    there = _opened(tree, leaf)
+    if isinstance(there, dict) and isinstance(bare(value), dict):
+        _merge(there, _tree_of(bare(value), "command line"))
+    else:
+        tree[leaf] = _Given(value, "command line")
+
+
+def _opened(tree: _Tree, name: str) -> _Tree | _Given | None:
+    """What stands there so far; a section that was given as one value, key by key."""
+    there = tree.get(name)
+    if isinstance(there, _Given) and isinstance(bare(there.value), dict):
+        there = tree[name] = _tree_of(bare(there.value), there.origin)
+    return there
+
+
+def _merge(tree: _Tree, over: _Tree) -> None:
+    """`section={key: value}` says something of the keys that it names, and nothing of the others."""
+    for key, value in over.items():
+        mine = tree.get(key)
+        if isinstance(value, dict) and isinstance(mine, dict):
+            _merge(mine, value)
+        else:
+            tree[key] = value
 
 
 def _build(cls: type, tree: _Tree, prefix: str) -> Any:

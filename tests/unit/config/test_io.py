@@ -253,6 +253,21 @@ def test_a_section_on_the_command_line_and_a_key_of_it() -> None:
     assert (config.data.shards, config.data.image_size, config.data.workers) == ("0123", 64, 3)
 
 
+def test_a_section_on_the_command_line_leaves_what_it_does_not_name(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "optimizer: {learning_rate: 1e-3, warmup_steps: 5}\n"
+        "conditioning:\n  openclip: {model: ViT-B-32, width: 16}\n"
+    )
+    config = load_config(str(path), ["optimizer={warmup_steps: 7}", "conditioning={openclip: {width: 8}}"])
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (1e-3, 7)
+    assert config.conditioning.openclip is not None
+    assert (config.conditioning.openclip.model, config.conditioning.openclip.width) == ("ViT-B-32", 8)
+    twice = load_config(None, ["optimizer={warmup_steps: 7}", "optimizer={eps: 1e-6}"])
+    assert (twice.optimizer.warmup_steps, twice.optimizer.eps) == (7, 1e-6)
+    assert load_config(str(path), ["conditioning=null"]).conditioning.openclip is None
+
+
 def test_aliases_of_aliases_do_not_explode(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     lines = ["x0: &x0 [a, a]", *(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40))]
