@@ -30,8 +30,8 @@ from data_pipeline.feed.captions import choose_caption
 from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.pictures.decoding import decode_exactly
 from data_pipeline.pictures.headers import DECODE_ERRORS
-from data_pipeline.shards.build_index import not_a_tar
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS
+from data_pipeline.shards.read_index import not_a_tar
 from data_pipeline.shards.records import clean, parse_record
 from data_pipeline.shards.tars import BLOCK, scan
 from data_pipeline.storage.files import read_bytes, read_head, read_range

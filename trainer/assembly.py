@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ from trainer.first_stage.build import frozen_dtype, place_first_stage
 from trainer.first_stage.encode_once import EncodeOnce, moments_cache, open_cache
 from trainer.first_stage.perceptual import build_perceptual
 from trainer.interop.initialise import initialise
+from trainer.metrics.long_work import LongWork
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.step_profile import StepProfiler
 from trainer.metrics.timer import StartTimer, StepTimer
@@ -224,8 +225,16 @@ class Run:
             self.lease.release()
 
 
-def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = None) -> Run:
+def build_run(
+    config: Config,
+    env: DistributedEnv,
+    start: StartTimer | None = None,
+    *,
+    alive: Callable[[], object] = lambda: None,
+) -> Run:
     """Models, engines, averages and the newest checkpoint. Collective.
+
+    alive: called while rank 0 indexes shards, whenever it gets on; the indexing may take hours.
 
     Raises:
         ConfigError, DataError: a mistake of the user's; nothing has been written.
@@ -235,7 +244,10 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
     # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
     dataset = None  # resampled order reads what cannot be indexed
     if config.data.order == "indexed":
-        dataset = collectives.from_main_rank(lambda: open_dataset(config.data))
+        with LongWork(alive) as work:
+            dataset = collectives.worked_on_main_rank(
+                lambda tell: open_dataset(config.data, progress=tell), work.told
+            )
         check_layout(
             config.data,
             dataset,
@@ -244,7 +256,7 @@ def build_run(config: Config, env: DistributedEnv, start: StartTimer | None = No
             world_size=env.world_size,
         )
     start = start or StartTimer()
-    held_out = hold_out(config, dataset)
+    held_out = hold_out(config, dataset, alive)
     start.mark("data set")
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)

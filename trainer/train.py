@@ -62,7 +62,7 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
         initialise(env, config.distributed.timeout_s)
         start.mark("process group")
         try:
-            parts = build_run(config, env, start)
+            parts = build_run(config, env, start, alive=partial(watchdog.beat, 0, "start"))
             try:
                 return train(parts, preemption, watchdog)
             except Exception as error:

@@ -15,8 +15,8 @@ import threading
 from collections import defaultdict
 
 from data_pipeline.errors import DataError, Failure, ReadFailed, Replaced
-from data_pipeline.shards.build_index import read_index
 from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.read_index import read_index
 from data_pipeline.storage.editions import Edition
 from data_pipeline.storage.listing import look_up
 

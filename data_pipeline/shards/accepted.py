@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -62,15 +62,24 @@ class Accepted:
         return f"{kept:,} of {kept + sum(self.reasons.values()):,} samples are accepted{others}"
 
 
-def count_accepted(config: DataConfig, rows: Sequence[ManifestRow], index_urls: Sequence[str]) -> Accepted:
-    """Count, or read what a start before this one has counted. Raises DataError for a damaged index."""
+def count_accepted(
+    config: DataConfig,
+    rows: Sequence[ManifestRow],
+    index_urls: Sequence[str],
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Accepted:
+    """Count, or read what a start before this one has counted. Raises DataError for a damaged index.
+
+    progress: called with the shards that are counted and their number, again and again
+    """
     if not any(row.aspects for row in rows):
         raise DataError("data.buckets needs picture sizes in the index; run `ldm data index` again.")
     url = join(parent(index_urls[0]), f"accepted-{_digest(config, rows)}.npz")
     found = _stored(url, len(rows))
     if found is None:
         logger.info("counting what the filter accepts of %d shards, once for these settings", len(rows))
-        found = _counted(config, [(index, row.checksum) for index, row in zip(index_urls, rows, strict=True)])
+        wanted = [(index, row.checksum) for index, row in zip(index_urls, rows, strict=True)]
+        found = _counted(config, wanted, progress)
         try:
             write_bytes(url, _encoded(found))
         except Failure as error:
@@ -122,15 +131,20 @@ def _stored(url: str, shards: int) -> Accepted | None:
     return Accepted(aspects, reasons) if aspects.shape == (shards, ASPECTS) else None
 
 
-def _counted(config: DataConfig, wanted: Sequence[tuple[str, str]]) -> Accepted:
+def _counted(
+    config: DataConfig, wanted: Sequence[tuple[str, str]], progress: Callable[[int, int], object]
+) -> Accepted:
     pool: Executor
     if len(wanted) > _MANY:
         pool = ProcessPoolExecutor(min(_READERS, os.cpu_count() or 1), mp_context=get_context("spawn"))
     else:
         pool = ThreadPoolExecutor(_READERS)
     chunks = [wanted[i : i + _CHUNK] for i in range(0, len(wanted), _CHUNK)]
+    parts: list[Accepted] = []
     with pool:
-        parts = list(pool.map(partial(_count_some, config), chunks))
+        for part in pool.map(partial(_count_some, config), chunks):
+            parts.append(part)
+            progress(min(len(wanted), _CHUNK * len(parts)), len(wanted))
     reasons = sum((Counter(part.reasons) for part in parts), Counter())
     return Accepted(np.concatenate([part.aspects for part in parts]), dict(reasons))
 

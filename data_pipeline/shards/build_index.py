@@ -3,82 +3,96 @@
     list of shards --- size and ETag as in the manifest? ---> its row is kept
           |  no
           v                          (one task per shard, in processes or threads)
-    read_index    scan    tar headers, json members, headers of each picture; pixels are jumped over
-                  group, _assemble   members -> samples -> arrays
-                  _add_columns       fields of the json, by type
-                  _add_parquet       fields that only the parquet has; rows whose download failed
-    index_one     writes <name>.npz, returns its manifest row
+    index_one     read_index         the shard (read_index.py)
+                  writes <name>.npz, returns its manifest row
           |
           v
-    write_manifest                   every 30 s and at the end: what is written need not be read again
+    append_rows                      every 30 s: what is written need not be read again
+    merge_parts                      at the end (manifest.py)
 
-An index file that no manifest names, left by a build that was killed, is overwritten by the next.
+Only a few tasks are under way at a time, and only the rows since the last part wait to be written, so a set
+of a million shards takes no more memory than its manifest. An index file that no manifest names, left by a
+build that was killed, is overwritten by the next.
 """
 
 from __future__ import annotations
 
-import logging
-import math
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from data_pipeline.errors import AccessDenied, DataError, NotATar, NotFound
-from data_pipeline.pictures.headers import size_of
-from data_pipeline.shards.beside import KEY, parquet_of, read_table, rows_by_key
-from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
-from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Grouping, Sample, group, split_name
-from data_pipeline.shards.identities import hash_identity, identity_text, is_identity
-from data_pipeline.shards.index import ABSENT, DEFECTS, ShardIndex
+from data_pipeline.errors import NotATar
 from data_pipeline.shards.manifest import (
     ManifestRow,
+    append_rows,
     bad_row,
     index_name,
+    merge_parts,
     read_manifest,
     row_of,
-    write_manifest,
 )
-from data_pipeline.shards.records import MAX_JSON, TEXT_BYTES, is_blank, is_damaged, parse_record
-from data_pipeline.shards.tars import BLOCK, MemberBytes, TarScan, scan
-from data_pipeline.storage.files import read_bytes, read_range, write_bytes
+from data_pipeline.shards.read_index import read_index
+from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.listing import ListedFile
-from data_pipeline.storage.urls import join, name_of
+from data_pipeline.storage.urls import join
 
-logger = logging.getLogger(__name__)
-
-_MAX_WORDS = 256
-"""Different texts up to which a column is kept ("status", "license"); with more it is a caption or a URL."""
-_MAX_WORD = 64
-_UNREADABLE = "unreadable"
-"""What is noted of a json member that is no object, or of a text in another encoding."""
-_NO_TEXT = "no UTF-8: captions get replacement characters there; `iconv -f latin1 -t utf8` may mend them"
-_CONSEQUENCES = {
-    "json": f"no JSON objects in UTF-8 of at most {MAX_JSON:,} bytes: filters and removal lists see none of "
-    "their fields",
-    "txt": _NO_TEXT,
-    "caption": _NO_TEXT,
-}
 _SAVE_EVERY_S = 30.0
-_HEAD = 512
-_KINDS = {
-    b"\x1f\x8b": "gzip", b"bzh": "bzip2", b"\xfd7zxz": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"lzip": "lzip",
-    b"\x04\x22\x4d\x18": "lz4", b"\x1f\x9d": "compress", b"pk\3\4": "a zip archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"rar!": "a rar archive", b"par1": "a parquet file",
-    b"<!doctype html": "a web page", b"<html": "a web page", b"<?xml": "XML, perhaps an error of the server",
-    b"version https://git-lfs": "a git-lfs pointer: run `git lfs pull`", b"{": "JSON",
-    b"\xff\xd8\xff": "a picture", b"\x89png": "a picture",
-}  # fmt: skip
-"""What is taken for a tar now and then, by its first bytes in lower case."""
-_UNPACK = {
-    "gzip": "gunzip", "bzip2": "bunzip2", "xz": "unxz", "zstd": "unzstd", "lzip": "lzip -d", "lz4": "unlz4",
-    "compress": "uncompress",
-}  # fmt: skip
+_SPEAK_EVERY_S = 1.0
+_THREADS = 4
+_QUEUED = 4
+"""Shards that are handed to each worker ahead."""
+_PROBED = 3
+"""Shards that are indexed first and one by one, to see what the others will take."""
+_WORTH_IT = 16
+"""Shards from which on it is told in advance what they will take."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the index of a set will take, by some of its shards, which are indexed by now."""
+
+    shards: int
+    """That are still to be read."""
+    workers: int
+    requests: float
+    """Per shard, as the other figures."""
+    bytes: float
+    wall_s: float
+    cpu_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole build: what is waited for is shared by the workers, computing by the processors."""
+        cores = min(self.workers, len(os.sched_getaffinity(0)))
+        return self.shards * max(self.wall_s / self.workers, self.cpu_s / cores)
+
+    def sentence(self) -> str:
+        """The same in words."""
+        return (
+            f"a shard takes {self.bytes / 1e6:,.1f} MB in {self.requests:,.0f} requests and "
+            f"{self.wall_s:.1f} s; {self.shards:,} are left: {self.shards * self.bytes / 1e9:,.1f} GB in "
+            f"{self.shards * self.requests:,.0f} requests, about {_duration(self.seconds)} with "
+            f"{self.workers} workers"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes == 0:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 @dataclass(frozen=True)
@@ -98,33 +112,41 @@ def build_index(
     folder: str,
     *,
     workers: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    announce: Callable[[Estimate], object] = lambda estimate: None,
     timeout_s: float = 30.0,
     tries: int = 8,
 ) -> IndexReport:
     """Index what is new or changed and write the manifest to `folder`.
 
-    The manifest is saved every 30 s, so an interrupted build goes on where it was. workers=0 uses
-    threads of this process. A shard that is no tar is reported in `failed`, not raised; the manifest
-    remembers it, and the next build reads it again.
+    Rows are saved every 30 s, so an interrupted build goes on where it was. A shard that is no tar is
+    reported in `failed`, not raised; the manifest remembers it, and the next build reads it again.
+
+    Args:
+        workers: processes; 0 uses threads of this one.
+        progress: called with the shards that are done and their number, about once a second also while none
+            is finished.
+        announce: called once, before most of many shards are read, with what they will take.
     """
     known = read_manifest(folder)
     stale = [s for s in shards if not is_current(s, known.get(s.url)) or known[s.url].is_bad]
-    progress(len(shards) - len(stale), len(shards))
     failed: dict[str, str] = {}
-    saved = time.monotonic()
-    for done, (shard, outcome) in enumerate(_index_all(stale, folder, workers, timeout_s, tries), 1):
-        if isinstance(outcome, ManifestRow):
-            known[shard.url] = outcome
-        else:
-            failed[shard.url] = outcome
-            known[shard.url] = bad_row(shard.url, shard.size, shard.version, outcome)
-        progress(len(shards) - len(stale) + done, len(shards))
-        if time.monotonic() - saved > _SAVE_EVERY_S:
-            write_manifest(folder, known)
-            saved = time.monotonic()
+    unsaved: dict[str, ManifestRow] = {}
+    done, saved = len(shards) - len(stale), time.monotonic()
+    progress(done, len(shards))
+    for outcome in _index_all(stale, _Reading(folder, timeout_s, tries), workers, announce):
+        if outcome is not None:
+            shard, row = outcome
+            known[shard.url] = unsaved[shard.url] = row
+            done += 1
+            if row.is_bad:
+                failed[shard.url] = row.problems[0]
+        progress(done, len(shards))
+        if unsaved and time.monotonic() - saved > _SAVE_EVERY_S:
+            append_rows(folder, unsaved.values())
+            unsaved, saved = {}, time.monotonic()
     if stale:
-        write_manifest(folder, known)
+        merge_parts(folder, unsaved)
     rows = {s.url: known[s.url] for s in shards if not known[s.url].is_bad}
     return IndexReport(rows, len(stale), failed)
 
@@ -134,220 +156,73 @@ def is_current(shard: ListedFile, row: ManifestRow | None) -> bool:
     return row is not None and row.size == shard.size and row.version == shard.version
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """Where index files go, and how shards are read."""
+
+    folder: str
+    timeout_s: float
+    tries: int
+
+
 def _index_all(
-    shards: Sequence[ListedFile], folder: str, workers: int, timeout_s: float, tries: int
-) -> Iterator[tuple[ListedFile, ManifestRow | str]]:
+    shards: Sequence[ListedFile], how: _Reading, workers: int, announce: Callable[[Estimate], object]
+) -> Iterator[tuple[ListedFile, ManifestRow] | None]:
+    """Shards with their rows as they are done; None about once a second while none is."""
+    first = _probed(len(shards)) if len(shards) >= _WORTH_IT else []
+    counts, began, computing = Counter[str](), time.monotonic(), time.process_time()
+    for at in first:
+        yield shards[at], _row(shards[at], how, counts)
+    if first:
+        figures = (counts["requests"], counts["bytes"], time.monotonic() - began)
+        means = [figure / len(first) for figure in (*figures, time.process_time() - computing)]
+        announce(Estimate(len(shards) - len(first), workers or _THREADS, *means))
     pool: Executor
     if workers > 0:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     else:
-        pool = ThreadPoolExecutor(4)
+        pool = ThreadPoolExecutor(_THREADS)
+    others = (shard for at, shard in enumerate(shards) if at not in first)
     with pool:
-        futures: dict[Future[ManifestRow], ListedFile] = {
-            pool.submit(index_one, shard, folder, timeout_s, tries): shard for shard in shards
-        }
+        running: dict[Future[ManifestRow], ListedFile] = {}
         try:
-            for future in as_completed(futures):
-                shard = futures[future]
-                try:
-                    yield shard, future.result()
-                except NotATar as error:
-                    yield shard, str(error)
+            while True:
+                for shard in islice(others, _QUEUED * (workers or _THREADS) - len(running)):
+                    running[pool.submit(_row, shard, how)] = shard
+                if not running:
+                    return
+                ready = wait(running, timeout=_SPEAK_EVERY_S, return_when=FIRST_COMPLETED).done
+                if not ready:
+                    yield None
+                for future in ready:
+                    yield running.pop(future), future.result()
         finally:
-            for future in futures:
+            for future in running:
                 future.cancel()
 
 
-def index_one(shard: ListedFile, folder: str, timeout_s: float = 30.0, tries: int = 8) -> ManifestRow:
+def _probed(shards: int) -> list[int]:
+    """Places of a few shards, from all over."""
+    return [(2 * i + 1) * shards // (2 * _PROBED) for i in range(_PROBED)]
+
+
+def _row(shard: ListedFile, how: _Reading, counts: Counter[str] | None = None) -> ManifestRow:
+    """Row of a shard, that of one that is no tar too."""
+    try:
+        return index_one(shard, how.folder, how.timeout_s, how.tries, counts)
+    except NotATar as error:
+        return bad_row(shard.url, shard.size, shard.version, str(error))
+
+
+def index_one(
+    shard: ListedFile,
+    folder: str,
+    timeout_s: float = 30.0,
+    tries: int = 8,
+    counts: Counter[str] | None = None,
+) -> ManifestRow:
     """Read one shard and write its index file. Raises NotATar or another DataError."""
-    index = read_index(shard, timeout_s=timeout_s, tries=tries)
+    index = read_index(shard, timeout_s=timeout_s, tries=tries, counts=counts)
     encoded = index.encode()
     write_bytes(join(folder, index_name(shard.url)), encoded)
     return row_of(index, encoded)
-
-
-def read_index(shard: ListedFile, *, timeout_s: float = 30.0, tries: int = 8) -> ShardIndex:
-    """Index of one shard from its tar headers and json members, or the parquet beside it."""
-
-    def read(start: int, stop: int) -> bytes:
-        return read_range(shard.url, start, stop, timeout_s=timeout_s, tries=tries)
-
-    found = scan(read, shard.size, look=_look)
-    if not found.is_tar:
-        raise NotATar(not_a_tar(shard.url, read(0, min(shard.size, _HEAD)), found))
-    try:
-        grouping = group(found.members)
-    except NotATar as error:
-        raise NotATar(f"{shard.url}: {error}.") from error
-    index = _assemble(shard, found, grouping)
-    _add_parquet(index, shard)
-    # Last, for these columns are ours whatever the json and the parquet have.
-    index.choose_picture(IMAGE_EXTENSIONS)
-    return index
-
-
-def not_a_tar(url: str, head: bytes, found: TarScan) -> str:
-    """Sentence that says what a shard is instead, by its first bytes."""
-    head = head[:_HEAD].lstrip().lower()
-    kind = next((kind for magic, kind in _KINDS.items() if head.startswith(magic)), "")
-    if unpack := _UNPACK.get(kind):
-        return (
-            f"{url} is not a tar archive (it is compressed with {kind}), and places in it cannot be read "
-            f"alone; unpack it with `{unpack}`, or remove it and correct data.shards."
-        )
-    what = f"it is {kind}" if kind else "; ".join(found.problems) or "it is empty"
-    return f"{url} is not a tar archive ({what}); remove it or correct data.shards."
-
-
-def _assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardIndex:
-    samples = grouping.samples
-    extensions = tuple(sorted({e for sample in samples for e in sample.members}))
-    rows = {extension: row for row, extension in enumerate(extensions)}
-    offsets = np.full((len(extensions), len(samples)), ABSENT, np.uint32)
-    sizes = np.zeros((len(extensions), len(samples)), np.uint32)
-    defects = np.zeros(len(samples), np.uint8)
-    blank = np.zeros(len(samples), bool)
-    pictures: dict[str, NDArray[np.uint32]] = {}
-    records: list[dict[str, Any]] = []
-    for i, sample in enumerate(samples):
-        for extension, member in sample.members.items():
-            if member.size >= ABSENT:
-                defects[i] = DEFECTS.index("too_large")
-                continue
-            offsets[rows[extension], i], sizes[rows[extension], i] = member.offset // BLOCK, member.size
-            if _is_picture(extension):
-                sizes_of = pictures.setdefault(extension, np.zeros((2, len(samples)), np.uint32))
-                noticed = found.seen.get(member.offset)
-                sizes_of[:, i] = noticed if isinstance(noticed, tuple) else (0, 0)
-        if "txt" in sample.members and found.seen.get(sample.members["txt"].offset) is True:
-            blank[i] = True
-        if sample.duplicate:
-            defects[i] = DEFECTS.index("duplicate_key")
-        records.append(_record(sample, found))
-    index = ShardIndex(
-        shard=shard.url,
-        size=shard.size,
-        version=shard.version,
-        keys=np.asarray([sample.key.encode() for sample in samples], dtype=np.bytes_),
-        extensions=extensions,
-        offsets=offsets,
-        sizes=sizes,
-        defects=defects,
-        pictures=pictures,
-        blank=blank if blank.any() else None,
-        problems=tuple([*found.problems, *_unreadable(samples, found), *grouping.problems][:100]),
-        apart=grouping.apart,
-    )
-    if any(records):
-        _add_columns(index, records)
-    return index
-
-
-def _unreadable(samples: Sequence[Sample], found: TarScan) -> Iterator[str]:
-    """Sentences about json members whose fields nobody will see, and texts with bytes that are none."""
-    for extension, what in _CONSEQUENCES.items():
-        members = [sample.members[extension] for sample in samples if extension in sample.members]
-        bad = [member.name for member in members if found.seen.get(member.offset) == _UNREADABLE]
-        if bad:
-            yield f"{len(bad)} {extension} members, first {bad[0][:80]!r}, are {what}"
-
-
-def _look(name: str, member: MemberBytes) -> Any:
-    """What the index keeps of a member: fields of the json, height and width, whether a text is blank."""
-    extension = split_name(name)[1]
-    if extension in ("txt", "caption"):
-        text = member.read(0, TEXT_BYTES)
-        return is_blank(text) or (_UNREADABLE if is_damaged(text) else None)
-    if extension == "json":
-        record = parse_record(member.read(0, MAX_JSON + 1))
-        return _UNREADABLE if record is None else record
-    return size_of(member.read, member.size) if _is_picture(extension) else None
-
-
-def _is_picture(extension: str) -> bool:
-    """Whether a member may be the picture: `jpg`, `original.jpg`, maps too."""
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
-
-
-def _record(sample: Sample, found: TarScan) -> dict[str, Any]:
-    known = found.seen.get(sample.members["json"].offset) if "json" in sample.members else None
-    return dict(known) if isinstance(known, dict) else {}
-
-
-def _add_columns(index: ShardIndex, records: Sequence[dict[str, Any]], *, parquet: bool = False) -> None:
-    """Keep the fields of the json (or parquet) as numbers and texts, hashes for removal lists.
-
-    What is too long or too varied is omitted: a filter reads it from each json. The parquet is not there
-    while training, so of its columns more is kept: numbers that are spelled as texts, and where a value was.
-    """
-    omitted = list(index.omitted)
-    for name in sorted({name for record in records for name in record}):
-        raw = [record.get(name) for record in records]
-        if is_identity(name):
-            hashed = [0 if v is None else hash_identity(identity_text(name, v)) for v in raw]
-            index.hashes[name] = np.asarray(hashed, np.uint64)
-        values = [plain(v) for v in raw]
-        if parquet:
-            values = _keepable(name, values)
-        words = {v for v in values if isinstance(v, str)}
-        numeric = any(isinstance(v, float) for v in values)
-        if not parquet and (OTHER in values or (words and not _fit(name, words, values))):
-            omitted.append(name)
-            continue
-        if numeric:
-            numbers = [v if isinstance(v, float) else math.nan for v in values]
-            index.numbers[name] = np.asarray(numbers, np.float64)
-        if words or OTHER in values or not numeric:
-            index.words[name] = sorted(words)
-            place: dict[Any, int] = {word: i for i, word in enumerate(index.words[name])} | {OTHER: -2}
-            codes = [-1 if v is None or isinstance(v, float) else place[v] for v in values]
-            index.codes[name] = np.asarray(codes, np.int16)
-    index.omitted = tuple(omitted)
-
-
-def _fit(name: str, words: set[str], values: Sequence[Any]) -> bool:
-    """Whether the texts of a column are few and short enough to be kept."""
-    present = sum(v is not None for v in values)
-    few = len(words) <= min(_MAX_WORDS, max(8, present // 4)) and not is_identity(name)
-    return few and all(len(word) <= _MAX_WORD for word in words)
-
-
-def _keepable(name: str, values: list[Any]) -> list[Any]:
-    """Values of a parquet column with the texts that do not fit as the number that they spell, or OTHER."""
-    if _fit(name, {v for v in values if isinstance(v, str)}, values):
-        return values
-    spelled = [spelled_number(v) if isinstance(v, str) else v for v in values]
-    return [OTHER if s is None and v is not None else s for s, v in zip(spelled, values, strict=True)]
-
-
-def _add_parquet(index: ShardIndex, shard: ListedFile) -> None:
-    """Use the parquet beside the tar: columns the json lacks, and rows without members."""
-    url = parquet_of(shard.url)
-    try:
-        raw = read_bytes(url)
-    except (NotFound, AccessDenied):
-        return  # plain webdataset shards have none, which S3 may tell by refusing
-    try:
-        table = read_table(raw)
-        keys = [key.decode() for key in index.keys]
-        rows = rows_by_key(table[KEY], keys)
-    except DataError as error:
-        index.problems += (f"parquet {name_of(url)} {error}",)
-        return
-    except Exception as error:  # noqa: BLE001 - pyarrow raises many types for damaged files
-        index.problems += (f"parquet {name_of(url)} is not readable: {str(error)[:120]}",)
-        return
-    index.missing_rows = len(rows.keys() - set(keys))
-    if len(rows) < len(table[KEY]):
-        again = len(table[KEY]) - len(rows)
-        index.problems += (f"{again} rows of {name_of(url)} have the key of another, and the last counts",)
-    strangers = sum(key not in rows for key in keys)
-    if strangers:
-        index.problems += (f"{strangers} samples have no row in {name_of(url)}",)
-    empty = {name for name, words in index.words.items() if not words}
-    have = {*index.numbers, *index.codes, *index.hashes, *index.omitted} - empty
-    extra = [name for name in table if name not in have]
-    if not extra or not keys:
-        return
-    records = [{n: table[n][rows[k]] for n in extra} if k in rows else {} for k in keys]
-    _add_columns(index, records, parquet=True)

@@ -7,6 +7,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +35,9 @@ from data_pipeline.storage.urls import (
 )
 
 logger = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[str, int, int], object]
+"""Called with what is done, for how many shards, of how many; again about once a second, news or not."""
 
 _SMALL = 2000
 """Up to this many shards are listed and checked at every start, and indexed on first use."""
@@ -113,10 +118,12 @@ def index_folder(config: DataConfig, first_shard: str) -> str:
     return config.index or join(parent(first_shard), "_index")
 
 
-def open_dataset(
-    config: DataConfig, *, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Dataset:
-    """Find the shards and their index; small sets are checked and indexed on first use.
+def untold(what: str, done: int, total: int) -> None:
+    """Progress that nobody wants to hear of."""
+
+
+def open_dataset(config: DataConfig, *, progress: Progress = untold) -> Dataset:
+    """Find the shards and their index; small sets are checked and indexed on first use, which may take hours.
 
     Raises DataError: no shards, more that are not tars than data.max_bad_shards allows, a large set without
     an index, or a filter that is wrong or names columns that no shard has.
@@ -141,7 +148,8 @@ def open_dataset(
     check_columns(rule, rows)
     check_captions(config.captions, [row for row in rows if row.samples])
     _check_members(picture, rows)
-    accepted = count_accepted(config, rows, index_urls) if config.buckets else None
+    counting = partial(progress, "counting what is accepted")
+    accepted = count_accepted(config, rows, index_urls, counting) if config.buckets else None
     shard_of = np.asarray(entries, np.int64)
     samples = np.asarray([row.samples for row in rows], np.int64)
     digest = hashlib.sha256()
@@ -190,7 +198,7 @@ def _remedy(members: Counter[str]) -> str:
 
 
 def _open_source(
-    config: DataConfig, source: SourceConfig, progress: Callable[[int, int], None]
+    config: DataConfig, source: SourceConfig, progress: Progress
 ) -> tuple[str, list[ManifestRow]]:
     named = spelled_out(source.shards)  # a large set is then opened without a single listing
     if named is not None and len(named) > _SMALL:
@@ -207,7 +215,14 @@ def _open_source(
     folder = index_folder(config, shards[0].url)
     if len(shards) > _SMALL:
         return folder, _usable(config, source, _known_rows(source, folder, shards))
-    report = build_index(shards, folder, progress=progress, timeout_s=config.request_timeout_s)
+    indexing = partial(progress, f"indexing {source.shards}"[:60])
+    report = build_index(
+        shards,
+        folder,
+        progress=indexing,
+        announce=lambda estimate: logger.info("index: %s", estimate.sentence()),
+        timeout_s=config.request_timeout_s,
+    )
     rows = [report.rows.get(s.url) or bad_row(s.url, s.size, s.version, report.failed[s.url]) for s in shards]
     return folder, _usable(config, source, rows)
 

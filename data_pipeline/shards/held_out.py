@@ -21,7 +21,7 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
-from data_pipeline.shards.dataset import Dataset, open_dataset, sources_of
+from data_pipeline.shards.dataset import Dataset, Progress, open_dataset, sources_of, untold
 from data_pipeline.shards.identities import hash_text
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import Selection, make_selection, removed_by, target_shapes
@@ -98,12 +98,14 @@ def open_held_out(
     seed: int,
     global_batch_size: int,
     dataset: Dataset | None = None,
+    progress: Progress = untold,
 ) -> HeldOut:
     """Choose `samples` of data.validation, or all that there are.
 
     Args:
         seed, global_batch_size: of the run, which its buckets follow from.
         dataset: the training shards, if they are open.
+        progress: see `open_dataset`.
 
     Raises:
         DataError: nothing is held out, a shard is in both sets, or what is named cannot be used.
@@ -115,13 +117,13 @@ def open_held_out(
             "data.validation.share=0.01."
         )
     reading = _reading(config)
-    found = dataset if dataset is not None and not own.shards else _indexed(config, reading)
+    found = dataset if dataset is not None and not own.shards else _indexed(config, reading, progress)
     if own.shards:
         _check_apart(config, dataset, found)
     selection = make_selection(reading, removals=(), part="validation")
     shapes = target_shapes(config)
     if config.buckets:
-        dataset = dataset or open_dataset(config)
+        dataset = dataset or open_dataset(config, progress=progress)
         order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
         shapes = dataset.buckets(config, order).shapes
     chosen, of, reasons = _choose(reading, found, selection, samples, shapes)
@@ -157,10 +159,10 @@ def _reading(config: DataConfig) -> DataConfig:
     )
 
 
-def _indexed(config: DataConfig, reading: DataConfig) -> Dataset:
+def _indexed(config: DataConfig, reading: DataConfig, progress: Progress) -> Dataset:
     """The shards that held-out samples lie in."""
     try:
-        return open_dataset(dataclasses.replace(reading, buckets=False))
+        return open_dataset(dataclasses.replace(reading, buckets=False), progress=progress)
     except DataError as error:
         if config.order == "indexed":
             raise

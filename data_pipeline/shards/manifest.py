@@ -2,28 +2,43 @@
 
 How many samples (the order), their aspects (the buckets), and name and checksum of the index file. So a set
 of 200,000 shards is opened by reading one file, and the index of a shard is read when a lane comes to it.
+
+    _index/manifest.jsonl.gz                     all rows of the last build that came to its end
+    _index/parts/<time>-<random>.jsonl.gz        rows since then, a part every 30 s; the newest row counts
+    _index/00000-<digest>.npz                    the index of one shard
+
+Whoever reads takes all of them together, so nothing is lost when a build is killed, several may write at a
+time, and what a build has to save does not grow with what is there. Its end makes one file of them again.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
-from dataclasses import dataclass, field
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from data_pipeline.errors import DataError, NotFound
+from data_pipeline.errors import AccessDenied, DataError, NotFound
 from data_pipeline.order.buckets import aspect_histogram
 from data_pipeline.shards.index import DAMAGE, VERSION, ShardIndex, decode_index
-from data_pipeline.storage.files import read_bytes, write_bytes
-from data_pipeline.storage.urls import join, name_of
+from data_pipeline.storage.files import list_names, read_bytes, remove_file, write_bytes
+from data_pipeline.storage.urls import is_http, join, name_of
 
 MANIFEST = "manifest.jsonl.gz"
+PARTS = "parts"
+_READ_BYTES = 1 << 20
+_LEVEL = 3
+"""Of compression: level 9 takes ten times as long for a tenth less."""
 _MAX_MEMBERS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ManifestRow:
     """One indexed shard."""
 
@@ -99,50 +114,109 @@ def bad_row(shard: str, size: int, version: str, why: str) -> ManifestRow:
 
 def read_manifest(folder: str) -> dict[str, ManifestRow]:
     """Manifest rows by shard URL; empty when there is none of this version. Raises DataError when damaged."""
-    url = join(folder, MANIFEST)
+    return read_parts(folder)[0]
+
+
+def read_parts(folder: str) -> tuple[dict[str, ManifestRow], list[str]]:
+    """The same, and the names of the parts in PARTS among whose rows they are."""
+    rows = _read_rows(join(folder, MANIFEST)) or {}
+    names = _part_names(folder)
+    for name in names:
+        rows.update(_read_rows(join(join(folder, PARTS), name)) or {})
+    return rows, names
+
+
+def append_rows(folder: str, rows: Iterable[ManifestRow]) -> None:
+    """Write rows that the manifest does not have yet, or has otherwise, as one part beside it."""
+    # By time, for the newest part wins; the rest of the name, for others may write at the same time.
+    name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl.gz"
+    write_bytes(join(join(folder, PARTS), name), _encode_rows(rows))
+
+
+def merge_parts(folder: str, rows: Mapping[str, ManifestRow]) -> None:
+    """Make one manifest of what is in `folder` by now and of `rows`, which win; its parts are removed."""
+    whole, names = read_parts(folder)
+    whole.update(rows)
+    write_manifest(folder, whole)
+    for name in names:
+        remove_file(join(join(folder, PARTS), name))
+
+
+def write_manifest(folder: str, rows: Mapping[str, ManifestRow]) -> None:
+    """Write the manifest whole, with a checksum over its rows."""
+    write_bytes(join(folder, MANIFEST), _encode_rows(rows[shard] for shard in sorted(rows)))
+
+
+def _part_names(folder: str) -> list[str]:
+    if is_http(folder):  # there nobody writes, and nothing can be listed
+        return []
+    try:
+        return list_names(join(folder, PARTS))
+    except AccessDenied:  # who may read may not always list
+        return []
+
+
+def _read_rows(url: str) -> dict[str, ManifestRow] | None:
+    """Rows of a manifest or a part of it; None when it is not there, or an older version's.
+
+    Some lines at a time: the rows of 200,000 shards are hundreds of megabytes as text.
+    """
     try:
         raw = read_bytes(url)
     except NotFound:
-        return {}
+        return None
     try:
-        lines = gzip.decompress(raw).decode().splitlines()
-        head = json.loads(lines[0])
-        if head["format"] != VERSION:
-            return {}  # an older index is read anew
-        body = "\n".join(lines[1:])
-        if hashlib.sha256(body.encode()).hexdigest() != head["checksum"]:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as lines:
+            head = json.loads(lines.readline())
+            if head["format"] != VERSION:
+                return None  # an older index is read anew
+            # Rows name their set of columns by its place in the head: a million shards share a few objects.
+            sets = [{str(k): str(v) for k, v in c.items()} for c in head["columns"]]
+            members = [tuple(str(e) for e in extensions) for extensions in head["members"]]
+            rows, digest = {}, hashlib.sha256()
+            while some := lines.readlines(_READ_BYTES):
+                text = b"".join(some)
+                digest.update(text)
+                # Several at a time: what they have in common, such as names of aspects, is then one object.
+                for row in json.loads(b"[" + text.rstrip(b"\n").replace(b"\n", b",") + b"]"):
+                    row["problems"] = tuple(row["problems"])
+                    row["columns"] = sets[row["columns"]]
+                    row["members"] = members[row["members"]]
+                    rows[row["shard"]] = ManifestRow(**row)
+        if digest.hexdigest() != head["checksum"]:
             raise ValueError("checksum")
-        # Rows name their set of columns by its place in the head: a million shards share a few objects.
-        sets = [{str(k): str(v) for k, v in c.items()} for c in head["columns"]]
-        members = [tuple(str(e) for e in extensions) for extensions in head["members"]]
-        rows = [json.loads(line) for line in lines[1:]]
-        for row in rows:
-            row["problems"] = tuple(row["problems"])
-            row["columns"] = sets[row["columns"]]
-            row["members"] = members[row["members"]]
-        return {row["shard"]: ManifestRow(**row) for row in rows}
     except DAMAGE as error:
         raise DataError(
             f"The manifest {url} is damaged or of another version ({error}); delete it and run "
             "`ldm data index` again."
         ) from error
+    return rows
 
 
-def write_manifest(folder: str, rows: dict[str, ManifestRow]) -> None:
-    """Write the manifest, with a checksum over its rows."""
+def _encode_rows(rows: Iterable[ManifestRow]) -> bytes:
+    """Compressed lines, the first of which has the checksum of the others and what they share.
+
+    Rows are compressed one by one and the head, known last, goes before them as a gzip member of its own, so
+    that the text as a whole never exists.
+    """
     sets: dict[tuple[tuple[str, str], ...], int] = {}
     members: dict[tuple[str, ...], int] = {}
-    lines = []
-    for shard in sorted(rows):
-        changed = {
-            "problems": list(rows[shard].problems),
-            "columns": sets.setdefault(tuple(sorted(rows[shard].columns.items())), len(sets)),
-            "members": members.setdefault(rows[shard].members, len(members)),
-        }
-        lines.append(json.dumps({**vars(rows[shard]), **changed}))
-    body = "\n".join(lines)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    head = {"format": VERSION, "shards": len(rows), "checksum": digest}
+    digest, number, out = hashlib.sha256(), 0, io.BytesIO()
+    with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=_LEVEL, mtime=0) as body:
+        for row in rows:
+            shared = {
+                "columns": sets.setdefault(tuple(sorted(row.columns.items())), len(sets)),
+                "members": members.setdefault(row.members, len(members)),
+            }
+            fields = {name: getattr(row, name) for name in _FIELDS}
+            # Before each but the first: the checksum is of the lines without the last one's end.
+            line = (b"\n" if number else b"") + json.dumps({**fields, **shared}).encode()
+            digest.update(line)
+            body.write(line)
+            number += 1
+    head = {"format": VERSION, "shards": number, "checksum": digest.hexdigest()}
     head |= {"columns": [dict(s) for s in sets], "members": list(members)}
-    data = gzip.compress((json.dumps(head) + "\n" + body).encode(), mtime=0)
-    write_bytes(join(folder, MANIFEST), data)
+    return gzip.compress((json.dumps(head) + "\n").encode(), mtime=0) + out.getvalue()
+
+
+_FIELDS = [field.name for field in fields(ManifestRow)]

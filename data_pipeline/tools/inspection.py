@@ -19,9 +19,9 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, Rejected
 from data_pipeline.order.draws import permutation
 from data_pipeline.pictures.decoding import decode
-from data_pipeline.shards.build_index import not_a_tar, read_index
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, group
 from data_pipeline.shards.index import DEFECTS, ShardIndex
+from data_pipeline.shards.read_index import not_a_tar, read_index
 from data_pipeline.shards.records import clean, parse_record, text_of
 from data_pipeline.shards.removals import RemovalList, read_removals
 from data_pipeline.shards.selection import identity_hashes, picture_members

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
+from datetime import timedelta
 from pathlib import Path
+
+import torch.distributed as dist
 
 from data_pipeline.errors import FatalFault, NoShards
 from trainer.distributed import collectives
@@ -29,6 +33,32 @@ def once(env: DistributedEnv, marker: str, fails: str) -> list[str]:
         found = f"{type(error).__name__}: {error}"
     collectives.barrier()
     return [found, Path(marker).read_text()]
+
+
+def long_work(env: DistributedEnv, fails: bool) -> list[object]:
+    """Work of rank 0 that takes twice as long as a collective may, and what this rank hears of it."""
+    timeout_s, words = 6.0, 26
+    collectives.barrier()
+    # Only now: on a busy machine the ranks do not meet that quickly.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+    heard: list[tuple[str, int, int]] = []
+
+    def work(tell: collectives.Told) -> str:
+        for done in range(words):
+            tell("indexing", done, words)
+            time.sleep(2 * timeout_s / words)
+        if fails:
+            raise NoShards("nothing there")
+        return "made"
+
+    try:
+        found = collectives.worked_on_main_rank(work, lambda *said: heard.append(said))
+    except NoShards as error:
+        found = f"NoShards: {error}"
+    ascending = heard == sorted(set(heard)) and {(said[0], said[2]) for said in heard} == {
+        ("indexing", words)
+    }
+    return [found, len(heard) >= 5, ascending, collectives.all_gather_object(env.rank)]
 
 
 def agree(env: DistributedEnv) -> list[list[object]]:

@@ -27,6 +27,12 @@ def test_one_rank_makes_it_and_all_get_it_or_its_error(tmp_path: Path) -> None:
     assert bug == [["FatalFault: rank 0: KeyError: 'no such key'", "0\n"]] * 2
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_nobody_gives_up_a_rank_whose_work_outlasts_the_timeout_and_tells_of_itself(fails: bool) -> None:
+    found = "NoShards: nothing there" if fails else "made"
+    assert run_ranks(f"{RANKS}:long_work", 3, {"fails": fails}) == [[found, True, True, [0, 1, 2]]] * 3
+
+
 def test_the_strongest_request_any_flag_and_mean_losses_are_agreed_on() -> None:
     agreed = [
         ["NONE", False, False, []],

@@ -118,6 +118,37 @@ def opened(settings: list[str]) -> Run:
     return build_run(load_config(None, settings), DistributedEnv.detect({}))
 
 
+def test_the_first_start_tells_how_far_the_indexing_of_both_sets_is(
+    settings: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scene = SceneOptions(max_objects=1, min_edge=20, max_edge=28)
+    for name, shards in (("trained", 3), ("measured", 2)):
+        list(
+            synthesize(str(tmp_path / name), SynthesisOptions(10 * shards, samples_per_shard=10, scene=scene))
+        )
+    given = [
+        f"data={{shards: '{tmp_path}/trained', image_size: 16, workers: 0}}",
+        f"data.validation.shards={tmp_path}/measured",
+        "validation={every: 1, samples: 4, timesteps: 1}",
+    ]
+    signs: list[int] = []
+
+    def start() -> list[str]:
+        """What the start shows of its bars; `signs` gets the signs of life."""
+        signs.append(0)
+
+        def alive() -> None:
+            signs[-1] += 1
+
+        build_run(load_config(None, settings(*given)), DistributedEnv.detect({}), alive=alive).close()
+        lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
+        return [line.partition(" [")[0][-3:] for line in lines if line.startswith("indexing")]
+
+    assert start()[-1] == "2/2"
+    assert start() == []  # no bar without work
+    assert signs == [4 + 3, 1 + 1]  # none, then each of the shards; and that all are there
+
+
 def test_training_does_not_notice(settings: Any, tmp_path: Path) -> None:
     """The same samples are held out, measured at every step or never: the runs are one, to the bit."""
     held_out = ["data.validation.share=0.4", CLASSES, "unet.dropout=0.2"]

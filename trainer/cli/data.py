@@ -200,7 +200,13 @@ def _index(args: argparse.Namespace) -> int:
     shards = list_files(args.url)
     folder = index_folder(DataConfig(index=args.index), shards[0].url)
     with progress_bar(len(shards), "shards", "index") as bar:
-        report = build_index(shards, folder, workers=args.workers, progress=_updater(bar))
+        report = build_index(
+            shards,
+            folder,
+            workers=args.workers,
+            progress=_updater(bar),
+            announce=lambda estimate: bar.write(f"estimate          {estimate.sentence()}"),
+        )
     rows = report.rows.values()
     _say(f"shards            {len(report.rows)} ({report.read} read now)")
     _say(f"samples           {sum(r.samples for r in rows):,}")

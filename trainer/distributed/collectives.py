@@ -13,20 +13,34 @@ ranks end with the same bits.
 from __future__ import annotations
 
 import logging
+import math
 import pickle
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import as_failure
+from data_pipeline.errors import Failure, as_failure
 from trainer.exit_codes import StopRequest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+Told: TypeAlias = Callable[[str, int, int], object]
+"""Called with what is done, how much of it, of how much."""
+_SLICE_S = 1.0
+"""Seconds between two words of long work: far below any timeout of a group."""
+
+
+class _Word(NamedTuple):
+    """What rank 0 says while it works, where an answer would be the end."""
+
+    said: tuple[str, int, int]
 
 
 def world_size() -> int:
@@ -165,18 +179,53 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 def from_main_rank(make: Callable[[], T]) -> T:
     """What `make` gives on rank 0, or the failure it ends in there, on every rank; the others only wait."""
-    value, failure = None, None
-    if rank() == 0:
-        try:
-            value = make()
-        except Exception as error:
-            failure = as_failure(error, "rank 0")
-            if failure is not error:  # the others get the sentence, this rank keeps the traceback
-                logger.exception("only rank 0 does this, and it failed")
-    value, failure = broadcast_object((value, failure))
+    return _made(broadcast_object(_attempt(make) if rank() == 0 else None))
+
+
+def _attempt(make: Callable[[], T]) -> tuple[T | None, Failure | None]:
+    try:
+        return make(), None
+    except Exception as error:
+        failure = as_failure(error, "rank 0")
+        if failure is not error:  # the others get the sentence, this rank keeps the traceback
+            logger.exception("only rank 0 does this, and it failed")
+        return None, failure
+
+
+def _made(answer: tuple[T | None, Failure | None]) -> T:
+    value, failure = answer
     if failure is not None:
         raise failure
     return cast(T, value)
+
+
+def worked_on_main_rank(make: Callable[[Told], T], told: Told) -> T:
+    """The same of work that may take hours, which tells of itself: nobody gives up a rank that gets on.
+
+    A broadcast that waits for hours ends with the group's timeout. So each word of the work goes to all
+    ranks, as often as `_SLICE_S` allows: while it speaks, no collective waits for longer than that.
+
+    Args:
+        make: is given what it must call again and again, many times within the group's timeout, also when
+            nothing new is done.
+        told: called on every rank with what rank 0 says: what is done, how much of it, of how much.
+    """
+    if world_size() == 1:
+        return _made(_attempt(partial(make, told)))
+    if rank() > 0:
+        while isinstance(answer := broadcast_object(None), _Word):
+            told(*answer.said)
+        return _made(answer)
+    spoke = -math.inf
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal spoke
+        told(what, done, total)
+        if time.monotonic() - spoke >= _SLICE_S:
+            broadcast_object(_Word((what, done, total)))
+            spoke = time.monotonic()
+
+    return _made(broadcast_object(_attempt(partial(make, tell))))
 
 
 def on_every_rank(make: Callable[[], T]) -> T:

@@ -25,6 +25,7 @@ from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank
 from trainer.evaluation.held_out import hold_out
+from trainer.metrics.long_work import LongWork
 
 _PROBE_BYTES = 16_000_000
 _SHARDS_PER_RANK = 3
@@ -135,7 +136,10 @@ def check_samples(config: Config, env: DistributedEnv) -> list[Check]:
     remedy = "correct the shards, data.filter or data.captions, or raise data.max_rejected_share."
     indexed = config.data.order == "indexed"
     try:
-        dataset = collectives.from_main_rank(lambda: open_dataset(config.data) if indexed else None)
+        with LongWork() as work:
+            dataset = collectives.worked_on_main_rank(
+                lambda tell: open_dataset(config.data, progress=tell) if indexed else None, work.told
+            )
     except Failure as error:
         return [Check(name, False, str(error), "correct data.shards or what the sentence names.")]
     tally, mistake = Tally(), ""

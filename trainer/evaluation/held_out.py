@@ -32,6 +32,7 @@ from data_pipeline.loader import Dataset
 from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.first_stage.losses import codebook_usage
+from trainer.metrics.long_work import LongWork
 
 
 class Unmeasured(Failure):
@@ -79,10 +80,13 @@ class _Found:
             self.codes.update(dict(zip(used.tolist(), counts.tolist(), strict=True)))
 
 
-def hold_out(config: Config, dataset: Dataset | None) -> HeldOut | None:
+def hold_out(
+    config: Config, dataset: Dataset | None, alive: Callable[[], object] = lambda: None
+) -> HeldOut | None:
     """The samples that a run measures, chosen by rank 0; None where it measures none. Collective.
 
     dataset: the training shards; None in resampled order.
+    alive: called while rank 0 indexes data.validation.shards, whenever it gets on.
 
     Raises:
         DataError: on all ranks, there are none, or what is named cannot be used.
@@ -90,16 +94,18 @@ def hold_out(config: Config, dataset: Dataset | None) -> HeldOut | None:
     if not config.validation.every:
         return None
 
-    def choose() -> HeldOut:
+    def choose(tell: collectives.Told) -> HeldOut:
         return open_held_out(
             config.data,
             config.validation.samples,
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             dataset=dataset,
+            progress=tell,
         )
 
-    return collectives.from_main_rank(choose)
+    with LongWork(alive) as work:
+        return collectives.worked_on_main_rank(choose, work.told)
 
 
 def measure_held_out(

@@ -28,11 +28,12 @@ from data_pipeline.pictures.decoding import decode
 from data_pipeline.pictures.headers import picture_size
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
-from data_pipeline.shards.build_index import build_index, read_index
+from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.grouping import group
 from data_pipeline.shards.index import decode_index
 from data_pipeline.shards.manifest import MANIFEST, read_manifest
+from data_pipeline.shards.read_index import read_index
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.tars import scan
 from data_pipeline.storage.listing import list_files

@@ -17,7 +17,7 @@ from data_pipeline.errors import Rejected, StorageOutage
 from data_pipeline.loader import build_loader
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.pictures.headers import picture_size, size_of
-from data_pipeline.shards.build_index import read_index
+from data_pipeline.shards.read_index import read_index
 from data_pipeline.storage.listing import list_files
 
 TALL = 40, 16

@@ -14,8 +14,9 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.feed.captions import choose_caption
 from data_pipeline.loader import build_loader
-from data_pipeline.shards.build_index import build_index, read_index
+from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.manifest import read_manifest
+from data_pipeline.shards.read_index import read_index
 from data_pipeline.shards.records import clean, is_blank, parse_record
 from data_pipeline.storage.listing import list_files
 from trainer.__main__ import main

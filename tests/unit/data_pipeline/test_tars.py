@@ -16,9 +16,10 @@ import pytest
 import webdataset as wds
 
 from data_pipeline.errors import NotATar
-from data_pipeline.shards.build_index import build_index, index_one, read_index
+from data_pipeline.shards.build_index import build_index, index_one
 from data_pipeline.shards.grouping import group, split_name
 from data_pipeline.shards.index import DEFECTS, decode_index
+from data_pipeline.shards.read_index import read_index
 from data_pipeline.shards.tars import TarScan, scan
 from data_pipeline.storage.files import read_bytes
 from data_pipeline.storage.listing import list_files
