@@ -117,6 +117,11 @@ class DataConfig:
     captions: tuple[str, ...] = ("txt",)
     """Where captions come from: members (txt, caption) and columns of the json or of the parquet beside the
     tar (a list there means several captions)."""
+    caption_weights: tuple[float, ...] = number((), above=0, most=10**6)
+    """How often the caption is of each of `captions`, one number each, among those that a sample has; empty:
+    every caption found is as likely as any other."""
+    shorten_captions: float = number(0.0, least=0, most=1)
+    """Share of captions cut after one of their sentences (of one sentence: of its parts between commas)."""
     require_caption: bool = True
     """Reject samples without a caption; otherwise they get the empty caption."""
     conditions: tuple[str, ...] = ()

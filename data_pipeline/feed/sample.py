@@ -89,6 +89,8 @@ def fill_sample(
         require=config.require_caption,
         seed=seed,
         ordinal=ordinal,
+        weights=config.caption_weights,
+        shorten=config.shorten_captions,
     )
     if reused is None:
         geometry = _fill_pixels(config, members, target, place, out["pixels"][row])

@@ -21,6 +21,9 @@ class Draw(IntEnum):
     CAPTION = 6
     BUCKET = 7
     VARIANT = 8
+    CAPTION_SOURCE = 9
+    SHORTEN = 10
+    CAPTION_END = 11
 
 
 def mix(x: int) -> int:

@@ -89,6 +89,12 @@ def _check_sizes(config: Config) -> None:
         not (config.data.shards and config.data.sources),
         "give either data.shards or data.sources, not both.",
     )
+    weights, captions = config.data.caption_weights, config.data.captions
+    _require(
+        not weights or len(weights) == len(captions),
+        f"data.caption_weights={list(weights)} must be one number for each of "
+        f"data.captions={list(captions)}, or empty.",
+    )
 
 
 def _check_attention(config: Config) -> None:

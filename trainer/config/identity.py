@@ -154,7 +154,8 @@ def _defining(config: dict[str, Any]) -> _Flat:
     if config["data"]["buckets"]:
         flat |= {f"data.{name}": config["data"][name] for name in ("bucket_step", "bucket_max_aspect")}
     if stage == "diffusion":
-        flat["data.captions"] = config["data"]["captions"]
+        for name in ("captions", "caption_weights", "shorten_captions"):
+            flat[f"data.{name}"] = config["data"][name]
         _normalise_unet(flat)
         _normalise_towers(flat)
         _normalise_objective(flat)

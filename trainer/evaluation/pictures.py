@@ -34,7 +34,14 @@ def pictures_once(
         DataError: no shards, or none of their samples can be used.
     """
     data = dataclasses.replace(
-        data, lanes=0, captions=("txt",), require_caption=False, conditions=(), workers=0, reject_file=None
+        data,
+        lanes=0,
+        captions=("txt",),
+        caption_weights=(),
+        require_caption=False,
+        conditions=(),
+        workers=0,
+        reject_file=None,
     )
     dataset, first_epoch = None, None
     if data.order == "indexed":

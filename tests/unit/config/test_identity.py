@@ -38,6 +38,8 @@ COMPARED_DATA = {
         "filter",
         "require_caption",
         "captions",
+        "caption_weights",
+        "shorten_captions",
         "validation.share",
     ),
 }
@@ -105,7 +107,8 @@ ONLY_IN = {
 }
 """Settings of `diffusion` -> the objectives in which they do something; "" is DIFFUSION's."""
 AUTOENCODER_IDLE = {
-    *("first_stage.latent_scale", "first_stage.input_range", "first_stage.cache_variants", "data.captions"),
+    *("first_stage.latent_scale", "first_stage.input_range", "first_stage.cache_variants"),
+    *("data.captions", "data.caption_weights", "data.shorten_captions"),
 }
 """Settings that only a second stage has."""
 

@@ -79,6 +79,9 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: list[str]) -> N
         ("checkpoint.keep_last=0", "checkpoint.keep_last=0 must be at least 1"),
         ("optimizer.weight_decay=.nan", "optimizer.weight_decay=nan must be at least 0"),
         ("diffusion.zero_terminal_snr=true", "prediction"),
+        ("data.caption_weights=[1, 3]", "one number for each of"),
+        ("data.caption_weights=[0]", "data.caption_weights"),
+        ("data.shorten_captions=1.5", "data.shorten_captions"),
     ],
 )
 def test_impossible_combinations(override: str, expected: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -251,3 +253,43 @@ def test_captions() -> None:
     with pytest.raises(Rejected, match="no_caption"):
         choose_caption(["txt"], {"txt": b" \n"}, record, require=True, seed=1, ordinal=0)
     assert choose_caption(["other"], {}, record, require=False, seed=1, ordinal=0) == ""
+
+
+def test_captions_are_mixed_by_weight_among_those_that_are_there() -> None:
+    sources, record = ["txt", "long", "absent"], {"long": ["two", "three"]}
+    found = Counter(
+        choose_caption(
+            sources, {"txt": b"one"}, record, require=True, seed=1, ordinal=i, weights=[1.0, 3.0, 96.0]
+        )
+        for i in range(4000)
+    )
+    assert {name: round(n / 4000, 1) for name, n in found.items()} == {"one": 0.2, "two": 0.4, "three": 0.4}
+    assert abs(found["one"] - 1000) < 5 * math.sqrt(4000 * 0.25 * 0.75)
+    with pytest.raises(Rejected, match="no_caption"):
+        choose_caption(["absent"], {}, {}, require=True, seed=1, ordinal=0, weights=[1.0])
+
+
+@pytest.mark.parametrize(
+    ("whole", "beginnings"),
+    [
+        ("A dog. It runs! Where, to", {"A dog.", "A dog. It runs!"}),
+        ("red dog, wet grass; 3.5 m, sun", {"red dog", "red dog, wet grass", "red dog, wet grass; 3.5 m"}),
+        ("\u72d7\u3002\u8dd1\u3002", {"\u72d7\u3002"}),
+        ("a dog of 3.5 m", {"a dog of 3.5 m"}),
+        ("A dog.", {"A dog."}),
+    ],
+)
+def test_a_share_of_captions_ends_early(whole: str, beginnings: set[str]) -> None:
+    def told(shorten: float) -> Counter[str]:
+        return Counter(
+            choose_caption(
+                ["txt"], {"txt": whole.encode()}, {}, require=True, seed=2, ordinal=i, shorten=shorten
+            )
+            for i in range(1000)
+        )
+
+    assert told(0.0) == {whole: 1000}
+    assert set(told(1.0)) == beginnings
+    some = told(0.3)
+    if beginnings != {whole}:
+        assert abs(some[whole] - 700) < 5 * math.sqrt(1000 * 0.21)
