@@ -25,7 +25,6 @@ from trainer.exit_codes import ExitCode, StopRequest
 from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.timer import StartTimer, Throughput
-from trainer.optim import learning_rate
 from trainer.reliability.doubt import Standing, mark
 from trainer.reliability.healing import Incident, Verdict
 from trainer.reliability.heartbeat import board_from_environment
@@ -86,7 +85,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
     while state.step < config.steps:
         assert batch is not None
         watchdog.beat(state.step, "step")
-        rate = learning_rate(config.optimizer, state.step, config.steps)
+        rate = config.optimizer.rate(state.step, config.steps)
         metrics = take_step(run, batch, rate)
         meters.add(metrics)
         delayed.push(state.step, metrics, batch.ordinals, batch.keys)

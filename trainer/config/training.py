@@ -146,6 +146,21 @@ class OptimizerConfig:
     momentum: float = number(0.95, least=0, below=1)
     """Muon's decay rate (Nesterov)."""
 
+    def rate(self, step: int, total_steps: int) -> float:
+        """Learning rate of optimizer step `step` (counted from 0): linear warm-up, then the schedule."""
+        peak = self.learning_rate
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return peak
+        if self.schedule == "inverse_sqrt":
+            reference = max(self.warmup_steps, 1)
+            return peak * math.sqrt(reference / max(step + 1, reference))
+        span = max(total_steps - self.warmup_steps, 1)
+        progress = min((step - self.warmup_steps) / span, 1.0)
+        remaining = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return peak * (self.final_fraction + (1 - self.final_fraction) * remaining)
+
 
 @dataclass(frozen=True)
 class EMAConfig:

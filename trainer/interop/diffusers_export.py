@@ -22,8 +22,7 @@ from trainer.interop.diffusers_stage import (
     scheduler_to_diffusers,
 )
 from trainer.interop.diffusers_unet import Json, unet_to_diffusers
-from trainer.interop.latent_scale import folded, is_one_number
-from trainer.interop.parts import TOWERS, Groups, cast, convert_part, latent_statistics
+from trainer.interop.parts import TOWERS, Groups, cast, convert_part, folded, is_one_number, latent_statistics
 from trainer.interop.pipelines import NoPipeline, Pipeline, choose_pipeline, require_vector_as_sdxl
 from trainer.interop.unet_names import UNetSizes
 

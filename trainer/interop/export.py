@@ -17,14 +17,15 @@ from trainer.interop import compvis
 from trainer.interop.convert import CLASS_TOKENS, TEXT_FILES, UNET_AVERAGE_FILE, UNET_FILE
 from trainer.interop.diffusers_export import write_diffusers
 from trainer.interop.first_stage_names import STATISTICS
-from trainer.interop.latent_scale import folded, is_one_number
 from trainer.interop.parts import (
     TOWERS,
     Groups,
     by_role,
     cast,
     convert_part,
+    folded,
     is_clip_l,
+    is_one_number,
     latent_statistics,
 )
 from trainer.interop.report import TransferReport

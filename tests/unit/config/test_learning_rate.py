@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from trainer.config.training import OptimizerConfig
-from trainer.optim import learning_rate
 
 
 def test_warmup_reaches_the_peak_and_never_starts_at_zero() -> None:
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
-    assert [learning_rate(config, s, 100) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [config.rate(s, 100) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -21,11 +20,11 @@ def test_decay_ends_at_the_final_fraction(schedule: str) -> None:
         schedule=schedule,  # type: ignore[arg-type]
         final_fraction=0.1,
     )
-    assert learning_rate(config, 10, 110) == pytest.approx(2.0)
-    assert learning_rate(config, 60, 110) == pytest.approx(1.1)
-    assert learning_rate(config, 110, 110) == pytest.approx(0.2)
+    assert config.rate(10, 110) == pytest.approx(2.0)
+    assert config.rate(60, 110) == pytest.approx(1.1)
+    assert config.rate(110, 110) == pytest.approx(0.2)
 
 
 def test_inverse_sqrt() -> None:
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=100, schedule="inverse_sqrt")
-    assert learning_rate(config, 399, 10_000) == pytest.approx(0.5)
+    assert config.rate(399, 10_000) == pytest.approx(0.5)
