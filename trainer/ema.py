@@ -1,12 +1,18 @@
-"""Averages of the weights, kept in fp32 beside the fragments of master weights that a rank owns."""
+"""Averages of the weights, kept in fp32 beside the fragments of master weights that a rank owns.
+
+Power-function averages that a run stored give one of any other width afterwards (`fit`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config.training import EMAConfig
@@ -131,3 +137,42 @@ def power_decay(step: int, gamma: float) -> float:
     The first update forgets the initial weights (section 3.1).
     """
     return (1.0 - 1.0 / step) ** (gamma + 1.0)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Weights t^gamma over (0, step], normalised: a power-function average as of `step`."""
+
+    gamma: float
+    step: int
+
+
+def fit(stored: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.float64], float]:
+    """Coefficients of the stored profiles, which add up to 1, and the relative error of the fit.
+
+    Karras et al. 2024, section 3.2 and algorithm 3: the wanted profile is fitted, in the least squares
+    sense, by a linear combination of the stored ones; the same combination of the stored averages is then the
+    average that would have been kept.
+    """
+    gram = np.array([[inner_product(a, b) for b in stored] for a in stored])
+    target = np.array([inner_product(a, wanted) for a in stored])
+    # Minimise |sum of x_i p_i - p|^2 with sum of x_i = 1, so that weights that do not change stay.
+    size = len(stored)
+    scale = 1.0 / np.sqrt(np.diag(gram))
+    system = np.zeros((size + 1, size + 1))
+    system[:size, :size] = gram * np.outer(scale, scale)
+    system[:size, size] = system[size, :size] = scale
+    right = np.append(target * scale, 1.0)
+    coefficients = np.linalg.lstsq(system, right, rcond=1e-13)[0][:size] * scale
+    squared = inner_product(wanted, wanted) + coefficients @ gram @ coefficients - 2 * coefficients @ target
+    error = float(np.sqrt(max(0.0, squared) / inner_product(wanted, wanted)))
+    return coefficients, error
+
+
+def inner_product(a: Profile, b: Profile) -> float:
+    """Integral of the product of two normalised profiles over their common time."""
+    shorter = min(a.step, b.step)
+    # In logarithms: the powers overflow for narrow profiles and long runs.
+    exponent = a.gamma * np.log(shorter / a.step) + b.gamma * np.log(shorter / b.step)
+    factor = (a.gamma + 1) * (b.gamma + 1) / (a.gamma + b.gamma + 1)
+    return float(factor * np.exp(exponent) * shorter / (a.step * b.step))

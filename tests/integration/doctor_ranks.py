@@ -10,7 +10,7 @@ from typing import Any
 from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
-from trainer.doctor.data import check_storage
+from trainer.doctor.inputs import check_storage
 
 
 def look(env: DistributedEnv, folders: list[str], run_dir: str, unwritable: bool) -> dict[str, Any]:

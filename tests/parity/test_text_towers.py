@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from trainer.conditioning.open_clip_towers import architecture, load_tower
 from trainer.conditioning.openclip import OpenCLIP
-from trainer.conditioning.text_transformer import TextEncoder
 from trainer.conditioning.tokenizers import ClipTokenizer
+from trainer.conditioning.transformer import TextEncoder
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig, TextTransformerConfig
 from trainer.weights import write_weights
 

@@ -24,9 +24,9 @@ from trainer.doctor import examination
 from trainer.doctor import gradients as doctor_gradients
 from trainer.doctor import machine as doctor_machine
 from trainer.doctor.check import Check
-from trainer.doctor.data import check_shards, check_storage
 from trainer.doctor.examination import format_table, run_doctor
 from trainer.doctor.gradients import check_gradients
+from trainer.doctor.inputs import check_shards, check_storage
 from trainer.doctor.machine import (
     check_all_reduce,
     check_clocks,

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.cli.ema import reconstruct
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig, EMAConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.torch_engine import TorchEngine
-from trainer.ema import EMA, exponent_from_std
-from trainer.ema_reconstruction import Profile, fit, inner_product, reconstruct
+from trainer.ema import EMA, Profile, exponent_from_std, fit, inner_product
 from trainer.weights import read_weights
 
 STEPS, EVERY = 400, 40

@@ -19,7 +19,7 @@ from tests.unit.one_rank import Train, one_rank
 from trainer.config.io import load_config
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.doctor.check import Check
-from trainer.doctor.data import check_samples, check_shards
+from trainer.doctor.inputs import check_samples, check_shards
 from trainer.exit_codes import ExitCode
 
 TINY = (

@@ -12,10 +12,10 @@ from tests.unit.one_rank import Train, one_rank, small_shards
 from trainer.__main__ import main
 from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.export import open_weights
+from trainer.cli.ema import reconstruct
 from trainer.config.io import load_config
 from trainer.config.run import ConfigError
 from trainer.distributed.frozen import FrozenWeights, freeze
-from trainer.ema_reconstruction import reconstruct
 from trainer.exit_codes import ExitCode
 from trainer.model import build_model, count_parameters
 from trainer.weights import read_weights, write_weights

@@ -18,7 +18,7 @@ from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import ConfigError
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
-from trainer.doctor.networks import check_networks
+from trainer.doctor.inputs import check_networks
 from trainer.first_stage.build import build_first_stage, first_stage_tensors
 from trainer.launch.slurm import submit
 from trainer.launch.slurm_job import prepare

@@ -28,7 +28,7 @@ from trainer.config.io import load_config
 from trainer.config.run import ConfigError
 from trainer.diffusion.objective import draw_timesteps, loss_per_sample
 from trainer.distributed.env import DistributedEnv
-from trainer.doctor.data import check_samples
+from trainer.doctor.inputs import check_samples
 from trainer.exit_codes import ExitCode
 from trainer.pixels import to_unit_range
 from trainer.reliability.watchdog import Watchdog

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from trainer.conditioning.base import Condition, Conditioning, LatentEncoder, Source
 from trainer.conditioning.class_label import ClassLabel
 from trainer.conditioning.image_size import ImageSize
-from trainer.conditioning.layout import Layout
 from trainer.conditioning.low_resolution import LowResolution
 from trainer.conditioning.masked_image import MaskedImage
 from trainer.conditioning.spatial import Depth, SemanticMap
-from trainer.conditioning.text_transformer import TextTransformer
+from trainer.conditioning.transformer import Layout, TextTransformer
 from trainer.config.models import ConditioningConfig, FirstStageConfig, OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.rng import Purpose, uniform

@@ -1,10 +1,24 @@
-"""Bidirectional pre-norm transformer over tokens: the paper's tau, shared by text and layout."""
+"""Captions and boxes as tokens of a transformer that is trained jointly with the UNet (LDM section 4.3.1).
+
+The transformer is the paper's tau (table 17): bidirectional, normalised before each part. It reads the tokens
+of a caption, or three tokens per box.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trainer.conditioning.base import Condition, Conditioning, LabelCheck, Source, TrainedPart
+from trainer.conditioning.tokenizers import ClipTokenizer, WordPiece, read_vocabulary
+from trainer.config.models import FirstStageConfig, LayoutConfig, TextTransformerConfig
+from trainer.config.run import ConfigError
+
+BERT_VOCABULARY_SIZE = 30_522
+"""Tokens of bert-base-uncased, which the paper's text model uses."""
+EMPTY = -1
+"""Label of a row that holds no box."""
 
 
 class Attention(nn.Module):
@@ -86,3 +100,118 @@ def token_embedding(size: int, width: int) -> nn.Embedding:
     embedding = nn.Embedding(size, width)
     nn.init.normal_(embedding.weight, std=0.02)
     return embedding
+
+
+class TextTransformer(Condition):
+    """The null form is the empty caption, replaced as tokens so that the transformer learns it."""
+
+    def __init__(self, config: TextTransformerConfig, first_stage: FirstStageConfig, index: int) -> None:
+        self.tokenize, size = _tokenizer(config)
+        empty = None if self.tokenize is None else self.tokenize([""])[0]
+        self.trained = TextEncoder(config, size, empty)
+        self.drop_probability = config.drop_probability
+        self.context_dim = config.width
+
+    def text_tokens(self, caption: str) -> tuple[int, int]:
+        """See Condition."""
+        if self.tokenize is None:
+            return 0, 0
+        return len(self.tokenize.encode(caption)), self.tokenize.max_tokens - 2
+
+    def prepare(self, source: Source) -> dict[str, Tensor]:
+        """Captions -> token ids."""
+        assert self.tokenize is not None, "built on the meta device, to count parameters only"
+        tokens = self.tokenize(source.captions)
+        return {"tokens": tokens.to(source.device, non_blocking=True)}
+
+
+class TextEncoder(TrainedPart):
+    """Token ids [B, L] -> context [B, L, D]."""
+
+    empty: Tensor
+
+    def __init__(self, config: TextTransformerConfig, vocabulary_size: int, empty: Tensor | None) -> None:
+        super().__init__()
+        self.embedding = token_embedding(vocabulary_size, config.width)
+        self.transformer = TokenTransformer(
+            config.max_tokens, config.width, config.layers, config.heads, config.head_dim
+        )
+        tokens = torch.zeros(config.max_tokens, dtype=torch.int64) if empty is None else empty
+        self.register_buffer("empty", tokens, persistent=False)
+
+    def forward(self, inputs: dict[str, Tensor], drop: Tensor) -> Conditioning:
+        """See TrainedPart."""
+        tokens = torch.where(drop.unsqueeze(1), self.empty, inputs["tokens"])
+        return Conditioning(context=self.transformer(self.embedding(tokens)))
+
+
+class Layout(Condition):
+    """Each box is three tokens: label, top-left corner, bottom-right corner. Null form: no box at all."""
+
+    def __init__(self, config: LayoutConfig, first_stage: FirstStageConfig, index: int) -> None:
+        self.max_boxes = config.max_boxes
+        self.check = LabelCheck("layout", "conditioning.layout.num_labels", config.num_labels)
+        self.trained = LayoutEncoder(config)
+        self.drop_probability = config.drop_probability
+        self.context_dim = config.width
+
+    def prepare(self, source: Source) -> dict[str, Tensor]:
+        """Field layout: float [B, N, 5], rows (label, x0, y0, x1, y1), corners in [0, 1], label -1: empty.
+
+        More than max_boxes rows are cut (the loader lists large boxes first), fewer are filled up.
+        """
+        boxes = source.require("layout").float()[:, : self.max_boxes]
+        self.check(boxes[..., 0], none=EMPTY)
+        return {"boxes": F.pad(boxes, (0, 0, 0, self.max_boxes - boxes.shape[1]), value=float(EMPTY))}
+
+
+class LayoutEncoder(TrainedPart):
+    """Boxes [B, N, 5] -> context [B, 3 N, D]."""
+
+    def __init__(self, config: LayoutConfig) -> None:
+        super().__init__()
+        self.num_labels = config.num_labels
+        self.grid = config.grid
+        # One more entry each stands for "no box".
+        self.labels = token_embedding(config.num_labels + 1, config.width)
+        self.corners = token_embedding(config.grid**2 + 1, config.width)
+        self.transformer = TokenTransformer(
+            3 * config.max_boxes, config.width, config.layers, config.heads, config.head_dim, config.dropout
+        )
+
+    def forward(self, inputs: dict[str, Tensor], drop: Tensor) -> Conditioning:
+        """See TrainedPart."""
+        labels, corners = self.tokens(inputs["boxes"], drop)
+        embedded = torch.cat([self.labels(labels).unsqueeze(2), self.corners(corners)], dim=2)  # [B, N, 3, D]
+        return Conditioning(context=self.transformer(embedded.flatten(1, 2)))
+
+    def tokens(self, boxes: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+        """Label ids [B, N] and corner ids [B, N, 2] (row * grid + column of the nearest grid point)."""
+        labels = boxes[..., 0].round().to(torch.int64)
+        points = (boxes[..., 1:].clamp(0, 1) * (self.grid - 1)).round().to(torch.int64)  # [B, N, 4]
+        columns, rows = points[..., 0::2], points[..., 1::2]
+        absent = (labels < 0) | (labels >= self.num_labels) | drop.unsqueeze(1)
+        corners = (rows * self.grid + columns).masked_fill(absent.unsqueeze(2), self.grid**2)
+        return labels.masked_fill(absent, self.num_labels), corners
+
+
+def _tokenizer(
+    config: TextTransformerConfig,
+) -> tuple[ClipTokenizer | WordPiece | None, int]:
+    """The tokenizer and its vocabulary's size; no tokenizer where only parameters are counted.
+
+    Raises:
+        ConfigError: WordPiece without a vocabulary file.
+    """
+    if config.tokenizer == "clip":
+        tokenizer = ClipTokenizer(config.max_tokens)
+        return tokenizer, tokenizer.vocabulary_size
+    if config.vocabulary is not None:
+        vocabulary = read_vocabulary(config.vocabulary)
+        return WordPiece(vocabulary, config.max_tokens), len(vocabulary)
+    if torch.get_default_device().type == "meta":
+        return None, BERT_VOCABULARY_SIZE
+    raise ConfigError(
+        "conditioning.text_transformer.tokenizer=wordpiece needs a vocabulary file; set "
+        "conditioning.text_transformer.vocabulary to bert-base-uncased's vocab.txt, or tokenizer=clip."
+    )

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.doctor.check import Check
-from trainer.doctor.data import check_samples, check_shards, check_storage
 from trainer.doctor.gradients import check_gradients
+from trainer.doctor.inputs import check_networks, check_samples, check_shards, check_storage
 from trainer.doctor.machine import check_all_reduce, check_clocks, check_disk, check_memory, check_versions
-from trainer.doctor.networks import check_networks
 from trainer.exit_codes import ExitCode
 
 logger = logging.getLogger(__name__)

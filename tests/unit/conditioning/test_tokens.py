@@ -9,9 +9,8 @@ import torch
 
 from trainer.conditioning.base import Source
 from trainer.conditioning.build import build_conditioner
-from trainer.conditioning.layout import Layout, LayoutEncoder
-from trainer.conditioning.text_transformer import TextTransformer
 from trainer.conditioning.tokenizers import WordPiece, read_vocabulary, split_words
+from trainer.conditioning.transformer import Layout, LayoutEncoder, TextTransformer
 from trainer.config.models import (
     ClassLabelConfig,
     ConditioningConfig,

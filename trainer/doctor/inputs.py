@@ -1,4 +1,4 @@
-"""The doctor on data: storage that takes and gives back bytes, and shards that hold what they should."""
+"""The doctor on what a run reads: storage, shards and their samples, files of frozen networks."""
 
 from __future__ import annotations
 
@@ -7,25 +7,30 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TypeVar
 
 from data_pipeline.errors import DataError, Failure, NotFound
 from data_pipeline.loader import Dataset, build_loader, check_layout, open_dataset
-from data_pipeline.storage.files import read_bytes, remove_file, write_bytes
+from data_pipeline.storage.files import exists, read_bytes, remove_file, write_bytes
 from data_pipeline.storage.large import checksum_bytes
 from data_pipeline.storage.listing import ListedFile, list_files, look_up
 from data_pipeline.storage.retry import QUICK_TRIES
-from data_pipeline.storage.urls import join, spelled_out
+from data_pipeline.storage.urls import is_local, join, spelled_out
 from data_pipeline.tally import FIRST, Tally, added
 from data_pipeline.tools.inspection import look_at_head
-from trainer.config.run import Config
+from trainer.config.checks import check_networks as check_named
+from trainer.config.models import RANDOM, TOWERS
+from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.check import Check, on_every_rank
 from trainer.evaluation.held_out import hold_out
+from trainer.first_stage.build import WEIGHTS_FILE
+from trainer.first_stage.perceptual import perceptual_source
 from trainer.metrics.long_work import LongWork
+from trainer.weights import WEIGHT_ENDINGS
 
 _PROBE_BYTES = 16_000_000
 _SHARDS_PER_RANK = 3
@@ -34,7 +39,6 @@ _LISTED_SHARDS = 1000
 """From which number on the names of a set are believed, and a few looked up instead of all listed."""
 _LOOK_S = 5.0
 """Seconds after which no further batch is decoded."""
-
 T = TypeVar("T")
 
 
@@ -111,25 +115,6 @@ def check_shards(config: Config, env: DistributedEnv) -> list[Check]:
     return [on_every_rank("shards", remedy, examine)]
 
 
-def _choose(config: Config, ranks: int) -> tuple[str, list[ListedFile]]:
-    """(all shards in words, those to look at). A large set that is spelled out is not listed."""
-    most = min(_SHARDS_PER_RANK * ranks, _MOST_SHARDS)
-    patterns = [source.shards for source in config.data.sources] or [config.data.shards]
-    named = [spelled_out(pattern) for pattern in patterns]
-    if all(names is not None for names in named) and sum(map(len, filter(None, named))) > _LISTED_SHARDS:
-        urls = [url for names in named for url in names or ()]
-        return f"{len(urls)} shards", [look_up(url) for url in _spread(urls, most)]
-    shards = [shard for pattern in patterns for shard in list_files(pattern)]
-    size = sum(shard.size for shard in shards) / 1e9
-    return f"{len(shards)} shards, {size:.2f} GB", _spread(shards, most)
-
-
-def _spread(things: Sequence[T], most: int) -> list[T]:
-    """At most so many of them, from all over."""
-    count = min(len(things), most)
-    return [things[i * len(things) // count] for i in range(count)]
-
-
 def check_samples(config: Config, env: DistributedEnv) -> list[Check]:
     """The share of the first samples that training will serve, by its own loader. Collective."""
     name = "samples"
@@ -164,6 +149,40 @@ def check_samples(config: Config, env: DistributedEnv) -> list[Check]:
     return [Check(name, True, total.sentence() + measured, remedy)]
 
 
+def check_networks(config: Config, env: DistributedEnv) -> list[Check]:
+    """Each network whose weights the run reads is named, and a named file is there; by one rank of each node.
+    Collective."""
+
+    def examine() -> str:
+        if env.local_rank != 0:
+            return ""
+        check_named(config)
+        found = list(_described(config))
+        return ", ".join(found) or "none is read"
+
+    remedy = "name weights that are there, or the word random where an untrained network is meant."
+    return [on_every_rank("networks", remedy, examine)]
+
+
+def _choose(config: Config, ranks: int) -> tuple[str, list[ListedFile]]:
+    """(all shards in words, those to look at). A large set that is spelled out is not listed."""
+    most = min(_SHARDS_PER_RANK * ranks, _MOST_SHARDS)
+    patterns = [source.shards for source in config.data.sources] or [config.data.shards]
+    named = [spelled_out(pattern) for pattern in patterns]
+    if all(names is not None for names in named) and sum(map(len, filter(None, named))) > _LISTED_SHARDS:
+        urls = [url for names in named for url in names or ()]
+        return f"{len(urls)} shards", [look_up(url) for url in _spread(urls, most)]
+    shards = [shard for pattern in patterns for shard in list_files(pattern)]
+    size = sum(shard.size for shard in shards) / 1e9
+    return f"{len(shards)} shards, {size:.2f} GB", _spread(shards, most)
+
+
+def _spread(things: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, from all over."""
+    count = min(len(things), most)
+    return [things[i * len(things) // count] for i in range(count)]
+
+
 def _first_samples(config: Config, env: DistributedEnv, dataset: Dataset | None) -> Tally:
     """This rank's part of the first thousand samples, or of all where there are fewer."""
     enough, batch, lanes = FIRST, config.global_batch_size, config.data.lanes
@@ -191,3 +210,38 @@ def _first_samples(config: Config, env: DistributedEnv, dataset: Dataset | None)
         while batches.tally.seen * env.world_size < enough and time.monotonic() - began < _LOOK_S:
             next(batches)
     return batches.tally
+
+
+def _described(config: Config) -> Iterator[str]:
+    """Network by network, what it is.
+
+    Raises:
+        ConfigError: a file that is named is not there.
+    """
+    if config.stage == "autoencoder":
+        loss = config.autoencoder_loss
+        if loss.perceptual_weight:
+            source = perceptual_source(loss.perceptual_weights)
+            yield (
+                "perceptual network: random features, not LPIPS"
+                if source == RANDOM
+                else (f"LPIPS with {_present(source, 'autoencoder_loss.perceptual_weights')}")
+            )
+        return
+    weights = config.first_stage.weights
+    if config.first_stage.name != "identity" and weights is not None:
+        url = weights if weights.endswith(".safetensors") else f"{weights.rstrip('/')}/{WEIGHTS_FILE}"
+        yield f"first stage {_present(url, 'first_stage.weights')}"
+    for name in TOWERS:
+        tower = getattr(config.conditioning, name)
+        if tower is not None and tower.pretrained == RANDOM:
+            yield f"{name} {tower.model} with random weights"
+        elif tower is not None:
+            yield f"{name} {tower.model} {_present(tower.pretrained, f'conditioning.{name}.pretrained')}"
+
+
+def _present(source: str, setting: str) -> str:
+    """The source itself, where it is a file that exists or a tag of open_clip."""
+    if (source.endswith(WEIGHT_ENDINGS) or not is_local(source)) and not exists(source):
+        raise ConfigError(f"{setting}={source} is not there")
+    return source
