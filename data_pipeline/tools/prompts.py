@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.picture_sets import captions_in
 from data_pipeline.shards.beside import read_table
 from data_pipeline.shards.records import clean
 from data_pipeline.storage.files import read_bytes, read_text
 from data_pipeline.storage.urls import name_of
 from data_pipeline.tools.given import read_prompts
+from data_pipeline.tools.picture_sets import captions_in
 
 COLUMNS = ("caption", "prompt", "text")
 """Of a table, the first that it has."""

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data_pipeline.picture_sets import open_pictures, read_blocks
+from data_pipeline.tools.picture_sets import open_pictures, read_blocks
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.errors import DataError
-from data_pipeline.picture_sets import PictureBlock, PictureSet, Prepare, open_pictures, read_blocks
+from data_pipeline.tools.picture_sets import PictureBlock, PictureSet, Prepare, open_pictures, read_blocks
 from trainer.console import progress_bar
 from trainer.distributed import collectives
 from trainer.evaluation.features import FeatureNetwork, Fit, to_size

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data_pipeline.errors import DataError, NoShards, NotATar
-from data_pipeline.picture_sets import PictureBlock, open_pictures, read_blocks
+from data_pipeline.tools.picture_sets import PictureBlock, open_pictures, read_blocks
 
 
 def noise(seed: int, *, size: tuple[int, int] = (24, 20)) -> Image.Image:
