@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -25,7 +26,9 @@ from data_pipeline.scenes.judge import evaluation_prompts, judge
 from data_pipeline.scenes.scene import COLORS, SHAPES
 from data_pipeline.storage.files import exists
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.storage.urls import join
 from trainer.config.io import load_config
+from trainer.evaluator.findings import FOLDER
 from trainer.metrics.jsonl import read_records
 
 EXAMPLE = "example: ldm demo --folder .demo steps=3000"
@@ -35,9 +38,12 @@ SHARDS = f"s3://{BUCKET}/shards"
 FIRST_STAGE_RUN = f"s3://{BUCKET}/runs/first_stage"
 FIRST_STAGE_FILE = f"s3://{BUCKET}/first_stage.safetensors"
 RUN = f"s3://{BUCKET}/runs/text_to_image"
+FIGURE = "eval/fd_random"
 SAMPLES = 6000
 SCENES = ("--objects", "1:1", "--size", "72:96", "--radius", "0.3:0.44", "--workers", "2")
 PROMPTS = 108
+MEASURED = ("--features", "random", "--metrics", "fid", "--rule", "all", "--once")
+"""Random features compare with nothing but themselves; here that is enough to see the distance fall."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,28 +94,32 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         environment = {**os.environ, **server.env, "WANDB_DIR": str(folder / "wandb")}
         os.environ.update(server.env)
         (folder / "wandb").mkdir(exist_ok=True)
-        _stage("1/6", "captioned scenes as img2dataset shards", started)
+        _stage("1/7", "captioned scenes as img2dataset shards", started)
         if not exists(f"{SHARDS}/00000.tar"):
             _ldm(environment, "data", "synthesize", SHARDS, "--samples", str(SAMPLES), *SCENES)
         _ldm(environment, "data", "inspect", SHARDS, "--sheet", str(folder / "shards.png"))
-        _stage("2/6", "first stage: KL autoencoder with LPIPS and PatchGAN", started)
+        _stage("2/7", "first stage: KL autoencoder with LPIPS and PatchGAN", started)
         _ldm(environment, "train", str(CONFIGS / "demo_first_stage.yaml"), f"run_dir={FIRST_STAGE_RUN}")
         _ldm(environment, "export", FIRST_STAGE_RUN, FIRST_STAGE_FILE)
-        _stage("3/6", "how well it reconstructs", started)
+        _stage("3/7", "how well it reconstructs", started)
         quality, config = folder / "reconstruction.json", CONFIGS / "demo_text_to_image.yaml"
         image_size = load_config(str(config), overrides).data.image_size
         _ldm(environment, "evaluate", "reconstruction", FIRST_STAGE_FILE, "--shards", f"{SHARDS}/*.tar",
              "--image-size", str(image_size), "--samples", "512", "--out", str(quality),
              "--perceptual-weights", "random")  # fmt: skip
-        _stage("4/6", "text-conditioned latent diffusion", started)
+        _stage("4/7", "text-conditioned latent diffusion", started)
         _ldm(environment, "train", str(config), f"run_dir={RUN}", *overrides)
-        _stage("5/6", f"{PROMPTS} pictures from prompts", started)
+        _stage("5/7", f"{PROMPTS} pictures from prompts", started)
         accuracy = _sample_and_judge(environment, folder)
-        _stage("6/6", "summary", started)
+        _stage("6/7", "what an evaluator beside the run measures of each checkpoint", started)
+        drawing = f"--count {PROMPTS} --prompts-from {shlex.quote(str(folder / 'prompts.txt'))}"
+        _ldm(environment, "evaluate", "watch", RUN, *MEASURED, "--reference", f"{SHARDS}/00000.tar",
+             "--image-size", str(image_size), "--sample", drawing)  # fmt: skip
+        _stage("7/7", "summary", started)
         _ldm(environment, "report", RUN, "--out", str(folder / "report.html"))
-        records = read_records(RUN)
+        records, figures = read_records(RUN), read_records(join(RUN, FOLDER))
     psnr = json.loads(quality.read_text())["psnr"]
-    _report(folder, accuracy, psnr, records, time.monotonic() - started)
+    _report(folder, accuracy, psnr, (records, figures), time.monotonic() - started)
     return 0
 
 
@@ -156,9 +166,24 @@ def _validation(records: list[dict[str, Any]]) -> str:
     )
 
 
+def _distance(figures: list[dict[str, Any]]) -> str:
+    """From pictures to shards, of the first checkpoint and the last one."""
+    found = sorted((record["step"], record[FIGURE]) for record in figures if FIGURE in record)
+    if not found:
+        return "not measured"
+    (first, before), (last, after) = found[0], found[-1]
+    return f"{before:.4f} at step {first}, {after:.4f} at step {last} (fd_random: random features)"
+
+
 def _report(
-    folder: Path, accuracy: Accuracy, psnr: float, records: list[dict[str, Any]], seconds: float
+    folder: Path,
+    accuracy: Accuracy,
+    psnr: float,
+    told: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    seconds: float,
 ) -> None:
+    """The end of it; `told` are the records of the run and of its evaluator."""
+    records, figures = told
     rates = [record["images_per_s"] for record in records if "images_per_s" in record]
     rate = statistics.median(rates) if rates else math.nan
     print(f"""
@@ -169,6 +194,7 @@ colour accuracy     {accuracy.color:.2f} on {accuracy.prompts} prompts (chance {
 shape accuracy      {accuracy.shape:.2f} (chance {1 / len(SHAPES):.2f})
 reconstruction      {psnr:.1f} dB PSNR
 validation loss     {_validation(records)}
+Frechet distance    {_distance(figures)}
 training speed      {rate:.0f} images/s
 wall time           {seconds:.0f} s
 
