@@ -112,7 +112,7 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         _stage("5/7", f"{PROMPTS} pictures from prompts", started)
         accuracy = _sample_and_judge(environment, folder)
         _stage("6/7", "what an evaluator beside the run measures of each checkpoint", started)
-        drawing = f"--count {PROMPTS} --prompts-from {shlex.quote(str(folder / 'prompts.txt'))}"
+        drawing = f"--count {PROMPTS} --steps 10 --prompts-from {shlex.quote(str(folder / 'prompts.txt'))}"
         _ldm(environment, "evaluate", "watch", RUN, *MEASURED, "--reference", f"{SHARDS}/00000.tar",
              "--image-size", str(image_size), "--sample", drawing)  # fmt: skip
         _stage("7/7", "summary", started)
