@@ -1,7 +1,7 @@
 """Measure what a model can do, against data.
 
-reconstruction: PSNR, SSIM and LPIPS of an exported first stage over pictures from shards. LPIPS needs
-torchvision's VGG16 (vgg16-397923af.pth), named by --perceptual-weights or in torch's cache.
+reconstruction: PSNR, SSIM, LPIPS and, with --features, R-FID of an exported first stage over pictures from
+shards. LPIPS needs torchvision's VGG16 (vgg16-397923af.pth): --perceptual-weights, or torch's cache.
 fidelity: FID, KID, IS, precision, recall, density, coverage, sFID, MIND, CMMD and CLIP score of pictures.
 statistics: what fidelity needs to know of a reference, once, for use ever after.
 sweep: fidelity over guidance scales and sampler steps, each point sampled and measured, as a table.
@@ -27,8 +27,10 @@ from trainer.cli import fidelity, sweep, watch
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
+from trainer.evaluation.features import build_networks
 from trainer.evaluation.pictures import pictures_once
 from trainer.evaluation.reconstruction import reconstruction_metrics
+from trainer.evaluation.survey import ReconstructionDistance
 from trainer.first_stage.build import load_first_stage
 from trainer.first_stage.perceptual import load_perceptual
 from trainer.weights import metadata_object, read_metadata
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: torchvision's copy in torch's cache)",
     )
     command.add_argument("--out", help="also write the figures as JSON to this path or URL")
+    fidelity.add_network_arguments(command, "none, no R-FID")
     fidelity.add_arguments(
         commands.add_parser(
             "fidelity", help="a set of pictures against a reference", epilog=fidelity.FIDELITY_EXAMPLE
@@ -89,19 +92,30 @@ def _reconstruction(args: argparse.Namespace) -> int:
     perceptual = None
     if args.perceptual_weights != "none":
         perceptual = load_perceptual(args.perceptual_weights, "--perceptual-weights").to(device)
+    families = fidelity.names(args.features) or []
+    options = fidelity.feature_options(args, families, clip_text=False)
+    networks = build_networks(options, device) if families else {}
+    distance = ReconstructionDistance(networks, device) if families else None
+    see = distance.see if distance is not None else lambda pictures, made: None
     data = DataConfig(shards=args.shards, image_size=args.image_size)
     pictures = pictures_once(data, args.samples, batch_size=BATCH, seed=0, purpose="reconstruction")
     with closing(pictures):
-        figures = reconstruction_metrics(stage, (batch.to(device) for batch in pictures), perceptual)
+        figures = reconstruction_metrics(stage, (batch.to(device) for batch in pictures), perceptual, see)
+    if distance is not None:
+        figures |= distance.figures()
     if figures["pictures"] < args.samples:
         print(f"ldm: {args.shards} hold no more than {figures['pictures']:.0f} pictures", file=sys.stderr)
     for name, value in figures.items():
         print(f"{name:8} {value:.4f}")
     network = "none" if perceptual is None else perceptual.name
     print(f"perceptual network: {network}")
+    for family, each in networks.items():
+        print(f"{family}: {each.name}, weights {each.digest[:16]}, {each.sees}")
     if args.out is not None:
         source = {"weights": args.weights, "shards": args.shards, "image_size": args.image_size}
-        write_bytes(args.out, json.dumps(figures | {"perceptual_network": network} | source).encode())
+        seen = {family: [each.name, each.digest, each.sees] for family, each in networks.items()}
+        told = figures | {"perceptual_network": network, "feature_networks": seen} | source
+        write_bytes(args.out, json.dumps(told).encode())
     return 0
 
 

@@ -74,7 +74,10 @@ def add_arguments(fidelity: argparse.ArgumentParser, statistics: argparse.Argume
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of everything that measures pictures."""
-    _add_feature_arguments(parser)
+    group = add_network_arguments(parser, "inception")
+    group.add_argument(
+        "--metrics", metavar="NAMES", help=f"of {', '.join(METRICS)} (default: all that can be)"
+    )
     parser.add_argument("--image-size", type=int, help="bring every picture to this edge first")
     parser.add_argument(
         "--fit", choices=typing.get_args(Fit), help="keep the middle, or squash (default: crop)"
@@ -85,15 +88,13 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
 
 
-def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+def add_network_arguments(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
+    """Which networks see the pictures, and where their weights are; `default` says what happens without."""
     group = parser.add_argument_group(
         "features", "weights are paths or URLs; Inception's and DINOv2's stay offline"
     )
     group.add_argument(
-        "--features", default=None, metavar="NAMES", help=f"of {', '.join(FAMILIES)} (default: inception)"
-    )
-    group.add_argument(
-        "--metrics", metavar="NAMES", help=f"of {', '.join(METRICS)} (default: all that can be)"
+        "--features", default=None, metavar="NAMES", help=f"of {', '.join(FAMILIES)} (default: {default})"
     )
     group.add_argument(
         "--resize",
@@ -114,6 +115,7 @@ def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
         "--dinov2-model", default="vit_large_patch14_dinov2", help="of timm (default: %(default)s)"
     )
     group.add_argument("--dinov2-weights", metavar="FILE", help="Meta's or timm's file of the model")
+    return group
 
 
 def run(args: argparse.Namespace) -> int:
@@ -175,16 +177,8 @@ class Measuring:
         self._args, self._device = args, device
         self._wanted = names(args.metrics)
         families = names(args.features) or (list(known[0].record.networks) if known else ["inception"])
-        options = FeatureOptions(
-            families=tuple(families),
-            resizing=args.resize or "torch-fidelity",
-            inception_weights=args.inception_weights,
-            clip_model=args.clip_model,
-            clip_weights=args.clip_weights,
-            clip_text=self._wanted is None or "clip_score" in self._wanted,
-            dinov2_model=args.dinov2_model,
-            dinov2_weights=args.dinov2_weights,
-        )
+        scores = self._wanted is None or "clip_score" in self._wanted
+        options = feature_options(args, families, clip_text=scores)
         self._networks = collectives.on_every_rank(lambda: build_networks(options, device))
         self._widths = {family: tuple(network.widths) for family, network in self._networks.items()}
         check_metrics(self._wanted, self._widths)
@@ -261,6 +255,20 @@ def _described(title: str, record: Record) -> str:
 def names(text: str | None) -> list[str] | None:
     """The parts of a list with commas; None for none."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def feature_options(args: argparse.Namespace, families: Sequence[str], *, clip_text: bool) -> FeatureOptions:
+    """What `add_network_arguments` was told."""
+    return FeatureOptions(
+        families=tuple(families),
+        resizing=args.resize or "torch-fidelity",
+        inception_weights=args.inception_weights,
+        clip_model=args.clip_model,
+        clip_weights=args.clip_weights,
+        clip_text=clip_text,
+        dinov2_model=args.dinov2_model,
+        dinov2_weights=args.dinov2_weights,
+    )
 
 
 def stored(url: str) -> SetStatistics | None:

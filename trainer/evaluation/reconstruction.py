@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,10 @@ def _blur(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_metrics(
-    first_stage: FirstStage, batches: Iterable[Tensor], perceptual: PerceptualDistance | None
+    first_stage: FirstStage,
+    batches: Iterable[Tensor],
+    perceptual: PerceptualDistance | None,
+    see: Callable[[Tensor, Tensor], None] = lambda pictures, made: None,
 ) -> dict[str, float]:
     """Means over all pictures of what the first stage makes of them.
 
@@ -74,6 +77,7 @@ def reconstruction_metrics(
         first_stage: in eval mode.
         batches: uint8 [B, 3, H, W] each, on the first stage's device.
         perceptual: LPIPS (the paper's PSIM), or random features; None leaves it out.
+        see: is shown each batch and what became of it, uint8 [B, 3, H, W] both.
 
     Returns:
         "psnr" in dB, "ssim", the perceptual distance where asked for, "pictures" counted. It is called
@@ -85,7 +89,9 @@ def reconstruction_metrics(
     for batch in batches:
         assert batch.dtype == torch.uint8, batch.dtype
         pixels = to_unit_range(batch)
-        made = to_unit_range(to_bytes(first_stage.decode(first_stage.latents(pixels, None))))
+        stored = to_bytes(first_stage.decode(first_stage.latents(pixels, None)))
+        see(batch, stored)
+        made = to_unit_range(stored)
         sums["psnr"] += float(psnr(pixels, made).sum())
         sums["ssim"] += float(ssim(pixels, made).sum())
         if perceptual is not None:

@@ -18,6 +18,8 @@ from data_pipeline.tools.picture_sets import PictureBlock, PictureSet, Prepare, 
 from trainer.console import progress_bar
 from trainer.distributed import collectives
 from trainer.evaluation.features import FeatureNetwork, Fit, to_size
+from trainer.evaluation.fidelity import check_metrics, figure_name
+from trainer.evaluation.metrics import frechet_distance
 from trainer.evaluation.statistics import NetworkRecord, Record, SetStatistics
 
 Position = tuple[int, int]
@@ -140,6 +142,38 @@ class Moments:
     def _sums(self, which: int) -> Tensor:
         high, low = self._words[which]
         return (high + low).cpu()
+
+
+class ReconstructionDistance:
+    """Frechet distance of pictures from their reconstructions (R-FID, LDM Table 8)."""
+
+    def __init__(self, networks: Mapping[str, FeatureNetwork], device: torch.device) -> None:
+        """`networks` by family; each gives `pool`, or is refused with a ConfigError."""
+        check_metrics(["fid"], {family: tuple(network.widths) for family, network in networks.items()})
+        self._networks = {family: each for family, each in networks.items() if "pool" in each.widths}
+        self._moments = {
+            family: tuple(Moments(network.widths["pool"], device) for _ in range(2))
+            for family, network in self._networks.items()
+        }
+
+    @torch.no_grad()
+    def see(self, pictures: Tensor, made: Tensor) -> None:
+        """Take in a batch, uint8 [B, 3, H, W], and what became of it."""
+        with _exact_convolutions():
+            for family, network in self._networks.items():
+                for moments, batch in zip(self._moments[family], (pictures, made), strict=True):
+                    rows = batch.permute(0, 2, 3, 1).cpu().numpy()
+                    prepared = [network.prepare(picture) for picture in rows]
+                    moments.add(network(prepared, [""] * len(prepared))["pool"])
+
+    def figures(self) -> dict[str, float]:
+        """`rfid` by Inception, `rfd_FAMILY` by others; of at least two pictures."""
+        return {
+            f"r{figure_name('fid', family)}": frechet_distance(
+                made.mean(), made.covariance(), real.mean(), real.covariance()
+            )
+            for family, (real, made) in self._moments.items()
+        }
 
 
 def _tally(

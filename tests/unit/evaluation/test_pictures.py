@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
@@ -21,6 +22,7 @@ from trainer.__main__ import main
 from trainer.config.models import FirstStageConfig
 from trainer.console import progress_bar
 from trainer.evaluation.pictures import pictures_once
+from trainer.evaluation.survey import ReconstructionDistance
 from trainer.first_stage.build import build_first_stage, first_stage_tensors
 from trainer.weights import write_weights
 
@@ -86,10 +88,45 @@ def test_the_command_counts_what_there_is(tmp_path: Path, capsys: pytest.Capture
     assert "hold no more than 45 pictures" in capsys.readouterr().err
     assert main([*command, "16", "--samples", "33"]) == 0
     assert json.loads(out.read_text())["pictures"] == 33
+    assert "rfd_random" not in json.loads(out.read_text())
     for refused, sentence in (
+        (["16", "--features", "incepton"], "there are no features incepton"),
         (["8"], "--image-size 8 must be at least 16"),
         (["17"], "a multiple of 2"),
         (["16", "--samples", "0"], "--samples 0 measures nothing"),
     ):
         assert main([*command, *refused]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_the_distance_of_reconstructions_is_that_of_two_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shards(tmp_path, [40])
+    module = build_first_stage(
+        FirstStageConfig(base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1)
+    )
+    module.set_latent_statistics(torch.zeros(4), torch.ones(4))
+    weights, out = str(tmp_path / "first_stage.safetensors"), tmp_path / "figures.json"
+    write_weights(weights, *first_stage_tensors(module))
+    see = ReconstructionDistance.see
+
+    def stored(self: ReconstructionDistance, pictures: Tensor, made: Tensor) -> None:
+        for name, batch in (("real", pictures), ("made", made)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            for picture in batch.permute(0, 2, 3, 1).cpu().numpy():
+                number = len(list((tmp_path / name).iterdir()))
+                Image.fromarray(picture).save(tmp_path / name / f"{number:05d}.png")
+        see(self, pictures, made)
+
+    monkeypatch.setattr(ReconstructionDistance, "see", stored)
+    measured = ["--features", "random", "--out", str(out)]
+    command = ["evaluate", "reconstruction", weights, "--shards", shards, "--perceptual-weights", "none"]
+    assert main([*command, "--image-size", "16", "--samples", "40", *measured]) == 0
+    found = json.loads(out.read_text())
+    assert found["feature_networks"]["random"][0].startswith("random-64")
+    folders = [str(tmp_path / "made"), "--reference", str(tmp_path / "real")]
+    assert main(["evaluate", "fidelity", *folders, "--metrics", "fid", *measured]) == 0
+    figures = json.loads(out.read_text())["figures"]
+    assert found["rfd_random"] == pytest.approx(figures["fd_random"], rel=1e-6)
+    assert found["rfd_random"] > 0
