@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                              # 2, 4, 8, 16, 32 ranks
     python benchmarks/scale.py --ranks 8,32,128 --delay-ms 20 --out scale.json
+    python benchmarks/scale.py --ranks 2,4 distributed.reduce_precision=bf16 micro_batch_size=1
 
 The real `trainer.train.run` with DeepSpeed, gloo and S3, on a tiny network, in ranks that are forked from
 this process (it has imported everything, so 128 of them fit into memory). Each run trains, saves three times
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import inspect
 import json
 import math
 import os
@@ -46,6 +48,7 @@ from trainer.config.io import load_config
 from trainer.distributed import deepspeed_engine  # noqa: F401 - so that the ranks need not import it
 from trainer.distributed.env import DistributedEnv
 from trainer.metrics.sinks import Sinks
+from trainer.model import count_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY, LOG_EVERY = 6, 4
@@ -55,8 +58,11 @@ SAVES = 3
 PLAIN_STEP = 10
 """Neither logs nor saves; the one before settles what was saved long before."""
 SAMPLES_PER_RANK = 2
+IDEAL_BYTES = 2 + 2
+"""Of each parameter in a step: its gradient in bf16 to the rank that updates it, and the weight back."""
 CALLS = (
     *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"),
+    *("all_gather_single", "reduce_scatter_single"),  # what torch 2.14 calls these two
     *("all_gather_object", "gather_object", "broadcast_object_list", "barrier", "isend", "recv", "send"),
 )
 
@@ -157,7 +163,7 @@ def rank_main(rank: int, ranks: int, port: int, overrides: list[str], out: Path,
     calls: Counter[str] = Counter()
     steps: dict[int, dict[str, int]] = {}
     for name in CALLS:
-        setattr(dist, name, _counted(getattr(dist, name), name, calls))
+        setattr(dist, name, counted(getattr(dist, name), name, calls))
     advance, save = Sinks.advance, CheckpointManager.save
 
     def tell(phase: str) -> None:
@@ -185,12 +191,33 @@ def rank_main(rank: int, ranks: int, port: int, overrides: list[str], out: Path,
     (out / f"{rank}.json").write_text(json.dumps(result))
 
 
-def _counted(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
+def counted(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
+    """The function, whose calls and bytes are added to `calls`."""
+    signature = inspect.signature(function)
+
     def call(*args: Any, **kwargs: Any) -> Any:
         calls[name] += 1
+        calls["bytes"] += sent(name, signature.bind(*args, **kwargs).arguments)
         return function(*args, **kwargs)
 
     return call
+
+
+def sent(name: str, arguments: dict[str, Any]) -> int:
+    """Bytes that each rank of a ring sends for a collective of tensors; 0 for what ranks tell each other."""
+    whole = {
+        **dict.fromkeys(("all_reduce", "reduce", "broadcast"), "tensor"),
+        **dict.fromkeys(("all_gather_into_tensor", "all_gather_single"), "output_tensor"),
+        **dict.fromkeys(("reduce_scatter_tensor", "reduce_scatter_single"), "input"),
+        "all_gather": "tensor_list",
+    }
+    if name not in whole:
+        return 0
+    ranks = dist.get_world_size(arguments.get("group"))
+    tensors = arguments[whole[name]]
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return (2 if name == "all_reduce" else 1) * size * (ranks - 1) // ranks
 
 
 def launch(ranks: int, overrides: list[str], folder: Path, mark: str) -> list[dict[str, Any]]:
@@ -220,7 +247,7 @@ def launch(ranks: int, overrides: list[str], folder: Path, mark: str) -> list[di
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def measure(ranks: int, delay_s: float, shards: str, work: Path) -> dict[str, float]:
+def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list[str]) -> dict[str, float]:
     """Every row of the table at one number of ranks."""
     folder = work / f"{ranks}"
     with LocalS3(folder / "s3", buckets=("runs",)) as server:
@@ -228,22 +255,27 @@ def measure(ranks: int, delay_s: float, shards: str, work: Path) -> dict[str, fl
         mark = f"http://127.0.0.1:{storage.server_address[1]}"
         os.environ.update({**server.env, "AWS_ENDPOINT_URL": mark})
         begun = time.monotonic()
-        told = launch(ranks, settings(ranks, shards, STEPS), folder / "first", mark)
+        told = launch(ranks, settings(ranks, shards, STEPS, overrides), folder / "first", mark)
         seconds = time.monotonic() - begun
         requests, committed = Counter(storage.counts), [*storage.committed.values()]
         storage.phase = "resume"
-        launch(ranks, settings(ranks, shards, STEPS + 1), folder / "second", mark)
+        launch(ranks, settings(ranks, shards, STEPS + 1, overrides), folder / "second", mark)
         storage.shutdown()
     resumed = {name: n for name, n in storage.counts.items() if name.startswith("resume")}
     requests = {
         name: n / (SAVES if name.startswith("saves") else 1) for name, n in requests.items()
     } | resumed
+    plain = per_step(told, PLAIN_STEP)
+    moved = plain.pop("bytes")
+    parameters = count_parameters(load_config(None, settings(ranks, shards, STEPS, overrides)))
+    ideal = IDEAL_BYTES * parameters["trained"]["total"] * (ranks - 1) / ranks
     manifest = (folder / f"s3/runs/run/checkpoints/step_{STEPS:09d}/manifest.json").stat().st_size
     return {
-        **{f"calls a step: {name}": n for name, n in per_step(told, PLAIN_STEP).items()},
-        "messages a step, most of a rank": messages(per_step(told, PLAIN_STEP), ranks),
+        **{f"calls a step: {name}": n for name, n in plain.items()},
+        "bytes a step over the ideal": moved / ideal,
+        "messages a step, most of a rank": messages(plain, ranks),
         "messages more where it logs": messages(per_step(told, 2 * LOG_EVERY + 1), ranks)
-        - messages(per_step(told, PLAIN_STEP), ranks),
+        - messages(plain, ranks),
         "file descriptors of a rank": max(t["descriptors"] for t in told[1:]),
         "file descriptors of rank 0, which keeps the store": told[0]["descriptors"],
         "peak memory of a rank, MiB": max(t["peak_mib"] for t in told),
@@ -269,7 +301,8 @@ def messages(calls: dict[str, int], ranks: int) -> int:
     tree = max(1, math.ceil(math.log2(ranks)))
     hops = {
         **dict.fromkeys(("all_reduce",), 2 * (ranks - 1)),
-        **dict.fromkeys(("all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"), ranks - 1),
+        **dict.fromkeys(("all_gather", "all_gather_into_tensor", "all_gather_single"), ranks - 1),
+        **dict.fromkeys(("reduce_scatter_tensor", "reduce_scatter_single"), ranks - 1),
         # Each of its two collectives, of the sizes and of the objects.
         **{
             "all_gather_object": 2 * (ranks - 1),
@@ -278,11 +311,11 @@ def messages(calls: dict[str, int], ranks: int) -> int:
         },
         **{"broadcast": tree, "reduce": tree, "barrier": 2 * tree, "isend": 1, "send": 1, "recv": 0},
     }
-    return sum(hops[name] * count for name, count in calls.items())
+    return sum(hops[name] * count for name, count in calls.items() if name != "bytes")
 
 
-def settings(ranks: int, shards: str, steps: int) -> list[str]:
-    """Overrides of one run."""
+def settings(ranks: int, shards: str, steps: int, overrides: list[str]) -> list[str]:
+    """Overrides of one run, those of the command line last."""
     return [
         *("run_dir=s3://runs/run", f"steps={steps}", f"global_batch_size={SAMPLES_PER_RANK * ranks}"),
         *(f"micro_batch_size={SAMPLES_PER_RANK}", f"data.shards={shards}", "data.image_size=16"),
@@ -297,6 +330,7 @@ def settings(ranks: int, shards: str, steps: int) -> list[str]:
         *("distributed.doctor=false", "distributed.precision=bf16", "distributed.watchdog_s=0"),
         *(f"checkpoint.every={SAVE_EVERY}", f"logging.every={LOG_EVERY}", "sampling.every=0"),
         *("logging.wandb=disabled", "logging.progress_bar=false"),
+        *overrides,
     ]
 
 
@@ -305,7 +339,7 @@ def growth(small: float, large: float, ratio: float) -> float:
     return math.log(large / small) / math.log(ratio) if small > 0 and large > 0 else math.nan
 
 
-def rows(sizes: list[int], delay_s: float, samples: int) -> dict[str, dict[int, float]]:
+def rows(sizes: list[int], delay_s: float, samples: int, overrides: list[str]) -> dict[str, dict[int, float]]:
     """{row: {ranks: value}}; 0 where a row has nothing at some size."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -318,7 +352,7 @@ def rows(sizes: list[int], delay_s: float, samples: int) -> dict[str, dict[int, 
         shards = f"{work}/shards/*.tar"
         measured: dict[int, dict[str, float]] = {}
         for size in sizes:
-            measured[size] = measure(size, delay_s, shards, work)
+            measured[size] = measure(size, delay_s, shards, work, overrides)
             print(f"{size} ranks: {measured[size]['seconds of the first run']:.0f} s", file=sys.stderr)
     names = dict.fromkeys(name for values in measured.values() for name in values)
     return {name: {size: values.get(name, 0.0) for size, values in measured.items()} for name in names}
@@ -332,9 +366,10 @@ def main() -> None:
     parser.add_argument("--ranks", default="2,4,8,16,32", help="sizes, smallest first")
     parser.add_argument("--delay-ms", type=float, default=20.0, help="what storage waits before it answers")
     parser.add_argument("--out", help="write the table as JSON, too")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings of the runs")
     args = parser.parse_args()
     sizes = [int(size) for size in args.ranks.split(",")]
-    table = rows(sizes, args.delay_ms / 1e3, max(512, 2 * SAMPLES_PER_RANK * max(sizes)))
+    table = rows(sizes, args.delay_ms / 1e3, max(512, 2 * SAMPLES_PER_RANK * max(sizes)), args.overrides)
     width = max(map(len, table))
     print(f"{'':{width}} " + "".join(f"{size:>10}" for size in sizes) + "   N^")
     for name, values in table.items():

@@ -99,9 +99,13 @@ def test_a_run_asks_no_more_of_storage_and_peers_than_its_ranks_explain(tmp_path
     # How often rank 0 looks for shards depends on the clock, not on how many there are.
     assert table["requests saves: LIST"][1] <= 12
     assert not any("receipt" in name for name in table)
-    # One round more for twice the ranks; gradients are DeepSpeed's, one call each.
+    # One round more for twice the ranks; gradients go out and weights come back in one call each, and the
+    # norm is one number.
     assert table["calls a step: isend"] == (1, 2)
-    assert table["calls a step: all_reduce"] == table["calls a step: all_gather_into_tensor"] == (1, 1)
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce"):
+        assert table[f"calls a step: {name}"] == (1, 1)
+    # fp32 gradients and bf16 weights: 4 + 2 bytes of each parameter, where the ideal is 2 + 2.
+    assert table["bytes a step over the ideal"] == pytest.approx((1.5, 1.5), rel=0.01)
     # One peer more in each of the two groups; only the store of torch.distributed talks to all ranks.
     growth = {name: after - before for name, (before, after) in table.items()}
     assert growth["file descriptors of a rank"] <= 6

@@ -124,6 +124,8 @@ def run_case(
     precision: str,
     compile: bool,
     optimizer: str = "adamw",
+    overlap: bool = False,
+    reduce_precision: str = "fp32",
 ) -> dict[str, Any]:
     """One engine around a new network."""
     micro_batch = GLOBAL_BATCH // (env.world_size * accumulation)
@@ -136,6 +138,8 @@ def run_case(
             zero_stage=zero_stage,
             precision=precision,
             compile=compile,
+            overlap_communication=overlap,
+            reduce_precision=reduce_precision,
             reduce_bucket_elements=500,  # several buckets even here
         ),
     )

@@ -58,6 +58,8 @@ def check(cases: list[dict[str, Any]], world_size: int) -> None:
 def test_engines_match_one_process(world_size: int) -> None:
     exact = [case(*engine, accumulation) for engine in ENGINES for accumulation in (1, 4)]
     rounded = [case(*engine, 4, "bf16") for engine in ENGINES] if world_size == 2 else []
+    ways = ({"overlap": True}, {"reduce_precision": "bf16"}, {"overlap": True, "reduce_precision": "bf16"})
+    rounded += [case("deepspeed", stage, 4, "bf16") | way for stage in (1, 2) for way in ways]
     check(exact + rounded, world_size)
 
 

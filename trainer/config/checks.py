@@ -8,6 +8,7 @@ from trainer.config.derived import check_derived
 from trainer.config.models import FROM_PIXELS, RANDOM, TOWERS, FirstStageConfig, OpenCLIPConfig, UNetConfig
 from trainer.config.network_plan import norm_groups, plan_levels
 from trainer.config.run import Config, ConfigError
+from trainer.config.training import DistributedConfig
 
 
 def check(config: Config) -> None:
@@ -21,6 +22,7 @@ def check(config: Config) -> None:
     check_derived(config)
     _check_conditioning(config)
     _check_optimizer(config)
+    _check_communication(config.distributed)
     _check_cache(config)
     _check_graphs(config)
     check_validation(config)
@@ -123,6 +125,42 @@ def _check_optimizer(config: Config) -> None:
         config.optimizer.name == "adamw" or distributed.engine == "torch" or distributed.zero_stage < 3,
         f"optimizer.name={config.optimizer.name} needs whole matrices, which distributed.zero_stage=3 takes "
         "apart one by one; set distributed.zero_stage to 2 or lower, or optimizer.name=adamw.",
+    )
+
+
+def _check_communication(d: DistributedConfig) -> None:
+    """Settings that the engine would take without a word and without effect."""
+    whole = d.engine == "torch" or d.zero_stage == 0
+    engine = f"distributed.engine={d.engine}"
+    if d.engine == "deepspeed":
+        engine = f"distributed.zero_stage={d.zero_stage}"
+    _require(
+        not (whole and d.overlap_communication),
+        f"distributed.overlap_communication has no effect with {engine}, which sends gradients after "
+        "backward; remove it, or train with engine=deepspeed and zero_stage=1.",
+    )
+    _require(
+        not (d.cuda_graphs and d.overlap_communication),
+        "distributed.overlap_communication has no effect with distributed.cuda_graphs, whose gradients all "
+        "arrive at once; leave one of them out.",
+    )
+    scatters = d.engine == "deepspeed" and d.zero_stage == 1 and d.precision == "bf16"
+    _require(
+        not (scatters and d.compile and d.overlap_communication),
+        "distributed.overlap_communication was not tried with distributed.compile at zero_stage=1 in bf16; "
+        "leave one of them out.",
+    )
+    buckets = DistributedConfig().reduce_bucket_elements
+    _require(
+        d.engine != "deepspeed" or not whole or d.reduce_bucket_elements == buckets,
+        f"distributed.reduce_bucket_elements has no effect with {engine}, where DeepSpeed's buckets have a "
+        "fixed size; remove it, or set zero_stage to 1 or higher.",
+    )
+    _require(
+        d.reduce_precision == "fp32" or (d.precision == "bf16" and d.engine != "torch"),
+        "distributed.reduce_precision=bf16 has no effect with "
+        f"{engine if d.engine == 'torch' else 'distributed.precision=fp32'}, which sends gradients in fp32; "
+        "remove it.",
     )
 
 

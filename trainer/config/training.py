@@ -202,7 +202,11 @@ class DistributedConfig:
     reduce_bucket_elements: int = number(50_000_000, least=1, most=10**12)
     """Gradients per communication bucket (DeepSpeed's 5e8 hardly overlaps at this model size)."""
     overlap_communication: bool = False
-    """Overlap gradient reduction with backward."""
+    """Send gradients while backward goes on, bucket by bucket; with zero_stage 1 in bf16, those of the last
+    micro-batch."""
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients go from rank to rank with precision=bf16; bf16 halves the bytes and rounds sums over
+    ranks, not those over micro-batches. zero_stage=0 sends what it computes, bf16."""
     timeout_s: float = number(600.0, least=1, most=10**7)
     """Collective timeout."""
     max_restarts: int = number(3, least=0, most=10**6)

@@ -15,19 +15,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, device: torch.device
+    groups: Iterable[list[torch.nn.Parameter]], config: OptimizerConfig, device: torch.device
 ) -> Optimizer:
     """The one that the configuration names; a Muon is still to be told where its masters lie."""
-    return Muon(parameters, config) if config.name == "muon" else build_adamw(parameters, config, device)
+    return Muon(groups, config) if config.name == "muon" else build_adamw(groups, config, device)
 
 
 def build_adamw(
-    parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, device: torch.device
+    groups: Iterable[list[torch.nn.Parameter]], config: OptimizerConfig, device: torch.device
 ) -> AdamW:
-    """One parameter group; fused kernels on a GPU, foreach elsewhere."""
+    """Parameter groups that differ in nothing; fused kernels on a GPU, foreach elsewhere."""
     on_gpu = device.type == "cuda"
     return AdamW(
-        list(parameters),
+        [{"params": group} for group in groups],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,

@@ -22,6 +22,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     stage = distributed.zero_stage
     # DeepSpeed accumulates in the compute precision at stage 0, in fp32 wherever it can.
     accumulation = "bf16" if bf16 and stage == 0 else "fp32"
+    sent = accumulation if stage == 0 else distributed.reduce_precision
     return {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
@@ -30,7 +31,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": accumulation},
-        "communication_data_type": accumulation,
+        "communication_data_type": sent,
         "prescale_gradients": False,
         "zero_optimization": _zero_optimization(config),
         "zero_allow_untested_optimizer": config.optimizer.name != "adamw",  # ours is tested, not known to it

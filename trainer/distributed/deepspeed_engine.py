@@ -8,6 +8,7 @@ What DeepSpeed makes of the network's parameters (w0, w1, w2 of 6, 4 and 5 eleme
                    rank 0  |w0 w0 w0 w0 w0 w0 w1 w1|     one flat fp32 master, which AdamW updates;
                    rank 1  |w1 w1 w2 w2 w2 w2 w2 --|     `_hp_mapping` of a parameter says which piece
                                                          of it lies where in it, if any (here w1 on both)
+               In bf16, stage 1 cuts them into buckets first, each of which lies so (scatter.py).
     stage 3    each parameter cut by itself, so that it can be gathered when its layer runs:
                    rank 0  |w0 w0 w0|w1 w1|w2 w2 w2|     `ds_tensor.ds_numel` elements of each on every
                    rank 1  |w0 w0 w0|w1 w1|w2 w2 --|     rank; `--` is padding, which nobody owns
@@ -20,6 +21,8 @@ One step, k micro-batches long:
 Where this file goes around DeepSpeed, a comment says why. It reaches for private names in three places only:
 fragments (`_hp_mapping`, `_get_fp32_opt_state_partition`), `refresh` (compute weights from masters that we
 wrote) and `backward` (its hooks on outputs would count a second autograd.grad as a backward pass).
+Stage 1 in bf16 is DeepSpeed's BF16_Optimizer, whose own way is one all-reduce of the whole fp32 gradient
+after backward; we sum, send and clip gradients ourselves, and it keeps masters and compute weights.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.muon import Muon
 from trainer.distributed.replicas import replicated_fragments, synchronise
-from trainer.kernels.accumulate import FlatGradients
+from trainer.distributed.scatter import ScatteredGradients, in_buckets
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +95,15 @@ class DeepSpeedEngine:
         for parameter in trained.values():
             parameter.data = parameter.data.contiguous()
         initial = self._initial_weights(trained)
-        self._optimizer = adamw.build_optimizer(trained.values(), config.optimizer, env.device)
+        scatters = self._stage == 1 and self.compute_dtype == torch.bfloat16
+        # DeepSpeed lays each parameter group out by itself, so that a group is a bucket.
+        elements = (
+            config.distributed.reduce_bucket_elements
+            if scatters
+            else sum(parameter.numel() for parameter in trained.values())
+        )
+        buckets = in_buckets(trained.values(), elements)
+        self._optimizer = adamw.build_optimizer(buckets, config.optimizer, env.device)
         with _quiet():
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
@@ -103,8 +114,7 @@ class DeepSpeedEngine:
             )
         adamw.initialise_state(self._optimizer, self._masters())
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        if type(self._zero).__name__ == "BF16_Optimizer":
-            self._gather_gradients_at_once()
+        self._scattered = self._scatter_gradients(buckets, config) if scatters else None
         self._fragments = self._make_fragments()
         if isinstance(self._optimizer, Muon):
             cut = self._stage > 0
@@ -129,7 +139,11 @@ class DeepSpeedEngine:
         """See `Engine.backward`."""
         # Runs first inside the backward pass, where DeepSpeed's own output hooks would run.
         handle = loss.register_hook(lambda _: self._engine._backward_prologue())
+        if self._scattered is not None:
+            self._scattered.begin(last=self._engine.is_gradient_accumulation_boundary())
         self._engine.backward(loss)
+        if self._scattered is not None:
+            self._scattered.finish()
         handle.remove()
 
     def step(self, learning_rate: float) -> Tensor | None:
@@ -145,50 +159,43 @@ class DeepSpeedEngine:
         # DeepSpeed reports some overflows as -1.
         return torch.where(norm < 0, torch.inf, norm).to(torch.float32).detach()
 
-    def _gather_gradients_at_once(self) -> None:
-        """Stage 1 in bf16: two parts of DeepSpeed's step in fewer passes and without waiting for the device.
-
-        It casts, adds and clears gradients parameter by parameter, adding onto bf16 gradients that it has
-        just zeroed. Here autograd hands them over and one kernel adds all of them to the fp32 vector.
-        """
+    def _scatter_gradients(self, buckets: list[list[nn.Parameter]], config: Config) -> ScatteredGradients:
+        """Take sums, reduction and step of stage 1 in bf16 out of DeepSpeed's hands."""
         zero = self._zero
-        flats = [
-            FlatGradients(flat, [parameter.numel() for parameter in group])
-            for group, flat in zip(zero.bf16_groups, zero.fp32_groups_gradients_flat, strict=True)
-        ]
-
-        def gather(clear_lp_grads: bool = False) -> None:
-            for index, group in enumerate(zero.bf16_groups):
-                gradients = [parameter.grad for parameter in group]
-                flats[index].add(gradients)
-                known = zero.fp32_groups_has_gradients[index]
-                zero.fp32_groups_has_gradients[index] = [
-                    before or gradient is not None for before, gradient in zip(known, gradients, strict=True)
-                ]
-            zero.clear_lp_grads(set_to_none=True)
-
-        zero.update_hp_grads = gather
-        zero.backward_prologue = lambda: zero.clear_lp_grads(set_to_none=True)
-        if self._optimizer.defaults["fused"]:
-            zero.step = self._step_on_the_device
+        self._engine.enable_backward_allreduce = False
+        zero.backward_prologue = lambda: None
+        zero.update_hp_grads = lambda clear_lp_grads=False: None
+        zero.step = self._step_scattered
+        return ScatteredGradients(
+            buckets,
+            zero.fp32_groups_gradients_flat,
+            sent_as=torch.bfloat16 if config.distributed.reduce_precision == "bf16" else torch.float32,
+            overlap=config.distributed.overlap_communication,
+        )
 
     @torch.no_grad()
-    def _step_on_the_device(self) -> None:
-        """BF16_Optimizer.step, with clipping and the check for overflow inside AdamW's kernel.
+    def _step_scattered(self) -> None:
+        """In the place of BF16_Optimizer.step, which has whole gradients on every rank.
 
-        DeepSpeed's reads the norm on the host twice, which leaves the device without work, and clips in a
-        pass of its own. AdamW divides gradients by `grad_scale` and leaves everything alone at `found_inf`.
+        On a GPU clipping and the check for overflow are inside AdamW's kernel, which divides gradients by
+        `grad_scale` and leaves everything alone at `found_inf`: reading the norm on the host would leave the
+        device without work.
         """
-        zero, optimizer = self._zero, self._optimizer
-        norm = nn.utils.get_total_norm(zero.fp32_groups_actual_gradients_flat)
+        assert self._scattered is not None
+        zero, optimizer, gradients = self._zero, self._optimizer, self._scattered.parts
+        norm = self._scattered.norm()
         zero.overflow, zero._global_grad_norm = False, norm
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        if zero.clip_grad > 0:
-            optimizer.grad_scale = ((norm + 1e-6) / zero.clip_grad).clamp(min=1.0)  # type: ignore[attr-defined]
-        partitions = zip(
-            zero.fp32_groups_flat_partition, zero.fp32_groups_gradient_flat_partition, strict=True
-        )
-        for partition, gradient in partitions:
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            if zero.clip_grad > 0:
+                scale = ((norm + 1e-6) / zero.clip_grad).clamp(min=1.0)
+                optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        elif not torch.isfinite(norm):
+            zero.overflow = True
+            return
+        elif zero.clip_grad > 0:
+            torch._foreach_mul_(gradients, (zero.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+        for partition, gradient in zip(zero.fp32_groups_flat_partition, gradients, strict=True):
             partition.grad = gradient
         optimizer.step()
         zero._lazy_init_hp_params_optimizer_state()

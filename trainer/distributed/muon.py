@@ -77,10 +77,10 @@ class _Piece:
 class Muon(torch.optim.Optimizer):
     """Made before the engine lays out its masters; `attach` says afterwards what lies where in them."""
 
-    def __init__(self, parameters: Iterable[Tensor], config: OptimizerConfig) -> None:
+    def __init__(self, groups: Iterable[list[torch.nn.Parameter]], config: OptimizerConfig) -> None:
         # Under the names that AdamW has, which engines read.
         defaults = {"lr": config.learning_rate, "fused": False}
-        super().__init__(list(parameters), defaults)
+        super().__init__([{"params": group} for group in groups], defaults)
         self._config = config
         self._vectors: list[_Piece] = []
         self._matrices: list[_Piece] = []

@@ -109,11 +109,15 @@ def collectives(config: Config, parameters: int, accumulation: int) -> list[Coll
         # DeepSpeed accumulates and reduces stage 0 in the compute precision, the plain engine in fp32.
         each = 4.0 if d.engine == "torch" else float(compute)
         return [Collective("all-reduce", each * parameters, messages=pieces)]
-    fp32 = 4.0 * parameters
-    if d.zero_stage == 1:
-        reduce = Collective("all-reduce", fp32, messages=pieces)
-        return [reduce, Collective("all-gather", whole, messages=pieces)]
-    reduce = Collective("reduce-scatter", fp32, times=accumulation, messages=pieces)
+    sent = (2.0 if d.reduce_precision == "bf16" else 4.0) * parameters
+    # Stages 1 in fp32 and 2 of DeepSpeed all-reduce buckets that hold parts of several ranks.
+    scatters = d.zero_stage == 3 or (d.zero_stage == 1 and d.precision == "bf16")
+    reduce = Collective(
+        "reduce-scatter" if scatters else "all-reduce",
+        sent,
+        times=1 if d.zero_stage == 1 else accumulation,
+        messages=pieces,
+    )
     gathers = 2 * accumulation if d.zero_stage == 3 else 1
     return [reduce, Collective("all-gather", whole, times=gathers, messages=pieces)]
 
@@ -130,9 +134,7 @@ def step(config: Config, work: Work, machine: Machine, parameters: int) -> Step:
     network = micro_batch_s(work, samples, machine, graphs=d.cuda_graphs)
     total = sum(each.seconds(machine) for each in collectives(config, parameters, accumulation))
     sharded = d.engine == "deepspeed" and d.zero_stage > 0
-    # DeepSpeed's bf16 optimizer of stage 1 reduces once, after backward, whatever is asked for.
-    overlaps = d.overlap_communication and d.engine == "deepspeed" and d.zero_stage >= 2
-    hidden = machine.reached.hidden if overlaps else 0.0
+    hidden = machine.reached.hidden if d.overlap_communication else 0.0
     return Step(
         encode_s=accumulation * encode_s(work, samples, machine),
         network_s=accumulation * network,

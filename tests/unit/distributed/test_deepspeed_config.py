@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from trainer.config.checks import check
+from trainer.config.io import load_config
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig, OptimizerConfig
 from trainer.distributed.deepspeed_config import deepspeed_config
@@ -42,6 +44,30 @@ def test_buckets_follow_the_configuration() -> None:
     zero = deepspeed_config(make(zero_stage=3, reduce_bucket_elements=123), 1)["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 123
     assert zero["stage3_prefetch_bucket_size"] == 123
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_sent_in_the_precision_that_was_asked_for(stage: int) -> None:
+    made = deepspeed_config(make(zero_stage=stage, precision="bf16", reduce_precision="bf16"), 8)
+    assert made["communication_data_type"] == "bf16"
+    assert made["data_types"]["grad_accum_dtype"] == ("fp32" if stage else "bf16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ("{engine: torch, overlap_communication: true}", "overlap_communication .*engine=torch"),
+        ("{zero_stage: 0, overlap_communication: true}", "overlap_communication .*zero_stage=0"),
+        ("{cuda_graphs: true, overlap_communication: true}", "overlap_communication .*cuda_graphs"),
+        ("{compile: true, overlap_communication: true}", "overlap_communication .*compile"),
+        ("{zero_stage: 0, reduce_bucket_elements: 1000}", "reduce_bucket_elements .*zero_stage=0"),
+        ("{engine: torch, reduce_precision: bf16}", "reduce_precision=bf16 .*engine=torch"),
+        ("{precision: fp32, reduce_precision: bf16}", "reduce_precision=bf16 .*precision=fp32"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        check(load_config(None, [f"distributed={settings}"]))
 
 
 def test_impossible_batch_is_a_config_error() -> None:

@@ -1,0 +1,50 @@
+"""Bytes that ranks send in an optimizer step of four micro-batches: counted, planned and ideal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.scale import IDEAL_BYTES
+from tests.integration.ranks import run_ranks
+from tests.integration.traffic_ranks import ACCUMULATION
+from trainer.config.run import Config
+from trainer.config.training import DistributedConfig
+from trainer.planning.speed import collectives
+
+ZERO_1: dict[str, Any] = {"zero_stage": 1, "precision": "bf16"}
+CASES: list[dict[str, Any]] = [
+    {"engine": "torch", "zero_stage": 0, "precision": "bf16"},
+    {"zero_stage": 0, "precision": "bf16"},
+    ZERO_1,
+    ZERO_1 | {"reduce_precision": "bf16"},
+    ZERO_1 | {"overlap_communication": True, "reduce_bucket_elements": 9_300},
+    {"zero_stage": 1, "precision": "fp32"},
+    {"zero_stage": 2, "precision": "bf16"},
+    {"zero_stage": 2, "precision": "bf16", "reduce_precision": "bf16"},
+]
+
+
+def planned(case: dict[str, Any]) -> float:
+    """Bytes per parameter that `ldm plan` counts with."""
+    parameters = 1_000_000
+    exchanged = collectives(Config(distributed=DistributedConfig(**case)), parameters, ACCUMULATION)
+    passes = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
+    return sum(passes[each.kind] * each.num_bytes * each.times for each in exchanged) / parameters
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_send_what_the_plan_says(world_size: int) -> None:
+    by_rank = run_ranks("tests/integration/traffic_ranks.py:bytes_of_a_step", world_size, {"cases": CASES})
+    for results in by_rank:
+        for case, found in zip(CASES, results, strict=True):
+            assert found["bytes"] == pytest.approx(planned(case), rel=0.02), (case, found)
+        plain, rounded, overlapped = (results[CASES.index(case)] for case in CASES[2:5])
+        assert plain["bytes"] == pytest.approx(1.5 * IDEAL_BYTES, rel=0.02)
+        assert rounded["bytes"] == pytest.approx(IDEAL_BYTES, rel=0.02)
+        # Once a step and not a micro-batch, in one bucket or four; of four, three leave before the first
+        # layer's gradient is whole.
+        assert plain["calls"]["reduce_scatter_tensor"] == 1
+        assert overlapped["calls"]["reduce_scatter_tensor"] == 4
+        assert (plain["while backward ran"], overlapped["while backward ran"]) == (0, 3)
