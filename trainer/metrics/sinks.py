@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,7 @@ from data_pipeline.storage.urls import join
 from trainer.config.io import dump_yaml
 from trainer.config.run import Config
 from trainer.console import progress_bar
+from trainer.metrics.alerts import ALERTS, Trends
 from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.wandb_sink import WandbSink
 
@@ -34,6 +36,7 @@ class Sinks:
         self._jsonl: JSONLWriter | None = None
         self._wandb: WandbSink | None = None
         self._bar: Any = None
+        self._trends = Trends()
         # A thread, because storage that hangs on this rank must not keep the others waiting.
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="pictures")
 
@@ -73,6 +76,9 @@ class Sinks:
                 "data wait": f"{100 * record.get('data_wait', 0):.0f}%",
             }
             self._bar.set_postfix(shown, refresh=False)
+        for name, details in self._trends.observe(record).items():
+            logger.warning("step %d: %s (%s)", step, name, _told(details))
+            self.event(step, samples_seen, name, **details)
 
     def event(self, step: int, samples_seen: int, name: str, **details: Any) -> None:
         """Something that happened once: a rewind, a resume, a slow rank."""
@@ -82,6 +88,8 @@ class Sinks:
         self._jsonl.write(record)
         if self._wandb:
             self._wandb.log(samples_seen, {"event": name, **{f"event/{k}": v for k, v in details.items()}})
+            if name in ALERTS:
+                self._wandb.alert(name, f"step {step:,}: {_told(details)}", ALERTS[name])
 
     def picture(self, step: int, samples_seen: int, name: str, picture: Image.Image) -> None:
         """A grid: into the run folder, beside training, and W&B."""
@@ -115,3 +123,8 @@ def _store(url: str, data: bytes) -> None:
         write_bytes(url, data)
     except (Failure, OSError) as error:
         logger.warning("a picture is not stored: %s", error)  # no reason to stop training
+
+
+def _told(details: Mapping[str, Any]) -> str:
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v)[:200] for k, v in details.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())

@@ -22,6 +22,7 @@ from PIL import Image
 from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.run import ConfigError
 from trainer.config.training import LoggingConfig
+from trainer.metrics.alerts import Level
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,10 @@ class WandbSink:
     def image(self, samples_seen: int, name: str, picture: Image.Image) -> None:
         """One grid, captions drawn in."""
         self._run.log({name: self._wandb.Image(picture), "samples_seen": samples_seen})
+
+    def alert(self, title: str, text: str, level: Level) -> None:
+        """A message to the people who watch the project, by mail or chat as they have set it up in W&B."""
+        self._run.alert(title=title, text=text, level=level)
 
     def close(self) -> None:
         """Finish without waiting for a network that is not there."""

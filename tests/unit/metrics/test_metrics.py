@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -17,12 +19,15 @@ from trainer.config.run import Config, ConfigError
 from trainer.config.training import LoggingConfig
 from trainer.metrics import jsonl
 from trainer.metrics import sinks as sinks_module
+from trainer.metrics.alerts import Trends
 from trainer.metrics.jsonl import JSONLWriter
 from trainer.metrics.meters import Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.timer import StepTimer, Throughput
 from trainer.metrics.wandb_sink import WandbSink
+
+BLOCK = 32768
 
 
 def test_meters_average_and_reset() -> None:
@@ -143,21 +148,65 @@ def test_online_without_a_usable_key_is_refused(
         WandbSink(LoggingConfig(wandb="online"), str(tmp_path), {}, None)
 
 
-def offline_runs(folder: Path) -> list[tuple[str, str]]:
-    """(id, group) in the files that `wandb sync` would send, in the order in which the runs began."""
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a file that `wandb sync` would send, those of its first block."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
-        data, position = path.read_bytes(), 7
-        while position < len(data):  # each record: checksum, length, kind, content
-            length = int.from_bytes(data[position + 4 : position + 6], "little")
-            record = Record.FromString(data[position + 7 : position + 7 + length])
-            if record.HasField("run"):
-                found.append((record.run.run_id, record.run.run_group))
-                break
-            position += 7 + length
-    return found
+    data, position = path.read_bytes()[:BLOCK], 7
+    while position + 7 < len(data):  # each record: checksum, length, kind, content
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        if position + 7 + length > len(data):
+            return
+        yield Record.FromString(data[position + 7 : position + 7 + length])
+        position += 7 + length
+
+
+def offline_runs(folder: Path) -> list[tuple[str, str]]:
+    """(id, group) in the files that `wandb sync` would send, in the order in which the runs began."""
+    paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    found = [next((r.run for r in wandb_records(path) if r.HasField("run")), None) for path in paths]
+    return [(run.run_id, run.run_group) for run in found if run is not None]
+
+
+def test_who_watches_the_project_is_told_of_faults_and_trends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(run_dir=str(tmp_path), logging=LoggingConfig(wandb="offline", progress_bar=False))
+    sinks = Sinks(config, main_rank=True, resolved={})
+    sinks.open(start_step=0, run_id=None)
+    sinks.event(1, 8, "resume changed", changed=["x"])  # nobody is woken for it
+    sinks.event(2, 16, "rewind", kind="nan", value=float("nan"))
+    for step in range(10, 30):
+        rate, wait = (100.0, 0.01) if step < 20 else (60.0, 0.35)
+        sinks.log(step, 8 * step, {"images_per_s": rate, "data_wait": wait})
+    sinks.close()
+    records = [json.loads(line) for path in tmp_path.glob("logs/*") for line in path.read_text().splitlines()]
+    events = [(record["step"], record["event"]) for record in records if "event" in record]
+    assert events == [(1, "resume changed"), (2, "rewind"), (22, "slower"), (22, "waiting for data")]
+    assert "step 22: slower (images_per_s 60, usual_images_per_s 100)" in caplog.text
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60  # wandb's own process writes the file
+    while not any(r.HasField("exit") for r in wandb_records(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    alerts = [(r.alert.title, r.alert.level) for r in wandb_records(path) if r.HasField("alert")]
+    assert alerts == [("rewind", "ERROR"), ("slower", "WARN"), ("waiting for data", "WARN")]
+
+
+def test_a_trend_is_told_once_until_it_is_well_again() -> None:
+    trends = Trends()
+
+    def told(rates: list[float], wait: float = 0.0) -> list[str]:
+        return [name for r in rates for name in trends.observe({"images_per_s": r, "data_wait": wait})]
+
+    assert told([100.0] * 20) == []
+    assert told([20.0, 100.0, 100.0, 20.0, 100.0]) == []  # a checkpoint, a preview
+    assert told([70.0] * 8) == ["slower"]
+    assert told([85.0] * 8) == []  # still below 0.9 of the usual
+    assert told([100.0] * 8) == []
+    assert told([70.0] * 4) == ["slower"]
+    assert told([100.0] * 8, wait=0.15) == []
+    assert told([100.0] * 8, wait=0.25) == ["waiting for data"]
+    assert trends.observe({"loss": 1.0}) == {}, "records of validation have no rate"
 
 
 @pytest.mark.parametrize("given", [None, "job1"])
