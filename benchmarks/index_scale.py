@@ -4,16 +4,32 @@
 
 One real shard is made and indexed, from disk and from S3; the others are links to it with manifest rows of
 their own. Then one rank of a run opens all of them, and the memory of its loader processes is read.
+
+    python benchmarks/index_scale.py --at-once --shards 200000 --delay-ms 30 --ranks 64 --workers 2
+
+The same set without an index, on a stand-in for S3 that gives the one shard under 200,000 names, each request
+after a delay: time, requests and bytes to the first batch of a rank, and after some more.
+
+    python benchmarks/index_scale.py --manifest --shards 200000
+
+Rows that do not compress (names, checksums, histograms of their own): time and memory of writing and reading.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
+import random
+import resource
 import tempfile
+import threading
 import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import psutil
 
@@ -23,7 +39,15 @@ from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.dataset import open_dataset
-from data_pipeline.shards.manifest import MANIFEST, ManifestRow, write_manifest
+from data_pipeline.shards.manifest import (
+    MANIFEST,
+    PARTS,
+    ManifestRow,
+    append_rows,
+    index_name,
+    read_manifest,
+    write_manifest,
+)
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
 
@@ -41,7 +65,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--at-once", action="store_true", help="no index; a stand-in for S3")
+    parser.add_argument("--delay-ms", type=float, default=30.0, help="of each request of the stand-in")
+    parser.add_argument("--manifest", action="store_true", help="write and read the manifest alone")
     args = parser.parse_args()
+    if args.manifest:
+        manifest(args.shards)
+        return
+    if args.at_once:
+        at_once(args)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         row = index_one(root, args.samples, args.shards)
@@ -112,6 +145,141 @@ def load(config: DataConfig, args: argparse.Namespace) -> None:
         found = [child.memory_full_info() for child in psutil.Process().children()]
         unique = ", ".join(f"{memory.uss / MIB:.0f}" for memory in found)
         print(f"memory per worker    {unique} MiB of their own (USS), after {args.steps} steps")
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """S3 as far as shards are read: any `bucket/set/*.tar` is the one shard, and everything comes late."""
+
+    protocol_version = "HTTP/1.1"
+    body = b""
+    delay_s = 0.0
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def do_HEAD(self) -> None:
+        """Size and ETag."""
+        self._answer(200, len(self.body), b"")
+
+    def do_GET(self) -> None:
+        """A range of the shard; nothing else is there."""
+        if not self.path.partition("?")[0].endswith(".tar"):
+            error = b"<Error><Code>NoSuchKey</Code></Error>"
+            self._answer(404, len(error), error)
+            return
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        part = self.body[int(first) : int(last) + 1]
+        self.asked["bytes"] += len(part)
+        self._answer(206, len(part), part, f"bytes {first}-{last}/{len(self.body)}")
+
+    def _answer(self, status: int, size: int, body: bytes, place: str = "") -> None:
+        self.asked[self.command] += 1
+        time.sleep(self.delay_s)
+        self.send_response(status)
+        self.send_header("Content-Length", str(size))
+        self.send_header("ETag", '"one"')
+        self.send_header("Last-Modified", "Sat, 21 Nov 2026 00:00:00 GMT")
+        if place:
+            self.send_header("Content-Range", place)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nothing."""
+
+
+def at_once(args: argparse.Namespace) -> None:
+    """Start on shards without an index: rank 0 of the run."""
+    with tempfile.TemporaryDirectory() as temporary:
+        options = SynthesisOptions(
+            args.samples, samples_per_shard=args.samples, failed_share=0.0, scene=SceneOptions(1, 1, 40, 56)
+        )
+        list(synthesize(temporary, options))
+        StandIn.body = (Path(temporary) / "00000.tar").read_bytes()
+    StandIn.delay_s = args.delay_ms / 1000
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        os.environ |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_address[1]}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+        }
+        config = DataConfig(
+            shards=f"s3://bucket/set/{{000000..{args.shards - 1:06d}}}.tar",
+            image_size=32,
+            workers=args.workers,
+        )
+        started = time.monotonic()
+        dataset = open_dataset(config, at_once=True)
+        print(
+            f"open on rank 0       {time.monotonic() - started:.1f} s, with imports "
+            f"{time.process_time():.1f} s of a processor, {_asked()}"
+        )
+        opened = time.monotonic()
+        with build_loader(
+            config,
+            seed=1,
+            global_batch_size=args.global_batch_size,
+            world_size=args.ranks,
+            dataset=dataset,
+        ) as loader:
+            size = len(next(loader).keys)
+            print(
+                f"first batch          {time.monotonic() - opened:.1f} s later ({size} samples), {_asked()}"
+            )
+            for _ in range(args.steps):
+                position = next(loader).position
+            print(f"{args.steps} steps later       {_asked()}")
+            print(f"position             {len(json.dumps(position)) / (size or 1):.0f} bytes per sample")
+            found = [child.memory_full_info() for child in psutil.Process().children()]
+            unique = ", ".join(f"{memory.uss / MIB:.0f}" for memory in found)
+            print(f"memory per worker    {unique} MiB of their own (USS)")
+        server.shutdown()
+
+
+def _asked() -> str:
+    asked = StandIn.asked
+    return f"{asked['HEAD']} HEAD, {asked['GET']} GET, {asked['bytes'] / MIB:.1f} MiB so far"
+
+
+def manifest(shards: int) -> None:
+    """Time, size and memory of a manifest whose rows are all different."""
+    draw = random.Random(0)
+    shard = "s3://laion-aesthetic/data/{:06d}.tar".format
+    rows = {
+        shard(i): ManifestRow(
+            shard=shard(i),
+            size=draw.randrange(10**8, 10**9),
+            version=f"{draw.getrandbits(128):032x}",
+            samples=draw.randrange(9000, 10_000),
+            bytes=draw.randrange(10**8, 10**9),
+            index=index_name(shard(i)),
+            checksum=f"{draw.getrandbits(256):064x}",
+            aspects={str(k): draw.randrange(1, 2000) for k in range(-20, 21)},
+            columns={"punsafe": "number", "width": "number", "status": "text"},
+            members=("jpg", "json", "txt"),
+        )
+        for i in range(shards)
+    }
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.process_time()
+        write_manifest(folder, rows)
+        size = (Path(folder) / MANIFEST).stat().st_size
+        added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        print(
+            f"manifest             {size / MIB:.1f} MiB, {time.process_time() - started:.1f} s of a processor"
+        )
+        print(f"memory to write it   {added:.0f} MiB above {before / 1024:.0f} MiB of the rows themselves")
+        started = time.process_time()
+        append_rows(folder, list(rows.values())[:200])
+        (part,) = (Path(folder) / PARTS).iterdir()
+        print(
+            f"a part of 200 rows   {part.stat().st_size / 1024:.0f} KiB, "
+            f"{time.process_time() - started:.3f} s of a processor"
+        )
+        started = time.process_time()
+        read_manifest(folder)
+        print(f"reading all          {time.process_time() - started:.1f} s of a processor")
 
 
 if __name__ == "__main__":

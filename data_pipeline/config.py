@@ -84,8 +84,9 @@ class DataConfig:
     """URL of the folder that holds the index; unset: `_index` beside the shards."""
     max_bad_shards: float = number(0.01, least=0, most=1)
     """Share of a source's shards that may be no tar archives, named and left out; more end the run."""
-    order: Literal["indexed", "resampled"] = "indexed"
-    """indexed: exact order and resume; resampled: plain webdataset streaming, resume is approximate."""
+    order: Literal["indexed", "streamed", "resampled"] = "indexed"
+    """indexed: exact order and resume; more than 2000 shards without an index are streamed. streamed: as
+    exact, over whole shards in turn, which need no index. resampled: plain webdataset, approximate resume."""
     lanes: int = number(0, least=0, most=10**9)
     """Independent walks over the shards; ranks x workers must divide it. 0: derived from the global batch."""
     shuffle_window: int = number(0, least=0, most=10**9)

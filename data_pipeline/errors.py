@@ -49,6 +49,10 @@ class NoShards(DataError):
     """The shard URL matches nothing, or shards are missing from the index."""
 
 
+class NoIndex(NoShards):
+    """Most of a large set has no index, which is not made without being asked."""
+
+
 class NotATar(DataError):
     """A shard is not a tar archive."""
 

@@ -27,6 +27,7 @@ from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.moments.entry import Moments, MomentsCache
 from data_pipeline.order.lanes import Order, deal
 from data_pipeline.order.position import merge_positions, pack, unpack
+from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.storage.files import cut_torn_line
@@ -87,7 +88,7 @@ def build_loader(
     # First, for their imports take as long as opening the data set.
     workers = [WorkerProcess(config, name=f"{rank}.{i}") for i in range(config.workers)]
     try:
-        dataset = dataset or open_dataset(config)
+        dataset = dataset or open_dataset(config, at_once=True)
         tasks = _tasks(
             config,
             dataset,
@@ -99,6 +100,11 @@ def build_loader(
             skip_ordinals=frozenset(int(o) for o in skip_ordinals),
         )
         if moments is not None:
+            if moments.cache is not None and isinstance(tasks[0].order, Turns):
+                raise DataError(
+                    "first_stage.cache needs an index, which says which picture is which before it is read; "
+                    "run `ldm data index` once and begin a new run, or remove first_stage.cache."
+                )
             tasks = [dataclasses.replace(task, moments=moments) for task in tasks]
         return Loader(tasks, workers, rank=rank)
     except BaseException:
@@ -119,17 +125,20 @@ def _tasks(
     skip_ordinals: frozenset[int],
 ) -> list[ShareTask]:
     """What each worker of this rank does."""
-    order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
+    order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
+    buckets = dataset.buckets(config, order)
+    named = dataset.named() if isinstance(order, Turns) else dataset.fingerprint
+    # What is accepted is in the orders of the buckets by now.
+    dataset = dataclasses.replace(dataset, accepted=None, fingerprint=named)
     workers = max(1, config.workers)
     dealt = deal(order.lanes, world_size, workers)
-    buckets = dataset.buckets(config, order)
     step, states = unpack(position, order, dataset.fingerprint, buckets)
     each = len(buckets.shapes)
     removals = read_removals(config.removal_lists)
     return [
         ShareTask(
             config=config,
-            dataset=dataclasses.replace(dataset, accepted=None),  # is in the orders of the buckets by now
+            dataset=dataset,
             order=order,
             lanes=lanes,
             buckets=buckets,
@@ -145,9 +154,9 @@ def _tasks(
 
 def check_layout(
     config: DataConfig, dataset: Dataset, *, seed: int, global_batch_size: int, world_size: int
-) -> Order:
+) -> Order | Turns:
     """The order of a run; raises DataError when ranks x workers do not divide its lanes, or buckets lack."""
-    order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
+    order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size)
     dataset.buckets(config, order)
     deal(order.lanes, world_size, max(1, config.workers))
     return order

@@ -243,10 +243,10 @@ def build_run(
     accumulation = config.accumulation(env.world_size)
     # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
     dataset = None  # resampled order reads what cannot be indexed
-    if config.data.order == "indexed":
+    if config.data.order != "resampled":
         with LongWork(alive) as work:
             dataset = collectives.worked_on_main_rank(
-                lambda tell: open_dataset(config.data, progress=tell), work.told
+                lambda tell: open_dataset(config.data, progress=tell, at_once=True), work.told
             )
         check_layout(
             config.data,

@@ -57,12 +57,13 @@ from data_pipeline.errors import Rejected
 from data_pipeline.feed.moments import MomentsReads, Planned
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.task import ShareTask
-from data_pipeline.order.position import LaneState
+from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.view import ShardViews
 
 _MIN_PLAN = 64
 """Raw samples planned at a time at least: a plan costs a thread's attention whatever its length."""
+_MIN_REJECTED_RUN = 1000
 _STEPS_AHEAD = 8
 """Steps for which every lane has reads under way at least, memory permitting."""
 
@@ -91,6 +92,17 @@ class Visit:
     """(reason, key) of rejected samples beside it that no order counts."""
     planned: Planned | None = None
     """What the cache of moments has for it, or may get from it."""
+    mark: Mark | None = None
+    """Of a lane that takes turns at shards: where its window begins."""
+    num_bytes: int = 0
+    """What it holds in memory, as far as that is known."""
+
+    def hold(self, contents: Contents) -> None:
+        """Its members are there already."""
+        there: Future[Contents] = Future()
+        there.set_result(contents)
+        self.members = {extension: there for _, extension in contents}
+        self.num_bytes = sum(map(len, contents.values()))
 
     def load(self) -> dict[str, bytes]:
         """Member contents by extension; waits for them. Raises ReadFailed."""
@@ -109,11 +121,20 @@ class LaneWalk:
         self.bucket = bucket
         self.state = state
         self.order = walker.buckets.orders[bucket]
+        self.patience = max(_MIN_REJECTED_RUN, 2 * self.order.lane_size(lane))
+        """Rejections in a row with which the lane counts as hopeless."""
         self._walker = walker
         self._cursor = (state.epoch, state.offset)  # next raw offset to plan
         self._plans: deque[tuple[int, Future[list[Visit]]]] = deque()
         self._visits: deque[Visit] = deque()
         self._planned = 0
+
+    def __str__(self) -> str:
+        return f"lane {self.lane} ({self.order.lane_size(self.lane)} per epoch)"
+
+    def ordinal(self, visit: Visit) -> int:
+        """Identity of the visit among all of the run."""
+        return self.order.ordinal(visit.epoch, self.lane, visit.offset)
 
     def ready(self) -> int:
         """Visits ahead, planned ones included."""

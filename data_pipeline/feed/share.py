@@ -38,15 +38,15 @@ from data_pipeline.feed.moments import MomentsReads
 from data_pipeline.feed.reads import MemberReads
 from data_pipeline.feed.sample import Known, Reused, draw_crop, fill_sample
 from data_pipeline.feed.task import ShareTask
+from data_pipeline.feed.turn_walk import TurnWalk, TurnWalker
 from data_pipeline.moments.entry import Label
+from data_pipeline.order.turns import Turns
 from data_pipeline.pictures.crops import Geometry
 from data_pipeline.shards.selection import make_selection
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.cache import BlockCache
 from data_pipeline.storage.ranges import Background, RangeReader
 
-_MIN_REJECTED_RUN = 1000
-"""Rejections in a row that a lane may have, or two epochs of the lane, before it is called hopeless."""
 _THREADS = 16
 """Requests under way at a time; nearly all of a thread's time is waiting."""
 
@@ -92,9 +92,14 @@ class ShareStream:
         views = ShardViews(
             task.dataset, selection, task.buckets, self._reader, capacity, with_identities=encoded
         )
-        reads = MemberReads(task.dataset, self._reader, self._background, cache, config.read_ahead_bytes)
-        self._moments = MomentsReads(task, reads, self._reader, capacity) if encoded else None
-        self._walker = Walker(task, views, reads, self._moments)
+        self._moments: MomentsReads | None = None
+        self._walker: Walker | TurnWalker
+        if isinstance(task.order, Turns):
+            self._walker = TurnWalker(task, views, self._reader, self._background)
+        else:
+            reads = MemberReads(task.dataset, self._reader, self._background, cache, config.read_ahead_bytes)
+            self._moments = MomentsReads(task, reads, self._reader, capacity) if encoded else None
+            self._walker = Walker(task, views, reads, self._moments)
         self._labels: list[Label | None] = []
         self._step = task.step
         self._sent: Counter[str] = Counter()
@@ -141,12 +146,11 @@ class ShareStream:
         return self._reader.counts + moments
 
     def _fill_row(
-        self, walk: LaneWalk, target: tuple[int, int], out: dict[str, NDArray[Any]], row: int
+        self, walk: LaneWalk | TurnWalk, target: tuple[int, int], out: dict[str, NDArray[Any]], row: int
     ) -> tuple[str, str]:
-        order = walk.order
-        for _ in range(max(_MIN_REJECTED_RUN, 2 * order.lane_size(walk.lane))):
+        for _ in range(walk.patience):
             visit = walk.next_visit()
-            ordinal = order.ordinal(visit.epoch, walk.lane, visit.offset)
+            ordinal = walk.ordinal(visit)
             try:
                 caption = self._serve(walk, visit, ordinal, target, out, row)
             except Rejected as error:
@@ -160,7 +164,7 @@ class ShareStream:
             return caption, self._key(visit)
         raise self._all_rejected(walk)
 
-    def _done(self, walk: LaneWalk, visit: Visit, ordinal: int) -> None:
+    def _done(self, walk: LaneWalk | TurnWalk, visit: Visit, ordinal: int) -> None:
         """Commit a visit, and account for the rejected samples beside it."""
         walk.done(visit)
         for reason, key in visit.passed:
@@ -169,7 +173,7 @@ class ShareStream:
 
     def _serve(
         self,
-        walk: LaneWalk,
+        walk: LaneWalk | TurnWalk,
         visit: Visit,
         ordinal: int,
         target: tuple[int, int],
@@ -223,7 +227,7 @@ class ShareStream:
     def _key(self, visit: Visit) -> str:
         return self._task.dataset.sample_key(visit.shard, visit.key)
 
-    def _all_rejected(self, walk: LaneWalk) -> DataError:
+    def _all_rejected(self, walk: LaneWalk | TurnWalk) -> DataError:
         reasons = Counter(reason for reason, _, _, _ in self._rejects).most_common(3)
         listed = ", ".join(f"{reason} ({count})" for reason, count in reasons)
         remedy = "loosen data.filter, lower data.lanes or correct the shards"
@@ -231,10 +235,7 @@ class ShareStream:
             remedy = f"the shards changed after they were indexed: {REINDEX}"
         if reasons and reasons[0][0] == "too_small":
             remedy = "lower data.image_size to what the pictures have, or set data.allow_enlarging=true"
-        return DataError(
-            f"Every sample of lane {walk.lane} ({walk.order.lane_size(walk.lane)} per epoch) is "
-            f"rejected: {listed}; {remedy}."
-        )
+        return DataError(f"Every sample of {walk} is rejected: {listed}; {remedy}.")
 
     def close(self) -> None:
         """Stop the threads."""

@@ -15,6 +15,7 @@ from data_pipeline.moments.entry import NOTHING_ONCE, Moments, MomentsCache
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import LaneState
+from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.removals import RemovalList
 
@@ -27,7 +28,7 @@ class ShareTask:
 
     config: DataConfig
     dataset: Dataset
-    order: Order
+    order: Order | Turns
     lanes: range
     buckets: Buckets
     step: int

@@ -60,7 +60,7 @@ class Buckets:
     shapes: tuple[tuple[int, int], ...]
     """(height, width), from wide to tall."""
     orders: tuple[Order, ...]
-    """The walk through the samples of each."""
+    """The walk through the samples of each; () where lanes take turns at shards, in one shape."""
     accepted_only: bool = False
     """Whether the orders count the accepted samples of their bucket; else all raw samples (one shape)."""
 
@@ -82,6 +82,8 @@ class Buckets:
 
     def of_step(self, step: int) -> int:
         """Bucket of the whole global batch of a step, the same everywhere."""
+        if len(self.shapes) == 1:
+            return 0
         return self._next(self.turns(step))
 
     def turns(self, step: int) -> list[int]:

@@ -7,6 +7,9 @@ those of all ranks into one list by lane, which any other division of the lanes 
     merge_positions      {"first": 0, "states": [[0, 5], [0, 4], [0, 4], [1, 0]]}
     4 ranks              lane 0, lane 1, lane 2, lane 3
 
+Lanes that take turns at shards (`turns.py`) have the turn where the others have the epoch, and beside it
+where in the shard their window begins, so that no rank has to know what came before.
+
 With B buckets a lane has B states, side by side, and the position says which samples were accepted: an offset
 counts them alone.
 """
@@ -16,15 +19,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.lanes import Order
+from data_pipeline.order.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
+_TURNS = "turns"
+
+
+class Mark(NamedTuple):
+    """A window of a shard: from here on a lane goes on without what lies before."""
+
+    first: int
+    """Samples of the shard before it; -1: there is nothing left of the shard."""
+    byte: int
+    """Where the header of its first member lies."""
+    size: int
+    version: str
+    """Size of the shard, and ETag or modification time."""
 
 
 @dataclass
@@ -35,21 +52,33 @@ class LaneState:
     offset: int = 0
     deferred: list[int] = field(default_factory=list)
     """Raw offsets whose shard could not be read; visited again at the end of the epoch."""
+    mark: Mark | None = None
+    """Where the window that holds the last visit begins; of lanes that take turns at shards, whose `epoch` is
+    the number of the turn."""
 
     def as_json(self) -> list[Any]:
-        """[epoch, offset] or [epoch, offset, deferred]."""
+        """[epoch, offset], with `deferred` or with `deferred` and `mark` where there are any."""
+        if self.mark is not None:
+            return [self.epoch, self.offset, list(self.deferred), list(self.mark)]
         return [self.epoch, self.offset, list(self.deferred)] if self.deferred else [self.epoch, self.offset]
 
     def copy(self) -> LaneState:
         """Independent copy."""
-        return LaneState(self.epoch, self.offset, list(self.deferred))
+        return LaneState(self.epoch, self.offset, list(self.deferred), self.mark)
 
 
 def pack(
-    order: Order, fingerprint: str, buckets: Buckets, step: int, first: int, states: Sequence[list[Any]]
+    order: Order | Turns,
+    fingerprint: str,
+    buckets: Buckets,
+    step: int,
+    first: int,
+    states: Sequence[list[Any]],
 ) -> dict[str, Any]:
     """Position after `step` steps of the lanes from `first` on, each with one state per bucket."""
-    accepted = {"accepted": buckets.digest, "totals": [order.total for order in buckets.orders]}
+    more: dict[str, Any] = {"walk": _TURNS} if isinstance(order, Turns) else {}
+    if buckets.accepted_only:
+        more |= {"accepted": buckets.digest, "totals": [order.total for order in buckets.orders]}
     return {
         "format": _FORMAT,
         "data": fingerprint,
@@ -57,7 +86,7 @@ def pack(
         "lanes": order.lanes,
         "window": order.window,
         "buckets": [list(shape) for shape in buckets.shapes],
-        **(accepted if buckets.accepted_only else {}),
+        **more,
         "step": step,
         "first": first,
         "states": [list(s) for s in states],
@@ -81,9 +110,24 @@ def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**head, "states": states}
 
 
+def takes_turns(position: dict[str, Any] | Sequence[dict[str, Any]] | None) -> bool | None:
+    """Whether a position is one of lanes that take turns at shards; None without one, or of no order."""
+    if not position:
+        return None
+    head = position if isinstance(position, dict) else position[0]
+    return None if head.get("order") == "resampled" else head.get("walk") == _TURNS
+
+
+def window_of(position: dict[str, Any] | Sequence[dict[str, Any]] | None) -> int | None:
+    """The shuffle window that a position was made with."""
+    if not position:
+        return None
+    return int((position if isinstance(position, dict) else position[0])["window"])
+
+
 def unpack(
     position: dict[str, Any] | Sequence[dict[str, Any]] | None,
-    order: Order,
+    order: Order | Turns,
     fingerprint: str,
     buckets: Buckets,
 ) -> tuple[int, list[LaneState]]:
@@ -122,10 +166,16 @@ def unpack(
             f"{[list(s) for s in buckets.shapes]}; restore data.image_size, the bucket settings and "
             "data.filter."
         )
-    states = [LaneState(s[0], s[1], list(s[2]) if len(s) > 2 else []) for s in whole["states"]]
+    states = [_state(*parts) for parts in whole["states"]]
     if buckets.accepted_only and whole.get("accepted") != buckets.digest:
         states = _rescaled(states, whole.get("totals", [order.total] * len(buckets.orders)), buckets)
     return int(whole["step"]), states
+
+
+def _state(
+    epoch: int, offset: int, deferred: Sequence[int] = (), mark: Sequence[Any] | None = None
+) -> LaneState:
+    return LaneState(epoch, offset, list(deferred), None if mark is None else Mark(*mark))
 
 
 def _rescaled(states: Sequence[LaneState], totals: Sequence[int], buckets: Buckets) -> list[LaneState]:

@@ -10,11 +10,12 @@ from here. So a run whose `data.captions` names such a column reads a shard's pa
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards.filter_values import OTHER, plain
+from data_pipeline.shards.identities import is_identity
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.records import text_of
 
@@ -88,6 +89,35 @@ def texts_beside(index: ShardIndex, names: Sequence[str], raw: bytes | None) -> 
         for name in wanted:
             found[name] = [table[name][rows[key]] if key in rows else None for key in keys]
     return found
+
+
+def check_json_suffices(
+    index: ShardIndex, wanted: Iterable[str], removing: bool, read: Callable[[str], bytes | None]
+) -> None:
+    """Raise DataError where the parquet has what json members of these samples lack, and it is needed.
+
+    While shards are read for the first time, only what is in the tar counts: an opt-out that stands beside it
+    must not be passed over.
+
+    Args:
+        index: of some samples of a shard, from the tar alone.
+        wanted: columns of filters and captions.
+        removing: whether identifying columns are wanted, too.
+        read: gives the file at a URL, None where there is none.
+    """
+    known = {*index.numbers, *index.codes, *index.hashes, *index.omitted, *index.extensions}
+    missing = set(wanted) - known
+    if not missing and not removing:
+        return
+    raw = read(parquet_of(index.shard))
+    if raw is None:
+        return
+    names = set(read_table(raw)) - known - {KEY}
+    if only := sorted(name for name in names if name in missing or (removing and is_identity(name))):
+        raise DataError(
+            f"{', '.join(only)} of {index.shard} stand in the parquet beside it alone, which is read with an "
+            "index: run `ldm data index` once, then train with data.order=indexed."
+        )
 
 
 def _member_keys(column: Sequence[Any], keys: Sequence[str]) -> Iterator[str]:

@@ -6,25 +6,29 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.errors import DataError, NoShards, NotATar
+from data_pipeline.errors import DataError, NoIndex, NoShards, NotATar, NotFound
 from data_pipeline.order.buckets import Buckets, make_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
+from data_pipeline.order.position import takes_turns, window_of
+from data_pipeline.order.turns import Turns, choose_turn_lanes
 from data_pipeline.shards.accepted import Accepted, count_accepted
 from data_pipeline.shards.build_index import build_index, is_current
 from data_pipeline.shards.filter_columns import check_captions, check_columns
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.grouping import IMAGE_EXTENSIONS
+from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, group
 from data_pipeline.shards.manifest import ManifestRow, bad_row, read_manifest
 from data_pipeline.shards.selection import picture_members, target_shapes
-from data_pipeline.storage.listing import ListedFile, list_files, spans
+from data_pipeline.shards.tars import scan
+from data_pipeline.storage.files import read_range
+from data_pipeline.storage.listing import ListedFile, list_files, look_up, spans
 from data_pipeline.storage.urls import (
     distinguishing_depth,
     join,
@@ -39,6 +43,9 @@ logger = logging.getLogger(__name__)
 Progress: TypeAlias = Callable[[str, int, int], object]
 """Called with what is done, for how many shards, of how many; again about once a second, news or not."""
 
+Position: TypeAlias = dict[str, Any] | Sequence[dict[str, Any]] | None
+_TRIED = 8
+_HEAD_BYTES = 1_000_000
 _SMALL = 2000
 """Up to this many shards are listed and checked at every start, and indexed on first use."""
 
@@ -69,13 +76,44 @@ class Dataset:
     """Changes with anything the order depends on but the seed and lanes."""
     name_depth: int
     """Parts of a URL that make its short name unique."""
+    unindexed: str = ""
+    """Why nothing but names is known of the shards, a sentence; empty where an index tells. Without one, what
+    stands for a shard above is empty, and `mean_bytes` is that of the first samples."""
 
     def sample_key(self, shard: int, key: str) -> str:
         """How a sample is called in traces, reject files and removal lists: `shard/key`."""
         return f"{shard_name(self.urls[shard], self.name_depth)}/{key}"
 
+    def walk(
+        self, config: DataConfig, *, seed: int, global_batch_size: int, position: Position = None
+    ) -> Order | Turns:
+        """Order of all samples, or turns at shards where there is no index or a run began without.
+
+        Raises DataError for lanes that do not fit.
+        """
+        before = takes_turns(position)
+        if not (self.unindexed or before):
+            return self.order(config, seed=seed, global_batch_size=global_batch_size)
+        if before is False:
+            raise DataError(
+                f"The checkpoint stopped in the order of an index. {self.unindexed} Go on with "
+                "data.order=indexed and an index of all shards, or start a new run with init_from."
+            )
+        lanes = choose_turn_lanes(config.lanes, global_batch_size, len(self.shard_of))
+        known = window_of(position) if before and not config.shuffle_window else None
+        window = known or choose_window(config.shuffle_window, lanes, self.mean_bytes)
+        return Turns(len(self.shard_of), seed, lanes, window)
+
+    def named(self) -> str:
+        """Fingerprint of the names alone: all that turns at shards depend on."""
+        digest = hashlib.sha256()
+        for entry in self.shard_of.tolist():
+            digest.update(f"{name_of(self.urls[entry])}\n".encode())
+        return digest.hexdigest()[:16]
+
     def order(self, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
-        """Order of all samples. Raises DataError for lanes that do not fit."""
+        """Order of all samples, by the index. Raises DataError for lanes that do not fit."""
+        assert not self.unindexed, self.unindexed
         total = int(self.counts.sum())
         if self.accepted is not None and total:
             total = int(self.accepted.aspects.sum(axis=1)[self.shard_of].sum())
@@ -89,11 +127,13 @@ class Dataset:
         window = choose_window(config.shuffle_window, lanes, self.mean_bytes)
         return Order(self.counts, seed, lanes, window)
 
-    def buckets(self, config: DataConfig, order: Order) -> Buckets:
+    def buckets(self, config: DataConfig, order: Order | Turns) -> Buckets:
         """Aspect-ratio buckets, or the one square shape. Raises DataError when they cannot be made.
 
-        order: that of all samples, from `order`
+        order: that of all samples, from `order` or `walk`
         """
+        if isinstance(order, Turns):
+            return Buckets(target_shapes(config), ())
         if not config.buckets:
             return Buckets(target_shapes(config), (order,))
         assert self.accepted is not None, "opened with buckets"
@@ -122,12 +162,31 @@ def untold(what: str, done: int, total: int) -> None:
     """Progress that nobody wants to hear of."""
 
 
-def open_dataset(config: DataConfig, *, progress: Progress = untold) -> Dataset:
+def open_dataset(config: DataConfig, *, progress: Progress = untold, at_once: bool = False) -> Dataset:
     """Find the shards and their index; small sets are checked and indexed on first use, which may take hours.
+
+    at_once: large sets that are mostly without an index are opened by their names alone, as all are with
+        data.order=streamed.
 
     Raises DataError: no shards, more that are not tars than data.max_bad_shards allows, a large set without
     an index, or a filter that is wrong or names columns that no shard has.
     """
+    if at_once and config.order == "streamed":
+        return _listed(config, "data.order=streamed uses none.")
+    try:
+        return _indexed(config, progress)
+    except NoIndex as error:
+        if not at_once or config.buckets:
+            raise
+        logger.warning(
+            "starting at once, without an index: %s Shards are read in turn and learned as they are met; "
+            "filters reject only what has been read.",
+            error,
+        )
+        return _listed(config, str(error))
+
+
+def _indexed(config: DataConfig, progress: Progress) -> Dataset:
     rule = Filter(config.filter)
     picture = picture_members(config)
     urls: list[str] = []
@@ -170,6 +229,62 @@ def open_dataset(config: DataConfig, *, progress: Progress = untold) -> Dataset:
     )
 
 
+def _listed(config: DataConfig, why: str) -> Dataset:
+    """The shards by their names, which are listed only where they are not spelled out."""
+    if config.buckets:
+        raise DataError(
+            "data.buckets needs an index, which says how many samples each shape has; set data.order=indexed."
+        )
+    Filter(config.filter)  # refused now rather than by each worker
+    timeout_s, urls, entries = config.request_timeout_s, list[str](), list[int]()
+    for source in sources_of(config):
+        named = spelled_out(source.shards)
+        found = named or [shard.url for shard in list_files(source.shards, timeout_s=timeout_s)]
+        entries += [len(urls) + i for _ in range(source.repeat) for i in range(len(found))]
+        urls += found
+    if len(set(urls)) != len(urls):
+        raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
+    dataset = Dataset(
+        urls=tuple(urls),
+        index_urls=(),
+        sizes=(),
+        versions=(),
+        checksums=(),
+        shard_of=np.asarray(entries, np.int64),
+        counts=np.zeros(0, np.int64),
+        mean_bytes=_first_bytes(urls, timeout_s),
+        accepted=None,
+        fingerprint="",
+        name_depth=distinguishing_depth(urls),
+        unindexed=why,
+    )
+    return replace(dataset, fingerprint=dataset.named())
+
+
+def _first_bytes(urls: Sequence[str], timeout_s: float) -> float:
+    """Mean size of the first samples of the first shard that is there and has some.
+
+    Raises NoShards where none of several has.
+    """
+    for url in urls[:_TRIED]:
+        try:
+            shard = look_up(url, timeout_s=timeout_s)
+            head = read_range(url, 0, min(shard.size, _HEAD_BYTES), timeout_s=timeout_s)
+        except NotFound:
+            continue
+        members = scan(partial(_part, head), len(head)).members
+        if samples := group(members).samples:
+            return sum(member.size for member in members) / len(samples)
+    raise NoShards(
+        f"None of the first {min(_TRIED, len(urls))} shards, from {urls[0]} on, is there and has samples; "
+        "correct data.shards."
+    )
+
+
+def _part(data: bytes, start: int, stop: int) -> bytes:
+    return data[start:stop]
+
+
 def _check_members(picture: Sequence[str], rows: Sequence[ManifestRow]) -> None:
     """Whether there are pictures at all, and a word about shards whose members lie apart."""
     members = Counter(extension for row in rows for extension in row.members)
@@ -206,7 +321,7 @@ def _open_source(
         known = read_manifest(folder)
         missing = [name for name in named if name not in known]
         if missing:
-            raise DataError(
+            raise _without_index(len(missing), len(named))(
                 f"{len(missing)} of the {len(named)} shards of {source.shards} have no index "
                 f"({spans(missing, named)}); run `ldm data index '{source.shards}' --workers 32` once."
             )
@@ -242,11 +357,16 @@ def _usable(config: DataConfig, source: SourceConfig, rows: Sequence[ManifestRow
     return [row for row in rows if not row.is_bad]
 
 
+def _without_index(shards: int, of: int) -> type[NoShards]:
+    """What it is that so many shards have no index: a set that has none, or one that has fallen behind."""
+    return NoIndex if 2 * shards > of else NoShards
+
+
 def _known_rows(source: SourceConfig, folder: str, shards: Sequence[ListedFile]) -> list[ManifestRow]:
     known = read_manifest(folder)
     stale = [s for s in shards if not is_current(s, known.get(s.url))]
     if stale:
-        raise NoShards(
+        raise _without_index(len(stale), len(shards))(
             f"{len(stale)} of the {len(shards)} shards of {source.shards} are new or changed; run "
             f"`ldm data index '{source.shards}' --workers 32` once."
         )

@@ -117,7 +117,8 @@ def open_held_out(
             "data.validation.share=0.01."
         )
     reading = _reading(config)
-    found = dataset if dataset is not None and not own.shards else _indexed(config, reading, progress)
+    known = dataset is not None and not own.shards and not dataset.unindexed
+    found = dataset if dataset is not None and known else _indexed(config, reading, progress)
     if own.shards:
         _check_apart(config, dataset, found)
     selection = make_selection(reading, removals=(), part="validation")

@@ -1,7 +1,7 @@
 """Reads one shard: its tar headers, its json members and the headers of its pictures become an index.
 
 scan                  tar headers, json members, headers of each picture; pixels are jumped over
-group, _assemble      members -> samples -> arrays
+group, assemble       members -> samples -> arrays
 _add_columns          fields of the json, by type
 _add_parquet          fields that only the parquet has; rows whose download failed
 """
@@ -70,14 +70,14 @@ def read_index(
         counts.update(requests=1, bytes=stop - start)
         return read_range(shard.url, start, stop, timeout_s=timeout_s, tries=tries)
 
-    found = scan(read, shard.size, look=_look)
+    found = scan(read, shard.size, look=look)
     if not found.is_tar:
         raise NotATar(not_a_tar(shard.url, read(0, min(shard.size, _HEAD)), found))
     try:
         grouping = group(found.members)
     except NotATar as error:
         raise NotATar(f"{shard.url}: {error}.") from error
-    index = _assemble(shard, found, grouping)
+    index = assemble(shard, found, grouping)
     _add_parquet(index, shard, counts)
     # Last, for these columns are ours whatever the json and the parquet have.
     index.choose_picture(IMAGE_EXTENSIONS)
@@ -97,7 +97,8 @@ def not_a_tar(url: str, head: bytes, found: TarScan) -> str:
     return f"{url} is not a tar archive ({what}); remove it or correct data.shards."
 
 
-def _assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardIndex:
+def assemble(shard: ListedFile, found: TarScan, grouping: Grouping) -> ShardIndex:
+    """Index of these samples of a shard, of which `look` has seen what is kept."""
     samples = grouping.samples
     extensions = tuple(sorted({e for sample in samples for e in sample.members}))
     rows = {extension: row for row, extension in enumerate(extensions)}
@@ -150,7 +151,7 @@ def _unreadable(samples: Sequence[Sample], found: TarScan) -> Iterator[str]:
             yield f"{len(bad)} {extension} members, first {bad[0][:80]!r}, are {what}"
 
 
-def _look(name: str, member: MemberBytes) -> Any:
+def look(name: str, member: MemberBytes) -> Any:
     """What the index keeps of a member: fields of the json, height and width, whether a text is blank."""
     extension = split_name(name)[1]
     if extension in ("txt", "caption"):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 BLOCK = 512
 _MAX_META = 1_000_000
@@ -64,12 +64,33 @@ class TarScan:
     is_tar: bool = True
     seen: dict[int, Any] = field(default_factory=dict)
     """What `look` made of a member, by its offset."""
+    lost: int = 0
+    """Links that lead to no member."""
+    rest: int | None = None
+    """Where the header of the member lies before which the walk was ended; None: it came to the end."""
+
+
+class Source(Protocol):
+    """Where the bytes of a tar come from while it is walked."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tar."""
+        ...
+
+    def get(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer at the end of the file. `start` never goes back behind a header."""
+        ...
+
+    def passed(self, length: int) -> None:
+        """The walk has gone past a member of so many bytes."""
+        ...
 
 
 class MemberBytes:
     """Reads within one member while its tar is scanned."""
 
-    def __init__(self, window: _Window, member: Member) -> None:
+    def __init__(self, window: Source, member: Member) -> None:
         self._window, self._offset, self.size = window, member.offset, member.size
 
     def read(self, start: int, stop: int) -> bytes:
@@ -129,10 +150,21 @@ def scan(
     were joined (`cat a.tar b.tar`) are read on. `look(name, member)` may read within each member; what it
     returns is kept.
     """
-    window = _Window(read, size, chunk)
-    found = TarScan()
+    return scan_part(_Window(read, size, chunk), look=look)
+
+
+def scan_part(
+    window: Source,
+    *,
+    look: Look = lambda name, member: None,
+    start: int = 0,
+    until: Callable[[str], bool] = lambda name: False,
+) -> TarScan:
+    """The same from the header at `start` on; before the first member of whose name `until` is true it ends,
+    and `TarScan.rest` says where that is."""
+    found, size = TarScan(), window.size
     entries: list[Member | _Link] = []
-    cut = _walk(window, found, entries, look)
+    cut = _walk(window, found, entries, look, start, until)
     if cut is not None and (cut > size or size == 0 or size % BLOCK):
         found.problems.append("the archive ends inside a block")
     if cut is not None:
@@ -143,9 +175,16 @@ def scan(
     return found
 
 
-def _walk(window: _Window, found: TarScan, entries: list[Member | _Link], look: Look) -> int | None:
+def _walk(
+    window: Source,
+    found: TarScan,
+    entries: list[Member | _Link],
+    look: Look,
+    position: int,
+    until: Callable[[str], bool],
+) -> int | None:
     """Collect all members and links; returns where they end when nothing follows, not even an end mark."""
-    position, said, ended = 0, _Said(), False
+    said, ended, begin = _Said(), False, position
     while position + BLOCK <= window.size:
         header = window.get(position, position + BLOCK)
         if header.count(0) == BLOCK:
@@ -155,6 +194,7 @@ def _walk(window: _Window, found: TarScan, entries: list[Member | _Link], look: 
                 said = _Said()  # another archive knows nothing of the first one's global headers
             if position + BLOCK > window.size:
                 return None
+            begin = position
             continue
         length = _checked_size(header)
         if length is None:
@@ -172,6 +212,9 @@ def _walk(window: _Window, found: TarScan, entries: list[Member | _Link], look: 
             said.add(kind, window.get(data, data + length))
         else:
             length, name = said.size(length), said.name(header)
+            if until(name):
+                found.rest = begin
+                return None
             if kind == b"1" and _has_data(window, data, length):
                 kind = b"0"
             if kind in _WITHOUT_DATA:
@@ -192,17 +235,18 @@ def _walk(window: _Window, found: TarScan, entries: list[Member | _Link], look: 
                 _note(found, look, window, member)
             window.passed(length)
             said.forget()
+            begin = data + -(-length // BLOCK) * BLOCK
         position = data + -(-length // BLOCK) * BLOCK
     return position
 
 
-def _note(found: TarScan, look: Look, window: _Window, member: Member) -> None:
+def _note(found: TarScan, look: Look, window: Source, member: Member) -> None:
     noticed = look(member.name, MemberBytes(window, member))
     if noticed is not None:
         found.seen[member.offset] = noticed
 
 
-def _past_zeros(window: _Window, position: int) -> int:
+def _past_zeros(window: Source, position: int) -> int:
     """The next block that is not zero, or the end."""
     while position + BLOCK <= window.size:
         data = window.get(position, position + _ZEROS)
@@ -213,7 +257,7 @@ def _past_zeros(window: _Window, position: int) -> int:
     return window.size - window.size % BLOCK
 
 
-def _has_data(window: _Window, data: int, length: int) -> bool:
+def _has_data(window: Source, data: int, length: int) -> bool:
     """Whether a hard link that gives a size brings the data again, as pax may, or another header follows."""
     header = window.get(data, data + BLOCK)
     return length > 0 and len(header) == BLOCK and any(header) and _checked_size(header) is None
@@ -240,6 +284,7 @@ def _follow(entries: list[Member | _Link], found: TarScan) -> list[Member]:
                 linked.append(found.members[-1])
         else:
             lost.append(entry.name)
+    found.lost = len(lost)
     if lost:
         found.problems.append(
             f"{len(lost)} links lead to no member of the archive, the first is {lost[0][:80]!r}; write it "

@@ -105,7 +105,8 @@ class ShardViews:
     ) -> None:
         """`capacity`: views that are kept; `with_identities`: also what only removal lists ask for."""
         self._with_identities = with_identities
-        self._dataset, self._selection, self._reader = dataset, selection, reader
+        self.selection = selection
+        self._dataset, self._reader = dataset, reader
         self._buckets = buckets
         self._capacity = capacity
         self._views: OrderedDict[int, Future[ShardView]] = OrderedDict()
@@ -138,17 +139,18 @@ class ShardViews:
     def _load(self, shard: int) -> ShardView:
         url = self._dataset.index_urls[shard]
         data = self._reader.read_all(url)
-        return self._view(decode_listed(data, url, self._dataset.checksums[shard]))
+        return self.of(decode_listed(data, url, self._dataset.checksums[shard]))
 
-    def _view(self, index: ShardIndex) -> ShardView:
-        index.choose_picture(self._selection.picture)
-        decided = self._selection.decide(index)
-        late = self._selection.undecided(index)
+    def of(self, index: ShardIndex) -> ShardView:
+        """View of the samples of an index, which may be some of a shard's."""
+        index.choose_picture(self.selection.picture)
+        decided = self.selection.decide(index)
+        late = self.selection.undecided(index)
         self.undecided |= {clause.text for clause in late.clauses} if late is not None else set()
         late_columns = {n: index.column(n) for n in sorted(late.columns)} if late is not None else {}
-        offsets, sizes = self._selection.extents(index)
-        if not self._selection.reads_json and late is None and "json" in self._selection.members:
-            offsets[self._selection.members.index("json")] = -1
+        offsets, sizes = self.selection.extents(index)
+        if not self.selection.reads_json and late is None and "json" in self.selection.members:
+            offsets[self.selection.members.index("json")] = -1
         accepted, rows = None, []
         if self._buckets.accepted_only:
             accepted = np.flatnonzero(decided.accepted)
@@ -157,7 +159,7 @@ class ShardViews:
         return ShardView(
             keys=index.keys,
             decided=decided,
-            members=self._selection.members,
+            members=self.selection.members,
             offsets=offsets,
             sizes=sizes,
             late=late,
@@ -172,7 +174,7 @@ class ShardViews:
         )
 
     def _texts(self, index: ShardIndex) -> dict[str, list[Any]]:
-        names, raw = self._selection.captions, None
+        names, raw = self.selection.captions, None
         if wanted := unkept(index, names):
             url = parquet_of(index.shard)
             try:

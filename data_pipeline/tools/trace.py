@@ -40,7 +40,7 @@ def trace(
     """Run the real loader for all ranks and yield (step, keys in global order)."""
     from data_pipeline.loader import build_loader
 
-    dataset = open_dataset(config) if config.order == "indexed" else None
+    dataset = None if config.order == "resampled" else open_dataset(config, at_once=True)
     loaders = []
     try:
         for rank in range(ranks):
@@ -75,7 +75,9 @@ def explain_step(
     if not 0 <= step < _MAX_STEP:
         raise DataError(f"--step is {step}; steps count from 0, and no run has {_MAX_STEP:,}.")
     if config.order != "indexed":
-        raise DataError("data.order=resampled has no index to explain a step from; `ldm data trace` runs it.")
+        raise DataError(
+            f"data.order={config.order} has no index to explain a step from; `ldm data trace` runs it."
+        )
     ledger = find_ledger(config, rejects)
     dataset = open_dataset(config)
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)

@@ -119,11 +119,12 @@ def check_samples(config: Config, env: DistributedEnv) -> list[Check]:
     """The share of the first samples that training will serve, by its own loader. Collective."""
     name = "samples"
     remedy = "correct the shards, data.filter or data.captions, or raise data.max_rejected_share."
-    indexed = config.data.order == "indexed"
+    ordered = config.data.order != "resampled"
     try:
         with LongWork() as work:
             dataset = collectives.worked_on_main_rank(
-                lambda tell: open_dataset(config.data, progress=tell) if indexed else None, work.told
+                lambda tell: open_dataset(config.data, progress=tell, at_once=True) if ordered else None,
+                work.told,
             )
     except Failure as error:
         return [Check(name, False, str(error), "correct data.shards or what the sentence names.")]

@@ -1,0 +1,305 @@
+"""The walk over shards that nobody has indexed: a lane reads one shard after the other, window by window.
+
+`lane_walk.py` plans by indexes: it knows the windows before their bytes. Here a window is known when it has
+been read, and the next one begins where it ends, so a lane has one plan at a time; the lanes have theirs
+together:
+
+    ShareStream.fill                 a step: per_lane usable samples of every lane      (share.py)
+      TurnWalk.next_visit            the lane's next sample, usable or not; the only place that waits
+        TurnWalker.plan              in a thread: the lane's next windows -> visits, their bytes in memory
+          Turns.entry                turn -> shard                                      (order/turns.py)
+          TarPieces.next             bytes -> samples and their index                   (shards/pieces.py)
+          ShardViews.of              index -> reasons against samples                   (shards/view.py)
+
+`state` is (turn, visits of it that are done, `Mark`): the mark says at which byte the window of the last
+visit begins and how many samples of the shard come before it. So whoever goes on from there, on any rank,
+reads one window again and knows the rest. What a shard holds, and how many, matters to its own lane alone.
+
+A shard that is no tar, is not there, was replaced under the lane's feet or does not answer while others do is
+left with one visit that says so (`shard/*` in the reject file), and the lane takes its next turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from functools import partial
+from itertools import count
+
+from data_pipeline.errors import (
+    AccessDenied,
+    DataError,
+    Failure,
+    NotATar,
+    NotFound,
+    ReadFailed,
+    Rejected,
+    Replaced,
+    StorageOutage,
+)
+from data_pipeline.feed.lane_walk import Visit
+from data_pipeline.feed.reads import Contents
+from data_pipeline.feed.task import ShareTask
+from data_pipeline.order.position import LaneState, Mark
+from data_pipeline.order.turns import MAX_SAMPLES, Turns
+from data_pipeline.shards.beside import check_json_suffices
+from data_pipeline.shards.pieces import Piece, TarPieces
+from data_pipeline.shards.view import ShardViews
+from data_pipeline.storage.editions import Edition
+from data_pipeline.storage.listing import ListedFile, look_up
+from data_pipeline.storage.ranges import Background, RangeReader
+from data_pipeline.storage.retry import pause_before
+
+logger = logging.getLogger(__name__)
+
+_MIN_PLAN = 64
+"""Samples of a plan at least, but of a lane's first, which somebody waits for."""
+_STEPS_AHEAD = 8
+_MAX_EMPTY = 1000
+"""Shards without a sample that a lane passes in a row, or two epochs of all."""
+_MAX_TOLD = 20
+_REST = "*"
+"""Key of the visit that stands for what is left of a shard."""
+_HOPELESS = 20_000
+"""Rejections in a row that a lane may have: two of img2dataset's shards."""
+
+
+class TurnWalk:
+    """One lane's samples, without end; used as `LaneWalk` is."""
+
+    bucket = 0
+
+    def __init__(self, lane: int, state: LaneState, walker: TurnWalker) -> None:
+        self.lane = lane
+        self.state = state
+        self.patience = _HOPELESS
+        self.turn, self.mark, self.skip_to = state.epoch, state.mark, state.offset
+        """Where the next plan begins: the turn, its window, and the visits of it that are done."""
+        if self.mark is not None and self.mark.first < 0:
+            self.next_turn()
+        self.pieces: TarPieces | None = None
+        self.planned = 0
+        self._walker = walker
+        self._plan: Future[list[Visit]] | None = None
+        self._visits: deque[Visit] = deque()
+
+    def __str__(self) -> str:
+        return f"the shards of lane {self.lane}"
+
+    def next_turn(self) -> None:
+        """Begin the next plan with another shard."""
+        self.turn, self.mark, self.skip_to, self.pieces = self.turn + 1, None, 0, None
+
+    def ready(self) -> int:
+        """Visits ahead."""
+        return len(self._visits)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the visits ahead."""
+        return sum(visit.num_bytes for visit in self._visits)
+
+    def is_idle(self) -> bool:
+        """Whether no plan is on its way; takes in what the last one gave."""
+        if self._plan is not None and self._plan.done():
+            self._take_in()
+        return self._plan is None
+
+    def _take_in(self) -> None:
+        assert self._plan is not None
+        self._visits.extend(self._plan.result())
+        self._plan = None
+
+    def plan_next(self) -> None:
+        """Start reading the next windows."""
+        assert self._plan is None
+        # The lane that has planned least comes first.
+        self._plan = self._walker.background.submit(float(self.planned), partial(self._walker.plan, self))
+
+    def next_visit(self) -> Visit:
+        """The next sample in order; call `done` or `defer` with it afterwards. Raises DataError."""
+        while not self._visits:
+            if self._plan is None:
+                self.plan_next()
+            self._take_in()
+        return self._visits.popleft()
+
+    def ordinal(self, visit: Visit) -> int:
+        """Identity of the visit among all of the run."""
+        return self._walker.turns.ordinal(visit.epoch, self.lane, visit.offset)
+
+    def done(self, visit: Visit) -> None:
+        """The visit was served or rejected: commit it."""
+        self.state.epoch, self.state.offset, self.state.mark = visit.epoch, visit.offset + 1, visit.mark
+
+    def defer(self, visit: Visit) -> None:
+        """Bytes are there with the visit, or there is none: nothing to be set aside."""
+        raise Rejected("unreadable")
+
+
+class TurnWalker:
+    """All lanes of one worker, with the reads, the views and the memory that they share."""
+
+    def __init__(
+        self, task: ShareTask, views: ShardViews, reader: RangeReader, background: Background
+    ) -> None:
+        assert isinstance(task.order, Turns)
+        self.turns = task.order
+        self.background = background
+        self._config = task.config
+        self._dataset = task.dataset
+        self._skip_ordinals = task.skip_ordinals
+        self._views, self._reader = views, reader
+        self._wanted = views.selection.filter.columns | set(views.selection.captions)
+        self._removing = bool(views.selection.removals)
+        self._least = max(_MIN_PLAN, task.per_lane)
+        self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
+        self._chunk = int(
+            min(task.config.read_ahead_bytes, max(1 << 18, self.turns.window * task.dataset.mean_bytes * 1.1))
+        )
+        self._left_out: dict[int, str] = {}
+        self._noting = threading.Lock()
+        self.walks = [
+            TurnWalk(lane, state.copy(), self) for lane, state in zip(task.lanes, task.states, strict=True)
+        ]
+
+    def read_ahead(self) -> None:
+        """Read further windows of the lanes that have fewest, while the memory budget lasts."""
+        idle = [walk for walk in self.walks if walk.is_idle()]
+        held = sum(walk.held_bytes for walk in self.walks)
+        for walk in sorted(idle, key=TurnWalk.ready):
+            # A lane without a visit gets some even over budget, or its next sample would be waited for.
+            if walk.ready() == 0 or (held < self._config.buffer_bytes and walk.ready() < self._enough):
+                walk.plan_next()
+                held += int(self._least * self._dataset.mean_bytes)
+
+    def plan(self, walk: TurnWalk) -> list[Visit]:
+        """The lane's next visits, their bytes in memory."""
+        visits: list[Visit] = []
+        least = self._least if walk.planned else 1
+        empty = 0
+        while len(visits) < least:
+            if empty > max(_MAX_EMPTY, 2 * self.turns.shards):
+                raise DataError("The shards hold no samples; check data.shards with `ldm data inspect`.")
+            turn, entry = walk.turn, self.turns.entry(walk.lane, walk.turn)
+            shard = int(self._dataset.shard_of[entry])
+            try:
+                begins = walk.pieces is None
+                walk.pieces = walk.pieces or self._open(shard, walk.mark)
+                piece = walk.pieces.next(self.turns.window_size(walk.lane, walk.pieces.first))
+                if piece is None:
+                    walk.next_turn()
+                    empty += 1
+                    continue
+                empty = 0
+                if begins:
+                    check_json_suffices(piece.index, self._wanted, self._removing, self._read_beside)
+                visits += self._visits(walk, turn, shard, piece)
+            except (NotATar, NotFound) as error:
+                visits.append(self._left(walk, shard, "bad_shard", error))
+            except Replaced as error:
+                visits.append(self._left(walk, shard, "shard_replaced", error))
+            except ReadFailed as error:
+                visits.append(self._left(walk, shard, "unreadable", error))
+        walk.planned += len(visits)
+        return visits
+
+    def _open(self, shard: int, mark: Mark | None) -> TarPieces:
+        """Windows of a shard, from a mark on.
+
+        Raises:
+            NotFound: it is not there.
+            Replaced: it has another content than when the mark was made.
+            StorageOutage: nothing has answered for data.patience_s.
+        """
+        url = self._dataset.urls[shard]
+        found = self._look_up(url)
+        if mark is not None and (mark.size, mark.version) != (found.size, found.version):
+            raise Replaced(f"{url} was replaced since the checkpoint was written")
+        read = partial(self._reader.read, url, expected=Edition(found.size, found.version))
+        first, byte = (mark.first, mark.byte) if mark is not None else (0, 0)
+        return TarPieces(read, found, first=first, byte=byte, chunk=self._chunk)
+
+    def _look_up(self, url: str) -> ListedFile:
+        began = time.monotonic()
+        for attempt in count(1):
+            try:
+                return look_up(url, timeout_s=self._config.request_timeout_s)
+            except (NotFound, AccessDenied, DataError):
+                raise
+            except Failure as error:
+                waited = time.monotonic() - began
+                if waited > self._config.patience_s:
+                    raise StorageOutage(f"{error} Nothing was found out for {waited:.0f} s.") from error
+                logger.warning("%s is not answered for since %.0f s: %s", url, waited, error)
+            time.sleep(pause_before(min(attempt, 9)))
+        raise AssertionError
+
+    def _read_beside(self, url: str) -> bytes | None:
+        """A whole small file; None where there is none."""
+        try:
+            return self._reader.read_all(url)
+        except ReadFailed as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
+    def _visits(self, walk: TurnWalk, turn: int, shard: int, piece: Piece) -> list[Visit]:
+        view = self._views.of(piece.index)
+        if piece.first + len(view.keys) > MAX_SAMPLES:
+            raise DataError(
+                f"{self._dataset.urls[shard]} has more than {MAX_SAMPLES:,} samples; cut it into several."
+            )
+        mark = Mark(piece.first, piece.byte, piece.index.size, piece.index.version)
+        rows = self.turns.shuffled(walk.lane, turn, piece.first, len(view.keys)).tolist()
+        visits = []
+        for slot, row in enumerate(rows):
+            offset = piece.first + slot
+            if offset < walk.skip_to:
+                continue
+            visit = Visit(
+                turn,
+                offset,
+                shard,
+                view.key(row),
+                view.reason(row),
+                slot=slot,
+                late=view.late_filter(row),
+                original=view.original(row),
+                beside=view.captions(row),
+                mark=mark,
+            )
+            if visit.reason is None and walk.ordinal(visit) in self._skip_ordinals:
+                visit.reason = "skipped"
+            if visit.reason is None:
+                contents: Contents = {}
+                places = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
+                for extension, (start, size) in zip(view.members, places, strict=True):
+                    if start >= 0:
+                        contents[slot, extension] = piece.read(start, start + size)
+                visit.hold(contents)
+            visits.append(visit)
+        return visits
+
+    def _left(self, walk: TurnWalk, shard: int, reason: str, why: Exception) -> Visit:
+        """The visit that stands for what is left of a shard, of which the lane takes leave.
+
+        Raises NotATar where there are too many that are no tars.
+        """
+        offset = walk.pieces.first if walk.pieces else walk.skip_to
+        with self._noting:
+            self._left_out[shard] = reason
+            told, bad = len(self._left_out), sum(r == "bad_shard" for r in self._left_out.values())
+        if told <= _MAX_TOLD:
+            logger.warning("left out: %s%s", why, " (further ones are not told)" if told == _MAX_TOLD else "")
+        if reason == "bad_shard" and bad > self._config.max_bad_shards * len(self._dataset.urls):
+            raise NotATar(
+                f"{why} {bad} of the {len(self._dataset.urls)} shards cannot be used so far; correct "
+                "data.shards, or raise data.max_bad_shards."
+            ) from why
+        visit = Visit(walk.turn, offset, shard, _REST, reason, mark=Mark(-1, 0, 0, ""))
+        walk.next_turn()
+        return visit

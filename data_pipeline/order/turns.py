@@ -1,0 +1,108 @@
+"""The order of shards of which only the names are known: lanes take turns at whole shards.
+
+`lanes.py` cuts an epoch into equal lanes, for which it must know how many samples every shard has, and so
+have read them all. Here a lane is a sequence of shards, and what a shard holds is learned when a lane comes
+to it:
+
+    epoch          0           |          1            | ...       3 shards A, B, C in a permutation of
+    shards         C   A   B   |   A   C   B           | ...       (seed, epoch), one epoch after the other
+    position       0   1   2   |   3   4   5           | ...
+    lane           0   1   0   |   1   0   1           | ...       position p belongs to lane p mod 2
+
+>>> turns = Turns(shards=3, seed=2, lanes=2, window=16)
+>>> for lane in range(2):
+...     print(*[f"{'ABC'[turns.entry(lane, turn)]} of epoch {turns.epoch(lane, turn)}," for turn in range(3)])
+C of epoch 0, B of epoch 0, C of epoch 1,
+A of epoch 0, A of epoch 1, B of epoch 1,
+
+Turn k of lane l is position k * lanes + l. So each shard comes once per epoch, in one lane, and with it each
+of its samples, whatever the shards hold and however many ranks read them. Lanes meet shards of different
+sizes, so they are not at the same position: while one ends an epoch, others have begun the next. No lane
+waits, and none falls behind for ever, since every lane has as many turns as any other, up to one.
+
+Inside a turn, windows of `window` samples are shuffled, as they lie in the tar; the first one of a turn is
+shorter by a part that depends on the lane, so that not all lanes begin a window at the same step. A window is
+known when its bytes have come: `first` samples came before it, and it has n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import DataError
+from data_pipeline.order.draws import Draw, fold, permutation
+from data_pipeline.order.lanes import divisors
+
+MAX_SAMPLES = 1 << 24
+"""Samples that a shard may have: so many ordinals belong to each turn."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The endless sequence of shards of every lane."""
+
+    shards: int
+    """Entries of an epoch, S (a shard of a repeated source is several)."""
+    seed: int
+    lanes: int
+    window: int
+
+    def __post_init__(self) -> None:
+        assert self.window >= 1
+        assert 1 <= self.lanes <= self.shards
+
+    @property
+    def total(self) -> int:
+        """What an epoch has of what is known of it: shards."""
+        return self.shards
+
+    def epoch(self, lane: int, turn: int) -> int:
+        """Epoch in which a lane has this turn."""
+        return (turn * self.lanes + lane) // self.shards
+
+    def entry(self, lane: int, turn: int) -> int:
+        """Entry of the epoch that a lane walks in this turn."""
+        epoch, place = divmod(turn * self.lanes + lane, self.shards)
+        return int(_permuted(self.seed, epoch, self.shards)[place])
+
+    def window_size(self, lane: int, first: int) -> int:
+        """Samples of the window that begins after `first` samples of a turn, if the shard has as many."""
+        return self.window if first else self.window - lane * self.window // self.lanes
+
+    def shuffled(self, lane: int, turn: int, first: int, size: int) -> NDArray[np.int64]:
+        """[size] rows of a window in the order in which they are visited, counted from its first."""
+        return permutation(fold(self.seed, turn, lane, first, int(Draw.WINDOW_ORDER)), size)
+
+    def ordinal(self, turn: int, lane: int, offset: int) -> int:
+        """Identity of one visit, unique over all epochs; `offset` counts the visits of a turn."""
+        return (turn * self.lanes + lane) * MAX_SAMPLES + offset
+
+
+@lru_cache(maxsize=4)  # lanes are in one epoch or the next
+def _permuted(seed: int, epoch: int, shards: int) -> NDArray[np.int64]:
+    return permutation(fold(seed, epoch, int(Draw.SHARD_ORDER)), shards)
+
+
+def choose_turn_lanes(requested: int, global_batch_size: int, shards: int) -> int:
+    """Number of lanes: `requested`, or the largest divisor of the batch that there are shards for.
+
+    Raises DataError when it does not divide the global batch or exceeds the number of shards.
+    """
+    if not requested:
+        return max(d for d in divisors(global_batch_size) if d <= shards)
+    if global_batch_size % requested:
+        valid = ", ".join(str(d) for d in divisors(global_batch_size) if d <= shards)
+        raise DataError(
+            f"data.lanes={requested} does not divide global_batch_size={global_batch_size}; choose one of "
+            f"{valid}."
+        )
+    if requested > shards:
+        raise DataError(
+            f"data.lanes={requested} exceeds the {shards} shards, and without an index each lane needs one "
+            "of its own; choose fewer lanes, or run `ldm data index` once."
+        )
+    return requested

@@ -1,0 +1,186 @@
+"""A tar that nobody has indexed, window by window, as its bytes come.
+
+    byte      0                      a                      b                     the end
+              [ window of n samples ][ window of n samples ][ fewer: the last ]
+    next(n)   index of these samples, their bytes in memory, and where the next one begins
+
+A window is a small shard: its index (`read_index.assemble`) is made from its headers and json members, so
+what is decided of its samples (filters, removal lists, sizes, the held-out share) is decided by the same code
+as with an index of the whole. Every byte is read once, in order. To begin at b, nothing before b is needed.
+
+A window ends before a member of another sample. Which members are one sample is seen by names alone, without
+those that are still to come: a new one begins where what precedes the first dot changes, or where an
+extension comes again behind it (`img.v2.jpg`, `img.v3.jpg`). Members of one sample that lie in different
+windows cannot be joined; they are refused, with the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from data_pipeline.errors import DataError, NotATar
+from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Sample, group, split_name, stem_of, tidy
+from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.read_index import assemble, look, not_a_tar
+from data_pipeline.shards.tars import scan_part
+from data_pipeline.storage.listing import ListedFile
+
+_SKIP = 8_000_000
+"""Bytes of a member that are not read along with its neighbours, but when they are asked for."""
+_HEAD = 512
+INDEX_IT = "run `ldm data index` once"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One window of a shard."""
+
+    first: int
+    """Samples of the shard before it."""
+    byte: int
+    """Where the header of its first member lies."""
+    index: ShardIndex
+    """Of its samples alone; offsets are those of the whole tar."""
+    read: Callable[[int, int], bytes]
+    """Bytes [start, stop) of the tar; those of the window are in memory until the next one is asked for."""
+
+
+class TarPieces:
+    """The windows of one shard, from one of them on.
+
+    read: gives bytes [start, stop) of the tar. shard: its URL, size and version. first, byte: see `Piece`.
+    chunk: bytes that are asked for at a time.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int], bytes],
+        shard: ListedFile,
+        *,
+        first: int = 0,
+        byte: int = 0,
+        chunk: int,
+    ) -> None:
+        self.shard = shard
+        self.first = first
+        self.problems: list[str] = []
+        """Defects that were met so far, a sentence each."""
+        self._byte: int | None = byte
+        self._held = _Held(read, shard.size, byte, chunk)
+        self._read = read
+        self._known: dict[int, bool] = {}  # hash of each key: whether its sample had a picture
+
+    def next(self, samples: int) -> Piece | None:
+        """The next window, of about so many samples; None when the tar has come to its end.
+
+        Raises:
+            NotATar: it is none.
+            DataError: members of one sample lie too far apart, or are links out of their window.
+        """
+        while self._byte is not None:
+            begin = self._byte
+            self._held.drop(begin)
+            found = scan_part(self._held, look=look, start=begin, until=_Ends(samples))
+            if begin == 0 and not found.is_tar:
+                head = self._read(0, min(self.shard.size, _HEAD))
+                raise NotATar(not_a_tar(self.shard.url, head, found))
+            self._byte = found.rest
+            grouping = group(found.members)
+            self.problems += [*found.problems, *grouping.problems]
+            if found.lost:
+                raise DataError(
+                    f"{self.shard.url} has links to members that lie far from them, which cannot be followed "
+                    f"while it is read for the first time; {INDEX_IT}."
+                )
+            self._check_whole(grouping.samples)
+            if grouping.samples:
+                index = assemble(self.shard, found, grouping)
+                index.choose_picture(IMAGE_EXTENSIONS)
+                piece = Piece(self.first, begin, index, self._held.get)
+                self.first += len(index)
+                return piece
+        return None
+
+    def _check_whole(self, samples: Sequence[Sample]) -> None:
+        """Raises DataError where other members of a sample were in an earlier window."""
+        pictured = {
+            hash(sample.key): any(name.rpartition(".")[2] in IMAGE_EXTENSIONS for name in sample.members)
+            for sample in samples
+        }
+        for sample in samples:
+            key = hash(sample.key)
+            # Twice with a picture are two samples.
+            if key in self._known and not (self._known[key] and pictured[key]):
+                raise DataError(
+                    f"The members of sample {sample.key[:80]!r} of {self.shard.url} lie apart, which cannot "
+                    f"be joined while it is read for the first time; {INDEX_IT}, or write the tar again with "
+                    "`tar --sort=name`."
+                )
+        self._known |= pictured
+
+
+class _Ends:
+    """Whether a member is the first that a window of so many samples does not hold; asked in their order."""
+
+    def __init__(self, samples: int) -> None:
+        self._left = samples
+        self._stem: str | None = None
+        self._key = ""
+        self._extensions: set[str] = set()
+
+    def __call__(self, name: str) -> bool:
+        name = tidy(name)
+        if not name:
+            return False
+        key, extension = split_name(name)
+        if stem_of(name) == self._stem:
+            within = key == self._key or key.startswith(f"{self._key}.")
+            if within or extension not in self._extensions:
+                self._extensions.add(extension)
+                return False
+        if self._left == 0:
+            return True
+        self._left -= 1
+        self._stem, self._key, self._extensions = stem_of(name), key, {extension}
+        return False
+
+
+class _Held:
+    """Bytes of a tar, read in order and kept until they are dropped; implements `tars.Source`.
+
+    Members of more than `_SKIP` bytes are jumped over: few filters keep them, and who wants one asks again.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int, start: int, chunk: int) -> None:
+        self.size = size
+        self._read, self._chunk = read, chunk
+        self._runs: list[tuple[int, bytearray]] = [(start, bytearray())]
+
+    def passed(self, length: int) -> None:
+        """Nothing: whatever the members' sizes, their bytes are wanted."""
+
+    def get(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer at the end of the tar."""
+        stop = min(stop, self.size)
+        first, data = self._runs[-1]
+        end = first + len(data)
+        if start >= first and stop > end:
+            if start - end > _SKIP:
+                first, data = start, bytearray()
+                self._runs.append((first, data))
+                end = start
+            data += self._read(end, min(self.size, max(stop, end + self._chunk)))
+        for first, data in self._runs:
+            if first <= start and stop <= first + len(data):
+                return bytes(data[start - first : stop - first])
+        return self._read(start, stop)
+
+    def drop(self, before: int) -> None:
+        """Forget what lies before this byte."""
+        first, data = self._runs[-1]
+        if before - first > len(data):
+            self._runs = [(before, bytearray())]
+        else:
+            del data[: max(0, before - first)]
+            self._runs = [(max(first, before), data)]

@@ -1,0 +1,378 @@
+"""Shards that nobody has indexed: one global order at any layout and restart, each sample once per epoch."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig
+from data_pipeline.errors import DataError, NoShards, NotATar
+from data_pipeline.loader import build_loader, check_layout, merge_positions, open_dataset
+from data_pipeline.order.turns import MAX_SAMPLES, Turns
+from data_pipeline.shards.build_index import build_index
+from data_pipeline.shards.pieces import TarPieces
+from data_pipeline.storage.listing import ListedFile, list_files
+
+BATCH = 12
+LANES = 6
+
+
+def config_for(url: str, **changes: Any) -> DataConfig:
+    given = {"image_size": 16, "workers": 0, "shuffle_window": 5, "order": "streamed", "lanes": LANES}
+    return DataConfig(**{"shards": url, **given, **changes})
+
+
+def run(config: DataConfig, steps: int, *, ranks: int = 1, position: Any = None, seed: int = 3):
+    """Global batches (keys, ordinals, pixels) of `steps` steps, and the position after the last."""
+    loaders = [
+        build_loader(config, seed=seed, global_batch_size=BATCH, rank=r, world_size=ranks, position=position)
+        for r in range(ranks)
+    ]
+    out = []
+    for _ in range(steps):
+        parts = [next(loader) for loader in loaders]
+        keys = [k for p in parts for k in p.keys]
+        pixels = torch.cat([p.pixels for p in parts])
+        out.append((keys, torch.cat([p.ordinals for p in parts]).tolist(), pixels.tolist()))
+        position = merge_positions([json.loads(json.dumps(p.position)) for p in parts])
+    rejected = sum((loader.rejected for loader in loaders), Counter())
+    for loader in loaders:
+        loader.close()
+    return out, position, rejected
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    counts=st.lists(st.integers(0, 15), min_size=6, max_size=9).filter(lambda c: sum(c) >= 24),
+    layouts=st.lists(st.sampled_from([1, 2, 3, 6]), min_size=1, max_size=4),
+    stop=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    corrupt=st.sets(st.integers(0, 30), max_size=6),
+    filtered=st.booleans(),
+    window=st.integers(1, 9),
+)
+def test_order_survives_layouts_restarts_filters_and_corruption(
+    tmp_path_factory, write_shards, counts, layouts, stop, seed, corrupt, filtered, window
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    names = [f"{s:05d}/{s:05d}{i:04d}" for s, n in enumerate(counts) for i in range(n)]
+    write_shards(folder, counts, corrupt=frozenset(names[i] for i in corrupt if i < len(names)))
+    config = config_for(
+        str(folder / "*.tar"), shuffle_window=window, filter="score < 0.85" if filtered else ""
+    )
+    whole, _, _ = run(config, stop * len(layouts), seed=seed)
+    parts, position = [], None
+    for ranks in layouts:  # killed after so many steps, again and again, at other numbers of ranks
+        some, position, _ = run(config, stop, ranks=ranks, position=position, seed=seed)
+        parts += some
+    assert parts == whole
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_each_sample_comes_once_per_epoch_or_is_counted(tmp_path: Path, write_shards, filtered: bool) -> None:
+    """Over whole epochs of all lanes, with a kill after every step and other ranks after each."""
+    bad = frozenset({"00001/000010003", "00000/000000000"})
+    counts = [9, 4, 15, 1, 0, 7, 11]
+    keys = write_shards(tmp_path, counts, corrupt=bad)
+    rejects = tmp_path / "rejects-{rank}.jsonl"
+    config = config_for(
+        str(tmp_path / "*.tar"), filter="score < 0.75" if filtered else "", reject_file=str(rejects)
+    )
+    epochs, visits, position = 3, Counter[tuple[int, str]](), None
+    for ranks in itertools.cycle([1, 2, 6, 3]):
+        batches, position, _ = run(config, 1, ranks=ranks, position=position)
+        for served, ordinals, _ in batches:
+            visits.update(
+                (ordinal // MAX_SAMPLES // len(counts), key)
+                for key, ordinal in zip(served, ordinals, strict=True)
+            )
+        lanes = [state[0] * LANES + lane for lane, state in enumerate(position["states"])]
+        if min(lanes) >= epochs * len(counts):
+            break
+    records = [json.loads(line) for file in tmp_path.glob("rejects-*") for line in file.open()]
+    again = Counter((r["ordinal"], r["key"], r["reason"]) for r in records)
+    visits.update((ordinal // MAX_SAMPLES // len(counts), key) for ordinal, key, _ in again)
+    assert {reason for _, _, reason in again} == {"not_an_image"} | (
+        {"filter: score < 0.75"} if filtered else set()
+    )
+    for epoch in range(epochs):
+        assert {k: visits[epoch, k] for k in keys} == dict.fromkeys(keys, 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shards=st.integers(1, 40), divisor=st.integers(1, 40), seed=st.integers(0, 9), epochs=st.integers(1, 4)
+)
+def test_turns_give_each_shard_to_one_lane_in_each_epoch(
+    shards: int, divisor: int, seed: int, epochs: int
+) -> None:
+    lanes = min(shards, divisor)
+    turns = Turns(shards, seed, lanes, window=8)
+    seen: Counter[tuple[int, int]] = Counter()
+    for turn in range(-(-epochs * shards // lanes)):
+        for lane in range(lanes):
+            seen[turns.epoch(lane, turn), turns.entry(lane, turn)] += 1
+    for epoch in range(epochs):
+        assert [seen[epoch, entry] for entry in range(shards)] == [1] * shards
+    ordinals = [turns.ordinal(turn, lane, 7) for turn in range(5) for lane in range(lanes)]
+    assert len({ordinal // MAX_SAMPLES for ordinal in ordinals}) == len(ordinals)
+
+
+def visited_first(shards: int, lanes: int, seed: int) -> list[int]:
+    """The shards that lanes walk first."""
+    return [Turns(shards, seed, lanes, window=5).entry(lane, 0) for lane in range(lanes)]
+
+
+def test_the_first_batches_of_a_large_set_read_the_shards_of_their_lanes_alone(
+    tmp_path: Path, write_shards, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 5000 shards only those that the lanes walk first exist: nothing asks for the others."""
+    first = visited_first(5000, LANES, seed=3)
+    for shard in {0, *first}:  # the first tells how large samples are
+        write_shards(tmp_path, [150], first=shard)
+    url = f"{tmp_path}/{{00000..04999}}.tar"
+    config = config_for(url, order="indexed")  # the default: a set of this size is not indexed by itself
+    batches, position, rejected = run(config, 5, ranks=2)
+    assert Counter(key.split("/")[0] for keys, _, _ in batches for key in keys) == {
+        f"{shard:05d}": 10 for shard in first
+    }
+    assert not rejected
+    assert "starting at once, without an index: 5000 of the 5000 shards" in caplog.text
+    assert not (tmp_path / "_index").exists()
+    rest, _, _ = run(config, 2, ranks=3, position=position)
+    assert batches[:3] + batches[3:] + rest == run(config, 7)[0]
+
+
+def test_a_run_that_began_without_an_index_goes_on_when_there_is_one(tmp_path: Path, write_shards) -> None:
+    write_shards(tmp_path, [9, 12, 15, 11, 8, 14, 13])
+    streamed = config_for(str(tmp_path), shuffle_window=0)
+    whole, _, _ = run(streamed, 9)
+    some, position, _ = run(streamed, 4, ranks=2)
+    indexed = config_for(str(tmp_path), order="indexed", shuffle_window=0)
+    assert open_dataset(indexed).counts.tolist() == [9, 12, 15, 11, 8, 14, 13]
+    rest, _, _ = run(indexed, 5, ranks=3, position=position)
+    assert some + rest == whole
+    began, position, _ = run(indexed, 2)  # a new run takes the order of the index
+    assert began != whole[:2]
+    with pytest.raises(
+        DataError, match=r"stopped in the order of an index\. data.order=streamed uses none\. Go on with"
+    ):
+        run(streamed, 1, position=position)
+
+
+def served_in_an_epoch(config: DataConfig) -> set[str]:
+    """Keys of the first epoch, whichever order they come in."""
+    loader = build_loader(config, seed=5, global_batch_size=BATCH)
+    dataset = open_dataset(config, at_once=True)
+    per_epoch = len(dataset.urls) * MAX_SAMPLES if dataset.unindexed else int(dataset.counts.sum())
+    served: set[str] = set()
+    with loader:
+        while True:
+            batch = next(loader)
+            ordinals = batch.ordinals.tolist()
+            served |= {key for key, o in zip(batch.keys, ordinals, strict=True) if o < per_epoch}
+            if min(ordinals) >= per_epoch:  # every lane is in the next epoch
+                return served
+
+
+def test_filters_removals_and_the_held_out_share_decide_as_with_an_index(
+    tmp_path: Path, write_shards
+) -> None:
+    keys = write_shards(tmp_path / "shards", [20, 25, 30, 22, 27, 24, 21])
+    gone = [*keys[3:40:9], *(f"http://x.invalid/{key.split('/')[1]}" for key in keys[50:90:11])]
+    (tmp_path / "gone.txt").write_text("\n".join(gone))
+    choices = {
+        "filter": "score < 0.75 and width >= 20 and not missing(url)",
+        "removal_lists": (str(tmp_path / "gone.txt"),),
+        "validation": HeldOutConfig(share=0.2),
+    }
+    url = str(tmp_path / "shards")
+    streamed = served_in_an_epoch(config_for(url, **choices))
+    assert streamed == served_in_an_epoch(config_for(url, order="indexed", **choices))
+    assert 40 < len(streamed) < 0.7 * len(keys)
+    assert not streamed & set(keys[3:40:9])
+    assert not streamed & set(keys[50:90:11])
+
+
+def test_a_source_with_repeat_comes_so_often(tmp_path: Path, write_shards) -> None:
+    rare = [f"a/{key}" for key in write_shards(tmp_path / "a", [5, 4, 3])]
+    common = [f"b/{key}" for key in write_shards(tmp_path / "b", [7, 8, 9])]
+    sources = (SourceConfig(str(tmp_path / "a"), repeat=3), SourceConfig(str(tmp_path / "b")))
+    visits: Counter[str] = Counter()
+    with build_loader(config_for("", sources=sources), seed=1, global_batch_size=BATCH) as loader:
+        while True:
+            batch = next(loader)
+            places = [ordinal // MAX_SAMPLES for ordinal in batch.ordinals.tolist()]
+            visits.update(key for key, place in zip(batch.keys, places, strict=True) if place < 12)
+            if min(places) >= 12:  # twelve entries are an epoch
+                break
+    assert visits == Counter(dict.fromkeys(rare, 3) | dict.fromkeys(common, 1))
+
+
+def pieces_of(path: Path, window: int, chunk: int, counts: Counter[int], **begin: int) -> Iterator[Any]:
+    body = path.read_bytes()
+
+    def read(start: int, stop: int) -> bytes:
+        counts.update(range(start, stop))
+        return body[start:stop]
+
+    pieces = TarPieces(read, ListedFile(str(path), len(body), "v"), chunk=chunk, **begin)
+    while (piece := pieces.next(window)) is not None:
+        index = piece.index
+        places = zip(*index.extents("txt"), strict=True) if "txt" in index.extensions else []
+        texts = [piece.read(int(start), int(start + size)) for start, size in places]
+        yield piece.first, piece.byte, [key.decode() for key in index.keys], texts
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_is_read_once_and_from_any_window_on(tmp_path: Path, write_tar, kind: int) -> None:
+    """Names that need headers of their own, dots in keys, members that come again, joined archives."""
+    long = "x" * 120 if kind != tarfile.USTAR_FORMAT else "x" * 90
+    names = [f"img.v{i}" for i in range(5)] + [f"{long}{i}" for i in range(4)] + ["k", "z.1", "z.2"]
+    members = [
+        (f"{name}.{extension}", f"{name} {extension}".encode() * 40)
+        for name in names
+        for extension in (["jpg", "mask.png", "t5.npy", "txt"] if name == "k" else ["jpg", "txt"])
+    ]
+    write_tar(tmp_path / "a.tar", members, format=kind)
+    write_tar(tmp_path / "b.tar", [("~.jpg", b"p"), ("~.txt", b"t")], format=kind)
+    joined = tmp_path / "ab.tar"
+    joined.write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    counts: Counter[int] = Counter()
+    whole = list(pieces_of(joined, 3, 1500, counts))
+    assert [key for piece in whole for key in piece[2]] == [*names, "~"]
+    assert [text for piece in whole for text in piece[3]] == [
+        *(f"{name} txt".encode() * 40 for name in names),
+        b"t",
+    ]
+    assert [len(piece[2]) for piece in whole[:-1]] == [3] * (len(whole) - 1)
+    assert set(counts.values()) == {1}
+    for at, piece in enumerate(whole):
+        for chunk in (600, 100_000):
+            assert list(pieces_of(joined, 3, chunk, Counter(), first=piece[0], byte=piece[1])) == whole[at:]
+
+
+def test_what_cannot_be_joined_while_it_is_streamed_is_refused(tmp_path: Path, write_tar) -> None:
+    pictures = [(f"{i:02d}.jpg", b"p") for i in range(9)]
+    texts = [(f"{i:02d}.txt", b"t") for i in range(9)]
+    write_tar(tmp_path / "apart.tar", pictures + texts)
+    with pytest.raises(DataError, match=r"sample '00' of .*apart.tar lie apart.*run `ldm data index` once"):
+        list(pieces_of(tmp_path / "apart.tar", 3, 1500, Counter()))
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        for name, content in pictures:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("zz.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "00.jpg"
+        tar.addfile(link)
+    with pytest.raises(DataError, match=r"links.tar has links .*run `ldm data index` once"):
+        list(pieces_of(tmp_path / "links.tar", 3, 1500, Counter()))
+
+
+def shards_with(tmp_path: Path, write_shards, counts: Sequence[int]) -> str:
+    write_shards(tmp_path / "shards", list(counts))
+    return f"{tmp_path}/shards/{{00000..{len(counts) - 1:05d}}}.tar"
+
+
+def test_shards_that_cannot_be_used_are_left_out_and_told(
+    tmp_path: Path, write_shards, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = shards_with(tmp_path, write_shards, [9] * 10)
+    (tmp_path / "shards" / "00003.tar").write_bytes(b"<html>moved</html>")
+    (tmp_path / "shards" / "00007.tar").unlink()
+    config = config_for(url, max_bad_shards=0.2, reject_file=str(tmp_path / "rejects.jsonl"))
+    batches, _, rejected = run(config, 8)  # more than the eight shards hold
+    served = {key.split("/")[0] for keys, _, _ in batches for key in keys}
+    assert served == {f"{i:05d}" for i in range(10)} - {"00003", "00007"}
+    assert rejected["bad_shard"] >= 2
+    assert "00003.tar is not a tar archive (it is a web page)" in caplog.text
+    told = [json.loads(line) for line in (tmp_path / "rejects.jsonl").open()]
+    assert {"00003/*", "00007/*"} <= {record["key"] for record in told}
+    assert run(config, 3)[0] + run(config, 5, ranks=3, position=run(config, 3)[1])[0] == batches
+    with pytest.raises(NotATar, match=r"2 of the 10 shards cannot be used so far.*data.max_bad_shards"):
+        run(config_for(url, max_bad_shards=0.1), 8)
+    with pytest.raises(NoShards, match=r"None of the first 8 shards, from .*nowhere"):
+        open_dataset(config_for(f"{tmp_path}/nowhere/{{00000..00009}}.tar"), at_once=True)
+
+
+def test_a_shard_that_was_replaced_is_not_read_on_at_the_old_place(tmp_path: Path, write_shards) -> None:
+    url = shards_with(tmp_path, write_shards, [30] * 6)
+    config = config_for(url)
+    whole, _, _ = run(config, 20)
+    _, position, _ = run(config, 2)
+    lane = 1
+    shard = visited_first(6, LANES, seed=3)[lane]
+    write_shards(tmp_path / "shards", [31], first=shard)
+    rest, _, rejected = run(config, 3, position=position)
+    assert rejected == {"shard_replaced": 1}
+    for before, now in zip(whole[2:5], rest, strict=True):
+        for slot in range(BATCH):
+            is_its = slot // (BATCH // LANES) == lane
+            assert (before[0][slot] == now[0][slot]) != is_its
+            assert is_its == (now[0][slot].split("/")[0] != f"{shard:05d}" != before[0][slot] and is_its)
+
+
+def test_an_opt_out_that_stands_in_the_parquet_alone_is_not_passed_over(tmp_path: Path, write_shards) -> None:
+    url = shards_with(tmp_path, write_shards, [9] * 6)
+    (tmp_path / "gone.txt").write_text("0" * 64)
+    keys = [f"00000{i:04d}" for i in range(9)]
+    for shard in range(6):
+        table = {"key": [k.replace("00000", f"{shard:05d}", 1) for k in keys], "url": ["u"] * 9}
+        pq.write_table(pa.table(table), tmp_path / "shards" / f"{shard:05d}.parquet")
+    config = config_for(url, removal_lists=(str(tmp_path / "gone.txt"),))
+    run(config, 1)  # what the parquet has, the json has
+    table["sha256"] = ["1" * 64] * 9
+    pq.write_table(pa.table(table), tmp_path / "shards" / "00004.parquet")
+    with pytest.raises(DataError, match=r"sha256 of .*00004.tar stand in the parquet .*run `ldm data index`"):
+        run(config, 1)
+    with pytest.raises(DataError, match=r"sha256 of .*00004.tar stand in the parquet"):
+        run(config_for(url, filter="missing(sha256)"), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"buckets": True, "bucket_step": 8}, "data.buckets needs an index"),
+        ({"lanes": 12}, "data.lanes=12 exceeds the 6 shards"),
+        ({"lanes": 5}, "data.lanes=5 does not divide global_batch_size=12; choose one of 1, 2, 3, 4, 6"),
+    ],
+)
+def test_what_needs_an_index_says_so(
+    tmp_path: Path, write_shards: Callable[..., Any], changes: dict[str, Any], sentence: str
+) -> None:
+    config = config_for(shards_with(tmp_path, write_shards, [3] * 6), **changes)
+    with pytest.raises(DataError, match=sentence):
+        check_layout(
+            config, open_dataset(config, at_once=True), seed=1, global_batch_size=BATCH, world_size=1
+        )
+
+
+def test_an_index_that_is_there_is_used(tmp_path: Path, write_shards, monkeypatch) -> None:
+    """Sets of any size: with a whole index the order is that of the index, as ever."""
+    write_shards(tmp_path / "shards", [9, 12, 15])
+    monkeypatch.setattr("data_pipeline.shards.dataset._SMALL", 2)
+    config = config_for(f"{tmp_path}/shards/{{00000..00002}}.tar", order="indexed", lanes=3)
+    assert open_dataset(config, at_once=True).unindexed
+    with pytest.raises(NoShards, match=r"3 of the 3 shards .* have no index .*run `ldm data index"):
+        open_dataset(config)  # who needs the index is told so
+    index = str(tmp_path / "shards" / "_index")
+    build_index(list_files(str(tmp_path / "shards"))[:2], index)
+    with pytest.raises(NoShards, match=r"1 of the 3 shards .* have no index \(00002.tar\)"):
+        open_dataset(config, at_once=True)  # one that has fallen behind is told, too
+    build_index(list_files(str(tmp_path / "shards")), index)
+    dataset = open_dataset(config, at_once=True)
+    assert (dataset.unindexed, dataset.counts.tolist()) == ("", [9, 12, 15])
