@@ -361,8 +361,7 @@ def _at_least(value: int, least: int, flag: str) -> None:
 def _updater(bar: tqdm[Any]) -> Callable[[int, int], None]:
     def update(done: int, total: int) -> None:
         bar.total = total
-        bar.n = done
-        bar.refresh()
+        bar.update(done - bar.n)  # which decides when it is time to show it
 
     return update
 

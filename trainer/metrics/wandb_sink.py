@@ -50,7 +50,7 @@ class WandbSink:
         self._wandb = wandb
         mode = config.wandb
         if mode == "online":
-            _check_key()
+            check_key("logging.wandb=online", "use logging.wandb=offline")
         self._id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         arguments: dict[str, Any] = {
             "project": config.wandb_project,
@@ -99,18 +99,18 @@ class WandbSink:
         self._run.finish()
 
 
-def _check_key() -> None:
+def check_key(what: str, instead: str) -> None:
+    """Raises ConfigError: `what` needs a key, and there is none, or no key at all; `instead`: another way."""
     key = os.environ.get("WANDB_API_KEY", "")
     has_netrc = os.path.exists(os.path.expanduser(os.environ.get("NETRC", "~/.netrc")))
     if not key and not has_netrc:
         raise ConfigError(
-            "logging.wandb=online needs WANDB_API_KEY in the environment (or `wandb login`); set it, or use "
-            "logging.wandb=offline."
+            f"{what} needs WANDB_API_KEY in the environment (or `wandb login`); set it, or {instead}."
         )
     if key and len(key.rpartition("-")[2]) < 40:
         raise ConfigError(
             f"WANDB_API_KEY has {len(key)} characters where W&B keys have at least 40; copy it again from "
-            "wandb.ai/authorize, or use logging.wandb=offline."
+            f"wandb.ai/authorize, or {instead}."
         )
 
 

@@ -29,6 +29,8 @@ EVENT_COLOURS = {
     "save failed": "#d62728",
     "storage outage": "#d62728",
     "slow rank": "#ff7f0e",
+    "slower": "#ff7f0e",
+    "waiting for data": "#ff7f0e",
     "validation not finite": "#ff7f0e",
     "resume changed": "#9467bd",
     "resume": "#7f7f7f",

@@ -17,6 +17,15 @@ from trainer.metrics.jsonl import JSONLWriter, read_records
 from trainer.report.figures import column, figures, running_median
 from trainer.report.page import previews, write_page
 
+RECORDED = (
+    *("adaptive_weight", "checkpoint/blocked_s", "checkpoint/bytes", "checkpoint/waited_s", "data_wait"),
+    *("discriminator", "eval/fd_random", "generator", "grad_norm", "images_per_s", "kl", "learning_rate"),
+    *("loss", "loss/bin_0", "memory_gib", "nll", "perceptual", "rejected/held_out", "served_share"),
+    *("slow_ranks", "step_s", "storage/requests", "time/data_s", "time/unet_s", "validation/bin_0"),
+    *("validation/loss", "validation/psnr", "validation/raw_loss"),
+)
+"""By `ldm demo` and its evaluator, some of many."""
+
 
 def record(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "samples_seen": 8 * step, "time": 1_000.0 + step, **more}
@@ -140,3 +149,44 @@ def test_the_command_says_where_the_page_is(run_dir: Path, capsys: pytest.Captur
     assert main(["report", str(run_dir / "samples")]) == 2
     assert "holds no records of a run" in capsys.readouterr().err
     assert main(["report", str(run_dir), "--pictures", "-1"]) == 2
+
+
+def test_a_workspace_shows_what_runs_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The columns are those that the two runs of the demo record; W&B's library checks the schema."""
+    out = tmp_path / "workspace.json"
+    assert main(["report", "--workspace", "team/sd2", "--out", str(out)]) == 0
+    view = json.loads(out.read_text())
+    assert (view["entity"], view["project"]) == ("team", "sd2")
+    sections = view["spec"]["section"]["panelBankConfig"]["sections"]
+    panels = [panel for section in sections for panel in section["panels"]]
+    curves = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
+    assert {curve["xAxis"] for curve in curves} == {"samples_seen"}
+    empty = [
+        curve["chartTitle"]
+        for curve in curves
+        if not set(curve["metrics"] or ()) <= set(RECORDED)
+        or (curve["metricRegex"] and not any(re.search(curve["metricRegex"], name) for name in RECORDED))
+    ]
+    assert empty == []
+    assert [panel["config"]["mediaKeys"] for panel in panels if panel["viewType"] == "Media Browser"] == [
+        ["preview"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--workspace", "team"], "write ENTITY/PROJECT"),
+        (["--workspace", "a/b/c"], "write ENTITY/PROJECT"),
+        (["--workspace", "team/sd2"], "needs WANDB_API_KEY"),
+        (["run", "--workspace", "team/sd2"], "name a RUN"),
+        ([], "name a RUN"),
+    ],
+)
+def test_mistakes_about_a_workspace(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
+    assert main(["report", *words]) == 2
+    assert said in capsys.readouterr().err
