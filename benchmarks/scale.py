@@ -47,8 +47,10 @@ from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.io import load_config
 from trainer.distributed import deepspeed_engine  # noqa: F401 - so that the ranks need not import it
 from trainer.distributed.env import DistributedEnv
+from trainer.first_stage.build import build_first_stage, first_stage_tensors
 from trainer.metrics.sinks import Sinks
-from trainer.model import count_parameters
+from trainer.model import build_model, count_parameters
+from trainer.weights import write_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY, LOG_EVERY = 6, 4
@@ -60,6 +62,12 @@ PLAIN_STEP = 10
 SAMPLES_PER_RANK = 2
 IDEAL_BYTES = 2 + 2
 """Of each parameter in a step: its gradient in bf16 to the rank that updates it, and the weight back."""
+NETWORKS = (
+    "first_stage={name: kl, base_channels: 8, channel_multipliers: [1], num_res_blocks: 1, num_groups: 4}",
+    "unet={model_channels: 8, channel_multipliers: [1, 2], num_res_blocks: 1, attention_factors: []}",
+    "unet={num_groups: 4, head_dim: 8}",
+    "first_stage.latent_scale=1",
+)
 CALLS = (
     *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"),
     *("all_gather_single", "reduce_scatter_single"),  # what torch 2.14 calls these two
@@ -78,16 +86,20 @@ class Storage(ThreadingHTTPServer):
         self.upstream, self.delay_s = upstream, delay_s
         self.phase = "start"
         self.counts: Counter[str] = Counter()
+        self.weights_bytes: Counter[str] = Counter()
+        """Of the files that a run begins with, by phase."""
         self.committed: dict[str, float] = {}
         """Seconds from the last shard of a checkpoint to its manifest, by key of the manifest."""
         self.last_shard_s = 0.0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def note(self, command: str, path: str) -> None:
-        """One request."""
+    def note(self, command: str, path: str, num_bytes: int) -> None:
+        """One request, and the bytes of its answer."""
         kind = _kind(command, path)
         with self.lock:
+            if kind == "GET weights":
+                self.weights_bytes[self.phase] += num_bytes
             self.counts[f"{self.phase}: {kind}"] += 1
             if kind == "PUT shard":
                 self.last_shard_s = time.monotonic()
@@ -121,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = upstream.getresponse()
         data = answer.read()
         upstream.close()
-        self.server.note(self.command, self.path)
+        self.server.note(self.command, self.path, len(data))
         size = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))
         self._answer(answer.status, answer.getheaders(), data, size)
 
@@ -146,6 +158,8 @@ def _kind(command: str, path: str) -> str:
         "journal": "healing",
         "STOP": "STOP",
     }
+    if "/weights/" in path:
+        return f"{command} weights"
     known = next((kind for kind, begin in kinds.items() if key.startswith(begin)), None)
     if known == "shard" and key.endswith(".receipt"):
         known = "receipt"
@@ -241,16 +255,20 @@ def launch(ranks: int, overrides: list[str], folder: Path, mark: str) -> list[di
                 traceback.print_exc()
             os._exit(status)
         children.append(child)
-    failed = [rank for rank, child in enumerate(children) if os.waitpid(child, 0)[1] != 0]
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    failed = [rank for rank, end in enumerate(ends) if end]
     if failed:
-        raise SystemExit(f"rank {failed[0]} of {ranks}:\n{(folder / f'{failed[0]}.log').read_text()[-3000:]}")
+        raise SystemExit(
+            f"rank {failed[0]} of {ranks} ({ends}):\n{(folder / f'{failed[0]}.log').read_text()[-3000:]}"
+        )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list[str]) -> dict[str, float]:
     """Every row of the table at one number of ranks."""
     folder = work / f"{ranks}"
-    with LocalS3(folder / "s3", buckets=("runs",)) as server:
+    with LocalS3(folder / "s3", buckets=("runs", "weights")) as server:
+        write_networks(folder / "s3/weights")
         storage = Storage(server.port, delay_s)
         mark = f"http://127.0.0.1:{storage.server_address[1]}"
         os.environ.update({**server.env, "AWS_ENDPOINT_URL": mark})
@@ -280,6 +298,8 @@ def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list
         "file descriptors of rank 0, which keeps the store": told[0]["descriptors"],
         "peak memory of a rank, MiB": max(t["peak_mib"] for t in told),
         **{f"requests {name}": count for name, count in sorted(requests.items())},
+        "bytes of weights at the start": storage.weights_bytes["start"],
+        "bytes of weights at the resume": storage.weights_bytes["resume"],
         "seconds from the last shard to the manifest": max(committed),
         "bytes of the manifest": manifest,
         "seconds of the first run": seconds,
@@ -314,6 +334,16 @@ def messages(calls: dict[str, int], ranks: int) -> int:
     return sum(hops[name] * count for name, count in calls.items() if name != "bytes")
 
 
+def write_networks(folder: Path) -> None:
+    """What a run begins with: a first stage, and a network to start from."""
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    torch.manual_seed(0)
+    stage = f"first_stage.weights={folder}/stage.safetensors"
+    config = load_config(None, [*NETWORKS, stage])
+    write_weights(f"{folder}/stage.safetensors", *first_stage_tensors(build_first_stage(config.first_stage)))
+    write_weights(f"{folder}/start.safetensors", build_model(config).network.state_dict(), {})
+
+
 def settings(ranks: int, shards: str, steps: int, overrides: list[str]) -> list[str]:
     """Overrides of one run, those of the command line last."""
     return [
@@ -322,11 +352,9 @@ def settings(ranks: int, shards: str, steps: int, overrides: list[str]) -> list[
         *(
             "data.workers=0",
             "data.shuffle_window=1",
-            "first_stage.name=identity",
-            "first_stage.latent_channels=3",
         ),
-        *("unet.model_channels=8", "unet.channel_multipliers=[1,2]", "unet.num_res_blocks=1"),
-        *("unet.attention_factors=[]", "unet.num_groups=4", "unet.head_dim=8"),
+        *NETWORKS,
+        *("first_stage.weights=s3://weights/stage.safetensors", "init_from=s3://weights/start.safetensors"),
         *("distributed.doctor=false", "distributed.precision=bf16", "distributed.watchdog_s=0"),
         *(f"checkpoint.every={SAVE_EVERY}", f"logging.every={LOG_EVERY}", "sampling.every=0"),
         *("logging.wandb=disabled", "logging.progress_bar=false"),

@@ -24,12 +24,15 @@ from data_pipeline.loader import (
 )
 from data_pipeline.moments.entry import Moments
 from data_pipeline.moments.writer import MomentsWriter
+from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.contents import Stored, share_bytes
-from trainer.checkpoint.export import open_weights
+from trainer.checkpoint.export import open_weights, read_state
 from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.layout import FROZEN
-from trainer.checkpoint.manager import CheckpointManager, Loaded
+from trainer.checkpoint.layout import FROZEN, MASTER
+from trainer.checkpoint.manager import CheckpointManager, Loaded, newest_good
+from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.retirement import abort_dead_uploads
+from trainer.config.identity import check_optimizer_state
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.distributed import collectives
@@ -38,6 +41,7 @@ from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.frozen import FrozenWeights, freeze
+from trainer.distributed.shared_reads import read_together
 from trainer.ema import EMA
 from trainer.evaluation.held_out import hold_out
 from trainer.first_stage.base import FirstStage
@@ -57,6 +61,7 @@ from trainer.stages.autoencoder import AutoencoderStage
 from trainer.stages.diffusion import DiffusionStage
 from trainer.stages.stage import Stage
 from trainer.state import TrainState
+from trainer.weights import read_once
 
 logger = logging.getLogger(__name__)
 
@@ -158,13 +163,16 @@ class Run:
             "checkpoint/bytes": float(last.num_bytes),
         }
 
-    def restore(self) -> Loaded | None:
+    def restore(self, known: CheckpointHandle | None = None) -> Loaded | None:
         """Take over the newest good checkpoint; None when there is none. Collective.
+
+        Args:
+            known: one that was found good before, and need not be read through again.
 
         Raises:
             ConfigError: it is of another network, or of other settings without the word for it.
         """
-        handle = self.checkpoints.latest_good()
+        handle = self.checkpoints.latest_good(known)
         if handle is None:
             return None
         loaded = self.checkpoints.load(handle, self.stage.engines, self.ema, self.frozen)
@@ -234,7 +242,7 @@ def build_run(
 ) -> Run:
     """Models, engines, averages and the newest checkpoint. Collective.
 
-    alive: called while rank 0 indexes shards, whenever it gets on; the indexing may take hours.
+    alive: called while rank 0 alone indexes shards, which may take hours, or reads weights.
 
     Raises:
         ConfigError, DataError: a mistake of the user's; nothing has been written.
@@ -261,7 +269,9 @@ def build_run(
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)
     make = _build_autoencoder if config.stage == "autoencoder" else _build_diffusion
-    stage, buffer, frozen, facts = make(config, env, timer, start)
+    resumes = newest_good(config.run_dir, env)
+    with read_together(env.device, alive):
+        stage, buffer, frozen, facts = make(config, env, timer, start, resumes)
     start.mark("engines")
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
     state, healer = TrainState(), Healer(config.healing)
@@ -282,7 +292,7 @@ def build_run(
         run = Run(*parts, profiler, lease=lease, frozen=frozen, held_out=held_out, encode_once=once)
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
-        resumed = run.restore()
+        resumed = run.restore(resumes)
         healer.merge(collectives.from_main_rank(lambda: read_journal(config.run_dir)))
         sinks.open(start_step=state.step, run_id=state.wandb_run_id)
         state.wandb_run_id = collectives.broadcast_object(sinks.run_id)
@@ -309,12 +319,18 @@ def _hold_folder(run_dir: str) -> Lease | None:
     return held[0] if held else None
 
 
-def _build_diffusion(config: Config, env: DistributedEnv, timer: StepTimer, start: StartTimer) -> _Built:
+def _build_diffusion(
+    config: Config,
+    env: DistributedEnv,
+    timer: StepTimer,
+    start: StartTimer,
+    resumes: CheckpointHandle | None,
+) -> _Built:
     model = build_model(config, env.device)
     place_first_stage(model.first_stage, config.distributed, env.device)
     model.conditioner.frozen.to(env.device, frozen_dtype(config.distributed))
-    _start_from(config.init_from, model.network)
     freeze(model.network, config.trainable)
+    _begin_with(config, model.network, resumes)
     frozen = FrozenWeights(model.network, env.rank, env.world_size) if config.trainable else None
     start.mark("networks")
     buffer = _begin_buffer({"unet": model.network}, DiffusionStage.averaged, config, env)
@@ -338,11 +354,17 @@ def _open_moments(config: Config, env: DistributedEnv, first_stage: FirstStage) 
     return EncodeOnce(first_stage, cache, MomentsWriter(cache, allowance=share), config.micro_batch_size)
 
 
-def _build_autoencoder(config: Config, env: DistributedEnv, timer: StepTimer, start: StartTimer) -> _Built:
+def _build_autoencoder(
+    config: Config,
+    env: DistributedEnv,
+    timer: StepTimer,
+    start: StartTimer,
+    resumes: CheckpointHandle | None,
+) -> _Built:
     perceptual = build_perceptual(config.autoencoder_loss, env.device)
     with env.device:
         networks = build_autoencoder(config)
-    _start_from(config.init_from, networks[AutoencoderStage.averaged])
+    _begin_with(config, networks[AutoencoderStage.averaged], resumes)
     start.mark("networks")
     buffer = _begin_buffer(networks, AutoencoderStage.averaged, config, env)
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
@@ -357,9 +379,35 @@ def _begin_buffer(
     return HostBuffer(share_bytes(networks, averaged, config.ema, env.world_size), env.device)
 
 
-def _start_from(source: str | None, network: nn.Module) -> None:
-    """Weights of another run or file; a checkpoint of this run, restored later, replaces them."""
-    if source is None:
-        return
-    tensors, _ = open_weights(source)
-    logger.info("starting from %s\n%s", source, initialise(network, tensors, source).describe())
+def _begin_with(config: Config, network: nn.Module, resumes: CheckpointHandle | None) -> None:
+    """The weights that `init_from` names, unless a checkpoint is about to replace them.
+
+    What is frozen no engine restores: where the run goes on, it comes out of the checkpoint as well, unless
+    `init_from` is another one by now; then restoring compares the two.
+
+    Raises:
+        ConfigError: weights that are not there or do not fit.
+    """
+    source = config.init_from
+    if resumes is not None:
+        if config.trainable:
+            stored = read_once(lambda: read_state(resumes))["config"]
+            check_optimizer_state(stored, config, resumes.url)
+            if stored.get("init_from") == source:
+                _take_frozen(network, resumes)
+                return
+        elif source is not None:
+            logger.info("%s is not read: the run goes on from step %d", source, resumes.step)
+            return
+    if source is not None:
+        tensors, _ = read_once(lambda: open_weights(source))
+        logger.info("starting from %s\n%s", source, initialise(network, tensors, source).describe())
+
+
+@torch.no_grad()
+def _take_frozen(network: nn.Module, handle: CheckpointHandle) -> None:
+    frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+    check_shapes(handle, FROZEN, {name: tuple(p.shape) for name, p in frozen.items()})
+    stored = read_once(lambda: EngineReader(handle, FROZEN).whole(MASTER, list(frozen)))
+    for name, parameter in frozen.items():
+        parameter.copy_(stored[name])

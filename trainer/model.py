@@ -29,7 +29,7 @@ from trainer.first_stage.statistics import require_same_statistics
 from trainer.interop.initialise import initialise
 from trainer.models.layers import zero_module
 from trainer.models.unet import UNet
-from trainer.weights import Undrawn, metadata_object
+from trainer.weights import Undrawn, metadata_object, read_once
 
 
 class LevelUncertainty(nn.Module):
@@ -297,7 +297,7 @@ def load_model(
         ConfigError: nothing there, not a diffusion model, or a first stage that scales latents otherwise
             than the one that it was trained with.
     """
-    tensors, metadata = open_weights(source, profile=profile, step=step)
+    tensors, metadata = read_once(lambda: open_weights(source, profile=profile, step=step))
     config = _config_of(metadata, source, first_stage_weights, latent_scale)
     model = build_model(config, device, fresh=False)
     require_same_statistics(model.first_stage, tensors)

@@ -9,8 +9,10 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -31,9 +33,51 @@ WEIGHT_ENDINGS = (".safetensors", *TORCH_ENDINGS)
 MAX_LISTED = 40
 """Names that follow the sentence about tensors that do not fit, at most."""
 
+T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
 Choice = Callable[[Sequence[str]], Iterable[str]]
 """Names in a file -> those that are wanted."""
+
+
+class Reader(Protocol):
+    """Who reads, when weights are to be read."""
+
+    def __call__(self, read: Callable[[], T], /) -> T:
+        """What `read` gives, or gave where it was called; raises as it does."""
+        ...
+
+
+def _here(read: Callable[[], T]) -> T:
+    return read()
+
+
+_READER: ContextVar[Reader] = ContextVar("reader", default=_here)
+
+
+def read_once(read: Callable[[], T]) -> T:
+    """What `read` gives: here, or, inside `read_through`, wherever its reader has it read.
+
+    Everything that reads weights, or asks where they are, goes through this.
+
+    Args:
+        read: gives tensors in dictionaries and tuples, or a small value.
+    """
+    return _READER.get()(read)
+
+
+@contextmanager
+def read_through(reader: Reader) -> Iterator[None]:
+    """Inside, `reader` reads weights."""
+    before = _READER.set(reader)
+    try:
+        yield
+    finally:
+        _READER.reset(before)
+
+
+def read_alone() -> AbstractContextManager[None]:
+    """Inside, this process reads weights by itself, whatever is around."""
+    return read_through(_here)
 
 
 class Undrawn(TorchFunctionMode):
@@ -73,9 +117,13 @@ def read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ConfigError: the file does not exist or is not a safetensors file.
     """
-    data = _bytes_of(url)
-    _require_safetensors(data[:HEAD_BYTES], url)
-    return _parsed(data, url)
+
+    def read() -> tuple[dict[str, Tensor], dict[str, str]]:
+        data = _bytes_of(url)
+        _require_safetensors(data[:HEAD_BYTES], url)
+        return _parsed(data, url)
+
+    return read_once(read)
 
 
 def read_metadata(url: str) -> dict[str, str]:
@@ -132,27 +180,7 @@ def read_tensors(url: str, choose: Choice | None = None) -> dict[str, Tensor]:
     Raises:
         ConfigError: no such file, not such a file, or a torch file that wants to run code.
     """
-    if is_local(url):
-        path = local_path(url)
-        if not os.path.isfile(path):
-            raise _absent(url)
-        if kind_of(read_head(url, HEAD_BYTES), url) == "torch":
-            # Those of old versions of torch cannot be mapped; of this name torch would not read any.
-            named = not path.endswith(".safetensors")
-            mapped = named and choose is not None and zipfile.is_zipfile(path)
-            tensors = read_torch(path if named else io.BytesIO(_bytes_of(url)), url, mapped=mapped)
-        elif choose is not None:
-            return _chosen_from_file(url, choose)
-        else:
-            return read_weights(url)[0]
-    else:
-        data = _bytes_of(url)
-        if kind_of(data[:HEAD_BYTES], url) == "torch":
-            tensors = read_torch(io.BytesIO(data), url, mapped=False)
-        else:
-            tensors = _parsed(data, url)[0]
-    tensors = {name: tensors[theirs] for name, theirs in clean_names(tensors).items()}
-    return tensors if choose is None else {name: tensors[name] for name in choose(list(tensors))}
+    return read_once(lambda: _read_tensors(url, choose))
 
 
 def write_weights(url: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -194,6 +222,30 @@ def check_fit(wanted: Shapes, found: Shapes, source: str, remedy: str, *, listed
         f"{source} does not fit the configured structure: {len(missing)} tensors missing, {len(unexpected)} "
         f"unexpected, {len(different)} of another shape; nothing was loaded. {remedy}{names}"
     )
+
+
+def _read_tensors(url: str, choose: Choice | None) -> dict[str, Tensor]:
+    if is_local(url):
+        path = local_path(url)
+        if not os.path.isfile(path):
+            raise _absent(url)
+        if kind_of(read_head(url, HEAD_BYTES), url) == "torch":
+            # Those of old versions of torch cannot be mapped; of this name torch would not read any.
+            named = not path.endswith(".safetensors")
+            mapped = named and choose is not None and zipfile.is_zipfile(path)
+            tensors = read_torch(path if named else io.BytesIO(_bytes_of(url)), url, mapped=mapped)
+        elif choose is not None:
+            return _chosen_from_file(url, choose)
+        else:
+            return read_weights(url)[0]
+    else:
+        data = _bytes_of(url)
+        if kind_of(data[:HEAD_BYTES], url) == "torch":
+            tensors = read_torch(io.BytesIO(data), url, mapped=False)
+        else:
+            tensors = _parsed(data, url)[0]
+    tensors = {name: tensors[theirs] for name, theirs in clean_names(tensors).items()}
+    return tensors if choose is None else {name: tensors[name] for name in choose(list(tensors))}
 
 
 def _absent(url: str) -> ConfigError:

@@ -94,6 +94,12 @@ def test_a_run_asks_no_more_of_storage_and_peers_than_its_ranks_explain(tmp_path
     assert table["requests saves: PUT manifest"] == table["requests saves: GET manifest"] == (1, 1)
     assert table["requests resume: GET state"][0] == table["requests resume: GET state"][1]
     assert table["requests resume: HEAD journal"] == (1, 1)
+    # The first stage and a network to start from; where the run goes on, that one is not asked for.
+    assert table["requests start: GET weights"] == (2, 2)
+    assert table["requests resume: GET weights"] == (1, 1)
+    assert table["bytes of weights at the start"][0] == table["bytes of weights at the start"][1]
+    begun, resumed = table["bytes of weights at the start"][0], table["bytes of weights at the resume"]
+    assert resumed[0] == resumed[1] < begun
     # Each rank checks and reads its own part.
     assert table["requests resume: GET shard"][1] == 2 * table["requests resume: GET shard"][0]
     # How often rank 0 looks for shards depends on the clock, not on how many there are.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,39 @@ def test_going_on_is_not_another_run(train: Train, tmp_path: Path) -> None:
         assert train(f"steps={steps}", PART) == ExitCode.DONE
     again = open_weights(str(tmp_path / "run"), profile="weights")[0]
     assert all(torch.equal(value, again[name]) for name, value in at_once.items())
+
+
+@pytest.mark.parametrize("part", [PART, "trainable=[]"])
+def test_going_on_reads_nothing_that_it_began_with(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """Neither what the file holds by then counts, nor whether it is there."""
+    start = tmp_path / "start.safetensors"
+    assert train("steps=1", part) == ExitCode.DONE
+    (tmp_path / "run").rename(tmp_path / "first")
+    ends = []
+    for change in (lambda: None, lambda: write_start(start, seed=4), start.unlink):
+        shutil.copytree(tmp_path / "first", tmp_path / "run")
+        change()
+        assert train("steps=2", part) == ExitCode.DONE
+        ends.append(open_weights(str(tmp_path / "run"), profile="weights")[0])
+        (tmp_path / "run").rename(tmp_path / f"end{len(ends)}")
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+        assert torch.equal(value, ends[2][name]), name
+    # A run that has nothing to go on with needs it.
+    assert train("steps=1", part) == ExitCode.USER_ERROR
+    assert caplog.records[-1].getMessage() == f"there is no weights file at {start}; check the path or URL."
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_begins_with_its_file(train: Train, tmp_path: Path) -> None:
+    assert train("steps=1", PART) == ExitCode.DONE
+    for shard in (tmp_path / "run").rglob("rank_*"):
+        shard.write_bytes(b"\0" * shard.stat().st_size)
+    assert train("steps=1", PART) == ExitCode.DONE
+    started = read_weights(str(tmp_path / "start.safetensors"))[0]
+    ended = open_weights(str(tmp_path / "run"), profile="weights")[0]
+    assert all(torch.equal(ended[name], value) for name, value in started.items() if not is_trained(name))
 
 
 @pytest.mark.parametrize(

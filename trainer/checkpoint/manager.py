@@ -213,19 +213,9 @@ class CheckpointManager:
         if failure is not None:
             raise failure
 
-    def latest_good(self) -> CheckpointHandle | None:
-        """The newest checkpoint whose every byte is as written; None when there is none.
-
-        All ranks share the reading. A damaged checkpoint is reported and passed over.
-        """
-        for step in collectives.broadcast_object(steps_found(self._folder) if self._env.is_main else []):
-            url = join(self._folder, folder_name(step))
-            handle, found = self._inspect(url)
-            if handle is not None and not found:
-                return handle
-            if self._env.is_main:
-                logger.warning("checkpoint %s is not used: %s", url, "; ".join(found[:5]))
-        return None
+    def latest_good(self, known: CheckpointHandle | None = None) -> CheckpointHandle | None:
+        """See `newest_good`."""
+        return newest_good(self._config.run_dir, self._env, known)
 
     def load(
         self,
@@ -276,19 +266,6 @@ class CheckpointManager:
             self._buffer.close()
             self._buffer = None
 
-    def _inspect(self, url: str) -> tuple[CheckpointHandle | None, list[str]]:
-        handle: CheckpointHandle | None = None
-        found: list[str] = []
-        if self._env.is_main:
-            try:
-                handle = open_checkpoint(url)
-            except BadManifest as error:
-                found = [str(error)]
-        handle = collectives.broadcast_object(handle)
-        if handle is not None:
-            found = problems(handle, handle.manifest.files[self._env.rank :: self._env.world_size])
-        return handle, [line for lines in collectives.all_gather_object(found) for line in lines]
-
     def _tables_of_all_ranks(self, plan: ShardPlan) -> bytes:
         """As JSON; exchanged once per set of engines, since the layout of a run does not change."""
         key = tuple(plan.tables)
@@ -329,6 +306,44 @@ class CheckpointManager:
             patience_s=_PATIENCE_S,
             claim=self._lease.claim if self._lease is not None else None,
         )
+
+
+def newest_good(
+    run_dir: str, env: DistributedEnv, known: CheckpointHandle | None = None
+) -> CheckpointHandle | None:
+    """The newest checkpoint whose every byte is as written; None when there is none. Collective.
+
+    All ranks share the reading. A damaged checkpoint is reported and passed over.
+
+    Args:
+        known: one that was found good before, and is not read again.
+    """
+    folder = checkpoints_url(run_dir)
+    for step in collectives.from_main_rank(lambda: steps_found(folder)):
+        url = join(folder, folder_name(step))
+        if known is not None and known.url == url:
+            return known
+        handle, found = _inspect(url, env)
+        if handle is not None and not found:
+            return handle
+        if env.is_main:
+            logger.warning("checkpoint %s is not used: %s", url, "; ".join(found[:5]))
+    return None
+
+
+def _inspect(url: str, env: DistributedEnv) -> tuple[CheckpointHandle | None, list[str]]:
+    def opened() -> tuple[CheckpointHandle | None, list[str]]:
+        try:
+            return open_checkpoint(url), []
+        except BadManifest as error:
+            return None, [str(error)]
+
+    handle, found = collectives.from_main_rank(opened)
+    if handle is not None:
+        found = problems(handle, handle.manifest.files[env.rank :: env.world_size])
+    elif not env.is_main:
+        found = []
+    return handle, [line for lines in collectives.all_gather_object(found) for line in lines]
 
 
 def _read_small(handle: CheckpointHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:

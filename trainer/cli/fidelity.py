@@ -16,6 +16,7 @@ from data_pipeline.storage.files import check_writable, write_bytes
 from data_pipeline.storage.urls import parent
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
+from trainer.distributed.shared_reads import read_together
 from trainer.evaluation.features import (
     FAMILIES,
     FeatureOptions,
@@ -179,7 +180,8 @@ class Measuring:
         families = names(args.features) or (list(known[0].record.networks) if known else ["inception"])
         scores = self._wanted is None or "clip_score" in self._wanted
         options = feature_options(args, families, clip_text=scores)
-        self._networks = collectives.on_every_rank(lambda: build_networks(options, device))
+        with read_together(device):
+            self._networks = collectives.on_every_rank(lambda: build_networks(options, device))
         self._widths = {family: tuple(network.widths) for family, network in self._networks.items()}
         check_metrics(self._wanted, self._widths)
 

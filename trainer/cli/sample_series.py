@@ -29,6 +29,7 @@ from trainer.cli.wishes import check_labels
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
+from trainer.distributed.shared_reads import read_together
 from trainer.generation.make import accelerate, make_pictures
 from trainer.generation.series import Series
 from trainer.generation.store import GRID, Form, SetStore, former_record
@@ -118,7 +119,8 @@ def make(args: argparse.Namespace, env: DistributedEnv) -> None:
     """
     plan = collectives.from_main_rank(lambda: _plan(args, env.device))
     store = SetStore(args.out, plan.record, Form(args.format, args.quality, tars=args.tars is not None))
-    trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
+    with read_together(env.device):
+        trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
     if env.is_main:
         _tell(plan, trained, env)
     there = make_pictures(store, plan.series, trained, overwrite=args.overwrite, paste=plan.inputs.paste)

@@ -16,7 +16,7 @@ from data_pipeline.processes import without_packages
 from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.models import RANDOM, OpenCLIPConfig
 from trainer.config.run import ConfigError
-from trainer.weights import Undrawn, check_fit, read_tensors, shapes_of
+from trainer.weights import Undrawn, check_fit, read_once, read_tensors, shapes_of
 
 # It wants them for towers that are not its own, which `architecture` refuses: half of its import.
 with without_packages("timm", "transformers"):
@@ -151,9 +151,24 @@ def build_image_tower(name: str, model: Mapping[str, Any], pretrained: str) -> n
 def weights_file(model: str, pretrained: str) -> str:
     """Where the weights lie: a file or URL as given, or open_clip's (downloaded) file for a tag.
 
+    On the machine of whoever reads weights (`trainer.weights.read_once`), who alone asks the hub.
+
     Raises:
         ConfigError: neither a file nor a tag, or the tag cannot be downloaded.
     """
+    return read_once(lambda: _weights_file(model, pretrained))
+
+
+def load_tower(tower: TextTransformer, url: str) -> None:
+    """Load the text tower's weights out of a file that may hold a whole CLIP model or SD checkpoint.
+
+    Raises:
+        ConfigError: tensors are missing or have other shapes; nothing is loaded then.
+    """
+    _load(tower, url, mark="token_embedding.weight", what="text tower")
+
+
+def _weights_file(model: str, pretrained: str) -> str:
     if not is_local(pretrained) or Path(local_path(pretrained)).is_file():
         return pretrained
     if pretrained not in open_clip.list_pretrained_tags_by_model(model):
@@ -170,15 +185,6 @@ def weights_file(model: str, pretrained: str) -> str:
             "pretrained."
         ) from error
     return str(path)
-
-
-def load_tower(tower: TextTransformer, url: str) -> None:
-    """Load the text tower's weights out of a file that may hold a whole CLIP model or SD checkpoint.
-
-    Raises:
-        ConfigError: tensors are missing or have other shapes; nothing is loaded then.
-    """
-    _load(tower, url, mark="token_embedding.weight", what="text tower")
 
 
 def _load(tower: nn.Module, url: str, *, mark: str, what: str) -> None:

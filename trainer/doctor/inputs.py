@@ -151,11 +151,11 @@ def check_samples(config: Config, env: DistributedEnv) -> list[Check]:
 
 
 def check_networks(config: Config, env: DistributedEnv) -> list[Check]:
-    """Each network whose weights the run reads is named, and a named file is there; by one rank of each node.
-    Collective."""
+    """Each network whose weights the run reads is named, and a named file is there on rank 0, which reads it
+    for all. Collective."""
 
     def examine() -> str:
-        if env.local_rank != 0:
+        if not env.is_main:
             return ""
         check_named(config)
         found = list(_described(config))

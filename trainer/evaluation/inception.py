@@ -29,7 +29,7 @@ from trainer.evaluation.features import (
     to_size_unrounded,
     weights_digest,
 )
-from trainer.weights import check_fit, read_tensors, shapes_of
+from trainer.weights import check_fit, read_once, read_tensors, shapes_of
 
 if TYPE_CHECKING:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -103,19 +103,21 @@ def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
         raise ConfigError(
             "Inception's features need torch-fidelity; run `pip install torch-fidelity` (extra `evaluation`)."
         ) from error
-    source = weights
-    if source is None:
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / FILE
-        if not cached.is_file():
-            raise ConfigError(
-                f"Inception's weights are not on this machine; bring {ORIGIN} to {cached}, or name the file "
-                "with --inception-weights."
-            )
-        source = str(cached)
+    source = read_once(lambda: weights or _cached())
     tensors = read_tensors(source)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         network = _built(FeatureExtractorInceptionV3, tensors, source)
     return network.requires_grad_(False).eval()
+
+
+def _cached() -> str:
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    if not cached.is_file():
+        raise ConfigError(
+            f"Inception's weights are not on this machine; bring {ORIGIN} to {cached}, or name the file "
+            "with --inception-weights."
+        )
+    return str(cached)
 
 
 def _built(kind: type[Any], tensors: dict[str, Tensor], source: str) -> Any:

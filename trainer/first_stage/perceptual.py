@@ -14,7 +14,7 @@ from data_pipeline.errors import UserError
 from trainer.config.models import RANDOM
 from trainer.config.run import ConfigError
 from trainer.config.training import AutoencoderLossConfig
-from trainer.weights import check_fit, read_tensors, shapes_of
+from trainer.weights import check_fit, read_once, read_tensors, shapes_of
 
 LOG = logging.getLogger(__name__)
 LAYERS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -142,7 +142,7 @@ def load_perceptual(weights: str | None, setting: str = SETTING) -> PerceptualDi
     Raises:
         ConfigError: nothing is named, or the file is not there or does not hold VGG16.
     """
-    source = perceptual_source(weights, setting)
+    source = read_once(lambda: perceptual_source(weights, setting))
     if source == RANDOM:
         return _random_features()
     with torch.device("meta"):

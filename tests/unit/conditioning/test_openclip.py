@@ -6,8 +6,9 @@ import dataclasses
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from trainer.conditioning.open_clip_towers import build_tower, load_tower, weigh
 from trainer.conditioning.openclip import OpenCLIP
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig
 from trainer.config.run import ConfigError
-from trainer.weights import write_weights
+from trainer.weights import read_alone, read_tensors, read_through, write_weights
+
+T = TypeVar("T")
 
 TOWER = OpenCLIPConfig(model="ViT-B-32", pretrained="random", width=32, layers=3, heads=4)
 
@@ -202,6 +205,27 @@ def test_impossible_towers_are_refused_with_a_remedy(changes: dict[str, Any], me
 def test_an_unknown_tag_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="laion2b_s32b_b79k"):
         weights_file("ViT-H-14", "laion_3b")
+
+
+def test_whoever_reads_weights_asks_the_hub_and_has_the_file(tmp_path: Path) -> None:
+    """As on ranks, of which one reads: a tower needs the hub, and the file, only where its reader is."""
+    stored = build_tower(TOWER, _model(), seed=3)
+    write_weights(str(tmp_path / "file.safetensors"), stored.state_dict(), {})
+    asked = []
+
+    def elsewhere(read: Callable[[], T]) -> T:
+        asked.append(read)
+        with read_alone():
+            # The first question is for a place, the second for what lies there.
+            value: Any = "laion2b_s34b_b79k.bin" if len(asked) == 1 else read_tensors(file)
+        return value
+
+    file = str(tmp_path / "file.safetensors")
+    with read_through(elsewhere):
+        config = dataclasses.replace(TOWER, pretrained="laion2b_s34b_b79k")
+        tower = build_tower(config, _model(), seed=0)
+    assert len(asked) == 2
+    assert all(torch.equal(value, stored.state_dict()[name]) for name, value in tower.state_dict().items())
 
 
 def test_a_tower_with_weights_draws_none_and_keeps_its_mask(tmp_path: Path) -> None:
