@@ -36,11 +36,16 @@ from trainer.config.identity import check_optimizer_state
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.distributed import collectives
-from trainer.distributed.acceleration import configure_process
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.frozen import FrozenWeights, freeze
+from trainer.distributed.process import (
+    GarbageCollection,
+    bind_to_node,
+    configure_process,
+    describe_process,
+)
 from trainer.distributed.shared_reads import read_together
 from trainer.ema import EMA
 from trainer.evaluation.held_out import hold_out
@@ -86,6 +91,7 @@ class Run:
     """None in resampled order."""
     start: StartTimer
     profiler: StepProfiler
+    garbage: GarbageCollection
     snapshots: CheckpointManager | None = None
     """Writes averages for `ldm ema`, beside the checkpoints: with a buffer and a process of its own."""
     lease: Lease | None = None
@@ -222,6 +228,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of writers and sinks."""
+        self.garbage.close()
         self.profiler.close(self.state.step)
         if self.encode_once is not None:
             self.encode_once.close()
@@ -248,6 +255,9 @@ def build_run(
         ConfigError, DataError: a mistake of the user's; nothing has been written.
     """
     configure_process(config.distributed)
+    bound = bind_to_node(env.device) if config.distributed.numa_binding else "cores as given"
+    if env.is_main:
+        logger.info("computing: %s; %s", describe_process(config.distributed, env.device), bound)
     accumulation = config.accumulation(env.world_size)
     # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
     dataset = None  # resampled order reads what cannot be indexed
@@ -289,7 +299,8 @@ def build_run(
         parts = (config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
         once = stage.encode_once if isinstance(stage, DiffusionStage) else None
         profiler = StepProfiler(config.run_dir, env)
-        run = Run(*parts, profiler, lease=lease, frozen=frozen, held_out=held_out, encode_once=once)
+        garbage = GarbageCollection(config.distributed.gc_every)
+        run = Run(*parts, profiler, garbage, lease=lease, frozen=frozen, held_out=held_out, encode_once=once)
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
         resumed = run.restore(resumes)

@@ -126,6 +126,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         if must_stop(agreed) and not last_step:
             settle_all(run, watchdog)
             return leave(run, preemption, agreed)
+        run.garbage.turn(state.step)
         batch = upcoming
 
     watchdog.beat(state.step, "finish")

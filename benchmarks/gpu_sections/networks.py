@@ -22,7 +22,8 @@ from gpu_sections.recipe import (
 )
 from gpu_sections.timing import forget, measure, peak_gib, profile_kinds
 from trainer.config.run import Config
-from trainer.distributed.acceleration import GraphedForward, compile_regions, configure_process
+from trainer.distributed.acceleration import GraphedForward, compile_regions
+from trainer.distributed.process import configure_process
 from trainer.kernels.language import plain
 from trainer.rng import Purpose, normal, permutation, uniform
 

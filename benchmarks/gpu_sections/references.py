@@ -15,7 +15,7 @@ from trainer.config.run import Config
 from trainer.diffusion.denoiser import ClassifierFreeGuidance
 from trainer.diffusion.samplers import sample
 from trainer.diffusion.schedule import make_schedule
-from trainer.distributed.acceleration import configure_process
+from trainer.distributed.process import configure_process
 from trainer.first_stage.base import FirstStage
 from trainer.interop.diffusers_stage import first_stage_to_diffusers, scheduler_to_diffusers
 from trainer.interop.diffusers_unet import unet_to_diffusers

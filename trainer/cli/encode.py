@@ -22,8 +22,8 @@ from data_pipeline.moments.writer import MomentsWriter
 from trainer.config.checks import check_networks
 from trainer.config.io import load_config
 from trainer.config.run import Config, ConfigError
-from trainer.distributed.acceleration import configure_process
 from trainer.distributed.env import choose_device
+from trainer.distributed.process import configure_process
 from trainer.first_stage.build import load_first_stage, place_first_stage
 from trainer.first_stage.encode_once import EncodeOnce, moments_cache, open_cache
 

@@ -199,6 +199,14 @@ class DistributedConfig:
     as at 256 px or with small micro-batches."""
     cudnn_benchmark: bool = False
     """Let cuDNN time its algorithms for every shape of convolution when it is first met."""
+    tf32: Literal["off", "convolutions", "all"] = "convolutions"
+    """Which products of fp32 numbers a GPU may round to 10 bits of mantissa: those of convolutions, as torch
+    does by itself, or of matrices, too. bf16 has none of either."""
+    numa_binding: bool = True
+    """Keep each rank, with its loaders, on the cores beside its GPU, of those that its launcher left it."""
+    gc_every: int = number(100, least=0, most=10**12)
+    """Steps between Python's garbage collections, at the same step on all ranks, so that none waits for
+    another's; 0: whenever Python wants."""
     reduce_bucket_elements: int = number(50_000_000, least=1, most=10**12)
     """Gradients per communication bucket (DeepSpeed's 5e8 hardly overlaps at this model size)."""
     overlap_communication: bool = False

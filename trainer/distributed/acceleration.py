@@ -16,9 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trainer.config.training import DistributedConfig
 from trainer.first_stage.networks import ResidualBlock, SpatialAttention
-from trainer.kernels.language import use_kernels
 from trainer.models.attention import PlainAttention, SpatialTransformer
 from trainer.models.layers import ResBlock
 
@@ -26,12 +24,6 @@ REGIONS = (ResBlock, SpatialTransformer, PlainAttention, ResidualBlock, SpatialA
 """Blocks that repeat."""
 VARIANTS = 64
 """Compiled forms of one block: its widths and skip connections, times the shapes of a run's buckets."""
-
-
-def configure_process(config: DistributedConfig) -> None:
-    """The switches of this process that decide speed, not results: kernels, and cuDNN's algorithms."""
-    use_kernels(config.fused_kernels and config.channels_last)
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
 
 
 def compile_regions(network: nn.Module) -> int:

@@ -25,7 +25,8 @@ from data_pipeline.storage.urls import join
 from trainer.config.run import Config
 from trainer.console import progress_bar
 from trainer.distributed import collectives
-from trainer.distributed.acceleration import compile_regions, configure_process
+from trainer.distributed.acceleration import compile_regions
+from trainer.distributed.process import configure_process
 from trainer.generation.series import Series
 from trainer.generation.store import GRID, SetStore
 from trainer.metrics.pictures import MAX_SHEET, contact_sheet
