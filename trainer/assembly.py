@@ -60,6 +60,7 @@ from trainer.metrics.step_profile import StepProfiler
 from trainer.metrics.timer import StartTimer, StepTimer
 from trainer.model import build_autoencoder, build_model
 from trainer.provenance import git_commit
+from trainer.reliability.gpu_health import GpuHealth, open_health
 from trainer.reliability.healing import Healer, Incident, read_journal, write_journal
 from trainer.reliability.lease import Lease, acquire
 from trainer.stages.autoencoder import AutoencoderStage
@@ -92,6 +93,8 @@ class Run:
     start: StartTimer
     profiler: StepProfiler
     garbage: GarbageCollection
+    gpu: GpuHealth | None
+    """What the driver says of this rank's GPU; None where it says nothing."""
     snapshots: CheckpointManager | None = None
     """Writes averages for `ldm ema`, beside the checkpoints: with a buffer and a process of its own."""
     lease: Lease | None = None
@@ -300,7 +303,10 @@ def build_run(
         once = stage.encode_once if isinstance(stage, DiffusionStage) else None
         profiler = StepProfiler(config.run_dir, env)
         garbage = GarbageCollection(config.distributed.gc_every)
-        run = Run(*parts, profiler, garbage, lease=lease, frozen=frozen, held_out=held_out, encode_once=once)
+        gpu = open_health(env.device)
+        run = Run(
+            *parts, profiler, garbage, gpu, lease=lease, frozen=frozen, held_out=held_out, encode_once=once
+        )
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
         resumed = run.restore(resumes)

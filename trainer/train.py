@@ -21,11 +21,14 @@ from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.collectives import Agreed
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.distributed.evidence import leave_collectives, leave_memory
 from trainer.exit_codes import ExitCode, StopRequest
+from trainer.metrics.layers import layer_norms
 from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.timer import StartTimer, Throughput
 from trainer.reliability.doubt import Standing, mark
+from trainer.reliability.gpu_health import health_record
 from trainer.reliability.healing import Incident, Verdict
 from trainer.reliability.heartbeat import board_from_environment
 from trainer.reliability.peers import peer_phases
@@ -55,6 +58,7 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
         # A late recompilation looks like a hang.
         grace_s={"data": config.data.patience_s, "step": 600.0 if config.distributed.compile else 0.0},
         peers=peer_phases(env),
+        evidence=partial(leave_collectives, config.run_dir, env.rank),
     )
     files = (stop_url(config.run_dir), profile_url(config.run_dir)) if env.is_main else ()
     with watchdog, Preemption(*files) as preemption:
@@ -69,6 +73,9 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
                 raise
             finally:
                 parts.close()
+        except torch.OutOfMemoryError:
+            leave_memory(config.run_dir, env.rank, env.device)
+            raise
         finally:
             shutdown()
 
@@ -115,6 +122,8 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         if due(state.step, config.logging.every) or last_step:
             record = {**meters.reduce(), **throughput.read(state.step, timer), "learning_rate": rate}
             report(run, record, batches, slow_ranks)
+        if due(state.step, config.logging.layer_norms_every):
+            run.sinks.log(state.step, state.samples_seen, layer_norms(run.stage.engines))
         look(run, batch, watchdog)
         if saving or must_save(agreed):
             watchdog.beat(state.step, "checkpoint")
@@ -272,9 +281,21 @@ def settle_all(run: Run, watchdog: Watchdog) -> None:
 
 def report(run: Run, record: dict[str, float], batches: AnyLoader, slow_ranks: SlowRanks) -> None:
     """Record a log interval: what this rank has of it, and what the ranks tell each other. Collective."""
-    reports = gather_reports(batches.tally, batches.counts, record)
+    own = run.gpu.examine() if run.gpu is not None else None
+    reports = gather_reports(batches.tally, batches.counts, record, own)
     record |= data_record(reports) | slow_record(run, slow_ranks, reports, record) | run.save_record()
+    record |= health_record([each.health for each in reports])
+    tell_sick(run, reports)
     run.sinks.log(run.state.step, run.state.samples_seen, record)
+
+
+def tell_sick(run: Run, reports: Sequence[RankReport]) -> None:
+    """On rank 0, an event and a warning about each GPU whose driver tells of something new."""
+    for rank, each in enumerate(reports):
+        if run.env.is_main and each.health is not None and each.health.symptoms:
+            details = {"rank": rank, "host": each.health.node, "what": "; ".join(each.health.symptoms)}
+            run.sinks.event(run.state.step, run.state.samples_seen, "sick gpu", **details)
+            logger.warning("the GPU of rank %(rank)d on %(host)s: %(what)s; leave that node out", details)
 
 
 def slow_record(

@@ -7,12 +7,17 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from data_pipeline.errors import FatalFault, NoShards
+from trainer.config.io import load_config
 from trainer.distributed import collectives
+from trainer.distributed.build import build_engine
 from trainer.distributed.env import DistributedEnv
 from trainer.exit_codes import StopRequest
+from trainer.metrics.layers import layer_norms
 
 
 def once(env: DistributedEnv, marker: str, fails: str) -> list[str]:
@@ -94,3 +99,38 @@ def gather(env: DistributedEnv) -> list[object]:
         [collectives.any_rank(last), collectives.any_rank(False), agreed.data_lost],
         repr(agreed.losses[0]),
     ]
+
+
+def norms(env: DistributedEnv, engine: str) -> dict[str, float]:
+    """Norms by layer after two steps of a small network, and the same from whole tensors."""
+    torch.manual_seed(0)
+    network = nn.ModuleDict(
+        {"body": nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), "head": nn.Linear(3, 2)}
+    )
+    network.forward = lambda x: network["head"](network["body"](x))  # type: ignore[method-assign]
+    stage = 0 if engine == "torch" else 1
+    config = load_config(
+        None,
+        [
+            *("global_batch_size=4", f"micro_batch_size={4 // env.world_size}"),
+            *(
+                f"distributed.engine={engine}",
+                f"distributed.zero_stage={stage}",
+                "distributed.precision=fp32",
+            ),
+        ],
+    )
+    built = build_engine(network, config, env)
+    for _ in range(2):
+        built.backward(built(torch.ones(2, 5)).square().mean())
+        built.step(1e-2)
+    found = layer_norms({"network": built})
+    with built.gathered() as whole:
+        for name, module in (
+            ("body.0", whole["body"][0]),
+            ("body.1", whole["body"][1]),
+            ("head", whole["head"]),
+        ):
+            squares = sum(float(p.detach().double().square().sum()) for p in module.parameters())
+            found[f"whole {name}"] = math.sqrt(squares)
+    return found

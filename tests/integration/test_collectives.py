@@ -43,6 +43,17 @@ def test_the_strongest_request_any_flag_and_mean_losses_are_agreed_on() -> None:
     assert run_ranks(f"{RANKS}:agree", 2) == [agreed, agreed]
 
 
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_norms_by_layer_are_those_of_whole_tensors_whoever_owns_them(engine: str) -> None:
+    alone = run_ranks(f"{RANKS}:norms", 1, {"engine": engine})[0]
+    told = run_ranks(f"{RANKS}:norms", 2, {"engine": engine})
+    assert told[0] == told[1]
+    assert told[0] == pytest.approx(alone, rel=1e-5)
+    for layer in ("body.0", "body.1", "head"):
+        assert alone[f"layers/{layer}/weight"] == pytest.approx(alone[f"whole {layer}"], rel=1e-6)
+        assert alone[f"layers/{layer}/gradient"] > 0
+
+
 def test_one_rank_agrees_with_itself() -> None:
     agreed = collectives.agree(StopRequest.STOPPED, data_lost=True, save_failed=False, losses=[0.5])
     assert agreed == collectives.Agreed(StopRequest.STOPPED, True, False, (0.5,))

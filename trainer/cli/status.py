@@ -92,7 +92,9 @@ def _ranks(found: Standing) -> str | None:
         return None
     slow = "" if found.slow_ranks is None else f", {found.slow_ranks} slow at the newest record"
     named = ", ".join(found.found_slow[:_MOST_SLOW]) + (", ..." if len(found.found_slow) > _MOST_SLOW else "")
-    return f"{found.ranks}{slow}" + (f"; found slow since the last start: {named}" if named else "")
+    text = f"{found.ranks}{slow}" + (f"; found slow since the last start: {named}" if named else "")
+    sick = "; ".join(found.found_sick[:_MOST_SLOW])
+    return text + (f"; found sick since the last start: {sick}" if sick else "")
 
 
 def _ago(seconds: float | None) -> str | None:

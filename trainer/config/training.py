@@ -285,6 +285,9 @@ class LoggingConfig:
 
     every: int = number(10, least=1, most=10**12)
     """Steps between log records."""
+    layer_norms_every: int = number(0, least=0, most=10**12)
+    """Steps between records of the norms of each layer's weights and mean gradients; 0: none. One pass over
+    the weights and Adam's first moments, which all ranks share."""
     wandb: Literal["online", "offline", "disabled"] = "offline"
     """online needs WANDB_API_KEY in the environment; offline writes files for `wandb sync`."""
     wandb_project: str = "latent-diffusion"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
+from trainer.distributed.evidence import recorder_variables
 from trainer.distributed.network import interface_to, raise_descriptor_limit
 from trainer.distributed.place import Place
 
@@ -143,6 +144,7 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
     os.environ.update(facts)
     # Else each rank opens a connection to every other one: 3 N sockets for the log2 N that it talks to.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    os.environ.update(recorder_variables())
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
         backend = "cpu:gloo,cuda:nccl"

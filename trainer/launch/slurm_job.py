@@ -26,6 +26,7 @@ from trainer.config.io import config_to_dict, dump_yaml, load_run
 from trainer.config.run import Config
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
+from trainer.metrics.jsonl import read_records
 from trainer.provenance import git_commit
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ _SIGNALLED = {
     "Interrupt": 130,
 }
 _PREEMPTING = (138, 140, 143)
+_RECORDS_BYTES = 1 << 20
+"""Of a run's newest records: hours of them."""
 _TASK_LINE = re.compile(r"srun: error: (?P<nodes>[^\s:]+): tasks? (?P<tasks>[\d,\-\[\]]+): (?P<what>.+)")
 _EXIT = re.compile(r"Exited with exit code (\d+)")
 _TERMINATING = re.compile(r"Terminating StepId|Force Terminated|Job step aborted|CANCELLED AT")
@@ -208,7 +211,23 @@ def decide(attempts: Sequence[dict[str, Any]], policy: Policy) -> tuple[str, lis
     if faults >= policy.max_faults:
         return "stop", []
     strikes = Counter(node for attempt in attempts for node in attempt["blamed"])
-    return "requeue", sorted(node for node, count in strikes.items() if count >= policy.node_strikes)
+    sick = {node for attempt in attempts for node in attempt.get("sick", ())}
+    return "requeue", sorted(sick.union(n for n, count in strikes.items() if count >= policy.node_strikes))
+
+
+def sick_nodes(job_dir: Path, since: float) -> list[str]:
+    """Nodes whose drivers have told of a sick GPU since this moment, by the records of the run.
+
+    None where storage does not answer.
+    """
+    try:
+        run_dir = json.loads((job_dir / "submission.json").read_text(encoding="utf-8"))["run_dir"]
+        records = read_records(run_dir, _RECORDS_BYTES)
+    except (OSError, Failure) as error:
+        logger.warning("nothing is known of the health of GPUs: %s", error)
+        return []
+    events = (record for record in records if record.get("event") == "sick gpu")
+    return sorted({record["host"] for record in events if record["time"] >= since})
 
 
 def _record_and_decide(args: argparse.Namespace) -> int:
@@ -226,6 +245,7 @@ def _record_and_decide(args: argparse.Namespace) -> int:
         "code": int(code),
         "outcome": code.name.lower(),
         "blamed": blame(ends, lost) if code == ExitCode.RETRYABLE else [],
+        "sick": sick_nodes(args.job_dir, args.started),
     }
     with (args.job_dir / "attempts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

@@ -81,6 +81,8 @@ class Standing:
     """At the newest record."""
     found_slow: tuple[str, ...] = ()
     """Ranks that became slow since the last start, in words."""
+    found_sick: tuple[str, ...] = ()
+    """GPUs with a sign of a sick machine since the last start, in words."""
     holder: str | None = None
     """Who holds the folder, or did."""
     holder_age_s: float | None = None
@@ -255,14 +257,17 @@ def _history(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     reached: int | None = None
     asked = False
     slow: dict[int, str] = {}
+    sick: dict[int, str] = {}
     for record in records:
         event, step = record.get("event"), record["step"]
         if event == "resume":
             # An end that nobody asked for loses steps, unless the run was over and got more of them.
             faults += not asked and reached not in (None, step)
-            asked, slow = False, {}
+            asked, slow, sick = False, {}, {}
         elif event == "slow rank":
             slow[record["rank"]] = f"rank {record['rank']} ({record['host']})"
+        elif event == "sick gpu":
+            sick[record["rank"]] = f"rank {record['rank']} ({record['host']}): {record['what']}"
         asked = asked or event in ("stopped", *_LEFT)
         failed += event == "save failed"
         faults += event == "storage outage"  # saved in time, and a fault nevertheless
@@ -280,6 +285,7 @@ def _history(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "ranks": round(rates[0] / rates[1]) if rates[0] and rates[1] else sizes[-1] if sizes else None,
         "slow_ranks": _integer(last.get("slow_ranks")),
         "found_slow": tuple(slow.values()),
+        "found_sick": tuple(sick.values()),
     }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from data_pipeline.tally import Tally, added
 from trainer.distributed import collectives
+from trainer.reliability.gpu_health import Health
 
 OWN_PHASES = ("data", "encode")
 """Phases of StepTimer that wait for no other rank; forward and backward contain collectives."""
@@ -29,6 +30,8 @@ class RankReport:
     """Seconds per step of work that waits for no other rank."""
     served: int = 0
     """Samples served since the start."""
+    health: Health | None = None
+    """Of its GPU, where the driver says anything about it."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,12 @@ class SlowRank:
     """Reports running in which it was slow, this one included."""
 
 
-def gather_reports(tally: Tally, storage: Counter[str], record: Mapping[str, float]) -> list[RankReport]:
+def gather_reports(
+    tally: Tally, storage: Counter[str], record: Mapping[str, float], health: Health | None = None
+) -> list[RankReport]:
     """The reports of all ranks, in rank order; `record` holds this rank's times. Collective."""
     host, own_s = socket.gethostname(), own_seconds(record)
-    report = RankReport(tally.rejected, storage, host, own_s, tally.served)
+    report = RankReport(tally.rejected, storage, host, own_s, tally.served, health)
     return collectives.all_gather_object(report)
 
 

@@ -86,7 +86,8 @@ class Watchdog:
 
     timeout_s: 0 switches the watchdog off. grace_s: overrides of GRACE_S, e.g. how long storage may
     be unreachable while waiting for data. peers: unset, nobody is waited for longer than expected.
-    on_hang: replaces the exit, in tests.
+    evidence: called once in a silence, in a thread of its own, when half of `timeout_s` is left: before this
+    rank or any other is given up. on_hang: replaces the exit, in tests.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Watchdog:
         board: Board | None = None,
         grace_s: Mapping[Phase, float] | None = None,
         peers: Peers | None = None,
+        evidence: Callable[[], object] = lambda: None,
         on_hang: Callable[[], None] | None = None,
     ) -> None:
         self._timeout_s = timeout_s
@@ -104,6 +106,8 @@ class Watchdog:
         self._board = board
         self._grace_s: dict[Phase, float] = {**GRACE_S, **(grace_s or {})}
         self._peers = peers
+        self._evidence = evidence
+        self._suspected = 0.0  # beginning of the silence that evidence was left of
         self._on_hang = on_hang or _exit_retryable
         self._durations: dict[Phase, deque[float]] = defaultdict(lambda: deque(maxlen=32))
         self._phase: Phase = "start"
@@ -170,6 +174,9 @@ class Watchdog:
                 self._board.tick(self._local_rank)
             if self._peers is not None:
                 self._mind_peers(self._peers, now)
+            if now > self._deadline - self._timeout_s / 2 and self._suspected != self._since:
+                self._suspected = self._since
+                threading.Thread(target=self._evidence, name="evidence", daemon=True).start()
             if now > self._deadline + delay:
                 self._give_up(f"no progress for {now - self._since:.1f} s")
                 return

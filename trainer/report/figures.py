@@ -28,6 +28,7 @@ EVENT_COLOURS = {
     "rewind": "#d62728",
     "save failed": "#d62728",
     "storage outage": "#d62728",
+    "sick gpu": "#d62728",
     "slow rank": "#ff7f0e",
     "slower": "#ff7f0e",
     "waiting for data": "#ff7f0e",

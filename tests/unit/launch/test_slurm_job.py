@@ -128,6 +128,26 @@ def test_a_node_is_excluded_at_its_second_fault() -> None:
     assert decide([*once, attempt(FAULT, blamed=["n2"])], policy) == ("requeue", ["n2"])
 
 
+def test_a_node_whose_driver_tells_of_a_sick_gpu_is_left_out_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of this attempt: what was told before it began is of nodes that an earlier one has left out."""
+    (tmp_path / "submission.json").write_text(json.dumps({"run_dir": str(tmp_path / "run")}))
+    (tmp_path / "run/logs").mkdir(parents=True)
+    told = [
+        {"step": 3, "time": 4.0, "event": "sick gpu", "rank": 1, "host": "n0", "what": "XID 79"},
+        {"step": 7, "time": 6.0, "event": "sick gpu", "rank": 1, "host": "n2", "what": "XID 79"},
+        {"step": 7, "time": 6.5, "event": "slow rank", "rank": 0, "host": "n1"},
+    ]
+    (tmp_path / "run/logs/metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
+    words = ["decide", str(tmp_path), "--started", "5", "--status", "137", "--nodes", "n[1-2]"]
+    assert main([*words, "--attempt", "1"]) == 0
+    assert capsys.readouterr().out == "requeue n2\n"
+    (tmp_path / "run/logs/metrics.jsonl").unlink()
+    assert main([*words, "--attempt", "2"]) == 0  # it stays out
+    assert capsys.readouterr().out == "requeue n2\n"
+
+
 def test_decide_records_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "srun.log"
     log.write_text(KILLED, encoding="utf-8")

@@ -94,6 +94,7 @@ def history() -> list[dict[str, Any]]:
         event(31, "save failed", 490),
         event(30, "resume", 300, world_size=4),  # nothing was lost
         event(30, "slow rank", 60, rank=2, host="gpu7", own_s=1.0, step_s=2.0),
+        event(30, "sick gpu", 60, rank=1, host="gpu6", what="XID 79 (fell off the bus)"),
         logged(690, 40, step_s=1.0),
         logged(700, 20, step_s=3.0, images_per_s=30.0, loss="nan"),
     ]
@@ -123,6 +124,7 @@ def test_every_figure(run_dir: str) -> None:
     assert (found.faults, found.failed_saves) == (1, 1)
     assert (found.steps_again, found.events_since) == (5, 10)
     assert (found.ranks, found.slow_ranks, found.found_slow) == (4, 1, ("rank 2 (gpu7)",))
+    assert found.found_sick == ("rank 1 (gpu6): XID 79 (fell off the bus)",)
     assert found.holder == "SLURM job 17"
     assert found.holder_age_s is not None
     assert found.holder_age_s < took
