@@ -4,7 +4,7 @@ Who is whose child; whatever ends a process ends those below it, too:
 
     launcher        `ldm train`, or a worker of Ray
       rank          on a restart it waits for storage; at a first start it has the doctor look; then it trains
-        doctor      the same module with another task, over before training begins
+        doctor      a copy of it that has imported all of that already, over before training begins
         loader      data_pipeline/feed/worker.py, data.workers of them
         writer      checkpoint/writer_process.py
 
@@ -18,9 +18,11 @@ import importlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -60,12 +62,12 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
             from trainer.reliability.outage import wait_for_storage
 
             wait_for_storage(config.run_dir, config.data)
-        env = DistributedEnv.detect()
-        config.accumulation(env.world_size)  # a mistake that needs neither peers nor a doctor to be seen
+        config.accumulation(_ranks_told())  # a mistake that needs neither peers nor a doctor to be seen
         if config.distributed.doctor and not is_restart():
             code = _examine(config)
             if code is not ExitCode.DONE:
                 return code
+        env = DistributedEnv.detect()
         from trainer.train import run
 
         return run(config, env)
@@ -80,6 +82,12 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
         else:
             logger.exception("this rank ends with exit code %d (%s)", code, code.name)
         return code
+
+
+def _ranks_told() -> int:
+    """Ranks of the job as `DistributedEnv.detect` will find them, without a look at any device."""
+    told = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    return max(1, _number(("WORLD_SIZE", "SLURM_NTASKS"))) if told else 1
 
 
 def _number(names: Sequence[str]) -> int:
@@ -104,19 +112,58 @@ def _examine(config: Config) -> ExitCode:
     """The doctor as a child of this rank, at the same place among the ranks.
 
     In a process of its own, because DeepSpeed does not survive a second process group, and so that the
-    training finds the device's memory untouched. Meanwhile this one imports what training takes.
+    training finds the device's memory untouched. It is a fork of this one, after all that training takes was
+    imported: a hundred thousand questions to the file system that hundreds of ranks would else ask twice. A
+    process that has spoken to a GPU's driver, or has threads, cannot be forked; then it is started anew.
     """
+    _import_ahead(config)
+    if threading.active_count() == 1 and not _driver_is_open():
+        return _forked(config)
     with tempfile.TemporaryDirectory(prefix="ldm-doctor-") as scratch:
         path = Path(scratch) / "config.json"
         path.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
         environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid())}
         doctor = subprocess.Popen(rank_command(path, "doctor"), env=environment)
         try:
-            _import_ahead(config)
             return normalize(doctor.wait())
         finally:
             doctor.kill()  # does nothing when it has ended
             doctor.wait()
+
+
+def _forked(config: Config) -> ExitCode:
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = ExitCode.RETRYABLE
+        try:
+            die_with_parent()
+            if os.getppid() == parent:
+                code = run_rank(config, "doctor")
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    try:
+        return normalize(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+
+
+def _driver_is_open() -> bool:
+    """Whether this process has spoken to a GPU's driver, which holds on to its devices from then on."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            if os.readlink(descriptor).startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri")):
+                return True
+        except OSError:  # closed while we looked
+            continue
+    return False
 
 
 def _import_ahead(config: Config) -> None:
