@@ -50,7 +50,7 @@ class NoShards(DataError):
 
 
 class NoIndex(NoShards):
-    """Most of a large set has no index, which is not made without being asked."""
+    """Of a large set some shards have no index, which is not made without being asked."""
 
 
 class NotATar(DataError):

@@ -239,6 +239,8 @@ class ShareStream:
 
     def close(self) -> None:
         """Stop the threads."""
+        if isinstance(self._walker, TurnWalker):
+            self._walker.recorder.flush()
         self._reader.close()
         if self._moments is not None:
             self._moments.close()

@@ -47,6 +47,7 @@ from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards.beside import check_json_suffices
 from data_pipeline.shards.pieces import Piece, TarPieces
+from data_pipeline.shards.recorder import Recorder
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.editions import Edition
 from data_pipeline.storage.listing import ListedFile, look_up
@@ -61,6 +62,8 @@ _STEPS_AHEAD = 8
 _MAX_EMPTY = 1000
 """Shards without a sample that a lane passes in a row, or two epochs of all."""
 _MAX_TOLD = 20
+_LAST = 1e18
+_LEAST_CHUNK = 65_536
 _REST = "*"
 """Key of the visit that stands for what is left of a shard."""
 _HOPELESS = 20_000
@@ -157,10 +160,8 @@ class TurnWalker:
         self._removing = bool(views.selection.removals)
         self._least = max(_MIN_PLAN, task.per_lane)
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
-        self._chunk = int(
-            min(task.config.read_ahead_bytes, max(1 << 18, self.turns.window * task.dataset.mean_bytes * 1.1))
-        )
         self._left_out: dict[int, str] = {}
+        self.recorder = Recorder(task.dataset.folders)
         self._noting = threading.Lock()
         self.walks = [
             TurnWalk(lane, state.copy(), self) for lane, state in zip(task.lanes, task.states, strict=True)
@@ -189,8 +190,11 @@ class TurnWalker:
             try:
                 begins = walk.pieces is None
                 walk.pieces = walk.pieces or self._open(shard, walk.mark)
-                piece = walk.pieces.next(self.turns.window_size(walk.lane, walk.pieces.first))
+                size = self.turns.window_size(walk.lane, walk.pieces.first)
+                piece = walk.pieces.next(size, self._chunk(size))
                 if piece is None:
+                    # After all reading that somebody waits for.
+                    self.background.submit(_LAST, partial(self.recorder.keep, shard, walk.pieces))
                     walk.next_turn()
                     empty += 1
                     continue
@@ -207,6 +211,11 @@ class TurnWalker:
         walk.planned += len(visits)
         return visits
 
+    def _chunk(self, samples: int) -> int:
+        """Bytes to ask for at a time: a window of usual samples."""
+        usual = int(samples * self._dataset.mean_bytes * 1.1)
+        return min(self._config.read_ahead_bytes, max(_LEAST_CHUNK, usual))
+
     def _open(self, shard: int, mark: Mark | None) -> TarPieces:
         """Windows of a shard, from a mark on.
 
@@ -221,7 +230,8 @@ class TurnWalker:
             raise Replaced(f"{url} was replaced since the checkpoint was written")
         read = partial(self._reader.read, url, expected=Edition(found.size, found.version))
         first, byte = (mark.first, mark.byte) if mark is not None else (0, 0)
-        return TarPieces(read, found, first=first, byte=byte, chunk=self._chunk)
+        keep = byte == 0 and self.recorder.wants(shard, url)
+        return TarPieces(read, found, first=first, byte=byte, keep=keep)
 
     def _look_up(self, url: str) -> ListedFile:
         began = time.monotonic()

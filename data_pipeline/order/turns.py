@@ -5,7 +5,7 @@ have read them all. Here a lane is a sequence of shards, and what a shard holds 
 to it:
 
     epoch          0           |          1            | ...       3 shards A, B, C in a permutation of
-    shards         C   A   B   |   A   C   B           | ...       (seed, epoch), one epoch after the other
+    shards         C   A   B   |   B   C   A           | ...       (seed, epoch), one epoch after the other
     position       0   1   2   |   3   4   5           | ...
     lane           0   1   0   |   1   0   1           | ...       position p belongs to lane p mod 2
 
@@ -13,16 +13,25 @@ to it:
 >>> for lane in range(2):
 ...     print(*[f"{'ABC'[turns.entry(lane, turn)]} of epoch {turns.epoch(lane, turn)}," for turn in range(3)])
 C of epoch 0, B of epoch 0, C of epoch 1,
-A of epoch 0, A of epoch 1, B of epoch 1,
+A of epoch 0, B of epoch 1, A of epoch 1,
 
 Turn k of lane l is position k * lanes + l. So each shard comes once per epoch, in one lane, and with it each
 of its samples, whatever the shards hold and however many ranks read them. Lanes meet shards of different
 sizes, so they are not at the same position: while one ends an epoch, others have begun the next. No lane
 waits, and none falls behind for ever, since every lane has as many turns as any other, up to one.
 
-Inside a turn, windows of `window` samples are shuffled, as they lie in the tar; the first one of a turn is
-shorter by a part that depends on the lane, so that not all lanes begin a window at the same step. A window is
-known when its bytes have come: `first` samples came before it, and it has n.
+Inside a turn, windows are shuffled, as they lie in the tar. A window is known when its bytes have come:
+`first` samples came before it, and it has n. So the first ones of a turn are small, or the first batch of a
+run would wait for a gigabyte; each is as large as all before it together, up to `window`. The very first
+depends on the lane, so that not all lanes begin a window at the same step:
+
+>>> for lane in range(2):
+...     firsts = [0]
+...     while firsts[-1] < 80:
+...         firsts.append(firsts[-1] + turns.window_size(lane, firsts[-1]))
+...     print(*firsts)
+0 4 8 16 32 48 64 80
+0 2 6 12 24 40 56 72 88
 """
 
 from __future__ import annotations
@@ -37,6 +46,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.order.draws import Draw, fold, permutation
 from data_pipeline.order.lanes import divisors
 
+_FIRST_WINDOW = 4
 MAX_SAMPLES = 1 << 24
 """Samples that a shard may have: so many ordinals belong to each turn."""
 
@@ -71,7 +81,8 @@ class Turns:
 
     def window_size(self, lane: int, first: int) -> int:
         """Samples of the window that begins after `first` samples of a turn, if the shard has as many."""
-        return self.window if first else self.window - lane * self.window // self.lanes
+        least = min(_FIRST_WINDOW, self.window)
+        return min(self.window, max(least, first)) if first else least - lane * least // self.lanes
 
     def shuffled(self, lane: int, turn: int, first: int, size: int) -> NDArray[np.int64]:
         """[size] rows of a window in the order in which they are visited, counted from its first."""

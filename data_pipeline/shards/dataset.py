@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.errors import DataError, NoIndex, NoShards, NotATar, NotFound
+from data_pipeline.errors import DataError, Failure, NoIndex, NoShards, NotATar, NotFound
 from data_pipeline.order.buckets import Buckets, make_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
 from data_pipeline.order.position import takes_turns, window_of
@@ -24,7 +24,7 @@ from data_pipeline.shards.build_index import build_index, is_current
 from data_pipeline.shards.filter_columns import check_captions, check_columns
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, group
-from data_pipeline.shards.manifest import ManifestRow, bad_row, read_manifest
+from data_pipeline.shards.manifest import ManifestRow, bad_row, merge_parts, read_parts
 from data_pipeline.shards.selection import picture_members, target_shapes
 from data_pipeline.shards.tars import scan
 from data_pipeline.storage.files import read_range
@@ -44,6 +44,7 @@ Progress: TypeAlias = Callable[[str, int, int], object]
 """Called with what is done, for how many shards, of how many; again about once a second, news or not."""
 
 Position: TypeAlias = dict[str, Any] | Sequence[dict[str, Any]] | None
+_MANY_PARTS = 64
 _TRIED = 8
 _HEAD_BYTES = 1_000_000
 _SMALL = 2000
@@ -79,6 +80,8 @@ class Dataset:
     unindexed: str = ""
     """Why nothing but names is known of the shards, a sentence; empty where an index tells. Without one, what
     stands for a shard above is empty, and `mean_bytes` is that of the first samples."""
+    folders: tuple[tuple[int, str], ...] = ()
+    """Of each source without an index: number of its first shard, and where its index goes."""
 
     def sample_key(self, shard: int, key: str) -> str:
         """How a sample is called in traces, reject files and removal lists: `shard/key`."""
@@ -165,7 +168,7 @@ def untold(what: str, done: int, total: int) -> None:
 def open_dataset(config: DataConfig, *, progress: Progress = untold, at_once: bool = False) -> Dataset:
     """Find the shards and their index; small sets are checked and indexed on first use, which may take hours.
 
-    at_once: large sets that are mostly without an index are opened by their names alone, as all are with
+    at_once: large sets without a whole index are opened by their names alone, as all are with
         data.order=streamed.
 
     Raises DataError: no shards, more that are not tars than data.max_bad_shards allows, a large set without
@@ -237,9 +240,11 @@ def _listed(config: DataConfig, why: str) -> Dataset:
         )
     Filter(config.filter)  # refused now rather than by each worker
     timeout_s, urls, entries = config.request_timeout_s, list[str](), list[int]()
+    folders = []
     for source in sources_of(config):
         named = spelled_out(source.shards)
         found = named or [shard.url for shard in list_files(source.shards, timeout_s=timeout_s)]
+        folders.append((len(urls), index_folder(config, found[0])))
         entries += [len(urls) + i for _ in range(source.repeat) for i in range(len(found))]
         urls += found
     if len(set(urls)) != len(urls):
@@ -257,6 +262,7 @@ def _listed(config: DataConfig, why: str) -> Dataset:
         fingerprint="",
         name_depth=distinguishing_depth(urls),
         unindexed=why,
+        folders=tuple(folders),
     )
     return replace(dataset, fingerprint=dataset.named())
 
@@ -318,10 +324,10 @@ def _open_source(
     named = spelled_out(source.shards)  # a large set is then opened without a single listing
     if named is not None and len(named) > _SMALL:
         folder = index_folder(config, named[0])
-        known = read_manifest(folder)
+        known = _manifest(folder)
         missing = [name for name in named if name not in known]
         if missing:
-            raise _without_index(len(missing), len(named))(
+            raise NoIndex(
                 f"{len(missing)} of the {len(named)} shards of {source.shards} have no index "
                 f"({spans(missing, named)}); run `ldm data index '{source.shards}' --workers 32` once."
             )
@@ -357,16 +363,22 @@ def _usable(config: DataConfig, source: SourceConfig, rows: Sequence[ManifestRow
     return [row for row in rows if not row.is_bad]
 
 
-def _without_index(shards: int, of: int) -> type[NoShards]:
-    """What it is that so many shards have no index: a set that has none, or one that has fallen behind."""
-    return NoIndex if 2 * shards > of else NoShards
+def _manifest(folder: str) -> dict[str, ManifestRow]:
+    """Rows by shard; what many processes have written while training becomes one file again."""
+    rows, parts = read_parts(folder)
+    if len(parts) > _MANY_PARTS:
+        try:
+            merge_parts(folder, {})
+        except Failure as error:
+            logger.warning("%d parts of the manifest stay: %s", len(parts), error)
+    return rows
 
 
 def _known_rows(source: SourceConfig, folder: str, shards: Sequence[ListedFile]) -> list[ManifestRow]:
-    known = read_manifest(folder)
+    known = _manifest(folder)
     stale = [s for s in shards if not is_current(s, known.get(s.url))]
     if stale:
-        raise _without_index(len(stale), len(shards))(
+        raise NoIndex(
             f"{len(stale)} of the {len(shards)} shards of {source.shards} are new or changed; run "
             f"`ldm data index '{source.shards}' --workers 32` once."
         )

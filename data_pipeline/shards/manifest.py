@@ -20,6 +20,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -33,6 +34,7 @@ from data_pipeline.storage.urls import is_http, join, name_of
 MANIFEST = "manifest.jsonl.gz"
 PARTS = "parts"
 _READ_BYTES = 1 << 20
+_READERS = 16
 _LEVEL = 3
 """Of compression: level 9 takes ten times as long for a tenth less."""
 _MAX_MEMBERS = 64
@@ -121,8 +123,9 @@ def read_parts(folder: str) -> tuple[dict[str, ManifestRow], list[str]]:
     """The same, and the names of the parts in PARTS among whose rows they are."""
     rows = _read_rows(join(folder, MANIFEST)) or {}
     names = _part_names(folder)
-    for name in names:
-        rows.update(_read_rows(join(join(folder, PARTS), name)) or {})
+    with ThreadPoolExecutor(_READERS) as pool:
+        for part in pool.map(lambda name: _read_rows(join(join(folder, PARTS), name)), names):
+            rows.update(part or {})
     return rows, names
 
 

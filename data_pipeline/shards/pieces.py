@@ -16,19 +16,22 @@ windows cannot be joined; they are refused, with the remedy.
 
 from __future__ import annotations
 
+import pickle
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.errors import DataError, NotATar
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Sample, group, split_name, stem_of, tidy
 from data_pipeline.shards.index import ShardIndex
-from data_pipeline.shards.read_index import assemble, look, not_a_tar
-from data_pipeline.shards.tars import scan_part
+from data_pipeline.shards.read_index import assemble, index_of, look, not_a_tar
+from data_pipeline.shards.tars import TarScan, scan_part
 from data_pipeline.storage.listing import ListedFile
 
 _SKIP = 8_000_000
 """Bytes of a member that are not read along with its neighbours, but when they are asked for."""
 _HEAD = 512
+_LEVEL = 1
 INDEX_IT = "run `ldm data index` once"
 
 
@@ -50,7 +53,7 @@ class TarPieces:
     """The windows of one shard, from one of them on.
 
     read: gives bytes [start, stop) of the tar. shard: its URL, size and version. first, byte: see `Piece`.
-    chunk: bytes that are asked for at a time.
+    keep: what is found, for `whole`.
     """
 
     def __init__(
@@ -60,19 +63,21 @@ class TarPieces:
         *,
         first: int = 0,
         byte: int = 0,
-        chunk: int,
+        keep: bool = False,
     ) -> None:
         self.shard = shard
         self.first = first
         self.problems: list[str] = []
         """Defects that were met so far, a sentence each."""
         self._byte: int | None = byte
-        self._held = _Held(read, shard.size, byte, chunk)
+        self._held = _Held(read, shard.size, byte)
         self._read = read
+        # Compressed, for ten thousand json members of each of many lanes are gigabytes.
+        self._kept: list[bytes] | None = [] if keep and byte == 0 else None
         self._known: dict[int, bool] = {}  # hash of each key: whether its sample had a picture
 
-    def next(self, samples: int) -> Piece | None:
-        """The next window, of about so many samples; None when the tar has come to its end.
+    def next(self, samples: int, chunk: int) -> Piece | None:
+        """The next window, of about so many samples; None at the end of the tar. chunk: bytes of a request.
 
         Raises:
             NotATar: it is none.
@@ -81,11 +86,14 @@ class TarPieces:
         while self._byte is not None:
             begin = self._byte
             self._held.drop(begin)
+            self._held.chunk = chunk
             found = scan_part(self._held, look=look, start=begin, until=_Ends(samples))
             if begin == 0 and not found.is_tar:
                 head = self._read(0, min(self.shard.size, _HEAD))
                 raise NotATar(not_a_tar(self.shard.url, head, found))
             self._byte = found.rest
+            if self._kept is not None:
+                self._kept.append(zlib.compress(pickle.dumps(found), _LEVEL))
             grouping = group(found.members)
             self.problems += [*found.problems, *grouping.problems]
             if found.lost:
@@ -101,6 +109,19 @@ class TarPieces:
                 self.first += len(index)
                 return piece
         return None
+
+    def whole(self) -> ShardIndex | None:
+        """The index of the whole shard, as `read_index` gives it, once all windows have been read; None where
+        they were not, from the first on, or not kept."""
+        if self._kept is None or self._byte is not None:
+            return None
+        found = TarScan()
+        for packed in self._kept:
+            part: TarScan = pickle.loads(zlib.decompress(packed))  # our own, of this process
+            found.members += part.members
+            found.problems += part.problems
+            found.seen |= part.seen
+        return index_of(self.shard, found)
 
     def _check_whole(self, samples: Sequence[Sample]) -> None:
         """Raises DataError where other members of a sample were in an earlier window."""
@@ -152,9 +173,10 @@ class _Held:
     Members of more than `_SKIP` bytes are jumped over: few filters keep them, and who wants one asks again.
     """
 
-    def __init__(self, read: Callable[[int, int], bytes], size: int, start: int, chunk: int) -> None:
+    def __init__(self, read: Callable[[int, int], bytes], size: int, start: int) -> None:
         self.size = size
-        self._read, self._chunk = read, chunk
+        self.chunk = 0
+        self._read = read
         self._runs: list[tuple[int, bytearray]] = [(start, bytearray())]
 
     def passed(self, length: int) -> None:
@@ -170,7 +192,7 @@ class _Held:
                 first, data = start, bytearray()
                 self._runs.append((first, data))
                 end = start
-            data += self._read(end, min(self.size, max(stop, end + self._chunk)))
+            data += self._read(end, min(self.size, max(stop, end + self.chunk)))
         for first, data in self._runs:
             if first <= start and stop <= first + len(data):
                 return bytes(data[start - first : stop - first])

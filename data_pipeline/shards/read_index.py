@@ -73,12 +73,17 @@ def read_index(
     found = scan(read, shard.size, look=look)
     if not found.is_tar:
         raise NotATar(not_a_tar(shard.url, read(0, min(shard.size, _HEAD)), found))
+    return index_of(shard, found, counts)
+
+
+def index_of(shard: ListedFile, found: TarScan, counts: Counter[str] | None = None) -> ShardIndex:
+    """Index of a shard in whose tar `scan` has found this, and `look` seen. Raises NotATar."""
     try:
         grouping = group(found.members)
     except NotATar as error:
         raise NotATar(f"{shard.url}: {error}.") from error
     index = assemble(shard, found, grouping)
-    _add_parquet(index, shard, counts)
+    _add_parquet(index, shard, Counter() if counts is None else counts)
     # Last, for these columns are ours whatever the json and the parquet have.
     index.choose_picture(IMAGE_EXTENSIONS)
     return index

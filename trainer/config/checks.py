@@ -169,7 +169,7 @@ def _check_cache(config: Config) -> None:
     stage, conditioning = config.first_stage, config.conditioning
     if stage.cache_variants:
         _require(
-            config.data.order == "indexed",
+            config.data.order != "resampled",
             "first_stage.cache_variants needs data.order=indexed; set it to 0, since a resampled stream "
             "draws each crop anew.",
         )

@@ -1,0 +1,94 @@
+"""Keeps what shards hold when they have been read for training, so that nobody has to read them for an index.
+
+    a lane has come to the end of a shard that it began     index of the whole (`TarPieces.whole`), written as
+                                                            `ldm data index` writes it, its row kept
+    a minute later, then after two, four, ... an hour       rows of this process as one part of the manifest
+
+So the first epoch of a run without an index leaves one behind. Who comes to a shard whose index file is there
+keeps nothing of it. A process that is killed loses the rows of its last hour at most: these shards count as
+not indexed, and `ldm data index` reads them again. Where nothing can be written, that is said once.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+from data_pipeline.errors import Failure
+from data_pipeline.shards.manifest import ManifestRow, append_rows, index_name, row_of
+from data_pipeline.shards.pieces import TarPieces
+from data_pipeline.storage.files import exists, write_bytes
+from data_pipeline.storage.urls import join
+
+logger = logging.getLogger(__name__)
+
+_FIRST_S, _LONGEST_S = 60.0, 3600.0
+
+
+class Recorder:
+    """What one process has to write about the shards that it has read; used by many threads.
+
+    folders: of each source, the number of its first shard and the folder of its index.
+    """
+
+    def __init__(self, folders: Sequence[tuple[int, str]]) -> None:
+        self._folders = folders
+        self._rows: defaultdict[str, list[ManifestRow]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._pause_s = _FIRST_S
+        self._written = time.monotonic()
+        self._refused = not folders
+
+    def wants(self, shard: int, url: str) -> bool:
+        """Whether the index of a shard is not there yet, and may be written."""
+        if self._refused:
+            return False
+        try:
+            return not exists(join(self._folder(shard), index_name(url)))
+        except Failure as error:
+            self._refuse(error)
+            return False
+
+    def keep(self, shard: int, pieces: TarPieces) -> None:
+        """Write the index of a shard that has been read to its end, if it was from its beginning."""
+        try:
+            index = pieces.whole()
+            if index is None or self._refused:
+                return
+            encoded, folder = index.encode(), self._folder(shard)
+            write_bytes(join(folder, index_name(index.shard)), encoded)
+        except Failure as error:
+            self._refuse(error)
+            return
+        with self._lock:
+            self._rows[folder].append(row_of(index, encoded))
+            due = time.monotonic() - self._written > self._pause_s
+            if due:
+                self._pause_s = min(2 * self._pause_s, _LONGEST_S)
+        if due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that are kept."""
+        with self._lock:
+            waiting, self._rows = self._rows, defaultdict(list)
+            self._written = time.monotonic()
+        try:
+            for folder, rows in waiting.items():
+                append_rows(folder, rows)
+        except Failure as error:
+            self._refuse(error)
+
+    def _folder(self, shard: int) -> str:
+        return self._folders[bisect.bisect_right(self._folders, shard, key=lambda each: each[0]) - 1][1]
+
+    def _refuse(self, why: Failure) -> None:
+        if not self._refused:
+            self._refused = True
+            logger.warning(
+                "what shards hold is not kept for an index: %s data.index names another folder.", why
+            )
