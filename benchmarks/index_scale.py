@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import psutil
 
 from data_pipeline.config import DataConfig
-from data_pipeline.loader import build_loader
+from data_pipeline.loader import Part, build_loader
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
@@ -135,7 +135,7 @@ def load(config: DataConfig, args: argparse.Namespace) -> None:
         config,
         seed=1,
         global_batch_size=args.global_batch_size,
-        world_size=args.ranks,
+        part=Part(ranks=args.ranks),
         dataset=dataset,
     ) as loader:
         next(loader)
@@ -219,7 +219,7 @@ def at_once(args: argparse.Namespace) -> None:
             config,
             seed=1,
             global_batch_size=args.global_batch_size,
-            world_size=args.ranks,
+            part=Part(ranks=args.ranks),
             dataset=dataset,
         ) as loader:
             size = len(next(loader).keys)

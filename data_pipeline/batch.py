@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,17 +23,22 @@ class Cached:
     labels: tuple[Label | None, ...]
     """B labels: under what a row that is not found may be stored, None if it may not."""
 
-    def rows(self, start: int, stop: int) -> Cached:
-        """Rows [start, stop)."""
-        return Cached(self.values[start:stop], self.found[start:stop], self.labels[start:stop])
+    def rows(self, parts: list[slice]) -> Cached:
+        """The rows of these slices, one after another."""
+        labels = chain.from_iterable(self.labels[part] for part in parts)
+        return Cached(_joined(self.values, parts), _joined(self.found, parts), tuple(labels))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of one optimizer step. B is global_batch_size / world_size.
+    """One rank's share of one optimizer step, B samples.
 
     Rank r holds the r-th contiguous block of the global batch, so concatenating the ranks gives the
-    same global batch at any world size.
+    same global batch at any world size. Shares differ by a sample where the ranks do not divide it, and
+    each rank's is cut into equally many micro-batches of one size, the missing rows filled up:
+
+        8 samples, 3 ranks      0 1 2 | 3 4 5 | 6 7 +       + repeats a row, with weight 0
+        at most 2 at once       0 1  2 + | 3 4  5 + | 6 7  + +
     """
 
     pixels: Tensor
@@ -52,26 +58,65 @@ class Batch:
     """JSON-able loader position of this rank's lanes once this batch has been consumed."""
     cached: Cached | None = None
     """None: there is no cache of moments, and all rows have pixels."""
+    padding: int = 0
+    """The last rows that are no samples, but fill the micro-batch up."""
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
-    def micro_batches(self, size: int) -> list[Batch]:
-        """Split along the first axis into equal parts of `size` samples."""
-        assert len(self) % size == 0, (len(self), size)
-        return [
-            Batch(
-                pixels=self.pixels[i : i + size],
-                captions=self.captions[i : i + size],
-                conditions={name: value[i : i + size] for name, value in self.conditions.items()},
-                keys=self.keys[i : i + size],
-                ordinals=self.ordinals[i : i + size],
-                slots=self.slots[i : i + size],
-                position=self.position,
-                cached=None if self.cached is None else self.cached.rows(i, i + size),
-            )
-            for i in range(0, len(self), size)
-        ]
+    def micro_batches(self, size: int, count: int | None = None) -> list[Batch]:
+        """Split along the first axis into equal parts of `size` samples.
+
+        With `count` into so many, filled up with rows that repeat this rank's own: shapes stay, every rank
+        makes as many passes, and what repeats a sample is as finite as it. A rank without samples has zeros.
+        """
+        assert len(self) % size == 0 or count is not None, (len(self), size)
+        count = len(self) // size if count is None else count
+        assert len(self) <= count * size, (len(self), count, size)
+        if not len(self):
+            return [self._zeros(size)] * count
+        return [self._part(number * size, size) for number in range(count)]
+
+    def _part(self, start: int, size: int) -> Batch:
+        """`size` rows from `start` on, and from the first one again where they end."""
+        parts = [slice(start, min(start + size, len(self)))] if start < len(self) else []
+        missing = padding = size - sum(part.stop - part.start for part in parts)
+        while missing:
+            parts.append(slice(0, min(missing, len(self))))
+            missing -= parts[-1].stop
+        return Batch(
+            pixels=_joined(self.pixels, parts),
+            captions=tuple(chain.from_iterable(self.captions[part] for part in parts)),
+            conditions={name: _joined(value, parts) for name, value in self.conditions.items()},
+            keys=tuple(chain.from_iterable(self.keys[part] for part in parts)),
+            ordinals=_joined(self.ordinals, parts),
+            slots=_joined(self.slots, parts),
+            position=self.position,
+            cached=None if self.cached is None else self.cached.rows(parts),
+            padding=padding,
+        )
+
+    def _zeros(self, size: int) -> Batch:
+        """`size` rows of a rank without samples."""
+        assert not len(self)
+
+        def zeros(value: Tensor) -> Tensor:
+            return value.new_zeros((size, *value.shape[1:]))
+
+        cached = self.cached
+        if cached is not None:
+            cached = Cached(zeros(cached.values), zeros(cached.found) == 0, (None,) * size)
+        return Batch(
+            pixels=zeros(self.pixels),
+            captions=("",) * size,
+            conditions={name: zeros(value) for name, value in self.conditions.items()},
+            keys=("",) * size,
+            ordinals=zeros(self.ordinals),
+            slots=zeros(self.slots),
+            position=self.position,
+            cached=cached,
+            padding=size,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """Move the tensors, without blocking where the memory is pinned; pixels only where there are any."""
@@ -82,16 +127,23 @@ class Batch:
             pixels = no_pixels(self.pixels.shape, device)
         else:
             pixels = self.pixels.to(device, non_blocking=True)
-        return Batch(
+        return replace(
+            self,
             pixels=pixels,
-            captions=self.captions,
             conditions={n: v.to(device, non_blocking=True) for n, v in self.conditions.items()},
-            keys=self.keys,
             ordinals=self.ordinals.to(device, non_blocking=True),
             slots=self.slots.to(device, non_blocking=True),
-            position=self.position,
             cached=cached,
         )
+
+
+def _joined(value: Tensor, parts: list[slice]) -> Tensor:
+    """The rows of these slices: a view of one, a copy with the same layout in memory of several."""
+    if len(parts) == 1:
+        return value[parts[0]]
+    if not any(value.stride()):  # `no_pixels`, which take no memory
+        return value[:1].expand(sum(part.stop - part.start for part in parts), *value.shape[1:])
+    return torch.cat([value[part] for part in parts])
 
 
 def no_pixels(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:

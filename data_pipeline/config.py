@@ -88,7 +88,7 @@ class DataConfig:
     """indexed: exact order and resume; more than 2000 shards without an index are streamed. streamed: as
     exact, over whole shards in turn, which need no index. resampled: plain webdataset, approximate resume."""
     lanes: int = number(0, least=0, most=10**9)
-    """Independent walks over the shards; ranks x workers must divide it. 0: derived from the global batch."""
+    """Independent walks over the shards, each on one rank; they divide the batch. 0: derived from it."""
     shuffle_window: int = number(0, least=0, most=10**9)
     """Samples of one lane that are shuffled together; 1: shard order; 0: derived (about 1 GB in all)."""
     filter: str = ""

@@ -25,7 +25,7 @@ from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.moments.entry import Moments, MomentsCache
-from data_pipeline.order.lanes import Order, deal
+from data_pipeline.order.lanes import Order, Part, deal, lanes_of
 from data_pipeline.order.position import merge_positions, pack, unpack
 from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset, open_dataset
@@ -43,6 +43,7 @@ __all__ = [
     "AnyLoader",
     "Dataset",
     "Loader",
+    "Part",
     "build_loader",
     "check_layout",
     "merge_positions",
@@ -57,19 +58,18 @@ def build_loader(
     *,
     seed: int,
     global_batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
+    part: Part = Part(),  # noqa: B008 - it is frozen
     position: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     skip_ordinals: Iterable[int] = (),
     dataset: Dataset | None = None,
     moments: Moments | None = None,
 ) -> AnyLoader:
-    """Loader of rank `rank`: an endless iterator of Batch with global_batch_size / world_size samples.
+    """Loader of one rank: an endless iterator of Batch, each its part of a global batch.
 
-    `position` is `merge_positions` of what all ranks' last consumed batches carry; it fits any world size
-    and number of workers that divides the lanes. `skip_ordinals` are never served again. `moments`: with
-    a cache, batches have `cached`, and pixels only where it has nothing. Raises DataError within seconds when
-    the storage, the shards or the configuration are wrong.
+    `position` is `merge_positions` of what all ranks' last consumed batches carry; it fits any number of
+    ranks and workers. A rank that no lane is left for has batches without samples. `skip_ordinals` are never
+    served again. `moments`: with a cache, batches have `cached`, and pixels only where it has nothing. Raises
+    DataError within seconds when the storage, the shards or the configuration are wrong.
     """
     if config.order == "resampled":
         # webdataset is heavy to import, and only this mode needs it
@@ -80,13 +80,12 @@ def build_loader(
             config,
             seed=seed,
             global_batch_size=global_batch_size,
-            rank=rank,
-            world_size=world_size,
+            part=part,
             position=last,
         )
     check_conditions(config)
     # First, for their imports take as long as opening the data set.
-    workers = [WorkerProcess(config, name=f"{rank}.{i}") for i in range(config.workers)]
+    workers = [WorkerProcess(config, name=f"{part.rank}.{i}") for i in range(config.workers)]
     try:
         dataset = dataset or open_dataset(config, at_once=True)
         tasks = _tasks(
@@ -94,8 +93,7 @@ def build_loader(
             dataset,
             seed=seed,
             global_batch_size=global_batch_size,
-            rank=rank,
-            world_size=world_size,
+            part=part,
             position=position,
             skip_ordinals=frozenset(int(o) for o in skip_ordinals),
         )
@@ -106,7 +104,10 @@ def build_loader(
                     "run `ldm data index` once and begin a new run, or remove first_stage.cache."
                 )
             tasks = [dataclasses.replace(task, moments=moments) for task in tasks]
-        return Loader(tasks, workers, rank=rank)
+        used = len(tasks) if tasks[0].lanes else 0
+        for idle in workers[used:]:
+            idle.close()
+        return Loader(tasks, workers[:used], rank=part.rank)
     except BaseException:
         for worker in workers:
             worker.close()
@@ -119,19 +120,17 @@ def _tasks(
     *,
     seed: int,
     global_batch_size: int,
-    rank: int,
-    world_size: int,
+    part: Part,
     position: dict[str, Any] | Sequence[dict[str, Any]] | None,
     skip_ordinals: frozenset[int],
 ) -> list[ShareTask]:
-    """What each worker of this rank does."""
+    """What each worker of this rank does; at least one task, if need be without lanes."""
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
+    mine = lanes_of(part, order.lanes, global_batch_size)
     buckets = dataset.buckets(config, order)
     named = dataset.named() if isinstance(order, Turns) else dataset.fingerprint
     # What is accepted is in the orders of the buckets by now.
     dataset = dataclasses.replace(dataset, accepted=None, fingerprint=named)
-    workers = max(1, config.workers)
-    dealt = deal(order.lanes, world_size, workers)
     step, states = unpack(position, order, dataset.fingerprint, buckets)
     each = len(buckets.shapes)
     removals = read_removals(config.removal_lists)
@@ -148,17 +147,14 @@ def _tasks(
             skip_ordinals=skip_ordinals,
             removals=removals,
         )
-        for lanes in dealt[rank * workers : (rank + 1) * workers]
+        for lanes in deal(mine, max(1, min(config.workers, len(mine))))
     ]
 
 
-def check_layout(
-    config: DataConfig, dataset: Dataset, *, seed: int, global_batch_size: int, world_size: int
-) -> Order | Turns:
-    """The order of a run; raises DataError when ranks x workers do not divide its lanes, or buckets lack."""
+def check_layout(config: DataConfig, dataset: Dataset, *, seed: int, global_batch_size: int) -> Order | Turns:
+    """The order of a run; raises DataError when the data do not fill its lanes or buckets."""
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size)
     dataset.buckets(config, order)
-    deal(order.lanes, world_size, max(1, config.workers))
     return order
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from data_pipeline.held_out import HeldOut
 from data_pipeline.loader import (
     AnyLoader,
     Dataset,
+    Part,
     build_loader,
     check_layout,
     merge_positions,
@@ -108,12 +110,12 @@ class Run:
 
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
+        ranks = self.env.world_size
         return build_loader(
             self.config.data,
             seed=self.config.seed,
             global_batch_size=self.config.global_batch_size,
-            rank=self.env.rank,
-            world_size=self.env.world_size,
+            part=Part(self.env.rank, ranks, self.config.sharing(ranks).together),
             position=None if from_start else self.state.position,
             skip_ordinals=self.healer.skipped,
             dataset=self.dataset,
@@ -261,7 +263,7 @@ def build_run(
     bound = bind_to_node(env.device) if config.distributed.numa_binding else "cores as given"
     if env.is_main:
         logger.info("computing: %s; %s", describe_process(config.distributed, env.device), bound)
-    accumulation = config.accumulation(env.world_size)
+    config.sharing(env.world_size)  # a mistake that needs no data to be seen
     # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
     dataset = None  # resampled order reads what cannot be indexed
     if config.data.order != "resampled":
@@ -269,29 +271,27 @@ def build_run(
             dataset = collectives.worked_on_main_rank(
                 lambda tell: open_dataset(config.data, progress=tell, at_once=True), work.told
             )
-        check_layout(
-            config.data,
-            dataset,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            world_size=env.world_size,
-        )
+    resumes = newest_good(config.run_dir, env)
+    shared = _with_lanes(config, dataset, resumes)
+    sharing = shared.sharing(env.world_size)
+    if sharing.waste and env.is_main:
+        logger.warning("%s", sharing.sentence())
     start = start or StartTimer()
     held_out = hold_out(config, dataset, alive)
     start.mark("data set")
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)
     make = _build_autoencoder if config.stage == "autoencoder" else _build_diffusion
-    resumes = newest_good(config.run_dir, env)
     with read_together(env.device, alive):
-        stage, buffer, frozen, facts = make(config, env, timer, start, resumes)
+        stage, buffer, frozen, facts = make(shared, env, timer, start, resumes)
     start.mark("engines")
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
     state, healer = TrainState(), Healer(config.healing)
     resolved = {
         **config_to_dict(config),
         "world_size": env.world_size,
-        "accumulation": accumulation,
+        "accumulation": sharing.micro_batches,
+        "padding": sharing.waste,
         "git_commit": (git_commit(Path(__file__).resolve().parent) if env.is_main else None) or "unknown",
         **facts,
     }
@@ -321,6 +321,24 @@ def build_run(
         raise
     start.mark("averages and checkpoint")
     return run
+
+
+def _with_lanes(config: Config, dataset: Dataset | None, resumes: CheckpointHandle | None) -> Config:
+    """With the lanes that the data have: a lane lies on one rank, so who has which samples depends on them.
+
+    A run that goes on has those that it began with: without an index it has others than with one. Collective.
+
+    Raises:
+        DataError: the data do not fill the lanes or the buckets.
+    """
+    if dataset is None:
+        return config
+    order = check_layout(config.data, dataset, seed=config.seed, global_batch_size=config.global_batch_size)
+    position: dict[str, Any] | None = None
+    if resumes is not None:
+        position = collectives.from_main_rank(lambda: read_state(resumes)["state"]["train"]["position"])
+    lanes = (position or {}).get("lanes", order.lanes)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, lanes=lanes))
 
 
 def _hold_folder(run_dir: str) -> Lease | None:
@@ -368,7 +386,8 @@ def _open_moments(config: Config, env: DistributedEnv, first_stage: FirstStage) 
     cache = moments_cache(config.first_stage, first_stage)
     allowance = collectives.from_main_rank(lambda: open_cache(config.first_stage, cache))
     share = None if allowance is None else allowance // env.world_size
-    return EncodeOnce(first_stage, cache, MomentsWriter(cache, allowance=share), config.micro_batch_size)
+    rows = config.sharing(env.world_size).rows
+    return EncodeOnce(first_stage, cache, MomentsWriter(cache, allowance=share), rows)
 
 
 def _build_autoencoder(

@@ -27,6 +27,7 @@ from data_pipeline.feed.findings import Findings
 from data_pipeline.feed.sample import Known, draw_crop, fill_sample, sample_arrays
 from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
+from data_pipeline.order.lanes import Part, lanes_of
 from data_pipeline.pictures.headers import picture_size
 from data_pipeline.shards.dataset import sources_of
 from data_pipeline.shards.filter_values import as_column, to_numbers
@@ -82,15 +83,17 @@ class ResampledLoader(Iterator[Batch]):
         *,
         seed: int,
         global_batch_size: int,
-        rank: int,
-        world_size: int,
+        part: Part,
         position: dict[str, Any] | None = None,
     ) -> None:
         check_conditions(config)
         if config.buckets:
             raise DataError("data.buckets needs data.order=indexed.")
-        if global_batch_size % world_size:
-            raise DataError(f"global_batch_size={global_batch_size} is not a multiple of {world_size} ranks.")
+        self._slots = lanes_of(part, global_batch_size, global_batch_size)
+        if not self._slots:
+            raise DataError(
+                f"global_batch_size={global_batch_size} has no sample for each of {part.ranks} ranks."
+            )
         logger.warning("data.order=resampled: shards are drawn with replacement and resume is approximate")
         self._config = config
         self._urls = [
@@ -102,8 +105,8 @@ class ResampledLoader(Iterator[Batch]):
         self._name_depth = distinguishing_depth(self._urls)
         edge = config.image_size
         self._arrays = sample_arrays(edge, edge) | condition_arrays(config, edge, edge)
-        self._seed, self._rank = seed, rank
-        self._size = global_batch_size // world_size
+        self._seed, self._rank = seed, part.rank
+        self._size = len(self._slots)
         self._global = global_batch_size
         self._step = int(position["step"]) if position else 0
         self._filter = Filter(config.filter)
@@ -238,9 +241,8 @@ class ResampledLoader(Iterator[Batch]):
         tensors = {
             name: torch.from_numpy(np.concatenate([row[name] for row, _, _ in rows])) for name in rows[0][0]
         }
-        first = self._rank * self._size
         tensors.pop("ordinals")
-        slots = torch.arange(first, first + self._size)
+        slots = torch.arange(self._slots.start, self._slots.stop)
         ordinals = self._step * self._global + slots
         self._step += 1
         self.tally.served += self._size

@@ -7,8 +7,9 @@ samples per step, a worker has one lane.
     lane        0   |   1   |   2   |   3
     worker    0.0   |  0.1  |  1.0  |  1.1        (rank.worker)
 
-On one rank with one worker the same worker would have all four lanes: the slots keep their samples, and
-whoever joins the shares of all workers of all ranks, in order, has the same global batch.
+On one rank with one worker the same worker would have all four lanes, on three ranks rank 0 would have two:
+the slots keep their samples, and whoever joins the shares of all workers of all ranks, in order, has the same
+global batch.
 
 One row, from the inside out:
 

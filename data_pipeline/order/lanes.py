@@ -24,8 +24,9 @@ A3 A2 A5 A4
 B0 B2 B1 B3
 
 A step of four samples takes the next of each lane: C2 C5 A3 B0, then C1 C4 A2 B2, and so on. Two ranks
-have two lanes each, four ranks one; the steps are the same. Where a lane stands is (epoch, raw offset),
-and where it goes on from there needs one window, however deep in the epoch that is.
+have two lanes each, four ranks one, three ranks two, one and one; the steps are the same. Where a lane
+stands is (epoch, raw offset), and where it goes on from there needs one window, however deep in the epoch
+that is.
 
 Why lanes are slices of one stream, and not a set of shards each: they differ by at most one sample, so
 that they end an epoch together whatever the sizes of the shards, as long as they reject alike. And why
@@ -35,8 +36,10 @@ members in one range, and needs few indexes at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +50,16 @@ from data_pipeline.order.draws import Draw, fold, fold_array, permutation, permu
 _MAX_WINDOW = 2048
 _MIN_WINDOW = 16
 _SHUFFLE_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of every global batch is a rank's."""
+
+    rank: int = 0
+    ranks: int = 1
+    together: int = 1
+    """So many consecutive samples of a global batch, which it is a multiple of, stay on one rank."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,21 +179,27 @@ def choose_window(requested: int, lanes: int, mean_bytes: float) -> int:
     return max(_MIN_WINDOW, min(_MAX_WINDOW, fitting // _MIN_WINDOW * _MIN_WINDOW))
 
 
-def deal(lanes: int, ranks: int, workers: int) -> list[range]:
-    """Lanes of every worker of every rank, in this order, as contiguous blocks of equal length.
+def deal(lanes: range, parts: int, together: int = 1) -> list[range]:
+    """`lanes` cut into contiguous blocks that differ by one lane at most, the longer ones first.
 
-    Raises DataError, with the numbers that are possible, when the workers do not divide the lanes.
+    With more parts than lanes the last ones are empty. Blocks are multiples of `together` lanes, and differ
+    by so many.
+
+    >>> deal(range(4), 3)
+    [range(0, 2), range(2, 3), range(3, 4)]
+    >>> deal(range(8), 3, together=2)
+    [range(0, 4), range(4, 6), range(6, 8)]
     """
-    parts = ranks * workers
-    if parts < 1 or lanes % parts:
-        valid = ", ".join(map(str, divisors(lanes)))
-        raise DataError(
-            f"{ranks} ranks x {workers} workers = {parts} does not divide the {lanes} lanes (data.lanes, by "
-            "default the largest divisor of global_batch_size that the data fill); ranks x data.workers can "
-            f"be {valid}."
-        )
-    each = lanes // parts
-    return [range(i * each, (i + 1) * each) for i in range(parts)]
+    each, longer = divmod(len(lanes) // together, parts)
+    ends = [together * (part * each + min(part, longer)) for part in range(parts + 1)]
+    return [lanes[start:stop] for start, stop in pairwise(ends)]
+
+
+def lanes_of(part: Part, lanes: int, global_batch_size: int) -> range:
+    """The lanes of a rank. A lane is never cut, whatever samples stay together."""
+    per_lane = global_batch_size // lanes
+    together = math.lcm(part.together, per_lane) // per_lane
+    return deal(range(lanes), part.ranks, together)[part.rank]
 
 
 def divisors(n: int) -> list[int]:

@@ -98,7 +98,7 @@ def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     assert positions
     if positions[0].get("order") == "resampled":
         return dict(positions[0])
-    parts = sorted(positions, key=lambda p: p["first"])
+    parts = sorted(positions, key=lambda p: p["first"])  # ranks without a lane stand behind the last one
     head = parts[0]
     states: list[Any] = []
     for part in parts:

@@ -38,7 +38,7 @@ def trace(
     config: DataConfig, seed: int, global_batch_size: int, *, steps: range, ranks: int = 1
 ) -> Iterator[tuple[int, list[str]]]:
     """Run the real loader for all ranks and yield (step, keys in global order)."""
-    from data_pipeline.loader import build_loader
+    from data_pipeline.loader import Part, build_loader
 
     dataset = None if config.order == "resampled" else open_dataset(config, at_once=True)
     loaders = []
@@ -49,8 +49,7 @@ def trace(
                     config,
                     seed=seed,
                     global_batch_size=global_batch_size,
-                    rank=rank,
-                    world_size=ranks,
+                    part=Part(rank, ranks),
                     dataset=dataset,
                 )
             )

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.order.lanes import Part, lanes_of
 from tests.integration.whole_parameters import gather_full, whole_weights
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig, OptimizerConfig
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
+from trainer.stages.stage import share_of_mean
 
 GLOBAL_BATCH = 16
 STEPS = 3
@@ -55,9 +57,9 @@ def global_batch(step: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def loss_of(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-    """Mean over samples; large enough for the gradient clip to bite."""
-    return ((outputs["logits"].float() - targets) ** 2).sum(dim=1).mean()
+def losses_of(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """[B], large enough for the gradient clip to bite."""
+    return ((outputs["logits"].float() - targets) ** 2).sum(dim=1)
 
 
 class TorchsMuon:
@@ -101,7 +103,7 @@ def reference(optimizer_name: str = "adamw") -> dict[str, Any]:
     for step in range(STEPS):
         x, targets = global_batch(step)
         optimizer.zero_grad()
-        loss_of(network(x), targets).backward()
+        losses_of(network(x), targets).mean().backward()
         norms.append(float(nn.utils.clip_grad_norm_(trained, OPTIMIZER.max_grad_norm)))
         if step == 0:
             first_moment = {n: 0.1 * p.grad for n, p in network.named_parameters() if p.grad is not None}
@@ -128,7 +130,7 @@ def run_case(
     reduce_precision: str = "fp32",
 ) -> dict[str, Any]:
     """One engine around a new network."""
-    micro_batch = GLOBAL_BATCH // (env.world_size * accumulation)
+    micro_batch = -(-GLOBAL_BATCH // (env.world_size * accumulation))
     config = Config(
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=micro_batch,
@@ -143,14 +145,19 @@ def run_case(
             reduce_bucket_elements=500,  # several buckets even here
         ),
     )
+    sharing = config.sharing(env.world_size)
+    own = lanes_of(Part(env.rank, env.world_size), GLOBAL_BATCH, GLOBAL_BATCH)
     built = build_engine(make_network(), config, env)
     norms, first_moment = [], {}
     for step in range(STEPS):
         x, targets = global_batch(step)
         for micro in range(accumulation):
-            first = (micro * env.world_size + env.rank) * micro_batch
-            part = slice(first, first + micro_batch)
-            built.backward(loss_of(built(x[part].to(built.compute_dtype)), targets[part]))
+            first = micro * sharing.rows
+            part = [own[row] for row in range(first, min(first + sharing.rows, len(own)))]
+            padding = sharing.rows - len(part)
+            part += [own[0]] * padding
+            losses = losses_of(built(x[part].to(built.compute_dtype)), targets[part])
+            built.backward(share_of_mean(losses, padding, sharing.gain))
             norm = built.step(LEARNING_RATE)
             assert (norm is None) == (micro + 1 < accumulation)
         norms.append(float(norm))

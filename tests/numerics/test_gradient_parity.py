@@ -63,6 +63,12 @@ def test_engines_match_one_process(world_size: int) -> None:
     check(exact + rounded, world_size)
 
 
+def test_three_ranks_match_one_process() -> None:
+    """Of 16 samples they have 6, 5 and 5, in one pass of 6 or three of 2: with rows that weigh nothing."""
+    exact = [case(*engine, accumulation) for engine in ENGINES for accumulation in (1, 3)]
+    check(exact + [case(*engine, 3, "bf16") for engine in ENGINES], world_size=3)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_muon_under_every_engine_is_torchs_muon_and_adamw(world_size: int) -> None:
     """With a matrix that lies on two ranks; the iteration is in bf16, so weights agree to that."""

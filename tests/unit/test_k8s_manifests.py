@@ -327,8 +327,8 @@ def test_the_entry_point_is_a_command_that_exists(name: str) -> None:
     path = str(K8S / "base" / "run.yaml") if args.config.startswith("/etc/ldm/") else args.config
     config = load_config(path if Path(path).is_absolute() else str(REPOSITORY / path), args.overrides)
     fewest, most = map(int, args.workers.split(":"))
-    config.accumulation(fewest)
-    config.accumulation(most)
+    config.sharing(fewest)
+    config.sharing(most)
     places = [group.get("maxReplicas", 0) for _, group in groups(job)]
     gpus = 8 if name.endswith("a100") else 1
     assert sum(places) * gpus >= most

@@ -16,7 +16,7 @@ import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import DataError
-from data_pipeline.loader import AnyLoader, build_loader, check_layout, open_dataset
+from data_pipeline.loader import AnyLoader, Part, build_loader, check_layout, open_dataset
 from data_pipeline.moments.entry import Moments
 from data_pipeline.moments.writer import MomentsWriter
 from trainer.config.checks import check_networks
@@ -69,6 +69,7 @@ def _check(config: Config, args: argparse.Namespace) -> None:
         raise DataError(f"--rank {args.rank} is none of --ranks {args.ranks}; ranks count from 0.")
     if args.steps is not None and args.steps < 1:
         raise DataError(f"--steps {args.steps} is nothing to encode; it must be at least 1.")
+    config.sharing(args.ranks)
     check_networks(config)
 
 
@@ -78,7 +79,7 @@ def _encode(config: Config, rank: int, ranks: int, steps: int | None) -> tuple[A
     device = choose_device(0, 1, bound=False)
     dataset = open_dataset(config.data)
     seed, size = config.seed, config.global_batch_size
-    check_layout(config.data, dataset, seed=seed, global_batch_size=size, world_size=ranks)
+    check_layout(config.data, dataset, seed=seed, global_batch_size=size)
     first_stage = load_first_stage(config.first_stage, device)
     place_first_stage(first_stage, config.distributed, device)
     cache = moments_cache(config.first_stage, first_stage)
@@ -91,8 +92,7 @@ def _encode(config: Config, rank: int, ranks: int, steps: int | None) -> tuple[A
         config.data,
         seed=seed,
         global_batch_size=size,
-        rank=rank,
-        world_size=ranks,
+        part=Part(rank, ranks),
         dataset=dataset,
         moments=moments,
     )

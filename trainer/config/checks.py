@@ -74,13 +74,12 @@ def _require(condition: bool, message: str) -> None:
 
 def _check_sizes(config: Config) -> None:
     if config.distributed.ranks:
-        config.accumulation(config.distributed.ranks)
-    else:
-        _require(
-            config.global_batch_size % config.micro_batch_size == 0,
-            f"global_batch_size={config.global_batch_size} must be a multiple of "
-            f"micro_batch_size={config.micro_batch_size}.",
-        )
+        config.sharing(config.distributed.ranks)
+    _require(
+        config.stage != "autoencoder" or config.global_batch_size % config.micro_batch_size == 0,
+        f"global_batch_size={config.global_batch_size} must be a multiple of micro_batch_size="
+        f"{config.micro_batch_size}, whose micro-batches stay whole in a first stage.",
+    )
     factor = config.first_stage.downsampling
     _require(
         config.data.image_size % factor == 0,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.config import DataConfig, number
 from data_pipeline.errors import UserError
 from trainer.config.models import ConditioningConfig, FirstStageConfig, UNetConfig
+from trainer.config.sharing import Sharing
 from trainer.config.training import (
     AutoencoderLossConfig,
     CheckpointConfig,
@@ -39,7 +41,7 @@ class Config:
     global_batch_size: int = number(2048, least=1, most=10**9)
     """Samples per optimizer step, over all ranks."""
     micro_batch_size: int = number(8, least=1, most=10**7)
-    """Samples per rank and forward pass; gradient accumulation is derived."""
+    """The most samples per rank and forward pass; how many passes, and of how many, is derived."""
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
     """Seeds the initial weights, the order of samples and every random draw."""
     init_from: str | None = None
@@ -79,14 +81,37 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Preview pictures."""
 
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches per optimizer step on each of `world_size` ranks."""
-        per_pass = self.micro_batch_size * world_size
-        if self.global_batch_size % per_pass:
-            valid = [n for n in range(1, 4097) if self.global_batch_size % (self.micro_batch_size * n) == 0]
+    @property
+    def _whole_samples(self) -> int:
+        return self.micro_batch_size if self.stage == "autoencoder" else 1
+
+    @property
+    def most_ranks(self) -> int:
+        """More would never have a sample."""
+        return self.global_batch_size // self._whole_samples
+
+    def sharing(self, ranks: int) -> Sharing:
+        """How the global batch is shared among so many ranks: any number that it has samples for.
+
+        A first stage keeps its micro-batches whole, since statistics are taken over each (batch
+        normalisation, the adaptive weight): the same at any number of ranks. A lane is not cut either.
+
+        Raises:
+            ConfigError: some ranks would never have a sample.
+        """
+        whole = self._whole_samples
+        if not 1 <= ranks <= self.most_ranks:
+            why = f", whose micro-batches of {whole} stay whole in a first stage" if whole > 1 else ""
             raise ConfigError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
-                f"{self.micro_batch_size} x {world_size} ranks; with this micro-batch the number of ranks "
-                f"can be {', '.join(map(str, valid[:40])) or 'nothing'}."
+                f"{ranks} ranks cannot share global_batch_size={self.global_batch_size}{why}; use 1 to "
+                f"{self.most_ranks} ranks, or {'lower micro_batch_size' if whole > 1 else 'raise it'}."
             )
-        return self.global_batch_size // per_pass
+        per_lane, rest = divmod(self.global_batch_size, self.data.lanes or self.global_batch_size)
+        together = (
+            math.lcm(whole, per_lane) if not rest else whole
+        )  # a wrong number is the data set's to refuse
+        return Sharing(self.global_batch_size, ranks, self.micro_batch_size, together)
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches per optimizer step on each of so many ranks; raises as `sharing`."""
+        return self.sharing(ranks).micro_batches

@@ -15,8 +15,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     the engine passes its own as a client optimizer, and the rate with every step.
 
     Raises:
-        ConfigError: the batch sizes do not fit this number of ranks.
+        ConfigError: more ranks than the global batch has samples for.
     """
+    sharing = config.sharing(world_size)
     distributed = config.distributed
     bf16 = distributed.precision == "bf16"
     stage = distributed.zero_stage
@@ -24,9 +25,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     accumulation = "bf16" if bf16 and stage == 0 else "fp32"
     sent = accumulation if stage == 0 else distributed.reduce_precision
     return {
-        "train_batch_size": config.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation(world_size),
+        "train_batch_size": sharing.computed,  # padding included; it must be the product
+        "train_micro_batch_size_per_gpu": sharing.rows,
+        "gradient_accumulation_steps": sharing.micro_batches,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "fp16": {"enabled": False},

@@ -48,7 +48,8 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-batch's mean loss; the engine averages micro-batches and ranks."""
+        """Backward of one micro-batch's mean loss; the engine averages micro-batches and ranks, as if all had
+        equally many samples (`Sharing.gain` makes up for those that have not)."""
         ...
 
     def step(self, learning_rate: float) -> Tensor | None:

@@ -90,6 +90,7 @@ def gradient_parity(config: Config, env: DistributedEnv, *, uses: int) -> Parity
     accumulation = _twin_accumulation(config, env)
     twin_config = dataclasses.replace(
         config,
+        data=dataclasses.replace(config.data, lanes=0),
         micro_batch_size=_MICRO_BATCH,
         global_batch_size=_MICRO_BATCH * accumulation * env.world_size,
         optimizer=dataclasses.replace(config.optimizer, name="adamw", max_grad_norm=0.0, weight_decay=0.0),

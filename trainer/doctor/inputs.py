@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import TypeVar
 
 from data_pipeline.errors import DataError, Failure, NotFound
-from data_pipeline.loader import Dataset, build_loader, check_layout, open_dataset
+from data_pipeline.loader import Dataset, Part, build_loader, check_layout, open_dataset
 from data_pipeline.storage.files import exists, read_bytes, remove_file, write_bytes
 from data_pipeline.storage.large import checksum_bytes
 from data_pipeline.storage.listing import ListedFile, list_files, look_up
@@ -193,9 +193,8 @@ def _first_samples(config: Config, env: DistributedEnv, dataset: Dataset | None)
             dataset,
             seed=config.seed,
             global_batch_size=batch,
-            world_size=env.world_size,
         )
-        # One sample of each lane is the smallest batch that all ranks can share.
+        # One sample of each lane is the smallest batch in the order of the run.
         enough, batch, lanes = min(FIRST, order.total), order.lanes, order.lanes
     data = dataclasses.replace(config.data, lanes=lanes, workers=0, prefetch=1, reject_file=None)
     began = time.monotonic()
@@ -203,13 +202,13 @@ def _first_samples(config: Config, env: DistributedEnv, dataset: Dataset | None)
         data,
         seed=config.seed,
         global_batch_size=batch,
-        rank=env.rank,
-        world_size=env.world_size,
+        part=Part(env.rank, env.world_size),
         dataset=dataset,
     )
     with closing(batches):
         while batches.tally.seen * env.world_size < enough and time.monotonic() - began < _LOOK_S:
-            next(batches)
+            if not len(next(batches)):
+                break  # more ranks than lanes
     return batches.tally
 
 

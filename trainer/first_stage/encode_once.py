@@ -2,8 +2,8 @@
 
 What is kept is `FirstStage.moments`, rounded to `first_stage.cache_dtype`; what is encoded just now is
 rounded alike, so a step computes the same whether its pictures were in the cache or not. Pictures are encoded
-in groups of `micro_batch_size`, the last one filled up with black ones: kernels depend on the number of
-pictures, and another kernel may round differently.
+in groups of one size, the last one filled up with black ones: kernels depend on the number of pictures, and
+another kernel may round differently.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ class EncodeOnce:
         everything = len(missing) == len(batch)
         for start in range(0, len(missing), self._group):
             rows = missing[start : start + self._group]
-            if everything:
-                at: slice | Tensor = slice(start, start + self._group)
+            at: slice | Tensor = slice(start, start + len(rows))
+            if not everything:
+                at = _index(rows, values.device)
+            if everything and len(rows) == self._group:
                 pixels = batch.pixels[at]
             else:
-                at = _index(rows, values.device)
-                pixels = torch.zeros_like(batch.pixels[: self._group])  # with their layout in memory
+                pixels = _black(self._group, batch.pixels)
                 pixels[: len(rows)] = batch.pixels[at]
             encoded = self._first_stage.moments(to_unit_range(pixels))
             values[at] = encoded[: len(rows)].to(values.dtype)
@@ -120,6 +121,12 @@ def _digest(config: FirstStageConfig, first_stage: FirstStage) -> str:
         plain = tensor.detach().cpu().contiguous().flatten()
         hasher.update(memoryview(plain.view(torch.uint8).numpy()))
     return hasher.hexdigest()
+
+
+def _black(size: int, like: Tensor) -> Tensor:
+    """uint8 [size, 3, H, W], black, with the layout in memory of other pictures: kernels depend on it."""
+    shape = (size, *like.shape[1:])
+    return torch.empty_strided(shape, like.stride(), dtype=like.dtype, device=like.device).zero_()
 
 
 def _index(rows: list[int], device: torch.device) -> Tensor:

@@ -34,12 +34,12 @@ def launch(config: Config, task: Task = "train") -> int:
     """Train, or run the doctor's checks, on all ranks; returns the run's exit code (exit_codes.py).
 
     Raises:
-        ConfigError: the batch cannot be divided over the ranks.
+        ConfigError: the global batch has no sample for each rank.
     """
     if ranks_are_given(os.environ):
         return run_rank(config, task)
     ranks = config.distributed.ranks or visible_devices(os.environ) or 1
-    config.accumulation(ranks)
+    config.sharing(ranks)
     with tempfile.TemporaryDirectory(prefix="ldm-launch-") as scratch:
         config_file = Path(scratch) / "config.json"
         config_file.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")

@@ -62,7 +62,7 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
             from trainer.reliability.outage import wait_for_storage
 
             wait_for_storage(config.run_dir, config.data)
-        config.accumulation(_ranks_told())  # a mistake that needs neither peers nor a doctor to be seen
+        config.sharing(_ranks_told())  # a mistake that needs neither peers nor a doctor to be seen
         if config.distributed.doctor and not is_restart():
             code = _examine(config)
             if code is not ExitCode.DONE:

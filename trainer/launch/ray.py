@@ -2,7 +2,7 @@
 
 driver (main)        starts the board and Ray Train; a stop of the job becomes a request to save
 board (actor)        what all of them tell each other: ray_board.py
-controller (Ray's)   places workers, restarts them all, resizes; `_SaveBeforeResize` runs in it
+controller (Ray's)   places workers, restarts and resizes them; `_SaveBeforeResize`, `_UsefulWorkers` are its
 worker (train_rank)  starts its rank as a process and follows it: ray_worker.py
 """
 
@@ -29,6 +29,7 @@ import ray.train.collective
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -43,7 +44,7 @@ from trainer.console import configure_logging
 from trainer.distributed.place import Place, free_port
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
-from trainer.launch.ray_board import RunBoard, RunRequest, usable_ranks
+from trainer.launch.ray_board import RunBoard, RunRequest, useful_ranks
 from trainer.launch.ray_worker import ROUND_S, Facts, Follower, started_rank
 from trainer.reliability.job import JOB_VARIABLE
 
@@ -101,6 +102,30 @@ class _SaveBeforeResize(ControllerCallback):
             time.sleep(ROUND_S / 2)
 
 
+class _UsefulWorkers(ElasticScalingPolicy):
+    """As many workers as make a step shorter: a resize that would not is none."""
+
+    def __init__(self, scaling: ray.train.ScalingConfig, config: Config) -> None:
+        super().__init__(scaling)
+        self._config = config
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        fewest = self.scaling_config.min_workers
+        return max(fewest, useful_ranks(self._config, possible)) if possible > fewest else possible
+
+
+class _Trainer(TorchTrainer):
+    """Ray's, with our policy where the number of workers may change: it takes none as an argument."""
+
+    _config: Config
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if isinstance(parts["scaling_policy"], ElasticScalingPolicy):
+            parts["scaling_policy"] = _UsefulWorkers(self.scaling_config, self._config)
+        return super()._initialize_and_run_controller(**parts)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The driver: exit codes are those of `ldm train`."""
     args = _parser().parse_intermixed_args(argv)
@@ -155,7 +180,7 @@ def train_rank(settings: dict[str, Any]) -> int:
     config = config_from_dict(settings["config"])
     context = ray.train.get_context()
     rank, board = context.get_world_rank(), settings["board"]
-    ranks = usable_ranks(config, context.get_world_size())
+    ranks = context.get_world_size()
     offer = None
     if rank == 0:
         attempt, give_up = ray.get(board.begin.remote(ranks))
@@ -166,9 +191,6 @@ def train_rank(settings: dict[str, Any]) -> int:
         return ExitCode.RETRYABLE
     group = _Group(board, rank, config.run_dir)
     news = _Reporter(config, ranks).news if rank == 0 else _no_news
-    if rank >= ranks:
-        logger.info("the batch divides over %d ranks: this worker is a spare", ranks)
-        return Follower(rank, ranks, None, group, news).run()
     place = Place(
         rank=rank,
         local_rank=context.get_local_rank(),
@@ -288,7 +310,7 @@ def _build_trainer(
     storage, path = filesystem(config.run_dir)
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if args.device == "auto" else args.device == "gpu"
     resources = {"CPU": args.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-    return TorchTrainer(
+    trainer = _Trainer(
         train_rank,
         train_loop_config={
             "config": config_to_dict(config),
@@ -313,6 +335,8 @@ def _build_trainer(
             callbacks=[callback],
         ),
     )
+    trainer._config = config
+    return trainer
 
 
 def _start_board(config: Config) -> Any:
@@ -323,16 +347,23 @@ def _start_board(config: Config) -> Any:
 
 
 def _worker_range(text: str | None, config: Config) -> tuple[int, int]:
-    """(fewest, most) workers from `N` or `MIN:MAX`; unset: distributed.ranks, else one per GPU."""
+    """(fewest, most) workers from `N` or `MIN:MAX`; unset: distributed.ranks, else one per GPU.
+
+    Raises:
+        ConfigError: it is neither, or the global batch has no sample for each of them.
+    """
     if text is None:
         count = config.distributed.ranks or int(ray.cluster_resources().get("GPU", 0)) or 1
+        config.sharing(count)
         return count, count
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
     fewest = int(match[1]) if match else 0
     most = int(match[2] or fewest) if match else 0
     if not 1 <= fewest <= most:
         raise ConfigError(f"--workers must be N or MIN:MAX with 1 <= MIN <= MAX, not {text!r}.")
-    return fewest, most
+    config.sharing(fewest)
+    # More are not even asked for: an autoscaler would start nodes for them.
+    return fewest, most if most == fewest else max(fewest, useful_ranks(config, most))
 
 
 def _log_folder() -> Path:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from enum import StrEnum
 
-from trainer.config.run import Config, ConfigError
+from trainer.config.run import Config
 from trainer.exit_codes import ExitCode
 
 
@@ -81,18 +81,13 @@ class RunBoard:
         }
 
 
-def usable_ranks(config: Config, workers: int) -> int:
-    """The most ranks, of `workers` at hand, over which the global batch can be divided.
+def useful_ranks(config: Config, workers: int) -> int:
+    """The fewest ranks whose step is as short as that of all workers at hand.
 
-    Workers beyond them stay as spares: 7 of 8 nodes left do not stop a run of 2048 samples a step.
+    Of 2048 samples, 504 ranks have 5 or 4 each, and so have 410: a node that comes or goes in between is no
+    reason to start anew.
     """
-    for ranks in range(workers, 1, -1):
-        try:
-            config.accumulation(ranks)
-        except ConfigError:
-            continue
-        return ranks
-    return 1
+    return config.sharing(min(workers, config.most_ranks)).fewest_ranks
 
 
 def forbids_restart(codes: Mapping[int, int]) -> bool:

@@ -108,7 +108,7 @@ def started_rank(
 
 
 class Follower:
-    """Follows one rank, or none on a spare worker.
+    """Follows one rank.
 
     news: on worker 0, facts about the run every now and then, at once when its argument is True (the end).
     """
@@ -117,7 +117,7 @@ class Follower:
         self,
         rank: int,
         ranks: int,
-        process: RankProcess | None,
+        process: RankProcess,
         group: Group,
         news: Callable[[int, bool], Facts | None],
     ) -> None:
@@ -137,7 +137,7 @@ class Follower:
         """
         while True:
             time.sleep(ROUND_S)
-            step = self._process.step if self._process else 0
+            step = self._process.step
             asked, codes = self._group.tick(step)
             request = RunRequest(asked)
             self._watch(request, codes)
@@ -159,7 +159,7 @@ class Follower:
 
     def _watch(self, request: RunRequest, codes: dict[int, int]) -> None:
         process = self._process
-        if process is None or self._code is not None:
+        if self._code is not None:
             return
         if request is not RunRequest.NONE:
             self._ask_to_save(f"request: {request}")
@@ -192,7 +192,7 @@ class Follower:
         self._group.ended(self._rank, int(code))
 
     def _ask_to_save(self, reason: str) -> None:
-        if self._process is not None and not self._asked:
+        if not self._asked:
             self._asked = True
             logger.warning("rank %d: %s; saving", self._rank, reason)
             self._process.signal(signal.SIGUSR1)

@@ -101,7 +101,7 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
     config = load_run(path, overrides)
     nodes, tasks = (os.environ.get(f"SLURM_{name}", "") for name in ("NNODES", "NTASKS_PER_NODE"))
     if nodes.isdigit() and tasks.isdigit():
-        config.accumulation(int(nodes) * int(tasks))
+        config.sharing(int(nodes) * int(tasks))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
         seed = config.seed + int(task)

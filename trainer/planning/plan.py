@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.config.run import Config, ConfigError
+from trainer.config.sharing import Sharing
 from trainer.planning.machine import GIB, RESTART_S, Machine, ettr, mttf_s
 from trainer.planning.memory import Plan, plan
 from trainer.planning.speed import Step, step
@@ -39,9 +40,14 @@ class Planned:
     """With `first_stage.cache`, a step whose samples all lie in it; `step` is one of which none does."""
 
     @property
+    def sharing(self) -> Sharing:
+        """Of the global batch on these GPUs."""
+        return self.config.sharing(self.machine.gpus)
+
+    @property
     def activation_bytes(self) -> float:
         """Of a micro-batch, on each rank."""
-        return self.config.micro_batch_size * self.work.activation_bytes
+        return self.sharing.rows * self.work.activation_bytes
 
     @property
     def device_bytes(self) -> float:
@@ -60,10 +66,9 @@ class Planned:
 
     @property
     def best_micro_batch(self) -> int:
-        """The largest that fits and divides the global batch over the ranks; 0 where none does."""
-        share, rest = divmod(self.config.global_batch_size, self.machine.gpus)
-        fitting = min(share, self.largest_micro_batch)
-        return 0 if rest else next((n for n in range(fitting, 0, -1) if share % n == 0), 0)
+        """Samples of each of the fewest passes that fit; 0 where none fits."""
+        most = self.largest_micro_batch
+        return replace(self.sharing, at_once=most).rows if most else 0
 
     @property
     def images_per_s(self) -> float:
@@ -120,7 +125,9 @@ class Planned:
             "fits": self.device_bytes <= self.limit_bytes,
             "largest_micro_batch": self.largest_micro_batch,
             "best_micro_batch": self.best_micro_batch,
-            "accumulation": self.config.accumulation(self.machine.gpus),
+            "accumulation": self.sharing.micro_batches,
+            "micro_batch": self.sharing.rows,
+            "padding": self.sharing.waste,
             "flops_per_sample": {"network": work.network_flops, "frozen": work.frozen_flops},
             "launches": work.launches,
             "seconds_per_step": {
@@ -155,8 +162,8 @@ def make_plan(config: Config, machine: Machine, feed: Feed | None = None) -> Pla
     """Count on the meta device and model the rest: seconds, no GPU, nothing downloaded.
 
     Raises:
-        ConfigError: it is a first stage, its global batch cannot be divided over so many GPUs, or the machine
-            is no place for its precision.
+        ConfigError: it is a first stage, its global batch has no sample for each of so many GPUs, or the
+            machine is no place for its precision.
     """
     work = count_work(config)
     if config.distributed.precision != "bf16":
@@ -172,7 +179,7 @@ def make_plan(config: Config, machine: Machine, feed: Feed | None = None) -> Pla
 def describe(planned: Planned) -> str:
     """One screen for people."""
     p, m, s, gpus = planned, planned.memory, planned.step, planned.machine.gpus
-    config, rate = p.config, p.images_per_s
+    rate = p.images_per_s
     parts = {
         "weights": m.weights,
         "gradients": m.gradients,
@@ -183,9 +190,10 @@ def describe(planned: Planned) -> str:
     }
     memory = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     verdict = "fits" if p.device_bytes <= p.limit_bytes else "DOES NOT FIT"
-    accumulation = config.accumulation(gpus)
+    sharing = p.sharing
     most = p.largest_micro_batch
-    best = f"; {p.best_micro_batch} divides the batch" if p.best_micro_batch else ""
+    best = f"; {p.best_micro_batch} makes the fewest passes" if p.best_micro_batch else ""
+    padding = sharing.sentence() if sharing.waste else None
     bound = " (bound by launches: distributed.cuda_graphs=true replays them)" if s.bound_by_launches else ""
     exposed = f"{1e3 * s.exposed_s:.1f} of {1e3 * s.communication_s:.1f} ms of communication"
     parts_ms = f"encode {1e3 * s.encode_s:.1f} ms, network {1e3 * s.network_s:.1f} ms"
@@ -199,7 +207,8 @@ def describe(planned: Planned) -> str:
         "machine": f"{gpus} x {p.machine.gpu.name} in {p.machine.nodes} node(s)",
         "memory": f"{p.device_bytes / GIB:.1f} of {p.limit_bytes / GIB:.1f} GiB per rank: {verdict}",
         "": f"GiB: {memory}; on the host {m.staging_bytes / GIB:.2f} for checkpoints",
-        "micro-batch": f"{config.micro_batch_size} x {accumulation}; at most {most} fit{best}",
+        "micro-batch": f"{sharing.rows} x {sharing.micro_batches}; at most {most} fit{best}",
+        "padding": padding,
         "FLOPs": f"{flops[0] / 1e12:.3f} T per sample trained, {flops[1] / 1e12:.3f} T frozen",
         "step": f"{s.seconds:.4g} s{bound}",
         " ": step_parts,

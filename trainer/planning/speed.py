@@ -126,10 +126,10 @@ def step(config: Config, work: Work, machine: Machine, parameters: int) -> Step:
     """One optimizer step of a configuration.
 
     Raises:
-        ConfigError: the global batch cannot be divided over so many GPUs.
+        ConfigError: the global batch has no sample for each of so many GPUs.
     """
-    accumulation = config.accumulation(machine.gpus)
-    samples, d = config.micro_batch_size, config.distributed
+    sharing, d = config.sharing(machine.gpus), config.distributed
+    accumulation, samples = sharing.micro_batches, sharing.rows
     device = _device_s(work, samples, machine)
     network = micro_batch_s(work, samples, machine, graphs=d.cuda_graphs)
     total = sum(each.seconds(machine) for each in collectives(config, parameters, accumulation))

@@ -65,6 +65,7 @@ class AutoencoderStage:
         channels_last = config.distributed.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._reduction: Literal["sum", "mean"] = "sum" if self.module.gaussian else "mean"
+        self._sharing = config.sharing(collectives.world_size())
         self._constant_logvar = torch.tensor(self._loss.logvar_init, device=self._autoencoder.device)
 
     @property
@@ -83,31 +84,36 @@ class AutoencoderStage:
         self.module.statistics_measured = False  # what an earlier end of the run measured is of other weights
         made = self._autoencoder.optimizer_steps  # lies on the device: read once
         adversary = self._discriminator if made >= self._loss.discriminator_start else None
-        micro_batches = batch.micro_batches(self._config.micro_batch_size)
+        micro_batches = batch.micro_batches(self._sharing.rows, self._sharing.micro_batches)
         totals: dict[str, Tensor] = {}
-        counts: Tensor | None = None
+        counts: Tensor | None = None  # the ranks add them up, those without samples as well
         norms: dict[str, Tensor | None] = {}
         candidates: list[tuple[Tensor, Tensor]] = []
         revives = self._revival is not None and self._revival.is_due(made)
         for micro in micro_batches:
+            assert micro.padding in (0, len(micro)), "micro-batches are whole"
+            share = 0.0 if micro.padding else self._sharing.gain
             pixels = to_unit_range(micro.pixels).contiguous(memory_format=self._memory_format)
             with self._timer("autoencoder"):
-                metrics, reconstruction, outputs = self._generator_backward(micro, pixels, adversary)
+                metrics, reconstruction, outputs = self._generator_backward(micro, pixels, adversary, share)
             with self._timer("optimizer"):
                 norms["grad_norm"] = self._autoencoder.step(learning_rate)
             if adversary is not None:
                 with self._timer("discriminator"):
-                    metrics |= self._discriminator_backward(adversary, pixels, reconstruction)
+                    metrics |= self._discriminator_backward(adversary, pixels, reconstruction, share)
                 with self._timer("optimizer"):
                     norms["discriminator_grad_norm"] = adversary.step(learning_rate)
             for name, value in metrics.items():
-                totals[name] = totals[name] + value if name in totals else value
+                part = _weighted(value, share)
+                totals[name] = totals[name] + part if name in totals else part
             indices = outputs.get("indices")
             if indices is not None:
-                if revives and self._revival is not None:
-                    candidates.append(self._revival.candidates(outputs["encoded"], micro.ordinals))
                 if counts is None:
                     counts = indices.new_zeros(self._config.first_stage.codebook_size)
+                if micro.padding:
+                    continue
+                if revives and self._revival is not None:
+                    candidates.append(self._revival.candidates(outputs["encoded"], micro.ordinals))
                 flat = indices.flatten()  # not bincount, which waits for the device
                 counts.scatter_add_(0, flat, torch.ones_like(flat))
         means = {name: value / len(micro_batches) for name, value in totals.items()}
@@ -118,12 +124,12 @@ class AutoencoderStage:
             counts = collectives.reduce_sum(counts)
             usage = losses.codebook_usage(counts)
             if self._revival is not None:
-                means["codebook_revived"] = self._revival.after_step(counts, candidates)
+                means["codebook_revived"] = self._revival.after_step(counts, candidates if revives else None)
             means |= dict(zip(("codebook_usage", "codebook_perplexity"), usage, strict=True))
         return means
 
     def _generator_backward(
-        self, batch: Batch, pixels: Tensor, adversary: Engine | None
+        self, batch: Batch, pixels: Tensor, adversary: Engine | None, share: float
     ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """Metrics, detached reconstruction, and of the look-ups (vq) "indices" and "encoded".
 
@@ -161,7 +167,7 @@ class AutoencoderStage:
         carrier = (reconstruction * gradient).sum()
         regulariser, terms = self._regulariser(outputs)
         loss = value + regulariser + added + carrier - carrier.detach()
-        self._autoencoder.backward(loss)
+        self._autoencoder.backward(_weighted(loss, share))
         metrics |= {"loss": loss, **terms}
         if self._loss.learned_logvar:
             metrics["logvar"] = logvar
@@ -185,12 +191,12 @@ class AutoencoderStage:
         return self._loss.codebook_weight * weighted, {"codebook": codebook, "commitment": commitment}
 
     def _discriminator_backward(
-        self, adversary: Engine, pixels: Tensor, reconstruction: Tensor
+        self, adversary: Engine, pixels: Tensor, reconstruction: Tensor, share: float
     ) -> dict[str, Tensor]:
         logits = adversary(torch.cat([pixels, reconstruction]), parts=2)
         real, fake = logits.chunk(2)
         loss = losses.discriminator_loss(real, fake, self._loss.discriminator_loss)
-        adversary.backward(loss)
+        adversary.backward(_weighted(loss, share))
         return {
             "discriminator": loss.detach(),
             "logits_real": real.detach().mean(),
@@ -234,6 +240,7 @@ class AutoencoderStage:
     @torch.no_grad()
     def preview(self, batch: Batch) -> Preview:
         """Originals of this rank, and under each row of them their reconstructions."""
+        (batch,) = batch.micro_batches(self._sharing.largest_share, 1)  # equally many passes on all ranks
         count = min(self._config.sampling.num_previews, len(batch))
         columns = min(count, PREVIEW_COLUMNS)
         count -= count % columns
@@ -253,24 +260,27 @@ class AutoencoderStage:
 
     def finish(self, batches: Iterator[Batch]) -> None:
         """Measure shift and scale of the latents over all ranks, for the second stage. Collective."""
-        device = self._autoencoder.device
-        size = self._config.micro_batch_size
-        pixels = (
-            to_unit_range(micro.pixels.to(device))
-            for batch in itertools.islice(batches, STATISTICS_BATCHES)
-            for micro in batch.micro_batches(size)
-        )
         with self._autoencoder.gathered() as module:
             assert isinstance(module, FirstStage)
             module.eval()
             statistics = measure_latent_statistics(
                 module,
-                pixels,
+                self._pictures(module, itertools.islice(batches, STATISTICS_BATCHES)),
                 collectives.reduce_sum,
                 per_channel=self._loss.latent_statistics == "channel",
             )
             module.set_latent_statistics(*statistics)
             module.train()
+
+    def _pictures(self, module: FirstStage, batches: Iterator[Batch]) -> Iterator[Tensor]:
+        """Micro-batches in -1 .. 1. Padding is encoded, too: other ranks gather weights for theirs."""
+        for batch in batches:
+            for micro in batch.micro_batches(self._sharing.rows, self._sharing.micro_batches):
+                pixels = to_unit_range(micro.pixels.to(self._autoencoder.device))
+                if micro.padding:
+                    module.encode(pixels)
+                else:
+                    yield pixels
 
     def state(self) -> dict[str, Tensor]:
         """The latent statistics, or that they were not measured; for how long codes were idle."""
@@ -282,3 +292,8 @@ class AutoencoderStage:
         restore_statistics(self.module, state)
         if self._revival is not None and IDLE_TENSOR in state:
             self._revival.idle = state[IDLE_TENSOR].to(self._autoencoder.device)
+
+
+def _weighted(value: Tensor, share: float) -> Tensor:
+    """A micro-batch's part in a mean over the global batch: with share 0 it is there for the other ranks."""
+    return value if share == 1.0 else value * share

@@ -45,16 +45,16 @@ class CodebookRevival:
         return ordinals, points.gather(2, place.view(-1, 1, 1).expand(-1, points.shape[1], 1)).squeeze(2)
 
     @torch.no_grad()
-    def after_step(self, counts: Tensor, candidates: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def after_step(self, counts: Tensor, candidates: Sequence[tuple[Tensor, Tensor]] | None) -> Tensor:
         """Take the step's look-ups into account, and revive where candidates are given; how many, 0-d.
 
         Args:
             counts: look-ups of each entry [K], over all ranks.
-            candidates: this rank's, of every micro-batch; empty where no revival is due.
+            candidates: this rank's, of every micro-batch; None where no revival is due.
         """
         self.idle = torch.where(counts > 0, 0.0, self.idle + 1.0)
         revived = torch.zeros((), device=self._engine.device)
-        if not candidates:
+        if candidates is None:
             return revived
         dead = (self.idle >= self._every).nonzero().flatten().cpu()
         own = [(ordinals.cpu(), points.cpu()) for ordinals, points in candidates]

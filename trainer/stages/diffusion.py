@@ -24,6 +24,7 @@ from trainer.diffusion.objective import (
     weigh_by_uncertainty,
 )
 from trainer.diffusion.processes import at_size, make_process
+from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
 from trainer.evaluation.held_out import Measure, Measured
 from trainer.first_stage.base import FirstStage
@@ -34,7 +35,7 @@ from trainer.model import ConditionedUNet, DiffusionModel
 from trainer.pixels import to_unit_range
 from trainer.rng import Purpose, normal, permutation, uniform
 from trainer.sample import Request, evaluating, generate
-from trainer.stages.stage import Preview
+from trainer.stages.stage import Preview, share_of_mean
 
 
 class DiffusionStage:
@@ -60,6 +61,7 @@ class DiffusionStage:
         self._timer = timer
         self._process = make_process(config.diffusion).to(self._engine.device)
         self._falls = falls(config.diffusion)
+        self._sharing = config.sharing(collectives.world_size())
 
     def train_step(self, batch: Batch, step: int, learning_rate: float) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches (see `Stage`)."""
@@ -73,7 +75,7 @@ class DiffusionStage:
         if self.encode_once is not None:
             with self._timer("encode"):
                 batch = self.encode_once.complete(batch)
-        micro_batches = batch.micro_batches(config.micro_batch_size)
+        micro_batches = batch.micro_batches(self._sharing.rows, self._sharing.micro_batches)
         learned = config.diffusion.learned_uncertainty
         total, total_error = torch.zeros((2,), device=self._engine.device).unbind()
         grad_norm = None
@@ -122,7 +124,7 @@ class DiffusionStage:
     def _loss(
         self, batch: Batch, latents: Tensor, inputs: dict[str, Tensor], slots: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss, and without the learned uncertainty."""
+        """Part in the mean loss, and without the learned uncertainty."""
         config, seed, ordinals = self._config, self._config.seed, batch.ordinals
         diffusion = at_size(config.diffusion, batch.pixels.shape[2], batch.pixels.shape[3])
         uniforms = uniform(seed, ordinals, Purpose.TIMESTEP, ())
@@ -136,10 +138,11 @@ class DiffusionStage:
         output = self._engine(noisy, timesteps, inputs, drop)
         prediction, uncertainty = output if diffusion.learned_uncertainty else (output, None)
         losses = loss_per_sample(diffusion, self._process, prediction.float(), latents, noise, timesteps)
-        error = losses.mean()
+        error = share_of_mean(losses, batch.padding, self._sharing.gain)
         if uncertainty is None:
             return error, error.detach()
-        return weigh_by_uncertainty(losses, uncertainty).mean(), error.detach()
+        weighed = weigh_by_uncertainty(losses, uncertainty)
+        return share_of_mean(weighed, batch.padding, self._sharing.gain), error.detach()
 
     @contextmanager
     def measuring(self) -> Iterator[Measure]:
@@ -190,6 +193,7 @@ class DiffusionStage:
             prompts = [read_prompt(prompt, "sampling.prompts") for prompt in sampling.prompts]
             request = Request(tuple(prompts[i % len(prompts)] for i in range(n)))
         else:
+            (batch,) = batch.micro_batches(self._sharing.largest_share, 1)
             n = min(sampling.num_previews, len(batch))
             request = Request(
                 batch.captions[:n],

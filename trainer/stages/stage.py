@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
@@ -37,8 +38,8 @@ class Stage(Protocol):
     def train_step(self, batch: Batch, step: int, learning_rate: float) -> dict[str, Tensor]:
         """Forward, backward and update over this rank's micro-batches of optimizer step `step`.
 
-        Returns 0-d tensors on the device, unsynchronised: means over this rank's samples ("loss" is
-        always there), and "grad_norm", which is global.
+        Returns 0-d tensors on the device, unsynchronised, whose means over the ranks are those over the
+        samples of the global batch ("loss" is always there), and "grad_norm", which is global.
         """
         ...
 
@@ -66,3 +67,12 @@ class Stage(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         ...
+
+
+def share_of_mean(values: Tensor, padding: int, gain: float) -> Tensor:
+    """0-d: a micro-batch's part in the mean over a global batch, from values [B] of which the last `padding`
+    are no samples. With a gain of 1 there are none, and it is the micro-batch's mean."""
+    if padding:
+        row = torch.arange(len(values), device=values.device)
+        values = torch.where(row < len(values) - padding, values, 0.0)
+    return values.mean() if gain == 1.0 else values.mean() * gain

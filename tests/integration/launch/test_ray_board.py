@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
-from trainer.config.run import Config
+import pytest
+
+from trainer.config.run import Config, ConfigError
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
-from trainer.launch.ray_board import RunBoard, RunRequest, forbids_restart, usable_ranks
+from trainer.launch.ray_board import RunBoard, RunRequest, forbids_restart, useful_ranks
 
 
 def test_faults_in_a_row_without_progress_are_bounded() -> None:
@@ -47,9 +50,45 @@ def test_a_stop_is_not_taken_back_by_a_resize() -> None:
     assert board.tick(0)[0] == "preempt"
 
 
-def test_workers_that_the_batch_cannot_use_are_spares() -> None:
-    config = Config(global_batch_size=48, micro_batch_size=2)
-    assert [usable_ranks(config, n) for n in range(1, 9)] == [1, 2, 3, 4, 4, 6, 6, 8]
+def test_workers_that_shorten_no_step_are_not_used() -> None:
+    config = Config(global_batch_size=12, micro_batch_size=2)
+    # Samples of the largest share:                      12 6  4  3  3  2  2  2  2  2  2  1   1
+    assert [useful_ranks(config, n) for n in range(1, 14)] == [1, 2, 3, 4, 4, 6, 6, 6, 6, 6, 6, 12, 12]
+    whole = Config(stage="autoencoder", global_batch_size=12, micro_batch_size=2)
+    assert [useful_ranks(whole, n) for n in range(1, 9)] == [1, 2, 3, 3, 3, 6, 6, 6]
+    large = Config(global_batch_size=2048, micro_batch_size=8)
+    assert {useful_ranks(large, n) for n in range(410, 512)} == {410}
+    assert [useful_ranks(large, n) for n in (3, 256, 409, 512, 1024)] == [3, 256, 342, 512, 1024]
+
+
+def test_ray_is_asked_for_no_more_workers_than_shorten_a_step() -> None:
+    pytest.importorskip("ray", reason='pip install "ray[default,train]"')
+    import ray.train
+
+    from trainer.launch.ray import _UsefulWorkers, _worker_range
+
+    config = Config(global_batch_size=12, micro_batch_size=2)
+    scaling = ray.train.ScalingConfig(num_workers=(3, 12), resources_per_worker={"CPU": 2.0})
+    policy = _UsefulWorkers(scaling, config)
+    found = [
+        policy._count_possible_workers({"one": {"CPU": 6.0}, "two": {"CPU": 2.0 * more}})
+        for more in range(10)
+    ]
+    # A node that comes to seven workers, or goes from eleven, changes nothing: no decision to resize follows.
+    assert found == [3, 4, 4, 6, 6, 6, 6, 6, 6, 12]
+    assert policy._count_possible_workers({"one": {"CPU": 4.0}}) == 2  # below MIN: Ray waits
+    assert (
+        _UsefulWorkers(dataclasses.replace(scaling, num_workers=(5, 12)), config)._count_possible_workers(
+            {"one": {"CPU": 10.0}}
+        )
+        == 5
+    )
+    assert [_worker_range(text, config) for text in ("5", "5:8", "7:8", "2:4000")] == [
+        *((5, 5), (5, 6), (7, 7), (2, 12))
+    ]
+    for text in ("13", "13:20"):
+        with pytest.raises(ConfigError, match="13 ranks cannot share global_batch_size=12"):
+            _worker_range(text, config)
 
 
 def test_only_final_codes_end_the_run_for_all() -> None:

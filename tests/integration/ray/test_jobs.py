@@ -78,8 +78,6 @@ def assert_same_samples(bucket: Any, run: Any, unbroken: Any) -> None:
         config.data,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        rank=0,
-        world_size=1,
         position=None,
     )
     for _ in range(state["step"]):

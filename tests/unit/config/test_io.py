@@ -66,7 +66,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: list[str]) -> N
     ("override", "expected"),
     [
         ("steps", "section.key=value"),
-        ("micro_batch_size=7", "multiple"),
+        ("distributed.ranks=2049", "2049 ranks cannot share"),
         ("unet.num_heads=8", "exactly one"),
         ("unet.model_channels=100", "num_groups"),
         ("unet.transformer_depth=[1,2]", "2 entries for 4 levels"),
@@ -128,13 +128,6 @@ def test_round_trips() -> None:
     config = load_config(None, ["conditioning.openclip.width=128", "ema.power_stds=[0.05,0.1]"])
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
     assert config_from_dict(yaml.safe_load(dump_yaml(config))) == config
-
-
-def test_accumulation_lists_valid_ranks() -> None:
-    config = load_config(None, ["global_batch_size=64", "micro_batch_size=8"])
-    assert config.accumulation(2) == 4
-    with pytest.raises(ConfigError, match="1, 2, 4, 8"):
-        config.accumulation(3)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.loader import build_loader, merge_positions
+from data_pipeline.loader import Part, build_loader, merge_positions
 from data_pipeline.order.buckets import ASPECTS, Buckets, aspect_of, bucket_shapes, make_buckets
 from data_pipeline.order.lanes import Order
 
@@ -54,7 +54,7 @@ def run(url: str, steps: int, *, ranks: int = 1, position=None, rejected=None, *
     )
     config = dataclasses.replace(config, **changes)
     loaders = [
-        build_loader(config, seed=2, global_batch_size=6, rank=r, world_size=ranks, position=position)
+        build_loader(config, seed=2, global_batch_size=6, part=Part(r, ranks), position=position)
         for r in range(ranks)
     ]
     out = []

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.held_out import HeldOut, held_out_batches, open_held_out
-from data_pipeline.loader import build_loader, open_dataset
+from data_pipeline.loader import Part, build_loader, open_dataset
 from data_pipeline.shards.split import is_held_out
 from trainer.__main__ import main
 
@@ -76,8 +76,7 @@ def mixture(sets: Path) -> tuple[SourceConfig, ...]:
 
 def trained_on(config: DataConfig, *, seed: int, ranks: int, steps: int) -> list[str]:
     loaders = [
-        build_loader(config, seed=seed, global_batch_size=12, rank=rank, world_size=ranks)
-        for rank in range(ranks)
+        build_loader(config, seed=seed, global_batch_size=12, part=Part(rank, ranks)) for rank in range(ranks)
     ]
     keys = []
     for _ in range(steps):

@@ -27,7 +27,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, UserError
-from data_pipeline.loader import build_loader, merge_positions, open_dataset
+from data_pipeline.loader import Part, build_loader, merge_positions, open_dataset
 from data_pipeline.moments.entry import Moments, MomentsCache
 from data_pipeline.moments.parts import commit_part
 from data_pipeline.moments.writer import MomentsWriter
@@ -88,8 +88,7 @@ def train(
             config,
             seed=seed,
             global_batch_size=BATCH,
-            rank=rank,
-            world_size=ranks,
+            part=Part(rank, ranks),
             position=position,
             moments=moments,
         )

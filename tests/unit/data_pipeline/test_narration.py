@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import re
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from data_pipeline.feed.lane_walk import LaneWalk, Walker
 from data_pipeline.feed.reads import MemberReads
 from data_pipeline.feed.share import ShareStream
 from data_pipeline.feed.task import ShareTask
-from data_pipeline.loader import build_loader
+from data_pipeline.loader import Part, build_loader
 from data_pipeline.order import buckets, lanes, position
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.position import LaneState, merge_positions
@@ -123,7 +124,7 @@ def test_share_example(three_shards: DataConfig, ranks: int, workers: int) -> No
     dataset = open_dataset(three_shards)
     order = dataset.order(DataConfig(lanes=4, shuffle_window=3), seed=2, global_batch_size=8)
     keys, dealt = [], []
-    for mine in lanes.deal(4, ranks, workers):
+    for mine in chain.from_iterable(lanes.deal(mine, workers) for mine in lanes.deal(range(4), ranks)):
         task = ShareTask(
             three_shards,
             dataset,
@@ -148,7 +149,7 @@ def test_share_example(three_shards: DataConfig, ranks: int, workers: int) -> No
 
 def test_the_loader_serves_the_example(three_shards: DataConfig) -> None:
     """Without trouble in storage, two real ranks give the table's samples, A3 in its own place."""
-    loaders = [build_loader(three_shards, seed=2, global_batch_size=4, rank=r, world_size=2) for r in (0, 1)]
+    loaders = [build_loader(three_shards, seed=2, global_batch_size=4, part=Part(r, 2)) for r in (0, 1)]
     steps = [[key.split("/")[1] for loader in loaders for key in next(loader).keys] for _ in range(4)]
     for loader in loaders:
         loader.close()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.order.draws import permutation
-from data_pipeline.order.lanes import Order, choose_lanes, choose_window, deal, divisors
+from data_pipeline.order.lanes import Order, Part, choose_lanes, choose_window, deal, divisors, lanes_of
 
 
 def lane_visits(order: Order, epoch: int, lane: int) -> list[tuple[int, int]]:
@@ -121,10 +121,28 @@ def test_lanes_are_chosen_and_refused() -> None:
         choose_lanes(0, 64, 0)
 
 
-def test_deal_names_valid_numbers() -> None:
-    assert [list(r) for r in deal(6, 3, 1)] == [[0, 1], [2, 3], [4, 5]]
-    with pytest.raises(DataError, match="1, 2, 3, 4, 6, 12"):
-        deal(12, 5, 1)
+@settings(deadline=None)
+@given(
+    units=st.integers(1, 4096),
+    lane_units=st.integers(1, 6),
+    ranks=st.integers(1, 1024),
+    workers=st.integers(1, 9),
+)
+def test_every_lane_has_one_worker_of_one_rank(units: int, lane_units: int, ranks: int, workers: int) -> None:
+    lanes = units * lane_units
+    shares = deal(range(lanes), ranks, lane_units)
+    dealt = [lane for share in shares for block in deal(share, workers) for lane in block]
+    assert dealt == list(range(lanes))
+    sizes = [len(share) for share in shares]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] in (0, lane_units)
+    assert all(size % lane_units == 0 for size in sizes)
+
+
+def test_a_lane_is_never_cut() -> None:
+    """Micro-batches of 4 over lanes of 6 samples: two lanes stay together, as 12 is 3 micro-batches."""
+    shares = [lanes_of(Part(rank, 3, together=4), 10, 60) for rank in range(3)]
+    assert shares == [range(0, 4), range(4, 8), range(8, 10)]
 
 
 def test_window_keeps_memory_bounded() -> None:

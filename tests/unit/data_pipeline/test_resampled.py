@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.loader import build_loader, merge_positions
+from data_pipeline.loader import Part, build_loader, merge_positions
 
 
 def config_for(url: str, **changes: object) -> DataConfig:
@@ -24,7 +24,7 @@ def config_for(url: str, **changes: object) -> DataConfig:
 def test_samples_come_with_equal_frequency(make_shards) -> None:
     url, keys = make_shards([20, 20, 20], corrupt=frozenset({"00001/000010003"}))
     with build_loader(
-        config_for(url, filter="score < 0.85"), seed=1, global_batch_size=8, world_size=2
+        config_for(url, filter="score < 0.85"), seed=1, global_batch_size=8, part=Part(0, 2)
     ) as loader:
         counts: Counter[str] = Counter()
         for _ in range(300):

@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.loader import build_loader, open_dataset
+from data_pipeline.loader import Part, build_loader, open_dataset
 from data_pipeline.tools.trace import explain_step, trace
 from trainer.__main__ import main
 
@@ -53,7 +53,7 @@ def config(request, tmp_path: Path, write_shards, write_tar, tiny_picture) -> Da
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_explain_names_what_the_loader_serves(config: DataConfig, ranks: int) -> None:
     loaders = [
-        build_loader(config, seed=SEED, global_batch_size=BATCH, rank=rank, world_size=ranks)
+        build_loader(config, seed=SEED, global_batch_size=BATCH, part=Part(rank, ranks))
         for rank in range(ranks)
     ]
     served = []

@@ -70,9 +70,16 @@ def test_settings_without_effect_are_refused(settings: str, named: str) -> None:
         check(load_config(None, [f"distributed={settings}"]))
 
 
-def test_impossible_batch_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="global_batch_size"):
-        deepspeed_config(make(), world_size=5)
+def test_padding_counts_as_samples() -> None:
+    """64 samples on 5 ranks: 13 of the largest share in passes of 4, of which 64 of 80 are samples."""
+    made = deepspeed_config(make(), world_size=5)
+    assert made["train_batch_size"] == 80
+    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (4, 4)
+
+
+def test_more_ranks_than_samples_are_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="65 ranks cannot share global_batch_size=64"):
+        deepspeed_config(make(), world_size=65)
 
 
 def test_needs_no_torch() -> None:

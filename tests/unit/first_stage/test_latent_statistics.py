@@ -99,7 +99,8 @@ class TinyRun:
         self.manager.wait()
 
 
-def batch(seed: int, size: int = 4) -> Batch:
+def batch(seed: int) -> Batch:
+    size = 4
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator)
     order = torch.arange(size)
@@ -217,7 +218,7 @@ def test_export_measures_what_the_last_step_would(statistics: str, shards: str, 
     data = DataConfig(shards=shards, image_size=32, workers=0)
     with build_loader(data, seed=0, global_batch_size=SAMPLES) as batches:
         pixels = next(batches).pixels
-    run.stage.finish(iter([dataclasses.replace(batch(0, SAMPLES), pixels=pixels)]))
+    run.stage.finish(dataclasses.replace(batch(0), pixels=part) for part in pixels.split(4))
     for name in STATISTICS:
         torch.testing.assert_close(tensors[name], getattr(run.stage.module, name), rtol=1e-4, atol=1e-4)
     assert torch.equal(load_first_stage(reads(file)).latent_scale, tensors["latent_scale"])

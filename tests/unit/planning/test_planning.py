@@ -274,7 +274,7 @@ def test_the_command_prints_a_screen_or_an_object(capsys: pytest.CaptureFixture[
     [
         (["--gpu", "v100"], "there is no GPU 'v100' in the table; choose one of a100-40"),
         (["--gpu", "h100", "--gpus", "0"], "at least one GPU"),
-        (["--gpu", "h100", "--gpus", "7"], "is not a multiple of micro_batch_size"),
+        (["--gpu", "h100", "--gpus", "4096"], "4096 ranks cannot share global_batch_size=2048"),
         (["--gpu", "h100", "distributed.precision=fp32"], "distributed.precision=bf16"),
     ],
 )

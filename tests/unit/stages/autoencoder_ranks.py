@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from data_pipeline.batch import Batch
+from data_pipeline.order.lanes import Part, lanes_of
 from tests.integration.whole_parameters import whole_weights
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import Config
 from trainer.config.training import AutoencoderLossConfig, DistributedConfig, OptimizerConfig
+from trainer.distributed import collectives
 from trainer.distributed.build import build_engine
 from trainer.distributed.env import DistributedEnv
 from trainer.first_stage.perceptual import build_perceptual
@@ -17,7 +19,7 @@ from trainer.model import build_autoencoder
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.weights import write_weights
 
-GLOBAL_BATCH = 4
+GLOBAL_BATCH = 8
 STEPS = 2
 
 
@@ -57,16 +59,17 @@ def rank_batch(step: int, rank: int, world_size: int) -> Batch:
     generator = torch.Generator().manual_seed(step)
     coarse = torch.randint(0, 256, (GLOBAL_BATCH, 3, 8, 8), generator=generator, dtype=torch.uint8)
     ordinals = torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH
-    whole = Batch(
-        pixels=coarse.repeat_interleave(4, 2).repeat_interleave(4, 3),
-        captions=("",) * GLOBAL_BATCH,
+    own = lanes_of(Part(rank, world_size, together=2), GLOBAL_BATCH, GLOBAL_BATCH)
+    mine = slice(own.start, own.stop)
+    return Batch(
+        pixels=coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)[mine],
+        captions=("",) * len(own),
         conditions={},
-        keys=("",) * GLOBAL_BATCH,
-        ordinals=ordinals,
-        slots=torch.arange(GLOBAL_BATCH),
+        keys=("",) * len(own),
+        ordinals=ordinals[mine],
+        slots=torch.arange(GLOBAL_BATCH)[mine],
         position={},
     )
-    return whole.micro_batches(GLOBAL_BATCH // world_size)[rank]
 
 
 def train_autoencoder(env: DistributedEnv, engine_name: str, zero_stage: int, name: str, output: str) -> None:
@@ -87,7 +90,11 @@ def train_autoencoder(env: DistributedEnv, engine_name: str, zero_stage: int, na
         for parameter, value in whole_weights(engine).items()
     }
     tensors |= stage.state()
-    tensors["grad_norm"] = metrics["grad_norm"].float()
+    tensors |= {
+        metric: collectives.reduce_sum(metrics[metric].float()) / env.world_size
+        for metric in ("loss", "kl" if name == "kl" else "codebook", "adaptive_weight", "discriminator")
+    }
+    tensors |= {metric: metrics[metric].float() for metric in ("grad_norm", "discriminator_grad_norm")}
     if name == "vq":
         tensors["codebook_usage"] = metrics["codebook_usage"]
         tensors["codebook_revived"] = metrics["codebook_revived"]

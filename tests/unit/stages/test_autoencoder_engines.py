@@ -25,7 +25,7 @@ def train_on(
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    """One rank, two micro-batches, plain torch."""
+    """One rank, four micro-batches, plain torch."""
     folder = tmp_path_factory.mktemp("reference")
     return {name: train_on(folder, 1, "torch", 0, name) for name in ("kl", "vq")}
 
@@ -45,6 +45,16 @@ def test_two_ranks_equal_one_with_accumulation(
     tmp_path: Path, reference: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     assert_same(train_on(tmp_path, 2, "torch", 0, "vq"), reference["vq"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "zero_stage", "name"), [("torch", 0, "vq"), ("torch", 0, "kl"), ("deepspeed", 3, "vq")]
+)
+def test_three_ranks_equal_one(
+    tmp_path: Path, reference: dict[str, dict[str, torch.Tensor]], engine: str, zero_stage: int, name: str
+) -> None:
+    """Of four micro-batches one rank has two; the others' second one weighs nothing, in no statistic."""
+    assert_same(train_on(tmp_path, 3, engine, zero_stage, name), reference[name])
 
 
 @pytest.mark.slow

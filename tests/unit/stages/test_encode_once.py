@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from data_pipeline.loader import build_loader
+from data_pipeline.loader import Part, build_loader
 from data_pipeline.moments.entry import Moments
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.scenes.scene import SceneOptions
@@ -97,9 +97,7 @@ class Training:
         cache = self.once.cache if self.once is not None else None
         moments = Moments(self.config.first_stage.cache_variants, cache)
         config = self.config
-        return build_loader(
-            config.data, seed=0, global_batch_size=N, rank=rank, world_size=ranks, moments=moments
-        )
+        return build_loader(config.data, seed=0, global_batch_size=N, part=Part(rank, ranks), moments=moments)
 
     def run(self) -> tuple[list[float], Counter[str]]:
         """Losses of the first steps, and what the loader counted."""
@@ -259,7 +257,7 @@ def test_what_is_encoded_ahead_is_there_when_training_comes(
         (["first_stage.cache=null"], "first_stage.cache is not set"),
         (["--rank", "2", "--ranks", "2"], "--rank 2 is none of --ranks 2"),
         (["--steps", "0"], "--steps 0 is nothing"),
-        (["--ranks", "7"], "7"),
+        (["--ranks", "13"], "13 ranks cannot share global_batch_size=12; use 1 to 12"),
         (["first_stage.weights=null"], "first_stage.weights is not set"),
     ],
 )
