@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLUSTERS := tests/integration/slurm tests/integration/ray tests/integration/hosts
 
-.PHONY: demo demo-clean test test-cluster test-all check bench format
+.PHONY: demo demo-clean test test-slow test-cluster test-all check bench format
 
 # DEMO='steps=2000' trains the second stage for longer.
 demo: $(STAMP)
@@ -18,11 +19,13 @@ test: $(STAMP)
 
 # Real SLURM, real Ray, hosts with addresses of their own; says what is missing where it cannot run.
 test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -rs $(PYTEST_OPTIONS) tests/integration/slurm tests/integration/ray tests/integration/hosts
+	$(BIN)/python -m pytest -rs $(PYTEST_OPTIONS) $(CLUSTERS)
 
 # Also the long ones: the kill matrix, chains of layouts, full fuzzing, training every task.
-test-all: $(STAMP)
-	$(BIN)/python -m pytest
+test-all: test test-slow test-cluster
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(CLUSTERS:%=--ignore=%) -n auto --maxprocesses 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -314,6 +314,7 @@ def _style(figure: go.Figure) -> None:
         margin={"l": 60, "r": 20, "t": 40, "b": 40},
         legend={"orientation": "h", "y": -0.18},
         hovermode="x unified",
+        showlegend=True,  # one curve has a name, too
         font={"family": "system-ui, sans-serif", "size": 13},
     )
     figure.update_xaxes(title="samples seen")
