@@ -65,12 +65,13 @@ def run(config: DataConfig, steps: int) -> tuple[list[tuple[str, ...]], Counter[
     return keys, loader.rejected, loader.counts
 
 
-def test_faults_change_nothing(folder: Path, server: FaultProxy) -> None:
+@pytest.mark.parametrize("order", ["indexed", "streamed"])
+def test_faults_change_nothing(folder: Path, server: FaultProxy, order: str) -> None:
     steps = 40
-    expected, rejected, _ = run(config_for(str(folder / "scenes" / "*.tar")), steps)
+    expected, rejected, _ = run(config_for(str(folder / "scenes" / "*.tar"), order=order), steps)
     server.first_byte_s = 0.02
     server.faults = {"short": 0.05, "storm": 0.10, "reset": 0.05, "stall": 0.02}
-    found, rejected_s3, counts = run(config_for("s3://scenes/*.tar", workers=2), steps)
+    found, rejected_s3, counts = run(config_for("s3://scenes/*.tar", workers=2, order=order), steps)
     assert found == expected
     assert rejected_s3 == rejected
     assert rejected["not_an_image"] >= 4
@@ -104,8 +105,9 @@ def test_a_dead_shard_is_set_aside_and_tried_again(folder: Path, server: FaultPr
 
 
 @pytest.mark.slow
-def test_an_outage_ends_in_one_sentence(server: FaultProxy) -> None:
-    config = config_for("s3://scenes/*.tar", max_retries=2, patience_s=2.0)
+@pytest.mark.parametrize("order", ["indexed", "streamed"])
+def test_an_outage_ends_in_one_sentence(server: FaultProxy, order: str) -> None:
+    config = config_for("s3://scenes/*.tar", max_retries=2, patience_s=2.0, order=order)
     with build_loader(config, seed=5, global_batch_size=BATCH) as loader:
         next(loader)
         server.broken = ("",)
