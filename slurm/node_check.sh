@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # One node's answer before ranks start: "NODE fit", or "NODE " and the first reason why not.
 #
+#   node_check.sh full     when the allocation is new
+#   node_check.sh quick    before ranks start again in it: what Python would have to be imported for is left out
+#
 # A site adds its own test (fabric, mounts, temperatures) as an executable named by LDM_NODE_CHECK; what
 # it prints is the reason when it fails.
 set -uo pipefail
 
+trap '' USR1 USR2 # for the ranks: the time limit is near
 node=${SLURMD_NODENAME:-$(hostname)}
 unfit() {
   printf '%s %s\n' "$node" "$*"
@@ -34,7 +38,8 @@ if ((gpus)); then
 fi
 
 # Every device multiplies a matrix, and every import the ranks need works here.
-reason=$(timeout "${LDM_NODE_CHECK_TIMEOUT_S:-180}" "$LDM_PYTHON" - 2>&1 <<'PYTHON'
+if [[ ${1:-full} == full ]]; then
+  reason=$(timeout "${LDM_NODE_CHECK_TIMEOUT_S:-180}" "$LDM_PYTHON" - 2>&1 <<'PYTHON'
 import torch, trainer.train
 devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 for device in devices:
@@ -42,6 +47,7 @@ for device in devices:
     assert (a @ a).mean().item() == 64.0, f"{device} multiplies wrongly"
 PYTHON
 ) || unfit "python: $(tail -n 1 <<<"$reason")"
+fi
 
 if [[ -n ${LDM_NODE_CHECK:-} ]]; then
   reason=$("$LDM_NODE_CHECK" 2>&1) || unfit "$LDM_NODE_CHECK: $(tail -n 1 <<<"$reason")"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -26,7 +27,7 @@ from trainer.exit_codes import ExitCode, StopRequest
 from trainer.metrics.layers import layer_norms
 from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
-from trainer.metrics.timer import StartTimer, Throughput
+from trainer.metrics.timer import START_VARIABLE, StartTimer, Throughput
 from trainer.reliability.doubt import Standing, mark
 from trainer.reliability.gpu_health import health_record
 from trainer.reliability.healing import Incident, Verdict
@@ -49,7 +50,7 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
         ConfigError, DataError: a mistake of the user's.
         GivenUp: the loss does not recover.
     """
-    start = StartTimer()
+    start = StartTimer(os.environ.get(START_VARIABLE) if env.is_main else None)
     start.mark("imports and checks")
     watchdog = Watchdog(
         silence_s(config.distributed, env.num_nodes),

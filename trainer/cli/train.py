@@ -7,9 +7,11 @@ Exit codes: 0 done, 2 a mistake in the configuration or data, others in docs/rel
 from __future__ import annotations
 
 import argparse
+import os
 
 from trainer.config.io import load_run
-from trainer.launch.local import launch
+from trainer.launch.local import launch, ranks_are_given
+from trainer.launch.rank import leave
 
 EXAMPLE = (
     "example: ldm train configs/sd/sd2_base_256.yaml run_dir=s3://bucket/run "
@@ -28,4 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then start the ranks."""
-    return launch(load_run(args.config, args.overrides))
+    code = launch(load_run(args.config, args.overrides))
+    if ranks_are_given(os.environ):
+        leave(code)
+    return code

@@ -25,7 +25,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from data_pipeline.processes import die_with_parent
 from trainer.config.io import config_from_dict, config_to_dict
@@ -102,10 +102,19 @@ def main(arguments: list[str]) -> int:
     configure_logging("" if rank == "0" else f"[rank {rank}] ")
     path, task = arguments
     config = config_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    code = run_rank(config, "doctor" if task == "doctor" else "train")
+    return run_rank(config, "doctor" if task == "doctor" else "train")
+
+
+def leave(status: int) -> NoReturn:
+    """End this rank's process with an exit code, at once.
+
+    Everything is saved and closed; Python's own tear-down, with the threads of a dozen libraries, can only
+    hang now.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    return code
+    logging.shutdown()
+    os._exit(status)
 
 
 def _examine(config: Config) -> ExitCode:
@@ -186,8 +195,4 @@ def die_with_launcher() -> None:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    logging.shutdown()
-    # Everything is saved and closed; Python's own tear-down, with the threads of a dozen libraries, can
-    # only hang now.
-    os._exit(status)
+    leave(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -11,17 +10,25 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import trainer
-from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.io import load_run
 from trainer.config.run import ConfigError
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
-from trainer.launch.slurm_job import read_attempts, snapshot
+from trainer.launch.slurm_job import (
+    SPARE_VARIABLE,
+    baseline,
+    read_attempts,
+    read_submission,
+    recovery_sentence,
+    run_folder,
+    snapshot,
+)
+from trainer.launch.slurm_verdict import fruitless
 from trainer.operation.standing import duration
 
 _FOLLOW_S = 1.0
@@ -46,7 +53,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     submit_.add_argument("config", metavar="CONFIG", help="YAML file")
     submit_.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
     submit_.add_argument("--sbatch", default="", metavar="OPTIONS", help="options for sbatch, in one word")
-    submit_.set_defaults(handler=lambda args: _submit(args.config, args.overrides, shlex.split(args.sbatch)))
+    submit_.add_argument(
+        "--spare",
+        type=int,
+        default=0,
+        metavar="S",
+        help="nodes to ask for beyond --nodes: they replace failed ones",
+    )
+    submit_.set_defaults(handler=_submit)
     status_ = commands.add_parser("status", help="state, attempts, faults and progress of jobs")
     status_.add_argument("jobs", nargs="*", metavar="JOB", help="job numbers; none: all in the jobs folder")
     status_.set_defaults(handler=lambda args: _status(args.jobs))
@@ -61,16 +75,21 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def submit(config_path: str, overrides: Sequence[str], options: Sequence[str]) -> str:
+def submit(config_path: str, overrides: Sequence[str], options: Sequence[str], spare: int = 0) -> str:
     """Submit slurm/train_ldm.sh from a snapshot of the code as it is now; returns the job number.
+
+    Args:
+        options: of sbatch.
+        spare: nodes beyond those that `options` ask for.
 
     Plain `sbatch slurm/train_ldm.sh` takes the snapshot when the job first starts; a job that waits in
     the queue for days then runs what the working tree holds on that day.
 
     Raises:
-        ConfigError: a mistake in the configuration, or sbatch refuses.
+        ConfigError: a mistake in the configuration or in the number of nodes, or sbatch refuses.
     """
     load_run(config_path, overrides)
+    options = [*options, *_with_spares(options, spare)]
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch is not on this machine; run this on a login node of the cluster.")
     repository = Path(trainer.__file__).resolve().parents[1]
@@ -80,7 +99,11 @@ def submit(config_path: str, overrides: Sequence[str], options: Sequence[str]) -
     done = subprocess.run(
         ["sbatch", "--parsable", *options, str(folder / "slurm" / "train_ldm.sh")]
         + [str(folder / "submitted.yaml"), *overrides],
-        env={**os.environ, "LDM_PYTHON": os.environ.get("LDM_PYTHON", sys.executable)},
+        env={
+            **os.environ,
+            "LDM_PYTHON": os.environ.get("LDM_PYTHON", sys.executable),
+            **({SPARE_VARIABLE: str(spare)} if spare else {}),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -93,20 +116,39 @@ def submit(config_path: str, overrides: Sequence[str], options: Sequence[str]) -
 def describe_job(folder: Path, states: dict[str, str]) -> list[str]:
     """Lines about one job: SLURM's state, how attempts ended, nodes at fault, how far the run is."""
     key = folder.name
-    if not (folder / "submission.json").exists():
+    submission = read_submission(folder)
+    if submission is None:
         return [f"{key}  {states.get(key, 'not in the queue')}  preparing, or refused: see ldm-{key}.log"]
-    submission = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
-    attempts = read_attempts(folder)
     lines = [f"{key}  {states.get(key, 'not in the queue')}  {submission['run_dir']}"]
-    outcomes = Counter(attempt["outcome"] for attempt in attempts)
-    if attempts:
-        ended = ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.items())
-        age = max(0.0, time.time() - attempts[-1]["ended"])
-        lines.append(f"    attempts: {ended}; last ended {duration(age)} ago")
+    lines += describe_attempts(folder, submission)
+    lines.append(f"    progress: {_progress(submission)}")
+    return lines
+
+
+def describe_attempts(folder: Path, submission: Mapping[str, Any]) -> list[str]:
+    """How the attempts of a job ended, what they cost, and which nodes are to blame."""
+    attempts = read_attempts(folder)
+    if not attempts:
+        return []
+    ended = ", ".join(
+        f"{count} x {outcome}" for outcome, count in Counter(one["outcome"] for one in attempts).items()
+    )
+    last = attempts[-1]
+    lines = [f"    attempts: {ended}; last ended {duration(max(0.0, time.time() - last['ended']))} ago"]
+    if last["code"] == ExitCode.RETRYABLE:
+        count = fruitless(attempts, baseline(submission))
+        why = f"{last['because']}; " if "because" in last else ""
+        lines.append(f"    then:     {last['then']}: {why}{count} in a row without a new checkpoint")
     strikes = Counter(node for attempt in attempts for node in attempt["blamed"])
     if strikes:
         lines.append("    faults:   " + ", ".join(f"{node} {count}" for node, count in strikes.items()))
-    lines.append(f"    progress: {_progress(submission)}")
+    gone = {node for one in attempts if one["allocation"] == last["allocation"] for node in one["gone"]}
+    if gone:
+        lines.append(f"    left out: {', '.join(sorted(gone))}")
+    restarts = (recovery_sentence(folder, one["attempt"] + 1) for one in reversed(attempts))
+    newest = next((sentence for sentence in restarts if sentence), None)
+    if newest is not None:
+        lines.append(f"    restart:  {newest}")
     return lines
 
 
@@ -139,8 +181,33 @@ def follow(folder: Path, rank: int, *, attempt: int | None, lines: int, forever:
             current, lines = _newest_attempt(folder), 0
 
 
-def _submit(config: str, overrides: Sequence[str], options: Sequence[str]) -> int:
-    job = submit(config, overrides, options)
+def _with_spares(options: Sequence[str], spare: int) -> list[str]:
+    """The option that asks for the spare nodes, too; sbatch believes the last one."""
+    if spare < 0:
+        raise ConfigError(f"--spare {spare} must be at least 0.")
+    if spare == 0:
+        return []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--nodes", "-N", default="1")
+    parser.add_argument("--export", default=os.environ.get("SBATCH_EXPORT", "ALL"))
+    try:
+        given = parser.parse_known_args(list(options))[0]
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"--sbatch is not understood: {error}.") from error
+    if not given.nodes.isdigit():
+        raise ConfigError(
+            f"--spare wants one number of nodes beside it, as in --sbatch='--nodes=32'; not {given.nodes!r}."
+        )
+    if not {"ALL", SPARE_VARIABLE} & set(given.export.split(",")):
+        raise ConfigError(
+            f"--spare is handed on in {SPARE_VARIABLE}, which --export={given.export} leaves behind; name it "
+            "there, too."
+        )
+    return [f"--nodes={int(given.nodes) + spare}"]
+
+
+def _submit(args: argparse.Namespace) -> int:
+    job = submit(args.config, args.overrides, shlex.split(args.sbatch), args.spare)
     sys.stdout.write(f"submitted job {job}; ldm slurm status {job}; ldm slurm logs {job} -f\n")
     return ExitCode.DONE
 
@@ -187,10 +254,8 @@ def _states() -> dict[str, str]:
     return states
 
 
-def _progress(submission: dict[str, Any]) -> str:
-    run_dir = submission["run_dir"]
-    if is_local(run_dir):
-        run_dir = str(Path(submission["working_directory"]) / local_path(run_dir))
+def _progress(submission: Mapping[str, Any]) -> str:
+    run_dir = run_folder(submission)
     steps = submission["config"]["steps"]
     record, checkpoint = latest_record(run_dir), newest_checkpoint(run_dir)
     if record is None and checkpoint is None:

@@ -1,4 +1,14 @@
-"""What a SLURM job decides: a snapshot of what was submitted, and what an attempt's end means."""
+"""What a SLURM job asks Python for: a snapshot of what was submitted, and what follows an attempt's end.
+
+The job's script (slurm/train_ldm.sh) starts and ends ranks; it keeps in the job's folder, over requeues:
+
+    submission.json, config.yaml, code/    what was submitted, once
+    attempts.jsonl                         a line per attempt that has ended: the one owner of what happened
+    attempt-K/launched.json                when the script called srun for the ranks
+    attempt-K/start.json                   when rank 0 had made its first step, and what took how long
+
+How far the run is, only its folder says: the newest committed checkpoint is looked up at every end.
+"""
 
 from __future__ import annotations
 
@@ -9,81 +19,53 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import tarfile
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import Failure, UserError
 from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.io import config_to_dict, dump_yaml, load_run
-from trainer.config.run import Config
+from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
-from trainer.exit_codes import ExitCode, combine, normalize, should_restart
+from trainer.exit_codes import ExitCode
+from trainer.launch.observe import newest_checkpoint
+from trainer.launch.slurm_verdict import (
+    Allocation,
+    Policy,
+    TaskEnd,
+    Verdict,
+    blame,
+    decide,
+    exit_code,
+    expand,
+    parse_srun,
+)
 from trainer.metrics.jsonl import read_records
 from trainer.provenance import git_commit
+from trainer.reliability.doubt import named_nodes
 
 logger = logging.getLogger(__name__)
 
+SPARE_VARIABLE = "LDM_SPARE_NODES"
+"""Environment variable: how many of the job's nodes only wait to take the place of another."""
 _SNAPSHOT = ("trainer", "data_pipeline", "configs", "slurm", "pyproject.toml", "constraints.txt")
-_SIGNALLED = {
-    "Killed": 137,
-    "Terminated": 143,
-    "Segmentation fault": 139,
-    "Bus error": 135,
-    "Aborted": 134,
-    "Out Of Memory": 137,
-    "Hangup": 129,
-    "User defined signal 1": 138,
-    "User defined signal 2": 140,
-    "Interrupt": 130,
-}
-_PREEMPTING = (138, 140, 143)
 _RECORDS_BYTES = 1 << 20
 """Of a run's newest records: hours of them."""
-_TASK_LINE = re.compile(r"srun: error: (?P<nodes>[^\s:]+): tasks? (?P<tasks>[\d,\-\[\]]+): (?P<what>.+)")
-_EXIT = re.compile(r"Exited with exit code (\d+)")
-_TERMINATING = re.compile(r"Terminating StepId|Force Terminated|Job step aborted|CANCELLED AT")
-_NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
-
-
-@dataclass(frozen=True)
-class TaskEnd:
-    """What srun said about the end of one or several of its tasks."""
-
-    nodes: str
-    """Node, or a SLURM host list such as n[1-2]."""
-    status: int
-    """Exit status in the shell's form (128 + signal number)."""
-    terminated: bool
-    """Ended by srun because another task was gone."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """When to give up on a job or a node; from LDM_MAX_FAULTS, LDM_HEALTHY_S and LDM_NODE_STRIKES."""
-
-    max_faults: int = 5
-    """Faults in a row after which the job is not requeued."""
-    healthy_s: float = 1800.0
-    """An attempt that lasted this long starts the count of faults anew."""
-    node_strikes: int = 2
-    """Faults of one node after which it is excluded from this job."""
-
-    @staticmethod
-    def from_environment() -> Policy:
-        """Defaults where a variable is unset."""
-        return Policy(
-            max_faults=int(os.environ.get("LDM_MAX_FAULTS", Policy.max_faults)),
-            healthy_s=float(os.environ.get("LDM_HEALTHY_S", Policy.healthy_s)),
-            node_strikes=int(os.environ.get("LDM_NODE_STRIKES", Policy.node_strikes)),
-        )
+_UNKNOWN: dict[str, Any] = {
+    **{"allocation": 0, "ran": True, "committed": None, "then": "requeue"},
+    **{"gone": [], "suspect": [], "sick": []},
+}
+"""What records of earlier versions do not say."""
+_LOOK_S = 30.0
+_BEFORE_RESTORE = ("imports and checks", "process group")
+_FIRST_STEP = ("first batch", "first save", "first step")
 
 
 def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config:
@@ -92,16 +74,23 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
     In a job array, the task's number is added to the seed and the run folder gets `/seed-N`.
 
     Raises:
-        ConfigError: a mistake in the configuration, or a batch that this allocation's ranks cannot share;
-            nothing was written.
+        ConfigError: a mistake in the configuration or in a variable, or a batch that this allocation's ranks
+            cannot share; nothing was written.
     """
+    policy_from_environment()
     path, overrides = arguments[0], list(arguments[1:])
     if not Path(path).exists() and (repository / path).exists():
         path = str(repository / path)  # submitted from outside the repository
     config = load_run(path, overrides)
     nodes, tasks = (os.environ.get(f"SLURM_{name}", "") for name in ("NNODES", "NTASKS_PER_NODE"))
+    spare = whole_number(SPARE_VARIABLE, 0, least=0)
+    if nodes.isdigit() and spare >= int(nodes):
+        raise ConfigError(
+            f"{SPARE_VARIABLE}={spare} leaves none of the job's {nodes} nodes to train on; submit with "
+            "--nodes=N+S, of which S are the spares."
+        )
     if nodes.isdigit() and tasks.isdigit():
-        config.sharing(int(nodes) * int(tasks))
+        config.sharing((int(nodes) - spare) * int(tasks))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
         seed = config.seed + int(task)
@@ -119,6 +108,7 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
         "working_directory": str(Path.cwd()),
         "commit": git_commit(repository, mark_changes=True),
         "run_dir": config.run_dir,
+        "committed": (newest_checkpoint(config.run_dir) or (0, ""))[0],
         "config": config_to_dict(config),
     }
     _store_in_run(config.run_dir, job_dir, submission)
@@ -146,111 +136,199 @@ def read_attempts(job_dir: Path) -> list[dict[str, Any]]:
     path = job_dir / "attempts.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [{**_UNKNOWN, **json.loads(line)} for line in lines if line]
 
 
-def parse_srun(text: str) -> tuple[list[TaskEnd], list[str]]:
-    """(ends of tasks in the order srun reported them, nodes that srun lost) from srun's stderr."""
-    ends: list[TaskEnd] = []
-    lost: list[str] = []
-    terminating = False
-    for line in text.splitlines():
-        failure = _NODE_FAILURE.search(line)
-        task = _TASK_LINE.search(line)
-        if failure:
-            lost += [node for node in failure[1].split(",") if node not in lost]
-        elif task:
-            code = _EXIT.search(task["what"])
-            words = task["what"].partition(" (")[0].strip()
-            status = int(code[1]) if code else _SIGNALLED.get(words, 137)
-            ends.append(TaskEnd(task["nodes"], status, terminating))
-        elif _TERMINATING.search(line):
-            terminating = True
-    return ends, lost
+def read_submission(job_dir: Path) -> dict[str, Any] | None:
+    """What was submitted; None before it has been copied."""
+    path = job_dir / "submission.json"
+    if not path.exists():
+        return None
+    submission: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return submission
 
 
-def blame(ends: Iterable[TaskEnd], lost: Sequence[str]) -> list[str]:
-    """Nodes at fault: lost ones; else where a signal ended a rank; else where ranks hung to the end.
+def run_folder(submission: Mapping[str, Any]) -> str:
+    """URL of the run, or its absolute path."""
+    run_dir = str(submission["run_dir"])
+    return str(Path(submission["working_directory"]) / local_path(run_dir)) if is_local(run_dir) else run_dir
 
-    Ranks that stopped by themselves with an exit code only noticed a fault: they are witnesses. A line
-    that covers several nodes at once names no culprit.
+
+def policy_from_environment() -> Policy:
+    """Defaults where a variable is unset.
+
+    Raises:
+        ConfigError: a variable is no number, or too small.
     """
-    if lost:
-        return list(lost)
-    ends = [end for end in ends if "[" not in end.nodes and "," not in end.nodes]
-    own = {end.nodes for end in ends if not end.terminated}
-    struck = [end.nodes for end in ends if not end.terminated and end.status > 128]
-    hung = [end.nodes for end in ends if end.terminated and end.nodes not in own]
-    culprits = struck[:1] or (hung if len(set(hung)) == 1 and own else [])
-    return sorted(set(culprits))
+    return Policy(
+        max_faults=whole_number("LDM_MAX_FAULTS", Policy.max_faults),
+        node_strikes=whole_number("LDM_NODE_STRIKES", Policy.node_strikes),
+        min_nodes=whole_number("LDM_MIN_NODES", Policy.min_nodes),
+    )
 
 
-def exit_code(status: int, ends: Sequence[TaskEnd], lost: Sequence[str]) -> ExitCode:
-    """How the run ended, from srun's own status and what it said about each task."""
-    own = [end.status for end in ends if not end.terminated]
-    if lost:
-        return ExitCode.RETRYABLE
-    if not own:
-        return normalize(status)
-    # A rank that dies of such a signal was still importing, and had nothing to save yet.
-    return combine(ExitCode.PREEMPTED if code in _PREEMPTING else code for code in own)
+def whole_number(variable: str, default: int, *, least: int = 1) -> int:
+    """An environment variable's number. Raises ConfigError where it is none, or less than `least`."""
+    text = os.environ.get(variable, "") or str(default)
+    if not text.isdigit() or int(text) < least:
+        raise ConfigError(f"{variable}={text} must be a whole number, at least {least}.")
+    return int(text)
 
 
-def decide(attempts: Sequence[dict[str, Any]], policy: Policy) -> tuple[str, list[str]]:
-    """("done" | "stop" | "requeue", nodes to exclude) after the last of `attempts`."""
-    code = ExitCode(attempts[-1]["code"])
-    if code == ExitCode.DONE:
-        return "done", []
-    if not should_restart(code):
-        return "stop", []
-    faults = 0
-    for attempt in attempts:
-        lasting = attempt["ended"] - attempt["started"] >= policy.healthy_s
-        fault = attempt["code"] == ExitCode.RETRYABLE
-        faults = (0 if lasting else faults) + 1 if fault else 0
-    if faults >= policy.max_faults:
-        return "stop", []
-    strikes = Counter(node for attempt in attempts for node in attempt["blamed"])
-    sick = {node for attempt in attempts for node in attempt.get("sick", ())}
-    return "requeue", sorted(sick.union(n for n, count in strikes.items() if count >= policy.node_strikes))
-
-
-def sick_nodes(job_dir: Path, since: float) -> list[str]:
+def sick_nodes(run_dir: str, since: float) -> list[str]:
     """Nodes whose drivers have told of a sick GPU since this moment, by the records of the run.
 
     None where storage does not answer.
     """
     try:
-        run_dir = json.loads((job_dir / "submission.json").read_text(encoding="utf-8"))["run_dir"]
         records = read_records(run_dir, _RECORDS_BYTES)
-    except (OSError, Failure) as error:
+    except Failure as error:
         logger.warning("nothing is known of the health of GPUs: %s", error)
         return []
     events = (record for record in records if record.get("event") == "sick gpu")
     return sorted({record["host"] for record in events if record["time"] >= since})
 
 
-def _record_and_decide(args: argparse.Namespace) -> int:
+def record_end(args: argparse.Namespace) -> tuple[dict[str, Any], Verdict]:
+    """Add the end of an attempt to the job's records, with what follows it."""
+    job_dir: Path = args.job_dir
+    attempts = read_attempts(job_dir)
+    submission = read_submission(job_dir)
+    record = {**_end_of_attempt(args), **_said_by_run(submission, args.started)}
+    allocation = Allocation(
+        number=args.allocation,
+        nodes=tuple(args.have),
+        wanted=args.wanted,
+        drained=frozenset(args.drained),
+        lasts=not args.ending,
+    )
+    verdict = decide(
+        [*attempts, record],
+        policy_from_environment(),
+        allocation,
+        holds=_holder(job_dir, args.tasks_per_node),
+        baseline=baseline(submission),
+    )
+    record |= {"judged": time.time(), "then": verdict.action, "because": verdict.reason}
+    with (job_dir / "attempts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return record, verdict
+
+
+def baseline(submission: Mapping[str, Any] | None) -> int:
+    """The newest committed step before the job's first attempt."""
+    return 0 if submission is None else int(submission.get("committed", 0))
+
+
+def _end_of_attempt(args: argparse.Namespace) -> dict[str, Any]:
     ends: list[TaskEnd] = []
-    lost: list[str] = list(args.unfit)
+    lost = list(args.unfit)
     if args.srun_log is not None and args.srun_log.exists():
         ends, lost = parse_srun(args.srun_log.read_text(encoding="utf-8", errors="replace"))
+    used = expand(args.nodes)
+    if args.stuck:  # SIGKILL ended every task but theirs
+        heard = {node for end in ends for node in expand(end.nodes)}
+        lost += [node for node in used if heard and node not in heard and node not in lost]
     code = exit_code(args.status, ends, lost)
-    record = {
+    blamed, suspect = [], []
+    if code is ExitCode.RETRYABLE:
+        away = [node for node in used if node not in args.have]
+        suspect = [node for node in named_nodes() if node in used]
+        blamed = blame(ends, lost) or suspect or away
+    return {
         "attempt": args.attempt,
+        "allocation": args.allocation,
         "started": args.started,
-        "ended": time.time(),
+        "fault": args.fault,
+        "seen": args.seen,
+        "ended": args.over or time.time(),
         "nodes": args.nodes,
+        "ran": args.srun_log is not None,
         "status": args.status,
         "code": int(code),
         "outcome": code.name.lower(),
-        "blamed": blame(ends, lost) if code == ExitCode.RETRYABLE else [],
-        "sick": sick_nodes(args.job_dir, args.started),
+        "blamed": sorted({*blamed, *args.unfit}),
+        "gone": sorted({*lost, *args.unfit}),
+        "suspect": suspect,
     }
-    with (args.job_dir / "attempts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    action, exclude = decide(read_attempts(args.job_dir), Policy.from_environment())
-    sys.stdout.write(f"{action} {','.join(exclude) or '-'}\n")
+
+
+def _said_by_run(submission: Mapping[str, Any] | None, since: float) -> dict[str, Any]:
+    """Newest committed step and nodes found sick; nothing where storage does not say within half a minute."""
+    said: dict[str, Any] = {"committed": None, "sick": []}
+
+    def look(run_dir: str) -> None:
+        newest = newest_checkpoint(run_dir)
+        said["committed"] = None if newest is None else newest[0]
+        said["sick"] = sick_nodes(run_dir, since)
+
+    if submission is not None:
+        looking = threading.Thread(target=look, args=(run_folder(submission),), daemon=True)
+        looking.start()
+        looking.join(_LOOK_S)
+    return dict(said)
+
+
+def _holder(job_dir: Path, tasks_per_node: int) -> Callable[[int], bool]:
+    """Whether the job's configuration can be trained on so many nodes: as the ranks will ask themselves."""
+
+    def holds(nodes: int) -> bool:
+        try:
+            load_run(str(job_dir / "config.yaml")).sharing(nodes * tasks_per_node)
+        except UserError:
+            return False
+        return True
+
+    return holds
+
+
+def recovery(job_dir: Path, number: int) -> dict[str, float] | None:
+    """Seconds from a fault to the first new step of attempt `number` in the same allocation, by part.
+
+    The parts add up to all of it: `detect` (the script sees what SLURM told it), `kill` (the other ranks end,
+    or are ended), `judge`, `check` (of the nodes), `srun` (until rank 0's process exists), `import`,
+    `rendezvous`, `restore` and `first step`. None where this attempt follows no fault there, or has made no
+    step.
+    """
+    folder = job_dir / f"attempt-{number}"
+    before = next((attempt for attempt in read_attempts(job_dir) if attempt["attempt"] == number - 1), None)
+    if before is None or before["then"] != "restart" or before["fault"] is None:
+        return None
+    try:
+        launched, start = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("launched.json", "start.json")
+        )
+    except (FileNotFoundError, ValueError):
+        return None
+    parts, began = start["parts"], start["time"] - start["age"]
+    return {
+        "detect": before["seen"] - before["fault"],
+        "kill": before["ended"] - before["seen"],
+        "judge": before["judged"] - before["ended"],
+        "check": launched["time"] - before["judged"],
+        "srun": began - launched["time"],
+        "import": parts.get("imports and checks", 0.0),
+        "rendezvous": parts.get("process group", 0.0),
+        "restore": sum(parts[name] for name in parts if name not in (*_BEFORE_RESTORE, *_FIRST_STEP)),
+        "first step": sum(parts.get(name, 0.0) for name in _FIRST_STEP),
+    }
+
+
+def recovery_sentence(job_dir: Path, number: int) -> str | None:
+    """`recovery` in words."""
+    parts = recovery(job_dir, number)
+    if parts is None:
+        return None
+    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    return f"attempt {number} made its first step {sum(parts.values()):.1f} s after the fault: {told}"
+
+
+def _decide(args: argparse.Namespace) -> int:
+    _, verdict = record_end(args)
+    words = [verdict.action, int(verdict.code), ",".join(verdict.exclude) or "-", verdict.count]
+    sys.stdout.write(" ".join(map(str, words)) + f"\n{' '.join(verdict.candidates)}\n{verdict.reason}\n")
     return 0
 
 
@@ -278,14 +356,28 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("job_dir", "repository"):
         prepare_.add_argument(name, type=Path)
     prepare_.add_argument("arguments", nargs="+", metavar="CONFIG a.b=c")
-    decide_ = commands.add_parser("decide", help="record an attempt's end; print what follows")
+    decide_ = commands.add_parser(
+        "decide", help="record an attempt's end; print what follows, in three lines"
+    )
     decide_.add_argument("job_dir", type=Path)
-    decide_.add_argument("--attempt", type=int, required=True)
+    for name in ("attempt", "allocation", "status", "wanted", "tasks-per-node"):
+        decide_.add_argument(f"--{name}", type=int, required=True)
     decide_.add_argument("--started", type=float, required=True)
-    decide_.add_argument("--status", type=int, required=True)
-    decide_.add_argument("--nodes", required=True)
-    decide_.add_argument("--srun-log", type=Path)
+    # When SLURM told of a fault, when the script saw it, when all ranks had ended.
+    for name in ("fault", "seen", "over"):
+        decide_.add_argument(f"--{name}", type=float)
+    decide_.add_argument("--nodes", required=True, help="host list of the ranks")
+    decide_.add_argument("--srun-log", type=Path, help="left out where no rank was started")
+    decide_.add_argument("--stuck", action="store_true", help="srun was still waiting after SIGKILL")
     decide_.add_argument("--unfit", nargs="*", default=[])
+    decide_.add_argument("--have", nargs="*", default=[], help="nodes of the allocation that answer SLURM")
+    decide_.add_argument("--drained", nargs="*", default=[])
+    decide_.add_argument("--ending", action="store_true", help="the allocation is being taken back")
+    recovered = commands.add_parser(
+        "recovered", help="how long an attempt took from the fault to its first step"
+    )
+    recovered.add_argument("job_dir", type=Path)
+    recovered.add_argument("--attempt", type=int, required=True)
     return parser
 
 
@@ -294,7 +386,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging()
     args = _parser().parse_args(argv)
     if args.command == "decide":
-        return _record_and_decide(args)
+        return _decide(args)
+    if args.command == "recovered":
+        sys.stdout.write(f"{recovery_sentence(args.job_dir, args.attempt) or ''}\n")
+        return 0
     try:
         prepare(args.job_dir, args.repository, args.arguments)
     except UserError as error:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from data_pipeline.processes import process_age_s
 from trainer.distributed import collectives
+
+START_VARIABLE = "LDM_START_REPORT"
+"""Environment variable that names the file for rank 0's `StartTimer`."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +57,13 @@ class StepTimer:
 
 
 class StartTimer:
-    """Where the time from the start of this process to its first optimizer step goes; told once."""
+    """Where the time from the start of this process to its first optimizer step goes; told once.
 
-    def __init__(self) -> None:
+    report: file that gets the same as JSON, for whoever started this process; none: only the log is told.
+    """
+
+    def __init__(self, report: str | None = None) -> None:
+        self._report = report
         self._device: torch.device | None = None
         self._age = 0.0
         self._parts: dict[str, float] = {}
@@ -75,6 +84,17 @@ class StartTimer:
         self.mark("first step")
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._parts.items())
         logger.info("first step after %.1f s: %s", self._age, parts)
+        if self._report is not None:
+            self._write(Path(self._report))
+
+    def _write(self, report: Path) -> None:
+        facts = {"time": time.time(), "age": self._age, "parts": self._parts}
+        partial = report.with_name(report.name + ".partial")
+        try:
+            partial.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            partial.replace(report)
+        except OSError as error:  # it is for people; training goes on
+            logger.debug("%s could not be written: %s", report, error)
 
 
 class Throughput:

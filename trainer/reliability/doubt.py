@@ -59,6 +59,8 @@ class Fault:
     """Class of the error and the function that raised it."""
     share: float | None
     """Part of all ranks that met it, where this one repeats what others found; None: it speaks for itself."""
+    node: str = ""
+    """Of the rank, as SLURM names it; empty elsewhere."""
 
 
 def mark(error: BaseException, standing: Standing) -> None:
@@ -80,11 +82,12 @@ def weighed(
     if code not in _FINAL or decided or not (is_restart(environ) or standing.committed):
         return code
     fault = Fault(
-        attempt="/".join(environ.get(name, "0") for name in RESTART_COUNTERS),
+        attempt=_attempt(environ),
         rank=rank,
         step=standing.step,
         place=_place(error),
         share=error.share if isinstance(error, Failure) else None,
+        node=environ.get("SLURMD_NODENAME", ""),
     )
     told = _tell(_file(environ), fault)
     agreed, repeated = _agreed(told, fault, world_size), _repeated(told, fault)
@@ -102,6 +105,18 @@ def weighed(
     return ExitCode.RETRYABLE
 
 
+def named_nodes(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Nodes whose ranks met an error in this attempt that was taken for their machine's fault."""
+    path = _file(environ)
+    told = _read(path) if path.exists() else []
+    own = [each for each in told if each.attempt == _attempt(environ) and each.share is None and each.node]
+    return sorted({each.node for each in own})
+
+
+def _attempt(environ: Mapping[str, str]) -> str:
+    return "/".join(environ.get(name, "0") for name in RESTART_COUNTERS)
+
+
 def _tell(path: Path, fault: Fault) -> list[Fault]:
     """Add a line, give the others a moment, and read what all said; only this one where that does not
     work."""
@@ -110,12 +125,15 @@ def _tell(path: Path, fault: Fault) -> list[Fault]:
         with path.open("ab", buffering=0) as file:
             file.write(json.dumps(asdict(fault)).encode() + b"\n")
         time.sleep(_AGREE_S)
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return _read(path)
     except OSError as error:
         logger.debug("faults cannot be told in %s: %s", path, error)
         return [fault]
+
+
+def _read(path: Path) -> list[Fault]:
     told = []
-    for line in lines:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             told.append(Fault(**json.loads(line)))
         except (ValueError, TypeError):

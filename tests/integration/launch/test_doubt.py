@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from trainer.exit_codes import ExitCode
 from trainer.launch.local import supervise
+from trainer.reliability.doubt import named_nodes
 
 RANK = """
 import errno, os, sys, time
@@ -130,3 +132,13 @@ def test_a_run_that_gets_further_each_time_goes_on(ranks: Ranks) -> None:
 
 def test_what_the_ranks_decided_together_is_no_machines_fault(ranks: Ranks) -> None:
     assert ranks.run("fail(GivenUp('the loss does not recover'))") == (ExitCode.FATAL, 1)
+
+
+def test_the_node_of_such_a_rank_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")  # as slurmd tells each rank
+    body = (
+        "if attempt == 1 and rank == 1: fail(KeyError('x'))\nif attempt == 0: fail(RetryableFault('a link'))"
+    )
+    assert ranks.run(body) == (ExitCode.DONE, 3)
+    named = {attempt: named_nodes({**os.environ, "LDM_RESTARTS": str(attempt)}) for attempt in range(3)}
+    assert named == {0: [], 1: ["n7"], 2: []}

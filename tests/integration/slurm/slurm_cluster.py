@@ -1,16 +1,21 @@
-"""A real SLURM cluster on this machine: munged, slurmctld and three slurmd, without systemd."""
+"""A real SLURM cluster on this machine: munged, slurmctld, three slurmd, without systemd; and jobs on it."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 _HOW = (
@@ -18,6 +23,10 @@ _HOW = (
     "these tests as root"
 )
 NODES = ("n1", "n2", "n3")
+SCRIPT = Path(__file__).parents[3] / "slurm" / "train_ldm.sh"
+# This cluster has no GPUs and shares its nodes; everything else is the script as it stands.
+HERE = ("--gpus-per-node=0", "--ntasks-per-node=1", "--oversubscribe", "--nodes=2")
+LIMIT_S = 1500.0
 
 
 def missing_sentence() -> str | None:
@@ -138,11 +147,33 @@ class SlurmCluster:
             assert time.monotonic() < limit, f"waited {timeout_s} s for {what}: {detail()}"
             time.sleep(0.2)
 
-    def kill_node(self, node: str) -> None:
-        """SIGKILL one slurmd, as when a node loses power."""
+    def lose_node(self, node: str, *, noticed: bool) -> None:
+        """All processes of one node are gone, as when it loses power.
+
+        noticed: whether SLURM knows at once, which otherwise takes it SlurmdTimeout.
+        """
         daemon = self._daemons.pop(node)
         daemon.send_signal(signal.SIGKILL)
         daemon.wait()
+        for process in self._steps_of(node):
+            process.send(signal.SIGKILL)
+        if noticed:
+            self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def bring_back(self) -> None:
+        """Start the nodes that were lost; returns once all are idle."""
+        for node in NODES:
+            if node not in self._daemons:
+                # Else SLURM waits for it to say that its part of a job that has ended is over.
+                self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+                self.start_node(node)
+        self._await(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == str(len(NODES)), "nodes")
+
+    def _steps_of(self, node: str) -> list[Process]:
+        """Processes of job steps on one node, and the slurmstepd that started them."""
+        named = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
+        found = [process for process in processes() if named <= process.environment]
+        return [*found, *(process.parent() for process in found if process.parent().name == "slurmstepd")]
 
     def _configuration(self, ports: list[int]) -> str:
         host = socket.gethostname().partition(".")[0]
@@ -187,6 +218,116 @@ SwitchType=switch/none
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process, as /proc shows it."""
+
+    pid: int
+
+    @property
+    def environment(self) -> set[str]:
+        """NAME=VALUE, as it was started with; empty once it is gone."""
+        return set(self._read("environ").split("\0"))
+
+    @property
+    def words(self) -> list[str]:
+        """Its command line."""
+        return self._read("cmdline").split("\0")
+
+    @property
+    def name(self) -> str:
+        """Of its program."""
+        return self._read("comm").strip()
+
+    def parent(self) -> Process:
+        """Who started it."""
+        return Process(int(re.search(r"PPid:\s+(\d+)", self._read("status") + "PPid: 0")[1]))
+
+    def send(self, number: int) -> None:
+        """A signal, if it still lives."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def _read(self, name: str) -> str:
+        try:
+            return Path(f"/proc/{self.pid}/{name}").read_bytes().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+
+def processes() -> list[Process]:
+    """All processes of this machine."""
+    return [Process(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+class Job:
+    """One submitted job: its state, its folder, its log."""
+
+    def __init__(self, slurm: Any, submit_dir: Path, *arguments: str, **environment: str) -> None:
+        submit_dir.mkdir(parents=True, exist_ok=True)
+        self.slurm, self.submit_dir = slurm, submit_dir
+        command = ["sbatch", "--parsable", *HERE, *arguments]
+        self.number = slurm.run(*command, cwd=submit_dir, **environment)
+        self.folder = submit_dir / "runs" / "slurm" / self.number
+
+    @property
+    def log(self) -> str:
+        path = self.submit_dir / f"ldm-{self.number}.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        path = self.folder / "attempts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def rank_log(self, attempt: int, rank: int = 0) -> str:
+        path = self.folder / f"attempt-{attempt}" / f"rank-{rank:04d}.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def ldm(self, *arguments: str) -> str:
+        """What `ldm slurm ...` says in the folder of the submission."""
+        command = [sys.executable, "-m", "trainer", "slurm", *arguments]
+        return str(self.slurm.run(*command, cwd=self.submit_dir))
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        limit = time.monotonic() + LIMIT_S
+        while not condition():
+            assert time.monotonic() < limit, f"never saw {what}:\n{self.log[-4000:]}"
+            state = self.slurm.field(self.number, "JobState")
+            over = state in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+            assert not over or condition(), f"{state} before {what}:\n{self.log[-6000:]}"
+            time.sleep(0.1)
+
+    def rank_pids(self, rank: int, task: int | None = None) -> list[int]:
+        """Processes that SLURM started as this rank (of a task of a job array): one, or none yet."""
+        # The configuration as well: another cluster of these tests may count its jobs at the same time.
+        cluster = self.slurm.environment["SLURM_CONF"]
+        named = {"SLURM_CONF": cluster, "SLURM_PROCID": rank}
+        if task is None:
+            named["SLURM_JOB_ID"] = self.number
+        else:
+            named |= {"SLURM_ARRAY_JOB_ID": self.number, "SLURM_ARRAY_TASK_ID": task}
+        wanted = {f"{name}={value}" for name, value in named.items()}
+        return [
+            process.pid
+            for process in processes()
+            if process.name != "srun"
+            and {"trainer", "train"} <= set(process.words)
+            and wanted <= process.environment
+        ]
+
+    def rank_pid(self, rank: int) -> int:
+        """The process of a running rank."""
+        found = self.rank_pids(rank)
+        assert found, f"rank {rank} of job {self.number} is not running"
+        return found[0]
+
+    def finish(self, state: str = "COMPLETED") -> None:
+        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        reached = self.slurm.wait_state(self.number, *final, timeout_s=LIMIT_S)
+        assert reached == state, self.log[-6000:]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Whole runs on a real SLURM cluster, against a real S3 server: requeued, killed, refused, excluded."""
+"""Whole runs on a real SLURM cluster, against a real S3 server: requeued, refused, excluded."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import re
 import signal
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.integration.slurm.slurm_cluster import LIMIT_S, SCRIPT, Job
+from trainer.launch.slurm_job import read_attempts
+
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[3]
-SCRIPT = REPOSITORY / "slurm" / "train_ldm.sh"
-# This cluster has no GPUs and shares its nodes; everything else is the script as it stands.
-HERE = ("--gpus-per-node=0", "--ntasks-per-node=1", "--oversubscribe", "--nodes=2")
-LIMIT_S = 1500.0
 DEMO_CONFIG = REPOSITORY / "configs" / "demo_first_stage.yaml"
 # The tests' bucket; a rate that does not depend on the number of steps; the discriminator's part as well.
 DEMO_OVERRIDES = [
@@ -35,87 +32,6 @@ DEMO_OVERRIDES = [
     "logging.wandb=disabled",
     "sampling.every=0",
 ]
-
-
-class Job:
-    """One submitted job: its state, its folder, its log."""
-
-    def __init__(self, slurm: Any, submit_dir: Path, *arguments: str, **environment: str) -> None:
-        submit_dir.mkdir(parents=True, exist_ok=True)
-        self.slurm, self.submit_dir = slurm, submit_dir
-        command = ["sbatch", "--parsable", *HERE, *arguments]
-        self.number = slurm.run(*command, cwd=submit_dir, **environment)
-        self.folder = submit_dir / "runs" / "slurm" / self.number
-
-    @property
-    def log(self) -> str:
-        path = self.submit_dir / f"ldm-{self.number}.log"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-    @property
-    def attempts(self) -> list[dict[str, Any]]:
-        path = self.folder / "attempts.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def rank_log(self, attempt: int, rank: int = 0) -> str:
-        path = self.folder / f"attempt-{attempt}" / f"rank-{rank:04d}.log"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-    def ldm(self, *arguments: str) -> str:
-        """What `ldm slurm ...` says in the folder of the submission."""
-        command = [sys.executable, "-m", "trainer", "slurm", *arguments]
-        return str(self.slurm.run(*command, cwd=self.submit_dir))
-
-    def until(self, condition: Callable[[], bool], what: str) -> None:
-        limit = time.monotonic() + LIMIT_S
-        while not condition():
-            assert time.monotonic() < limit, f"never saw {what}:\n{self.log[-4000:]}"
-            state = self.slurm.field(self.number, "JobState")
-            over = state in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-            assert not over or condition(), f"{state} before {what}:\n{self.log[-6000:]}"
-            time.sleep(0.1)
-
-    def rank_pid(self, rank: int) -> int:
-        """The process that SLURM started as this rank, on whichever node."""
-        # The configuration as well: another cluster of these tests may count its jobs at the same time.
-        cluster = self.slurm.environment["SLURM_CONF"]
-        named = {"SLURM_CONF": cluster, "SLURM_JOB_ID": self.number, "SLURM_PROCID": rank}
-        wanted = {f"{name}={value}".encode() for name, value in named.items()}
-        for process in Path("/proc").iterdir():
-            try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                if b"trainer" not in words or b"train" not in words:
-                    continue
-                if wanted <= set((process / "environ").read_bytes().split(b"\0")):
-                    return int(process.name)
-            except (OSError, ValueError):
-                continue
-        raise AssertionError(f"rank {rank} of job {self.number} is not running")
-
-    def finish(self, state: str = "COMPLETED") -> None:
-        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        reached = self.slurm.wait_state(self.number, *final, timeout_s=LIMIT_S)
-        assert reached == state, self.log[-6000:]
-
-
-def test_killed_rank_leads_to_a_requeue_and_the_same_end(
-    slurm: Any, bucket: Any, unbroken: Any, tmp_path: Path
-) -> None:
-    run = bucket.run("slurm-kill")
-    job = Job(slurm, tmp_path, str(SCRIPT), str(bucket.config), f"run_dir={run.url}", LDM_WAIT_S="40")
-    job.until(lambda: max(run.steps(), default=0) >= 10, "a checkpoint")
-    assert f"{job.number}  RUNNING on n[" in job.ldm("status", job.number)
-    os.kill(job.rank_pid(1), signal.SIGKILL)
-    job.finish()
-    status = job.ldm("status", job.number)
-    assert "1 x retryable" in status, status
-    assert "step 40 of 40" in status, status
-    assert "resuming from step" in job.ldm("logs", job.number, "--lines=0")
-    assert [attempt["outcome"] for attempt in job.attempts] == ["retryable", "done"], job.log
-    assert job.attempts[0]["blamed"] == [_second_node(job.attempts[0]["nodes"])]
-    assert slurm.field(job.number, "Restarts") == "1"
-    assert run.losses() == unbroken.losses()
-    assert run.fingerprint() == unbroken.fingerprint()
 
 
 def test_requeued_by_hand_and_by_the_time_limit_it_resumes_and_finishes(
@@ -194,8 +110,15 @@ def test_a_job_array_sweeps_seeds(slurm: Any, bucket: Any, tmp_path: Path) -> No
     # Last option wins: two jobs of one node each, and no second node check is needed.
     options = ["--nodes=1", "--array=0-1", str(SCRIPT), str(bucket.config)]
     job = Job(slurm, tmp_path, *options, f"run_dir={run.url}", "steps=2", LDM_SKIP_NODE_CHECK="1")
-    for task in range(2):
+    limit = time.monotonic() + LIMIT_S
+    while not job.rank_pids(0, task=1):
+        assert time.monotonic() < limit, job.log
+        time.sleep(0.1)
+    os.kill(job.rank_pids(0, task=1)[0], signal.SIGKILL)
+    for task, outcomes in enumerate((["done"], ["retryable", "done"])):  # one starts again, the other goes on
         slurm.wait_state(f"{job.number}_{task}", "COMPLETED", timeout_s=LIMIT_S)
+        ended = read_attempts(job.folder.with_name(f"{job.number}_{task}"))
+        assert [attempt["outcome"] for attempt in ended] == outcomes
         assert bucket.run(f"slurm-array/seed-{task}").steps()[0] == 2
     both = [bucket.run(f"slurm-array/seed-{task}") for task in range(2)]
     assert both[0].losses()[1] != both[1].losses()[1]
@@ -227,12 +150,6 @@ def slurm_seconds(text: str) -> int:
 def _neighbours(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     timed = [record for record in records if "loss" in record]
     return list(itertools.pairwise(timed[5:]))
-
-
-def _second_node(nodes: str) -> str:
-    found = re.fullmatch(r"n\[(\d)[-,](\d)\]", nodes)
-    assert found, nodes
-    return f"n{found[2]}"
 
 
 def _resumed_at(log: str) -> int:

@@ -1,163 +1,50 @@
-"""What a SLURM job makes of srun's words, of faults in a row and of nodes; snapshot and configuration."""
+"""What a SLURM job keeps (snapshot, configuration, records of attempts), how it is submitted and told of."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from trainer.config.run import ConfigError
-from trainer.exit_codes import ExitCode
 from trainer.launch.slurm import describe_job, follow, submit
-from trainer.launch.slurm_job import (
-    Policy,
-    TaskEnd,
-    blame,
-    decide,
-    exit_code,
-    main,
-    parse_srun,
-    prepare,
-    read_attempts,
-)
+from trainer.launch.slurm_job import main, prepare, read_attempts, recovery
+from trainer.reliability.doubt import Fault
 
 REPOSITORY = Path(__file__).parents[3]
 
-# As a real srun 22.05 wrote them.
 KILLED = """\
 srun: error: n2: task 1: Killed
-srun: launch/slurm: _step_signal: Terminating StepId=4.0
-slurmstepd-n1: error: *** STEP 4.0 ON n1 CANCELLED AT 2026-11-21T08:09:34 ***
+train_ldm: Terminating StepId: a rank has failed, and others go on
 srun: error: n1: task 0: Exited with exit code 76
-srun: Force Terminated StepId=4.0
-"""
-CANCELLED = """\
-srun: Job step aborted: Waiting up to 17 seconds for job step to finish.
-slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-11-21T08:11:12 ***
-srun: error: n2: task 1: Exited with exit code 75
-srun: error: n1: task 0: Exited with exit code 75
 """
 
 
-def test_srun_words() -> None:
-    ends, lost = parse_srun(KILLED)
-    assert ends == [TaskEnd("n2", 137, False), TaskEnd("n1", 76, True)]
-    assert lost == []
-    text = "srun: error: n[1-2]: tasks 0-1: Exited with exit code 2\nsrun: error: Node failure on n7\n"
-    assert parse_srun(text) == ([TaskEnd("n[1-2]", 2, False)], ["n7"])
-    ends, _ = parse_srun("srun: error: gpu-03: task 9: Segmentation fault (core dumped)\n")
-    assert ends == [TaskEnd("gpu-03", 139, False)]
+@pytest.fixture(autouse=True)
+def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDM_FAULTS", str(tmp_path / "faults.jsonl"))
 
 
-@pytest.mark.parametrize(
-    ("status", "text", "code"),
-    [
-        (0, "", ExitCode.DONE),
-        (137, KILLED, ExitCode.RETRYABLE),
-        (75, CANCELLED, ExitCode.PREEMPTED),
-        (2, "srun: error: n[1-2]: tasks 0-1: Exited with exit code 2", ExitCode.USER_ERROR),
-        # One rank says that the configuration is wrong; the others were waiting and were killed for it.
-        (137, "srun: error: n1: task 0: Exited with exit code 2\nsrun: launch/slurm: "
-         "_step_signal: Terminating StepId=1.0\nsrun: error: n2: task 1: Killed", ExitCode.USER_ERROR),
-        (143, "srun: error: n1: task 0: Terminated", ExitCode.PREEMPTED),
-        (138, "srun: error: n1: task 0: User defined signal 1", ExitCode.PREEMPTED),
-        (1, "srun: error: Node failure on n2", ExitCode.RETRYABLE),
-        (1, "srun: error: Unable to create step for job 5: Memory required by task is not available",
-         ExitCode.RETRYABLE),
-        (77, "srun: error: n[1-2]: tasks 0-1: Exited with exit code 77", ExitCode.STOPPED),
-    ],
-)  # fmt: skip
-def test_exit_code(status: int, text: str, code: ExitCode) -> None:
-    assert exit_code(status, *parse_srun(text)) is code
-
-
-@pytest.mark.parametrize(
-    ("ends", "lost", "nodes"),
-    [
-        ([TaskEnd("n2", 137, False), TaskEnd("n1", 76, False)], [], ["n2"]),
-        ([TaskEnd("n1", 76, False), TaskEnd("n2", 137, False)], [], ["n2"]),  # the witness spoke first
-        ([TaskEnd("n1", 76, False), TaskEnd("n2", 137, True)], [], ["n2"]),  # hung until srun ended it
-        ([TaskEnd("n1", 76, False), TaskEnd("n2", 137, True), TaskEnd("n3", 137, True)], [], []),
-        ([TaskEnd("n1", 76, False), TaskEnd("n2", 76, False)], [], []),
-        ([TaskEnd("n[1-2]", 137, False)], [], []),
-        ([TaskEnd("n1", 137, True)], [], []),
-        ([TaskEnd("n1", 76, False)], ["n9"], ["n9"]),
-    ],
-)
-def test_blame(ends: list[TaskEnd], lost: list[str], nodes: list[str]) -> None:
-    assert blame(ends, lost) == nodes
-
-
-def attempt(code: ExitCode, *, lasted: float = 60.0, blamed: list[str] | None = None) -> dict[str, Any]:
-    return {"started": 1000.0, "ended": 1000.0 + lasted, "code": int(code), "blamed": blamed or []}
-
-
-FAULT, PREEMPTED = ExitCode.RETRYABLE, ExitCode.PREEMPTED
-
-
-@pytest.mark.parametrize(
-    ("attempts", "action"),
-    [
-        ([attempt(ExitCode.DONE)], "done"),
-        ([attempt(ExitCode.USER_ERROR)], "stop"),
-        ([attempt(ExitCode.STOPPED)], "stop"),
-        ([attempt(ExitCode.FATAL)], "stop"),
-        ([attempt(PREEMPTED)] * 100, "requeue"),
-        ([attempt(FAULT)] * 2, "requeue"),
-        ([attempt(FAULT)] * 3, "stop"),
-        ([attempt(FAULT)] * 2 + [attempt(PREEMPTED)] + [attempt(FAULT)] * 2, "requeue"),
-        ([attempt(FAULT)] * 2 + [attempt(FAULT, lasted=4000)] + [attempt(FAULT)], "requeue"),
-    ],
-)
-def test_faults_in_a_row_are_bounded(attempts: list[dict[str, Any]], action: str) -> None:
-    assert decide(attempts, Policy(max_faults=3, healthy_s=3600, node_strikes=2))[0] == action
-
-
-def test_a_node_is_excluded_at_its_second_fault() -> None:
-    policy = Policy(max_faults=9)
-    once = [attempt(FAULT, blamed=["n2"]), attempt(FAULT, blamed=["n1"])]
-    assert decide(once, policy) == ("requeue", [])
-    assert decide([*once, attempt(FAULT, blamed=["n2"])], policy) == ("requeue", ["n2"])
-
-
-def test_a_node_whose_driver_tells_of_a_sick_gpu_is_left_out_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of this attempt: what was told before it began is of nodes that an earlier one has left out."""
-    (tmp_path / "submission.json").write_text(json.dumps({"run_dir": str(tmp_path / "run")}))
-    (tmp_path / "run/logs").mkdir(parents=True)
-    told = [
-        {"step": 3, "time": 4.0, "event": "sick gpu", "rank": 1, "host": "n0", "what": "XID 79"},
-        {"step": 7, "time": 6.0, "event": "sick gpu", "rank": 1, "host": "n2", "what": "XID 79"},
-        {"step": 7, "time": 6.5, "event": "slow rank", "rank": 0, "host": "n1"},
-    ]
-    (tmp_path / "run/logs/metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
-    words = ["decide", str(tmp_path), "--started", "5", "--status", "137", "--nodes", "n[1-2]"]
-    assert main([*words, "--attempt", "1"]) == 0
-    assert capsys.readouterr().out == "requeue n2\n"
-    (tmp_path / "run/logs/metrics.jsonl").unlink()
-    assert main([*words, "--attempt", "2"]) == 0  # it stays out
-    assert capsys.readouterr().out == "requeue n2\n"
-
-
-def test_decide_records_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = tmp_path / "srun.log"
+def end(job: Path, number: int, *words: str, allocation: int = 0, have: str = "n1 n2") -> list[str]:
+    """What `decide` prints for an attempt on n1 and n2 that the death of n2's rank ended."""
+    log = job / "srun.log"
     log.write_text(KILLED, encoding="utf-8")
-    words = ["decide", str(tmp_path), "--started", "5", "--status", "137", "--nodes", "n[1-2]"]
-    for number in (1, 2):
-        assert main([*words, "--attempt", str(number), "--srun-log", str(log)]) == 0
-    assert capsys.readouterr().out == "requeue -\nrequeue n2\n"
-    assert [one["outcome"] for one in read_attempts(tmp_path)] == ["retryable", "retryable"]
-    assert main([*words, "--attempt", "3", "--unfit", "n4"]) == 0
-    assert read_attempts(tmp_path)[-1]["blamed"] == ["n4"]
+    command = ["decide", str(job), "--attempt", str(number), "--allocation", str(allocation)]
+    command += ["--status", "137", "--wanted", "2", "--tasks-per-node", "1", "--started", "5"]
+    command += ["--nodes", "n[1-2]", "--srun-log", str(log), "--have", *have.split(), *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(command) == 0
+    return out.getvalue().splitlines()
 
 
 @pytest.fixture
@@ -209,23 +96,208 @@ def test_a_mistake_leaves_nothing_behind(tmp_path: Path, config_file: Path) -> N
     assert not (tmp_path / "job").exists()
 
 
+def commit(run: Path, step: int) -> None:
+    folder = run / "checkpoints" / f"step_{step:09d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").touch()
+
+
+def test_attempts_that_commit_nothing_new_are_counted_over_requeues(
+    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_NODE_STRIKES", "999")
+    job, run = tmp_path / "12", tmp_path / "run"
+    commit(run, 100)  # of an earlier job
+    prepare(job, REPOSITORY, [str(config_file)])
+    for number in range(1, 201):
+        commit(run, 100 + number)
+        assert end(job, number, allocation=number // 50)[0] == "restart 76 - 2"
+    for number in range(201, 205):
+        assert end(job, number, allocation=number)[0] == "restart 76 - 2"
+    action, candidates, reason = end(job, 205, allocation=205)
+    assert (action, candidates) == ("stop 76 - 0", "")
+    assert reason.startswith("5 attempts in a row committed no new step")
+    assert [one["committed"] for one in read_attempts(job)[198:]] == [299, *[300] * 6]
+
+
+def test_a_spare_replaces_the_node_that_failed_twice(tmp_path: Path) -> None:
+    have = "n1 n2 n3"
+    assert end(tmp_path, 1, have=have)[:2] == ["restart 76 - 2", "n1 n2 n3"]
+    assert end(tmp_path, 2, have=have)[:2] == ["restart 76 - 2", "n1 n3"]
+    assert [one["blamed"] for one in read_attempts(tmp_path)] == [["n2"], ["n2"]]
+
+
+def test_a_node_that_does_not_end_its_tasks_is_left_out(tmp_path: Path) -> None:
+    log = tmp_path / "mute.log"
+    log.write_text(KILLED.replace("n2: task 1: Killed", "n1: task 0: Killed"), encoding="utf-8")
+    assert end(tmp_path, 1, "--stuck", "--srun-log", str(log), have="n1 n2 n3")[:2] == [
+        "restart 76 - 2",
+        "n1 n3",
+    ]
+    assert read_attempts(tmp_path)[0]["gone"] == ["n2"]
+
+
+def test_a_node_whose_rank_met_a_fault_of_its_machine_comes_last(tmp_path: Path) -> None:
+    fault = Fault("0/0/0", rank=0, step=7, place="OSError in writer.py:write", share=None, node="n1")
+    (tmp_path / "faults.jsonl").write_text(json.dumps(asdict(fault)) + "\n", encoding="utf-8")
+    log = tmp_path / "said.log"
+    log.write_text("srun: error: n1: task 0: Exited with exit code 76\n", encoding="utf-8")
+    assert end(tmp_path, 1, "--srun-log", str(log), have="n1 n2 n3")[1] == "n2 n3 n1"
+    assert read_attempts(tmp_path)[0]["blamed"] == ["n1"]
+
+
+def test_a_node_whose_driver_tells_of_a_sick_gpu_is_left_out_at_once(tmp_path: Path) -> None:
+    """Of this attempt: what was told before it began is of nodes that an earlier one has left out."""
+    submission = {"run_dir": str(tmp_path / "run"), "working_directory": str(tmp_path)}
+    (tmp_path / "submission.json").write_text(json.dumps(submission))
+    (tmp_path / "run/logs").mkdir(parents=True)
+    told = [
+        {"step": 3, "time": 4.0, "event": "sick gpu", "rank": 1, "host": "n3", "what": "XID 79"},
+        {"step": 7, "time": 6.0, "event": "sick gpu", "rank": 0, "host": "n1", "what": "XID 79"},
+        {"step": 7, "time": 6.5, "event": "slow rank", "rank": 0, "host": "n2"},
+    ]
+    (tmp_path / "run/logs/metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
+    assert end(tmp_path, 1, have="n1 n2 n3")[:2] == ["restart 76 - 2", "n2 n3"]
+    (tmp_path / "run/logs/metrics.jsonl").unlink()
+    assert end(tmp_path, 2, "--ending", have="n1 n2 n3")[0] == "requeue 76 n1,n2 0"  # n1 stays out
+
+
+def test_unfit_nodes_at_the_start_are_struck(tmp_path: Path) -> None:
+    words = [
+        "decide",
+        str(tmp_path),
+        "--allocation",
+        "0",
+        "--status",
+        "76",
+        "--wanted",
+        "2",
+        "--started",
+        "5",
+    ]
+    words += ["--tasks-per-node", "1", "--nodes", "n[1-2]", "--have", "n1", "n2", "--unfit", "n2"]
+    for number, expected in (1, "requeue 76 - 0"), (2, "requeue 76 n2 0"):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main([*words, "--attempt", str(number)]) == 0
+        assert out.getvalue().splitlines()[0] == expected
+    assert [one["ran"] for one in read_attempts(tmp_path)] == [False, False]
+
+
+def test_the_time_from_the_fault_to_the_first_step_is_told(tmp_path: Path) -> None:
+    end(tmp_path, 1, "--fault", "100", "--seen", "100.5", "--over", "102")
+    (record,) = read_attempts(tmp_path)
+    assert recovery(tmp_path, 2) is None  # it has not made a step yet
+    folder = tmp_path / "attempt-2"
+    folder.mkdir()
+    launched = record["judged"] + 1
+    (folder / "launched.json").write_text(json.dumps({"time": launched}))
+    parts = {
+        "imports and checks": 3.0,
+        "process group": 0.5,
+        "engines": 2.0,
+        "first batch": 1.0,
+        "first step": 0.5,
+    }
+    (folder / "start.json").write_text(json.dumps({"time": launched + 7.25, "age": 7.0, "parts": parts}))
+    found = recovery(tmp_path, 2)
+    assert found is not None
+    assert found.pop("judge") == pytest.approx(record["judged"] - 102)
+    assert found == pytest.approx(
+        {"detect": 0.5, "kill": 1.5, "check": 1.0, "srun": 0.25, "import": 3.0, "rendezvous": 0.5}
+        | {"restore": 2.0, "first step": 1.5}
+    )
+
+
 def test_status_of_a_job(tmp_path: Path, config_file: Path) -> None:
     job = tmp_path / "jobs" / "12"
     assert describe_job(job, {}) == ["12  not in the queue  preparing, or refused: see ldm-12.log"]
     prepare(job, REPOSITORY, [str(config_file)])
-    (job / "attempts.jsonl").write_text(
-        json.dumps({**attempt(FAULT, blamed=["n2"]), "outcome": "retryable"}) + "\n", encoding="utf-8"
-    )
+    end(job, 1, "--unfit", "n7")
     logs = tmp_path / "run" / "logs"
     logs.mkdir(parents=True)
     (logs / "metrics.jsonl").write_text('{"step": 4, "loss": 0.25, "images_per_s": 12.34}\n')
     text = "\n".join(describe_job(job, {"12": "RUNNING on n[1-2]"}))
     assert f"12  RUNNING on n[1-2]  {tmp_path}/run" in text
     assert "1 x retryable" in text
-    assert "n2 1" in text
+    assert "faults:   n2 1, n7 1" in text
+    assert "left out: n7" in text
+    assert "then:     restart: 2 nodes again in this allocation" in text
+    assert "1 in a row without a new checkpoint" in text
     assert "step 4 of 7, loss 0.2500, 12.3 images/s" in text
     (logs / "metrics.jsonl").write_text('{"step": 5, "loss": "nan"}\n')  # as the log writes what is no number
     assert "step 5 of 7, loss nan" in "\n".join(describe_job(job, {}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"LDM_SPARE_NODES": "two"}, "LDM_SPARE_NODES=two must be a whole number, at least 0"),
+        ({"LDM_SPARE_NODES": "4", "SLURM_NNODES": "4"}, "leaves none of the job's 4 nodes"),
+        ({"LDM_MAX_FAULTS": "0"}, "LDM_MAX_FAULTS=0 must be a whole number, at least 1"),
+        ({"LDM_MIN_NODES": "-1"}, "LDM_MIN_NODES=-1 must be"),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused_at_the_start(
+    tmp_path: Path,
+    config_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    sentence: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=sentence):
+        prepare(tmp_path / "job", REPOSITORY, [str(config_file)])
+    assert not (tmp_path / "job").exists()
+
+
+def test_spares_do_not_count_as_ranks(
+    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_NNODES": "6", "SLURM_NTASKS_PER_NODE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError):  # 12 ranks for 8 samples
+        prepare(tmp_path / "job", REPOSITORY, [str(config_file), "micro_batch_size=1"])
+    monkeypatch.setenv("LDM_SPARE_NODES", "2")
+    prepare(tmp_path / "job", REPOSITORY, [str(config_file), "micro_batch_size=1"])
+
+
+@pytest.mark.parametrize("options", [["--nodes=32"], ["--nodes", "32", "-p", "gpu"], ["-N", "32"], ["-N32"]])
+def test_spares_are_asked_for_beyond_the_nodes(
+    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\necho "$LDM_SPARE_NODES $@" >"$0.said"\necho 17\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LDM_JOBS_DIR", str(tmp_path / "jobs"))
+    assert submit(str(config_file), [], options, spare=2) == "17"
+    words = (tmp_path / "sbatch.said").read_text().split()
+    assert words[: len(options) + 3] == ["2", "--parsable", *options, "--nodes=34"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--nodes=2-4"], "--spare wants one number of nodes"),
+        (["--nodes=1k"], "--spare wants one number of nodes"),
+        (["-N"], "--sbatch is not understood"),
+        (["--export=NONE"], "name it there"),
+    ],
+)
+def test_spares_that_would_not_arrive_are_refused(
+    config_file: Path, options: list[str], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        submit(str(config_file), [], options, spare=2)
+
+
+def test_records_of_earlier_versions_are_read(tmp_path: Path, config_file: Path) -> None:
+    job = tmp_path / "12"
+    prepare(job, REPOSITORY, [str(config_file)])
+    old = {"attempt": 1, "started": 5, "ended": 9, "nodes": "n1", "status": 137, "code": 76}
+    (job / "attempts.jsonl").write_text(json.dumps({**old, "outcome": "retryable", "blamed": ["n1"]}) + "\n")
+    assert "    faults:   n1 1" in describe_job(job, {})
 
 
 def test_logs_of_a_rank(tmp_path: Path) -> None:

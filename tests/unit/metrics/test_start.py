@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,20 @@ def test_the_parts_are_told_once_and_add_up(caplog: pytest.LogCaptureFixture) ->
     ]
     assert parts[1] == pytest.approx(0.3, abs=0.25)
     assert sum(parts) == pytest.approx(whole, abs=0.2)
+
+
+def test_whoever_started_the_process_gets_the_parts_in_a_file(tmp_path: Path) -> None:
+    timer = StartTimer(str(tmp_path / "start.json"))
+    timer.mark("imports")
+    before = time.time()
+    timer.first_step(torch.device("cpu"))
+    told = json.loads((tmp_path / "start.json").read_text())
+    assert before <= told["time"] <= time.time()
+    assert list(told["parts"]) == ["imports", "first step"]
+    assert sum(told["parts"].values()) == pytest.approx(told["age"])
+    StartTimer(str(tmp_path / "nowhere" / "start.json")).first_step(
+        torch.device("cpu")
+    )  # no reason to end a run
 
 
 def test_age_counts_from_the_start_of_the_process() -> None:
