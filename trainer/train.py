@@ -36,7 +36,7 @@ from trainer.reliability.peers import peer_phases
 from trainer.reliability.preemption import Preemption
 from trainer.reliability.requests import profile_url, stop_url
 from trainer.reliability.served_share import ServedShare
-from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, gather_reports
+from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, gather_reports, times_record
 from trainer.reliability.watchdog import Watchdog, silence_s
 from trainer.validation import cost, validate
 
@@ -285,7 +285,7 @@ def report(run: Run, record: dict[str, float], batches: AnyLoader, slow_ranks: S
     own = run.gpu.examine() if run.gpu is not None else None
     reports = gather_reports(batches.tally, batches.counts, record, own)
     record |= data_record(reports) | slow_record(run, slow_ranks, reports, record) | run.save_record()
-    record |= health_record([each.health for each in reports])
+    record |= times_record(reports) | health_record([each.health for each in reports])
     tell_sick(run, reports)
     run.sinks.log(run.state.step, run.state.samples_seen, record)
 

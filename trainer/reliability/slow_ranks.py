@@ -6,12 +6,14 @@ import socket
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data_pipeline.tally import Tally, added
 from trainer.distributed import collectives
 from trainer.reliability.gpu_health import Health
 
+_TIME = "time/"
+"""Before the seconds of a phase in a record."""
 OWN_PHASES = ("data", "encode")
 """Phases of StepTimer that wait for no other rank; forward and backward contain collectives."""
 
@@ -32,6 +34,8 @@ class RankReport:
     """Samples served since the start."""
     health: Health | None = None
     """Of its GPU, where the driver says anything about it."""
+    times: Mapping[str, float] = field(default_factory=dict)
+    """Seconds per step of each phase of its timer."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,37 @@ def gather_reports(
 ) -> list[RankReport]:
     """The reports of all ranks, in rank order; `record` holds this rank's times. Collective."""
     host, own_s = socket.gethostname(), own_seconds(record)
-    report = RankReport(tally.rejected, storage, host, own_s, tally.served, health)
+    times = {
+        name.removeprefix(_TIME).removesuffix("_s"): value
+        for name, value in record.items()
+        if name.startswith(_TIME)
+    }
+    report = RankReport(tally.rejected, storage, host, own_s, tally.served, health, times)
     return collectives.all_gather_object(report)
 
 
 def own_seconds(record: Mapping[str, float]) -> float:
     """Seconds per step that this rank spent on its own work, from a record of Throughput."""
-    return sum(record.get(f"time/{phase}_s", 0.0) for phase in OWN_PHASES)
+    return sum(record.get(f"{_TIME}{phase}_s", 0.0) for phase in OWN_PHASES)
+
+
+def times_record(reports: Sequence[RankReport]) -> dict[str, float]:
+    """Over all ranks: the most that each own phase takes, who has most of all, and the longest wait.
+
+    Phases with collectives in them end on all ranks together, so whoever is there longer has waited: the
+    difference between the most and the least of them is communication that only waits. Nothing of a rank
+    alone, nor while the first interval warms up.
+    """
+    if len(reports) < 2 or not reports[0].times:
+        return {}
+    found = {
+        f"ranks/{phase}_s_most": max(report.times.get(phase, 0.0) for report in reports)
+        for phase in OWN_PHASES
+        if phase in reports[0].times
+    }
+    together = [sum(report.times.values()) - report.own_s for report in reports]
+    slowest = max(range(len(reports)), key=lambda rank: reports[rank].own_s)
+    return {**found, "ranks/slowest": float(slowest), "ranks/waits_s_most": max(together) - min(together)}
 
 
 def data_record(reports: Sequence[RankReport]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from trainer.config.run import Config
 from trainer.config.training import LoggingConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.metrics.sinks import Sinks
-from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, own_seconds
+from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, own_seconds, times_record
 from trainer.state import TrainState
 from trainer.train import slow_record
 
@@ -63,6 +63,29 @@ def test_only_phases_that_wait_for_nobody_are_own_work() -> None:
     record = {"step_s": 1.0, "time/data_s": 0.25, "time/encode_s": 0.125, "time/unet_s": 0.5}
     assert own_seconds(record) == 0.375
     assert own_seconds({"step_s": 1.0}) == 0.0
+
+
+def test_a_record_tells_the_most_of_each_own_phase_and_the_longest_wait() -> None:
+    """Rank 1 loads for long, so that the others wait in what all end together."""
+    times = [
+        {"data": 0.25, "encode": 0.5, "unet": 1.25, "optimizer": 1.0},
+        {"data": 1.0, "encode": 0.5, "unet": 1.25, "optimizer": 0.25},
+        {"data": 0.125, "encode": 0.75, "unet": 1.25, "optimizer": 0.875},
+    ]
+    ranks = [
+        RankReport(
+            Counter(), Counter(), "node", own_seconds({f"time/{k}_s": v for k, v in each.items()}), times=each
+        )
+        for each in times
+    ]
+    assert times_record(ranks) == {
+        "ranks/data_s_most": 1.0,
+        "ranks/encode_s_most": 0.75,
+        "ranks/slowest": 1.0,
+        "ranks/waits_s_most": 0.75,
+    }
+    assert times_record(ranks[:1]) == {}
+    assert times_record(reports(0.0, 0.0)) == {}  # the first interval warms up
 
 
 @pytest.fixture
