@@ -264,6 +264,7 @@ def build_run(
     if env.is_main:
         logger.info("computing: %s; %s", describe_process(config.distributed, env.device), bound)
     config.sharing(env.world_size)  # a mistake that needs no data to be seen
+    config.shard_size(env.world_size, env.local_world_size)
     # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
     dataset = None  # resampled order reads what cannot be indexed
     if config.data.order != "resampled":

@@ -78,15 +78,17 @@ def state(engine: Engine, ema: EMA) -> list[Tensor]:
     return [part.clone() for part in (*parts, *ema.values("decay"))]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_trains_as_the_plain_engine(stage: int, env: DistributedEnv, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [*({"zero_stage": stage} for stage in range(4)), {"engine": "fsdp"}])
+def test_sharded_engines_train_as_the_plain_one(
+    layout: dict[str, Any], env: DistributedEnv, tmp_path: Path
+) -> None:
     plain = train(make_engine(make_config(tmp_path, engine="torch"), env), None, 0, 4)
-    sharded = train(make_engine(make_config(tmp_path, zero_stage=stage), env), None, 0, 4)
+    sharded = train(make_engine(make_config(tmp_path, **layout), env), None, 0, 4)
     assert plain[-1] < plain[0]
     assert sharded == pytest.approx(plain, rel=2e-2)
 
 
-@pytest.mark.parametrize("engine_name", ["deepspeed", "torch"])
+@pytest.mark.parametrize("engine_name", ["deepspeed", "fsdp", "torch"])
 def test_a_saved_run_goes_on_as_if_it_had_not_stopped(
     engine_name: str, env: DistributedEnv, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from tests.integration.ranks import run_ranks
 from tests.integration.traffic_ranks import ACCUMULATION
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig
+from trainer.planning.machine import machine
 from trainer.planning.speed import collectives
 
 ZERO_1: dict[str, Any] = {"zero_stage": 1, "precision": "bf16"}
@@ -23,15 +24,23 @@ CASES: list[dict[str, Any]] = [
     {"zero_stage": 1, "precision": "fp32"},
     {"zero_stage": 2, "precision": "bf16"},
     {"zero_stage": 2, "precision": "bf16", "reduce_precision": "bf16"},
+    {"engine": "fsdp", "precision": "bf16"},
+    {"engine": "fsdp", "precision": "bf16", "reduce_precision": "bf16"},
+    {"engine": "fsdp", "precision": "fp32"},
+    {"engine": "fsdp", "precision": "bf16", "shard_ranks": 2},
 ]
 
 
-def planned(case: dict[str, Any]) -> float:
+def planned(case: dict[str, Any], ranks: int) -> float:
     """Bytes per parameter that `ldm plan` counts with."""
-    parameters = 1_000_000
-    exchanged = collectives(Config(distributed=DistributedConfig(**case)), parameters, ACCUMULATION)
+    parameters, place = 1_000_000, machine("h100", ranks)
+    exchanged = collectives(Config(distributed=DistributedConfig(**case)), parameters, ACCUMULATION, place)
     passes = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
-    return sum(passes[each.kind] * each.num_bytes * each.times for each in exchanged) / parameters
+    moved = 0.0
+    for each in exchanged:
+        taking_part = each.ranks or ranks
+        moved += passes[each.kind] * each.num_bytes * each.times * (taking_part - 1) / taking_part
+    return moved / parameters
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -39,12 +48,15 @@ def test_ranks_send_what_the_plan_says(world_size: int) -> None:
     by_rank = run_ranks("tests/integration/traffic_ranks.py:bytes_of_a_step", world_size, {"cases": CASES})
     for results in by_rank:
         for case, found in zip(CASES, results, strict=True):
-            assert found["bytes"] == pytest.approx(planned(case), rel=0.02), (case, found)
+            assert found["bytes"] == pytest.approx(planned(case, world_size), rel=0.02), (case, found)
+        share = (world_size - 1) / world_size
         plain, rounded, overlapped = (results[CASES.index(case)] for case in CASES[2:5])
-        assert plain["bytes"] == pytest.approx(1.5 * IDEAL_BYTES, rel=0.02)
-        assert rounded["bytes"] == pytest.approx(IDEAL_BYTES, rel=0.02)
+        assert plain["bytes"] == pytest.approx(1.5 * IDEAL_BYTES * share, rel=0.02)
+        assert rounded["bytes"] == pytest.approx(IDEAL_BYTES * share, rel=0.02)
         # Once a step and not a micro-batch, in one bucket or four; of four, three leave before the first
         # layer's gradient is whole.
         assert plain["calls"]["reduce_scatter_tensor"] == 1
         assert overlapped["calls"]["reduce_scatter_tensor"] == 4
+        fsdp = results[CASES.index({"engine": "fsdp", "precision": "bf16"})]
+        assert fsdp["calls"]["reduce_scatter_single"] == fsdp["calls"]["all_gather_single"] == 1
         assert (plain["while backward ran"], overlapped["while backward ran"]) == (0, 3)

@@ -123,12 +123,10 @@ def one_rank(bucket: Any) -> dict[int, float]:
     return losses
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_ranks_equal_one_with_accumulation(
-    bucket: Any, one_rank: dict[int, float], zero_stage: int
-) -> None:
-    settings = [*EIGHT_STEPS, "distributed.ranks=2", f"distributed.zero_stage={zero_stage}"]
-    one, two = one_rank, bucket.train_here(f"two_{zero_stage}", *settings).losses()
+@pytest.mark.parametrize("engine", [*(f"zero_stage={stage}" for stage in range(4)), "engine=fsdp"])
+def test_two_ranks_equal_one_with_accumulation(bucket: Any, one_rank: dict[int, float], engine: str) -> None:
+    settings = [*EIGHT_STEPS, "distributed.ranks=2", f"distributed.{engine}"]
+    one, two = one_rank, bucket.train_here(f"two_{engine}", *settings).losses()
     assert list(one) == list(two) == list(range(1, 9))
     np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=ZERO_TOLERANCE)
 

@@ -86,10 +86,11 @@ def test_the_figures_do_not_depend_on_ranks_or_micro_batch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [DIFFUSION, AUTOENCODER], ids=["diffusion", "autoencoder"])
-def test_the_figures_do_not_depend_on_the_zero_stage(shards: str, tmp_path: Path, stage: list[str]) -> None:
+def test_the_figures_do_not_depend_on_the_engine(shards: str, tmp_path: Path, stage: list[str]) -> None:
     layouts = {
         "torch": TORCH,
         **{f"zero-{zero}": {"engine": "deepspeed", "zero_stage": zero} for zero in range(4)},
+        "fsdp": {"engine": "fsdp"},
     }
     runs = {name: settings(shards, tmp_path, name, 2, stage, layout) for name, layout in layouts.items()}
     found = run_ranks(MEASURE, 2, {"runs": runs})[0]

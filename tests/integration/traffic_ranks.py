@@ -47,5 +47,4 @@ def _second_step(env: DistributedEnv, distributed: DistributedConfig, calls: Cou
     handle.remove()
     moved = calls.pop("bytes")
     parameters = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes.values())
-    share = (env.world_size - 1) / env.world_size
-    return {"bytes": moved / (parameters * share), "calls": dict(calls), "while backward ran": during[-1]}
+    return {"bytes": moved / parameters, "calls": dict(calls), "while backward ran": during[-1]}

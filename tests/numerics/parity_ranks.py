@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from data_pipeline.order.lanes import Part, lanes_of
 from tests.integration.whole_parameters import gather_full, whole_weights
+from trainer.config.models import UNetConfig
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig, OptimizerConfig
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
+from trainer.models.unet import UNet
 from trainer.stages.stage import share_of_mean
 
 GLOBAL_BATCH = 16
@@ -128,6 +130,7 @@ def run_case(
     optimizer: str = "adamw",
     overlap: bool = False,
     reduce_precision: str = "fp32",
+    shard_ranks: int = 0,
 ) -> dict[str, Any]:
     """One engine around a new network."""
     micro_batch = -(-GLOBAL_BATCH // (env.world_size * accumulation))
@@ -142,6 +145,7 @@ def run_case(
             compile=compile,
             overlap_communication=overlap,
             reduce_precision=reduce_precision,
+            shard_ranks=shard_ranks,
             reduce_bucket_elements=500,  # several buckets even here
         ),
     )
@@ -165,6 +169,41 @@ def run_case(
             first_moment = _gather_moment(built)
     assert built.optimizer_steps == STEPS
     return {"norms": norms, "first_moment": first_moment, "weights": _lists(whole_weights(built))}
+
+
+def train_unet(env: DistributedEnv, engine: str, activation_checkpointing: bool) -> list[float]:
+    """Losses and norms of three steps of a UNet, whose blocks FSDP sends one by one."""
+    torch.manual_seed(0)
+    sizes = UNetConfig(
+        model_channels=16,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_factors=(1, 2),
+        head_dim=8,
+        num_groups=4,
+        activation_checkpointing=activation_checkpointing,
+    )
+    unet = UNet(sizes, in_channels=4, out_channels=4, context_dim=8)
+    for parameter in unet.parameters():  # zeroed outputs would hide everything behind them
+        nn.init.normal_(parameter, std=0.05)
+    config = Config(
+        global_batch_size=4 * env.world_size,
+        micro_batch_size=2,
+        distributed=DistributedConfig(engine=engine, precision="fp32"),
+    )
+    built = build_engine(unet, config, env)
+    found = []
+    for step in range(STEPS):
+        for micro in range(2):
+            drawn = torch.Generator().manual_seed(100 * step + 10 * micro + env.rank)
+            x, context = (torch.randn(shape, generator=drawn) for shape in ((2, 4, 8, 8), (2, 3, 8)))
+            loss = (built(x, torch.tensor([step, 500]), context) - x).square().mean()
+            built.backward(loss)
+            norm = built.step(1e-3)
+            found.append(float(loss.detach()))
+        assert norm is not None
+        found.append(float(norm))
+    return found
 
 
 def _gather_moment(engine: Engine) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ import torch
 from tests.integration.ranks import run_ranks
 from tests.numerics.parity_ranks import reference
 
-ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fsdp", 1)]
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2}
 """Of the norm, relative. A rank or a micro-batch that is left out changes it by 6 % or more."""
 
@@ -60,6 +60,7 @@ def test_engines_match_one_process(world_size: int) -> None:
     rounded = [case(*engine, 4, "bf16") for engine in ENGINES] if world_size == 2 else []
     ways = ({"overlap": True}, {"reduce_precision": "bf16"}, {"overlap": True, "reduce_precision": "bf16"})
     rounded += [case("deepspeed", stage, 4, "bf16") | way for stage in (1, 2) for way in ways]
+    rounded.append(case("fsdp", 1, 4, "bf16") | ways[1])
     check(exact + rounded, world_size)
 
 
@@ -72,7 +73,7 @@ def test_three_ranks_match_one_process() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_muon_under_every_engine_is_torchs_muon_and_adamw(world_size: int) -> None:
     """With a matrix that lies on two ranks; the iteration is in bf16, so weights agree to that."""
-    engines = [engine for engine in ENGINES if engine[1] < 3]
+    engines = [engine for engine in ENGINES if engine[1] < 3 and engine[0] != "fsdp"]
     precisions = ("fp32", "bf16") if world_size == 2 else ("fp32",)
     cases = [case(*engine, 1, p) | {"optimizer": "muon"} for engine in engines for p in precisions]
     by_rank = run_ranks("tests/numerics/parity_ranks.py:run_cases", world_size, {"cases": cases})
@@ -86,6 +87,28 @@ def test_muon_under_every_engine_is_torchs_muon_and_adamw(world_size: int) -> No
             assert error < (2e-3 if exact else 0.1), (settings, name, error)
             if name in ("block.0.weight", "block.2.weight", "head.weight"):
                 assert (expected - torch.tensor(plain["weights"][name])).abs().max() > 1e-2
+
+
+def test_nodes_of_two_ranks_match_one_process() -> None:
+    """FSDP cuts within a node and replicates across: 2 x 2 ranks, and nodes of one."""
+    exact = [
+        case("fsdp", 1, accumulation) | {"shard_ranks": cut} for accumulation in (1, 4) for cut in (1, 2)
+    ]
+    rounded = [
+        case("fsdp", 1, 4, "bf16") | {"shard_ranks": 2, "reduce_precision": p} for p in ("fp32", "bf16")
+    ]
+    check(exact + rounded, 4)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_a_unet_cut_block_by_block_trains_as_the_whole(again: bool) -> None:
+    function = "tests/numerics/parity_ranks.py:train_unet"
+    plain, cut = (
+        run_ranks(function, 2, {"engine": engine, "activation_checkpointing": again})
+        for engine in ("torch", "fsdp")
+    )
+    for wanted, found in zip(plain, cut, strict=True):
+        assert found == pytest.approx(wanted, rel=2e-6)
 
 
 @pytest.mark.slow
@@ -104,4 +127,4 @@ def test_four_ranks_match_one_process() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_compiled_engines_match_one_process(world_size: int) -> None:
-    check([case(*engine, 2, compile=True) for engine in ENGINES], world_size)
+    check([case(*engine, 2, compile=True) for engine in ENGINES if engine[0] != "fsdp"], world_size)

@@ -203,7 +203,7 @@ def test_one_rank_has_nothing_to_reduce(tmp_path: Path, env: DistributedEnv) -> 
 def test_the_plan_divides_what_zero_divides(tmp_path: Path) -> None:
     def bytes_per_parameter(stage: Any, ranks: int, precision: Any = "bf16") -> float:
         distributed = DistributedConfig(zero_stage=stage, precision=precision)
-        needed = plan(config(tmp_path, distributed=distributed), ranks)
+        needed = plan(config(tmp_path, distributed=distributed), ranks, ranks)
         assert needed.frozen_parameters == 0
         return needed.device_bytes / needed.trained_parameters
 
@@ -216,7 +216,7 @@ def test_the_plan_divides_what_zero_divides(tmp_path: Path) -> None:
 
 def test_the_plan_counts_what_a_checkpoint_holds(tmp_path: Path) -> None:
     ema = EMAConfig(power_stds=(0.05, 0.10))
-    needed = plan(config(tmp_path, ema=ema), 2)
+    needed = plan(config(tmp_path, ema=ema), 2, 2)
     assert needed.checkpoint_bytes == needed.trained_parameters * 4 * (1 + 2 + 3)
 
 

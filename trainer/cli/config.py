@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print YAML, with the DeepSpeed dictionary as a comment below."""
+    """Print YAML, with the DeepSpeed dictionary as a comment below where it may be used."""
     if args.config is not None and "=" in args.config:
         args.config, args.overrides = None, [args.config, *args.overrides]
     config = load_config(args.config, args.overrides)
     print(dump_yaml(config), end="")
+    if config.distributed.engine == "fsdp":
+        return 0
     ranks = config.distributed.ranks or 1
     print(f"# DeepSpeed, for {ranks} rank(s):")
     for line in json.dumps(deepspeed_config(config, ranks), indent=2).splitlines():

@@ -75,6 +75,7 @@ def _require(condition: bool, message: str) -> None:
 def _check_sizes(config: Config) -> None:
     if config.distributed.ranks:
         config.sharing(config.distributed.ranks)
+        config.shard_size(config.distributed.ranks, config.distributed.ranks)
     _require(
         config.stage != "autoencoder" or config.global_batch_size % config.micro_batch_size == 0,
         f"global_batch_size={config.global_batch_size} must be a multiple of micro_batch_size="
@@ -121,6 +122,11 @@ def _check_attention(config: Config) -> None:
 def _check_optimizer(config: Config) -> None:
     distributed = config.distributed
     _require(
+        config.optimizer.name == "adamw" or distributed.engine != "fsdp",
+        f"optimizer.name={config.optimizer.name} needs whole matrices, which distributed.engine=fsdp cuts by "
+        "rows; set distributed.engine=deepspeed, or optimizer.name=adamw.",
+    )
+    _require(
         config.optimizer.name == "adamw" or distributed.engine == "torch" or distributed.zero_stage < 3,
         f"optimizer.name={config.optimizer.name} needs whole matrices, which distributed.zero_stage=3 takes "
         "apart one by one; set distributed.zero_stage to 2 or lower, or optimizer.name=adamw.",
@@ -128,7 +134,15 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_communication(d: DistributedConfig) -> None:
-    """Settings that the engine would take without a word and without effect."""
+    """Settings that the engine would take without a word and without effect, or that nobody tried."""
+    if d.engine == "fsdp":
+        _check_fsdp(d)
+        return
+    _require(
+        not d.shard_ranks,
+        f"distributed.shard_ranks has no effect with distributed.engine={d.engine}; remove it, or set "
+        "engine=fsdp.",
+    )
     whole = d.engine == "torch" or d.zero_stage == 0
     engine = f"distributed.engine={d.engine}"
     if d.engine == "deepspeed":
@@ -160,6 +174,29 @@ def _check_communication(d: DistributedConfig) -> None:
         "distributed.reduce_precision=bf16 has no effect with "
         f"{engine if d.engine == 'torch' else 'distributed.precision=fp32'}, which sends gradients in fp32; "
         "remove it.",
+    )
+
+
+def _check_fsdp(d: DistributedConfig) -> None:
+    default = DistributedConfig()
+    without_effect = {
+        f"distributed.zero_stage={d.zero_stage}": d.zero_stage != default.zero_stage,
+        "distributed.reduce_bucket_elements": d.reduce_bucket_elements != default.reduce_bucket_elements,
+        "distributed.overlap_communication": d.overlap_communication,
+        "distributed.reduce_precision=bf16 at precision=fp32": (d.precision, d.reduce_precision)
+        == ("fp32", "bf16"),
+    }
+    present = [name for name, there in without_effect.items() if there]
+    _require(
+        not present,
+        f"{' and '.join(present)} has no effect with distributed.engine=fsdp, which cuts everything, sends "
+        "block by block and always while backward goes on; remove it.",
+    )
+    untried = [name for name in ("compile", "cuda_graphs") if getattr(d, name)]
+    _require(
+        not untried,
+        f"distributed.{' and distributed.'.join(untried)} was not tried with distributed.engine=fsdp; remove "
+        "it, or set engine=deepspeed.",
     )
 
 

@@ -115,3 +115,17 @@ class Config:
     def accumulation(self, ranks: int) -> int:
         """Micro-batches per optimizer step on each of so many ranks; raises as `sharing`."""
         return self.sharing(ranks).micro_batches
+
+    def shard_size(self, world_size: int, ranks_per_node: int) -> int:
+        """Ranks over which fsdp cuts the state: as configured, or those of a node.
+
+        Nodes that are not equally full have no groups of their own; then all ranks are one.
+        """
+        asked = self.distributed.shard_ranks
+        if asked and world_size % asked:
+            divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ConfigError(
+                f"distributed.shard_ranks={asked} does not divide {world_size} ranks; set it to 0, or to one "
+                f"of {', '.join(map(str, divisors[:20]))}."
+            )
+        return asked or (ranks_per_node if world_size % ranks_per_node == 0 else world_size)

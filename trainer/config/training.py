@@ -182,10 +182,13 @@ class DistributedConfig:
 
     ranks: int = number(0, least=0, most=10**6)
     """Local ranks that `ldm train` starts by itself; 0: one per visible GPU, or one on a CPU."""
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """deepspeed: ZeRO; torch: plain data parallel, for debugging and as the reference in tests."""
+    engine: Literal["deepspeed", "fsdp", "torch"] = "deepspeed"
+    """deepspeed: ZeRO; fsdp: torch's fully_shard, cut within nodes and replicated across; torch: plain data
+    parallel, for debugging and as the reference in tests."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What is sharded: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    """What deepspeed shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    shard_ranks: int = number(0, least=0, most=10**6)
+    """Ranks over which fsdp cuts weights, gradients and optimizer state; 0: those of one node."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision; master weights, Adam state and EMA are always fp32."""
     channels_last: bool = True
@@ -214,7 +217,7 @@ class DistributedConfig:
     micro-batch."""
     reduce_precision: Literal["fp32", "bf16"] = "fp32"
     """In which gradients go from rank to rank with precision=bf16; bf16 halves the bytes and rounds sums over
-    ranks, not those over micro-batches. zero_stage=0 sends what it computes, bf16."""
+    ranks, under fsdp also those over micro-batches. zero_stage=0 sends what it computes, bf16."""
     timeout_s: float = number(600.0, least=1, most=10**7)
     """Collective timeout."""
     max_restarts: int = number(3, least=0, most=10**6)

@@ -37,6 +37,30 @@ def build_adamw(
     )
 
 
+@torch.no_grad()
+def clip_and_step(optimizer: Optimizer, norm: Tensor, max_norm: float) -> bool:
+    """One update with gradients clipped by their global `norm`; none where that is not finite.
+
+    A fused optimizer does both inside its kernel, which divides gradients by `grad_scale` and leaves
+    everything alone at `found_inf`: reading the norm on the host would leave a GPU without work.
+
+    Returns:
+        Whether an update was made; True where only the device knows.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        if max_norm > 0:
+            scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    elif not torch.isfinite(norm):
+        return False
+    elif max_norm > 0:
+        masters = [master for group in optimizer.param_groups for master in group["params"]]
+        torch._foreach_mul_([m.grad for m in masters], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    optimizer.step()
+    return True
+
+
 def initialise_state(optimizer: Optimizer, masters: Iterable[Tensor]) -> None:
     """Give every master tensor the state that AdamW would make at its first step.
 

@@ -19,6 +19,10 @@ def build_engine(module: nn.Module, config: Config, env: DistributedEnv) -> Engi
         from trainer.distributed.torch_engine import TorchEngine
 
         return TorchEngine(module, config, env)
+    if config.distributed.engine == "fsdp":
+        from trainer.distributed.fsdp_engine import FSDPEngine
+
+        return FSDPEngine(module, config, env)
     # Importing DeepSpeed takes seconds: only runs that train with it pay for it.
     from trainer.distributed.deepspeed_engine import DeepSpeedEngine
 

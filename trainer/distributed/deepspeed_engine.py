@@ -175,29 +175,16 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _step_scattered(self) -> None:
-        """In the place of BF16_Optimizer.step, which has whole gradients on every rank.
-
-        On a GPU clipping and the check for overflow are inside AdamW's kernel, which divides gradients by
-        `grad_scale` and leaves everything alone at `found_inf`: reading the norm on the host would leave the
-        device without work.
-        """
+        """In the place of BF16_Optimizer.step, which has whole gradients on every rank."""
         assert self._scattered is not None
-        zero, optimizer, gradients = self._zero, self._optimizer, self._scattered.parts
+        zero = self._zero
         norm = self._scattered.norm()
-        zero.overflow, zero._global_grad_norm = False, norm
-        if optimizer.defaults["fused"]:
-            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-            if zero.clip_grad > 0:
-                scale = ((norm + 1e-6) / zero.clip_grad).clamp(min=1.0)
-                optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        elif not torch.isfinite(norm):
-            zero.overflow = True
-            return
-        elif zero.clip_grad > 0:
-            torch._foreach_mul_(gradients, (zero.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-        for partition, gradient in zip(zero.fp32_groups_flat_partition, gradients, strict=True):
+        for partition, gradient in zip(zero.fp32_groups_flat_partition, self._scattered.parts, strict=True):
             partition.grad = gradient
-        optimizer.step()
+        zero._global_grad_norm = norm
+        zero.overflow = not adamw.clip_and_step(self._optimizer, norm, zero.clip_grad)
+        if zero.overflow:
+            return
         zero._lazy_init_hp_params_optimizer_state()
         zero.update_lp_params()
 
@@ -218,12 +205,12 @@ class DeepSpeedEngine:
             if self._zero.persistent_parameters:
                 self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
         else:
-            ranks = {"rank": self._env.rank, "world_size": self._env.world_size}
+            place = self._env.rank, self._env.world_size
             masters = self._masters()
-            synchronise(masters, **ranks)
+            synchronise(masters, *place)
             if moments:
                 for key in adamw.MOMENTS:
-                    synchronise([self._optimizer.state[m][key] for m in masters], **ranks)
+                    synchronise([self._optimizer.state[m][key] for m in masters], *place)
             if self._zero is not self._optimizer:
                 torch._foreach_copy_(list(self._parameters.values()), masters)
 

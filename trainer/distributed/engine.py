@@ -15,9 +15,10 @@ class Fragment:
     """A run of consecutive elements of one parameter that this rank owns, as views, not copies.
 
     Over all ranks the fragments of one engine cover every trained parameter exactly once, at any
-    world size and ZeRO stage. Where every rank holds all elements (stage 0, the torch engine),
-    each owns an equal share of them. Writing into the views changes the engine's state; call
-    `Engine.refresh` afterwards so that the compute weights and the other ranks' replicas follow.
+    world size, engine and ZeRO stage. Where several ranks hold the same elements (stage 0, the torch
+    engine, nodes under fsdp), each owns an equal share of them. Writing into the views changes the
+    engine's state; call `Engine.refresh` afterwards so that the compute weights and the other ranks'
+    replicas follow.
     """
 
     name: str
@@ -79,5 +80,5 @@ class Engine(Protocol):
     def optimizer_steps(self, value: int) -> None: ...
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
-        """The module with whole compute weights on every rank, for sampling (ZeRO-3 gathers)."""
+        """The module with whole compute weights on every rank, for sampling (ZeRO-3 and fsdp gather)."""
         ...

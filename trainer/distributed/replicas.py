@@ -61,8 +61,10 @@ def replicated_fragments(
 
 
 @torch.no_grad()
-def synchronise(tensors: list[Tensor], *, rank: int, world_size: int) -> None:
-    """Give every rank the elements that their owners hold, in place."""
+def synchronise(
+    tensors: list[Tensor], rank: int, world_size: int, *, group: dist.ProcessGroup | None = None
+) -> None:
+    """Give every rank (of the group) the elements that their owners hold, in place."""
     if world_size == 1:
         return
     flat = [tensor.detach().view(-1) for tensor in tensors]
@@ -72,6 +74,6 @@ def synchronise(tensors: list[Tensor], *, rank: int, world_size: int) -> None:
         if not parts:
             continue
         packed = torch.cat(parts)
-        dist.broadcast(packed, src=owner)
+        dist.broadcast(packed, group=group, group_src=owner)
         if owner != rank:
             torch._foreach_copy_(parts, list(packed.split([part.numel() for part in parts])))

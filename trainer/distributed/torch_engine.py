@@ -113,11 +113,11 @@ class TorchEngine:
 
     def refresh(self, *, moments: bool = False) -> None:
         """See `Engine.refresh`."""
-        ranks = {"rank": self._env.rank, "world_size": self._env.world_size}
-        synchronise(list(self._masters), **ranks)
+        place = self._env.rank, self._env.world_size
+        synchronise(list(self._masters), *place)
         if moments:
             for key in adamw.MOMENTS:
-                synchronise([self._optimizer.state[m][key] for m in self._masters], **ranks)
+                synchronise([self._optimizer.state[m][key] for m in self._masters], *place)
         self._copy_to_compute_weights()
 
     @property

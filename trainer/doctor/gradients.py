@@ -62,8 +62,9 @@ def check_gradients(config: Config, env: DistributedEnv) -> list[Check]:
     """One row for a plain twin and one for a twin that uses a module twice. Collective."""
     distance, bias = _TOLERANCES[config.distributed.precision]
     d = config.distributed
+    name = f"{d.engine}, ZeRO {d.zero_stage}" if d.engine == "deepspeed" else d.engine
     setting = (
-        f"{d.engine}, ZeRO {d.zero_stage}, {d.precision}, {env.world_size} ranks, accumulation "
+        f"{name}, {d.precision}, {env.world_size} ranks, accumulation "
         f"{_twin_accumulation(config, env)}{', compiled' if d.compile else ''}"
     )
     checks = []
@@ -74,8 +75,8 @@ def check_gradients(config: Config, env: DistributedEnv) -> list[Check]:
             f"off by {parity.distance:.1e}, bias {parity.bias:.1e}, norm {parity.norm_error:.1e} ({setting})"
         )
         remedy = (
-            "this combination computes wrong gradients: change distributed.zero_stage, "
-            "overlap_communication or compile, or install the DeepSpeed version of constraints.txt."
+            "this combination computes wrong gradients: change distributed.engine, zero_stage, "
+            "overlap_communication or compile, or install the versions of constraints.txt."
         )
         checks.append(Check(name, passed, detail, remedy))
     return checks

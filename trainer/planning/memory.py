@@ -39,15 +39,18 @@ class Plan:
 
 
 @functools.cache
-def plan(config: Config, world_size: int) -> Plan:
-    """Parameter counts (on the meta device) times bytes, divided as the ZeRO stage divides them."""
+def plan(config: Config, world_size: int, ranks_per_node: int) -> Plan:
+    """Parameter counts (on the meta device) times bytes, divided as the engine divides them."""
     counts = count_parameters(config)
     trained, frozen = counts["trained"]["total"], counts["frozen"]["total"]
     d = config.distributed
     compute = 2 if d.precision == "bf16" else FP32
     profiles = len(profile_names(config.ema))
-    master = FP32 if compute != FP32 or d.zero_stage > 0 else 0
+    master = FP32 if compute != FP32 or d.engine == "fsdp" or d.zero_stage > 0 else 0
     zero = d.zero_stage if d.engine == "deepspeed" else 0
+    cut = world_size if zero >= 1 else 1  # ranks over which the optimizer's state is spread
+    if d.engine == "fsdp":
+        cut = config.shard_size(world_size, ranks_per_node)
     stored = (1 + ADAM_MOMENTS + profiles) * FP32 * trained
     kept = (
         count for name, count in counts["frozen"].items() if name != "total" and name in counts["trained"]
@@ -57,8 +60,8 @@ def plan(config: Config, world_size: int) -> Plan:
         trained_parameters=trained,
         frozen_parameters=frozen,
         weights=trained * compute / (world_size if zero == 3 else 1),
-        gradients=trained * FP32 / (world_size if zero >= 2 else 1),
-        optimizer=trained * (master + ADAM_MOMENTS * FP32) / (world_size if zero >= 1 else 1),
+        gradients=trained * FP32 / (world_size if zero >= 2 else 1),  # fsdp: whole until a step's last
+        optimizer=trained * (master + ADAM_MOMENTS * FP32) / cut,
         # The averages lie beside what each rank owns at every stage.
         ema=trained * profiles * FP32 / world_size,
         frozen=float(frozen * compute),

@@ -168,7 +168,7 @@ def make_plan(config: Config, machine: Machine, feed: Feed | None = None) -> Pla
     work = count_work(config)
     if config.distributed.precision != "bf16":
         raise ConfigError("a plan knows the rates of bf16 alone; set distributed.precision=bf16.")
-    needed = plan(config, machine.gpus)
+    needed = plan(config, machine.gpus, machine.gpus_per_node)
     timed = step(config, work, machine, needed.trained_parameters)
     cached = None
     if config.first_stage.cache is not None:

@@ -23,6 +23,8 @@ _OPTIMIZER_BYTES = 38
 """Of a trained parameter, read and written in a step: gradient 12 (norm, update, zero), master 8, moments 16,
 compute weight 2."""
 _AVERAGE_BYTES = 8
+_BLOCKS = 39
+"""Messages of fsdp each way: the blocks of SD2's UNet, and what is in none."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class Collective:
     messages: int = 1
     """Pieces that it is done in."""
     within_node: bool = False
+    ranks: int = 0
+    """That take part; 0: all of the node or of the machine."""
 
     def seconds(self, machine: Machine) -> float:
         """Of a step; nothing where it is among one rank."""
-        ranks = machine.gpus_per_node if self.within_node else machine.gpus
+        ranks = self.ranks or (machine.gpus_per_node if self.within_node else machine.gpus)
         if ranks == 1:
             return 0.0
         passes = 2 if self.kind == "all-reduce" else 1
@@ -99,17 +103,26 @@ def optimizer_s(parameters: float, averages: int, machine: Machine, *, update: i
     return moved / (machine.gpu.bandwidth_tb_s * 1e12 * machine.reached.memory)
 
 
-def collectives(config: Config, parameters: int, accumulation: int) -> list[Collective]:
-    """What the configured engine exchanges in an optimizer step (trainer/distributed/deepspeed_config.py)."""
+def collectives(config: Config, parameters: int, accumulation: int, machine: Machine) -> list[Collective]:
+    """What the configured engine exchanges in an optimizer step; docs/engines.md has the table."""
     d = config.distributed
     compute = 2 if d.precision == "bf16" else 4
     whole = compute * float(parameters)
     pieces = max(1, -(-parameters // d.reduce_bucket_elements))
+    sent = (2.0 if d.reduce_precision == "bf16" else 4.0) * parameters
+    if d.engine == "fsdp":
+        cut = config.shard_size(machine.gpus, machine.gpus_per_node)
+        inside = {"messages": _BLOCKS, "within_node": cut <= machine.gpus_per_node, "ranks": cut}
+        across = Collective("all-reduce", sent / cut, messages=_BLOCKS, ranks=machine.gpus // cut)
+        return [
+            Collective("reduce-scatter", sent, **inside),  # type: ignore[arg-type]
+            *([across] if across.ranks > 1 else []),
+            Collective("all-gather", whole, **inside),  # type: ignore[arg-type]
+        ]
     if d.engine == "torch" or d.zero_stage == 0:
         # DeepSpeed accumulates and reduces stage 0 in the compute precision, the plain engine in fp32.
         each = 4.0 if d.engine == "torch" else float(compute)
         return [Collective("all-reduce", each * parameters, messages=pieces)]
-    sent = (2.0 if d.reduce_precision == "bf16" else 4.0) * parameters
     # Stages 1 in fp32 and 2 of DeepSpeed all-reduce buckets that hold parts of several ranks.
     scatters = d.zero_stage == 3 or (d.zero_stage == 1 and d.precision == "bf16")
     reduce = Collective(
@@ -132,9 +145,11 @@ def step(config: Config, work: Work, machine: Machine, parameters: int) -> Step:
     accumulation, samples = sharing.micro_batches, sharing.rows
     device = _device_s(work, samples, machine)
     network = micro_batch_s(work, samples, machine, graphs=d.cuda_graphs)
-    total = sum(each.seconds(machine) for each in collectives(config, parameters, accumulation))
-    sharded = d.engine == "deepspeed" and d.zero_stage > 0
-    hidden = machine.reached.hidden if d.overlap_communication else 0.0
+    total = sum(each.seconds(machine) for each in collectives(config, parameters, accumulation, machine))
+    update = machine.gpus if d.engine == "deepspeed" and d.zero_stage > 0 else 1
+    if d.engine == "fsdp":
+        update = config.shard_size(machine.gpus, machine.gpus_per_node)
+    hidden = machine.reached.hidden if d.overlap_communication or d.engine == "fsdp" else 0.0
     return Step(
         encode_s=accumulation * encode_s(work, samples, machine),
         network_s=accumulation * network,
@@ -142,7 +157,7 @@ def step(config: Config, work: Work, machine: Machine, parameters: int) -> Step:
             parameters,
             len(profile_names(config.ema)),
             machine,
-            update=machine.gpus if sharded else 1,
+            update=update,
             average=machine.gpus,
         ),
         communication_s=total,

@@ -30,6 +30,7 @@ def train_leg(
     steps: int,
     precision: str = "fp32",
     asynchronous: bool = True,
+    shard_ranks: int = 0,
 ) -> dict[str, Any]:
     """One leg of a run: from the newest checkpoint (if `first_step`) through `steps` steps to the next."""
     config = Config(
@@ -37,7 +38,9 @@ def train_leg(
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=1,
         optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=0.5),
-        distributed=DistributedConfig(engine=engine, zero_stage=zero_stage, precision=precision),
+        distributed=DistributedConfig(
+            engine=engine, zero_stage=zero_stage, precision=precision, shard_ranks=shard_ranks
+        ),
         ema=EMAConfig(decay=0.9, power_stds=(0.1,)),
         checkpoint=CheckpointConfig(asynchronous=asynchronous),
     )

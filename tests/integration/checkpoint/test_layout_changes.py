@@ -22,6 +22,9 @@ LEGS = [
     (2, "deepspeed", 3),
     (3, "torch", 0),
     (2, "deepspeed", 2),
+    (3, "fsdp", 1),
+    (4, "fsdp", 1),
+    (2, "deepspeed", 1),
 ]
 
 
@@ -45,7 +48,8 @@ def check_chain(legs: list[tuple[int, str, int]], run_dir: Path) -> list[float]:
     saved: dict[str, str] = {}
     outputs: list[float] = []
     for number, (world_size, engine, zero_stage) in enumerate(legs):
-        ranks = leg(world_size, run_dir, number, engine=engine, zero_stage=zero_stage)
+        cut = {"shard_ranks": 2} if engine == "fsdp" and world_size % 2 == 0 else {}  # two nodes, or one
+        ranks = leg(world_size, run_dir, number, engine=engine, zero_stage=zero_stage, **cut)
         if number:
             assert ranks[0]["loaded"] == saved, legs[number]
         for rank in ranks:
@@ -59,8 +63,8 @@ def check_chain(legs: list[tuple[int, str, int]], run_dir: Path) -> list[float]:
 
 
 def test_ranks_and_stage_change_at_a_restart(tmp_path: Path) -> None:
-    losses = check_chain([(2, "deepspeed", 1), (1, "deepspeed", 3)], tmp_path / "changing")
-    assert losses == pytest.approx(unbroken_losses(tmp_path / "unbroken", 2 * STEPS), rel=2e-6)
+    losses = check_chain([(2, "deepspeed", 1), (4, "fsdp", 1), (1, "deepspeed", 3)], tmp_path / "changing")
+    assert losses == pytest.approx(unbroken_losses(tmp_path / "unbroken", 3 * STEPS), rel=2e-6)
 
 
 @pytest.mark.slow
@@ -70,12 +74,18 @@ def test_ranks_stage_and_engine_change_at_every_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("ranks", "engine"),
+    [(2, ("deepspeed", 0)), *((2, ("deepspeed", s)) for s in (1, 2, 3)), (4, ("fsdp", 1))],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_same_layout_resumes_bit_for_bit(tmp_path: Path, zero_stage: int, precision: str) -> None:
-    settings = {"engine": "deepspeed", "zero_stage": zero_stage, "precision": precision}
-    whole = leg(2, tmp_path / "unbroken", 0, **settings | {"steps": 2 * STEPS})
-    first = leg(2, tmp_path / "broken", 0, **settings)
-    second = leg(2, tmp_path / "broken", 1, **settings)
+def test_the_same_layout_resumes_bit_for_bit(
+    tmp_path: Path, ranks: int, engine: tuple[str, int], precision: str
+) -> None:
+    settings = {"engine": engine[0], "zero_stage": engine[1], "precision": precision}
+    settings |= {"shard_ranks": 2} if engine[0] == "fsdp" else {}
+    whole = leg(ranks, tmp_path / "unbroken", 0, **settings | {"steps": 2 * STEPS})
+    first = leg(ranks, tmp_path / "broken", 0, **settings)
+    second = leg(ranks, tmp_path / "broken", 1, **settings)
     assert first[0]["losses"] + second[0]["losses"] == whole[0]["losses"]
     assert second[0]["saved"] == whole[0]["saved"]

@@ -120,10 +120,11 @@ def test_a_nan_batch_is_left_out_in_place_and_named(injected: Any) -> None:
     [
         {"engine": "deepspeed", "zero_stage": 1, "precision": "bf16"},
         {"engine": "deepspeed", "zero_stage": 3},
+        {"engine": "fsdp", "zero_stage": 1, "precision": "bf16"},
     ],
-    ids=["zero1-bf16", "zero3"],
+    ids=["zero1-bf16", "zero3", "fsdp-bf16"],
 )
-def test_a_nan_batch_is_survived_under_deepspeed(
+def test_a_nan_batch_is_survived_under_sharded_engines(
     injected: Any, make_run: Any, distributed: dict[str, Any]
 ) -> None:
     changes = {"steps": STEPS, "distributed": distributed, "healing": {"max_skips": 0}}

@@ -24,6 +24,7 @@ LEGS: list[dict[str, Any]] = [
     {"ranks": 2, "engine": "deepspeed", "zero_stage": 2, "micro": 3, "workers": 1},
     {"ranks": 4, "engine": "deepspeed", "zero_stage": 3, "micro": 3, "workers": 1},
     {"ranks": 3, "engine": "deepspeed", "zero_stage": 0, "micro": 2, "workers": 2},
+    {"ranks": 2, "engine": "fsdp", "zero_stage": 1, "micro": 3, "workers": 1},
     {"ranks": 1, "engine": "torch", "zero_stage": 0, "micro": 4, "workers": 3},
 ]
 

@@ -61,6 +61,13 @@ def test_gradients_are_sent_in_the_precision_that_was_asked_for(stage: int) -> N
         ("{cuda_graphs: true, overlap_communication: true}", "overlap_communication .*cuda_graphs"),
         ("{compile: true, overlap_communication: true}", "overlap_communication .*compile"),
         ("{zero_stage: 0, reduce_bucket_elements: 1000}", "reduce_bucket_elements .*zero_stage=0"),
+        ("{shard_ranks: 2}", "shard_ranks .*engine=deepspeed"),
+        ("{engine: fsdp, zero_stage: 3}", "zero_stage=3 .*engine=fsdp"),
+        ("{engine: fsdp, overlap_communication: true}", "overlap_communication .*engine=fsdp"),
+        ("{engine: fsdp, reduce_bucket_elements: 1000}", "reduce_bucket_elements .*engine=fsdp"),
+        ("{engine: fsdp, precision: fp32, reduce_precision: bf16}", "reduce_precision=bf16 .*engine=fsdp"),
+        ("{engine: fsdp, compile: true}", "compile was not tried .*engine=fsdp"),
+        ("{engine: fsdp, cuda_graphs: true}", "cuda_graphs was not tried .*engine=fsdp"),
         ("{engine: torch, reduce_precision: bf16}", "reduce_precision=bf16 .*engine=torch"),
         ("{precision: fp32, reduce_precision: bf16}", "reduce_precision=bf16 .*precision=fp32"),
     ],
@@ -68,6 +75,19 @@ def test_gradients_are_sent_in_the_precision_that_was_asked_for(stage: int) -> N
 def test_settings_without_effect_are_refused(settings: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         check(load_config(None, [f"distributed={settings}"]))
+
+
+def test_ranks_are_cut_into_equal_groups() -> None:
+    config = make(engine="fsdp")
+    assert config.shard_size(16, 8) == 8
+    assert config.shard_size(15, 8) == 15  # nodes of 8 and 7: one group
+    assert make(engine="fsdp", shard_ranks=4).shard_size(16, 8) == 4
+    with pytest.raises(ConfigError, match=r"shard_ranks=3 does not divide 16 ranks; .* 1, 2, 4, 8, 16"):
+        make(engine="fsdp", shard_ranks=3).shard_size(16, 8)
+    with pytest.raises(ConfigError, match=r"optimizer.name=muon .*engine=fsdp"):
+        load_config(None, ["optimizer.name=muon", "distributed.engine=fsdp"])
+    with pytest.raises(ConfigError, match="shard_ranks=2 does not divide 3 ranks"):
+        load_config(None, ["global_batch_size=48", "distributed={engine: fsdp, ranks: 3, shard_ranks: 2}"])
 
 
 def test_padding_counts_as_samples() -> None:

@@ -142,7 +142,7 @@ def test_collectives_take_bytes_over_the_slowest_link() -> None:
 
 def test_every_zero_stage_exchanges_what_it_must() -> None:
     def moved(*overrides: str) -> list[tuple[str, float, int]]:
-        found = collectives(tiny(*overrides), 1_000_000, 4)
+        found = collectives(tiny(*overrides), 1_000_000, 4, machine("h100", 16))
         return [(each.kind, each.num_bytes, each.times) for each in found]
 
     assert moved("distributed.zero_stage=0") == [("all-reduce", 2e6, 1)]
@@ -158,6 +158,29 @@ def test_every_zero_stage_exchanges_what_it_must() -> None:
     ]
     assert moved("distributed.zero_stage=2") == [("all-reduce", 4e6, 4), ("all-gather", 2e6, 1)]
     assert moved("distributed.zero_stage=3") == [("reduce-scatter", 4e6, 4), ("all-gather", 2e6, 8)]
+    # Two nodes of eight: within each, and the rows of each rank across.
+    assert moved("distributed={engine: fsdp, reduce_precision: bf16}") == [
+        ("reduce-scatter", 2e6, 1),
+        ("all-reduce", 2.5e5, 1),
+        ("all-gather", 2e6, 1),
+    ]
+    assert moved("distributed={engine: fsdp, shard_ranks: 16}") == [
+        ("reduce-scatter", 4e6, 1),
+        ("all-gather", 2e6, 1),
+    ]
+
+
+def test_fsdp_is_planned_by_the_ranks_of_a_node() -> None:
+    place = machine("h100", 64)
+    planned = make_plan(sd2("distributed.engine=fsdp"), place)
+    parameters = 865_910_724
+    assert planned.memory.weights == pytest.approx(2 * parameters)
+    assert planned.memory.optimizer == pytest.approx(12 * parameters / 8)
+    assert planned.memory.ema == pytest.approx(4 * parameters / 64)
+    wide = make_plan(sd2("distributed={engine: fsdp, shard_ranks: 32}"), place)
+    assert wide.memory.optimizer == pytest.approx(12 * parameters / 32)
+    assert planned.step.communication_s < wide.step.communication_s
+    assert planned.step.exposed_s == pytest.approx(0.5 * planned.step.communication_s)
 
 
 def test_the_optimizer_moves_its_share_of_bytes() -> None:

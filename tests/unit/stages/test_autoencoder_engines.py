@@ -63,3 +63,11 @@ def test_zero_stages_equal_plain_torch(
     tmp_path: Path, reference: dict[str, dict[str, torch.Tensor]], name: str, zero_stage: int
 ) -> None:
     assert_same(train_on(tmp_path, 2, "deepspeed", zero_stage, name), reference[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kl", "vq"])
+def test_fsdp_equals_plain_torch(
+    tmp_path: Path, reference: dict[str, dict[str, torch.Tensor]], name: str
+) -> None:
+    assert_same(train_on(tmp_path, 2, "fsdp", 1, name), reference[name])
