@@ -96,13 +96,10 @@ class DeepSpeedEngine:
             parameter.data = parameter.data.contiguous()
         initial = self._initial_weights(trained)
         scatters = self._stage == 1 and self.compute_dtype == torch.bfloat16
-        # DeepSpeed lays each parameter group out by itself, so that a group is a bucket.
-        elements = (
-            config.distributed.reduce_bucket_elements
-            if scatters
-            else sum(parameter.numel() for parameter in trained.values())
-        )
-        buckets = in_buckets(trained.values(), elements)
+        # DeepSpeed lays each parameter group out by itself, so that a group is a bucket; one rank sends none.
+        whole = sum(parameter.numel() for parameter in trained.values())
+        sends = scatters and env.world_size > 1
+        buckets = in_buckets(trained.values(), config.distributed.reduce_bucket_elements if sends else whole)
         self._optimizer = adamw.build_optimizer(buckets, config.optimizer, env.device)
         with _quiet():
             self._engine, self._zero, _, _ = deepspeed.initialize(
