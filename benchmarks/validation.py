@@ -20,10 +20,11 @@ from collections.abc import Callable
 import torch
 
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
-from trainer.assembly import Run, build_run
+from trainer.assembly import build_run
 from trainer.config.io import load_config
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.reliability.watchdog import Watchdog
+from trainer.run import Run
 from trainer.validation import cost, validate
 
 SMALL = [

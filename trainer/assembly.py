@@ -5,33 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from data_pipeline.errors import FatalFault
-from data_pipeline.held_out import HeldOut
 from data_pipeline.loader import (
-    AnyLoader,
     Dataset,
-    Part,
-    build_loader,
     check_layout,
-    merge_positions,
     open_dataset,
 )
-from data_pipeline.moments.entry import Moments
 from data_pipeline.moments.writer import MomentsWriter
 from trainer.checkpoint.catalogue import CheckpointHandle
-from trainer.checkpoint.contents import Stored, share_bytes
+from trainer.checkpoint.contents import share_bytes
 from trainer.checkpoint.export import open_weights, read_state
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.layout import FROZEN, MASTER
-from trainer.checkpoint.manager import CheckpointManager, Loaded, newest_good
+from trainer.checkpoint.manager import CheckpointManager, newest_good
 from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.retirement import abort_dead_uploads
 from trainer.config.identity import check_optimizer_state
@@ -62,9 +53,10 @@ from trainer.metrics.step_profile import StepProfiler
 from trainer.metrics.timer import StartTimer, StepTimer
 from trainer.model import build_autoencoder, build_model
 from trainer.provenance import git_commit
-from trainer.reliability.gpu_health import GpuHealth, open_health
-from trainer.reliability.healing import Healer, Incident, read_journal, write_journal
+from trainer.reliability.gpu_health import open_health
+from trainer.reliability.healing import Healer, read_journal
 from trainer.reliability.lease import Lease, acquire
+from trainer.run import Run
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.stages.diffusion import DiffusionStage
 from trainer.stages.stage import Stage
@@ -75,174 +67,6 @@ logger = logging.getLogger(__name__)
 
 _Built: TypeAlias = tuple[Stage, HostBuffer, FrozenWeights | None, dict[str, Any]]
 """A stage, the memory begun for its checkpoints, what of it is frozen, and facts about it for the log."""
-
-
-@dataclass
-class Run:
-    """Everything the loop touches."""
-
-    config: Config
-    env: DistributedEnv
-    stage: Stage
-    ema: EMA
-    checkpoints: CheckpointManager
-    state: TrainState
-    healer: Healer
-    timer: StepTimer
-    sinks: Sinks
-    dataset: Dataset | None
-    """None in resampled order."""
-    start: StartTimer
-    profiler: StepProfiler
-    garbage: GarbageCollection
-    gpu: GpuHealth | None
-    """What the driver says of this rank's GPU; None where it says nothing."""
-    snapshots: CheckpointManager | None = None
-    """Writes averages for `ldm ema`, beside the checkpoints: with a buffer and a process of its own."""
-    lease: Lease | None = None
-    frozen: FrozenWeights | None = None
-    """What of the network is not trained."""
-    held_out: HeldOut | None = None
-    """The samples that validation measures; None where there is none."""
-    measured: tuple[int, dict[str, float]] = (-1, {})
-    """Step and figures of the last validation."""
-    encode_once: EncodeOnce | None = None
-
-    def open_loader(self, *, from_start: bool = False) -> AnyLoader:
-        """Batches from the current position on, without the samples that healing skips."""
-        ranks = self.env.world_size
-        return build_loader(
-            self.config.data,
-            seed=self.config.seed,
-            global_batch_size=self.config.global_batch_size,
-            part=Part(self.env.rank, ranks, self.config.sharing(ranks).together),
-            position=None if from_start else self.state.position,
-            skip_ordinals=self.healer.skipped,
-            dataset=self.dataset,
-            moments=self._moments,
-        )
-
-    @property
-    def _moments(self) -> Moments | None:
-        cache = self.encode_once.cache if self.encode_once is not None else None
-        variants = self.config.first_stage.cache_variants
-        return Moments(variants, cache) if variants or cache is not None else None
-
-    def save(self) -> None:
-        """Checkpoint where the run stands. Collective."""
-        positions = collectives.all_gather_object(self.state.position)
-        position = merge_positions(positions) if self.state.step else None
-        self.checkpoints.save(
-            self.state.step,
-            self._stored,
-            self.ema,
-            state={"train": self.state.state_dict(position), "healer": self.healer.state()},
-            tensors=self.stage.state(),
-            loss=self.healer.recent_loss,
-            metrics=self.measured[1] if self.measured[0] == self.state.step else None,
-        )
-        self.sinks.flush()
-
-    def save_snapshot(self) -> None:
-        """Store the power-function averages for `ldm ema`. Waits for no checkpoint. Collective."""
-        assert self.snapshots is not None
-        self.settle_snapshot()
-        tensors = self.stage.state()
-        self.snapshots.save_snapshot(self.state.step, self._stored, self.ema, tensors=tensors)
-
-    def settle_snapshot(self) -> None:
-        """Return when the last snapshot is stored, or is known not to be: the run goes on without it.
-        Collective."""
-        failure = self.snapshots.settle() if self.snapshots is not None else None
-        if failure is not None:
-            logger.error("a snapshot of the averages is not stored: %s", failure)
-            self.sinks.event(self.state.step, self.state.samples_seen, "snapshot failed")
-
-    @property
-    def _stored(self) -> dict[str, Stored]:
-        frozen = {FROZEN: self.frozen} if self.frozen is not None else {}
-        return {**self.stage.engines, **frozen}
-
-    def save_record(self) -> dict[str, float]:
-        """What the last checkpoint cost this rank's training."""
-        last = self.checkpoints.last_save
-        if last is None:
-            return {}
-        return {
-            "checkpoint/blocked_s": last.blocked_s,
-            "checkpoint/waited_s": last.waited_s,
-            "checkpoint/bytes": float(last.num_bytes),
-        }
-
-    def restore(self, known: CheckpointHandle | None = None) -> Loaded | None:
-        """Take over the newest good checkpoint; None when there is none. Collective.
-
-        Args:
-            known: one that was found good before, and need not be read through again.
-
-        Raises:
-            ConfigError: it is of another network, or of other settings without the word for it.
-        """
-        handle = self.checkpoints.latest_good(known)
-        if handle is None:
-            return None
-        loaded = self.checkpoints.load(handle, self.stage.engines, self.ema, self.frozen)
-        self.stage.load_state(loaded.tensors)
-        self.state.load_state_dict(loaded.state["train"])
-        self.healer.load_state(loaded.state["healer"])
-        return loaded
-
-    def tell_resume(self, loaded: Loaded) -> None:
-        """Into log and records: where the run goes on, and as what else than before."""
-        step, samples = self.state.step, self.state.samples_seen
-        logger.info("resuming from step %d (%d samples)", step, samples)
-        self.sinks.event(step, samples, "resume", world_size=self.env.world_size)
-        if not loaded.changed:
-            return
-        changed = [str(difference) for difference in loaded.changed]
-        self.sinks.event(step, samples, "resume changed", changed=changed)
-        if self.env.is_main:
-            logger.warning("going on with other settings, as resume_changed says: %s", "; ".join(changed))
-
-    def is_poisoned(self) -> bool:
-        """Whether weights, moments or averages hold something that is not finite. Collective; reads all."""
-        fragments = [f for engine in self.stage.engines.values() for f in engine.fragments()]
-        parts = [part for f in fragments for part in (f.master, *f.moments.values())]
-        parts += [value for profile in self.ema.profiles for value in self.ema.values(profile)]
-        return collectives.any_rank(not all(bool(torch.isfinite(part).all()) for part in parts))
-
-    def rewind(self, incident: Incident) -> None:
-        """Back to the newest good checkpoint, never to see the incident's samples again. Collective."""
-        if self.env.is_main:
-            write_journal(self.config.run_dir, self.healer.journal())
-        details = {"kind": incident.kind, "value": incident.value, "skipped": list(incident.ordinals)}
-        details["culprits"] = list(incident.culprits)
-        self.sinks.event(incident.step, self.state.samples_seen, "rewind", **details)
-        failure = self.checkpoints.settle()
-        if failure is not None:
-            logger.error("%s", failure)
-        if self.restore() is None:
-            raise FatalFault(f"{incident.kind} at step {incident.step}, and no checkpoint to go back to.")
-        logger.warning("rewound to step %d", self.state.step)
-
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """The averaged weights in place of the trained ones, for pictures. Collective."""
-        if not self.config.ema.decay:
-            return nullcontext()
-        return self.ema.swapped(self.stage.engines[self.stage.averaged], "decay")
-
-    def close(self) -> None:
-        """Let go of writers and sinks."""
-        self.garbage.close()
-        self.profiler.close(self.state.step)
-        if self.encode_once is not None:
-            self.encode_once.close()
-        self.checkpoints.close()
-        if self.snapshots is not None:
-            self.snapshots.close()
-        self.sinks.close()
-        if self.lease is not None:
-            self.lease.release()
 
 
 def build_run(
@@ -259,19 +83,8 @@ def build_run(
     Raises:
         ConfigError, DataError: a mistake of the user's; nothing has been written.
     """
-    configure_process(config.distributed)
-    bound = bind_to_node(env.device) if config.distributed.numa_binding else "cores as given"
-    if env.is_main:
-        logger.info("computing: %s; %s", describe_process(config.distributed, env.device), bound)
-    config.sharing(env.world_size)  # a mistake that needs no data to be seen
-    config.shard_size(env.world_size, env.local_world_size)
-    # One rank lists the shards and indexes new ones: hundreds that did it at once would be an outage.
-    dataset = None  # resampled order reads what cannot be indexed
-    if config.data.order != "resampled":
-        with LongWork(alive) as work:
-            dataset = collectives.worked_on_main_rank(
-                lambda tell: open_dataset(config.data, progress=tell, at_once=True), work.told
-            )
+    _prepare_process(config, env)
+    dataset = _open_dataset(config, alive)
     resumes = newest_good(config.run_dir, env)
     shared = _with_lanes(config, dataset, resumes)
     sharing = shared.sharing(env.world_size)
@@ -322,6 +135,29 @@ def build_run(
         raise
     start.mark("averages and checkpoint")
     return run
+
+
+def _prepare_process(config: Config, env: DistributedEnv) -> None:
+    """How this process computes, and mistakes about the number of ranks, which need no data to be seen."""
+    configure_process(config.distributed)
+    bound = bind_to_node(env.device) if config.distributed.numa_binding else "cores as given"
+    if env.is_main:
+        logger.info("computing: %s; %s", describe_process(config.distributed, env.device), bound)
+    config.sharing(env.world_size)
+    config.shard_size(env.world_size, env.local_world_size)
+
+
+def _open_dataset(config: Config, alive: Callable[[], object]) -> Dataset | None:
+    """The shards; None in resampled order, which reads what cannot be indexed. Collective.
+
+    One rank lists them and indexes new ones: hundreds that did it at once would be an outage.
+    """
+    if config.data.order == "resampled":
+        return None
+    with LongWork(alive) as work:
+        return collectives.worked_on_main_rank(
+            lambda tell: open_dataset(config.data, progress=tell, at_once=True), work.told
+        )
 
 
 def _with_lanes(config: Config, dataset: Dataset | None, resumes: CheckpointHandle | None) -> Config:

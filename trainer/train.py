@@ -17,7 +17,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from data_pipeline.errors import GivenUp, StorageOutage
 from data_pipeline.loader import AnyLoader
-from trainer.assembly import Run, build_run
+from trainer.assembly import build_run
 from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.distributed.collectives import Agreed
@@ -38,6 +38,7 @@ from trainer.reliability.requests import profile_url, stop_url
 from trainer.reliability.served_share import ServedShare
 from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, gather_reports, times_record
 from trainer.reliability.watchdog import Watchdog, silence_s
+from trainer.run import Run
 from trainer.validation import cost, validate
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from trainer.assembly import Run
 from trainer.config.checks_validation import PREFIX, RAW
 from trainer.config.run import Config
 from trainer.evaluation.held_out import Unmeasured, measure_held_out
 from trainer.reliability.watchdog import Watchdog
+from trainer.run import Run
 
 logger = logging.getLogger(__name__)
 

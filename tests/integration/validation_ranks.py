@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.assembly import Run, build_run
+from trainer.assembly import build_run
 from trainer.config.io import load_config
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
 from trainer.reliability.watchdog import Watchdog
+from trainer.run import Run
 from trainer.validation import validate
 
 

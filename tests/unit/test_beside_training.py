@@ -17,13 +17,14 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
-from trainer.assembly import Run, build_run
+from trainer.assembly import build_run
 from trainer.checkpoint.catalogue import checkpoints_url, is_committed, snapshots_url
 from trainer.checkpoint.writer_client import BackgroundWriter
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig, EMAConfig, LoggingConfig
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.run import Run
 from trainer.train import preview
 
 

@@ -18,7 +18,7 @@ from data_pipeline.held_out import SEED
 from data_pipeline.scenes.scene import NUM_CLASSES, SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.storage.large import checksum_bytes
-from trainer.assembly import Run, build_run
+from trainer.assembly import build_run
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
 from trainer.checkpoint.commands import list_checkpoints
 from trainer.checkpoint.manifest import Manifest
@@ -33,6 +33,7 @@ from trainer.exit_codes import ExitCode
 from trainer.pixels import to_unit_range
 from trainer.reliability.watchdog import Watchdog
 from trainer.rng import Purpose, normal, uniform
+from trainer.run import Run
 from trainer.train import run as train
 from trainer.validation import validate
 

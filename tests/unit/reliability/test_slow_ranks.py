@@ -12,12 +12,12 @@ from typing import cast
 
 import pytest
 
-from trainer.assembly import Run
 from trainer.config.run import Config
 from trainer.config.training import LoggingConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.metrics.sinks import Sinks
 from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, own_seconds, times_record
+from trainer.run import Run
 from trainer.state import TrainState
 from trainer.train import slow_record
 
