@@ -30,6 +30,9 @@ if [[ -z ${SLURM_JOB_ID:-} ]] || (($# == 0)); then
   exit 2
 fi
 
+job_key=$SLURM_JOB_ID # to SLURM, the number of one task of an array may mean all of them
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job_key=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}; fi
+
 # SLURM runs a spooled copy of this file; where the original lies, and with it the code, it remembers.
 submitted=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | head -n 1)
 repository=${LDM_REPOSITORY:-$(dirname "$(dirname "${submitted# Command=}")")}
@@ -46,7 +49,7 @@ requeue() {
     exit "$1"
   fi
   say "requeued; what is drawn is kept"
-  (trap '' TERM && scontrol requeue "$SLURM_JOB_ID")
+  (trap '' TERM && scontrol requeue "$job_key")
   exit "$1"
 }
 
