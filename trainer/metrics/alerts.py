@@ -52,7 +52,7 @@ class Trends:
     _waiting: bool = False
 
     def observe(self, record: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        """Events that begin with this record, by name, with their details."""
+        """Events that begin with this record, by name, with details named as no column is."""
         if "images_per_s" not in record or "data_wait" not in record:
             return {}
         self._rates.append(record["images_per_s"])
@@ -63,10 +63,10 @@ class Trends:
         recent = statistics.median(list(self._rates)[-RECENT:])
         usual = statistics.median(self._rates)
         if not self._slower and recent < SLOWER * usual:
-            found["slower"] = {"images_per_s": recent, "usual_images_per_s": usual}
+            found["slower"] = {"recent": recent, "usual": usual}
         self._slower = recent < (AS_BEFORE if self._slower else SLOWER) * usual
         waits = statistics.median(self._waits)
         if not self._waiting and waits > WAITING:
-            found["waiting for data"] = {"data_wait": waits}
+            found["waiting for data"] = {"share": waits}
         self._waiting = waits > (SERVED if self._waiting else WAITING)
         return found

@@ -237,7 +237,7 @@ def _speed(records: Sequence[dict[str, Any]]) -> _Speed:
     last = logged[-1]
     starts = [i for i, record in enumerate(records) if record.get("event") == "resume"]
     own = records[starts[-1] :] if starts else records
-    rates = [r for r in own if "images_per_s" in r] or [r for r in records if "images_per_s" in r]
+    rates = [r for r in own if _has_rates(r)] or [r for r in records if _has_rates(r)]
     rates = rates[-_RECENT:]
     return _Speed(
         step=last["step"],
@@ -247,6 +247,11 @@ def _speed(records: Sequence[dict[str, Any]]) -> _Speed:
         step_s=sum(r["step_s"] for r in rates) / len(rates) if rates else None,
         images_per_s=sum(r["images_per_s"] for r in rates) / len(rates) if rates else None,
     )
+
+
+def _has_rates(record: dict[str, Any]) -> bool:
+    """Whether it is one of a log interval; details of an event may bear the same names."""
+    return "images_per_s" in record and "event" not in record
 
 
 def _history(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def test_who_watches_the_project_is_told_of_faults_and_trends(
     records = [json.loads(line) for path in tmp_path.glob("logs/*") for line in path.read_text().splitlines()]
     events = [(record["step"], record["event"]) for record in records if "event" in record]
     assert events == [(1, "resume changed"), (2, "rewind"), (22, "slower"), (22, "waiting for data")]
-    assert "step 22: slower (images_per_s 60, usual_images_per_s 100)" in caplog.text
+    assert "step 22: slower (recent 60, usual 100)" in caplog.text
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     deadline = time.monotonic() + 60  # wandb's own process writes the file
     while not any(r.HasField("exit") for r in wandb_records(path)) and time.monotonic() < deadline:

@@ -207,6 +207,14 @@ def test_records_of_a_run_that_went_back_are_read_in_the_order_of_time(tmp_path:
     assert standing(run_dir).step == 900
 
 
+def test_details_of_an_event_are_no_rates(tmp_path: Path) -> None:
+    run_dir = f"memory://{tmp_path.name}/slow"
+    slow = event(20, "slow rank", 5, rank=1, host="b", own_s=9.0, step_s=9.0, images_per_s=1.0)
+    write_run(run_dir, [logged(10, 20), logged(20, 10), slow], {})
+    found = standing(run_dir)
+    assert (found.step_s, found.images_per_s) == (2.0, 32.0)
+
+
 def test_a_real_run(train: Train, tmp_path: Path) -> None:
     assert train("steps=3") == ExitCode.DONE
     found = standing(str(tmp_path / "run"))
