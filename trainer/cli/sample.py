@@ -22,16 +22,8 @@ from typing import Any
 import torch
 
 from trainer.cli import sample_series
-from trainer.cli.conditions_from_files import SamplingInputs, sampling_inputs
-from trainer.cli.sample_asked import (
-    find_asked,
-    load_asked,
-    long_prompts,
-    precision_asked,
-    record_of,
-    wishes_of,
-    with_choices,
-)
+from trainer.cli.conditions_from_files import SamplingInputs
+from trainer.cli.sample_asked import ask, find_asked, load_asked, long_prompts, wishes_of
 from trainer.config.run import ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.console import progress_bar
@@ -146,24 +138,22 @@ def run(args: argparse.Namespace) -> int:
     if sample_series.is_series(args):
         return sample_series.run(args)
     wishes = wishes_of(args)
-    found = find_asked(args)
-    config = with_choices(found.config, args)
-    inputs = sampling_inputs(config, wishes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = precision_asked(args, config, device)
-    record = record_of(args, wishes, inputs, config, found, device, precision)
-    pictures = PictureSet(args.out, record, _items(args, inputs), overwrite=args.overwrite)
-    trained = load_asked(args, found, device, precision)
+    asked = ask(args, find_asked(args), wishes, device)
+    inputs = asked.inputs
+    pictures = PictureSet(args.out, asked.record, _items(args, inputs), overwrite=args.overwrite)
+    trained = load_asked(args, asked, device)
     for note in long_prompts(trained.model, inputs.request):
         print(f"note: {note}", file=sys.stderr)
-    how, n = config.sampling, len(inputs.titles)
+    how = trained.config.sampling
     print(
-        f"{found.description}: {how.sampler}, {how.steps} steps, guidance {how.guidance_scale}, {precision}"
+        f"{trained.description}: {how.sampler}, {how.steps} steps, guidance {how.guidance_scale}, "
+        f"{asked.precision}"
     )
     pictures.begin()
-    with progress_bar(n, "image", "sample") as bar:
+    with progress_bar(len(inputs.titles), "image", "sample") as bar:
         for row, made in draw_all(
-            config,
+            trained.config,
             trained.model,
             inputs.request,
             seed=args.seed,

@@ -15,7 +15,7 @@ from torch import nn
 from data_pipeline.errors import NotFound
 from data_pipeline.tools.given import read_prompt
 from data_pipeline.tools.prompts import prompts_of
-from trainer.cli.conditions_from_files import SamplingInputs
+from trainer.cli.conditions_from_files import SamplingInputs, sampling_inputs
 from trainer.cli.wishes import Wishes
 from trainer.conditioning.build import TEXT
 from trainer.config.checks_diffusion import check_guidance, check_sampling
@@ -28,6 +28,17 @@ from trainer.sample import Request
 Precision: TypeAlias = Literal["fp32", "bf16"]
 MAX_NOTES = 5
 """Prompts that are told to be too long, one by one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A model whose weights are not read yet, and what it is to draw."""
+
+    found: ModelFound
+    inputs: SamplingInputs
+    precision: Precision
+    record: dict[str, Any]
+    """Everything that the pictures are a function of; lists where they differ."""
 
 
 def wishes_of(args: argparse.Namespace) -> Wishes:
@@ -75,39 +86,45 @@ def _pair(text: str | None, flag: str) -> tuple[int, int] | None:
 
 
 def find_asked(args: argparse.Namespace) -> ModelFound:
-    """The model, without its weights."""
-    return find_model(
+    """The model without its weights, told to draw by the sampler that the arguments name.
+
+    Raises:
+        ConfigError: no such model, or a sampler that it cannot draw by.
+    """
+    found = find_model(
         args.source,
         profile=args.weights,
         step=args.checkpoint,
         first_stage_weights=args.first_stage,
         latent_scale=args.latent_scale,
     )
+    return dataclasses.replace(found, config=_with_choices(found.config, args))
 
 
-def load_asked(
-    args: argparse.Namespace, found: ModelFound, device: torch.device, precision: Precision
-) -> TrainedModel:
-    """The weights that were found."""
-    return load_model(
+def ask(args: argparse.Namespace, found: ModelFound, wishes: Wishes, device: torch.device) -> Asked:
+    """What `find_asked` has found is to draw these on this device. Raises ConfigError where it cannot."""
+    inputs = sampling_inputs(found.config, wishes)
+    named: Precision | None = args.precision
+    precision = named or (found.config.distributed.precision if device.type == "cuda" else "fp32")
+    return Asked(found, inputs, precision, _record(args, wishes, inputs, found, device, precision))
+
+
+def load_asked(args: argparse.Namespace, asked: Asked, device: torch.device) -> TrainedModel:
+    """The weights that were found, with the configuration that was asked for."""
+    found = asked.found
+    trained = load_model(
         args.source,
         profile=args.weights if found.step is None else found.profile,
         step=found.step,
         first_stage_weights=args.first_stage,
         latent_scale=args.latent_scale,
         device=device,
-        precision=precision,
+        precision=asked.precision,
     )
+    return dataclasses.replace(trained, config=found.config)
 
 
-def precision_asked(args: argparse.Namespace, config: Config, device: torch.device) -> Precision:
-    """The one that is named; else the run's own on a GPU, fp32 on a CPU."""
-    named: Precision | None = args.precision
-    return named or (config.distributed.precision if device.type == "cuda" else "fp32")
-
-
-def with_choices(config: Config, args: argparse.Namespace) -> Config:
-    """The configuration with the sampler that the arguments name. Raises ConfigError where it is none."""
+def _with_choices(config: Config, args: argparse.Namespace) -> Config:
     chosen = {
         "sampler": args.sampler,
         "steps": args.steps,
@@ -126,17 +143,16 @@ def with_choices(config: Config, args: argparse.Namespace) -> Config:
     return config
 
 
-def record_of(
+def _record(
     args: argparse.Namespace,
     wishes: Wishes,
     inputs: SamplingInputs,
-    config: Config,
     found: ModelFound,
     device: torch.device,
-    precision: str,
+    precision: Precision,
 ) -> dict[str, Any]:
-    """Everything that the pictures are a function of; lists where they differ."""
-    how, request = config.sampling, inputs.request
+    config, request = found.config, inputs.request
+    how = config.sampling
     given = {name: value for name, value in dataclasses.asdict(wishes).items() if value and name != "prompts"}
     if request.start is not None:  # also where nobody said it
         given["strength"] = request.start.strength

@@ -14,17 +14,7 @@ import torch
 from data_pipeline.storage.urls import join
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.checkpoint.commands import find_checkpoint, fingerprint
-from trainer.cli.conditions_from_files import SamplingInputs, sampling_inputs
-from trainer.cli.sample_asked import (
-    Precision,
-    find_asked,
-    load_asked,
-    long_prompts,
-    precision_asked,
-    record_of,
-    wishes_of,
-    with_choices,
-)
+from trainer.cli.sample_asked import Asked, ask, find_asked, load_asked, long_prompts, wishes_of
 from trainer.cli.wishes import check_labels
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
@@ -34,7 +24,7 @@ from trainer.generation.make import accelerate, make_pictures
 from trainer.generation.series import Series
 from trainer.generation.store import GRID, Form, SetStore, former_record
 from trainer.launch.command import run_on_ranks
-from trainer.model import ModelFound, TrainedModel
+from trainer.model import TrainedModel
 
 MAX_COUNT = 10_000_000
 """Pictures of a set, whose names have seven digits."""
@@ -46,13 +36,11 @@ PROMPTS_LOOKED_AT = 1000
 class Plan:
     """What rank 0 has found out for all of them."""
 
-    config: Config
-    found: ModelFound
     series: Series
-    inputs: SamplingInputs
-    """Of one picture."""
+    one: Asked
+    """For one picture."""
     record: dict[str, Any]
-    precision: Precision
+    """What all of them are a function of."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +111,7 @@ def make(args: argparse.Namespace, env: DistributedEnv) -> None:
         trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
     if env.is_main:
         _tell(plan, trained, env)
-    there = make_pictures(store, plan.series, trained, overwrite=args.overwrite, paste=plan.inputs.paste)
+    there = make_pictures(store, plan.series, trained, overwrite=args.overwrite, paste=plan.one.inputs.paste)
     if env.is_main:
         before = f", {there} of them from before" if there else ""
         print(f"{plan.series.count} pictures{before} in {store.pictures_url}, {join(store.url, GRID)}")
@@ -137,13 +125,11 @@ def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
     if args.prompts_from is not None:
         prompts += _prompts_from(args.prompts_from, args.count)
     found = find_asked(args)
-    config = with_choices(found.config, args)
-    labels = _labels(config, wishes.class_labels)
-    one = dataclasses.replace(wishes, prompts=prompts[:1], class_labels=labels[:1])
-    inputs = sampling_inputs(config, one)
-    check_labels(config.conditioning, labels)
+    labels = _labels(found.config, wishes.class_labels)
+    one = ask(args, found, dataclasses.replace(wishes, prompts=prompts[:1], class_labels=labels[:1]), device)
+    check_labels(found.config.conditioning, labels)
     series = Series(
-        template=inputs.request,
+        template=one.inputs.request,
         count=args.count if args.count is not None else len(prompts),
         prompts=prompts or ("",),
         labels=labels,
@@ -152,9 +138,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
         batch_size=args.batch_size,
         batches_per_part=1 if args.tars is None else -(-args.tars // args.batch_size),
     )
-    precision = precision_asked(args, config, device)
-    about = record_of(args, one, inputs, config, found, device, precision)
-    del about["prompts"]
+    about = {name: value for name, value in one.record.items() if name != "prompts"}
     record = about | {
         "weights": fingerprint(args.source, found.step),
         "prompts_from": args.prompts_from,
@@ -166,9 +150,9 @@ def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
         "part_size": series.part_size,
         "format": f"{args.format}{args.quality if args.format == 'jpg' else ''}",
         "tars": args.tars is not None,
-        "compile": config.distributed.compile and device.type == "cuda",
+        "compile": found.config.distributed.compile and device.type == "cuda",
     }
-    return Plan(config, found, series, inputs, record, precision)
+    return Plan(series, one, record)
 
 
 @functools.lru_cache(1)
@@ -218,24 +202,24 @@ def _labels(config: Config, given: Sequence[int]) -> tuple[int, ...]:
 
 
 def _load(args: argparse.Namespace, plan: Plan, device: torch.device) -> TrainedModel:
-    trained = load_asked(args, plan.found, device, plan.precision)
-    accelerate(plan.config, trained.model)
-    return dataclasses.replace(trained, config=plan.config)
+    trained = load_asked(args, plan.one, device)
+    accelerate(trained.config, trained.model)
+    return trained
 
 
 def _tell(plan: Plan, trained: TrainedModel, env: DistributedEnv) -> None:
-    how, series = plan.config.sampling, plan.series
+    how, series, ranks = trained.config.sampling, plan.series, env.world_size
     looked_at = min(series.count, len(series.prompts), PROMPTS_LOOKED_AT)
     for note in long_prompts(trained.model, series.request(range(looked_at))):
         print(f"note: {note}")
     if any(series.prompts) and len(series.prompts) < series.count:
         print(f"note: {len(series.prompts)} prompts for {series.count} pictures; they are taken in turn.")
-    if series.parts < env.world_size:
+    if series.parts < ranks:
         print(
-            f"note: {series.parts} parts of {series.part_size} pictures for {env.world_size} ranks; the rest "
+            f"note: {series.parts} parts of {series.part_size} pictures for {ranks} ranks; the rest "
             "have nothing to do: make --tars or --batch-size smaller."
         )
     print(
         f"{trained.description}: {series.count} pictures, {how.sampler}, {how.steps} steps, guidance "
-        f"{how.guidance_scale}, {plan.precision}, {env.world_size} rank{'s' if env.world_size > 1 else ''}"
+        f"{how.guidance_scale}, {plan.one.precision}, {ranks} rank{'s' if ranks > 1 else ''}"
     )
