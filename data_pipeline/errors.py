@@ -85,6 +85,10 @@ class ReadFailed(Exception):
     """One object cannot be read although others can: its samples are set aside."""
 
 
+class Gone(ReadFailed):
+    """An object is not there."""
+
+
 class Replaced(Exception):
     """An object has another content than the one that its index was made from."""
 

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass, replace
 
-from data_pipeline.errors import ReadFailed, Replaced
+from data_pipeline.errors import Gone, ReadFailed, Replaced
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.sample import Reused, draw_crop
 from data_pipeline.feed.task import ShareTask
@@ -163,8 +163,8 @@ class MomentsReads:
             if cause is None or (is_transient(cause) and not isinstance(cause, ShortBody)):
                 self._catalogue.silent(error)
             else:
-                gone = isinstance(cause, FileNotFoundError)
-                self._damaged(planned.place, "it is gone" if gone else str(cause)[:200])
+                why = "it is gone" if isinstance(error, Gone) else str(cause)[:200]
+                self._damaged(planned.place, why)
             return None
         if digest(data) != planned.place.check:
             self._damaged(planned.place, "a checksum differs")

@@ -23,23 +23,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
-from itertools import count
 
-from data_pipeline.errors import (
-    AccessDenied,
-    DataError,
-    Failure,
-    NotATar,
-    NotFound,
-    ReadFailed,
-    Rejected,
-    Replaced,
-    StorageOutage,
-)
+from data_pipeline.errors import DataError, Gone, NotATar, ReadFailed, Rejected, Replaced
 from data_pipeline.feed.lane_walk import Visit
 from data_pipeline.feed.reads import Contents
 from data_pipeline.feed.task import ShareTask
@@ -50,9 +38,7 @@ from data_pipeline.shards.pieces import Piece, TarPieces
 from data_pipeline.shards.recorder import Recorder
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.editions import Edition
-from data_pipeline.storage.listing import ListedFile, look_up
 from data_pipeline.storage.ranges import Background, RangeReader
-from data_pipeline.storage.retry import pause_before
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +188,7 @@ class TurnWalker:
                 if begins:
                     check_json_suffices(piece.index, self._wanted, self._removing, self._read_beside)
                 visits += self._visits(walk, turn, shard, piece)
-            except (NotATar, NotFound) as error:
+            except (NotATar, Gone) as error:
                 visits.append(self._left(walk, shard, "bad_shard", error))
             except Replaced as error:
                 visits.append(self._left(walk, shard, "shard_replaced", error))
@@ -220,12 +206,13 @@ class TurnWalker:
         """Windows of a shard, from a mark on.
 
         Raises:
-            NotFound: it is not there.
+            Gone: it is not there.
+            ReadFailed: it does not answer while others do.
             Replaced: it has another content than when the mark was made.
             StorageOutage: nothing has answered for data.patience_s.
         """
         url = self._dataset.urls[shard]
-        found = self._look_up(url)
+        found = self._reader.look_up(url)
         if mark is not None and (mark.size, mark.version) != (found.size, found.version):
             raise Replaced(f"{url} was replaced since the checkpoint was written")
         read = partial(self._reader.read, url, expected=Edition(found.size, found.version))
@@ -233,29 +220,12 @@ class TurnWalker:
         keep = byte == 0 and self.recorder.wants(shard, url)
         return TarPieces(read, found, first=first, byte=byte, keep=keep)
 
-    def _look_up(self, url: str) -> ListedFile:
-        began = time.monotonic()
-        for attempt in count(1):
-            try:
-                return look_up(url, timeout_s=self._config.request_timeout_s)
-            except (NotFound, AccessDenied, DataError):
-                raise
-            except Failure as error:
-                waited = time.monotonic() - began
-                if waited > self._config.patience_s:
-                    raise StorageOutage(f"{error} Nothing was found out for {waited:.0f} s.") from error
-                logger.warning("%s is not answered for since %.0f s: %s", url, waited, error)
-            time.sleep(pause_before(min(attempt, 9)))
-        raise AssertionError
-
     def _read_beside(self, url: str) -> bytes | None:
         """A whole small file; None where there is none."""
         try:
             return self._reader.read_all(url)
-        except ReadFailed as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return None
-            raise
+        except Gone:
+            return None
 
     def _visits(self, walk: TurnWalk, turn: int, shard: int, piece: Piece) -> list[Visit]:
         view = self._views.of(piece.index)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError, ReadFailed, RetryableFault
+from data_pipeline.errors import DataError, Gone, ReadFailed, RetryableFault
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.shards.beside import parquet_of, texts_beside, unkept
 from data_pipeline.shards.dataset import Dataset
@@ -180,8 +180,7 @@ class ShardViews:
             try:
                 raw = self._reader.read_all(url)
             except ReadFailed as error:
-                gone = isinstance(error.__cause__, FileNotFoundError)
-                raise (DataError if gone else RetryableFault)(
+                raise (DataError if isinstance(error, Gone) else RetryableFault)(
                     f"The captions in {', '.join(wanted)} of {index.shard} lie in {url}, which cannot be "
                     f"read: {error}"
                 ) from error

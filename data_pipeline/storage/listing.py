@@ -102,8 +102,13 @@ def _refuse_mistakable(url: str, pattern: str, timeout_s: float) -> None:
 
 def look_up(url: str, *, timeout_s: float = 30.0) -> ListedFile:
     """One file, without a listing. Raises NotFound and the other failures of reading."""
+    return guarded(lambda: look_up_once(url, timeout_s), url, tries=TRIES)
+
+
+def look_up_once(url: str, timeout_s: float) -> ListedFile:
+    """The same in one try. Raises what the storage library does."""
     fs, path = filesystem(url, timeout_s=timeout_s)
-    return _listed(url, guarded(lambda: fs.info(path), url, tries=TRIES))
+    return _listed(url, fs.info(path))
 
 
 def _list_named(url: str, names: list[str], timeout_s: float) -> list[ListedFile]:

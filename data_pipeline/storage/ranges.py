@@ -12,9 +12,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from data_pipeline.errors import AccessDenied, DataError, ReadFailed, Replaced, StorageOutage
+from data_pipeline.errors import (
+    AccessDenied,
+    DataError,
+    Gone,
+    NotFound,
+    ReadFailed,
+    Replaced,
+    StorageOutage,
+)
 from data_pipeline.storage.client import filesystem, read_within
 from data_pipeline.storage.editions import Edition, Reading
+from data_pipeline.storage.listing import ListedFile, look_up_once
 from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before, require_range
 
 logger = logging.getLogger(__name__)
@@ -49,33 +58,46 @@ class RangeReader:
         """Bytes [start, stop), of the object's `expected` edition where one is given.
 
         Raises:
-            ReadFailed: only this object fails.
+            ReadFailed: only this object fails; Gone where it is not there.
             Replaced: it has another content by now.
             StorageOutage: all objects fail, for longer than `patience_s`.
         """
+
+        def once(attempt: int) -> bytes:
+            started = time.monotonic()
+            data = self._once(url, start, stop, self._deadline(attempt), expected)
+            self._typical_s += _FORGET * (time.monotonic() - started - self._typical_s)
+            self.counts["requests"] += 1
+            self.counts["bytes"] += len(data)
+            return data
+
+        return self._patiently(url, once)
+
+    def read_all(self, url: str) -> bytes:
+        """A whole small file, with the same patience."""
+        return self.read(url, 0, -1)
+
+    def look_up(self, url: str) -> ListedFile:
+        """Size and version of an object, with the same patience. Raises ReadFailed, StorageOutage."""
+        return self._patiently(url, lambda attempt: look_up_once(url, self.timeout_s))
+
+    def _patiently(self, url: str, action: Callable[[int], T]) -> T:
+        """What `action` returns in the end; it is given the number of the try."""
         began = time.monotonic()
         for attempt in itertools.count(1):
             try:
-                started = time.monotonic()
-                data = self._once(url, start, stop, self._deadline(attempt), expected)
+                result = action(attempt)
             except Replaced as error:
                 raise Replaced(f"{url} was replaced: {error}") from error
             except Exception as error:  # noqa: BLE001 - the libraries' exceptions have no common base
                 self._judge(error, url, attempt, began)
             else:
                 self._last_success = time.monotonic()
-                self._typical_s += _FORGET * (self._last_success - started - self._typical_s)
-                self.counts["requests"] += 1
-                self.counts["bytes"] += len(data)
-                return data
+                return result
             self.counts["retries"] += 1
             if self._closed.wait(pause_before(min(attempt, 9))):
                 raise ReadFailed("closed")
         raise AssertionError
-
-    def read_all(self, url: str) -> bytes:
-        """A whole small file, with the same patience."""
-        return self.read(url, 0, -1)
 
     def _deadline(self, attempt: int) -> float:
         """Seconds for one try: ten times what is usual at first, more for each further one."""
@@ -108,6 +130,8 @@ class RangeReader:
             if isinstance(explained, AccessDenied):
                 raise explained from error
             self.counts["failures"] += 1
+            if isinstance(explained, NotFound):
+                raise Gone(str(explained)) from error
             raise ReadFailed(f"{url}: {explained}") from error
         if attempt < self.tries:
             return

@@ -65,6 +65,22 @@ class WithoutRanges(WebServer):
     ranges = False
 
 
+class WithoutOne(WebServer):
+    """Fails whenever it is asked for one of the shards."""
+
+    def do_HEAD(self) -> None:
+        if self.path.endswith("/00002.tar"):
+            self.send_error(503)
+        else:
+            super().do_HEAD()
+
+    def do_GET(self) -> None:
+        if self.path.endswith("/00002.tar"):
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+
 @pytest.fixture(params=[WebServer, WithoutRanges])
 def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     handler = partial(request.param, directory=str(tmp_path))
@@ -109,6 +125,28 @@ def test_a_server_without_ranges_is_one_sentence(
         pytest.raises(DataError, match="does not answer ranges"),
     ):
         next(loader)
+
+
+@pytest.mark.parametrize("web", [WithoutOne], indirect=True)
+def test_a_shard_that_does_not_answer_while_others_do_is_left_out(
+    web: str, tmp_path: Path, write_shards: Callable[..., list[str]]
+) -> None:
+    """Without an index, too, where it is looked up when a lane comes to it: no outage is waited for."""
+    write_shards(tmp_path / "set", [4, 4, 4, 4])
+    config = DataConfig(
+        shards=f"{web}/set/{{00000..00003}}.tar",
+        order="streamed",
+        index=str(tmp_path / "index"),
+        workers=0,
+        lanes=1,
+        image_size=16,
+        max_retries=2,
+        patience_s=1e6,
+    )
+    with build_loader(config, seed=0, global_batch_size=4) as loader:
+        served = {key.partition("/")[0] for _ in range(6) for key in next(loader).keys}
+        assert served == {"00000", "00001", "00003"}
+        assert set(loader.rejected) == {"unreadable"}
 
 
 @pytest.fixture(params=["reads", "reads nothing"])
