@@ -35,6 +35,14 @@ def read_table(raw: bytes, columns: Sequence[str] | None = None) -> dict[str, li
     Raises DataError where there is no column of keys or two columns have one name, else whatever pyarrow
     raises for damaged files.
     """
+    file, _, key = _opened(raw)
+    table = file.read(columns=None if columns is None else [*dict.fromkeys((key, *columns))])
+    values = {name: _values(table.column(name)) for name in table.column_names}
+    return {KEY: values[key], **values}
+
+
+def _opened(raw: bytes) -> tuple[Any, list[str], str]:
+    """The parquet, its columns, and which of them has the keys; raises as `read_table`."""
     import pyarrow.parquet as pq  # half a second and 60 MB, for those who need it
 
     file = pq.ParquetFile(io.BytesIO(raw))
@@ -44,9 +52,7 @@ def read_table(raw: bytes, columns: Sequence[str] | None = None) -> dict[str, li
         raise DataError(f"has no column {KEY} that names the samples (there are {', '.join(names[:20])})")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise DataError(f"has two columns {twice[0]}; which one is meant nobody can tell")
-    table = file.read(columns=None if columns is None else [*dict.fromkeys((keys[0], *columns))])
-    values = {name: _values(table.column(name)) for name in table.column_names}
-    return {KEY: values[keys[0]], **values}
+    return file, names, keys[0]
 
 
 def _values(column: Any) -> list[Any]:
@@ -112,7 +118,7 @@ def check_json_suffices(
     raw = read(parquet_of(index.shard))
     if raw is None:
         return
-    names = set(read_table(raw)) - known - {KEY}
+    names = set(_opened(raw)[1]) - known - {KEY}
     if only := sorted(name for name in names if name in missing or (removing and is_identity(name))):
         raise DataError(
             f"{', '.join(only)} of {index.shard} stand in the parquet beside it alone, which is read with an "
