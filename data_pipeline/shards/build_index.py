@@ -38,15 +38,12 @@ from data_pipeline.shards.manifest import (
     ManifestRow,
     append_rows,
     bad_row,
-    index_name,
     merge_parts,
     read_manifest,
-    row_of,
+    store_index,
 )
 from data_pipeline.shards.read_index import read_index
-from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.listing import ListedFile
-from data_pipeline.storage.urls import join
 
 _SAVE_EVERY_S = 30.0
 _SPEAK_EVERY_S = 1.0
@@ -222,7 +219,4 @@ def index_one(
     counts: Counter[str] | None = None,
 ) -> ManifestRow:
     """Read one shard and write its index file. Raises NotATar or another DataError."""
-    index = read_index(shard, timeout_s=timeout_s, tries=tries, counts=counts)
-    encoded = index.encode()
-    write_bytes(join(folder, index_name(shard.url)), encoded)
-    return row_of(index, encoded)
+    return store_index(folder, read_index(shard, timeout_s=timeout_s, tries=tries, counts=counts))

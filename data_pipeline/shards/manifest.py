@@ -80,7 +80,14 @@ def index_name(shard: str) -> str:
     return f"{name_of(shard).removesuffix('.tar')}-{digest}.npz"
 
 
-def row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
+def store_index(folder: str, index: ShardIndex) -> ManifestRow:
+    """Write the index file of a shard; its row is the caller's to add to the manifest."""
+    encoded = index.encode()
+    write_bytes(join(folder, index_name(index.shard)), encoded)
+    return _row_of(index, encoded)
+
+
+def _row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
     """Manifest row of an index and its encoded form."""
     frequent = sorted(index.extensions, key=lambda e: -int((index.extents(e)[0] >= 0).sum()))
     sizes = np.concatenate([np.zeros((2, 0), np.uint32), *index.pictures.values()], axis=1)

@@ -67,8 +67,6 @@ class TarPieces:
     ) -> None:
         self.shard = shard
         self.first = first
-        self.problems: list[str] = []
-        """Defects that were met so far, a sentence each."""
         self._byte: int | None = byte
         self._held = _Held(read, shard.size, byte)
         self._read = read
@@ -95,7 +93,6 @@ class TarPieces:
             if self._kept is not None:
                 self._kept.append(zlib.compress(pickle.dumps(found), _LEVEL))
             grouping = group(found.members)
-            self.problems += [*found.problems, *grouping.problems]
             if found.lost:
                 raise DataError(
                     f"{self.shard.url} has links to members that lie far from them, which cannot be followed "

@@ -19,9 +19,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from data_pipeline.errors import Failure
-from data_pipeline.shards.manifest import ManifestRow, append_rows, index_name, row_of
+from data_pipeline.shards.manifest import ManifestRow, append_rows, index_name, store_index
 from data_pipeline.shards.pieces import TarPieces
-from data_pipeline.storage.files import exists, write_bytes
+from data_pipeline.storage.files import exists
 from data_pipeline.storage.urls import join
 
 logger = logging.getLogger(__name__)
@@ -55,17 +55,19 @@ class Recorder:
 
     def keep(self, shard: int, pieces: TarPieces) -> None:
         """Write the index of a shard that has been read to its end, if it was from its beginning."""
+        if self._refused:
+            return
+        folder = self._folder(shard)
         try:
             index = pieces.whole()
-            if index is None or self._refused:
+            if index is None:
                 return
-            encoded, folder = index.encode(), self._folder(shard)
-            write_bytes(join(folder, index_name(index.shard)), encoded)
+            row = store_index(folder, index)
         except Failure as error:
             self._refuse(error)
             return
         with self._lock:
-            self._rows[folder].append(row_of(index, encoded))
+            self._rows[folder].append(row)
             due = time.monotonic() - self._written > self._pause_s
             if due:
                 self._pause_s = min(2 * self._pause_s, _LONGEST_S)
