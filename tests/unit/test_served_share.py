@@ -106,6 +106,9 @@ def test_the_doctor_says_the_same_before(tmp_path: Path) -> None:
     assert "data.max_rejected_share" in check.remedy
     check = doctor(tmp_path, "data.require_caption=false")
     assert (check.passed, check.detail) == (True, "400 of 400 samples (100.0 %) are served")
+    # without an index nobody knows that there are no more
+    check = doctor(tmp_path, "data.require_caption=false", "data.order=streamed")
+    assert (check.passed, check.detail) == (True, "1,000 of 1,000 samples (100.0 %) are served")
     check = doctor(tmp_path, "data.filter=scor < 1")
     assert not check.passed
     assert "the nearest is score" in check.detail

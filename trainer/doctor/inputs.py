@@ -195,7 +195,9 @@ def _first_samples(config: Config, env: DistributedEnv, dataset: Dataset | None)
             global_batch_size=batch,
         )
         # One sample of each lane is the smallest batch in the order of the run.
-        enough, batch, lanes = min(FIRST, order.total), order.lanes, order.lanes
+        batch = lanes = order.lanes
+        if not dataset.unindexed:
+            enough = min(FIRST, int(dataset.counts.sum()))
     data = dataclasses.replace(config.data, lanes=lanes, workers=0, prefetch=1, reject_file=None)
     began = time.monotonic()
     batches = build_loader(
