@@ -26,7 +26,7 @@ from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.moments.entry import Moments, MomentsCache
 from data_pipeline.order.lanes import Order, Part, deal, lanes_of
-from data_pipeline.order.position import merge_positions, pack, unpack
+from data_pipeline.order.position import Position, merge_positions, pack, unpack
 from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.removals import read_removals
@@ -59,7 +59,7 @@ def build_loader(
     seed: int,
     global_batch_size: int,
     part: Part = Part(),  # noqa: B008 - it is frozen
-    position: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+    position: Position = None,
     skip_ordinals: Iterable[int] = (),
     dataset: Dataset | None = None,
     moments: Moments | None = None,
@@ -121,16 +121,15 @@ def _tasks(
     seed: int,
     global_batch_size: int,
     part: Part,
-    position: dict[str, Any] | Sequence[dict[str, Any]] | None,
+    position: Position,
     skip_ordinals: frozenset[int],
 ) -> list[ShareTask]:
     """What each worker of this rank does; at least one task, if need be without lanes."""
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
     mine = lanes_of(part, order.lanes, global_batch_size)
     buckets = dataset.buckets(config, order)
-    named = dataset.named() if isinstance(order, Turns) else dataset.fingerprint
     # What is accepted is in the orders of the buckets by now.
-    dataset = dataclasses.replace(dataset, accepted=None, fingerprint=named)
+    dataset = dataclasses.replace(dataset, accepted=None, fingerprint=dataset.fingerprint_of(order))
     step, states = unpack(position, order, dataset.fingerprint, buckets)
     each = len(buckets.shapes)
     removals = read_removals(config.removal_lists)

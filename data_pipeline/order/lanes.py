@@ -160,7 +160,7 @@ def choose_lanes(requested: int, global_batch_size: int, total: int) -> int:
         raise DataError("The shards hold no samples; check data.shards with `ldm data inspect`.")
     if requested:
         if global_batch_size % requested:
-            valid = ", ".join(map(str, divisors(global_batch_size)))
+            valid = ", ".join(str(d) for d in divisors(global_batch_size) if d <= total)
             raise DataError(
                 f"data.lanes={requested} does not divide global_batch_size={global_batch_size}; choose one "
                 f"of {valid}."

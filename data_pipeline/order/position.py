@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
@@ -27,6 +27,9 @@ from data_pipeline.order.lanes import Order
 from data_pipeline.order.turns import Turns
 
 logger = logging.getLogger(__name__)
+
+Position: TypeAlias = dict[str, Any] | Sequence[dict[str, Any]] | None
+"""That of all ranks, whole or in parts; None: the beginning."""
 
 _FORMAT = 1
 _TURNS = "turns"
@@ -110,23 +113,25 @@ def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**head, "states": states}
 
 
-def takes_turns(position: dict[str, Any] | Sequence[dict[str, Any]] | None) -> bool | None:
+def takes_turns(position: Position) -> bool | None:
     """Whether a position is one of lanes that take turns at shards; None without one, or of no order."""
     if not position:
         return None
-    head = position if isinstance(position, dict) else position[0]
+    head = _head(position)
     return None if head.get("order") == "resampled" else head.get("walk") == _TURNS
 
 
-def window_of(position: dict[str, Any] | Sequence[dict[str, Any]] | None) -> int | None:
+def window_of(position: Position) -> int | None:
     """The shuffle window that a position was made with."""
-    if not position:
-        return None
-    return int((position if isinstance(position, dict) else position[0])["window"])
+    return int(_head(position)["window"]) if position else None
+
+
+def _head(position: dict[str, Any] | Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return position if isinstance(position, dict) else position[0]
 
 
 def unpack(
-    position: dict[str, Any] | Sequence[dict[str, Any]] | None,
+    position: Position,
     order: Order | Turns,
     fingerprint: str,
     buckets: Buckets,
@@ -168,6 +173,7 @@ def unpack(
         )
     states = [_state(*parts) for parts in whole["states"]]
     if buckets.accepted_only and whole.get("accepted") != buckets.digest:
+        assert isinstance(order, Order), "buckets need an index"
         states = _rescaled(states, whole.get("totals", [order.total] * len(buckets.orders)), buckets)
     return int(whole["step"]), states
 

@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.order.draws import Draw, fold, permutation
-from data_pipeline.order.lanes import divisors
+from data_pipeline.order.lanes import choose_lanes
 
 _FIRST_WINDOW = 4
 MAX_SAMPLES = 1 << 24
@@ -64,11 +64,6 @@ class Turns:
     def __post_init__(self) -> None:
         assert self.window >= 1
         assert 1 <= self.lanes <= self.shards
-
-    @property
-    def total(self) -> int:
-        """What an epoch has of what is known of it: shards."""
-        return self.shards
 
     def epoch(self, lane: int, turn: int) -> int:
         """Epoch in which a lane has this turn."""
@@ -103,17 +98,9 @@ def choose_turn_lanes(requested: int, global_batch_size: int, shards: int) -> in
 
     Raises DataError when it does not divide the global batch or exceeds the number of shards.
     """
-    if not requested:
-        return max(d for d in divisors(global_batch_size) if d <= shards)
-    if global_batch_size % requested:
-        valid = ", ".join(str(d) for d in divisors(global_batch_size) if d <= shards)
-        raise DataError(
-            f"data.lanes={requested} does not divide global_batch_size={global_batch_size}; choose one of "
-            f"{valid}."
-        )
     if requested > shards:
         raise DataError(
             f"data.lanes={requested} exceeds the {shards} shards, and without an index each lane needs one "
             "of its own; choose fewer lanes, or run `ldm data index` once."
         )
-    return requested
+    return choose_lanes(requested, global_batch_size, shards)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError, Failure, NoIndex, NoShards, NotATar, NotFound
 from data_pipeline.order.buckets import Buckets, make_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
-from data_pipeline.order.position import takes_turns, window_of
+from data_pipeline.order.position import Position, takes_turns, window_of
 from data_pipeline.order.turns import Turns, choose_turn_lanes
 from data_pipeline.shards.accepted import Accepted, count_accepted
 from data_pipeline.shards.build_index import build_index, is_current
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 Progress: TypeAlias = Callable[[str, int, int], object]
 """Called with what is done, for how many shards, of how many; again about once a second, news or not."""
 
-Position: TypeAlias = dict[str, Any] | Sequence[dict[str, Any]] | None
 _MANY_PARTS = 64
 _TRIED = 8
 _HEAD_BYTES = 1_000_000
@@ -107,12 +106,11 @@ class Dataset:
         window = known or choose_window(config.shuffle_window, lanes, self.mean_bytes)
         return Turns(len(self.shard_of), seed, lanes, window)
 
-    def named(self) -> str:
-        """Fingerprint of the names alone: all that turns at shards depend on."""
-        digest = hashlib.sha256()
-        for entry in self.shard_of.tolist():
-            digest.update(f"{name_of(self.urls[entry])}\n".encode())
-        return digest.hexdigest()[:16]
+    def fingerprint_of(self, order: Order | Turns) -> str:
+        """Fingerprint of all that an order depends on: turns at shards on their names alone."""
+        if self.unindexed or isinstance(order, Order):
+            return self.fingerprint
+        return _fingerprint(name_of(self.urls[entry]) for entry in self.shard_of.tolist())
 
     def order(self, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
         """Order of all samples, by the index. Raises DataError for lanes that do not fit."""
@@ -204,8 +202,7 @@ def _indexed(config: DataConfig, progress: Progress) -> Dataset:
             rows.append(row)
             folders.append(folder)
         entries += [first + i for _ in range(source.repeat) for i in range(len(found))]
-    if len(set(urls)) != len(urls):
-        raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
+    _check_distinct(urls)
     index_urls = tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True))
     check_columns(rule, rows)
     check_captions(config.captions, [row for row in rows if row.samples])
@@ -214,9 +211,7 @@ def _indexed(config: DataConfig, progress: Progress) -> Dataset:
     accepted = count_accepted(config, rows, index_urls, counting) if config.buckets else None
     shard_of = np.asarray(entries, np.int64)
     samples = np.asarray([row.samples for row in rows], np.int64)
-    digest = hashlib.sha256()
-    for i in entries:
-        digest.update(f"{name_of(rows[i].shard)} {rows[i].samples} {rows[i].size}\n".encode())
+    told = (f"{name_of(rows[i].shard)} {rows[i].samples} {rows[i].size}" for i in entries)
     return Dataset(
         urls=tuple(urls),
         index_urls=index_urls,
@@ -227,7 +222,7 @@ def _indexed(config: DataConfig, progress: Progress) -> Dataset:
         counts=samples[shard_of],
         mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
         accepted=accepted,
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=_fingerprint(told),
         name_depth=distinguishing_depth(urls),
     )
 
@@ -247,9 +242,8 @@ def _listed(config: DataConfig, why: str) -> Dataset:
         folders.append((len(urls), index_folder(config, found[0])))
         entries += [len(urls) + i for _ in range(source.repeat) for i in range(len(found))]
         urls += found
-    if len(set(urls)) != len(urls):
-        raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
-    dataset = Dataset(
+    _check_distinct(urls)
+    return Dataset(
         urls=tuple(urls),
         index_urls=(),
         sizes=(),
@@ -259,12 +253,24 @@ def _listed(config: DataConfig, why: str) -> Dataset:
         counts=np.zeros(0, np.int64),
         mean_bytes=_first_bytes(urls, timeout_s),
         accepted=None,
-        fingerprint="",
+        fingerprint=_fingerprint(name_of(urls[entry]) for entry in entries),
         name_depth=distinguishing_depth(urls),
         unindexed=why,
         folders=tuple(folders),
     )
-    return replace(dataset, fingerprint=dataset.named())
+
+
+def _check_distinct(urls: Sequence[str]) -> None:
+    if len(set(urls)) != len(urls):
+        raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
+
+
+def _fingerprint(lines: Iterable[str]) -> str:
+    """Of a line for each entry of an epoch."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _first_bytes(urls: Sequence[str], timeout_s: float) -> float:
