@@ -14,9 +14,6 @@ a row grows with, from its last two sizes: 0 constant, 1 proportional to the num
 from __future__ import annotations
 
 import argparse
-import contextlib
-import http.client
-import inspect
 import json
 import math
 import os
@@ -24,20 +21,16 @@ import resource
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.sharedctypes import Value
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import psutil
 import torch
-import torch.distributed as dist
+from collective_calls import IDEAL_BYTES, count_calls, messages
 
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
@@ -53,6 +46,10 @@ from trainer.model import build_model, count_parameters
 from trainer.weights import write_weights
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "integration" / "data"))
+
+from fault_proxy import FaultProxy  # noqa: E402 - found through the line above
+
 SAVE_EVERY, LOG_EVERY = 6, 4
 STEPS = 12
 SAVES = 3
@@ -60,93 +57,41 @@ SAVES = 3
 PLAIN_STEP = 10
 """Neither logs nor saves; the one before settles what was saved long before."""
 SAMPLES_PER_RANK = 2
-IDEAL_BYTES = 2 + 2
-"""Of each parameter in a step: its gradient in bf16 to the rank that updates it, and the weight back."""
+PHASES = ("start", "saves", "resume")
 NETWORKS = (
     "first_stage={name: kl, base_channels: 8, channel_multipliers: [1], num_res_blocks: 1, num_groups: 4}",
     "unet={model_channels: 8, channel_multipliers: [1, 2], num_res_blocks: 1, attention_factors: []}",
     "unet={num_groups: 4, head_dim: 8}",
     "first_stage.latent_scale=1",
 )
-CALLS = (
-    *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"),
-    *("all_gather_single", "reduce_scatter_single"),  # what torch 2.14 calls these two
-    *("all_gather_object", "gather_object", "broadcast_object_list", "barrier", "isend", "recv", "send"),
-)
 
 
-class Storage(ThreadingHTTPServer):
-    """Forwards to a real S3 server after a delay and counts requests by phase and kind."""
-
-    daemon_threads = True
-    request_queue_size = 1024
+class Storage(FaultProxy):
+    """A real S3 server behind a delay, whose requests are counted by phase and kind."""
 
     def __init__(self, upstream: int, delay_s: float) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.upstream, self.delay_s = upstream, delay_s
-        self.phase = "start"
-        self.counts: Counter[str] = Counter()
+        super().__init__(upstream)
+        self.delay_s = delay_s
+        self.phase = Value("i", PHASES.index("start"))
+        """Of PHASES; ranks are forked and share it."""
+        self.requests: Counter[str] = Counter()
         self.weights_bytes: Counter[str] = Counter()
         """Of the files that a run begins with, by phase."""
         self.committed: dict[str, float] = {}
         """Seconds from the last shard of a checkpoint to its manifest, by key of the manifest."""
         self.last_shard_s = 0.0
-        self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def note(self, command: str, path: str, num_bytes: int) -> None:
+    def passed_on(self, method: str, path: str, num_bytes: int) -> None:
         """One request, and the bytes of its answer."""
-        kind = _kind(command, path)
+        kind, phase = _kind(method, path), PHASES[self.phase.value]
         with self.lock:
             if kind == "GET weights":
-                self.weights_bytes[self.phase] += num_bytes
-            self.counts[f"{self.phase}: {kind}"] += 1
+                self.weights_bytes[phase] += num_bytes
+            self.requests[f"{phase}: {kind}"] += 1
             if kind == "PUT shard":
                 self.last_shard_s = time.monotonic()
             if kind == "PUT manifest":
                 self.committed[path] = time.monotonic() - self.last_shard_s
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Storage
-
-    def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):
-            super().handle()
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def _forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path.startswith("/phase/"):
-            self.server.phase = self.path.removeprefix("/phase/")
-            self._answer(200, [], b"")
-            return
-        time.sleep(self.server.delay_s)
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
-        upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
-            upstream.putheader(name, value)
-        upstream.endheaders(body or None)
-        answer = upstream.getresponse()
-        data = answer.read()
-        upstream.close()
-        self.server.note(self.command, self.path, len(data))
-        size = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))
-        self._answer(answer.status, answer.getheaders(), data, size)
-
-    def _answer(self, code: int, headers: list[tuple[str, str]], data: bytes, size: str = "0") -> None:
-        self.send_response(code)
-        for name, value in headers:
-            if name.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
-                self.send_header(name, value)
-        self.send_header("Content-Length", size)
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward
 
 
 def _kind(command: str, path: str) -> str:
@@ -167,7 +112,7 @@ def _kind(command: str, path: str) -> str:
     return f"{'LIST' if listing else command} {known or ('' if listing else 'other')}".strip()
 
 
-def rank_main(rank: int, ranks: int, port: int, overrides: list[str], out: Path, mark: str) -> None:
+def rank_main(rank: int, ranks: int, port: int, overrides: list[str], out: Path, storage: Storage) -> None:
     """One rank: train, and leave the calls of each step in `out`."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
@@ -176,20 +121,16 @@ def rank_main(rank: int, ranks: int, port: int, overrides: list[str], out: Path,
     torch.set_num_threads(1)
     calls: Counter[str] = Counter()
     steps: dict[int, dict[str, int]] = {}
-    for name in CALLS:
-        setattr(dist, name, counted(getattr(dist, name), name, calls))
+    count_calls(calls)
     advance, save = Sinks.advance, CheckpointManager.save
-
-    def tell(phase: str) -> None:
-        if rank == 0:
-            urlopen(f"{mark}/phase/{phase}").read()
 
     def counted_advance(self: Sinks, step: int) -> None:
         steps[step] = dict(calls)
         advance(self, step)
 
     def told_save(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
-        tell("saves")
+        if rank == 0:
+            storage.phase.value = PHASES.index("saves")
         save(self, *args, **kwargs)
 
     Sinks.advance = counted_advance  # type: ignore[method-assign]
@@ -198,43 +139,14 @@ def rank_main(rank: int, ranks: int, port: int, overrides: list[str], out: Path,
     env = DistributedEnv.detect()
     code = train.run(config, env)
     # Without those to storage: how many are open at this moment is the client's pool's choice.
-    me, storage = psutil.Process(), urlsplit(mark).port
-    files = me.num_fds() - sum(c.raddr.port == storage for c in me.net_connections("tcp") if c.raddr)
+    me, port = psutil.Process(), storage.server_address[1]
+    files = me.num_fds() - sum(c.raddr.port == port for c in me.net_connections("tcp") if c.raddr)
     maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result = {"code": int(code), "steps": steps, "descriptors": files, "peak_mib": maximum}
     (out / f"{rank}.json").write_text(json.dumps(result))
 
 
-def counted(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
-    """The function, whose calls and bytes are added to `calls`."""
-    signature = inspect.signature(function)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        calls[name] += 1
-        calls["bytes"] += sent(name, signature.bind(*args, **kwargs).arguments)
-        return function(*args, **kwargs)
-
-    return call
-
-
-def sent(name: str, arguments: dict[str, Any]) -> int:
-    """Bytes that each rank of a ring sends for a collective of tensors; 0 for what ranks tell each other."""
-    whole = {
-        **dict.fromkeys(("all_reduce", "reduce", "broadcast"), "tensor"),
-        **dict.fromkeys(("all_gather_into_tensor", "all_gather_single"), "output_tensor"),
-        **dict.fromkeys(("reduce_scatter_tensor", "reduce_scatter_single"), "input"),
-        "all_gather": "tensor_list",
-    }
-    if name not in whole:
-        return 0
-    ranks = dist.get_world_size(arguments.get("group"))
-    tensors = arguments[whole[name]]
-    tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return (2 if name == "all_reduce" else 1) * size * (ranks - 1) // ranks
-
-
-def launch(ranks: int, overrides: list[str], folder: Path, mark: str) -> list[dict[str, Any]]:
+def launch(ranks: int, overrides: list[str], folder: Path, storage: Storage) -> list[dict[str, Any]]:
     """All ranks of one run; what each of them counted."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -249,7 +161,7 @@ def launch(ranks: int, overrides: list[str], folder: Path, mark: str) -> list[di
                 with (folder / f"{rank}.log").open("w") as log:
                     os.dup2(log.fileno(), 1)
                     os.dup2(log.fileno(), 2)
-                    rank_main(rank, ranks, port, overrides, folder, mark)
+                    rank_main(rank, ranks, port, overrides, folder, storage)
                 status = 0
             except BaseException:  # noqa: BLE001 - a forked rank must not go on as this process
                 traceback.print_exc()
@@ -267,19 +179,19 @@ def launch(ranks: int, overrides: list[str], folder: Path, mark: str) -> list[di
 def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list[str]) -> dict[str, float]:
     """Every row of the table at one number of ranks."""
     folder = work / f"{ranks}"
-    with LocalS3(folder / "s3", buckets=("runs", "weights")) as server:
+    with (
+        LocalS3(folder / "s3", buckets=("runs", "weights")) as server,
+        Storage(server.port, delay_s) as storage,
+    ):
         write_networks(folder / "s3/weights")
-        storage = Storage(server.port, delay_s)
-        mark = f"http://127.0.0.1:{storage.server_address[1]}"
-        os.environ.update({**server.env, "AWS_ENDPOINT_URL": mark})
+        os.environ.update(storage.environment(server.env))
         begun = time.monotonic()
-        told = launch(ranks, settings(ranks, shards, STEPS, overrides), folder / "first", mark)
+        told = launch(ranks, settings(ranks, shards, STEPS, overrides), folder / "first", storage)
         seconds = time.monotonic() - begun
-        requests, committed = Counter(storage.counts), [*storage.committed.values()]
-        storage.phase = "resume"
-        launch(ranks, settings(ranks, shards, STEPS + 1, overrides), folder / "second", mark)
-        storage.shutdown()
-    resumed = {name: n for name, n in storage.counts.items() if name.startswith("resume")}
+        requests, committed = Counter(storage.requests), [*storage.committed.values()]
+        storage.phase.value = PHASES.index("resume")
+        launch(ranks, settings(ranks, shards, STEPS + 1, overrides), folder / "second", storage)
+    resumed = {name: n for name, n in storage.requests.items() if name.startswith("resume")}
     requests = {
         name: n / (SAVES if name.startswith("saves") else 1) for name, n in requests.items()
     } | resumed
@@ -316,24 +228,6 @@ def per_step(told: list[dict[str, Any]], step: int) -> dict[str, int]:
     return {name: count for name, count in difference.items() if count}
 
 
-def messages(calls: dict[str, int], ranks: int) -> int:
-    """Messages one after another that these calls take: a ring of N ranks passes 2 (N - 1) or N - 1 times."""
-    tree = max(1, math.ceil(math.log2(ranks)))
-    hops = {
-        **dict.fromkeys(("all_reduce",), 2 * (ranks - 1)),
-        **dict.fromkeys(("all_gather", "all_gather_into_tensor", "all_gather_single"), ranks - 1),
-        **dict.fromkeys(("reduce_scatter_tensor", "reduce_scatter_single"), ranks - 1),
-        # Each of its two collectives, of the sizes and of the objects.
-        **{
-            "all_gather_object": 2 * (ranks - 1),
-            "gather_object": 2 * (ranks - 1),
-            "broadcast_object_list": 2 * tree,
-        },
-        **{"broadcast": tree, "reduce": tree, "barrier": 2 * tree, "isend": 1, "send": 1, "recv": 0},
-    }
-    return sum(hops[name] * count for name, count in calls.items() if name != "bytes")
-
-
 def write_networks(folder: Path) -> None:
     """What a run begins with: a first stage, and a network to start from."""
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
@@ -349,10 +243,7 @@ def settings(ranks: int, shards: str, steps: int, overrides: list[str]) -> list[
     return [
         *("run_dir=s3://runs/run", f"steps={steps}", f"global_batch_size={SAMPLES_PER_RANK * ranks}"),
         *(f"micro_batch_size={SAMPLES_PER_RANK}", f"data.shards={shards}", "data.image_size=16"),
-        *(
-            "data.workers=0",
-            "data.shuffle_window=1",
-        ),
+        *("data.workers=0", "data.shuffle_window=1"),
         *NETWORKS,
         *("first_stage.weights=s3://weights/stage.safetensors", "init_from=s3://weights/start.safetensors"),
         *("distributed.doctor=false", "distributed.precision=bf16", "distributed.watchdog_s=0"),
@@ -397,6 +288,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings of the runs")
     args = parser.parse_args()
     sizes = [int(size) for size in args.ranks.split(",")]
+    if min(sizes) < 2:
+        parser.error("--ranks has to be at least 2: one rank talks to nobody.")
     table = rows(sizes, args.delay_ms / 1e3, max(512, 2 * SAMPLES_PER_RANK * max(sizes)), args.overrides)
     width = max(map(len, table))
     print(f"{'':{width}} " + "".join(f"{size:>10}" for size in sizes) + "   N^")

@@ -123,7 +123,8 @@ def test_a_run_asks_no_more_of_storage_and_peers_than_its_ranks_explain(tmp_path
         assert table[f"calls a step: {name}"] == (1, 1)
     # fp32 gradients and bf16 weights: 4 + 2 bytes of each parameter, where the ideal is 2 + 2.
     assert table["bytes a step over the ideal"] == pytest.approx((1.5, 1.5), rel=0.01)
-    # One peer more in each of the two groups; only the store of torch.distributed talks to all ranks.
+    # gloo connects each rank to every other in both groups, and rank 0's store to all: linear, but no more.
+    # Two are open or not, depending on the moment of counting.
     growth = {name: after - before for name, (before, after) in table.items()}
-    assert growth["file descriptors of a rank"] <= 6
-    assert growth["file descriptors of rank 0, which keeps the store"] <= 6 + 2 * 3
+    assert growth["file descriptors of a rank"] <= 2 * 2 + 2
+    assert growth["file descriptors of rank 0, which keeps the store"] <= 2 * 2 + 2 * 3 + 2

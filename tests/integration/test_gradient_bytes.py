@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scale import IDEAL_BYTES
+from benchmarks.collective_calls import IDEAL_BYTES
 from tests.integration.ranks import run_ranks
 from tests.integration.traffic_ranks import ACCUMULATION
 from trainer.config.run import Config

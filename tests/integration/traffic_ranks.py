@@ -6,10 +6,9 @@ from collections import Counter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from benchmarks.scale import CALLS, counted
+from benchmarks.collective_calls import count_calls
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig
 from trainer.distributed.build import build_engine
@@ -22,8 +21,7 @@ WIDTH = 96
 def bytes_of_a_step(env: DistributedEnv, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the second step of each case: bytes that this rank sends per parameter, and which calls they are."""
     calls: Counter[str] = Counter()
-    for name in CALLS:
-        setattr(dist, name, counted(getattr(dist, name), name, calls))
+    count_calls(calls)
     return [_second_step(env, DistributedConfig(**case), calls) for case in cases]
 
 

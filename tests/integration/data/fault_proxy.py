@@ -23,6 +23,7 @@ class FaultProxy(ThreadingHTTPServer):
 
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 1024
 
     def __init__(self, upstream: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -30,6 +31,9 @@ class FaultProxy(ThreadingHTTPServer):
         self.rng = random.Random(7)
         self.faults: dict[str, float] = {}
         self.first_byte_s = 0.0
+        """Of object reads."""
+        self.delay_s = 0.0
+        """Of every request."""
         self.broken: tuple[str, ...] = ()
         """Objects that always fail."""
         self.deletes = 0
@@ -54,6 +58,10 @@ class FaultProxy(ThreadingHTTPServer):
     def environment(self, direct: Mapping[str, str]) -> dict[str, str]:
         """Environment of the S3 server, with the endpoint replaced by the proxy's."""
         return {**direct, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.server_address[1]}"}
+
+    def passed_on(self, method: str, path: str, num_bytes: int) -> None:
+        """Take note of a request that was passed on, and of the size of its answer."""
+        self.traffic.append((method, path, num_bytes))
 
     def choose(self, path: str) -> str:
         with self.lock:
@@ -101,7 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(answer_body)
             return
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=30)
+        time.sleep(self.server.delay_s)
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
             upstream.putheader(name, value)
@@ -109,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = upstream.getresponse()
         data = answer.read()
         upstream.close()
-        self.server.traffic.append((self.command, self.path, len(data)))
+        self.server.passed_on(self.command, self.path, len(data))
         reads = self.command == "GET" and "list-type" not in self.path
         fault = self.server.choose(self.path) if reads else ""
         if reads:
