@@ -24,6 +24,7 @@ ALERTS: dict[str, Level] = {
     "save failed": "WARN",
     "snapshot failed": "WARN",
     "preview failed": "WARN",
+    "sick gpu": "WARN",
     "slow rank": "WARN",
     "slower": "WARN",
     "validation left out": "WARN",

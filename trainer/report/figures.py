@@ -53,10 +53,17 @@ def figures(records: Sequence[Record]) -> dict[str, go.Figure]:
         "Learning rate and gradient norm": _lines(
             rows, events, {"learning_rate": "learning rate", "grad_norm": "gradient norm"}, rows_apart=True
         ),
+        "Norm of the weights, by block": _group(rows, events, "layers/", "/weight"),
+        "Norm of the mean gradient, by block": _group(rows, events, "layers/", "/gradient"),
         "Speed": _lines(rows, events, {"images_per_s": "images/s"}),
         "Where a step's time goes": _step_split(rows, events),
+        "Most of any rank, and how long the quickest waits, in seconds": _group(
+            rows, events, "ranks/", "_s_most"
+        ),
+        "Slow ranks": _lines(rows, events, {"slow_ranks": "ranks"}),
         "Waiting for data": _lines(rows, events, {"data_wait": "share of the step"}),
         "Rejected samples by reason": _group(rows, events, "rejected/", total=True),
+        "Served samples": _lines(rows, events, {"served_share": "share of all"}),
         "Checkpoints": _lines(
             rows,
             events,
@@ -66,6 +73,7 @@ def figures(records: Sequence[Record]) -> dict[str, go.Figure]:
             },
         ),
         "Memory": _lines(rows, events, {"memory_gib": "GiB of a rank, at most"}),
+        "What the GPUs' drivers say": _group(rows, events, "gpu/"),
         "Progress and faults in time": _timeline(rows, events),
     }
     return {title: figure for title, figure in drawn.items() if figure is not None}
@@ -201,16 +209,17 @@ def _with_errors(rows: Sequence[Record], events: Sequence[Record], names: Sequen
 
 
 def _group(
-    rows: Sequence[Record], events: Sequence[Record], prefix: str, *, total: bool = False
+    rows: Sequence[Record], events: Sequence[Record], prefix: str, suffix: str = "", *, total: bool = False
 ) -> go.Figure | None:
-    names = [name for name in _names(rows) if name.startswith(prefix)]
+    """Columns whose names begin and end so, named by what stands between."""
+    names = [name for name in _names(rows) if name.startswith(prefix) and name.endswith(suffix)]
     if not names:
         return None
     figure = _figure()
     for name in names:
         xs, ys = column(rows, name)
         mode = "lines" if total or len(xs) > 40 else "lines+markers"
-        figure.add_scatter(x=xs, y=ys, name=name.removeprefix(prefix), mode=mode)
+        figure.add_scatter(x=xs, y=ys, name=name.removeprefix(prefix).removesuffix(suffix), mode=mode)
     return _with_events(figure, events)
 
 

@@ -33,7 +33,12 @@ SECTIONS: dict[str, tuple[Curves, ...]] = {
         Curves("first stage on held-out pictures", pattern="^validation/(psnr|ssim|psim|codebook_.*)$"),
         Curves("fidelity, from the evaluator beside the run", pattern="^eval/.*"),
     ),
-    "Optimizer": (Curves("learning rate", ("learning_rate",)), Curves("gradient norm", ("grad_norm",))),
+    "Optimizer": (
+        Curves("learning rate", ("learning_rate",)),
+        Curves("gradient norm", ("grad_norm",)),
+        Curves("norm of the weights, by block", pattern="^layers/.*/weight$"),
+        Curves("norm of the mean gradient, by block", pattern="^layers/.*/gradient$"),
+    ),
     "Speed": (
         Curves("images per second", ("images_per_s",)),
         Curves("share of a step spent waiting for data", ("data_wait",)),
@@ -45,6 +50,8 @@ SECTIONS: dict[str, tuple[Curves, ...]] = {
     ),
     "Machines": (
         Curves("slow ranks", ("slow_ranks",)),
+        Curves("most of any rank, and how long the quickest waits, in seconds", pattern="^ranks/.*_s_most$"),
+        Curves("what the GPUs' drivers say", pattern="^gpu/.*"),
         Curves("memory of a rank, GiB", ("memory_gib",)),
         Curves("seconds that a save stood in the way", pattern="^checkpoint/(blocked|waited)_s$"),
     ),

@@ -23,8 +23,9 @@ RECORDED = (
     *("loss", "loss/bin_0", "memory_gib", "nll", "perceptual", "rejected/held_out", "served_share"),
     *("slow_ranks", "step_s", "storage/requests", "time/data_s", "time/unet_s", "validation/bin_0"),
     *("validation/loss", "validation/psnr", "validation/raw_loss"),
+    *("gpu/xids", "layers/unet.mid_block/gradient", "layers/unet.mid_block/weight", "ranks/data_s_most"),
 )
-"""By `ldm demo` and its evaluator, some of many."""
+"""By `ldm demo`, its evaluator and, the last ones, runs on GPUs with layer_norms_every; some of many."""
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -102,6 +103,21 @@ def test_figures_hold_what_the_records_hold(run_dir: Path) -> None:
     steps, rewinds = drawn["Progress and faults in time"].data
     assert (steps.name, rewinds.name, list(rewinds.y)) == ("step", "rewind", [4])
     assert rewinds.x[0].timestamp() == 1_004.0
+
+
+def test_norms_ranks_and_gpus_are_drawn() -> None:
+    told = {"ranks/data_s_most": 0.1, "ranks/slowest": 3.0, "ranks/waits_s_most": 0.2, "gpu/xids": 1.0}
+    norms = {"layers/unet.mid_block/weight": 5.0, "layers/unet.mid_block/gradient": 0.1}
+    drawn = figures([record(step, **told, **norms, slow_ranks=1, served_share=0.9) for step in (1, 2)])
+    assert {title: [curve.name for curve in figure.data] for title, figure in drawn.items()} == {
+        "Norm of the weights, by block": ["unet.mid_block"],
+        "Norm of the mean gradient, by block": ["unet.mid_block"],
+        "Most of any rank, and how long the quickest waits, in seconds": ["data", "waits"],
+        "Slow ranks": ["ranks"],
+        "Served samples": ["share of all"],
+        "What the GPUs' drivers say": ["xids"],
+        "Progress and faults in time": ["step"],
+    }
 
 
 def test_the_page_stands_alone_and_runs_nothing_of_the_run(run_dir: Path) -> None:
