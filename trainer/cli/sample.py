@@ -23,7 +23,7 @@ import torch
 
 from trainer.cli import sample_series
 from trainer.cli.conditions_from_files import SamplingInputs
-from trainer.cli.sample_asked import ask, find_asked, load_asked, long_prompts, wishes_of
+from trainer.cli.sample_asked import BATCH, ask, find_asked, load_asked, long_prompts, wishes_of
 from trainer.config.run import ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.console import progress_bar
@@ -33,7 +33,6 @@ from trainer.sample import draw_all
 EXAMPLE = (
     "example: ldm sample s3://bucket/run --prompt 'a red circle' --sampler dpmpp_2m --steps 20 --out out"
 )
-BATCH = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HxW",
         help="pixels, e.g. 512x768 (default: that of a given picture, or of training)",
     )
-    parser.add_argument("--batch-size", type=int, help="pictures at a time (default: 16)")
+    parser.add_argument("--batch-size", type=int, help=f"pictures at a time (default: {BATCH})")
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),

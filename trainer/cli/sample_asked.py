@@ -26,6 +26,8 @@ from trainer.provenance import git_commit
 from trainer.sample import Request
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
+BATCH = 16
+"""Pictures drawn at a time where nobody says."""
 MAX_NOTES = 5
 """Prompts that are told to be too long, one by one."""
 

@@ -14,7 +14,7 @@ import torch
 from data_pipeline.storage.urls import join
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.checkpoint.commands import find_checkpoint, fingerprint
-from trainer.cli.sample_asked import Asked, ask, find_asked, load_asked, long_prompts, wishes_of
+from trainer.cli.sample_asked import BATCH, Asked, ask, find_asked, load_asked, long_prompts, wishes_of
 from trainer.cli.wishes import check_labels
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
@@ -175,7 +175,7 @@ def _adopt(args: argparse.Namespace, former: dict[str, Any]) -> None:
         args.checkpoint = step
     if args.batch_size is None:
         size = former.get("batch_size")
-        args.batch_size = size if isinstance(size, int) and size > 0 else 16
+        args.batch_size = size if isinstance(size, int) and size > 0 else BATCH
 
 
 def check(args: argparse.Namespace) -> None:
