@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -154,7 +155,7 @@ def _open_dataset(config: Config, alive: Callable[[], object]) -> Dataset | None
     """
     if config.data.order == "resampled":
         return None
-    with LongWork(alive) as work:
+    with closing(LongWork(alive)) as work:
         return collectives.worked_on_main_rank(
             lambda tell: open_dataset(config.data, progress=tell, at_once=True), work.told
         )

@@ -121,7 +121,7 @@ def check_samples(config: Config, env: DistributedEnv) -> list[Check]:
     remedy = "correct the shards, data.filter or data.captions, or raise data.max_rejected_share."
     ordered = config.data.order != "resampled"
     try:
-        with LongWork() as work:
+        with closing(LongWork()) as work:
             dataset = collectives.worked_on_main_rank(
                 lambda tell: open_dataset(config.data, progress=tell, at_once=True) if ordered else None,
                 work.told,

@@ -104,7 +104,7 @@ def hold_out(
             progress=tell,
         )
 
-    with LongWork(alive) as work:
+    with closing(LongWork(alive)) as work:
         return collectives.worked_on_main_rank(choose, work.told)
 
 

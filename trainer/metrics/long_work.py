@@ -8,8 +8,7 @@ all ranks   `LongWork.told`: a bar on rank 0, a beat for the watchdog wherever t
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from trainer.console import progress_bar
 from trainer.distributed import collectives
@@ -18,7 +17,7 @@ from trainer.distributed import collectives
 class LongWork:
     """Work on shards that rank 0 does while all wait: a bar there, and a sign of life on every rank.
 
-    A context manager; `told` is what `collectives.worked_on_main_rank` calls on every rank.
+    To be closed; `told` is what `collectives.worked_on_main_rank` calls on every rank.
 
     alive: called on this rank whenever the work got on since it was last called, and only then: rank 0 that
     speaks without getting on for long counts as hung, as it would if it were silent.
@@ -47,14 +46,3 @@ class LongWork:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
