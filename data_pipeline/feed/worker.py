@@ -28,12 +28,15 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, WorkerDied, as_failure
 from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
+from data_pipeline.order.turns import Turns
 from data_pipeline.processes import children_deaf_to_stops, unnamed_file
 from data_pipeline.shards.dataset import sources_of
 from data_pipeline.storage.client import filesystem
 
 _STOP_TIMEOUT_S = 5.0
 _PARENT_CHECK_S = 1.0
+_ENDED = (EOFError, BrokenPipeError, ConnectionResetError)
+"""The parent has closed the pipe, or is gone."""
 _SILENCE_S = 120.0
 """Patience with a worker on top of data.patience_s, after which it tells of an outage by itself."""
 
@@ -50,6 +53,7 @@ class WorkerProcess:
         self.name = name
         self._patience_s = config.patience_s + _SILENCE_S
         self._slots = max(1, config.prefetch)
+        self._ends_in_order = False
         self._memory_file = unnamed_file("loader")
         ours, theirs = Pipe(duplex=True)
         self._connection: Connection[Any, Any] = ours
@@ -80,6 +84,7 @@ class WorkerProcess:
         os.ftruncate(self._memory_file, self._slot_bytes * self._slots)
         self._memory = mmap.mmap(self._memory_file, self._slot_bytes * self._slots)
         self._send((task, self._slots, os.getpid()))
+        self._ends_in_order = isinstance(task.order, Turns)
 
     def take(self) -> tuple[FilledShare, memoryview, int]:
         """Wait for the next share: (share, its memory, slot). Give the slot back with `release`."""
@@ -129,8 +134,11 @@ class WorkerProcess:
             return
         self._connection.close()
         os.close(self._memory_file)
+        if self._ends_in_order:  # what it has found out about shards is in no manifest yet
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_TIMEOUT_S)
         if self._process.poll() is None:
-            self._process.kill()  # it holds nothing that needs an orderly end, and ignores SIGTERM
+            self._process.kill()  # it holds nothing else that needs an orderly end, and ignores SIGTERM
             self._process.wait()
 
 
@@ -149,12 +157,16 @@ def _serve(connection: Connection[Any, Any], memory: int) -> None:
     shared = memoryview(mmap.mmap(memory, slot_bytes * slots))
     free = list(range(slots))
     stream = ShareStream(task)
-    while True:
-        while not free or connection.poll():
-            free.append(connection.recv())
-        slot = free.pop(0)
-        share = stream.fill(shared[slot * slot_bytes : (slot + 1) * slot_bytes])
-        connection.send((share, slot))
+    try:
+        while True:
+            while not free or connection.poll():
+                free.append(connection.recv())
+            slot = free.pop(0)
+            share = stream.fill(shared[slot * slot_bytes : (slot + 1) * slot_bytes])
+            connection.send((share, slot))
+    except _ENDED:
+        stream.close()
+        raise
 
 
 def _watch_parent(parent: int) -> None:
@@ -168,8 +180,8 @@ def main() -> None:
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     try:
         _serve(connection, int(sys.argv[2]))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(0)  # the parent closed the pipe or is gone
+    except _ENDED:
+        os._exit(0)
     except BaseException as error:  # noqa: BLE001 - the parent raises it
         if not isinstance(error, Failure):
             sys.excepthook(type(error), error, error.__traceback__)

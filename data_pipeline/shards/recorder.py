@@ -2,7 +2,8 @@
 
     a lane has come to the end of a shard that it began     index of the whole (`TarPieces.whole`), written as
                                                             `ldm data index` writes it, its row kept
-    a minute later, then after two, four, ... an hour       rows of this process as one part of the manifest
+    a minute later, then after two, four, ... an hour,      rows of this process as one part of the manifest
+    and when the loader is closed
 
 So the first epoch of a run without an index leaves one behind. Who comes to a shard whose index file is there
 keeps nothing of it. A process that is killed loses the rows of its last hour at most: these shards count as
