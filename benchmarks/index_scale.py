@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 import psutil
 
 from data_pipeline.config import DataConfig
-from data_pipeline.loader import Part, build_loader
+from data_pipeline.loader import AnyLoader, Dataset, Part, build_loader
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
@@ -132,20 +132,25 @@ def load(config: DataConfig, args: argparse.Namespace) -> None:
     dataset = open_dataset(config)
     print(f"open on rank 0       {time.monotonic() - started:.1f} s, {dataset.counts.sum():,} samples")
     started = time.monotonic()
-    with build_loader(
-        config,
-        seed=1,
-        global_batch_size=args.global_batch_size,
-        part=Part(ranks=args.ranks),
-        dataset=dataset,
-    ) as loader:
+    with rank_0(config, dataset, args) as loader:
         next(loader)
         print(f"first batch          {time.monotonic() - started:.1f} s after the set is open")
         for _ in range(args.steps):
             next(loader)
-        found = [child.memory_full_info() for child in psutil.Process().children()]
-        unique = ", ".join(f"{memory.uss / MIB:.0f}" for memory in found)
-        print(f"memory per worker    {unique} MiB of their own (USS), after {args.steps} steps")
+        print_memory(args.steps)
+
+
+def rank_0(config: DataConfig, dataset: Dataset, args: argparse.Namespace) -> AnyLoader:
+    """Loader of the first rank of the run."""
+    part = Part(ranks=args.ranks)
+    return build_loader(config, seed=1, global_batch_size=args.global_batch_size, part=part, dataset=dataset)
+
+
+def print_memory(steps: int) -> None:
+    """Memory that each loader process has for itself."""
+    found = [child.memory_full_info() for child in psutil.Process().children()]
+    unique = ", ".join(f"{memory.uss / MIB:.0f}" for memory in found)
+    print(f"memory per worker    {unique} MiB of their own (USS), after {steps} steps")
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -222,13 +227,7 @@ def at_once(args: argparse.Namespace) -> None:
             f"{_asked()}"
         )
         opened = time.monotonic()
-        with build_loader(
-            config,
-            seed=1,
-            global_batch_size=args.global_batch_size,
-            part=Part(ranks=args.ranks),
-            dataset=dataset,
-        ) as loader:
+        with rank_0(config, dataset, args) as loader:
             size = len(next(loader).keys)
             print(
                 f"first batch          {time.monotonic() - opened:.1f} s later ({size} samples), {_asked()}"
@@ -237,9 +236,7 @@ def at_once(args: argparse.Namespace) -> None:
                 position = next(loader).position
             print(f"{args.steps} steps later       {_asked()}")
             print(f"position             {len(json.dumps(position)) / (size or 1):.0f} bytes per sample")
-            found = [child.memory_full_info() for child in psutil.Process().children()]
-            unique = ", ".join(f"{memory.uss / MIB:.0f}" for memory in found)
-            print(f"memory per worker    {unique} MiB of their own (USS)")
+            print_memory(args.steps)
         server.shutdown()
 
 
