@@ -32,7 +32,7 @@ _SKIP = 8_000_000
 """Bytes of a member that are not read along with its neighbours, but when they are asked for."""
 _HEAD = 512
 _LEVEL = 1
-INDEX_IT = "run `ldm data index` once"
+_INDEX_IT = "run `ldm data index` once"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TarPieces:
             if found.lost:
                 raise DataError(
                     f"{self.shard.url} has links to members that lie far from them, which cannot be followed "
-                    f"while it is read for the first time; {INDEX_IT}."
+                    f"while it is read for the first time; {_INDEX_IT}."
                 )
             self._check_whole(grouping.samples)
             if grouping.samples:
@@ -132,8 +132,8 @@ class TarPieces:
             if key in self._known and not (self._known[key] and pictured[key]):
                 raise DataError(
                     f"The members of sample {sample.key[:80]!r} of {self.shard.url} lie apart, which cannot "
-                    f"be joined while it is read for the first time; {INDEX_IT}, or write the tar again with "
-                    "`tar --sort=name`."
+                    f"be joined while it is read for the first time; {_INDEX_IT}, or write the tar again "
+                    "with `tar --sort=name`."
                 )
         self._known |= pictured
 
