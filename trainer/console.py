@@ -1,11 +1,12 @@
-"""What the commands and the ranks write to the terminal: lines by `logging`, and progress bars."""
+"""What the commands and the ranks write to the terminal: output, lines by `logging`, and progress bars."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -17,15 +18,27 @@ _QUIET = ("DeepSpeed", "botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "
 """Libraries whose INFO lines would bury ours."""
 
 
+def _beside_bars(stream: TextIO) -> AbstractContextManager[None]:
+    """Inside, a bar on the terminal makes room for what this stream shows there; one in a log file stays."""
+    bars = sys.modules.get("tqdm")  # most commands never draw one
+    if bars is None or not (stream.isatty() and sys.stderr.isatty()):
+        return nullcontext()
+    aside: AbstractContextManager[None] = bars.tqdm.external_write_mode(file=stream)
+    return aside
+
+
+def say(line: str) -> None:
+    """A command's own output, on stdout, at once."""
+    with _beside_bars(sys.stdout):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
 class _BesideBars(logging.StreamHandler[Any]):
     """A line never ends up behind a bar that stands on the terminal: the bar steps aside for it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        bars = sys.modules.get("tqdm")  # most commands never draw one
-        if bars is None or not self.stream.isatty():
-            super().emit(record)
-            return
-        with bars.tqdm.external_write_mode(file=self.stream):
+        with _beside_bars(self.stream):
             super().emit(record)
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from trainer.checkpoint.commands import list_checkpoints, verify
 from trainer.config.checks_validation import TRAINING_LOSS
-from trainer.console import progress_bar
+from trainer.console import progress_bar, say
 
 EXAMPLE = "example: ldm checkpoint verify s3://bucket/run"
 
@@ -36,6 +36,6 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar(None, "checkpoint", "verify") as bar:
         for found in verify(args.source, args.checkpoint):
             damaged += bool(found.problems)
-            bar.write(f"{found.step:>9}  {'; '.join(found.problems) or 'good'}  {found.url}")
+            say(f"{found.step:>9}  {'; '.join(found.problems) or 'good'}  {found.url}")
             bar.update()
     return 1 if damaged else 0

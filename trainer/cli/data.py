@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.config import RANGE, DataConfig, HeldOutConfig
 from data_pipeline.errors import DataError
 from trainer.config.io import load_config
-from trainer.console import progress_bar
+from trainer.console import progress_bar, say
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -114,7 +114,7 @@ def _synthesize(args: argparse.Namespace) -> int:
             successes += report.successes
             size_bytes += report.bytes
             bar.update(report.rows)
-    _say(f"{options.shards} shards, {successes} samples of {rows} rows, {size_bytes:,} bytes in {args.url}")
+    say(f"{options.shards} shards, {successes} samples of {rows} rows, {size_bytes:,} bytes in {args.url}")
     return 0
 
 
@@ -171,9 +171,9 @@ def _inspect(args: argparse.Namespace) -> int:
             progress=_updater(bar),
         )
     for line in found.lines():
-        _say(line)
+        say(line)
     write_bytes(sheet, contact_sheet(found.pictures))
-    _say(f"contact sheet     {sheet}")
+    say(f"contact sheet     {sheet}")
     return 0
 
 
@@ -205,18 +205,18 @@ def _index(args: argparse.Namespace) -> int:
             folder,
             workers=args.workers,
             progress=_updater(bar),
-            announce=lambda estimate: bar.write(f"estimate          {estimate.sentence()}"),
+            announce=lambda estimate: say(f"estimate          {estimate.sentence()}"),
         )
     rows = report.rows.values()
-    _say(f"shards            {len(report.rows)} ({report.read} read now)")
-    _say(f"samples           {sum(r.samples for r in rows):,}")
-    _say(f"rows without tar  {sum(r.missing_rows for r in rows):,}")
-    _say(f"index             {folder}")
+    say(f"shards            {len(report.rows)} ({report.read} read now)")
+    say(f"samples           {sum(r.samples for r in rows):,}")
+    say(f"rows without tar  {sum(r.missing_rows for r in rows):,}")
+    say(f"index             {folder}")
     for row in rows:
         for problem in row.problems:
-            _say(f"problem           {name_of(row.shard)}: {problem}")
+            say(f"problem           {name_of(row.shard)}: {problem}")
     for reason in report.failed.values():
-        _say(f"failed            {reason}")
+        say(f"failed            {reason}")
     return 1 if report.failed else 0
 
 
@@ -245,7 +245,7 @@ def _add_trace(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             raise DataError(f"--steps is {args.steps!r}; write A:B with whole numbers, e.g. 0:10 for 0 to 9.")
         steps = range(int(first), int(stop))
         for step, keys in trace(config, seed, batch, steps=steps, ranks=args.ranks):
-            _say(json.dumps({"step": step, "keys": keys}))
+            say(json.dumps({"step": step, "keys": keys}))
         return 0
 
     parser.set_defaults(func=run)
@@ -279,12 +279,12 @@ def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         if args.validation:
             count = load_config(args.config, args.overrides).validation.samples
             for record in explain_validation(config, seed, batch, count):
-                _say(json.dumps(record))
+                say(json.dumps(record))
             return 0
         assumed: list[str] = []
         for record in explain_step(config, seed, batch, args.step, rejects=args.rejects):
             assumed = record["assumes"]
-            _say(json.dumps(record))
+            say(json.dumps(record))
         sys.stderr.write(f"exact if: {'; '.join(assumed)}.\n")
         return 0
 
@@ -315,12 +315,12 @@ def _purge(args: argparse.Namespace) -> int:
         )
     with progress_bar(None, "parts", "purge") as bar:
         found = purge(cache, lists, progress=_updater(bar))
-    _say(f"parts             {found.parts:,} ({found.rewritten:,} written anew)")
-    _say(f"entries           {found.entries:,} ({found.removed:,} removed)")
+    say(f"parts             {found.parts:,} ({found.rewritten:,} written anew)")
+    say(f"entries           {found.entries:,} ({found.removed:,} removed)")
     if found.unknown:
-        _say(f"without a table   {found.unknown:,} (removed: nothing says what they held)")
+        say(f"without a table   {found.unknown:,} (removed: nothing says what they held)")
     if found.unfinished:
-        _say(f"unfinished        {found.unfinished:,} (younger than an hour; run this again later)")
+        say(f"unfinished        {found.unfinished:,} (younger than an hour; run this again later)")
     return 1 if found.unfinished else 0
 
 
@@ -364,8 +364,3 @@ def _updater(bar: tqdm[Any]) -> Callable[[int, int], None]:
         bar.update(done - bar.n)  # which decides when it is time to show it
 
     return update
-
-
-def _say(line: str) -> None:
-    """A command's own output, on stdout."""
-    sys.stdout.write(line + "\n")
