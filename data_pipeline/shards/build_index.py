@@ -41,6 +41,7 @@ from data_pipeline.shards.manifest import (
     merge_parts,
     read_manifest,
     store_index,
+    without_file,
 )
 from data_pipeline.shards.read_index import read_index
 from data_pipeline.storage.listing import ListedFile
@@ -113,6 +114,7 @@ def build_index(
     announce: Callable[[Estimate], object] = lambda estimate: None,
     timeout_s: float = 30.0,
     tries: int = 8,
+    restore: bool = False,
 ) -> IndexReport:
     """Index what is new or changed and write the manifest to `folder`.
 
@@ -124,9 +126,11 @@ def build_index(
         progress: called with the shards that are done and their number, about once a second also while none
             is finished.
         announce: called once, before most of many shards are read, with what they will take.
+        restore: read shards, too, whose index file is gone (a damaged one is deleted to be made anew).
     """
     known = read_manifest(folder)
-    stale = [s for s in shards if not is_current(s, known.get(s.url)) or known[s.url].is_bad]
+    gone = without_file(folder, known) if restore else set()
+    stale = [s for s in shards if not is_current(s, known.get(s.url)) or known[s.url].is_bad or s.url in gone]
     failed: dict[str, str] = {}
     unsaved: dict[str, ManifestRow] = {}
     done, saved = len(shards) - len(stale), time.monotonic()

@@ -112,7 +112,9 @@ def _row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
 def decode_listed(data: bytes, url: str, checksum: str) -> ShardIndex:
     """The index file at `url`, of the manifest's checksum. Raises DataError for another one."""
     if hashlib.sha256(data).hexdigest() != checksum:
-        raise DataError(f"The index {url} does not match its manifest; run `ldm data index` again.")
+        raise DataError(
+            f"The index {url} does not match its manifest; delete it and run `ldm data index` again."
+        )
     return decode_index(data, url)
 
 
@@ -129,11 +131,17 @@ def read_manifest(folder: str) -> dict[str, ManifestRow]:
 def read_parts(folder: str) -> tuple[dict[str, ManifestRow], list[str]]:
     """The same, and the names of the parts in PARTS among whose rows they are."""
     rows = _read_rows(join(folder, MANIFEST)) or {}
-    names = _part_names(folder)
+    names = _names_in(join(folder, PARTS))
     with ThreadPoolExecutor(_READERS) as pool:
         for part in pool.map(lambda name: _read_rows(join(join(folder, PARTS), name)), names):
             rows.update(part or {})
     return rows, names
+
+
+def without_file(folder: str, rows: Mapping[str, ManifestRow]) -> set[str]:
+    """Shards whose index file is gone from the folder; none where it cannot be listed."""
+    names = set(_names_in(folder))
+    return {url for url, row in rows.items() if not row.is_bad and row.index not in names} if names else set()
 
 
 def append_rows(folder: str, rows: Iterable[ManifestRow]) -> None:
@@ -157,11 +165,11 @@ def write_manifest(folder: str, rows: Mapping[str, ManifestRow]) -> None:
     write_bytes(join(folder, MANIFEST), _encode_rows(rows[shard] for shard in sorted(rows)))
 
 
-def _part_names(folder: str) -> list[str]:
+def _names_in(folder: str) -> list[str]:
     if is_http(folder):  # there nobody writes, and nothing can be listed
         return []
     try:
-        return list_names(join(folder, PARTS))
+        return list_names(folder)
     except AccessDenied:  # who may read may not always list
         return []
 

@@ -206,6 +206,7 @@ def _index(args: argparse.Namespace) -> int:
             workers=args.workers,
             progress=_updater(bar),
             announce=lambda estimate: say(f"estimate          {estimate.sentence()}"),
+            restore=True,
         )
     rows = report.rows.values()
     say(f"shards            {len(report.rows)} ({report.read} read now)")

@@ -18,12 +18,15 @@ import pytest
 from PIL import Image
 
 from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
+from data_pipeline.loader import build_loader
 from data_pipeline.shards import build_index as build
 from data_pipeline.shards.build_index import Estimate, build_index
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.manifest import MANIFEST, PARTS, append_rows, read_manifest, write_manifest
 from data_pipeline.shards.tars import scan
 from data_pipeline.storage.listing import list_files
+from trainer.__main__ import main
 
 
 class _Stopped(BaseException):
@@ -120,6 +123,24 @@ def test_what_a_killed_build_has_saved_is_not_read_again(
     assert {url: row.samples for url, row in read_manifest(index).items()} == {
         f"{tmp_path}/shards/{i:05d}.tar": samples for i, samples in enumerate([2, 3, 1, 4, 2])
     }
+
+
+def test_a_damaged_index_file_is_made_anew_as_the_error_says(tmp_path: Path, write_shards, capsys) -> None:
+    write_shards(tmp_path, [20, 30, 10])
+    config = DataConfig(shards=str(tmp_path), workers=0, image_size=16)
+    dataset = open_dataset(config)
+    damaged = Path(dataset.index_urls[1])
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with (
+        pytest.raises(DataError, match=r"00001-.*npz does not match its manifest; delete it and run"),
+        build_loader(config, seed=0, global_batch_size=60) as loader,
+    ):
+        next(loader)
+    damaged.unlink()
+    assert main(["data", "index", str(tmp_path)]) == 0
+    assert "shards            3 (1 read now)" in capsys.readouterr().out
+    with build_loader(config, seed=0, global_batch_size=60) as loader:
+        assert len(set(next(loader).keys)) == 60
 
 
 def test_rows_of_several_writers_are_kept_and_the_newest_counts(tmp_path: Path, write_shards) -> None:
