@@ -19,14 +19,13 @@ from trainer.config.io import load_run
 from trainer.config.run import ConfigError
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
-from trainer.launch.slurm_job import (
-    SPARE_VARIABLE,
+from trainer.launch.slurm_job import SPARE_VARIABLE, snapshot
+from trainer.launch.slurm_records import (
     baseline,
     read_attempts,
     read_submission,
     recovery_sentence,
     run_folder,
-    snapshot,
 )
 from trainer.launch.slurm_verdict import fruitless
 from trainer.operation.standing import duration

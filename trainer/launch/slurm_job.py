@@ -1,13 +1,8 @@
 """What a SLURM job asks Python for: a snapshot of what was submitted, and what follows an attempt's end.
 
-The job's script (slurm/train_ldm.sh) starts and ends ranks; it keeps in the job's folder, over requeues:
-
-    submission.json, config.yaml, code/    what was submitted, once
-    attempts.jsonl                         a line per attempt that has ended: the one owner of what happened
-    attempt-K/launched.json                when the script called srun for the ranks
-    attempt-K/start.json                   when rank 0 had made its first step, and what took how long
-
-How far the run is, only its folder says: the newest committed checkpoint is looked up at every end.
+The script of the job (slurm/train_ldm.sh) starts and ends ranks, and asks here between them; what it keeps of
+the job is in slurm_records.py. How far the run is, only the folder of the run says: the newest committed
+checkpoint is looked up at every end.
 """
 
 from __future__ import annotations
@@ -30,12 +25,18 @@ from typing import Any
 
 from data_pipeline.errors import Failure, UserError
 from data_pipeline.storage.files import write_bytes
-from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.io import config_to_dict, dump_yaml, load_run
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import newest_checkpoint
+from trainer.launch.slurm_records import (
+    baseline,
+    read_attempts,
+    read_submission,
+    recovery_sentence,
+    run_folder,
+)
 from trainer.launch.slurm_verdict import (
     Allocation,
     Policy,
@@ -58,14 +59,7 @@ SPARE_VARIABLE = "LDM_SPARE_NODES"
 _SNAPSHOT = ("trainer", "data_pipeline", "configs", "slurm", "pyproject.toml", "constraints.txt")
 _RECORDS_BYTES = 1 << 20
 """Of a run's newest records: hours of them."""
-_UNKNOWN: dict[str, Any] = {
-    **{"allocation": 0, "ran": True, "committed": None, "then": "requeue"},
-    **{"gone": [], "suspect": [], "sick": []},
-}
-"""What records of earlier versions do not say."""
 _LOOK_S = 30.0
-_BEFORE_RESTORE = ("imports and checks", "process group")
-_FIRST_STEP = ("first batch", "first save", "first step")
 
 
 def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config:
@@ -131,30 +125,6 @@ def snapshot(repository: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def read_attempts(job_dir: Path) -> list[dict[str, Any]]:
-    """Every finished attempt of a job, oldest first."""
-    path = job_dir / "attempts.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [{**_UNKNOWN, **json.loads(line)} for line in lines if line]
-
-
-def read_submission(job_dir: Path) -> dict[str, Any] | None:
-    """What was submitted; None before it has been copied."""
-    path = job_dir / "submission.json"
-    if not path.exists():
-        return None
-    submission: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return submission
-
-
-def run_folder(submission: Mapping[str, Any]) -> str:
-    """URL of the run, or its absolute path."""
-    run_dir = str(submission["run_dir"])
-    return str(Path(submission["working_directory"]) / local_path(run_dir)) if is_local(run_dir) else run_dir
-
-
 def policy_from_environment() -> Policy:
     """Defaults where a variable is unset.
 
@@ -214,11 +184,6 @@ def record_end(args: argparse.Namespace) -> tuple[dict[str, Any], Verdict]:
     with (job_dir / "attempts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     return record, verdict
-
-
-def baseline(submission: Mapping[str, Any] | None) -> int:
-    """The newest committed step before the job's first attempt."""
-    return 0 if submission is None else int(submission.get("committed", 0))
 
 
 def _end_of_attempt(args: argparse.Namespace) -> dict[str, Any]:
@@ -281,48 +246,6 @@ def _holder(job_dir: Path, tasks_per_node: int) -> Callable[[int], bool]:
         return True
 
     return holds
-
-
-def recovery(job_dir: Path, number: int) -> dict[str, float] | None:
-    """Seconds from a fault to the first new step of attempt `number` in the same allocation, by part.
-
-    The parts add up to all of it: `detect` (the script sees what SLURM told it), `kill` (the other ranks end,
-    or are ended), `judge`, `check` (of the nodes), `srun` (until rank 0's process exists), `import`,
-    `rendezvous`, `restore` and `first step`. None where this attempt follows no fault there, or has made no
-    step.
-    """
-    folder = job_dir / f"attempt-{number}"
-    before = next((attempt for attempt in read_attempts(job_dir) if attempt["attempt"] == number - 1), None)
-    if before is None or before["then"] != "restart" or before["fault"] is None:
-        return None
-    try:
-        launched, start = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in ("launched.json", "start.json")
-        )
-    except (FileNotFoundError, ValueError):
-        return None
-    parts, began = start["parts"], start["time"] - start["age"]
-    return {
-        "detect": before["seen"] - before["fault"],
-        "kill": before["ended"] - before["seen"],
-        "judge": before["judged"] - before["ended"],
-        "check": launched["time"] - before["judged"],
-        "srun": began - launched["time"],
-        "import": parts.get("imports and checks", 0.0),
-        "rendezvous": parts.get("process group", 0.0),
-        "restore": sum(parts[name] for name in parts if name not in (*_BEFORE_RESTORE, *_FIRST_STEP)),
-        "first step": sum(parts.get(name, 0.0) for name in _FIRST_STEP),
-    }
-
-
-def recovery_sentence(job_dir: Path, number: int) -> str | None:
-    """`recovery` in words."""
-    parts = recovery(job_dir, number)
-    if parts is None:
-        return None
-    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-    return f"attempt {number} made its first step {sum(parts.values()):.1f} s after the fault: {told}"
 
 
 def _decide(args: argparse.Namespace) -> int:

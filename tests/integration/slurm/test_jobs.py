@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.integration.slurm.slurm_cluster import LIMIT_S, SCRIPT, Job
-from trainer.launch.slurm_job import read_attempts
+from trainer.launch.slurm_records import read_attempts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

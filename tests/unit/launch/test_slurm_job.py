@@ -18,7 +18,8 @@ import yaml
 
 from trainer.config.run import ConfigError
 from trainer.launch.slurm import describe_job, follow, submit
-from trainer.launch.slurm_job import main, prepare, read_attempts, recovery
+from trainer.launch.slurm_job import main, prepare
+from trainer.launch.slurm_records import read_attempts, recovery
 from trainer.reliability.doubt import Fault
 
 REPOSITORY = Path(__file__).parents[3]
