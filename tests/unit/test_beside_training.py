@@ -115,7 +115,7 @@ def test_ray_gets_no_exception_for_storage_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("ray.train", reason='pip install "ray[default,train]"')
-    from trainer.launch.ray import store_pointer
+    from trainer.launch.ray_rank import store_pointer
 
     given = tmp_path / "pointer.json"
     given.write_text('{"step": 5}')
