@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,7 @@ from trainer.distributed import adamw
 from trainer.distributed.acceleration import REGIONS
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
-from trainer.distributed.replicas import owned_shares, synchronise
+from trainer.distributed.replicas import replicated_fragments, synchronise
 
 
 class FSDPEngine:
@@ -193,26 +194,19 @@ class FSDPEngine:
         return (square / self._replicas).sqrt()
 
     def _make_fragments(self, replica: int, place: int, cut: int) -> list[Fragment]:
-        names = list(self.parameter_shapes)
-        first = []
-        for master, shape in zip(self._masters, self.parameter_shapes.values(), strict=True):
+        first = {}
+        for name, shape in self.parameter_shapes.items():
             rows = -(-shape[0] // cut)  # as torch.chunk
-            first.append(min(place * rows, shape[0]) * (torch.Size(shape).numel() // max(shape[0], 1)))
-            assert master.is_contiguous()
+            first[name] = min(place * rows, shape[0]) * (torch.Size(shape).numel() // max(shape[0], 1))
+        of_rows = replicated_fragments(
+            list(first),
+            list(self._masters),
+            [{key: self._optimizer.state[master][key] for key in adamw.MOMENTS} for master in self._masters],
+            rank=replica,
+            world_size=self._replicas,
+        )
         return [
-            Fragment(
-                name=names[share.index],
-                shape=self.parameter_shapes[names[share.index]],
-                start=first[share.index] + share.start,
-                master=self._masters[share.index].detach().view(-1)[share.start : share.stop],
-                moments={
-                    key: self._optimizer.state[self._masters[share.index]][key].view(-1)[
-                        share.start : share.stop
-                    ]
-                    for key in adamw.MOMENTS
-                },
-            )
-            for share in owned_shares([m.numel() for m in self._masters], replica, self._replicas)
+            replace(f, shape=self.parameter_shapes[f.name], start=first[f.name] + f.start) for f in of_rows
         ]
 
     def _synchronise(self, tensors: list[Tensor]) -> None:
