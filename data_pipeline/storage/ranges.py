@@ -34,6 +34,7 @@ _FORGET = 0.05
 _SHORTEST_DEADLINE_S = 3.0
 _DEADLINE_FACTOR = 10.0
 _PROBES = 3
+_ALONE = 2
 
 
 class RangeReader:
@@ -84,13 +85,18 @@ class RangeReader:
     def _patiently(self, url: str, action: Callable[[int], T]) -> T:
         """What `action` returns in the end; it is given the number of the try."""
         began = time.monotonic()
+        alone = 0  # tries in a row that failed while others were answered, once the first `tries` are over
         for attempt in itertools.count(1):
+            tried = time.monotonic()
             try:
                 result = action(attempt)
             except Replaced as error:
                 raise Replaced(f"{url} was replaced: {error}") from error
             except Exception as error:  # noqa: BLE001 - the libraries' exceptions have no common base
-                self._judge(error, url, attempt, began)
+                self._require_transient(error, url)
+                if attempt >= self.tries:
+                    alone = alone + 1 if self._last_success > tried or self._others_answer(url) else 0
+                    self._judge(error, url, attempt, alone, time.monotonic() - began)
             else:
                 self._last_success = time.monotonic()
                 return result
@@ -119,8 +125,8 @@ class RangeReader:
             raise ShortBody(f"short body: {len(data)} of {stop - start} bytes")
         return data
 
-    def _judge(self, error: Exception, url: str, attempt: int, began: float) -> None:
-        """Return to try again; raise when it is no use."""
+    def _require_transient(self, error: Exception, url: str) -> None:
+        """Return where another try may help; raise what the failure means where it cannot."""
         if isinstance(error, DataError):  # a mistake in the environment, or a server without ranges
             raise error
         if isinstance(error, PermissionError):
@@ -133,12 +139,19 @@ class RangeReader:
             if isinstance(explained, NotFound):
                 raise Gone(str(explained)) from error
             raise ReadFailed(f"{url}: {explained}") from error
-        if attempt < self.tries:
-            return
-        if self._last_success > began or self._others_answer(url):
+
+    def _judge(self, error: Exception, url: str, attempt: int, alone: int, waited: float) -> None:
+        """After the usual tries: give up this object, give up the storage, or return to wait for it.
+
+        What was answered before a try began says nothing of the storage as it is now: an outage would cost
+        the objects that were asked for as it began. Nor does one failed try beside an answer: the outage may
+        have ended between the two.
+        """
+        if alone >= _ALONE:
             self.counts["failures"] += 1
             raise ReadFailed(f"{url}: {attempt} tries failed, the last with {error}") from error
-        waited = time.monotonic() - began
+        if alone:
+            return
         logger.warning("storage does not answer since %.0f s: %s (%s)", waited, url, error)
         if waited > self.patience_s:
             raise StorageOutage(

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,11 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
-from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
+from data_pipeline.storage.local_s3 import LocalS3
+from trainer.checkpoint.catalogue import (
+    CheckpointHandle,
+    checkpoints_url,
+    folder_name,
+    open_checkpoint,
+    steps_found,
+)
 from trainer.checkpoint.reader import EngineReader
 from trainer.launch.observe import LocalRun
 from trainer.reliability.heartbeat import Pulse
@@ -202,7 +211,7 @@ class FaultyRun:
         lost = max(0, step - resumed)
         self.report(fault, detect_s=noticed - struck, recover_s=back - struck, lost_steps=lost)
 
-    def report(self, fault: str, **measured: float) -> None:
+    def report(self, fault: str, **measured: float | str) -> None:
         """Append what was measured to the file that LDM_FAULT_REPORT names (docs/reliability.md)."""
         if path := os.environ.get("LDM_FAULT_REPORT"):
             with Path(path).open("a") as stream:
@@ -245,16 +254,41 @@ class FaultyRun:
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of every parameter's master weights, moments and averages at the last checkpoint."""
-        folder = checkpoints_url(self.run_dir)
-        handle = open_checkpoint(f"{folder}/{folder_name(steps_found(folder)[0])}")
+        handle = self._last_checkpoint()
         prints = {"step": str(handle.step)}
+        for kind, whole in self._whole(handle):
+            for name, tensor in whole.items():
+                digest = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+                prints[f"{kind}.{name}"] = digest
+        return prints
+
+    def state_distances(self, other: FaultyRun) -> dict[str, float]:
+        """Of the last checkpoints' master weights, moments and averages, relative to the other's norm."""
+        ours, theirs = (
+            {
+                kind: torch.cat([whole[name].flatten().double() for name in sorted(whole)])
+                for kind, whole in run._whole(run._last_checkpoint())
+            }
+            for run in (self, other)
+        )
+        assert ours.keys() == theirs.keys()
+        return {kind: float((ours[kind] - theirs[kind]).norm() / theirs[kind].norm()) for kind in ours}
+
+    def position(self) -> dict[str, Any]:
+        """Where the data of the last checkpoint stand."""
+        handle = self._last_checkpoint()
+        state = json.loads((Path(handle.url) / handle.manifest.state.name).read_text(encoding="utf-8"))
+        return dict(state["state"]["train"]["position"])
+
+    def _last_checkpoint(self) -> CheckpointHandle:
+        folder = checkpoints_url(self.run_dir)
+        return open_checkpoint(f"{folder}/{folder_name(steps_found(folder)[0])}")
+
+    def _whole(self, handle: CheckpointHandle) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for engine, shapes in handle.manifest.shapes.items():
             reader = EngineReader(handle, engine)
             for kind in handle.manifest.plan(0).kinds[engine]:
-                for name, tensor in reader.whole(kind, list(shapes)).items():
-                    digest = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-                    prints[f"{engine}.{kind}.{name}"] = digest
-        return prints
+                yield f"{engine}.{kind}", reader.whole(kind, list(shapes))
 
 
 @dataclass(frozen=True)
@@ -285,6 +319,29 @@ def make_run(tmp_path: Path, shards: str) -> Iterator[RunFactory]:
     yield factory
     for run in factory.made:
         run.kill()
+
+
+@pytest.fixture
+def s3(tmp_path: Path, shards: str) -> Iterator[LocalS3]:
+    """A real S3 server over a folder that holds the shards."""
+    folder = tmp_path / "s3"
+    shutil.copytree(Path(shards).parent, folder / "bucket" / "shards")
+    with LocalS3(folder, buckets=("bucket",)) as server:
+        yield server
+
+
+@pytest.fixture
+def on_s3(make_run: RunFactory, s3: LocalS3) -> Callable[[dict[str, Any]], FaultyRun]:
+    """Makes a run with shards and checkpoints in the bucket; the harness looks at the folder behind it."""
+
+    def make(changes: dict[str, Any]) -> FaultyRun:
+        bucket = {"run_dir": "s3://bucket/out", "data": {"shards": "s3://bucket/shards/*.tar"}}
+        run = make_run(merge(bucket, changes), environment=s3.env)
+        run.folder_of_run = s3.folder / "bucket" / "out"
+        run.run_dir = str(run.folder_of_run)
+        return run
+
+    return make
 
 
 @dataclass(frozen=True)

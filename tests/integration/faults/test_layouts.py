@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from data_pipeline.loader import build_loader
 from trainer.__main__ import main
-from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
-from trainer.checkpoint.reader import EngineReader
 from trainer.config.io import load_config
 
 pytestmark = pytest.mark.timeout(2400)
@@ -41,28 +37,6 @@ def settings(leg: dict[str, Any], steps: int) -> dict[str, Any]:
     }
 
 
-def final_state(run: Any) -> dict[str, torch.Tensor]:
-    """Master weights, moments and averages of the last checkpoint, one vector each."""
-    folder = checkpoints_url(run.run_dir)
-    handle = open_checkpoint(f"{folder}/{folder_name(steps_found(folder)[0])}")
-    state = {}
-    for engine, shapes in handle.manifest.shapes.items():
-        reader = EngineReader(handle, engine)
-        for kind in handle.manifest.plan(0).kinds[engine]:
-            whole = reader.whole(kind, list(shapes))
-            state[f"{engine}.{kind}"] = torch.cat([whole[name].flatten().double() for name in sorted(whole)])
-    return state
-
-
-def state_distances(run: Any, other: Any) -> dict[str, float]:
-    """Relative to the other's norm."""
-    theirs = final_state(other)
-    return {
-        name: float((value - theirs[name]).norm() / theirs[name].norm())
-        for name, value in final_state(run).items()
-    }
-
-
 @pytest.mark.slow
 def test_a_run_whose_layout_changes_at_every_restart_is_the_run_that_never_did(make_run: Any) -> None:
     for number, leg in enumerate(LEGS, 1):
@@ -77,7 +51,7 @@ def test_a_run_whose_layout_changes_at_every_restart_is_the_run_that_never_did(m
     assert list(changing.trace()) == list(wanted)
     worst = max(abs(changing.trace()[step] / loss - 1) for step, loss in wanted.items())
     assert worst < 5e-6
-    distances = state_distances(changing, constant)
+    distances = changing.state_distances(constant)
     assert max(distances.values()) < 1e-4, distances
     changing.report("layout changes", loss_distance=worst, state_distance=max(distances.values()))
 
@@ -123,7 +97,7 @@ def test_ranks_that_do_not_divide_the_batch_are_the_run_on_one(make_run: Any, ow
     assert list(changing.trace()) == list(wanted) == list(range(1, steps * len(ANY_RANKS) + 1))
     worst = max(abs(changing.trace()[step] / loss - 1) for step, loss in wanted.items())
     assert worst < 5e-6
-    distances = state_distances(changing, constant)
+    distances = changing.state_distances(constant)
     assert max(distances.values()) < 1e-4, distances
     changing.report("any ranks", loss_distance=worst, state_distance=max(distances.values()))
     # Every lane stands where one uninterrupted reader leaves it: each sample came exactly once.
@@ -131,7 +105,7 @@ def test_ranks_that_do_not_divide_the_batch_are_the_run_on_one(make_run: Any, ow
     with build_loader(data, seed=0, global_batch_size=10) as batches:
         for _ in wanted:
             batch = next(batches)
-    assert position_of(changing) == position_of(constant) == batch.position
+    assert changing.position() == constant.position() == batch.position
     assert {record["samples_seen"] for record in changing.records() if "loss" in record} == {
         10 * step for step in wanted
     }
@@ -153,15 +127,7 @@ def test_a_run_that_began_without_an_index_keeps_its_lanes(make_run: Any, own_sh
     changing = make_run(changes(3, 4, "indexed"), name="changing")
     assert changing.run() == 0, changing.console[-4000:]
     assert "; 2 ranks make a step as short" in changing.console
-    assert position_of(changing) == position_of(constant)
-    assert position_of(changing)["lanes"] == 2
+    assert changing.position() == constant.position()
+    assert changing.position()["lanes"] == 2
     wanted = constant.trace()
     assert max(abs(changing.trace()[step] / loss - 1) for step, loss in wanted.items()) < 5e-6
-
-
-def position_of(run: Any) -> dict[str, Any]:
-    """Where the data of a run's last checkpoint stand."""
-    folder = checkpoints_url(run.run_dir)
-    handle = open_checkpoint(f"{folder}/{folder_name(steps_found(folder)[0])}")
-    state = json.loads((Path(handle.url) / handle.manifest.state.name).read_text(encoding="utf-8"))
-    return dict(state["state"]["train"]["position"])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +15,16 @@ from trainer.exit_codes import ExitCode
 # Every start of ranks imports torch and DeepSpeed, which takes long on a crowded machine.
 pytestmark = pytest.mark.timeout(2400)
 
-SETTINGS = {"steps": 120, "data": {"prefetch": 1, "read_ahead_bytes": 4096}}
-
-
-@pytest.fixture
-def s3(tmp_path: Path, shards: str) -> Iterator[LocalS3]:
-    """A real S3 server over a folder that holds the shards."""
-    folder = tmp_path / "s3"
-    shutil.copytree(Path(shards).parent, folder / "bucket" / "shards")
-    with LocalS3(folder, buckets=("bucket",)) as server:
-        yield server
-
-
-def on_s3(make_run: Any, s3: LocalS3, changes: dict[str, Any]) -> Any:
-    """A run with shards and checkpoints in the bucket; the harness looks at the folder behind it."""
-    data = {**SETTINGS["data"], "shards": "s3://bucket/shards/*.tar", **changes.pop("data", {})}  # type: ignore[dict-item]
-    run = make_run({**SETTINGS, "run_dir": "s3://bucket/out", **changes, "data": data}, environment=s3.env)
-    run.folder_of_run = s3.folder / "bucket" / "out"
-    run.run_dir = str(run.folder_of_run)
-    return run
+SETTINGS: dict[str, Any] = {"steps": 120, "data": {"prefetch": 1, "read_ahead_bytes": 4096}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [20, 60])
 def test_an_outage_within_patience_is_waited_out(
-    make_run: Any, unbroken: Callable[..., Any], s3: LocalS3, seconds: int
+    on_s3: Any, unbroken: Callable[..., Any], s3: LocalS3, seconds: int
 ) -> None:
     wanted = unbroken(SETTINGS)
-    run = on_s3(make_run, s3, {}).start()
+    run = on_s3(SETTINGS).start()
     run.until_step(10)
     s3.stop()
     gone = time.monotonic()
@@ -57,21 +38,22 @@ def test_an_outage_within_patience_is_waited_out(
     run.report(f"S3 outage of {seconds} s", recover_s=time.monotonic() - back, lost_steps=0)
     assert run.wait() == 0, run.console[-4000:]
     assert "restarting" not in run.console
-    assert run.fingerprint() == wanted.fingerprint
     assert run.last_losses() == wanted.trace
+    assert run.fingerprint() == wanted.fingerprint
 
 
 @pytest.mark.slow
 def test_an_outage_beyond_patience_saves_and_asks_for_a_restart(
-    make_run: Any, unbroken: Callable[..., Any], s3: LocalS3, tmp_path: Path
+    on_s3: Any, unbroken: Callable[..., Any], s3: LocalS3, tmp_path: Path
 ) -> None:
     wanted = unbroken(SETTINGS)
     changes = {
+        **SETTINGS,
         "run_dir": str(tmp_path / "local"),
-        "data": {"patience_s": 3.0},
+        "data": {**SETTINGS["data"], "patience_s": 3.0},
         "distributed": {"max_restarts": 0},
     }
-    run = on_s3(make_run, s3, changes)
+    run = on_s3(changes)
     run.folder_of_run = tmp_path / "local"
     run.run_dir = str(run.folder_of_run)
     run.start()

@@ -6,11 +6,13 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,7 @@ from data_pipeline.storage import client, files, large, retry
 from data_pipeline.storage.client import filesystem
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.storage.ranges import RangeReader
 from trainer.__main__ import main
 
 
@@ -147,6 +150,49 @@ def test_a_shard_that_does_not_answer_while_others_do_is_left_out(
         served = {key.partition("/")[0] for _ in range(6) for key in next(loader).keys}
         assert served == {"00000", "00001", "00003"}
         assert set(loader.rejected) == {"unreadable"}
+
+
+class Outage(WebServer):
+    """Answers a.bin at its sixth request. `whole`: from the first one on, nor is anything else until then."""
+
+    whole = True
+    asked: threading.Event
+    others: threading.Event
+    requests: list[str]
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        count = self.requests.count("/a.bin")
+        if self.path == "/a.bin" and count == 1:
+            self.asked.set()
+            self.others.wait(30)
+        down = count < 6 and (self.path == "/a.bin" or (self.whole and self.others.is_set()))
+        if down:
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+
+@pytest.mark.parametrize(
+    ("whole", "tries"), [(True, 2), (False, 5)], ids=["as it begins", "in the moment of its end"]
+)
+def test_an_outage_costs_no_object_that_is_asked_for(tmp_path: Path, whole: bool, tries: int) -> None:
+    """Not one that was asked for while others were still answered, nor one whose last try came too early."""
+    events: dict[str, Any] = {"asked": threading.Event(), "others": threading.Event(), "requests": []}
+    handler = partial(type("Handler", (Outage,), {**events, "whole": whole}), directory=str(tmp_path))
+    (tmp_path / "a.bin").write_bytes(b"aaaa")
+    (tmp_path / "b.bin").write_bytes(b"bbbb")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as pool:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"http://127.0.0.1:{server.server_address[1]}"
+        reader = RangeReader(timeout_s=30, tries=tries, patience_s=600, probes=[f"{host}/b.bin"])
+        reading = pool.submit(reader.read, f"{host}/a.bin", 0, 4)
+        assert events["asked"].wait(30)
+        assert reader.read(f"{host}/b.bin", 0, 4) == b"bbbb"
+        events["others"].set()
+        assert reading.result() == b"aaaa"
+        server.shutdown()
+    assert events["requests"].count("/a.bin") == 6
 
 
 @pytest.fixture(params=["reads", "reads nothing"])
