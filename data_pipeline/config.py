@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 T = TypeVar("T")
@@ -52,12 +52,27 @@ def number(
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One set of shards in a weighted mixture."""
+    """One set of shards of a mixture, with what is its own; what is null is as in `data`."""
 
     shards: str
     """URL with braces or wildcards, e.g. s3://laion/{00000..18699}.tar or /data/*.tar."""
     repeat: int = number(1, least=1, most=10**6)
     """How often an epoch contains each of its samples."""
+    weight: float | None = number(None, above=0, most=10**6)
+    """Share of the served samples, in any unit; of all sources or of none. Each source then has epochs of its
+    own, and repeat stays 1."""
+    filter: str | None = None
+    """Rows to keep."""
+    captions: tuple[str, ...] | None = None
+    """Where captions come from; with captions of its own, data.caption_weights does not apply."""
+    caption_weights: tuple[float, ...] | None = number(None, above=0, most=10**6)
+    """How often the caption is of each of its captions."""
+    crop: Literal["random", "center"] | None = None
+    """Crop after resizing the shorter side."""
+    horizontal_flip: bool | None = None
+    """Flip half of the samples."""
+    conditions: tuple[str, ...] | None = None
+    """Those of data.conditions that its samples have; the others are left out as if they were dropped."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ class DataConfig:
     shards: str = ""
     """URL of the shards, with braces or wildcards; exactly one of shards and sources is set."""
     sources: tuple[SourceConfig, ...] = ()
-    """A mixture of several shard sets; exactly one of shards and sources is set."""
+    """A mixture of several shard sets, by weight or by repeat; exactly one of shards and sources is set."""
     index: str | None = None
     """URL of the folder that holds the index; unset: `_index` beside the shards."""
     max_bad_shards: float = number(0.01, least=0, most=1)
@@ -154,3 +169,17 @@ class DataConfig:
     """Local folder that keeps shards already read; unset: no cache."""
     cache_bytes: int = number(0, least=0, most=10**16)
     """Size bound of the cache."""
+
+
+def of_source(config: DataConfig, source: SourceConfig) -> DataConfig:
+    """How the samples of one source are read: as all are, but for what the source has of its own."""
+    weights = config.caption_weights if source.captions is None else ()
+    return replace(
+        config,
+        filter=config.filter if source.filter is None else source.filter,
+        captions=config.captions if source.captions is None else source.captions,
+        caption_weights=weights if source.caption_weights is None else source.caption_weights,
+        crop=config.crop if source.crop is None else source.crop,
+        horizontal_flip=config.horizontal_flip if source.horizontal_flip is None else source.horizontal_flip,
+        conditions=config.conditions if source.conditions is None else source.conditions,
+    )

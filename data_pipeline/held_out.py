@@ -29,6 +29,7 @@ from data_pipeline.feed.sample import Known, draw_crop, fill_sample
 from data_pipeline.feed.task import ShareLayout
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.held_out import HeldOut, HeldOutSample, open_held_out
+from data_pipeline.shards.sources import configs_of
 from data_pipeline.storage.cache import BlockCache
 from data_pipeline.storage.ranges import Background, RangeReader
 
@@ -132,18 +133,19 @@ def _fill(
 ) -> str:
     """Decode one sample into a row; its caption. Raises Rejected."""
     mine = held.samples[sample]
+    config = configs_of(held.config)[held.dataset.source_of[mine.shard]]
     try:
         members = {e: futures[sample, e].result()[sample, e] for e, _, _ in mine.extents}
     except Replaced as error:
         raise Rejected("shard_replaced", str(error)[:300]) from error
     late = None
     if mine.late:
-        whole = Filter(held.config.filter)
+        whole = Filter(config.filter)
         late = whole.part([clause for clause in whole.clauses if clause.text in mine.late])
         late = late.given(mine.late_values)
-    place = draw_crop(held.config, mine.key, 0, seed=SEED, ordinal=mine.ordinal)
+    place = draw_crop(config, mine.key, 0, seed=SEED, ordinal=mine.ordinal)
     caption, _ = fill_sample(
-        held.config,
+        config,
         members,
         Known(late, mine.original, mine.beside),
         target=mine.shape,

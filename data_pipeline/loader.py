@@ -131,7 +131,7 @@ def _tasks(
     # What is accepted is in the orders of the buckets by now.
     dataset = dataclasses.replace(dataset, accepted=None, fingerprint=dataset.fingerprint_of(order))
     step, states = unpack(position, order, dataset.fingerprint, buckets)
-    each = len(buckets.shapes)
+    each = len(buckets.orders)
     removals = read_removals(config.removal_lists)
     return [
         ShareTask(

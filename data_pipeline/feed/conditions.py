@@ -43,8 +43,15 @@ def fill_conditions(
     out: Mapping[str, NDArray[Any]],
     row: int,
 ) -> None:
-    """Write one sample's conditions to row `row` of the batch arrays. Raises Rejected."""
+    """Write one sample's conditions to row `row` of the batch arrays. Raises Rejected.
+
+    Those that its source has not are left out as an unconditional sample's are (`CAN_BE_LEFT_OUT`).
+    """
     out["size"][row] = geometry.size_row(original)
+    if "class_label" in out and "class_label" not in config.conditions:
+        out["class_label"][row] = -1
+    if "layout" in out and "layout" not in config.conditions:
+        out["layout"][row] = _empty_layout(config.max_layout_boxes)
     for name in config.conditions:
         if name == "class_label":
             out[name][row] = _class_label(members, record)
@@ -84,8 +91,7 @@ def layout_rows(record: Mapping[str, Any] | None, geometry: Geometry, limit: int
 
     The json's `layout` is a list of [label, x0, y0, x1, y1] in shares of the whole picture.
     """
-    rows = np.zeros((limit, 5), np.float32)
-    rows[:, 0] = -1
+    rows = _empty_layout(limit)
     boxes = (record or {}).get("layout")
     if not isinstance(boxes, list):
         raise Rejected("no_layout")
@@ -104,6 +110,12 @@ def layout_rows(record: Mapping[str, Any] | None, geometry: Geometry, limit: int
     kept.sort(key=lambda item: -item[0])
     for i, (_, values) in enumerate(kept[:limit]):
         rows[i] = values
+    return rows
+
+
+def _empty_layout(limit: int) -> NDArray[np.float32]:
+    rows = np.zeros((limit, 5), np.float32)
+    rows[:, 0] = -1
     return rows
 
 

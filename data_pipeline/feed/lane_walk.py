@@ -38,8 +38,9 @@ Step 0: lane 2 meets A3, sets its offset aside and serves A2 in the same step. S
 C4. No other lane notices either. Step 3: lane 1 is one sample ahead and enters epoch 1 alone; lane 2
 would, but first tries again what it had set aside. Failing twice, A3 would be counted `unreadable`.
 
-With aspect buckets there is one `LaneWalk` per lane and bucket, each with an order and a state of its own.
-Their orders count accepted samples alone; what the index rejects is told with its neighbour (`Visit.passed`).
+With aspect buckets, or sources with weights, there is one `LaneWalk` per lane and order of these
+(`Buckets.walks`), each with a state of its own. The orders of buckets count accepted samples alone; what the
+index rejects is told with its neighbour (`Visit.passed`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from data_pipeline.errors import Rejected
 from data_pipeline.feed.moments import MomentsReads, Planned
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.task import ShareTask
+from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.view import ShardViews
@@ -111,16 +113,19 @@ class Visit:
 
 
 class LaneWalk:
-    """One lane's samples of one bucket, without end.
+    """One lane's samples of one order, without end.
 
     Take `next_visit`, then tell what became of it with `done` or `defer`, before the next is taken.
     """
 
-    def __init__(self, lane: int, bucket: int, state: LaneState, walker: Walker) -> None:
+    def __init__(self, lane: int, number: int, state: LaneState, walker: Walker) -> None:
+        """`number`: of the order among those of `Buckets`."""
+        order = walker.buckets.orders[number]
+        assert isinstance(order, Order)
         self.lane = lane
-        self.bucket = bucket
+        self.bucket, self.source, self.share = walker.buckets.walks[number]
         self.state = state
-        self.order = walker.buckets.orders[bucket]
+        self.order = order
         self.patience = max(_MIN_REJECTED_RUN, 2 * self.order.lane_size(lane))
         """Rejections in a row with which the lane counts as hopeless."""
         self._walker = walker
@@ -130,7 +135,8 @@ class LaneWalk:
         self._planned = 0
 
     def __str__(self) -> str:
-        return f"lane {self.lane} ({self.order.lane_size(self.lane)} per epoch)"
+        of = "" if self.order.source is None else f" of source {self.source}"
+        return f"lane {self.lane}{of} ({self.order.lane_size(self.lane)} per epoch)"
 
     def ordinal(self, visit: Visit) -> int:
         """Identity of the visit among all of the run."""
@@ -149,7 +155,7 @@ class LaneWalk:
         # Windows are planned whole, since their permutation is: a lane that resumes inside one plans it all
         # and drops what lies before `offset`.
         first, stop = order.window_of(self.lane, offset)
-        least = _MIN_PLAN * self._walker.buckets.weights[self.bucket]
+        least = _MIN_PLAN * self.share
         while stop - offset < least and stop < order.lane_size(self.lane):
             stop = order.window_of(self.lane, stop)[1]
         task = partial(self._walker.plan, self, epoch, first, stop, offset, float(self._planned))
@@ -205,18 +211,17 @@ class Walker:
         self._moments = moments
         self.buckets = task.buckets
         self.background = reads.background
-        self._shard_of = task.dataset.shard_of
         self._skip_ordinals = task.skip_ordinals
         self._views = views
         self._reads = reads
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
         self._budget = task.config.buffer_bytes / max(1.0, self._sample_bytes(task))  # in samples
-        pairs = [(lane, bucket) for lane in task.lanes for bucket in range(len(task.buckets.shapes))]
+        pairs = [(lane, number) for lane in task.lanes for number in range(len(task.buckets.orders))]
         self.walks = [
-            LaneWalk(lane, bucket, state.copy(), self)
-            for (lane, bucket), state in zip(pairs, task.states, strict=True)
+            LaneWalk(lane, number, state.copy(), self)
+            for (lane, number), state in zip(pairs, task.states, strict=True)
         ]
-        """Lane-major: bucket b of the i-th lane is at i * buckets + b."""
+        """Lane-major, as `ShareTask.states`."""
 
     @staticmethod
     def _sample_bytes(task: ShareTask) -> float:
@@ -232,7 +237,7 @@ class Walker:
         for ready, i in sorted(waiting):
             walk = self.walks[i]
             # A lane without a plan gets one even over budget, or its next sample would be waited for.
-            enough = self._enough * self.buckets.weights[walk.bucket]
+            enough = self._enough * walk.share
             if ready == 0 or (total < self._budget and ready < enough):
                 total += walk.plan_next()
 
@@ -243,22 +248,22 @@ class Walker:
 
         `due` is the number of samples that the lane had planned before.
         """
-        entries, rows = walk.order.visits(epoch, walk.lane, first, stop)
-        return self._begin(walk, epoch, skip_to, entries[skip_to - first :], rows[skip_to - first :], due)
+        shards, rows = walk.order.visits(epoch, walk.lane, first, stop)
+        return self._begin(walk, epoch, skip_to, shards[skip_to - first :], rows[skip_to - first :], due)
 
     def revisit(self, walk: LaneWalk, epoch: int, offset: int) -> Visit:
         """One visit that was set aside."""
         first, stop = walk.order.window_of(walk.lane, offset)
-        entries, rows = walk.order.visits(epoch, walk.lane, first, stop)
+        shards, rows = walk.order.visits(epoch, walk.lane, first, stop)
         at = slice(offset - first, offset - first + 1)
-        return self._begin(walk, epoch, offset, entries[at], rows[at], due=0.0)[0]
+        return self._begin(walk, epoch, offset, shards[at], rows[at], due=0.0)[0]
 
     def _begin(
         self,
         walk: LaneWalk,
         epoch: int,
         offset: int,
-        entries: NDArray[np.int64],
+        shards: NDArray[np.int64],
         places: NDArray[np.int64],
         due: float,
     ) -> list[Visit]:
@@ -266,8 +271,7 @@ class Walker:
         ordinal = walk.order.ordinal(epoch, walk.lane, offset)
         visits: dict[int, Visit] = {}
         wanted: dict[int, list[Extent]] = {}
-        shards = self._shard_of[entries].tolist()
-        for slot, (shard, place) in enumerate(zip(shards, places.tolist(), strict=True)):
+        for slot, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
             view = self._views.get(shard)
             row = view.row(walk.bucket, place)
             reason = view.reason(row)

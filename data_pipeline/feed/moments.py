@@ -38,6 +38,7 @@ from data_pipeline.moments.entry import Damaged, Label, Member, Picture, digest,
 from data_pipeline.moments.parts import part_url
 from data_pipeline.pictures.crops import RESAMPLING, Geometry
 from data_pipeline.shards.selection import picture_members
+from data_pipeline.shards.sources import configs_of
 from data_pipeline.shards.view import ShardView
 from data_pipeline.storage.editions import Edition
 from data_pipeline.storage.ranges import RangeReader
@@ -84,6 +85,7 @@ class MomentsReads:
         config = task.config
         self._task, self._cache = task, task.moments.cache
         self._pictures = frozenset(picture_members(config))
+        self._configs = configs_of(config)
         self._reads, self._shards = reads, reader
         self._parts = RangeReader(
             timeout_s=config.request_timeout_s,
@@ -115,7 +117,8 @@ class MomentsReads:
             return None
         first, stop = extents[picture].start, extents[picture].stop
         task, url, sample = self._task, self._task.dataset.urls[shard], view.key(row)
-        crop = draw_crop(task.config, sample, task.moments.variants, seed=task.order.seed, ordinal=ordinal)
+        config = self._configs[task.dataset.source_of[shard]]
+        crop = draw_crop(config, sample, task.moments.variants, seed=task.order.seed, ordinal=ordinal)
         key = entry_key(
             self._cache.stage,
             Picture(url, edition.size, edition.version, first, stop - first),

@@ -29,7 +29,6 @@ from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
 from data_pipeline.order.lanes import Part, lanes_of
 from data_pipeline.pictures.headers import picture_size
-from data_pipeline.shards.dataset import sources_of
 from data_pipeline.shards.filter_values import as_column, to_numbers
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.identities import hash_text
@@ -37,6 +36,7 @@ from data_pipeline.shards.index import ORIGINAL
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import identities_in, picture_members, removed_by
+from data_pipeline.shards.sources import configs_of, shares_of, sources_of
 from data_pipeline.shards.split import REASONS, is_held_out
 from data_pipeline.storage.files import open_stream
 from data_pipeline.storage.listing import list_files
@@ -89,6 +89,11 @@ class ResampledLoader(Iterator[Batch]):
         check_conditions(config)
         if config.buckets:
             raise DataError("data.buckets needs data.order=indexed.")
+        if shares_of(config) or any(each != config for each in configs_of(config)):
+            raise DataError(
+                "data.order=resampled reads all sources alike and knows repeat alone; set data.order=indexed "
+                "(or streamed), or remove what data.sources have besides shards and repeat."
+            )
         self._slots = lanes_of(part, global_batch_size, global_batch_size)
         if not self._slots:
             raise DataError(

@@ -14,6 +14,7 @@ global batch.
 One row, from the inside out:
 
     fill            for lane: for each of its two rows  -> FilledShare, with the lanes' states after the step
+                    (from the walk whose turn it is, where sources have weights: order/mixture.py)
       _fill_row     until one visit is served:  take the next, commit it
         _serve      visit -> reason against it?   -> Rejected: counted, and the lane moves on
                           -> bytes do not come?   -> set aside, the lane moves on
@@ -43,7 +44,9 @@ from data_pipeline.feed.turn_walk import TurnWalk, TurnWalker
 from data_pipeline.moments.entry import Label
 from data_pipeline.order.turns import Turns
 from data_pipeline.pictures.crops import Geometry
+from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import make_selection
+from data_pipeline.shards.sources import configs_of
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.cache import BlockCache
 from data_pipeline.storage.ranges import Background, RangeReader
@@ -88,10 +91,12 @@ class ShareStream:
         cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
         # A lane is in one shard, and reads ahead in the next.
         capacity = 2 * len(task.lanes) + 8
-        selection = make_selection(config, task.removals)
+        self._configs = configs_of(config)
+        removals = read_removals(config.removal_lists) if task.removals is None else task.removals
+        selections = [make_selection(each, removals) for each in self._configs]
         encoded = task.moments.cache is not None
         views = ShardViews(
-            task.dataset, selection, task.buckets, self._reader, capacity, with_identities=encoded
+            task.dataset, selections, task.buckets, self._reader, capacity, with_identities=encoded
         )
         self._moments: MomentsReads | None = None
         self._walker: Walker | TurnWalker
@@ -110,14 +115,18 @@ class ShareStream:
     def fill(self, buffer: memoryview) -> FilledShare:
         """Write the arrays of the next step to `buffer`. Raises DataError."""
         buckets = self._task.buckets
-        bucket = buckets.of_step(self._step)
+        bucket, turn = buckets.turn_of_step(self._step)
         height, width = buckets.shapes[bucket]
         out = self._task.layout(height, width).arrays(buffer)
         captions: list[str] = []
         keys: list[str] = []
         self._labels = []
-        for walk in self._walker.walks[bucket :: len(buckets.shapes)]:
-            for _ in range(self._task.per_lane):
+        mixture, place, each = buckets.mixtures[bucket], buckets.walks_of(bucket), len(buckets.orders)
+        first = turn * self._task.per_lane
+        for i, lane in enumerate(self._task.lanes):
+            walks = self._walker.walks[i * each : (i + 1) * each][place]
+            for row in range(first, first + self._task.per_lane):
+                walk = walks[mixture.source(lane, row)]
                 caption, key = self._fill_row(walk, (height, width), out, len(keys))
                 captions.append(caption)
                 keys.append(key)
@@ -193,11 +202,10 @@ class ShareStream:
             self._rejects.append(("set_aside", self._key(visit), str(error)[:300], ordinal))
             return None
         task = self._task
-        place = draw_crop(
-            task.config, visit.key, task.moments.variants, seed=task.order.seed, ordinal=ordinal
-        )
+        config = self._configs[task.dataset.source_of[visit.shard]]
+        place = draw_crop(config, visit.key, task.moments.variants, seed=task.order.seed, ordinal=ordinal)
         caption, geometry = fill_sample(
-            task.config,
+            config,
             members,
             Known(visit.late, visit.original, visit.beside),
             target=target,

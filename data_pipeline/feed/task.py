@@ -34,7 +34,7 @@ class ShareTask:
     step: int
     """Steps done before."""
     states: tuple[LaneState, ...]
-    """One per lane and bucket, lane-major: bucket b of the i-th lane is at i * buckets + b."""
+    """One per lane and walk of `buckets`, lane-major: walk w of the i-th lane is at i * walks + w."""
     per_lane: int
     """Samples per lane and step."""
     skip_ordinals: frozenset[int] = frozenset()

@@ -7,7 +7,7 @@ together:
     ShareStream.fill                 a step: per_lane usable samples of every lane      (share.py)
       TurnWalk.next_visit            the lane's next sample, usable or not; the only place that waits
         TurnWalker.plan              in a thread: the lane's next windows -> visits, their bytes in memory
-          Turns.entry                turn -> shard                                      (order/turns.py)
+          Turns.shard                turn -> shard                                      (order/turns.py)
           TarPieces.next             bytes -> samples and their index                   (shards/pieces.py)
           ShardViews.of              index -> reasons against samples                   (shards/view.py)
 
@@ -59,9 +59,12 @@ _HOPELESS = 20_000
 class TurnWalk:
     """One lane's samples, without end; used as `LaneWalk` is."""
 
-    bucket = 0
-
-    def __init__(self, lane: int, state: LaneState, walker: TurnWalker) -> None:
+    def __init__(self, lane: int, number: int, state: LaneState, walker: TurnWalker) -> None:
+        """`number`: of the order among those of `Buckets`."""
+        turns = walker.buckets.orders[number]
+        assert isinstance(turns, Turns)
+        self.turns = turns
+        self.source, self.share = walker.buckets.walks[number][1:]
         self.lane = lane
         self.state = state
         self.patience = _HOPELESS
@@ -76,7 +79,8 @@ class TurnWalk:
         self._visits: deque[Visit] = deque()
 
     def __str__(self) -> str:
-        return f"the shards of lane {self.lane}"
+        of = "" if self.turns.source is None else f" of source {self.source}"
+        return f"the shards of lane {self.lane}{of}"
 
     def next_turn(self) -> None:
         """Begin the next plan with another shard."""
@@ -118,7 +122,7 @@ class TurnWalk:
 
     def ordinal(self, visit: Visit) -> int:
         """Identity of the visit among all of the run."""
-        return self._walker.turns.ordinal(visit.epoch, self.lane, visit.offset)
+        return self.turns.ordinal(visit.epoch, self.lane, visit.offset)
 
     def done(self, visit: Visit) -> None:
         """The visit was served or rejected: commit it."""
@@ -135,23 +139,25 @@ class TurnWalker:
     def __init__(
         self, task: ShareTask, views: ShardViews, reader: RangeReader, background: Background
     ) -> None:
-        assert isinstance(task.order, Turns)
-        self.turns = task.order
+        self.buckets = task.buckets
         self.background = background
         self._config = task.config
         self._dataset = task.dataset
         self._skip_ordinals = task.skip_ordinals
         self._views, self._reader = views, reader
-        self._wanted = views.selection.filter.columns | set(views.selection.captions)
-        self._removing = bool(views.selection.removals)
+        self._wanted = [each.filter.columns | set(each.captions) for each in views.selections]
+        self._removing = any(each.removals for each in views.selections)
         self._least = max(_MIN_PLAN, task.per_lane)
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
         self._left_out: dict[int, str] = {}
         self.recorder = Recorder(task.dataset.folders)
         self._noting = threading.Lock()
+        pairs = [(lane, number) for lane in task.lanes for number in range(len(task.buckets.orders))]
         self.walks = [
-            TurnWalk(lane, state.copy(), self) for lane, state in zip(task.lanes, task.states, strict=True)
+            TurnWalk(lane, number, state.copy(), self)
+            for (lane, number), state in zip(pairs, task.states, strict=True)
         ]
+        """Lane-major, as `ShareTask.states`."""
 
     def read_ahead(self) -> None:
         """Read further windows of the lanes that have fewest, while the memory budget lasts."""
@@ -159,24 +165,24 @@ class TurnWalker:
         held = sum(walk.held_bytes for walk in self.walks)
         for walk in sorted(idle, key=TurnWalk.ready):
             # A lane without a visit gets some even over budget, or its next sample would be waited for.
-            if walk.ready() == 0 or (held < self._config.buffer_bytes and walk.ready() < self._enough):
+            enough = self._enough * walk.share
+            if walk.ready() == 0 or (held < self._config.buffer_bytes and walk.ready() < enough):
                 walk.plan_next()
-                held += int(self._least * self._dataset.mean_bytes)
+                held += int(self._least * walk.share * self._dataset.mean_bytes)
 
     def plan(self, walk: TurnWalk) -> list[Visit]:
         """The lane's next visits, their bytes in memory."""
         visits: list[Visit] = []
-        least = self._least if walk.planned else 1
+        least = self._least * walk.share if walk.planned else 1
         empty = 0
         while len(visits) < least:
-            if empty > max(_MAX_EMPTY, 2 * self.turns.shards):
+            if empty > max(_MAX_EMPTY, 2 * walk.turns.shards):
                 raise DataError("The shards hold no samples; check data.shards with `ldm data inspect`.")
-            turn, entry = walk.turn, self.turns.entry(walk.lane, walk.turn)
-            shard = int(self._dataset.shard_of[entry])
+            turn, shard = walk.turn, walk.turns.shard(walk.lane, walk.turn)
             try:
                 begins = walk.pieces is None
                 walk.pieces = walk.pieces or self._open(shard, walk.mark)
-                size = self.turns.window_size(walk.lane, walk.pieces.first)
+                size = walk.turns.window_size(walk.lane, walk.pieces.first)
                 piece = walk.pieces.next(size, self._chunk(size))
                 if piece is None:
                     # After all reading that somebody waits for.
@@ -186,7 +192,8 @@ class TurnWalker:
                     continue
                 empty = 0
                 if begins:
-                    check_json_suffices(piece.index, self._wanted, self._removing, self._read_beside)
+                    wanted = self._wanted[self._dataset.source_of[shard]]
+                    check_json_suffices(piece.index, wanted, self._removing, self._read_beside)
                 visits += self._visits(walk, turn, shard, piece)
             except (NotATar, Gone) as error:
                 visits.append(self._left(walk, shard, "bad_shard", error))
@@ -228,13 +235,13 @@ class TurnWalker:
             return None
 
     def _visits(self, walk: TurnWalk, turn: int, shard: int, piece: Piece) -> list[Visit]:
-        view = self._views.of(piece.index)
+        view = self._views.of(piece.index, int(self._dataset.source_of[shard]))
         if piece.first + len(view.keys) > MAX_SAMPLES:
             raise DataError(
                 f"{self._dataset.urls[shard]} has more than {MAX_SAMPLES:,} samples; cut it into several."
             )
         mark = Mark(piece.first, piece.byte, piece.index.size, piece.index.version)
-        rows = self.turns.shuffled(walk.lane, turn, piece.first, len(view.keys)).tolist()
+        rows = walk.turns.shuffled(walk.lane, turn, piece.first, len(view.keys)).tolist()
         visits = []
         for slot, row in enumerate(rows):
             offset = piece.first + slot

@@ -30,7 +30,7 @@ from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.turns import Turns
 from data_pipeline.processes import children_deaf_to_stops, unnamed_file
-from data_pipeline.shards.dataset import sources_of
+from data_pipeline.shards.sources import sources_of
 from data_pipeline.storage.client import filesystem
 
 _STOP_TIMEOUT_S = 5.0

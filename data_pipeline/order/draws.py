@@ -24,6 +24,8 @@ class Draw(IntEnum):
     CAPTION_SOURCE = 9
     SHORTEN = 10
     CAPTION_END = 11
+    SOURCE_ORDER = 12
+    MIXTURE = 13
 
 
 def mix(x: int) -> int:

@@ -50,6 +50,9 @@ from data_pipeline.order.draws import Draw, fold, fold_array, permutation, permu
 _MAX_WINDOW = 2048
 _MIN_WINDOW = 16
 _SHUFFLE_BYTES = 1_000_000_000
+_SOURCE_BITS = 56
+MAX_SOURCES = 64
+"""Of a mixture by weights: what is left of an ordinal of 63 bits."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class Order:
     """Ordinals of an epoch that other walks have, before those of this one (buckets: one walk each)."""
     epoch_ordinals: int = 0
     """Ordinals of an epoch of all walks; 0: this one alone."""
+    shard_of: NDArray[np.int64] | None = None
+    """[S] number of each shard among all; None: they are all."""
+    source: int | None = None
+    """Of a mixture by weights, whose sources have an order each: which one this is."""
 
     def __post_init__(self) -> None:
         assert self.window >= 1
@@ -89,6 +96,11 @@ class Order:
     def total(self) -> int:
         """Samples of an epoch, N. Kept: every sample asks for it, and there may be 200,000 shards."""
         return int(self.counts.sum())
+
+    @cached_property
+    def key(self) -> int:
+        """What permutations are drawn from: orders of several sources over the same names differ."""
+        return source_key(self.seed, self.source)
 
     def lane_slice(self, lane: int) -> tuple[int, int]:
         """First and past-the-last stream position of a lane, in every epoch."""
@@ -113,41 +125,56 @@ class Order:
     def visits(
         self, epoch: int, lane: int, first: int, stop: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard and row of the raw offsets [first, stop), which must be whole windows."""
+        """Shards, as `shard_of` numbers them, and rows of the raw offsets [first, stop): whole windows."""
         positions = []
         offset = first
         while offset < stop:
             low, high = self.window_of(lane, offset)
             assert (low, min(high, stop)) == (offset, high), (lane, low, offset, high, stop)
             # The key names the window by its first offset, so entering here or walking here is the same.
-            key = fold(self.seed, epoch, lane, low, int(Draw.WINDOW_ORDER))
+            key = fold(self.key, epoch, lane, low, int(Draw.WINDOW_ORDER))
             positions.append(low + permutation(key, high - low))
             offset = high
         stream = self.lane_slice(lane)[0] + np.concatenate(positions)
         shards, ends = _epoch_shards(self, epoch)
         # Shards without samples have the end of the one before: side="right" passes over them.
         place = np.searchsorted(ends, stream, side="right")
-        return shards[place], stream - (ends[place] - self.counts[shards[place]])
+        entries = shards[place]
+        return self.shards(entries), stream - (ends[place] - self.counts[entries])
+
+    def shards(self, entries: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers among all shards of entries of an epoch."""
+        return entries if self.shard_of is None else self.shard_of[entries]
 
     def stream(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[S] shards in the order of an epoch, and the stream position past the last sample of each."""
+        """[S] entries in the order of an epoch, and the stream position past the last sample of each."""
         return _epoch_shards(self, epoch)
 
     def streams(self, epochs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The same of many epochs at once, [E, S] each."""
-        shards = permutations(fold_array(self.seed, epochs, int(Draw.SHARD_ORDER)), len(self.counts))
+        shards = permutations(fold_array(self.key, epochs, int(Draw.SHARD_ORDER)), len(self.counts))
         return shards, np.cumsum(self.counts[shards], axis=1)
 
     def ordinal(self, epoch: int, lane: int, offset: int) -> int:
         """Identity of one visit, unique over all epochs: the epoch's base plus the walk position."""
         epoch_start = epoch * (self.epoch_ordinals or self.total) + self.first_ordinal
-        return epoch_start + self.lane_slice(lane)[0] + offset
+        return source_ordinal(self.source, epoch_start + self.lane_slice(lane)[0] + offset)
 
 
-@lru_cache(maxsize=64)  # each bucket has an order, and lanes that reject more are in a later epoch
+def source_key(seed: int, source: int | None) -> int:
+    """What the order of a source is drawn from."""
+    return seed if source is None else fold(seed, source, int(Draw.SOURCE_ORDER))
+
+
+def source_ordinal(source: int | None, ordinal: int) -> int:
+    """Ordinals of a source of a mixture, apart from those of the others whatever joins or grows."""
+    return ordinal if source is None else (source << _SOURCE_BITS) + ordinal
+
+
+@lru_cache(maxsize=256)  # each source and bucket has an order; lanes that reject more are in a later epoch
 def _epoch_shards(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Shards in the order of an epoch, and the stream position past the last sample of each."""
-    shards = permutation(fold(order.seed, epoch, int(Draw.SHARD_ORDER)), len(order.counts))
+    shards = permutation(fold(order.key, epoch, int(Draw.SHARD_ORDER)), len(order.counts))
     return shards, np.cumsum(order.counts[shards])
 
 

@@ -11,13 +11,14 @@ Lanes that take turns at shards (`turns.py`) have the turn where the others have
 where in the shard their window begins, so that no rank has to know what came before.
 
 With B buckets a lane has B states, side by side, and the position says which samples were accepted: an offset
-counts them alone.
+counts them alone. Of sources that are mixed by weights each has states of its own, so that weights may change
+and sources may join: `data` then has a fingerprint for each, and `walks` (bucket, source) of a lane's states.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 Position: TypeAlias = dict[str, Any] | Sequence[dict[str, Any]] | None
 """That of all ranks, whole or in parts; None: the beginning."""
+Fingerprint: TypeAlias = str | tuple[str, ...]
+"""Of all shards, or of those of each source where sources have weights."""
 
 _FORMAT = 1
 _TURNS = "turns"
@@ -72,19 +75,22 @@ class LaneState:
 
 def pack(
     order: Order | Turns,
-    fingerprint: str,
+    fingerprint: Fingerprint,
     buckets: Buckets,
     step: int,
     first: int,
     states: Sequence[list[Any]],
 ) -> dict[str, Any]:
-    """Position after `step` steps of the lanes from `first` on, each with one state per bucket."""
+    """Position after `step` steps of the lanes from `first` on, each with one state per walk."""
     more: dict[str, Any] = {"walk": _TURNS} if isinstance(order, Turns) else {}
     if buckets.accepted_only:
-        more |= {"accepted": buckets.digest, "totals": [order.total for order in buckets.orders]}
+        digests = buckets.digests
+        more |= {"accepted": list(digests) if buckets.mixed else digests[0], "totals": buckets.totals}
+    if buckets.mixed:
+        more["walks"] = [list(walk[:2]) for walk in buckets.mixed]
     return {
         "format": _FORMAT,
-        "data": fingerprint,
+        "data": fingerprint if isinstance(fingerprint, str) else list(fingerprint),
         "seed": order.seed,
         "lanes": order.lanes,
         "window": order.window,
@@ -107,10 +113,15 @@ def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for part in parts:
         same = all(part[k] == head[k] for k in head if k not in ("first", "states"))
         assert same, "positions of one loader"
-        assert part["first"] * len(head["buckets"]) == len(states), "positions of all ranks"
+        assert part["first"] * _num_walks(head) == len(states), "positions of all ranks"
         states += part["states"]
-    assert len(states) == head["lanes"] * len(head["buckets"]), (len(states), head["lanes"])
+    assert len(states) == head["lanes"] * _num_walks(head), (len(states), head["lanes"])
     return {**head, "states": states}
+
+
+def _num_walks(position: dict[str, Any]) -> int:
+    """States of each lane."""
+    return len(position.get("walks", position["buckets"]))
 
 
 def takes_turns(position: Position) -> bool | None:
@@ -133,21 +144,21 @@ def _head(position: dict[str, Any] | Sequence[dict[str, Any]]) -> dict[str, Any]
 def unpack(
     position: Position,
     order: Order | Turns,
-    fingerprint: str,
+    fingerprint: Fingerprint,
     buckets: Buckets,
 ) -> tuple[int, list[LaneState]]:
-    """Steps done and the state of every lane and bucket (lane-major).
+    """Steps done and the state of every lane and walk (lane-major).
 
     Raises DataError when the position belongs to another order.
     """
     if not position:
-        return 0, [LaneState() for _ in range(order.lanes * len(buckets.shapes))]
+        return 0, [LaneState() for _ in range(order.lanes * len(buckets.orders))]
     if isinstance(position, dict) and position.get("order") == "resampled":
         raise DataError(
             "The checkpoint stopped in data.order=resampled; keep it, or start a new run with init_from."
         )
     whole = position if isinstance(position, dict) else merge_positions(position)
-    if len(whole["states"]) != whole["lanes"] * len(whole["buckets"]):
+    if len(whole["states"]) != whole["lanes"] * _num_walks(whole):
         raise DataError("The stored data position is that of one rank only; merge those of all ranks.")
     remedies = {
         "lanes": ("data.lanes", order.lanes),
@@ -160,11 +171,7 @@ def unpack(
                 f"The checkpoint stopped in an order with {name} {whole[name]}, this run has {now}; set "
                 f"{key}={whole[name]} to go on where it was."
             )
-    if whole["data"] != fingerprint:
-        raise DataError(
-            "The checkpoint stopped in another set of shards; restore data.shards (and the index), or start "
-            "a new run with init_from."
-        )
+    _check_shards(whole["data"], fingerprint)
     if whole["buckets"] != [list(shape) for shape in buckets.shapes]:
         raise DataError(
             f"The checkpoint stopped with pictures of {whole['buckets']} (height, width), this run has "
@@ -172,10 +179,46 @@ def unpack(
             "data.filter."
         )
     states = [_state(*parts) for parts in whole["states"]]
-    if buckets.accepted_only and whole.get("accepted") != buckets.digest:
+    walks = [tuple(walk) for walk in whole.get("walks", [[b, 0] for b in range(len(buckets.shapes))])]
+    if buckets.mixed:
+        states = _of_walks(states, walks, buckets)
+    if buckets.accepted_only:
         assert isinstance(order, Order), "buckets need an index"
-        states = _rescaled(states, whole.get("totals", [order.total] * len(buckets.orders)), buckets)
+        totals = dict(zip(walks, whole.get("totals", [order.total] * len(walks)), strict=True))
+        states = _rescaled(states, _digests(whole), totals, buckets)
     return int(whole["step"]), states
+
+
+def _digests(position: dict[str, Any]) -> list[str]:
+    """Of what was accepted of each source."""
+    accepted = position.get("accepted", "")
+    return accepted if isinstance(accepted, list) else [accepted]
+
+
+def _check_shards(was: str | list[str], now: Fingerprint) -> None:
+    """Raises DataError where the shards of the checkpoint are not those of the run, or its first sources."""
+    if isinstance(was, str) != isinstance(now, str):
+        before, after = ("without", "with") if isinstance(was, str) else ("with", "without")
+        raise DataError(
+            f"The checkpoint stopped in a set {before} weights of its sources, this run is one {after}; "
+            "restore data.sources, or start a new run with init_from."
+        )
+    if was != now if isinstance(was, str) else tuple(was) != now[: len(was)]:
+        raise DataError(
+            "The checkpoint stopped in another set of shards; restore data.shards (and the index), or start "
+            "a new run with init_from."
+        )
+
+
+def _of_walks(
+    states: Sequence[LaneState], walks: Sequence[tuple[int, ...]], buckets: Buckets
+) -> list[LaneState]:
+    """States of the walks that there are now, lane-major; those of sources that joined begin."""
+    found = []
+    for first in range(0, len(states), len(walks)):
+        lane = dict(zip(walks, states[first : first + len(walks)], strict=True))
+        found += [lane.get(walk[:2], LaneState()) for walk in buckets.mixed]
+    return found
 
 
 def _state(
@@ -184,16 +227,30 @@ def _state(
     return LaneState(epoch, offset, list(deferred), None if mark is None else Mark(*mark))
 
 
-def _rescaled(states: Sequence[LaneState], totals: Sequence[int], buckets: Buckets) -> list[LaneState]:
-    """States in orders over other samples than before, of `totals` samples: the same share of the epoch."""
-    logger.warning(
-        "other samples are accepted than when the checkpoint was written (a filter that changed, or an "
-        "older version's buckets): each bucket goes on at the same share of its epoch, where a few samples "
-        "come twice or not at all"
-    )
+def _rescaled(
+    states: Sequence[LaneState],
+    digests: Sequence[str],
+    totals: Mapping[tuple[int, ...], int],
+    buckets: Buckets,
+) -> list[LaneState]:
+    """States in orders over other samples than before: the same share of the epoch.
+
+    digests: what was accepted of each source before. totals: samples of each walk before
+    """
+    changed = {source for source, was in enumerate(digests) if was != buckets.digests[source]}
+    if changed:
+        logger.warning(
+            "other samples are accepted than when the checkpoint was written (a filter that changed, or an "
+            "older version's buckets): each bucket goes on at the same share of its epoch, where a few "
+            "samples come twice or not at all"
+        )
     scaled = []
     for i, state in enumerate(states):
-        order, before = buckets.orders[i % len(totals)], max(1, totals[i % len(totals)])
-        size = order.lane_size(i // len(totals))
-        scaled.append(LaneState(state.epoch, min(size, state.offset * order.total // before)))
+        number = i % len(buckets.orders)
+        order, walk = buckets.orders[number], buckets.walks[number]
+        if walk.source in changed:
+            assert isinstance(order, Order), "buckets need an index"
+            offset = state.offset * order.total // max(1, totals.get(walk[:2], 0))
+            state = LaneState(state.epoch, min(order.lane_size(i // len(buckets.orders)), offset))
+        scaled.append(state)
     return scaled

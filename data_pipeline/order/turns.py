@@ -37,21 +37,21 @@ depends on the lane, so that not all lanes begin a window at the same step:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.order.draws import Draw, fold, permutation
-from data_pipeline.order.lanes import choose_lanes
+from data_pipeline.order.lanes import choose_lanes, source_key, source_ordinal
 
 _FIRST_WINDOW = 4
 MAX_SAMPLES = 1 << 24
 """Samples that a shard may have: so many ordinals belong to each turn."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Turns:
     """The endless sequence of shards of every lane."""
 
@@ -60,6 +60,10 @@ class Turns:
     seed: int
     lanes: int
     window: int
+    shard_of: NDArray[np.int64] | None = None
+    """[S] number of each entry's shard among all; None: they are all."""
+    source: int | None = None
+    """Of a mixture by weights, whose sources take turns each on their own: which one this is."""
 
     def __post_init__(self) -> None:
         assert self.window >= 1
@@ -69,10 +73,20 @@ class Turns:
         """Epoch in which a lane has this turn."""
         return (turn * self.lanes + lane) // self.shards
 
+    @cached_property
+    def key(self) -> int:
+        """What permutations are drawn from: sources with equally many shards have orders of their own."""
+        return source_key(self.seed, self.source)
+
     def entry(self, lane: int, turn: int) -> int:
         """Entry of the epoch that a lane walks in this turn."""
         epoch, place = divmod(turn * self.lanes + lane, self.shards)
-        return int(_permuted(self.seed, epoch, self.shards)[place])
+        return int(_permuted(self.key, epoch, self.shards)[place])
+
+    def shard(self, lane: int, turn: int) -> int:
+        """Number among all of the shard that a lane walks in this turn."""
+        entry = self.entry(lane, turn)
+        return entry if self.shard_of is None else int(self.shard_of[entry])
 
     def window_size(self, lane: int, first: int) -> int:
         """Samples of the window that begins after `first` samples of a turn, if the shard has as many."""
@@ -81,16 +95,16 @@ class Turns:
 
     def shuffled(self, lane: int, turn: int, first: int, size: int) -> NDArray[np.int64]:
         """[size] rows of a window in the order in which they are visited, counted from its first."""
-        return permutation(fold(self.seed, turn, lane, first, int(Draw.WINDOW_ORDER)), size)
+        return permutation(fold(self.key, turn, lane, first, int(Draw.WINDOW_ORDER)), size)
 
     def ordinal(self, turn: int, lane: int, offset: int) -> int:
         """Identity of one visit, unique over all epochs; `offset` counts the visits of a turn."""
-        return (turn * self.lanes + lane) * MAX_SAMPLES + offset
+        return source_ordinal(self.source, (turn * self.lanes + lane) * MAX_SAMPLES + offset)
 
 
-@lru_cache(maxsize=4)  # lanes are in one epoch or the next
-def _permuted(seed: int, epoch: int, shards: int) -> NDArray[np.int64]:
-    return permutation(fold(seed, epoch, int(Draw.SHARD_ORDER)), shards)
+@lru_cache(maxsize=64)  # lanes are in one epoch or the next, of each source
+def _permuted(key: int, epoch: int, shards: int) -> NDArray[np.int64]:
+    return permutation(fold(key, epoch, int(Draw.SHARD_ORDER)), shards)
 
 
 def choose_turn_lanes(requested: int, global_batch_size: int, shards: int) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError, Failure, NoIndex, NoShards, NotATar, NotFound
-from data_pipeline.order.buckets import Buckets, make_buckets
+from data_pipeline.order.buckets import ASPECTS, Buckets, Walk, make_buckets, mix_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
-from data_pipeline.order.position import Position, takes_turns, window_of
+from data_pipeline.order.position import Fingerprint, Position, takes_turns, window_of
 from data_pipeline.order.turns import Turns, choose_turn_lanes
 from data_pipeline.shards.accepted import Accepted, count_accepted
 from data_pipeline.shards.build_index import build_index, is_current
@@ -26,6 +26,7 @@ from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, group
 from data_pipeline.shards.manifest import ManifestRow, bad_row, merge_parts, read_parts
 from data_pipeline.shards.selection import picture_members, target_shapes
+from data_pipeline.shards.sources import configs_of, shares_of, sources_of
 from data_pipeline.shards.tars import scan
 from data_pipeline.storage.files import read_range
 from data_pipeline.storage.listing import ListedFile, list_files, look_up, spans
@@ -66,13 +67,15 @@ class Dataset:
     """[U] SHA-256 of the index files."""
     shard_of: NDArray[np.int64]
     """[S] distinct shard of every entry of the epoch."""
+    source_of: NDArray[np.int64]
+    """[U] source of every distinct shard."""
     counts: NDArray[np.int64]
     """[S] raw samples of every entry."""
     mean_bytes: float
     """Mean size of a sample."""
     accepted: Accepted | None
     """What the index accepts of each distinct shard; None without buckets, which alone need it."""
-    fingerprint: str
+    fingerprint: Fingerprint
     """Changes with anything the order depends on but the seed and lanes."""
     name_depth: int
     """Parts of a URL that make its short name unique."""
@@ -81,10 +84,20 @@ class Dataset:
     stands for a shard above is empty, and `mean_bytes` is that of the first samples."""
     folders: tuple[tuple[int, str], ...] = ()
     """Of each source without an index: number of its first shard, and where its index goes."""
+    shares: tuple[float, ...] = ()
+    """How much of the served samples is of each source, which then has walks of its own; (): by `repeat`."""
 
     def sample_key(self, shard: int, key: str) -> str:
         """How a sample is called in traces, reject files and removal lists: `shard/key`."""
         return f"{shard_name(self.urls[shard], self.name_depth)}/{key}"
+
+    @property
+    def epoch_samples(self) -> int:
+        """Raw samples that lanes pass until each has come once, also those of the rarest source."""
+        if not self.shares:
+            return int(self.counts.sum())
+        own = np.bincount(self.source_of, self.counts, minlength=len(self.shares))
+        return int(np.ceil(own / self.shares).max())
 
     def walk(
         self, config: DataConfig, *, seed: int, global_batch_size: int, position: Position = None
@@ -101,57 +114,68 @@ class Dataset:
                 f"The checkpoint stopped in the order of an index. {self.unindexed} Go on with "
                 "data.order=indexed and an index of all shards, or start a new run with init_from."
             )
-        lanes = choose_turn_lanes(config.lanes, global_batch_size, len(self.shard_of))
+        fewest = len(self.shard_of)
+        if self.shares:
+            fewest = int(np.bincount(self.source_of, minlength=len(self.shares)).min())
+        lanes = choose_turn_lanes(config.lanes, global_batch_size, fewest)
         known = window_of(position) if before and not config.shuffle_window else None
         window = known or choose_window(config.shuffle_window, lanes, self.mean_bytes)
-        return Turns(len(self.shard_of), seed, lanes, window)
+        return Turns(len(self.shard_of), seed, lanes, window, self.shard_of)
 
-    def fingerprint_of(self, order: Order | Turns) -> str:
+    def fingerprint_of(self, order: Order | Turns) -> Fingerprint:
         """Fingerprint of all that an order depends on: turns at shards on their names alone."""
         if self.unindexed or isinstance(order, Order):
             return self.fingerprint
-        return _fingerprint(name_of(self.urls[entry]) for entry in self.shard_of.tolist())
+        names = [name_of(self.urls[shard]) for shard in self.shard_of.tolist()]
+        if isinstance(self.fingerprint, str):
+            return _fingerprint(names)
+        return _by_source(names, self.source_of)
 
     def order(self, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
         """Order of all samples, by the index. Raises DataError for lanes that do not fit."""
         assert not self.unindexed, self.unindexed
-        total = int(self.counts.sum())
-        if self.accepted is not None and total:
-            total = int(self.accepted.aspects.sum(axis=1)[self.shard_of].sum())
-            if total < max(1, config.lanes):
-                enlarge = "set data.allow_enlarging=true, " if "too_small" in self.accepted.reasons else ""
-                raise DataError(
-                    f"{self.accepted.sentence()}; {enlarge}loosen data.filter, lower data.lanes or correct "
-                    "the shards."
-                )
+        counts = self.counts
+        if self.accepted is not None and counts.sum():
+            counts = self.accepted.aspects.sum(axis=1)[self.shard_of]
+        total = int(counts.sum())
+        if self.shares:
+            total = int(np.bincount(self.source_of, counts, minlength=len(self.shares)).min())
+        if self.accepted is not None and self.counts.sum() and total < max(1, config.lanes):
+            enlarge = "set data.allow_enlarging=true, " if "too_small" in self.accepted.reasons else ""
+            raise DataError(
+                f"{self.accepted.sentence()}; {enlarge}loosen data.filter, lower data.lanes or correct "
+                "the shards."
+            )
         lanes = choose_lanes(config.lanes, global_batch_size, total)
         window = choose_window(config.shuffle_window, lanes, self.mean_bytes)
-        return Order(self.counts, seed, lanes, window)
+        return Order(self.counts, seed, lanes, window, shard_of=self.shard_of)
 
     def buckets(self, config: DataConfig, order: Order | Turns) -> Buckets:
         """Aspect-ratio buckets, or the one square shape. Raises DataError when they cannot be made.
 
         order: that of all samples, from `order` or `walk`
         """
+        shapes = target_shapes(config)
+        if not self.shares:
+            if not config.buckets:
+                return Buckets(shapes, (order,))
+            assert isinstance(order, Order), "buckets need an index"
+            assert self.accepted is not None, "opened with buckets"
+            return make_buckets(shapes, self.accepted.aspects, order)
+        orders = [self._of_source(order, source, share) for source, share in enumerate(self.shares)]
+        if self.accepted is None or isinstance(order, Turns):
+            walks = (Walk(0, source, share) for source, share in enumerate(self.shares))
+            return Buckets(shapes, tuple(orders), mixed=tuple(walks))
+        indexed = [order for order in orders if isinstance(order, Order)]
+        return mix_buckets(shapes, self.accepted.aspects, indexed, self.shares)
+
+    def _of_source(self, order: Order | Turns, source: int, share: float) -> Order | Turns:
+        """The order of one source: a window of a rare one is as many steps as another's."""
+        mine = np.flatnonzero(self.source_of == source)
+        window = max(1, round(order.window * share))
         if isinstance(order, Turns):
-            return Buckets(target_shapes(config), ())
-        if not config.buckets:
-            return Buckets(target_shapes(config), (order,))
-        assert self.accepted is not None, "opened with buckets"
-        return make_buckets(target_shapes(config), self.accepted.aspects, self.shard_of, order)
-
-
-def sources_of(config: DataConfig) -> tuple[SourceConfig, ...]:
-    """The sources of a configuration. Raises DataError unless exactly one of the two fields is set."""
-    if bool(config.shards) == bool(config.sources):
-        raise DataError(
-            "Set exactly one of data.shards and data.sources, e.g. data.shards=s3://bucket/{00000..00099}.tar"
-        )
-    sources = config.sources or (SourceConfig(config.shards),)
-    for source in sources:
-        if source.repeat < 1:
-            raise DataError(f"repeat of {source.shards} is {source.repeat}; it must be at least 1.")
-    return tuple(sources)
+            return replace(order, shards=len(mine), window=window, shard_of=mine, source=source)
+        return replace(order, counts=self.counts[mine], window=window, shard_of=mine, source=source)
 
 
 def index_folder(config: DataConfig, first_shard: str) -> str:
@@ -188,30 +212,37 @@ def open_dataset(config: DataConfig, *, progress: Progress = untold, at_once: bo
 
 
 def _indexed(config: DataConfig, progress: Progress) -> Dataset:
-    rule = Filter(config.filter)
+    configs = configs_of(config)
+    for each in configs:
+        Filter(each.filter)  # refused before anything is read
     picture = picture_members(config)
     urls: list[str] = []
     rows: list[ManifestRow] = []
     folders: list[str] = []
     entries: list[int] = []
-    for source in sources_of(config):
+    source_of: list[int] = []
+    for number, source in enumerate(sources_of(config)):
         folder, found = _open_source(config, source, progress)
         first = len(urls)
         for row in found:
             urls.append(row.shard)
             rows.append(row)
             folders.append(folder)
+            source_of.append(number)
         entries += [first + i for _ in range(source.repeat) for i in range(len(found))]
     _check_distinct(urls)
     index_urls = tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True))
-    check_columns(rule, rows)
-    check_captions(config.captions, [row for row in rows if row.samples])
+    alike = _read_alike(configs, source_of)
+    for each, mine in alike:
+        check_columns(Filter(each.filter), [rows[i] for i in mine])
+        check_captions(each.captions, [rows[i] for i in mine if rows[i].samples])
     _check_members(picture, rows)
     counting = partial(progress, "counting what is accepted")
-    accepted = count_accepted(config, rows, index_urls, counting) if config.buckets else None
+    accepted = _accepted(alike, rows, index_urls, counting) if config.buckets else None
     shard_of = np.asarray(entries, np.int64)
     samples = np.asarray([row.samples for row in rows], np.int64)
-    told = (f"{name_of(rows[i].shard)} {rows[i].samples} {rows[i].size}" for i in entries)
+    shares = shares_of(config)
+    told = [f"{name_of(rows[i].shard)} {rows[i].samples} {rows[i].size}" for i in entries]
     return Dataset(
         urls=tuple(urls),
         index_urls=index_urls,
@@ -221,10 +252,39 @@ def _indexed(config: DataConfig, progress: Progress) -> Dataset:
         shard_of=shard_of,
         counts=samples[shard_of],
         mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
+        source_of=np.asarray(source_of, np.int64),
         accepted=accepted,
-        fingerprint=_fingerprint(told),
+        fingerprint=_by_source(told, source_of) if shares else _fingerprint(told),
         name_depth=distinguishing_depth(urls),
+        shares=shares,
     )
+
+
+def _read_alike(
+    configs: Sequence[DataConfig], source_of: Sequence[int]
+) -> list[tuple[DataConfig, list[int]]]:
+    """The ways in which shards are read, each with its shards, in their order."""
+    places = [configs.index(each) for each in configs]
+    shards: dict[int, list[int]] = {}
+    for shard, source in enumerate(source_of):
+        shards.setdefault(places[source], []).append(shard)
+    return [(configs[place], mine) for place, mine in shards.items()]
+
+
+def _accepted(
+    alike: Sequence[tuple[DataConfig, list[int]]],
+    rows: Sequence[ManifestRow],
+    index_urls: Sequence[str],
+    progress: Callable[[int, int], object],
+) -> Accepted:
+    """What the index accepts of all shards, of which some are read otherwise than others."""
+    aspects = np.zeros((len(rows), ASPECTS), np.int64)
+    reasons: Counter[str] = Counter()
+    for each, mine in alike:
+        some = count_accepted(each, [rows[i] for i in mine], [index_urls[i] for i in mine], progress)
+        aspects[mine] = some.aspects
+        reasons.update(some.reasons)
+    return Accepted(aspects, dict(reasons))
 
 
 def _listed(config: DataConfig, why: str) -> Dataset:
@@ -233,16 +293,20 @@ def _listed(config: DataConfig, why: str) -> Dataset:
         raise DataError(
             "data.buckets needs an index, which says how many samples each shape has; set data.order=indexed."
         )
-    Filter(config.filter)  # refused now rather than by each worker
+    for each in configs_of(config):
+        Filter(each.filter)  # refused now rather than by each worker
     timeout_s, urls, entries = config.request_timeout_s, list[str](), list[int]()
-    folders = []
-    for source in sources_of(config):
+    folders, source_of = [], list[int]()
+    for number, source in enumerate(sources_of(config)):
         named = spelled_out(source.shards)
         found = named or [shard.url for shard in list_files(source.shards, timeout_s=timeout_s)]
         folders.append((len(urls), index_folder(config, found[0])))
         entries += [len(urls) + i for _ in range(source.repeat) for i in range(len(found))]
         urls += found
+        source_of += [number] * len(found)
     _check_distinct(urls)
+    shares = shares_of(config)
+    names = [name_of(urls[entry]) for entry in entries]
     return Dataset(
         urls=tuple(urls),
         index_urls=(),
@@ -250,19 +314,29 @@ def _listed(config: DataConfig, why: str) -> Dataset:
         versions=(),
         checksums=(),
         shard_of=np.asarray(entries, np.int64),
+        source_of=np.asarray(source_of, np.int64),
         counts=np.zeros(0, np.int64),
         mean_bytes=_first_bytes(urls, timeout_s),
         accepted=None,
-        fingerprint=_fingerprint(name_of(urls[entry]) for entry in entries),
+        fingerprint=_by_source(names, source_of) if shares else _fingerprint(names),
         name_depth=distinguishing_depth(urls),
         unindexed=why,
         folders=tuple(folders),
+        shares=shares,
     )
 
 
 def _check_distinct(urls: Sequence[str]) -> None:
     if len(set(urls)) != len(urls):
         raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
+
+
+def _by_source(lines: Sequence[str], source_of: Sequence[int] | NDArray[np.int64]) -> tuple[str, ...]:
+    """Fingerprints of sources with weights, of which each shard is one line."""
+    sources = np.asarray(source_of)
+    numbers = range(int(sources.max()) + 1)
+    mine = (np.flatnonzero(sources == number).tolist() for number in numbers)
+    return tuple(_fingerprint(lines[i] for i in some) for some in mine)
 
 
 def _fingerprint(lines: Iterable[str]) -> str:

@@ -21,10 +21,11 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
-from data_pipeline.shards.dataset import Dataset, Progress, open_dataset, sources_of, untold
+from data_pipeline.shards.dataset import Dataset, Progress, open_dataset, untold
 from data_pipeline.shards.identities import hash_text
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import Selection, make_selection, removed_by, target_shapes
+from data_pipeline.shards.sources import configs_of, sources_of
 from data_pipeline.shards.split import places
 from data_pipeline.shards.view import ShardView, ShardViews
 from data_pipeline.storage.listing import list_files
@@ -52,8 +53,9 @@ class HeldOutSample:
     """As `Dataset.sample_key` spells it."""
     ordinal: int
     """Identity, by which everything about the sample is drawn; never that of a visit of training."""
-    weight: int
-    """How often an epoch of training has the samples of its source."""
+    weight: float
+    """How often an epoch of training has the samples of its source; where sources have weights, so much that
+    those of a source weigh together what it weighs."""
     shape: tuple[int, int]
     """(height, width) of its batch."""
     extents: tuple[tuple[str, int, int], ...]
@@ -121,13 +123,13 @@ def open_held_out(
     found = dataset if dataset is not None and known else _indexed(config, reading, progress)
     if own.shards:
         _check_apart(config, dataset, found)
-    selection = make_selection(reading, removals=(), part="validation")
+    selections = [make_selection(each, removals=(), part="validation") for each in configs_of(reading)]
     shapes = target_shapes(config)
     if config.buckets:
         dataset = dataset or open_dataset(config, progress=progress)
         order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
         shapes = dataset.buckets(config, order).shapes
-    chosen, of, reasons = _choose(reading, found, selection, samples, shapes)
+    chosen, of, reasons = _choose(reading, found, selections, samples, shapes)
     if not chosen:
         listed = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(4))
         what = "loosen data.validation.filter" if own.shards else "raise data.validation.share"
@@ -141,16 +143,37 @@ def open_held_out(
             of,
             len(chosen),
         )
-    return _only_theirs(reading, found, chosen)
+    return _only_theirs(reading, found, _weighted(found, chosen))
+
+
+def _weighted(dataset: Dataset, chosen: list[HeldOutSample]) -> list[HeldOutSample]:
+    """With the weights of their sources, where these have some."""
+    if not dataset.shares:
+        return chosen
+    sources = [int(dataset.source_of[sample.shard]) for sample in chosen]
+    each = [
+        share * len(chosen) / max(1, sources.count(source)) for source, share in enumerate(dataset.shares)
+    ]
+    pairs = zip(chosen, sources, strict=True)
+    return [dataclasses.replace(sample, weight=each[source]) for sample, source in pairs]
 
 
 def _reading(config: DataConfig) -> DataConfig:
     """How held-out samples are read: as in training, without what is drawn anew at each visit."""
     own = config.validation
+    sources = [
+        dataclasses.replace(
+            source,
+            filter=source.filter if own.filter is None else None,
+            crop=None,
+            horizontal_flip=None,
+        )
+        for source in config.sources
+    ]
     return dataclasses.replace(
         config,
         shards=own.shards or config.shards,
-        sources=() if own.shards else config.sources,
+        sources=() if own.shards else tuple(sources),
         filter=config.filter if own.filter is None else own.filter,
         order="indexed",
         crop="center",
@@ -195,7 +218,7 @@ def _place(url: str) -> str:
 def _choose(
     config: DataConfig,
     dataset: Dataset,
-    selection: Selection,
+    selections: Sequence[Selection],
     count: int,
     shapes: Sequence[tuple[int, int]],
 ) -> tuple[list[HeldOutSample], int, Counter[str]]:
@@ -206,7 +229,7 @@ def _choose(
     buckets = Buckets(tuple(shapes), (), accepted_only=True)
     removals = read_removals(config.removal_lists)  # asked about few samples, and not about whole shards
     views = ShardViews(
-        dataset, selection, buckets, reader, capacity=2 * _READERS, with_identities=bool(removals)
+        dataset, selections, buckets, reader, capacity=2 * _READERS, with_identities=bool(removals)
     )
     weights = np.bincount(dataset.shard_of, minlength=len(dataset.urls))
     # By name, so that shards that join or leave the set leave the others' samples where they are.
@@ -281,6 +304,7 @@ def _only_theirs(config: DataConfig, dataset: Dataset, chosen: Sequence[HeldOutS
         versions=tuple(dataset.versions[i] for i in shards),
         checksums=tuple(dataset.checksums[i] for i in shards),
         shard_of=np.arange(len(shards)),
+        source_of=dataset.source_of[shards],
         counts=np.zeros(len(shards), np.int64),
         accepted=None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -96,16 +97,17 @@ class ShardViews:
     def __init__(
         self,
         dataset: Dataset,
-        selection: Selection,
+        selections: Sequence[Selection],
         buckets: Buckets,
         reader: RangeReader,
         capacity: int,
         *,
         with_identities: bool = False,
     ) -> None:
-        """`capacity`: views that are kept; `with_identities`: also what only removal lists ask for."""
+        """`selections`: of each source; `capacity`: views that are kept; `with_identities`: also what only
+        removal lists ask for."""
         self._with_identities = with_identities
-        self.selection = selection
+        self.selections = selections
         self._dataset, self._reader = dataset, reader
         self._buckets = buckets
         self._capacity = capacity
@@ -139,32 +141,34 @@ class ShardViews:
     def _load(self, shard: int) -> ShardView:
         url = self._dataset.index_urls[shard]
         data = self._reader.read_all(url)
-        return self.of(decode_listed(data, url, self._dataset.checksums[shard]))
+        source = int(self._dataset.source_of[shard])
+        return self.of(decode_listed(data, url, self._dataset.checksums[shard]), source)
 
-    def of(self, index: ShardIndex) -> ShardView:
+    def of(self, index: ShardIndex, source: int) -> ShardView:
         """View of the samples of an index, which may be some of a shard's."""
-        index.choose_picture(self.selection.picture)
-        decided = self.selection.decide(index)
-        late = self.selection.undecided(index)
+        selection = self.selections[source]
+        index.choose_picture(selection.picture)
+        decided = selection.decide(index)
+        late = selection.undecided(index)
         self.undecided |= {clause.text for clause in late.clauses} if late is not None else set()
         late_columns = {n: index.column(n) for n in sorted(late.columns)} if late is not None else {}
-        offsets, sizes = self.selection.extents(index)
-        if not self.selection.reads_json and late is None and "json" in self.selection.members:
-            offsets[self.selection.members.index("json")] = -1
+        offsets, sizes = selection.extents(index)
+        if not selection.reads_json and late is None and "json" in selection.members:
+            offsets[selection.members.index("json")] = -1
         accepted, rows = None, []
         if self._buckets.accepted_only:
             accepted = np.flatnonzero(decided.accepted)
-            place = self._buckets.assign(*index.picture_sizes())[accepted]
+            place = self._buckets.assign(*index.picture_sizes(), source)[accepted]
             rows = [accepted[place == bucket] for bucket in range(len(self._buckets.shapes))]
         return ShardView(
             keys=index.keys,
             decided=decided,
-            members=self.selection.members,
+            members=selection.members,
             offsets=offsets,
             sizes=sizes,
             late=late,
             late_columns={name: column for name, column in late_columns.items() if column is not None},
-            texts=self._texts(index),
+            texts=self._texts(index, selection.captions),
             originals=index.original_sizes(),
             accepted=accepted,
             rows=tuple(rows),
@@ -173,8 +177,8 @@ class ShardViews:
             else np.zeros((0, len(index)), np.uint64),
         )
 
-    def _texts(self, index: ShardIndex) -> dict[str, list[Any]]:
-        names, raw = self.selection.captions, None
+    def _texts(self, index: ShardIndex, names: tuple[str, ...]) -> dict[str, list[Any]]:
+        raw = None
         if wanted := unkept(index, names):
             url = parquet_of(index.shard)
             try:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
-from data_pipeline.shards.dataset import Dataset
+from data_pipeline.order.lanes import Order
 from data_pipeline.shards.view import ShardViews
 
 _READERS = 16
@@ -48,10 +48,13 @@ class Place:
 class Seeker:
     """Finds places of one bucket's lanes."""
 
-    def __init__(self, buckets: Buckets, bucket: int, dataset: Dataset, views: ShardViews) -> None:
-        self._order = buckets.orders[bucket]
+    def __init__(self, buckets: Buckets, bucket: int, views: ShardViews) -> None:
+        order = buckets.orders[bucket]
+        assert isinstance(order, Order)
+        assert order.shard_of is not None
+        self._order = order
         self._bucket = bucket
-        self._shard_of = dataset.shard_of
+        self._shard_of = order.shard_of
         self._views = views
         self._totals: dict[int, Counts] = {}
 

@@ -20,9 +20,12 @@ from typing import Any, NamedTuple
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
+from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import LaneState
 from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import make_selection
+from data_pipeline.shards.sources import configs_of, shares_of
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.files import read_text
 from data_pipeline.storage.ranges import RangeReader
@@ -77,6 +80,11 @@ def explain_step(
         raise DataError(
             f"data.order={config.order} has no index to explain a step from; `ldm data trace` runs it."
         )
+    if shares_of(config):
+        raise DataError(
+            "data.sources have weights, and how many samples of each a lane has served is not summed from "
+            "the index; `ldm data trace` runs the steps."
+        )
     ledger = find_ledger(config, rejects)
     dataset = open_dataset(config)
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
@@ -84,14 +92,16 @@ def explain_step(
         timeout_s=config.request_timeout_s, tries=config.max_retries, patience_s=config.patience_s
     )
     buckets = dataset.buckets(config, order)
-    views = ShardViews(dataset, make_selection(config), buckets, reader, capacity=64)
+    removals = read_removals(config.removal_lists)
+    selections = [make_selection(each, removals) for each in configs_of(config)]
+    views = ShardViews(dataset, selections, buckets, reader, capacity=64)
     wanted = buckets.of_step(step)
     earlier = buckets.turns(step)[wanted]  # steps that this bucket had before
     per_lane = global_batch_size // order.lanes
     skip = earlier * per_lane
     places = [Place(0, 0, 0, 0)] * order.lanes  # only a walk from the start meets all that a ledger has
     if not ledger.files:
-        places = Seeker(buckets, wanted, dataset, views).seek(skip)
+        places = Seeker(buckets, wanted, views).seek(skip)
     walk = _Walk(buckets, wanted, dataset, views, ledger)
     for lane, place in enumerate(places):
         for i, (state, shard, row, rejected) in enumerate(walk.served(lane, place, skip, per_lane)):
@@ -168,14 +178,14 @@ class _Walk:
     def visits(self, lane: int, start: Place) -> Iterator[_Visit]:
         """A lane's visits from a place on, what was set aside at the end of its epoch."""
         order, ledger = self.buckets.orders[self.bucket], self.ledger
+        assert isinstance(order, Order)
         state, fruitless = LaneState(start.epoch, start.offset), 0
         deferred: list[_Visit] = []
         while True:
             first, stop = order.window_of(lane, state.offset)
-            entries, places = order.visits(state.epoch, lane, first, stop)
-            pairs = zip(entries.tolist(), places.tolist(), strict=True)
-            for offset, (entry, counted) in enumerate(pairs, first):
-                shard = int(self.dataset.shard_of[entry])
+            shards, places = order.visits(state.epoch, lane, first, stop)
+            pairs = zip(shards.tolist(), places.tolist(), strict=True)
+            for offset, (shard, counted) in enumerate(pairs, first):
                 view = self.views.get(shard)
                 row = view.row(self.bucket, counted)
                 ordinal = order.ordinal(state.epoch, lane, offset)
@@ -221,7 +231,8 @@ class Ledger:
         """What must hold for the answer to be exact; `undecided` clauses of the filter need each json."""
         if self.files:
             return [f"{', '.join(self.files)} hold every rejection of the run up to this step"]
-        return list(_assumed(config, undecided))
+        told = (line for each in configs_of(config) for line in _assumed(each, undecided))
+        return list(dict.fromkeys(told))
 
 
 def find_ledger(config: DataConfig, paths: Sequence[str] = ()) -> Ledger:

@@ -87,7 +87,7 @@ def _encode(config: Config, rank: int, ranks: int, steps: int | None) -> tuple[A
     writer = MomentsWriter(cache, allowance=None if allowance is None else allowance // ranks, patient=True)
     once = EncodeOnce(first_stage, cache, writer, config.micro_batch_size)
     moments = Moments(config.first_stage.cache_variants, cache)
-    epoch = -(-int(dataset.counts.sum()) // size)
+    epoch = -(-dataset.epoch_samples // size)
     loader = build_loader(
         config.data,
         seed=seed,

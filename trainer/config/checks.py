@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from data_pipeline.config import of_source
 from trainer.config.checks_diffusion import check_diffusion, check_guidance, check_sampling
 from trainer.config.checks_validation import check_validation
 from trainer.config.derived import check_derived
@@ -235,11 +236,12 @@ def _check_cache(config: Config) -> None:
         f"first_stage.cache serves no pixels, from which conditioning.{' and conditioning.'.join(pixels)} is "
         "made at every visit; remove first_stage.cache.",
     )
+    read = [of_source(config.data, source) for source in config.data.sources] or [config.data]
     drawn = [
         name
         for name, there in {
-            "data.crop=random": config.data.crop == "random",
-            "data.horizontal_flip=true": config.data.horizontal_flip,
+            "data.crop=random": any(each.crop == "random" for each in read),
+            "data.horizontal_flip=true": any(each.horizontal_flip for each in read),
         }.items()
         if there
     ]

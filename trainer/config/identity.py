@@ -48,7 +48,12 @@ _DATA = (
 """Where shards lie, and what is removed from them, may change: an opt-out needs no permission. What is held
 out by data.validation.share may not: it would measure samples that were trained on, or train on the others.
 data.conditions and data.max_layout_boxes follow from `conditioning`."""
-
+_OF_A_SOURCE = (
+    "weight",
+    *("filter", "captions", "caption_weights", "crop", "horizontal_flip", "conditions"),
+)
+"""What a source has of its own, besides its shards."""
+_SOURCES = "data.sources"
 
 _PERCEPTUAL = "autoencoder_loss.perceptual_weights"
 
@@ -114,7 +119,8 @@ def check_resume(stored: Mapping[str, Any], config: Config, checkpoint: str) -> 
     found = differences(stored, config_to_dict(config))
     refused = [difference for difference in found if not _allowed(difference.key, config.resume_changed)]
     if refused:
-        keys = ",".join(dict.fromkeys((*config.resume_changed, *(difference.key for difference in refused))))
+        words = (*config.resume_changed, *(_word(difference.key) for difference in refused))
+        keys = ",".join(dict.fromkeys(words))
         raise ConfigError(
             f"the checkpoint {checkpoint} was trained with other settings: "
             f"{'; '.join(map(str, refused))}; set them back, name another run_dir "
@@ -122,6 +128,11 @@ def check_resume(stored: Mapping[str, Any], config: Config, checkpoint: str) -> 
             f"'resume_changed=[{keys}]'."
         )
     return found
+
+
+def _word(key: str) -> str:
+    """What resume_changed says of a setting: sources are no settings one by one."""
+    return _SOURCES if key.startswith(f"{_SOURCES}.") else key
 
 
 def _allowed(key: str, words: Collection[str]) -> bool:
@@ -150,6 +161,7 @@ def _defining(config: dict[str, Any]) -> _Flat:
         flat |= _flattened(config[section], f"{section}.")
     flat |= {f"data.{name}": config["data"][name] for name in _DATA}
     flat["data.filter"] = flat["data.filter"].strip()
+    flat |= _sources(config["data"]["sources"])
     flat["data.validation.share"] = config["data"]["validation"]["share"]
     if config["data"]["buckets"]:
         flat |= {f"data.{name}": config["data"][name] for name in ("bucket_step", "bucket_max_aspect")}
@@ -163,6 +175,16 @@ def _defining(config: dict[str, Any]) -> _Flat:
     if stage != "diffusion" or not (flat["data.crop"] == "random" or flat["data.horizontal_flip"]):
         flat.pop("first_stage.cache_variants", None)  # of one crop
     return {key: value for key, value in flat.items() if key not in _FREE}
+
+
+def _sources(sources: list[Any]) -> _Flat:
+    """What sources have of their own; one that joins is not compared."""
+    found = [{n: source.get(n) for n in _OF_A_SOURCE} for source in sources if isinstance(source, dict)]
+    return {
+        f"{_SOURCES}.{number}.{name}": value
+        for number, own in enumerate(found)
+        for name, value in own.items()
+    }
 
 
 def _flattened(section: dict[str, Any], prefix: str) -> _Flat:

@@ -23,7 +23,8 @@ def pictures_once(
 ) -> Generator[Tensor]:
     """uint8 [B, 3, H, W] each, B at most `batch_size`: `samples` pictures in all, or all that there are.
 
-    With aspect buckets, whose epochs end apart, and without an index (data.order=resampled) some may repeat.
+    With aspect buckets or sources with weights, whose epochs end apart, and without an index
+    (data.order=resampled) some may repeat.
 
     Args:
         data: the shards and how they are read; captions, conditions and loader processes are left out.
@@ -36,6 +37,10 @@ def pictures_once(
     data = dataclasses.replace(
         data,
         lanes=0,
+        sources=tuple(
+            dataclasses.replace(source, captions=None, caption_weights=None, conditions=None)
+            for source in data.sources
+        ),
         captions=("txt",),
         caption_weights=(),
         require_caption=False,
@@ -47,7 +52,8 @@ def pictures_once(
     if data.order == "indexed":
         dataset = open_dataset(data)
         total = int(dataset.counts.sum())
-        first_epoch = None if data.buckets else total  # ordinals of later epochs are larger
+        # Ordinals of later epochs are larger.
+        first_epoch = None if data.buckets or dataset.shares else total
         samples = min(samples, total)
     where = data.shards or ", ".join(source.shards for source in data.sources)
     if samples == 0:

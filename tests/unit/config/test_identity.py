@@ -340,3 +340,22 @@ def test_the_word_lets_nothing_else_change() -> None:
 def test_a_word_that_is_no_setting_is_refused(word: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=rf"resume_changed names '{word}', which is no setting; {hint}"):
         load_config(None, [f"resume_changed=[{word}]"])
+
+
+def test_what_a_source_has_of_its_own_is_compared_and_one_that_joins_is_not() -> None:
+    first = "{shards: a.tar, weight: 0.7, filter: score > 1}"
+    stored = settings(load_config(None, [f"data.sources=[{first}]"]))
+    joined = load_config(None, [f"data.sources=[{first}, {{shards: b.tar, weight: 0.3, crop: random}}]"])
+    assert differences(stored, settings(joined)) == ()
+    other = ["data.sources=[{shards: z.tar, weight: 0.6, filter: score > 1}]"]
+    with pytest.raises(
+        ConfigError, match=r"data.sources.0.weight was 0.7, is 0.6;.*resume_changed=\[data.sources\]"
+    ):
+        check_resume(stored, load_config(None, other), "run/1")
+    allowed = load_config(None, [*other, "resume_changed=[data.sources]"])
+    assert [found.key for found in check_resume(stored, allowed, "run/1")] == ["data.sources.0.weight"]
+    older = copy.deepcopy(stored)
+    older["data"]["sources"] = [{"shards": "a.tar", "repeat": 2}]  # before sources had anything of their own
+    assert (
+        differences(older, settings(load_config(None, ["data.sources=[{shards: a.tar, repeat: 2}]"]))) == ()
+    )

@@ -185,7 +185,7 @@ def test_each_sample_once_per_epoch_of_its_bucket_whatever_the_counts(data, lane
     if aspects.sum() < lanes:
         return
     raw = Order(aspects.sum(axis=1) + 3, seed, lanes, 8)
-    buckets = make_buckets(shapes, aspects, np.arange(len(rows)), raw)
+    buckets = make_buckets(shapes, aspects, raw)
     assert sum(order.total for order in buckets.orders) == aspects.sum()
     ordinals: set[int] = set()
     for order in buckets.orders:
@@ -236,7 +236,7 @@ def test_rare_shapes_are_merged_and_missing_sizes_refused(tmp_path: Path, write_
     aspects = np.zeros((1, ASPECTS), np.int64)
     aspects[0, aspect_of(np.asarray([64.0, 20.0]), np.asarray([64.0, 40.0]))] = 500, 1
     raw = Order(np.asarray([600]), 0, 8, 16)
-    assert make_buckets(bucket_shapes(64, 16, 2.0), aspects, np.asarray([0]), raw).shapes == ((64, 64),)
+    assert make_buckets(bucket_shapes(64, 16, 2.0), aspects, raw).shapes == ((64, 64),)
     write_tar(tmp_path / "0.tar", [(f"{i}.jpg", b"x") for i in range(9)])
     with pytest.raises(DataError, match="ldm data index"):
         run(str(tmp_path / "0.tar"), 1)

@@ -100,7 +100,7 @@ def test_lane_walk_example(three_shards: DataConfig) -> None:
     for mine in ranks:
         task = ShareTask(three_shards, dataset, order, mine, square, 0, (LaneState(),) * 2, 1)
         reader = RangeReader(timeout_s=10, tries=1, patience_s=10)
-        views = ShardViews(dataset, make_selection(three_shards), square, reader, 8)
+        views = ShardViews(dataset, [make_selection(three_shards)], square, reader, 8)
         walkers.append(Walker(task, views, MemberReads(dataset, reader, Background(2), None, 10**6)))
     walks = [walk for walker in walkers for walk in walker.walks]
     failing = {"A3"}
