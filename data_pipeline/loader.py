@@ -26,7 +26,7 @@ from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.moments.entry import Moments, MomentsCache
 from data_pipeline.order.lanes import Order, Part, deal, lanes_of
-from data_pipeline.order.position import Position, merge_positions, pack, unpack
+from data_pipeline.order.position import Position, later, merge_positions, pack, unpack
 from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.removals import read_removals
@@ -44,10 +44,12 @@ __all__ = [
     "Dataset",
     "Loader",
     "Part",
+    "Position",
     "build_loader",
     "check_layout",
     "merge_positions",
     "open_dataset",
+    "position_near",
 ]
 
 AnyLoader: TypeAlias = "Loader | ResampledLoader"
@@ -155,6 +157,34 @@ def check_layout(config: DataConfig, dataset: Dataset, *, seed: int, global_batc
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size)
     dataset.buckets(config, order)
     return order
+
+
+def position_near(
+    config: DataConfig,
+    dataset: Dataset,
+    *,
+    seed: int,
+    global_batch_size: int,
+    step: int,
+    known: Position = None,
+    served: float = 1.0,
+) -> Position:
+    """About the position of a run at a step, from one that is `known` and earlier, the beginning if need be.
+
+    For those who need not read what the run has read, only what it will: where samples are rejected that the
+    index could not tell, lanes stand as if it were the share `1 - served` everywhere. Raises DataError when
+    the known position belongs to another order.
+    """
+    order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=known)
+    if isinstance(order, Turns):
+        return known
+    buckets = dataset.buckets(config, order)
+    before, states = unpack(known, order, dataset.fingerprint, buckets)
+    if step <= before:
+        return known
+    steps, per_lane = (before, step), global_batch_size // order.lanes
+    moved = later(states, buckets, steps=steps, per_lane=per_lane, served=served)
+    return pack(order, dataset.fingerprint, buckets, step, 0, [state.as_json() for state in moved])
 
 
 def _reject_file(config: DataConfig, rank: int) -> Path | None:

@@ -124,6 +124,34 @@ def _num_walks(position: dict[str, Any]) -> int:
     return len(position.get("walks", position["buckets"]))
 
 
+def later(
+    states: Sequence[LaneState],
+    buckets: Buckets,
+    *,
+    steps: tuple[int, int],
+    per_lane: int,
+    served: float = 1.0,
+) -> list[LaneState]:
+    """About where every lane is some steps later: exact where all is served, and sources have no weights.
+
+    states: lane-major, at the first of the two `steps`
+    per_lane: samples of a lane in a global batch
+    served: the share of samples that is served, where offsets count the others, too
+    """
+    before, after = (buckets.turns(step) for step in steps)
+    rate = per_lane if buckets.accepted_only else per_lane / served
+    moved = []
+    for i, state in enumerate(states):
+        lane, number = divmod(i, len(buckets.orders))
+        walk, order = buckets.walks[number], buckets.orders[number]
+        assert isinstance(order, Order), "who knows how much lies in between has an index"
+        share = walk.share / buckets.weights[walk.bucket]  # of the source in its bucket
+        offset = state.offset + round((after[walk.bucket] - before[walk.bucket]) * rate * share)
+        size = order.lane_size(lane)
+        moved.append(LaneState(state.epoch + offset // size, offset % size))
+    return moved
+
+
 def takes_turns(position: Position) -> bool | None:
     """Whether a position is one of lanes that take turns at shards; None without one, or of no order."""
     if not position:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,16 @@ from typing import Any
 import torch
 import yaml
 
+from data_pipeline.loader import build_loader, open_dataset
+from data_pipeline.moments.parts import read_table
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.storage.local_s3 import LocalS3
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
 from trainer.checkpoint.reader import EngineReader
+from trainer.config.io import config_from_dict, load_config
+from trainer.first_stage.build import build_first_stage, first_stage_tensors
+from trainer.weights import write_weights
 
 REPOSITORY = Path(__file__).parents[2]
 BUCKET = "ldm"
@@ -175,3 +182,38 @@ class StoredRun:
         for name, tensor in sorted(self.tensors().items()):
             digest.update(name.encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
+
+
+def encoding_config(bucket: Bucket, folder: Path) -> Path:
+    """The bucket's configuration with a small KL first stage, whose moments are kept in FOLDER/cache."""
+    structure = {"name": "kl", "base_channels": 8, "channel_multipliers": [1, 2], "num_groups": 4}
+    first_stage = build_first_stage(config_from_dict({"first_stage": structure}).first_stage)
+    first_stage.set_latent_statistics(torch.zeros(4), torch.ones(4))
+    weights = str(folder / "first_stage.safetensors")
+    write_weights(weights, *first_stage_tensors(first_stage))
+    config = tiny_config()
+    config["data"]["horizontal_flip"] = False
+    config["first_stage"] = {**structure, "weights": weights, "cache": str(folder / "cache")}
+    path = folder / "encode.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    os.environ.update(bucket.server.env)
+    return path
+
+
+def served_samples(path: Path) -> set[str]:
+    """Names of the samples of a run's first epoch."""
+    config = load_config(str(path))
+    size = config.global_batch_size
+    dataset = open_dataset(config.data)
+    with build_loader(config.data, seed=config.seed, global_batch_size=size, dataset=dataset) as loader:
+        batches = itertools.islice(loader, -(-dataset.epoch_samples // size))
+        return {key.rpartition("/")[2] for batch in batches for key in batch.keys}
+
+
+def kept_samples(folder: Path) -> Counter[str]:
+    """Samples in FOLDER/cache, as often as they are there."""
+    found: Counter[str] = Counter()
+    for table in (folder / "cache").glob("*/parts/*.json"):
+        for rows in read_table(str(table)).rows.values():
+            found.update(row.sample for row in rows)
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trainer.__main__ import verb_parser
+from trainer.__main__ import parse, verb_parser
 from trainer.cli import watch
 from trainer.cli.sample import check_series
 from trainer.config.io import load_config
@@ -360,16 +360,35 @@ def test_the_example_secret_holds_no_secret() -> None:
     assert set(secret["stringData"].values()) == {""}
 
 
-def test_the_evaluator_is_a_command_that_exists_in_a_pod_that_is_admitted() -> None:
-    (job,) = documents((K8S / "evaluator" / "job.yaml").read_text(encoding="utf-8"))
+def admitted_command(folder: str) -> tuple[dict[str, Any], list[str]]:
+    """A Job of k8s/ that stands alone, in a pod that is admitted, and its words."""
+    (job,) = documents((K8S / folder / "job.yaml").read_text(encoding="utf-8"))
     pod = job["spec"]["template"]["spec"]
     assert breaches(pod) == []
-    words = pod["containers"][0]["command"]
-    assert words[:4] == ["python", "-m", "trainer", "evaluate"]
-    args = verb_parser("evaluate").parse_args(words[4:])
-    check_series(watch._drawing(args, args.source, "out"))
     rules = job["spec"]["podFailurePolicy"]["rules"]
     fatal = next(rule["onExitCodes"]["values"] for rule in rules if rule["action"] == "FailJob")
     assert fatal == [ExitCode.USER_ERROR, ExitCode.FATAL], "neither is cured by another start"
     (account,) = documents((K8S / "base" / "service-account.yaml").read_text(encoding="utf-8"))
     assert pod["serviceAccountName"] == account["metadata"]["name"]
+    words = pod["containers"][0]["command"]
+    assert words[:3] == ["python", "-m", "trainer"]
+    return job["spec"], words[3:]
+
+
+def test_the_evaluator_is_a_command_that_exists() -> None:
+    _, (verb, *words) = admitted_command("evaluator")
+    assert verb == "evaluate"
+    args = verb_parser(verb).parse_args(words)
+    check_series(watch._drawing(args, args.source, "out"))
+
+
+def test_the_encoders_are_commands_that_exist_and_share_all_of_the_work() -> None:
+    spec, (verb, *words) = admitted_command("encoder")
+    assert (verb, spec["completionMode"]) == ("encode", "Indexed")
+    for part in range(spec["completions"]):
+        said = [word.replace("$(JOB_COMPLETION_INDEX)", str(part)) for word in words]
+        args = parse(verb_parser(verb), said)
+        assert (args.rank, args.ranks) == (part, spec["completions"])
+    config = load_config(str(REPOSITORY / args.config), args.overrides)
+    assert config.first_stage.cache
+    config.sharing(args.ranks)

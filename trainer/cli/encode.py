@@ -1,37 +1,56 @@
 """Fill first_stage.cache ahead of training, on any machine: the run's samples in its order, without the UNet.
 
-Several of these share the work as ranks of a run would, each its part of every batch (a SLURM array: --rank
-$SLURM_ARRAY_TASK_ID). What is in the cache is passed over, so the same command again goes on; a run that
-trains meanwhile takes what is there and encodes the rest itself.
+Several of these share the work as ranks of a run would, each its part of every batch (a SLURM array:
+slurm/encode.sh; on Ray: python -m trainer.launch.ray --encoders N). What is in the cache is passed over, so
+the same command again goes on; a run that trains meanwhile takes what is there and encodes the rest itself.
+SIGTERM and SIGUSR1 have what is encoded stored first.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections import Counter
 from contextlib import closing
 
 import torch
 
-from data_pipeline.batch import Batch
-from data_pipeline.errors import DataError
-from data_pipeline.loader import AnyLoader, Part, build_loader, check_layout, open_dataset
+from data_pipeline.errors import DataError, Failure
+from data_pipeline.loader import (
+    AnyLoader,
+    Part,
+    Position,
+    build_loader,
+    check_layout,
+    open_dataset,
+    position_near,
+)
 from data_pipeline.moments.entry import Moments
 from data_pipeline.moments.writer import MomentsWriter
+from trainer.checkpoint.catalogue import open_checkpoint
+from trainer.checkpoint.export import read_state
+from trainer.checkpoint.manifest import BadManifest
 from trainer.config.checks import check_networks
 from trainer.config.io import load_config
 from trainer.config.run import Config, ConfigError
 from trainer.distributed.env import choose_device
 from trainer.distributed.process import configure_process
+from trainer.exit_codes import StopRequest
 from trainer.first_stage.build import load_first_stage, place_first_stage
 from trainer.first_stage.encode_once import EncodeOnce, moments_cache, open_cache
+from trainer.launch.observe import latest_record, newest_checkpoint
+from trainer.launch.rank import die_with_launcher
+from trainer.reliability.preemption import Preemption
 
 EXAMPLE = (
     "example: ldm encode configs/sd/sd2_base_512.yaml data.shards='s3://bucket/laion/*.tar' "
     "first_stage.weights=s3://bucket/kl_f8.safetensors conditioning.openclip.pretrained=laion2b_s32b_b79k "
     "first_stage.cache=s3://bucket/cache"
 )
+_LOOK_S = 10.0
+"""Between looks at where the run is."""
+_PAUSE_S = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,21 +60,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=0, help="which of --ranks this is, from 0")
     parser.add_argument("--ranks", type=int, default=1, help="how many of these share the work")
     parser.add_argument("--steps", type=int, help="steps of the run from its first on; default: one epoch")
+    parser.add_argument(
+        "--ahead",
+        type=int,
+        metavar="STEPS",
+        help="keep in front of the run in run_dir, by so many steps at most: wait when further, skip what it "
+        "has passed, end with it or after an epoch (default: walk the epoch wherever the run is)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode; 0 when everything is in the cache, 1 when some of it could not be stored."""
+    """Encode; 0 when everything is in the cache, 1 when some of it could not be stored, 75 when stopped."""
+    die_with_launcher()
     config = load_config(args.config, args.overrides)
     _check(config, args)
-    with torch.no_grad():
-        served, once = _encode(config, args.rank, args.ranks, args.steps)
-    counts, written = served.counts, once.counts
-    _say(f"samples           {served.tally.served:,} ({served.tally.rejected.total():,} rejected)")
-    _say(f"in the cache      {counts['cache_found']:,} before, {written['written']:,} stored now")
+    with torch.no_grad(), Preemption() as asked:
+        pool = _Pace(config, args.ahead, asked)
+        encoder = _Encoder(config, Part(args.rank, args.ranks))
+        with closing(encoder.once):
+            encoder.walk(pool, args.steps)
+    _say(f"samples           {encoder.counts['served']:,} ({encoder.counts['rejected']:,} rejected)")
+    written = encoder.once.counts
+    _say(f"in the cache      {encoder.counts['cache_found']:,} before, {written['written']:,} stored now")
     _say(f"parts             {written['parts']:,}, {written['bytes']:,} bytes")
-    left = counts["cache_missed"] - written["written"]
+    left = encoder.counts["cache_missed"] - written["written"]
     if left:
         _say(f"not stored        {left:,} (twice in a batch, no room, or as the log says)")
+    if asked.request is not StopRequest.NONE:
+        return asked.request.exit_code
     return 1 if written["failed"] else 0
 
 
@@ -67,46 +99,150 @@ def _check(config: Config, args: argparse.Namespace) -> None:
         )
     if not 0 <= args.rank < args.ranks:
         raise DataError(f"--rank {args.rank} is none of --ranks {args.ranks}; ranks count from 0.")
-    if args.steps is not None and args.steps < 1:
-        raise DataError(f"--steps {args.steps} is nothing to encode; it must be at least 1.")
+    for option, value in (("--steps", args.steps), ("--ahead", args.ahead)):
+        if value is not None and value < 1:
+            raise DataError(f"{option} {value} is nothing to encode; it must be at least 1.")
     config.sharing(args.ranks)
     check_networks(config)
 
 
-def _encode(config: Config, rank: int, ranks: int, steps: int | None) -> tuple[AnyLoader, EncodeOnce]:
-    """One pass over this rank's share; the loader and the cache, both closed."""
-    configure_process(config.distributed)
-    device = choose_device(0, 1, bound=False)
-    dataset = open_dataset(config.data)
-    seed, size = config.seed, config.global_batch_size
-    check_layout(config.data, dataset, seed=seed, global_batch_size=size)
-    first_stage = load_first_stage(config.first_stage, device)
-    place_first_stage(first_stage, config.distributed, device)
-    cache = moments_cache(config.first_stage, first_stage)
-    allowance = open_cache(config.first_stage, cache)
-    writer = MomentsWriter(cache, allowance=None if allowance is None else allowance // ranks, patient=True)
-    once = EncodeOnce(first_stage, cache, writer, config.micro_batch_size)
-    moments = Moments(config.first_stage.cache_variants, cache)
-    epoch = -(-dataset.epoch_samples // size)
-    loader = build_loader(
-        config.data,
-        seed=seed,
-        global_batch_size=size,
-        part=Part(rank, ranks),
-        dataset=dataset,
-        moments=moments,
-    )
-    with closing(once), closing(loader):
-        for step in range(steps or epoch):
-            batch: Batch = next(loader)
-            once.complete(batch.to(device))
+class _Pace:
+    """Where the run is that trains meanwhile, and what the encoder does about it.
+
+        behind the run          goes on in the middle of what it may be ahead: nearer to the run, both would
+                                encode the same, as a part is found only once it is committed
+        0 .. ahead steps ahead  goes on
+        further ahead           waits
+
+    The past is in the cache by then, or not needed before the next epoch. Without `ahead` it looks at no run.
+    """
+
+    def __init__(self, config: Config, ahead: int | None, asked: Preemption) -> None:
+        self._config, self._ahead, self._asked = config, ahead, asked
+        self._run, self._next = 0, 0.0
+        self._told: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether somebody wants the encoder to end."""
+        return self._asked.request is not StopRequest.NONE
+
+    def bounds(self, epoch: int, steps: int | None) -> tuple[int, int]:
+        """First step to encode, and past the last."""
+        if self._ahead is None:
+            return 0, steps or epoch
+        self._look()
+        return self._run, min(self._run + epoch, self._config.steps, steps or self._config.steps)
+
+    def place(self, step: int) -> int:
+        """The step to encode instead of this one, or this one, once it is near enough to the run."""
+        while self._ahead is not None and not self.is_over:
+            self._look()
+            if self._run > step:
+                target = self._run + self._ahead // 2
+                _say(f"step {step:,}: the run is at step {self._run:,}; going on at step {target:,}")
+                return target
+            if step < self._run + self._ahead:
+                break
+            if self._told != step:
+                self._told = step
+                _say(f"step {step:,}: waiting, as the run is at step {self._run:,} of {self._config.run_dir}")
+            time.sleep(_PAUSE_S)
+        return step
+
+    def known(self) -> Position:
+        """The position of the newest checkpoint of the run."""
+        newest = newest_checkpoint(self._config.run_dir)
+        if newest is None:
+            return None
+        try:
+            state = read_state(open_checkpoint(newest[1]))
+        except (Failure, BadManifest):  # removed meanwhile, or storage is away: then less exactly
+            return None
+        position: Position = state["state"]["train"]["position"]
+        return position
+
+    def _look(self) -> None:
+        if time.monotonic() < self._next:
+            return
+        record, newest = latest_record(self._config.run_dir), newest_checkpoint(self._config.run_dir)
+        # After a rewind, or where the newest records were lost, the two say different things: the run will
+        # pass both.
+        self._run = max(0 if record is None else record["step"], 0 if newest is None else newest[0])
+        self._next = time.monotonic() + _LOOK_S
+
+
+class _Encoder:
+    """One rank's share of the samples through the first stage; close `once` to commit what was encoded."""
+
+    def __init__(self, config: Config, part: Part) -> None:
+        self._config, self._part = config, part
+        self.counts: Counter[str] = Counter()
+        """served, rejected, cache_found, cache_missed."""
+        configure_process(config.distributed)
+        self._device = choose_device(0, 1, bound=False)
+        self._dataset = open_dataset(config.data)
+        seed, size = config.seed, config.global_batch_size
+        check_layout(config.data, self._dataset, seed=seed, global_batch_size=size)
+        self._epoch = -(-self._dataset.epoch_samples // size)
+        first_stage = load_first_stage(config.first_stage, self._device)
+        place_first_stage(first_stage, config.distributed, self._device)
+        cache = moments_cache(config.first_stage, first_stage)
+        room = open_cache(config.first_stage, cache)
+        writer = MomentsWriter(cache, allowance=None if room is None else room // part.ranks, patient=True)
+        self.once = EncodeOnce(first_stage, cache, writer, config.micro_batch_size)
+        self._moments = Moments(config.first_stage.cache_variants, cache)
+
+    def walk(self, pace: _Pace, steps: int | None) -> None:
+        """Encode from where the pace says to the last step."""
+        step, last = pace.bounds(self._epoch, steps)
+        while step < last and not pace.is_over:
+            with closing(self._loader(step, pace)) as loader:
+                try:
+                    step = self._steps(loader, step, last, pace)
+                finally:
+                    tally = loader.tally
+                    self.counts.update(served=tally.served, rejected=tally.rejected.total())
+                    self.counts.update(loader.counts)
+
+    def _steps(self, loader: AnyLoader, step: int, last: int, pace: _Pace) -> int:
+        """The step to go on at, with another loader unless it is the last one."""
+        while step < last and not pace.is_over:
+            place = pace.place(step)
+            if place > step:
+                return place
+            if pace.is_over:
+                break
+            self.once.complete(next(loader).to(self._device))
             if step % 100 == 0:
-                _say(_progress(step, steps or epoch, Counter(loader.counts)))
-    return loader, once
+                counts = self.counts + Counter(loader.counts)
+                done = f"{counts['cache_found']:,} found, {counts['cache_missed']:,} encoded"
+                _say(f"step {step:,} of {last:,}: {done}")
+            step += 1
+        return step
 
-
-def _progress(step: int, steps: int, counts: Counter[str]) -> str:
-    return f"step {step:,} of {steps:,}: {counts['cache_found']:,} found, {counts['cache_missed']:,} encoded"
+    def _loader(self, step: int, pace: _Pace) -> AnyLoader:
+        config, served = self._config, self.counts["served"]
+        position = None
+        if step:
+            position = position_near(
+                config.data,
+                self._dataset,
+                seed=config.seed,
+                global_batch_size=config.global_batch_size,
+                step=step,
+                known=pace.known(),
+                served=served / (served + self.counts["rejected"]) if served else 1.0,
+            )
+        return build_loader(
+            config.data,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            part=self._part,
+            position=position,
+            dataset=self._dataset,
+            moments=self._moments,
+        )
 
 
 def _say(line: str) -> None:

@@ -1,17 +1,19 @@
 """`python -m trainer.launch.ray CONFIG a.b=c`: the same run on a Ray cluster.
 
-This file and ray_rank.py alone import ray.
+This file, ray_rank.py and ray_beside.py alone import ray.
 
 driver (main)        starts the board and Ray Train; a stop of the job becomes a request to save
 board (actor)        what all of them tell each other: ray_board.py
 controller (Ray's)   places workers, restarts and resizes them; `_SaveBeforeResize`, `_UsefulWorkers` are its
 worker (Ray's)       starts its rank as a process and follows it: ray_rank.py
+tasks (Ray's)        encoders beside the ranks: ray_beside.py
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import signal
 import sys
@@ -37,6 +39,7 @@ from trainer.config.io import config_to_dict, load_run
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode
+from trainer.launch.ray_beside import Beside, Command, encoders
 from trainer.launch.ray_board import RunBoard, RunRequest, useful_ranks
 from trainer.launch.ray_rank import train_rank
 from trainer.launch.ray_worker import ROUND_S
@@ -92,26 +95,32 @@ class _SaveBeforeResize(ControllerCallback):
 
 
 class _UsefulWorkers(ElasticScalingPolicy):
-    """As many workers as make a step shorter: a resize that would not is none."""
+    """As many workers as make a step shorter: a resize that would not is none.
 
-    def __init__(self, scaling: ray.train.ScalingConfig, config: Config) -> None:
+    `taken`: workers whose places commands beside the run have, which Ray Train counts as free.
+    """
+
+    def __init__(self, scaling: ray.train.ScalingConfig, config: Config, taken: int) -> None:
         super().__init__(scaling)
-        self._config = config
+        self._config, self._taken = config, taken
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         possible = super()._count_possible_workers(reserved_resources)
         fewest = self.scaling_config.min_workers
-        return max(fewest, useful_ranks(self._config, possible)) if possible > fewest else possible
+        if possible <= fewest:
+            return possible
+        return max(fewest, useful_ranks(self._config, max(fewest, possible - self._taken)))
 
 
 class _Trainer(TorchTrainer):
     """Ray's, with our policy where the number of workers may change: it takes none as an argument."""
 
     _config: Config
+    _taken: int
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if isinstance(parts["scaling_policy"], ElasticScalingPolicy):
-            parts["scaling_policy"] = _UsefulWorkers(self.scaling_config, self._config)
+            parts["scaling_policy"] = _UsefulWorkers(self.scaling_config, self._config, self._taken)
         return super()._initialize_and_run_controller(**parts)
 
 
@@ -121,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging()
     try:
         config = load_run(args.config, args.overrides)
+        _check_encoders(config, args)
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         fewest, most = _worker_range(args.workers, config)
         return _drive(config, args, fewest, most)
@@ -132,7 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _drive(config: Config, args: argparse.Namespace, fewest: int, most: int) -> int:
     board = _start_board(config)
     callback = _SaveBeforeResize(board, args.save_limit_s)
+    commands = _commands(config, args)
     trainer = _build_trainer(config, args, (fewest, most), board, callback)
+    trainer._taken = math.ceil(_workers_worth(commands, args))
     outcome: list[int] = []
 
     def fit() -> None:
@@ -148,14 +160,17 @@ def _drive(config: Config, args: argparse.Namespace, fewest: int, most: int) -> 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: asked.set())
     thread.start()
+    beside = Beside(commands, board)
     told = False
     while thread.is_alive():
         thread.join(ROUND_S / 2)
+        beside.tend()
         if asked.is_set() and not told:
             told = True
             logger.warning("asked to stop: the ranks save and leave")
             ray.get(board.ask.remote(RunRequest.PREEMPT))
     code = ExitCode(outcome[0]) if outcome else ExitCode.RETRYABLE
+    beside.finish(code, asked.is_set)
     logger.info("the run ends: %s", code.name.lower())
     return code
 
@@ -170,7 +185,7 @@ def _build_trainer(
     config: Config, args: argparse.Namespace, workers: tuple[int, int], board: Any, callback: Any
 ) -> TorchTrainer:
     storage, path = filesystem(config.run_dir)
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if args.device == "auto" else args.device == "gpu"
+    use_gpu = _use_gpu(args)
     resources = {"CPU": args.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
     trainer = _Trainer(
         train_rank,
@@ -199,6 +214,48 @@ def _build_trainer(
     )
     trainer._config = config
     return trainer
+
+
+def _use_gpu(args: argparse.Namespace) -> bool:
+    if args.device == "auto":
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
+    return bool(args.device == "gpu")
+
+
+def _check_encoders(config: Config, args: argparse.Namespace) -> None:
+    if args.encoders and config.first_stage.cache is None:
+        raise ConfigError(
+            "--encoders fill first_stage.cache, which is not set; name a folder or URL that all nodes can "
+            "write, e.g. first_stage.cache=s3://bucket/cache."
+        )
+    for option, value, least in (
+        ("--encoders", args.encoders, 0),
+        ("--encoders-ahead", args.encoders_ahead, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{option} {value} must be at least {least}.")
+    if args.encoders:
+        config.sharing(args.encoders)
+
+
+def _commands(config: Config, args: argparse.Namespace) -> list[Command]:
+    """What runs beside the ranks."""
+    place = args.encoders_on or ("gpu" if _use_gpu(args) else "cpu")
+    return encoders(
+        config,
+        args.encoders,
+        args.encoders_ahead,
+        cpus=args.cpus_per_worker,
+        gpus=0.0 if place == "cpu" else 1.0,
+        accelerator=None if place in ("cpu", "gpu") else place,
+    )
+
+
+def _workers_worth(commands: Sequence[Command], args: argparse.Namespace) -> float:
+    """How many ranks could be where the commands beside them are."""
+    if _use_gpu(args):
+        return sum(command.gpus for command in commands)
+    return sum(command.cpus for command in commands) / args.cpus_per_worker if args.cpus_per_worker else 0.0
 
 
 def _start_board(config: Config) -> Any:
@@ -250,6 +307,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resize-every-s", type=float, default=60.0, help="how often to look for more nodes")
     parser.add_argument("--save-limit-s", type=float, default=300.0, help="time for saving before a resize")
+    parser.add_argument(
+        "--encoders", type=int, default=0, metavar="N", help="`ldm encode` in front of the ranks, in N parts"
+    )
+    parser.add_argument(
+        "--encoders-on",
+        metavar="cpu|gpu|KIND",
+        help="KIND: of GPU, as Ray calls it, e.g. L4 (default: as the ranks)",
+    )
+    parser.add_argument(
+        "--encoders-ahead",
+        type=int,
+        default=1000,
+        metavar="STEPS",
+        help="in front at most (default: %(default)s)",
+    )
     parser.add_argument("--name", help="name in the Ray dashboard; default: from run_dir")
     return parser
 

@@ -66,7 +66,7 @@ def train_rank(settings: dict[str, Any]) -> int:
         master_addr=address,
         master_port=port,
     )
-    log = _log_folder() / f"{context.get_experiment_name()}-attempt-{attempt}-rank-{rank:04d}.log"
+    log = log_folder() / f"{context.get_experiment_name()}-attempt-{attempt}-rank-{rank:04d}.log"
     job = {JOB_VARIABLE: settings["job"]}
     with started_rank(config, place, log=log, restarts=attempt - 1, environment=job) as process:
         logger.info("rank %d of %d is process %d; log: %s", rank, ranks, process.pid, log)
@@ -165,7 +165,7 @@ class _Reporter:
         return report
 
 
-def _log_folder() -> Path:
+def log_folder() -> Path:
     """Beside Ray's own logs, so that the dashboard lists the ranks' logs under their node."""
     node = ray._private.worker._global_node  # nothing public knows it when Ray has its own --temp-dir
     return Path(node.get_logs_dir_path())

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.loader import build_loader
+from tests.integration.launch_bucket import encoding_config, kept_samples, served_samples
 from trainer.config.io import load_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -25,9 +26,12 @@ LIMIT_S = 1500.0
 class Job:
     """A job submitted with `ray job submit`."""
 
-    def __init__(self, cluster: Any, bucket: Any, run: Any, *arguments: str) -> None:
+    def __init__(
+        self, cluster: Any, bucket: Any, run: Any, *arguments: str, config: Path | None = None
+    ) -> None:
         self.cluster, self.run = cluster, run
-        self.number = cluster.submit(str(bucket.config), f"run_dir={run.url}", "--device", "cpu", *arguments)
+        words = (str(config or bucket.config), f"run_dir={run.url}", "--device", "cpu", *arguments)
+        self.number = cluster.submit(*words)
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         limit = time.monotonic() + LIMIT_S
@@ -168,3 +172,36 @@ def test_slurm_then_ray_then_slurm(
     assert worlds(run) == [2, 2]
     assert {s: run.losses()[s] for s in unbroken.losses()} == unbroken.losses()
     assert_same_samples(bucket, run, unbroken)
+
+
+def test_encoders_keep_in_front_of_the_run_and_come_back(
+    ray_cluster: Any, bucket: Any, tmp_path: Path
+) -> None:
+    """One rank and one encoder, which is killed: it is started again, and the run takes no notice."""
+    config = encoding_config(bucket, tmp_path)
+    run = bucket.run("encoders")
+    words = ("--workers", "1", "--encoders", "1", "--encoders-ahead", "20", "steps=100000")
+    job = Job(ray_cluster, bucket, run, *words, config=config)
+    job.until(lambda: bool(encoder_pids(run)), "an encoder")
+    before = encoder_pids(run)
+    os.kill(before[0], signal.SIGKILL)
+    job.until(lambda: bool(set(encoder_pids(run)) - set(before)), "another encoder")
+    job.until_checkpoint(20)  # beyond an epoch
+    job.stop()
+    assert "encoder 0 was ended by SIGKILL and is started again" in job.log
+    assert not encoder_pids(run), "it has ended with the run"
+    assert not run.events("resume")
+    assert kept_samples(tmp_path).keys() == served_samples(config)
+
+
+def encoder_pids(run: Any) -> list[int]:
+    """Processes of `ldm encode` beside this run."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+            if "encode" in words and run.url in Path(words[words.index("encode") + 1]).read_text():
+                found.append(int(process.name))
+        except (OSError, ValueError, IndexError):
+            continue
+    return found

@@ -1,0 +1,213 @@
+"""Commands beside a run on the same Ray cluster: encoders in front of it, an evaluator behind it.
+
+driver        `Beside.tend`, every round: starts them once ranks train, and again where they end without being
+              done; ends them while no ranks train, which may need their places
+task (Ray's)  one command as a child process on resources of its own, followed to its end: `follow`
+
+They know the run by its folder alone. Nothing of theirs is the run's: it goes on, and ends, as without them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+import trainer
+from trainer.config.io import config_to_dict
+from trainer.config.run import Config
+from trainer.exit_codes import ExitCode, normalize, should_restart
+from trainer.launch.rank import LAUNCHER_VARIABLE
+from trainer.launch.rank_process import describe
+from trainer.launch.ray_rank import log_folder
+from trainer.launch.ray_worker import ROUND_S
+from trainer.reliability.job import RESTARTS_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+_CONFIG = "CONFIG"
+"""Stands for the file with the run's configuration, which is written where the command runs."""
+_FAILED = 1
+"""Exit status of a command that has done what it could: another start would not do more."""
+_LEAVE_S = 60.0
+"""For what a command stores when it is ended."""
+_PAUSE_S = 10.0
+"""Before a command that was lost is started again."""
+_TAIL_BYTES, _TAIL_LINES = 8192, 20
+_TRAINING_S, _IDLE_S = 5.0, 60.0
+"""Since ranks were last heard of: less, and they train; more, and none of them is there."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `ldm` beside a run, and what it gets."""
+
+    name: str
+    words: tuple[str, ...]
+    config: Config
+    cpus: float
+    gpus: float
+    accelerator: str | None
+    """Ray's name for a kind of GPU."""
+    to_the_end: bool = False
+    """Whether it has work to do when the run has made its last step."""
+
+
+@dataclass
+class _Task:
+    command: Command
+    reference: Any = None
+    starts: int = 0
+    due: float = 0.0
+    code: ExitCode | None = None
+    """Of one that is not started again."""
+
+
+class Beside:
+    """The commands beside one run; `board` says whether ranks train."""
+
+    def __init__(self, commands: Sequence[Command], board: Any) -> None:
+        self._tasks = [_Task(command) for command in commands]
+        self._board = board
+        self._training = False
+
+    def tend(self) -> None:
+        """Once a round, while the run goes on."""
+        if not self._tasks:
+            return
+        state = ray.get(self._board.state.remote())
+        if state["attempt"] and state["quiet_s"] < _TRAINING_S:
+            self._training = True
+        elif state["quiet_s"] > _IDLE_S and self._training:
+            self._training = False
+            self._stop(self._tasks, "no ranks train, and may need their places")
+        if self._training:
+            self._look()
+
+    def finish(self, code: ExitCode, is_over: Any) -> None:
+        """The run has ended: what has work left does it, if the run is done and nobody wants to stop."""
+        done = code is ExitCode.DONE
+        self._stop(
+            [task for task in self._tasks if not (done and task.command.to_the_end)], "the run has ended"
+        )
+        left = [task for task in self._tasks if done and task.command.to_the_end]
+        while any(task.code is None for task in left) and not is_over():
+            self._look()
+            time.sleep(ROUND_S)
+        self._stop(left, "asked to stop")
+
+    def _look(self) -> None:
+        for task in self._tasks:
+            if task.reference is not None and ray.wait([task.reference], timeout=0)[0]:
+                self._note(task)
+            if task.reference is None and task.code is None and time.monotonic() >= task.due:
+                options: dict[str, Any] = {
+                    "num_cpus": task.command.cpus,
+                    "num_gpus": task.command.gpus,
+                    "max_retries": 0,
+                }
+                if task.command.accelerator is not None:
+                    options["accelerator_type"] = task.command.accelerator
+                task.reference = ray.remote(follow).options(**options).remote(task.command, task.starts)
+                task.starts += 1
+
+    def _note(self, task: _Task) -> None:
+        """What became of a command that is over."""
+        name, reference, task.reference = task.command.name, task.reference, None
+        try:
+            status, tail = ray.get(reference)
+        except ray.exceptions.RayError as error:  # its node or worker is gone
+            logger.warning("%s is lost and is started again: %s", name, str(error).partition("\n")[0])
+        else:
+            if status == _FAILED or not should_restart(status):
+                task.code = ExitCode.DONE if status == 0 else normalize(status)
+                logger.log(
+                    logging.INFO if status == 0 else logging.ERROR, "%s %s%s", name, describe(status), tail
+                )
+                return
+            logger.warning("%s %s and is started again%s", name, describe(status), tail)
+        task.due = time.monotonic() + _PAUSE_S
+
+    def _stop(self, tasks: Sequence[_Task], why: str) -> None:
+        running = [task for task in tasks if task.reference is not None]
+        if running:
+            logger.info("%s: %s", why, ", ".join(task.command.name for task in running))
+        for task in running:
+            ray.cancel(task.reference)
+        if running:
+            ray.wait([task.reference for task in running], num_returns=len(running), timeout=_LEAVE_S)
+        for task in running:
+            task.reference = None
+
+
+def encoders(
+    config: Config, count: int, ahead: int, *, cpus: float, gpus: float, accelerator: str | None
+) -> list[Command]:
+    """`ldm encode` in front of a run, as so many parts."""
+    words = ("encode", _CONFIG, "--ahead", str(ahead), "--ranks", str(count), "--rank")
+    return [
+        Command(f"encoder {rank}", (*words, str(rank)), config, cpus, gpus, accelerator)
+        for rank in range(count)
+    ]
+
+
+def follow(command: Command, restarts: int) -> tuple[int, str]:
+    """Run a command as a child of this worker: its exit status, and its last words unless it is done."""
+    log = log_folder() / f"{Path(command.config.run_dir).name}-{command.name.replace(' ', '-')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    package = str(Path(trainer.__file__).parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+        LAUNCHER_VARIABLE: str(os.getpid()),
+        RESTARTS_VARIABLE: str(restarts),
+    }
+    if not command.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    with tempfile.TemporaryDirectory(prefix="ldm-beside-") as scratch, log.open("ab") as stream:
+        config_file = Path(scratch) / "config.json"
+        config_file.write_text(json.dumps(config_to_dict(command.config)), encoding="utf-8")
+        words = [str(config_file) if word == _CONFIG else word for word in command.words]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer", *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        logger.info("%s is process %d; log: %s", command.name, process.pid, log)
+        try:
+            while process.poll() is None:
+                time.sleep(ROUND_S / 2)
+        except BaseException:  # KeyboardInterrupt: `ray.cancel`
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LEAVE_S)
+            raise
+        finally:
+            with suppress(ProcessLookupError):  # its loaders, and itself where it does not obey
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, _last_words(log) if process.returncode else ""
+
+
+def _last_words(log: Path) -> str:
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        text = stream.read().decode("utf-8", "replace")
+    return ":\n" + "\n".join(text.replace("\r", "\n").splitlines()[-_TAIL_LINES:])
