@@ -18,7 +18,7 @@ DOCUMENTS = sorted(
     for place in ("*.md", "docs/*.md", "slurm/*.md", "k8s/*.md", "benchmarks/*.md")
     for path in ROOT.glob(place)
 )
-TREES = "trainer|data_pipeline|docs|tests|configs|benchmarks|slurm|k8s"
+TREES = "trainer|data_pipeline|docs|tests|configs|benchmarks|experiments|slurm|k8s"
 LONGEST = 120
 
 

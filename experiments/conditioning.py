@@ -1,0 +1,72 @@
+"""Do pictures show what they were asked for, more than what others were asked for?
+
+    python experiments/conditioning.py --out /tmp/experiments
+
+Prompts, class labels and semantic maps, one model each per seed. The same pictures are judged twice: against
+their own condition, and against that of another picture ("shuffled"), which is what chance gives.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from lab.experiment import Experiment, Figure, Figures, run
+from lab.maps import MAP_MODEL, draw_maps, map_agreement
+from lab.oracle import PROMPTS, accuracy, prompts_file
+from lab.workshop import CONSTANT, Workshop
+
+from data_pipeline.scenes.judge import EvaluationPrompt, evaluation_prompts
+from data_pipeline.scenes.scene import COLORS, SHAPES
+
+CLASS_MODEL = ("conditioning={openclip: null, class_label: {num_classes: 18, width: 128}}",)
+SHUFFLED = " shuffled"
+GUIDANCE = "3"
+
+
+def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures]:
+    """What the oracle reads from the pictures of one kind of condition."""
+    kind = setting.removesuffix(SHUFFLED)
+    shift = 1 if setting.endswith(SHUFFLED) else 0
+    folder = workshop.folder / "conditioning" / f"seed_{seed}_{kind.replace(' ', '_')}"
+    if kind == "map":
+        model = workshop.second_stage("map", seed, (*CONSTANT, *MAP_MODEL))
+        return {workshop.scale.steps: map_agreement(draw_maps(workshop, model, folder, 32, seed), shift)}
+    seeded = ("--guidance", GUIDANCE, "--seed", str(seed))
+    if kind == "text":
+        asked = evaluation_prompts(PROMPTS)
+        prompts = ("--prompts-from", str(prompts_file(workshop.folder)))
+        pictures = workshop.draw(workshop.base(seed), folder, *prompts, *seeded)
+    else:
+        asked = [EvaluationPrompt("", color, shape, "") for color in COLORS for shape in SHAPES]
+        model = workshop.second_stage("class", seed, (*CONSTANT, *CLASS_MODEL))
+        pictures = workshop.draw(model, folder, *seeded)
+    return {workshop.scale.steps: accuracy(pictures, shuffled(asked) if shift else asked)}
+
+
+def shuffled(asked: list[EvaluationPrompt]) -> list[EvaluationPrompt]:
+    """Another order, in which each has the chance of a draw to meet its own colour and shape."""
+    step = next(n for n in range(len(asked) * 7 // 18, len(asked)) if _coprime(n, len(asked)))
+    return [asked[(number * step + 5) % len(asked)] for number in range(len(asked))]
+
+
+def _coprime(first: int, second: int) -> bool:
+    while second:
+        first, second = second, first % second
+    return first == 1
+
+
+EXPERIMENT = Experiment(
+    name="conditioning",
+    question=__doc__,
+    settings=("text", "text shuffled", "class", "class shuffled", "map", "map shuffled"),
+    measure=measure,
+    axis="condition, and against what the pictures are judged",
+    figures=(
+        Figure("Text and class: share of pictures", ("colour", "shape", "oracle")),
+        Figure("Semantic map: share of pixels, overlap of the object", ("agreement", "iou")),
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(run(EXPERIMENT))

@@ -1,0 +1,80 @@
+"""A few steps of every experiment: its table says what its pictures and weights say."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lab.experiment import run
+from lab.oracle import accuracy
+
+ROOT = Path(__file__).parents[3]
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
+Found = dict[tuple[str, str], float]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of them share their shards, first stages and models, as users have them."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+def found(name: str, out: Path) -> Found:
+    """{(setting, measure): value} of the last step, after a small run with seed 0."""
+    experiment = importlib.import_module(name).EXPERIMENT
+    assert run(experiment, ["--out", str(out), "--small", "--seeds", "0"]) == 0
+    rows = list(csv.DictReader((out / f"{name}.csv").open()))
+    assert {row["setting"] for row in rows} == set(experiment.small_settings or experiment.settings)
+    drawn = {measure for figure in experiment.figures for measure in figure.measures}
+    assert drawn <= {row["measure"] for row in rows}
+    assert (out / f"{name}.png").stat().st_size > 1000
+    return {(row["setting"], row["measure"]): float(row["value"]) for row in rows}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_explains(name: str) -> None:
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"experiments/{name}.py --out" in done.stdout
+
+
+@pytest.mark.slow
+def test_guidance(out: Path) -> None:
+    values = found("guidance", out)
+    for scale in ("1", "3"):
+        read = accuracy(out / "guidance" / f"seed_0_scale_{scale}" / "pictures")
+        assert {name: values[scale, name] for name in read} == pytest.approx(read, rel=1e-4)
+        assert values[scale, "oracle"] <= min(values[scale, "colour"], values[scale, "shape"])
+        assert 0 <= values[scale, "recall"] <= 1
+        assert values[scale, "fd"] > 0
+
+
+@pytest.mark.slow
+def test_averages(out: Path) -> None:
+    values = found("averages", out)
+    assert values["0.12", "weights apart"] < 0.1  # of the way from the raw weights: it is the same average
+    assert values["0.12", "fd"] == pytest.approx(values["0.12", "kept fd"], rel=1e-2)
+    assert ("raw", "weights apart") not in values
+
+
+@pytest.mark.slow
+def test_conditioning(out: Path) -> None:
+    values = found("conditioning", out)
+    own = accuracy(out / "conditioning" / "seed_0_text" / "pictures")
+    assert values["text", "shape"] == pytest.approx(own["shape"], rel=1e-4)
+    assert 0 < values["map", "agreement"] <= 1
+    assert values["map", "agreement"] != values["map shuffled", "agreement"]  # of the same pictures
+
+
+@pytest.mark.slow
+def test_sizes(out: Path) -> None:
+    values = found("sizes", out)
+    assert {setting for setting, _ in values} == {
+        *("rescaled 32", "rescaled 64", "as it is 32", "as it is 64"),
+    }
+    assert values["rescaled 32", "agreement"] != values["as it is 32", "agreement"]

@@ -1,0 +1,135 @@
+"""What experiments are judged by, on pictures whose truth is drawn; their table and plot."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lab.experiment import COLUMNS, Experiment, Figure, run
+from lab.maps import Drawn, map_agreement
+from lab.oracle import accuracy
+from lab.plot import Curve, Panel, draw, ticks
+from lab.workshop import Workshop
+from PIL import Image
+
+from data_pipeline.scenes.judge import EvaluationPrompt
+from data_pipeline.scenes.scene import SceneOptions, make_scene, render
+
+OPTIONS = SceneOptions(1, 1, 32, 32, 0.3, 0.44)
+
+
+def drawn_scenes(folder: Path, count: int) -> tuple[list[EvaluationPrompt], list[Drawn]]:
+    prompts, maps = [], []
+    for number in range(count):
+        scene = make_scene(OPTIONS, random.Random(number))
+        pixels, labels, _ = render(scene)
+        own = folder / f"map_{number}"
+        for place in (folder / "all", own):
+            place.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{number:07d}.png")
+        prompts.append(EvaluationPrompt("", scene.main.color, scene.main.shape, scene.background))
+        maps.append(Drawn(labels, own))
+    return prompts, maps
+
+
+def test_accuracy_is_one_on_the_truth_and_counts_what_is_wrong(tmp_path: Path) -> None:
+    prompts, _ = drawn_scenes(tmp_path, 6)
+    assert accuracy(tmp_path / "all", prompts) == {"colour": 1.0, "shape": 1.0, "oracle": 1.0}
+    first = prompts[0]
+    prompts[0] = EvaluationPrompt("", "red" if first.color != "red" else "blue", first.shape, "")
+    assert accuracy(tmp_path / "all", prompts) == pytest.approx(
+        {"colour": 5 / 6, "shape": 1, "oracle": 5 / 6}
+    )
+
+
+def test_maps_agree_with_the_scenes_that_they_are_of(tmp_path: Path) -> None:
+    _, maps = drawn_scenes(tmp_path, 6)
+    own, others = map_agreement(maps), map_agreement(maps, shift=1)
+    assert own["agreement"] > 0.97
+    assert own["iou"] > 0.9
+    assert others["agreement"] < own["agreement"]
+    assert others["iou"] < 0.7
+
+
+def told(workshop: Workshop, seed: int, setting: str) -> dict[int, dict[str, float]]:
+    path = workshop.folder / "asked.txt"
+    path.write_text((path.read_text() if path.exists() else "") + f"{seed}{setting} ")
+    return {5: {"height": seed + len(setting)}, 10: {"height": 2.0 * seed}}
+
+
+EXPERIMENT = Experiment(
+    "told", "Is it told?", ("a", "bb"), told, (Figure("Height", ("height",), by="step"),), "letters"
+)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "told.csv").open()))
+
+
+def test_a_row_for_each_seed_setting_step_and_measure(tmp_path: Path) -> None:
+    assert run(EXPERIMENT, ["--out", str(tmp_path), "--small", "--seeds", "3"]) == 0
+    rows = rows_of(tmp_path)
+    assert tuple(rows[0]) == COLUMNS
+    found = [(row["seed"], row["setting"], row["step"], row["measure"], row["value"]) for row in rows]
+    assert found == [
+        ("3", "a", "5", "height", "4"),
+        ("3", "a", "10", "height", "6"),
+        ("3", "bb", "5", "height", "5"),
+        ("3", "bb", "10", "height", "6"),
+    ]
+    assert all(len(row["commit"]) >= 40 and "cores of" in row["machine"] for row in rows)
+    assert np.asarray(Image.open(tmp_path / "told.png")).std() > 0
+
+
+def test_again_with_more_seeds_only_the_new_ones_are_measured(tmp_path: Path) -> None:
+    for seeds in (["3"], ["3", "4"]):
+        assert run(EXPERIMENT, ["--out", str(tmp_path), "--small", "--seeds", *seeds]) == 0
+    assert (tmp_path / "asked.txt").read_text() == "3a 3bb 4a 4bb "
+    assert [row["seed"] for row in rows_of(tmp_path)] == ["3"] * 4 + ["4"] * 4
+
+
+def test_a_folder_of_another_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(EXPERIMENT, ["--out", str(tmp_path), "--small", "--seeds", "0"]) == 0
+    assert run(EXPERIMENT, ["--out", str(tmp_path), "--seeds", "0"]) == 2
+    assert "another size; choose another folder with --out" in capsys.readouterr().err
+
+
+def test_a_failed_command_ends_the_experiment_with_its_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(workshop: Workshop, seed: int, setting: str) -> dict[int, dict[str, float]]:
+        workshop.command(["export", str(tmp_path / "nothing"), str(tmp_path / "file.safetensors")])
+        return {}
+
+    experiment = Experiment("failing", "", ("a",), failing, (), "")
+    assert run(experiment, ["--out", str(tmp_path), "--small", "--seeds", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "ldm export ended with exit code 2" in said
+    log = said.split("its words are in ")[1].strip().removesuffix(".")
+    assert "nothing" in Path(log).read_text()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.13, 0.61, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
+        (2.0, 2.0, [1.0, 1.5, 2.0, 2.5, 3.0]),
+        (-3.0, 40.0, [-10.0, 0.0, 10.0, 20.0, 30.0, 40.0]),
+    ],
+)
+def test_ticks_are_round_and_hold_what_is_drawn(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_bars_are_as_long_as_deviations(tmp_path: Path) -> None:
+    panel = Panel("", "", ["a", "b"], [Curve("x", [(0.5, 0.5), (0.0, 0.0)]), Curve("y", [None, None])])
+    draw(tmp_path / "plot.png", "", [panel])
+    pixels = np.asarray(Image.open(tmp_path / "plot.png")).astype(int)
+    blue = (np.abs(pixels - (0x1F, 0x77, 0xB4)).sum(axis=2) == 0)[76:]  # below the legend
+    column = blue[:, blue.sum(axis=0).argmax()]
+    height = 400 - 46 - 60
+    assert column.sum() == pytest.approx(height, abs=3)  # from 0 to 1, the whole of the axis
