@@ -29,6 +29,7 @@ from data_pipeline.order.lanes import Order, Part, deal, lanes_of
 from data_pipeline.order.position import Position, later, merge_positions, pack, unpack
 from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.growth import walks_of
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.storage.files import cut_torn_line
 from data_pipeline.storage.urls import local_path
@@ -129,10 +130,10 @@ def _tasks(
     """What each worker of this rank does; at least one task, if need be without lanes."""
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
     mine = lanes_of(part, order.lanes, global_batch_size)
-    buckets = dataset.buckets(config, order)
+    dataset, buckets, fingerprint = walks_of(config, dataset, order, position)
     # What is accepted is in the orders of the buckets by now.
-    dataset = dataclasses.replace(dataset, accepted=None, fingerprint=dataset.fingerprint_of(order))
-    step, states = unpack(position, order, dataset.fingerprint, buckets)
+    dataset = dataclasses.replace(dataset, accepted=None)
+    step, states = unpack(position, order, fingerprint, buckets)
     each = len(buckets.orders)
     removals = read_removals(config.removal_lists)
     return [
@@ -178,13 +179,13 @@ def position_near(
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=known)
     if isinstance(order, Turns):
         return known
-    buckets = dataset.buckets(config, order)
-    before, states = unpack(known, order, dataset.fingerprint, buckets)
+    dataset, buckets, fingerprint = walks_of(config, dataset, order, known)
+    before, states = unpack(known, order, fingerprint, buckets)
     if step <= before:
         return known
     steps, per_lane = (before, step), global_batch_size // order.lanes
     moved = later(states, buckets, steps=steps, per_lane=per_lane, served=served)
-    return pack(order, dataset.fingerprint, buckets, step, 0, [state.as_json() for state in moved])
+    return pack(order, dataset.shards, buckets, step, 0, [state.as_json() for state in moved])
 
 
 def _reject_file(config: DataConfig, rank: int) -> Path | None:
@@ -217,7 +218,7 @@ class Loader(Iterator[Batch]):
         self._order = task.order
         self._buckets = task.buckets
         self._step = task.step
-        self._fingerprint = task.dataset.fingerprint
+        self._shards = task.dataset.shards
         self._size = sum(t.size for t in tasks)
         self._first_slot = tasks[0].lanes.start * task.per_lane
         self.tally = Tally()
@@ -274,7 +275,7 @@ class Loader(Iterator[Batch]):
             slots=torch.arange(self._first_slot, self._first_slot + self._size),
             position=pack(
                 self._order,
-                self._fingerprint,
+                self._shards,
                 self._buckets,
                 self._step,
                 self._tasks[0].lanes.start,

@@ -148,10 +148,10 @@ class LaneWalk:
 
     def plan_next(self) -> int:
         """Start planning and reading the next windows; returns how many samples they hold."""
-        order = self.order
         epoch, offset = self._cursor
-        if offset >= order.lane_size(self.lane):
+        if offset >= self.order.at(epoch).lane_size(self.lane):
             epoch, offset = epoch + 1, 0
+        order = self.order.at(epoch)
         # Windows are planned whole, since their permutation is: a lane that resumes inside one plans it all
         # and drops what lies before `offset`.
         first, stop = order.window_of(self.lane, offset)
@@ -253,7 +253,7 @@ class Walker:
 
     def revisit(self, walk: LaneWalk, epoch: int, offset: int) -> Visit:
         """One visit that was set aside."""
-        first, stop = walk.order.window_of(walk.lane, offset)
+        first, stop = walk.order.at(epoch).window_of(walk.lane, offset)
         shards, rows = walk.order.visits(epoch, walk.lane, first, stop)
         at = slice(offset - first, offset - first + 1)
         return self._begin(walk, epoch, offset, shards[at], rows[at], due=0.0)[0]

@@ -71,7 +71,7 @@ class Order:
 
     Lane l walks the slice [l N / L, (l + 1) N / L) of the stream; inside it, windows of `window` samples
     are shuffled. A raw offset counts every sample of the slice, also those that are rejected later, so no
-    rejection can shift anything.
+    rejection can shift anything. Of a set that grew this is the order of the shards that there are now.
     """
 
     counts: NDArray[np.int64]
@@ -87,10 +87,20 @@ class Order:
     """[S] number of each shard among all; None: they are all."""
     source: int | None = None
     """Of a mixture by weights, whose sources have an order each: which one this is."""
+    earlier: Order | None = None
+    """The order of the epochs before `first_epoch`, when there were fewer shards."""
+    first_epoch: int = 0
 
     def __post_init__(self) -> None:
         assert self.window >= 1
         assert 1 <= self.lanes <= self.total
+
+    def at(self, epoch: int) -> Order:
+        """The order of one epoch, of the shards that it has."""
+        order = self
+        while order.earlier is not None and epoch < order.first_epoch:
+            order = order.earlier
+        return order
 
     @cached_property
     def total(self) -> int:
@@ -126,6 +136,8 @@ class Order:
         self, epoch: int, lane: int, first: int, stop: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shards, as `shard_of` numbers them, and rows of the raw offsets [first, stop): whole windows."""
+        if epoch < self.first_epoch:
+            return self.at(epoch).visits(epoch, lane, first, stop)
         positions = []
         offset = first
         while offset < stop:
@@ -157,8 +169,14 @@ class Order:
 
     def ordinal(self, epoch: int, lane: int, offset: int) -> int:
         """Identity of one visit, unique over all epochs: the epoch's base plus the walk position."""
-        epoch_start = epoch * (self.epoch_ordinals or self.total) + self.first_ordinal
-        return source_ordinal(self.source, epoch_start + self.lane_slice(lane)[0] + offset)
+        if epoch < self.first_epoch:
+            return self.at(epoch).ordinal(epoch, lane, offset)
+        return source_ordinal(self.source, self._epoch_start(epoch) + self.lane_slice(lane)[0] + offset)
+
+    def _epoch_start(self, epoch: int) -> int:
+        before = self.earlier._epoch_start(self.first_epoch) if self.earlier is not None else 0
+        epochs = epoch - self.first_epoch
+        return before + epochs * (self.epoch_ordinals or self.total) + self.first_ordinal
 
 
 def source_key(seed: int, source: int | None) -> int:

@@ -12,14 +12,18 @@ where in the shard their window begins, so that no rank has to know what came be
 
 With B buckets a lane has B states, side by side, and the position says which samples were accepted: an offset
 counts them alone. Of sources that are mixed by weights each has states of its own, so that weights may change
-and sources may join: `data` then has a fingerprint for each, and `walks` (bucket, source) of a lane's states.
+and sources may join: `data` then has a fingerprint for each, `walks` is (bucket, source) of each of a lane's
+states, and `windows` are theirs.
+
+`shards` counts those of each source, so that a set to which some were added is known again: epochs that lanes
+are in end as they began, and the next ones have all. `grown` remembers from which epoch on.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from data_pipeline.errors import DataError
@@ -33,6 +37,27 @@ Position: TypeAlias = dict[str, Any] | Sequence[dict[str, Any]] | None
 """That of all ranks, whole or in parts; None: the beginning."""
 Fingerprint: TypeAlias = str | tuple[str, ...]
 """Of all shards, or of those of each source where sources have weights."""
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards that a position is in."""
+
+    fingerprint: Fingerprint
+    shards: tuple[int, ...] = ()
+    """Of each source."""
+    grown: tuple[Earlier, ...] = ()
+    """What the set was before it grew, oldest first."""
+
+
+class Earlier(NamedTuple):
+    """A set before it grew."""
+
+    shards: tuple[int, ...]
+    """Of each source, the first of those that it has now."""
+    until: tuple[int, ...]
+    """Epoch of each source from which on it has more; of one order over all sources, its epoch."""
+
 
 _FORMAT = 1
 _TURNS = "turns"
@@ -75,7 +100,7 @@ class LaneState:
 
 def pack(
     order: Order | Turns,
-    fingerprint: Fingerprint,
+    shards: ShardSet,
     buckets: Buckets,
     step: int,
     first: int,
@@ -88,9 +113,14 @@ def pack(
         more |= {"accepted": list(digests) if buckets.mixed else digests[0], "totals": buckets.totals}
     if buckets.mixed:
         more["walks"] = [list(walk[:2]) for walk in buckets.mixed]
+        more["windows"] = [each.window for each in buckets.orders]
+    if shards.grown:
+        more["grown"] = [[list(part) for part in earlier] for earlier in shards.grown]
+    fingerprint = shards.fingerprint
     return {
         "format": _FORMAT,
         "data": fingerprint if isinstance(fingerprint, str) else list(fingerprint),
+        "shards": list(shards.shards),
         "seed": order.seed,
         "lanes": order.lanes,
         "window": order.window,
@@ -147,8 +177,13 @@ def later(
         assert isinstance(order, Order), "who knows how much lies in between has an index"
         share = walk.share / buckets.weights[walk.bucket]  # of the source in its bucket
         offset = state.offset + round((after[walk.bucket] - before[walk.bucket]) * rate * share)
-        size = order.lane_size(lane)
-        moved.append(LaneState(state.epoch + offset // size, offset % size))
+        epoch = state.epoch
+        while epoch < order.first_epoch and offset >= (size := order.at(epoch).lane_size(lane)):
+            epoch, offset = epoch + 1, offset - size
+        if epoch >= order.first_epoch:
+            epochs, offset = divmod(offset, order.lane_size(lane))
+            epoch += epochs
+        moved.append(LaneState(epoch, offset))
     return moved
 
 
@@ -163,6 +198,50 @@ def takes_turns(position: Position) -> bool | None:
 def window_of(position: Position) -> int | None:
     """The shuffle window that a position was made with."""
     return int(_head(position)["window"]) if position else None
+
+
+def shards_of(position: Position) -> ShardSet | None:
+    """The shards that a position was made with; None where it does not tell how many there were."""
+    if not position or "shards" not in (head := _head(position)):
+        return None
+    data = head["data"]
+    return ShardSet(
+        data if isinstance(data, str) else tuple(data),
+        tuple(head["shards"]),
+        tuple(Earlier(tuple(shards), tuple(until)) for shards, until in head.get("grown", ())),
+    )
+
+
+def lanes_and_window(position: Position) -> tuple[int, int]:
+    """Those that a position was made with."""
+    assert position
+    head = _head(position)
+    return int(head["lanes"]), int(head["window"])
+
+
+def last_epochs(position: Position, order: Order | Turns, buckets: Buckets) -> tuple[int, ...]:
+    """The latest epoch that a lane is in, of each source with a weight, or of all.
+
+    order, buckets: those that the position was made with
+    """
+    assert position
+    whole = position if isinstance(position, dict) else merge_positions(position)
+    epochs = [0] * (1 + max(walk.source for walk in buckets.walks))
+    for number, (epoch, *_) in enumerate(whole["states"]):
+        lane, place = divmod(number, len(buckets.orders))
+        each, source = buckets.orders[place], buckets.walks[place].source
+        epochs[source] = max(epochs[source], each.epoch(lane, epoch) if isinstance(each, Turns) else epoch)
+    return tuple(epochs)
+
+
+def with_windows(position: Position, buckets: Buckets) -> Buckets:
+    """Walks of sources with weights as they were: a window that changed in an epoch would lose samples."""
+    if not position or not buckets.mixed or "windows" not in (head := _head(position)):
+        return buckets
+    known = dict(zip(map(tuple, head["walks"]), head["windows"], strict=True))
+    pairs = zip(buckets.mixed, buckets.orders, strict=True)
+    orders = tuple(replace(order, window=known.get(walk[:2], order.window)) for walk, order in pairs)
+    return replace(buckets, orders=orders)
 
 
 def _head(position: dict[str, Any] | Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -234,7 +313,7 @@ def _check_shards(was: str | list[str], now: Fingerprint) -> None:
     if was != now if isinstance(was, str) else tuple(was) != now[: len(was)]:
         raise DataError(
             "The checkpoint stopped in another set of shards; restore data.shards (and the index), or start "
-            "a new run with init_from."
+            "a new run with init_from (shards may only be added, with names behind those of their source)."
         )
 
 

@@ -64,6 +64,9 @@ class Turns:
     """[S] number of each entry's shard among all; None: they are all."""
     source: int | None = None
     """Of a mixture by weights, whose sources take turns each on their own: which one this is."""
+    earlier: Turns | None = None
+    """The turns of the epochs before `first_epoch`, when there were fewer shards."""
+    first_epoch: int = 0
 
     def __post_init__(self) -> None:
         assert self.window >= 1
@@ -71,7 +74,25 @@ class Turns:
 
     def epoch(self, lane: int, turn: int) -> int:
         """Epoch in which a lane has this turn."""
-        return (turn * self.lanes + lane) // self.shards
+        if (earlier := self._before(lane, turn)) is not None:
+            return earlier.epoch(lane, turn)
+        return self._place(lane, turn)[0]
+
+    @cached_property
+    def _first_place(self) -> int:
+        """Position at which `first_epoch` begins."""
+        if self.earlier is None:
+            return 0
+        return self.earlier._first_place + (self.first_epoch - self.earlier.first_epoch) * self.earlier.shards
+
+    def _before(self, lane: int, turn: int) -> Turns | None:
+        """The turns that this one belongs to, if it was before the set grew."""
+        return self.earlier if turn * self.lanes + lane < self._first_place else None
+
+    def _place(self, lane: int, turn: int) -> tuple[int, int]:
+        """Epoch, and place in it."""
+        epochs, place = divmod(turn * self.lanes + lane - self._first_place, self.shards)
+        return self.first_epoch + epochs, place
 
     @cached_property
     def key(self) -> int:
@@ -80,11 +101,13 @@ class Turns:
 
     def entry(self, lane: int, turn: int) -> int:
         """Entry of the epoch that a lane walks in this turn."""
-        epoch, place = divmod(turn * self.lanes + lane, self.shards)
+        epoch, place = self._place(lane, turn)
         return int(_permuted(self.key, epoch, self.shards)[place])
 
     def shard(self, lane: int, turn: int) -> int:
         """Number among all of the shard that a lane walks in this turn."""
+        if (earlier := self._before(lane, turn)) is not None:
+            return earlier.shard(lane, turn)
         entry = self.entry(lane, turn)
         return entry if self.shard_of is None else int(self.shard_of[entry])
 

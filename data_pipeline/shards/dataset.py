@@ -17,7 +17,16 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError, Failure, NoIndex, NoShards, NotATar, NotFound
 from data_pipeline.order.buckets import ASPECTS, Buckets, Walk, make_buckets, mix_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
-from data_pipeline.order.position import Fingerprint, Position, takes_turns, window_of
+from data_pipeline.order.position import (
+    Earlier,
+    Fingerprint,
+    Position,
+    ShardSet,
+    lanes_and_window,
+    shards_of,
+    takes_turns,
+    window_of,
+)
 from data_pipeline.order.turns import Turns, choose_turn_lanes
 from data_pipeline.shards.accepted import Accepted, count_accepted
 from data_pipeline.shards.build_index import build_index, is_current
@@ -86,6 +95,42 @@ class Dataset:
     """Of each source without an index: number of its first shard, and where its index goes."""
     shares: tuple[float, ...] = ()
     """How much of the served samples is of each source, which then has walks of its own; (): by `repeat`."""
+    grown: tuple[Earlier, ...] = ()
+    """What a run has known of the set before it grew."""
+
+    @property
+    def shards(self) -> ShardSet:
+        """As a position tells of them."""
+        counted = np.bincount(self.source_of, minlength=len(self.shares))
+        return ShardSet(self.fingerprint, tuple(counted.tolist()), self.grown)
+
+    def first(self, shards: Sequence[int]) -> Dataset:
+        """The same with the first so many shards of each source as its entries, numbered as ever."""
+        starts = np.searchsorted(self.source_of, np.arange(len(shards)))
+        kept = np.arange(len(self.urls)) - starts[self.source_of] < np.asarray(shards)[self.source_of]
+        entries = kept[self.shard_of]
+        some = replace(
+            self,
+            shard_of=self.shard_of[entries],
+            counts=self.counts[entries] if len(self.counts) else self.counts,
+        )
+        return replace(some, fingerprint=some._printed(some._lines()))
+
+    def _lines(self, *, names_alone: bool = False) -> list[str]:
+        """What an order depends on of each entry."""
+        shards = self.shard_of.tolist()
+        if self.unindexed or names_alone:
+            return [name_of(self.urls[shard]) for shard in shards]
+        pairs = zip(shards, self.counts.tolist(), strict=True)
+        return [f"{name_of(self.urls[shard])} {count} {self.sizes[shard]}" for shard, count in pairs]
+
+    def _printed(self, lines: Sequence[str]) -> Fingerprint:
+        """Fingerprint of a line for each entry: of all, or where sources have weights of those of each."""
+        if not self.shares:
+            return _fingerprint(lines)
+        sources = self.source_of[self.shard_of]
+        mine = (np.flatnonzero(sources == number).tolist() for number in range(len(self.shares)))
+        return tuple(_fingerprint(lines[i] for i in some) for some in mine)
 
     def sample_key(self, shard: int, key: str) -> str:
         """How a sample is called in traces, reject files and removal lists: `shard/key`."""
@@ -106,6 +151,13 @@ class Dataset:
 
         Raises DataError for lanes that do not fit.
         """
+        known = shards_of(position)
+        if known is not None and (known.grown or known.shards != self.shards.shards):
+            # What follows from the set must not change with it.
+            lanes, window = lanes_and_window(position)
+            config = replace(
+                config, lanes=config.lanes or lanes, shuffle_window=config.shuffle_window or window
+            )
         before = takes_turns(position)
         if not (self.unindexed or before):
             return self.order(config, seed=seed, global_batch_size=global_batch_size)
@@ -118,18 +170,15 @@ class Dataset:
         if self.shares:
             fewest = int(np.bincount(self.source_of, minlength=len(self.shares)).min())
         lanes = choose_turn_lanes(config.lanes, global_batch_size, fewest)
-        known = window_of(position) if before and not config.shuffle_window else None
-        window = known or choose_window(config.shuffle_window, lanes, self.mean_bytes)
+        given = window_of(position) if before and not config.shuffle_window else None
+        window = given or choose_window(config.shuffle_window, lanes, self.mean_bytes)
         return Turns(len(self.shard_of), seed, lanes, window, self.shard_of)
 
     def fingerprint_of(self, order: Order | Turns) -> Fingerprint:
         """Fingerprint of all that an order depends on: turns at shards on their names alone."""
         if self.unindexed or isinstance(order, Order):
             return self.fingerprint
-        names = [name_of(self.urls[shard]) for shard in self.shard_of.tolist()]
-        if isinstance(self.fingerprint, str):
-            return _fingerprint(names)
-        return _by_source(names, self.source_of)
+        return self._printed(self._lines(names_alone=True))
 
     def order(self, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
         """Order of all samples, by the index. Raises DataError for lanes that do not fit."""
@@ -171,11 +220,11 @@ class Dataset:
 
     def _of_source(self, order: Order | Turns, source: int, share: float) -> Order | Turns:
         """The order of one source: a window of a rare one is as many steps as another's."""
-        mine = np.flatnonzero(self.source_of == source)
-        window = max(1, round(order.window * share))
+        mine = np.flatnonzero(self.source_of[self.shard_of] == source)
+        shards, window = self.shard_of[mine], max(1, round(order.window * share))
         if isinstance(order, Turns):
-            return replace(order, shards=len(mine), window=window, shard_of=mine, source=source)
-        return replace(order, counts=self.counts[mine], window=window, shard_of=mine, source=source)
+            return replace(order, shards=len(mine), window=window, shard_of=shards, source=source)
+        return replace(order, counts=self.counts[mine], window=window, shard_of=shards, source=source)
 
 
 def index_folder(config: DataConfig, first_shard: str) -> str:
@@ -241,22 +290,22 @@ def _indexed(config: DataConfig, progress: Progress) -> Dataset:
     accepted = _accepted(alike, rows, index_urls, counting) if config.buckets else None
     shard_of = np.asarray(entries, np.int64)
     samples = np.asarray([row.samples for row in rows], np.int64)
-    shares = shares_of(config)
-    told = [f"{name_of(rows[i].shard)} {rows[i].samples} {rows[i].size}" for i in entries]
-    return Dataset(
-        urls=tuple(urls),
-        index_urls=index_urls,
-        sizes=tuple(row.size for row in rows),
-        versions=tuple(row.version for row in rows),
-        checksums=tuple(row.checksum for row in rows),
-        shard_of=shard_of,
-        counts=samples[shard_of],
-        mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
-        source_of=np.asarray(source_of, np.int64),
-        accepted=accepted,
-        fingerprint=_by_source(told, source_of) if shares else _fingerprint(told),
-        name_depth=distinguishing_depth(urls),
-        shares=shares,
+    return _complete(
+        Dataset(
+            urls=tuple(urls),
+            index_urls=index_urls,
+            sizes=tuple(row.size for row in rows),
+            versions=tuple(row.version for row in rows),
+            checksums=tuple(row.checksum for row in rows),
+            shard_of=shard_of,
+            counts=samples[shard_of],
+            mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
+            source_of=np.asarray(source_of, np.int64),
+            accepted=accepted,
+            fingerprint="",
+            name_depth=distinguishing_depth(urls),
+            shares=shares_of(config),
+        )
     )
 
 
@@ -305,24 +354,24 @@ def _listed(config: DataConfig, why: str) -> Dataset:
         urls += found
         source_of += [number] * len(found)
     _check_distinct(urls)
-    shares = shares_of(config)
-    names = [name_of(urls[entry]) for entry in entries]
-    return Dataset(
-        urls=tuple(urls),
-        index_urls=(),
-        sizes=(),
-        versions=(),
-        checksums=(),
-        shard_of=np.asarray(entries, np.int64),
-        source_of=np.asarray(source_of, np.int64),
-        counts=np.zeros(0, np.int64),
-        mean_bytes=_first_bytes(urls, timeout_s),
-        accepted=None,
-        fingerprint=_by_source(names, source_of) if shares else _fingerprint(names),
-        name_depth=distinguishing_depth(urls),
-        unindexed=why,
-        folders=tuple(folders),
-        shares=shares,
+    return _complete(
+        Dataset(
+            urls=tuple(urls),
+            index_urls=(),
+            sizes=(),
+            versions=(),
+            checksums=(),
+            shard_of=np.asarray(entries, np.int64),
+            source_of=np.asarray(source_of, np.int64),
+            counts=np.zeros(0, np.int64),
+            mean_bytes=_first_bytes(urls, timeout_s),
+            accepted=None,
+            fingerprint="",
+            name_depth=distinguishing_depth(urls),
+            unindexed=why,
+            folders=tuple(folders),
+            shares=shares_of(config),
+        )
     )
 
 
@@ -331,12 +380,9 @@ def _check_distinct(urls: Sequence[str]) -> None:
         raise DataError("The same shard is in two sources; name it once, with repeat, to weight it.")
 
 
-def _by_source(lines: Sequence[str], source_of: Sequence[int] | NDArray[np.int64]) -> tuple[str, ...]:
-    """Fingerprints of sources with weights, of which each shard is one line."""
-    sources = np.asarray(source_of)
-    numbers = range(int(sources.max()) + 1)
-    mine = (np.flatnonzero(sources == number).tolist() for number in numbers)
-    return tuple(_fingerprint(lines[i] for i in some) for some in mine)
+def _complete(dataset: Dataset) -> Dataset:
+    """With its fingerprint."""
+    return dataset.first(dataset.shards.shards)
 
 
 def _fingerprint(lines: Iterable[str]) -> str:

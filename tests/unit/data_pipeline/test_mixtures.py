@@ -293,29 +293,109 @@ def test_buckets_of_sources_with_weights(tmp_path: Path, write_tar: Any, tiny_pi
     assert some + rest == batches
 
 
+def place_of(order: str, counts: dict[str, list[int]], ordinal: int) -> tuple[str, int]:
+    """Source and epoch of a visit of a set that did not grow."""
+    name, place = "abc"[ordinal >> 56], ordinal & ((1 << 56) - 1)
+    return name, place // (len(counts[name]) << 24 if order == "streamed" else sum(counts[name]))
+
+
 @pytest.mark.parametrize("order", ["indexed", "streamed"])
 def test_weights_may_change_and_sources_may_join_at_a_resume(folder: Path, order: Any) -> None:
-    first = [SourceConfig(str(folder / name), weight=1.0) for name in "ab"]
-    config = config_for(*first, order=order)
-    before, position = run(config, 4)
-    joined = [
-        SourceConfig(str(folder / "a"), weight=1.0),
-        SourceConfig(str(folder / "b"), weight=3.0),
-        SourceConfig(str(folder / "c"), weight=1.0),
-    ]
-    after, later = run(config_for(*joined, order=order), 10, ranks=2, position=position)
+    """Each source goes on where it was: over all of it, each sample comes once in each of its epochs."""
+
+    def mixed(**weights: float) -> DataConfig:
+        sources = (SourceConfig(str(folder / name), weight=weight) for name, weight in weights.items())
+        return config_for(*sources, order=order, shuffle_window=9)
+
+    before, position = run(mixed(a=1.0, b=1.0), 4)
+    after, later = run(mixed(a=1.0, b=3.0, c=1.0), 10, ranks=2, position=position)
     assert shares(after)["b"] == pytest.approx(0.6, abs=0.1)
-    seen = Counter(key for keys, ordinals, _ in before + after for key, o in zip(keys, ordinals, strict=True))
-    # Nobody begins anew: what was served before is not served again in its epoch.
-    assert seen.keys() > {key for keys, *_ in before for key in keys}
-    ordinals = [ordinal for _, some, _ in before + after for ordinal in some]
-    assert len(set(ordinals)) == len(ordinals)
+    last, _ = run(mixed(a=5.0, b=1.0, c=1.0), 12, ranks=3, position=later)
+    assert shares(last)["a"] == pytest.approx(5 / 7, abs=0.1)
+    visits = Counter(
+        (place_of(order, COUNTS, ordinal), key)
+        for keys, ordinals, _ in before + after + last
+        for key, ordinal in zip(keys, ordinals, strict=True)
+    )
+    assert set(visits.values()) == {1}
+    assert {key for place, key in visits if place == ("a", 0)} == {
+        f"a/{shard:05d}/{shard:05d}{i:04d}" for shard, count in enumerate(COUNTS["a"]) for i in range(count)
+    }
     with pytest.raises(DataError, match="another set of shards"):
-        run(config, 1, position=later)
+        run(mixed(a=1.0, b=1.0), 1, position=later)
+    plain = (SourceConfig(str(folder / name)) for name in "ab")
+    unweighted = config_for(*plain, order=order, shuffle_window=9)
     with pytest.raises(
         DataError, match=r"a set with weights of its sources, this run is one without; restore"
     ):
-        run(config_for(*(SourceConfig(str(folder / n)) for n in "ab"), order=order), 1, position=position)
+        run(unweighted, 1, position=position)
+
+
+@pytest.mark.parametrize("order", ["indexed", "streamed"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_set_may_grow_between_resumes(
+    tmp_path: Path, write_shards: WriteShards, order: Any, weighted: bool
+) -> None:
+    """New shards join at the next epoch of all lanes, again and again, whoever goes on from where: until then
+    each old sample comes once per epoch, and from then on each of all."""
+    sources = [SourceConfig(str(tmp_path / "a"), weight=2.0), SourceConfig(str(tmp_path / "b"), weight=1.0)]
+    config = (
+        config_for(*sources, order=order) if weighted else config_for(order=order, shards=str(tmp_path / "a"))
+    )
+    counts = [9, 12, 8, 11]
+    keys = [write_shards(tmp_path / "a", counts)]
+    write_shards(tmp_path / "b", COUNTS["b"])
+    out, position = run(config, 3)
+    for first in (4, 6):
+        keys.append(write_shards(tmp_path / "a", [10, 7], first=first))
+        stopped = position
+        some, position = run(config, 8, ranks=2, position=position)
+        assert len(position["grown"]) == len(keys) - 1
+        half, between = run(config, 3, position=stopped, ranks=3)
+        rest, again = run(config, 5, position=between)
+        assert half + rest == some  # a position in the midst of it has all that is needed
+        assert again == position
+        out += some
+    more, position = run(config, 24, position=position)
+    out += more
+    untils = [until[0] for _, until in position["grown"]]
+    assert 0 < untils[0] < untils[1]
+    visits = Counter[tuple[int, str]]()
+    for served, ordinals, _ in out:
+        for key, ordinal in zip(served, ordinals, strict=True):
+            if source_of(key) == "a" or not weighted:
+                visits[epoch_of(order, ordinal, untils, counts), key.removeprefix("a/")] += 1
+    assert set(visits.values()) == {1}
+    known = list[str]()
+    for number, (start, stop) in enumerate(itertools.pairwise((0, *untils, untils[-1] + 1))):
+        known += keys[number]
+        for epoch in range(start, stop):
+            assert {key for e, key in visits if e == epoch} == set(known), epoch
+
+
+def epoch_of(order: str, ordinal: int, untils: list[int], counts: list[int]) -> int:
+    """Epoch of a visit of the set of the test above, which grew by two shards of 17 samples twice."""
+    unit = 1 << 24 if order == "streamed" else 1
+    sizes = [4, 6, 8] if order == "streamed" else [sum(counts) + 17 * number for number in range(3)]
+    place, epoch = ordinal // unit, 0
+    while True:
+        size = sizes[sum(until <= epoch for until in untils)]
+        if place < size:
+            return epoch
+        place, epoch = place - size, epoch + 1
+
+
+def test_shards_that_join_must_be_known_apart(tmp_path: Path, write_shards: WriteShards) -> None:
+    write_shards(tmp_path / "a", [40, 30], first=3)
+    config = config_for(shards=str(tmp_path / "a"))
+    _, position = run(config, 2)
+    write_shards(tmp_path / "a", [10], first=9)
+    bucketed = config_for(shards=str(tmp_path / "a"), buckets=True, bucket_step=8)
+    with pytest.raises(DataError, match=r"grown from 2 to 3 shards, and the shares of data.buckets"):
+        run(bucketed, 1, position=position)
+    write_shards(tmp_path / "a", [10], first=1)
+    with pytest.raises(DataError, match=r"another set of shards.*only be added, with names behind those"):
+        run(config, 1, position=position)
 
 
 def bad(folder: Path, *given: dict[str, Any], **changes: Any) -> DataConfig:

@@ -1,0 +1,133 @@
+"""Sets that grow between the starts of a run: what lanes are in ends as it began, and the next epoch has all.
+
+    lane 0   epoch 3 of A B C   | epoch 4 of A B C D E      D and E were there when the run was started again,
+    lane 1   epoch 3 of A B C   | epoch 4 of A B C D E      lanes 0 and 1 in epoch 3, lane 2 in epoch 2
+    lane 2   epoch 2, then 3, of A B C | epoch 4 of A B C D E
+
+The positions say which shards there were, and from which epoch on there are more, so that every later start
+has the same. Shards that join go behind the others of their source, by which both are known: the first ones
+must have the fingerprint that the position has. Without weights a source that joins is growth as well; with
+weights it has walks of its own, and needs none of this.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
+from data_pipeline.order.buckets import Buckets
+from data_pipeline.order.lanes import Order
+from data_pipeline.order.position import (
+    Earlier,
+    Fingerprint,
+    Position,
+    ShardSet,
+    last_epochs,
+    shards_of,
+    with_windows,
+)
+from data_pipeline.order.turns import Turns
+from data_pipeline.shards.dataset import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+def walks_of(
+    config: DataConfig, dataset: Dataset, order: Order | Turns, position: Position
+) -> tuple[Dataset, Buckets, Fingerprint]:
+    """The walks of a run that goes on from a position, with those of the epochs before the set grew.
+
+    Returns the data set, which remembers what it was; the walks; and the fingerprint that the position must
+    have. Raises DataError for a set with aspect buckets that grew.
+    """
+    dataset = replace(dataset, fingerprint=dataset.fingerprint_of(order))
+    known = shards_of(position)
+    now, fingerprint = dataset.shards.shards, dataset.fingerprint
+    history = known.grown if known is not None else ()
+    newly = known is not None and _is_grown(dataset, order, known)
+    if newly:
+        assert known is not None
+        if config.buckets:
+            raise DataError(
+                f"The set has grown from {sum(known.shards)} to {sum(now)} shards, and the shares of "
+                "data.buckets with it; add the new shards as a source with a weight of its own, or start a "
+                "new run with init_from."
+            )
+        was = _padded(dataset, known.shards, now)
+        fingerprint = dataset.first(was).fingerprint_of(order)
+        history = (*history, Earlier(was, ()))
+    walks: Buckets | None = None
+    for number, some in enumerate(_sets(dataset, history)):
+        each = _walks(config, dataset.first(some), order, position)
+        walks = each if walks is None else _linked(walks, each, history[number - 1].until)
+    if newly:
+        assert walks is not None
+        until = tuple(epoch + 1 for epoch in last_epochs(position, order, walks))
+        history = (*history[:-1], Earlier(history[-1].shards, until))
+        logger.warning(
+            "the set has grown from %d to %d shards: the new ones join from epoch %s on",
+            sum(history[-1].shards),
+            sum(now),
+            ", ".join(map(str, until)),
+        )
+    all_of_now = _walks(config, dataset, order, position)
+    if walks is not None:
+        all_of_now = _linked(walks, all_of_now, history[-1].until)
+    return replace(dataset, grown=history), all_of_now, fingerprint
+
+
+def _sets(dataset: Dataset, history: Sequence[Earlier]) -> list[tuple[int, ...]]:
+    """Shards of each source that there is by now, of each time."""
+    sets, later = list[tuple[int, ...]](), dataset.shards.shards
+    for earlier in reversed(history):
+        later = _padded(dataset, earlier.shards, later)
+        sets.append(later)
+    return sets[::-1]
+
+
+def _padded(dataset: Dataset, shards: Sequence[int], later: Sequence[int]) -> tuple[int, ...]:
+    """With those of sources that joined: of one that has a weight as many as later, of another none."""
+    joined = later[len(shards) :]
+    return (*shards, *(joined if dataset.shares else (0,) * len(joined)))
+
+
+def _is_grown(dataset: Dataset, order: Order | Turns, known: ShardSet) -> bool:
+    """Whether the shards of a position are the first of those that there are, and not all."""
+    now = dataset.shards.shards
+    if len(known.shards) > len(now) or isinstance(known.fingerprint, str) == bool(dataset.shares):
+        return False
+    was = _padded(dataset, known.shards, now)
+    if was == now or any(before > after for before, after in zip(was, now, strict=True)):
+        return False
+    found = dataset.first(was).fingerprint_of(order)
+    return found[: len(known.fingerprint)] == known.fingerprint
+
+
+def _walks(config: DataConfig, dataset: Dataset, order: Order | Turns, position: Position) -> Buckets:
+    if isinstance(order, Turns):
+        order = replace(order, shards=len(dataset.shard_of), shard_of=dataset.shard_of)
+    else:
+        order = replace(order, counts=dataset.counts, shard_of=dataset.shard_of)
+    return with_windows(position, dataset.buckets(config, order))
+
+
+def _linked(earlier: Buckets, later: Buckets, until: Sequence[int]) -> Buckets:
+    """The later walks, from an epoch on of each source; before it the earlier ones."""
+    before = dict(zip((walk[:2] for walk in earlier.walks), earlier.orders, strict=True))
+    orders = []
+    for walk, order in zip(later.walks, later.orders, strict=True):
+        known = before.get(walk[:2])
+        if known is None:
+            orders.append(order)
+        elif isinstance(order, Turns):
+            assert isinstance(known, Turns)
+            same = known.shards == order.shards
+            orders.append(known if same else replace(order, earlier=known, first_epoch=until[walk.source]))
+        else:
+            assert isinstance(known, Order)
+            same = len(known.counts) == len(order.counts)
+            orders.append(known if same else replace(order, earlier=known, first_epoch=until[walk.source]))
+    return replace(later, orders=tuple(orders))
