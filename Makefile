@@ -46,5 +46,5 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,evaluation,report,local-s3]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,evaluation,lora,report,local-s3]' --group dev
 	touch $(STAMP)

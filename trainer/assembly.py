@@ -28,12 +28,13 @@ from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.retirement import abort_dead_uploads
 from trainer.config.identity import check_optimizer_state
 from trainer.config.io import config_to_dict
-from trainer.config.run import Config
+from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.frozen import FrozenWeights, freeze
+from trainer.distributed.lora import add_adapters
 from trainer.distributed.process import (
     GarbageCollection,
     bind_to_node,
@@ -203,8 +204,11 @@ def _build_diffusion(
     place_first_stage(model.first_stage, config.distributed, env.device)
     model.conditioner.frozen.to(env.device, frozen_dtype(config.distributed))
     freeze(model.network, config.trainable)
+    if config.lora is not None:
+        model.network.requires_grad_(False)
     _begin_with(config, model.network, resumes)
-    frozen = FrozenWeights(model.network, env.rank, env.world_size) if config.trainable else None
+    add_adapters(model.network, config.lora)  # after the weights, whose names they change
+    frozen = FrozenWeights(model.network, env.rank, env.world_size) if config.freezes else None
     start.mark("networks")
     buffer = _begin_buffer({"unet": model.network}, DiffusionStage.averaged, config, env)
     engines: dict[str, Engine] = {"unet": build_engine(model.network, config, env)}
@@ -264,7 +268,7 @@ def _begin_with(config: Config, network: nn.Module, resumes: CheckpointHandle | 
     """
     source = config.init_from
     if resumes is not None:
-        if config.trainable:
+        if config.freezes:
             stored = read_once(lambda: read_state(resumes))["config"]
             check_optimizer_state(stored, config, resumes.url)
             if stored.get("init_from") == source:
@@ -275,7 +279,14 @@ def _begin_with(config: Config, network: nn.Module, resumes: CheckpointHandle | 
             return
     if source is not None:
         tensors, _ = read_once(lambda: open_weights(source))
-        logger.info("starting from %s\n%s", source, initialise(network, tensors, source).describe())
+        report = initialise(network, tensors, source)
+        logger.info("starting from %s\n%s", source, report.describe())
+        added = (*report.new, *report.widened)
+        if config.lora is not None and added:
+            raise ConfigError(
+                f"{source} lacks {added[0]}, which lora would leave untrained; train the whole network with "
+                "its added conditions first, or remove them."
+            )
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from trainer.config.models import TOWERS
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.distributed.frozen import freeze
+from trainer.distributed.lora import add_adapters
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import build_first_stage, check_first_stage, load_first_stage
 from trainer.first_stage.discriminator import PatchDiscriminator
@@ -197,7 +198,7 @@ def count_parameters(config: Config) -> dict[str, dict[str, int]]:
         "trained": {name: _count(module, trained=True) for name, module in trained.items()},
         "frozen": {name: _count(module, trained=None) for name, module in frozen.items()},
     }
-    if config.trainable:  # the rest of what is otherwise trained
+    if config.freezes:  # the rest of what is otherwise trained
         rest = {name: _count(module, trained=False) for name, module in trained.items()}
         counts["frozen"] |= {name: count for name, count in rest.items() if count}
     return {kind: {**modules, "total": sum(modules.values())} for kind, modules in counts.items()}
@@ -214,6 +215,7 @@ def _modules(config: Config) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
     conditioner = build_conditioner(config.conditioning, config.first_stage)
     network = build_network(config, conditioner)
     freeze(network, config.trainable)
+    add_adapters(network, config.lora)
     trained: dict[str, nn.Module] = {"unet": network.unet}
     if network.uncertainty is not None:
         trained["uncertainty"] = network.uncertainty

@@ -12,10 +12,11 @@ from data_pipeline.order.lanes import Part, lanes_of
 from tests.integration.whole_parameters import gather_full, whole_weights
 from trainer.config.models import UNetConfig
 from trainer.config.run import Config
-from trainer.config.training import DistributedConfig, OptimizerConfig
+from trainer.config.training import DistributedConfig, LoRAConfig, OptimizerConfig
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
+from trainer.distributed.lora import add_adapters
 from trainer.models.unet import UNet
 from trainer.stages.stage import share_of_mean
 
@@ -203,6 +204,58 @@ def train_unet(env: DistributedEnv, engine: str, activation_checkpointing: bool)
             found.append(float(loss.detach()))
         assert norm is not None
         found.append(float(norm))
+    return found
+
+
+def train_adapters(env: DistributedEnv, cases: list[tuple[str, int, str]]) -> list[list[float]]:
+    """Losses and norms of three steps of adapters under each engine, ZeRO stage and precision."""
+    return [_train_adapters(env, *case) for case in cases]
+
+
+def _train_adapters(env: DistributedEnv, engine: str, zero_stage: int, precision: str) -> list[float]:
+    torch.manual_seed(0)
+    sizes = UNetConfig(
+        model_channels=16,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_factors=(1, 2),
+        head_dim=8,
+        num_groups=4,
+    )
+    network = nn.Module()
+    network.unet = UNet(sizes, in_channels=4, out_channels=4, context_dim=8)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    add_adapters(network, LoRAConfig(rank=3, alpha=6.0))
+    for name, parameter in network.named_parameters():
+        if ".lora_B." in name:  # zero hides A
+            nn.init.normal_(parameter, std=0.1)
+    config = Config(
+        global_batch_size=8,
+        micro_batch_size=8 // (2 * env.world_size),
+        distributed=DistributedConfig(engine=engine, zero_stage=zero_stage, precision=precision),
+    )
+    network.forward = network.unet.forward
+    built = build_engine(network, config, env)
+    assert all(".lora_" in name for name in built.parameter_shapes)
+    rows = config.micro_batch_size
+    found = []
+    for step in range(STEPS):
+        drawn = torch.Generator().manual_seed(step)
+        x, context = (torch.randn(shape, generator=drawn) for shape in ((8, 4, 8, 8), (8, 3, 8)))
+        total = torch.zeros(())
+        for micro in range(2):
+            first = (2 * env.rank + micro) * rows
+            own = x[first : first + rows].to(built.compute_dtype)
+            told = context[first : first + rows].to(built.compute_dtype)
+            loss = (built(own, torch.full((rows,), 500), told).float() - own).square().mean()
+            built.backward(loss)
+            norm = built.step(1e-2)
+            total += loss.detach() / (2 * env.world_size)
+        assert norm is not None
+        if env.world_size > 1:
+            torch.distributed.all_reduce(total)
+        found += [float(total), float(norm)]
     return found
 
 

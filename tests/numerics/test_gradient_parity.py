@@ -111,6 +111,17 @@ def test_a_unet_cut_block_by_block_trains_as_the_whole(again: bool) -> None:
         assert found == pytest.approx(wanted, rel=2e-6)
 
 
+def test_adapters_train_alike_under_every_engine() -> None:
+    pytest.importorskip("peft")
+    cases = [(*engine, "fp32") for engine in ENGINES]
+    cases += [("deepspeed", 1, "bf16"), ("fsdp", 1, "bf16")]
+    function = "tests/numerics/parity_ranks.py:train_adapters"
+    ((truth,),) = run_ranks(function, 1, {"cases": cases[:1]})
+    for of_rank in run_ranks(function, 2, {"cases": cases}):
+        for case, found in zip(cases, of_rank, strict=True):
+            assert found == pytest.approx(truth, rel=2e-5 if case[2] == "fp32" else 5e-2), case
+
+
 @pytest.mark.slow
 def test_four_ranks_match_one_process() -> None:
     check(

@@ -69,9 +69,8 @@ def export(
         raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
     handle = _checkpoint_of(source, step)
     state = read_state(handle)
-    engine = str(state["averaged"])
-    profile, kind = choose_kind(handle, engine, profile)
-    reader = NetworkReader(handle, engine)
+    profile, kind = choose_kind(handle, str(state["averaged"]), profile)
+    reader = NetworkReader(handle, state)
     destination = weights_file(destination)
     shapes = reader.shapes
     small, metadata = beside_weights(handle, state, profile)
@@ -130,12 +129,30 @@ def open_weights(
         return tensors, metadata
     handle = _checkpoint_of(source, step)
     state = read_state(handle)
-    engine = str(state["averaged"])
-    profile, kind = choose_kind(handle, engine, profile)
-    reader = NetworkReader(handle, engine)
+    profile, kind = choose_kind(handle, str(state["averaged"]), profile)
+    reader = NetworkReader(handle, state)
     tensors = reader.whole(kind, list(reader.shapes))
     small, metadata = beside_weights(handle, state, profile)
     return {**tensors, **small}, metadata
+
+
+def open_adapters(
+    source: str, *, profile: str | None = None, step: int | None = None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
+    """What a run with `lora` trained, as `NetworkReader.adapters` gives it, and its metadata.
+
+    Raises:
+        ConfigError: as `open_weights`, or there are no adapters.
+    """
+    if source.endswith(".safetensors"):
+        raise ConfigError(f"{source} holds whole weights; name the run that trained the adapters.")
+    handle = _checkpoint_of(source, step)
+    state = read_state(handle)
+    profile, kind = choose_kind(handle, str(state["averaged"]), profile)
+    found = NetworkReader(handle, state).adapters(kind)
+    if not found:
+        raise ConfigError(f"{source} trained no adapters; name a run with `lora`, or choose another layout.")
+    return found, _metadata(handle, state, profile)
 
 
 def read_about(source: str, *, profile: str | None = None, step: int | None = None) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from trainer.checkpoint.layout import (
     index_shards,
     overlaps,
 )
+from trainer.config.io import config_from_dict
 from trainer.config.run import ConfigError
+from trainer.distributed.lora import adapted, merge
 from trainer.weights import check_fit
 
 _READ_BYTES = 64 << 20
@@ -66,27 +69,46 @@ class EngineReader:
 
 
 class NetworkReader:
-    """Reads whole parameters of one network of one checkpoint, trained or not."""
+    """Reads whole parameters of the network that a run averages, trained or not, with adapters merged."""
 
-    def __init__(self, handle: CheckpointHandle, engine: str) -> None:
+    def __init__(self, handle: CheckpointHandle, state: Mapping[str, Any]) -> None:
+        """`state` is that of the checkpoint."""
+        engine = str(state["averaged"])
         self._trained = EngineReader(handle, engine)
         shapes = handle.manifest.shapes
         self._frozen_shapes = shapes.get(FROZEN, {})
         self._frozen = EngineReader(handle, FROZEN) if self._frozen_shapes else None
-        self.shapes = shapes[engine] | self._frozen_shapes
+        self._lora = config_from_dict(state["config"]).lora
+        self._adapted = adapted(shapes[engine])
+        adapters = {each for both in self._adapted.values() for each in both}
+        own = {name: shape for name, shape in shapes[engine].items() if name not in adapters}
+        self.shapes = own | self._frozen_shapes
 
     def whole(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
         """fp32, on the CPU; what is frozen is its own average."""
-        return self._trained.whole(kind, self.trained(names)) | self.frozen(names)
+        return self.merged(names, lambda trained: self._trained.whole(kind, trained))
 
-    def trained(self, names: Sequence[str]) -> list[str]:
-        """Those of the names that are trained."""
-        return [name for name in names if name not in self._frozen_shapes]
+    def merged(
+        self, names: Sequence[str], read: Callable[[list[str]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The same with what is trained, adapters too, from elsewhere: `read` gives these by their names."""
+        adapters = {name: self._adapted[name] for name in names if name in self._adapted}
+        own = [name for name in names if name not in self._frozen_shapes]
+        trained = read([*own, *(each for both in adapters.values() for each in both)])
+        frozen = [name for name in names if name in self._frozen_shapes]
+        found = {name: trained[name] for name in own}
+        found |= self._frozen.whole(MASTER, frozen) if self._frozen is not None else {}
+        for name, (down, up) in adapters.items():
+            assert self._lora is not None
+            found[name] = merge(found[name], trained[down], trained[up], self._lora.scale)
+        return found
 
-    def frozen(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Those of the named parameters that are not trained."""
-        chosen = [name for name in names if name in self._frozen_shapes]
-        return self._frozen.whole(MASTER, chosen) if self._frozen is not None else {}
+    def adapters(self, kind: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A [r, in], B [out, r]) by the name of the weight that they adapt, B times its scale."""
+        wanted = [each for both in self._adapted.values() for each in both]
+        found = self._trained.whole(kind, wanted)
+        scale = self._lora.scale if self._lora is not None else 1.0
+        return {name: (found[down], found[up] * scale) for name, (down, up) in self._adapted.items()}
 
 
 def _read_shard(

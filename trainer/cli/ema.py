@@ -100,7 +100,7 @@ def reconstruct(
     state = read_state(newest)
     engine = str(state["averaged"])
     readers = {snapshot.url: EngineReader(snapshot, engine) for snapshot in used}
-    network = NetworkReader(newest, engine)
+    network = NetworkReader(newest, state)
     terms = [
         (readers[snapshot.url], kind, float(weight))
         for (snapshot, kind, _), weight in zip(stored, weights, strict=True)
@@ -110,7 +110,7 @@ def reconstruct(
     num_bytes = write_parameters(
         destination,
         network.shapes,
-        lambda names: _combined(terms, network.trained(names)) | network.frozen(names),
+        lambda names: network.merged(names, lambda trained: _combined(terms, trained)),
         small,
         metadata | {"step": str(last)},
         dtype,

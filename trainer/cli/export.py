@@ -2,8 +2,9 @@
 
 native: one safetensors file with the configuration and the latent statistics, streamed: what
 first_stage.weights, init_from and `ldm sample` take. compvis: one file in the original layout, with the
-average also where it keeps one (model_ema). diffusers: a folder for the pipeline's from_pretrained. The last
-two hold the UNet, the frozen first stage and the text towers, and list what they have no place for.
+average also where it keeps one (model_ema). diffusers: a folder for the pipeline's from_pretrained. These
+two hold the UNet, the frozen first stage and the text towers, and list what they have no place for. lora: the
+adapters alone of a run with `lora`, as diffusers' load_lora_weights takes them; the others have them merged.
 
 The latent statistics of a first stage are measured in the last step of its run. Of an earlier checkpoint,
 or of a file exported without them, --measure SHARDS measures them here; a second stage takes no others.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import DataConfig, SourceConfig
-from trainer.checkpoint.export import WEIGHTS, Exported, export, export_tensors, open_weights
+from trainer.checkpoint.export import WEIGHTS, Exported, export, export_tensors, open_adapters, open_weights
 from trainer.config.identity import as_trained
 from trainer.config.io import config_from_dict
 from trainer.config.models import TOWERS as TOWER_SECTIONS
@@ -40,10 +41,12 @@ from trainer.first_stage.statistics import (
     require_same_statistics,
 )
 from trainer.interop.export import export_weights
+from trainer.interop.lora_export import write_lora
 from trainer.interop.parts import TOWERS, is_clip_l
 from trainer.pixels import to_unit_range
 from trainer.weights import metadata_object
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLE = "example: ldm export s3://bucket/first_stage_run s3://bucket/first_stage.safetensors"
 
 
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="RUN", help="run folder or checkpoint folder; with --measure also an exported file"
     )
     parser.add_argument("destination", metavar="DESTINATION", help="path or URL")
-    parser.add_argument("--layout", choices=("native", "compvis", "diffusers"), default="native")
+    parser.add_argument("--layout", choices=("native", "compvis", "diffusers", "lora"), default="native")
     parser.add_argument(
         "--weights", help="average to write, or `weights` for the trained ones (default: EMA)"
     )
@@ -81,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export and say what was written."""
+    if args.layout == "lora":
+        return _export_lora(args)
     if args.latent_scale is not None and (args.layout == "native" or args.measure):
         raise ConfigError(
             "--latent-scale is for --layout compvis or diffusers without --measure; a native file of a first "
@@ -182,6 +187,19 @@ def _open(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, str], 
     return tensors, metadata, config
 
 
+def _export_lora(args: argparse.Namespace) -> int:
+    why = "adapters have no latents and stand beside no networks"
+    _require_no_networks(args, why)
+    for option, given in (("latent-scale", args.latent_scale is not None), ("measure", bool(args.measure))):
+        if given:
+            raise ConfigError(f"{why}; leave out --{option}.")
+    adapters, metadata = open_adapters(args.source, profile=args.weights, step=args.checkpoint)
+    config = config_from_dict(metadata_object(metadata, "config", args.source))
+    url = write_lora(adapters, args.destination, config.unet, _DTYPES[args.dtype])
+    print(f"{url}: {len(adapters)} adapters, {metadata['profile']} of step {metadata['step']}")
+    return 0
+
+
 def _export_whole(args: argparse.Namespace) -> int:
     tensors, metadata, config = _open(args)
     average: dict[str, Tensor] | None = None
@@ -202,8 +220,8 @@ def _export_whole(args: argparse.Namespace) -> int:
             stage, _ = first_stage_tensors(first_stage)
             tensors |= {f"first_stage.{name}": value for name, value in stage.items()}
         tensors |= _towers(config, args.layout)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    print(export_weights(tensors, args.destination, config, args.layout, average, dtype).describe())
+    report = export_weights(tensors, args.destination, config, args.layout, average, _DTYPES[args.dtype])
+    print(report.describe())
     return 0
 
 

@@ -264,6 +264,7 @@ def _check_graphs(config: Config) -> None:
         "diffusion.learned_uncertainty": config.diffusion.learned_uncertainty,  # a second output
         "unet.activation_checkpointing": config.unet.activation_checkpointing,
         "unet.dropout": config.unet.dropout > 0,
+        "lora.dropout": config.lora is not None and config.lora.dropout > 0,
     }
     present = [name for name, there in obstacles.items() if there]
     _require(
@@ -279,7 +280,12 @@ def _check_stage(config: Config) -> None:
             "trainable freezes the other weights, which without init_from are random ones; set init_from to "
             "the weights to start from.",
         )
+        _check_lora(config)
         return
+    _require(
+        config.lora is None,
+        "lora puts adapters on the UNet of stage=diffusion; a first stage is trained whole, so remove it.",
+    )
     _require(
         not config.trainable,
         "trainable is for stage=diffusion; a first stage is trained whole, so remove it.",
@@ -298,6 +304,31 @@ def _check_stage(config: Config) -> None:
         not config.autoencoder_loss.discriminator_weight or config.data.image_size >= 3 * 2**layers,
         f"a discriminator of {layers} strided layers needs at least {3 * 2**layers} pixels; lower "
         "autoencoder_loss.discriminator_layers or raise data.image_size.",
+    )
+
+
+def _check_lora(config: Config) -> None:
+    if config.lora is None:
+        return
+    _require(
+        config.init_from is not None,
+        "lora adapts weights that stay frozen, which without init_from are random ones; set init_from to the "
+        "weights to adapt.",
+    )
+    others = {
+        "trainable": bool(config.trainable),
+        "diffusion.learned_uncertainty": config.diffusion.learned_uncertainty,
+    }
+    present = [name for name, there in others.items() if there]
+    _require(
+        not present,
+        f"lora trains adapters and nothing else, which {' and '.join(present)} contradicts; remove one of "
+        "them.",
+    )
+    _require(
+        bool(config.lora.targets),
+        "lora.targets is empty, so that nothing would be trained; name layers, or remove it for those of all "
+        "attentions.",
     )
 
 

@@ -19,6 +19,7 @@ from trainer.config.io import config_to_dict, section_of
 from trainer.config.models import RANDOM, TOWERS, FirstStageConfig
 from trainer.config.network_plan import norm_groups
 from trainer.config.run import Config, ConfigError
+from trainer.config.training import LoRAConfig
 
 _Flat = dict[str, Any]
 """Values by dotted key; a section that may be absent is itself a key, with `_THERE` or null."""
@@ -102,12 +103,25 @@ def check_optimizer_state(stored: Mapping[str, Any], config: Config, checkpoint:
     trainable, name = list(stored.get("trainable", ())), stored.get("optimizer", {}).get("name", "adamw")
     was = f"trainable={_shown(trainable)}" if trainable != list(config.trainable) else ""
     was = was or (f"optimizer.name={name}" if name != config.optimizer.name else "")
+    was = was or _other_adapters(stored.get("lora"), config.lora)
     if was:
         raise ConfigError(
             f"the checkpoint {checkpoint} was trained with {was} and goes on with nothing "
             f"else; set it back, or name another run_dir (init_from={config.run_dir} starts it from these "
             "weights)."
         )
+
+
+def _other_adapters(stored: Mapping[str, Any] | None, lora: LoRAConfig | None) -> str:
+    """The setting of `lora` that was another one, as it was; empty where the adapters are the same."""
+    if stored is None or lora is None:
+        same = stored is None and lora is None
+        return "" if same else "lora=null" if stored is None else "lora"
+    then, now = _completed(LoRAConfig, stored), config_to_dict(lora)
+    for each in (then, now):
+        each["alpha"] = float(each["rank"] if each["alpha"] is None else each["alpha"])
+    names = [name for name in ("rank", "alpha", "targets") if then[name] != now[name]]
+    return f"lora.{names[0]}={_shown(then[names[0]])}" if names else ""
 
 
 def check_resume(stored: Mapping[str, Any], config: Config, checkpoint: str) -> tuple[Difference, ...]:

@@ -18,6 +18,7 @@ from trainer.config.training import (
     EMAConfig,
     HealingConfig,
     LoggingConfig,
+    LoRAConfig,
     OptimizerConfig,
     SamplingConfig,
     ValidationConfig,
@@ -49,6 +50,8 @@ class Config:
     trainable: tuple[str, ...] = ()
     """Patterns of parameter names, or modules, that are trained, such as unet.*.attn2.*; the rest is
     frozen: no gradients, no optimizer state, no averages. Empty: everything is trained."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters on layers of the UNet, and nothing else; needs init_from."""
     resume_changed: tuple[str, ...] = ()
     """Settings or sections that may differ from what the run was trained with when it resumes, such as
     diffusion.prediction; without the word, a run that resumes as something else is refused."""
@@ -80,6 +83,11 @@ class Config:
     """Console, JSONL, W&B."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Preview pictures."""
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some of the network stays what `init_from` gave."""
+        return bool(self.trainable) or self.lora is not None
 
     @property
     def _whole_samples(self) -> int:

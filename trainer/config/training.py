@@ -163,6 +163,26 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021): frozen layers W [out, in] compute as W + alpha / rank x B A."""
+
+    rank: int = number(16, least=1, most=2**16)
+    """r of A [r, in] and B [out, r]."""
+    alpha: float | None = number(None, above=0, most=10**6)
+    """Strength; unset: the rank, so that B A counts once."""
+    targets: tuple[str, ...] = ("unet.*.attn*.to_*",)
+    """Patterns of names of the UNet's linear layers, or modules for all in them; unset: the projections of
+    all attentions. One adapter serves the projections that share a product (to_qkv, to_kv)."""
+    dropout: float = number(0.0, least=0, below=1)
+    """Of what an adapter is given, in training."""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+@dataclass(frozen=True)
 class EMAConfig:
     """Exponential moving averages of the trained weights, in fp32, beside the optimizer's partition."""
 

@@ -2,7 +2,8 @@
 
 Engines know trained parameters alone: gradients, optimizer state and averages exist for nothing else. So that
 a checkpoint is a whole network nevertheless, it also holds the frozen weights, a share from each rank; a run
-that goes on takes them from where it took them at first, and compares.
+that goes on takes them from where it took them at first, and compares. A layer inside of an adapter (lora.py)
+is stored under the names that it had before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import nn
 from trainer.config.run import ConfigError
 from trainer.distributed.engine import Fragment
 from trainer.distributed.replicas import replicated_fragments
+
+WRAPPED = ".base_layer."
+"""What peft puts into the names of a layer's parameters when it wraps an adapter around it."""
 
 
 def freeze(network: nn.Module, trainable: Sequence[str]) -> None:
@@ -33,12 +37,12 @@ def freeze(network: nn.Module, trainable: Sequence[str]) -> None:
         return
     names = [name for name, _ in network.named_parameters()]
     for pattern in trainable:
-        if not any(_names(pattern, name) for name in names):
+        if not any(is_named(pattern, name) for name in names):
             raise ConfigError(
-                f"trainable names {pattern!r}, which is no parameter of the network; {_hint(pattern, names)}"
+                f"trainable names {pattern!r}, which is no parameter of the network; {hint(pattern, names)}"
             )
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(any(_names(pattern, name) for pattern in trainable))
+        parameter.requires_grad_(any(is_named(pattern, name) for pattern in trainable))
 
 
 class FrozenWeights:
@@ -48,7 +52,8 @@ class FrozenWeights:
     """None is ever made."""
 
     def __init__(self, network: nn.Module, rank: int, world_size: int) -> None:
-        frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+        parameters = network.named_parameters()
+        frozen = {name.replace(WRAPPED, "."): p for name, p in parameters if not p.requires_grad}
         self.parameter_shapes = {name: tuple(p.shape) for name, p in frozen.items()}
         shares = replicated_fragments(
             list(frozen),
@@ -76,11 +81,13 @@ class FrozenWeights:
         ]
 
 
-def _names(pattern: str, name: str) -> bool:
+def is_named(pattern: str, name: str) -> bool:
+    """Whether a pattern means the thing of this name: by itself, or as a part of a module."""
     return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 
-def _hint(pattern: str, names: list[str]) -> str:
+def hint(pattern: str, names: list[str]) -> str:
+    """What may have been meant by a pattern that means nothing."""
     modules = {".".join(name.split(".")[:i]) for name in names for i in range(1, name.count(".") + 2)}
     near = difflib.get_close_matches(pattern.strip("*."), sorted(modules), n=1, cutoff=0.5)
     if near:

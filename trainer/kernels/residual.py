@@ -34,9 +34,11 @@ def product_and_bias(layer: nn.Linear | nn.Conv2d, x: Tensor) -> tuple[Tensor, T
 def leaves_bias(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
     """Whether a kernel after this layer adds its bias.
 
-    Under ZeRO-3 a layer's weights are there only while the layer itself runs, so there it adds its own.
+    Under ZeRO-3 a layer's weights are there only while the layer itself runs, so there it adds its own; so
+    does a layer inside of an adapter.
     """
-    return fused(x) and layer.bias is not None and not hasattr(layer.weight, "ds_id")
+    bare = isinstance(layer, nn.Linear | nn.Conv2d)
+    return fused(x) and bare and layer.bias is not None and not hasattr(layer.weight, "ds_id")
 
 
 def add_residual(x: Tensor, branch: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -55,7 +55,7 @@ def plan(config: Config, world_size: int, ranks_per_node: int) -> Plan:
     kept = (
         count for name, count in counts["frozen"].items() if name != "total" and name in counts["trained"]
     )
-    stored += FP32 * sum(kept)  # of the network, with `trainable`
+    stored += FP32 * sum(kept)  # of the network, where a part of it is trained
     return Plan(
         trained_parameters=trained,
         frozen_parameters=frozen,

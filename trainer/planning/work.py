@@ -27,6 +27,7 @@ from trainer.conditioning.build import Conditioner, build_conditioner
 from trainer.config.models import ConditioningConfig
 from trainer.config.run import Config, ConfigError
 from trainer.distributed.frozen import freeze
+from trainer.distributed.lora import add_adapters
 from trainer.first_stage.build import build_first_stage
 from trainer.kernels.language import counted_on_meta, plain
 from trainer.model import ConditionedUNet, build_network
@@ -74,8 +75,10 @@ def count_work(config: Config) -> Work:
     fused = config.distributed.fused_kernels and config.distributed.channels_last
     with torch.device("meta"), counted_on_meta() if fused else plain():
         conditioner = build_conditioner(config.conditioning, config.first_stage)
-        network = build_network(config, conditioner).to(dtype)
+        network = build_network(config, conditioner)
         freeze(network, config.trainable)
+        add_adapters(network, config.lora)
+        network.to(dtype)
         forward, total, kept, launches = _train(config, network, conditioner)
         encoder, towers = _encode(config, dtype), _towers(config, conditioner)
     trained = _trained_conditions(config, conditioner)

@@ -116,7 +116,7 @@ AUTOENCODER_IDLE = {
 def is_compared(key: str, stage: str) -> bool:
     """The promise of this module, in the words of the test."""
     top, _, rest = key.partition(".")
-    if key == "trainable":
+    if top in ("trainable", "lora"):
         return False  # refused before, without a word that would allow it
     if top == "data":
         return rest in COMPARED_DATA and not (stage == "autoencoder" and key in AUTOENCODER_IDLE)
