@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,7 +44,7 @@ from trainer.distributed.process import (
 )
 from trainer.distributed.shared_reads import read_together
 from trainer.ema import EMA
-from trainer.evaluation.held_out import hold_out
+from trainer.evaluation.held_out import Distance, hold_out
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import frozen_dtype, place_first_stage
 from trainer.first_stage.encode_once import EncodeOnce, moments_cache, open_cache
@@ -99,6 +100,7 @@ def build_run(
     torch.manual_seed(config.seed)
     make = _build_autoencoder if config.stage == "autoencoder" else _build_diffusion
     with read_together(env.device, alive):
+        distance = _open_features(config, env)
         stage, buffer, frozen, facts = make(shared, env, timer, start, resumes)
     start.mark("engines")
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
@@ -121,7 +123,15 @@ def build_run(
         garbage = GarbageCollection(config.distributed.gc_every)
         gpu = open_health(env.device)
         run = Run(
-            *parts, profiler, garbage, gpu, lease=lease, frozen=frozen, held_out=held_out, encode_once=once
+            *parts,
+            profiler,
+            garbage,
+            gpu,
+            lease=lease,
+            frozen=frozen,
+            held_out=held_out,
+            distance=distance,
+            encode_once=once,
         )
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
@@ -248,6 +258,27 @@ def _build_autoencoder(
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
     facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
     return AutoencoderStage(config, engines, perceptual, timer), buffer, None, facts
+
+
+def _open_features(config: Config, env: DistributedEnv) -> Callable[[], Distance] | None:
+    """What begins R-FID, where the configuration names features. Collective.
+
+    Raises:
+        ConfigError: weights that are not at hand; says which file to bring.
+    """
+    family, weights = config.validation.features, config.validation.features_weights
+    if family is None:
+        return None
+    # Not at the top: few runs need what it imports.
+    from trainer.evaluation.features import FeatureOptions, build_networks
+    from trainer.evaluation.survey import ReconstructionDistance
+
+    options = FeatureOptions(
+        families=(family,),
+        inception_weights=weights,
+        dinov2_weights=weights,
+    )
+    return partial(ReconstructionDistance, build_networks(options, env.device), env.device)
 
 
 def _begin_buffer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from trainer.distributed.env import DistributedEnv
 from trainer.distributed.frozen import FrozenWeights
 from trainer.distributed.process import GarbageCollection
 from trainer.ema import EMA
+from trainer.evaluation.held_out import Distance
 from trainer.first_stage.encode_once import EncodeOnce
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.step_profile import StepProfiler
@@ -62,6 +64,8 @@ class Run:
     """What of the network is not trained."""
     held_out: HeldOut | None = None
     """The samples that validation measures; None where there is none."""
+    distance: Callable[[], Distance] | None = None
+    """Begins a distance of held-out pictures from what the first stage makes of them."""
     measured: tuple[int, dict[str, float]] = (-1, {})
     """Step and figures of the last validation."""
     encode_once: EncodeOnce | None = None

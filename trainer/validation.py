@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from trainer.config.checks_validation import PREFIX, RAW
+from trainer.config.checks_validation import PREFIX, RAW, RECONSTRUCTION_DISTANCES
 from trainer.config.run import Config
 from trainer.evaluation.held_out import Unmeasured, measure_held_out
 from trainer.reliability.watchdog import Watchdog
@@ -91,6 +91,7 @@ def _once(run: Run, beat: Callable[[], None]) -> tuple[dict[str, float], Counter
             batch_size=config.micro_batch_size,
             device=run.env.device,
             codebook_size=config.first_stage.codebook_size if quantised else 0,
+            distance=None if run.distance is None else run.distance(),
             beat=beat,
         )
 
@@ -98,12 +99,13 @@ def _once(run: Run, beat: Callable[[], None]) -> tuple[dict[str, float], Counter
 def _tell(
     config: Config, step: int, figures: dict[str, float], rejected: Counter[str], seconds: float
 ) -> None:
-    """One line, the figures that have an error and no parts of them."""
+    """One line: figures that have an error, and no parts of them; distances."""
     shown = [
         f"{name} {figures[name]:.4g} +- {figures[f'{name}_stderr']:.2g}"
         for name in figures
         if f"{name}_stderr" in figures and not name.startswith("bin_")
     ]
+    shown += [f"{name} {figures[name]:.4g}" for name in RECONSTRUCTION_DISTANCES.values() if name in figures]
     lost = f" ({', '.join(f'{reason} {n}' for reason, n in rejected.items())} left out)" if rejected else ""
     logger.info(
         "validation of step %d: %s; %.0f samples%s in %.1f s",

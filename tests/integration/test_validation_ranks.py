@@ -27,6 +27,7 @@ AUTOENCODER = [
     "first_stage={name: vq, base_channels: 8, channel_multipliers: [1, 2], num_res_blocks: 1, "
     "latent_channels: 3, codebook_size: 16}",
     "autoencoder_loss={perceptual_weight: 0.1, perceptual_weights: random, discriminator_weight: 0}",
+    "validation.features=random",
 ]
 TORCH = {"engine": "torch", "zero_stage": 0}
 
@@ -79,6 +80,7 @@ def test_the_figures_do_not_depend_on_ranks_or_micro_batch(
         assert other == pytest.approx(found["1-4"], rel=2e-6)
     figures = found["1-4"]
     assert figures["validation/samples"] == 14
+    assert ("validation/rfd_random" in figures) == (stage is AUTOENCODER)
     name = "loss" if stage is DIFFUSION else "reconstruction"
     assert figures[f"validation/raw_{name}"] != pytest.approx(figures[f"validation/{name}"], rel=1e-3)
     assert 0 < figures[f"validation/{name}_stderr"] < figures[f"validation/{name}"]

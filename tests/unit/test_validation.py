@@ -18,6 +18,7 @@ from data_pipeline.held_out import SEED
 from data_pipeline.scenes.scene import NUM_CLASSES, SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.storage.large import checksum_bytes
+from trainer.__main__ import main
 from trainer.assembly import build_run
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
 from trainer.checkpoint.commands import list_checkpoints
@@ -29,6 +30,8 @@ from trainer.config.run import ConfigError
 from trainer.diffusion.objective import draw_timesteps, loss_per_sample
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.inputs import check_samples
+from trainer.evaluation.features import FeatureOptions, build_networks
+from trainer.evaluation.survey import ReconstructionDistance
 from trainer.exit_codes import ExitCode
 from trainer.pixels import to_unit_range
 from trainer.reliability.watchdog import Watchdog
@@ -342,7 +345,36 @@ def test_a_first_stage_is_measured_by_its_reconstructions(settings: Any) -> None
     assert "validation/loss" not in figures
 
 
-@pytest.mark.parametrize(("metric", "best"), [("validation/psnr", max), ("validation/reconstruction", min)])
+def test_the_distance_of_reconstructions_is_that_of_the_command(
+    settings: Any, shards: str, tmp_path: Path
+) -> None:
+    """The same pictures through the same weights: R-FID of the run's end and of what it exports."""
+    own = tmp_path / "own"
+    scene = SceneOptions(max_objects=1, min_edge=20, max_edge=40)
+    list(synthesize(str(own), SynthesisOptions(samples=21, failed_share=0.0, scene=scene)))
+    measured = [
+        f"data.validation.shards={own}/*.tar",
+        "validation={every: 2, samples: 100, features: random}",
+    ]
+    records = run_it(settings(*measured, *AUTOENCODER, "optimizer.learning_rate=0.05"))
+    figures = validations(records)[4]
+    assert figures["validation/samples"] == 21
+    weights, out = str(tmp_path / "first_stage.safetensors"), tmp_path / "figures.json"
+    assert main(["export", str(tmp_path / "run"), weights]) == 0
+    words = ["--shards", f"{own}/*.tar", "--image-size", "16", "--perceptual-weights", "none"]
+    words += ["--features", "random", "--out", str(out)]
+    assert main(["evaluate", "reconstruction", weights, *words]) == 0
+    found = json.loads(out.read_text())
+    assert found["pictures"] == 21
+    for name in ("rfd_random", "psnr"):
+        assert figures[f"validation/{name}"] == pytest.approx(found[name], rel=1e-4)
+    assert figures["validation/raw_rfd_random"] != pytest.approx(found["rfd_random"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("validation/psnr", max), ("validation/reconstruction", min), ("validation/rfd_random", min)],
+)
 def test_the_best_checkpoints_by_a_metric_are_kept(
     settings: Any, tmp_path: Path, capsys: Any, metric: str, best: Any
 ) -> None:
@@ -351,6 +383,7 @@ def test_the_best_checkpoints_by_a_metric_are_kept(
             *MEASURED,
             *AUTOENCODER,
             "validation.every=1",
+            "validation.features=random",
             "checkpoint={asynchronous: false, every: 1, keep_last: 1, keep_best: 1}",
             f"checkpoint.best_metric={metric}",
             "optimizer={learning_rate: 0.05}",
@@ -383,12 +416,39 @@ def test_the_best_checkpoints_by_a_metric_are_kept(
             [*MEASURED, "validation.every=3", "checkpoint.best_metric=validation/loss"],
             "make one of checkpoint.every and validation.every a multiple of the other",
         ),
+        ([*MEASURED, "validation.features=random"], "with stage=diffusion leave it out"),
+        (["validation.features=random"], "which is off; set validation.every"),
+        ([*MEASURED, "validation.features_weights=/x"], "set validation.features"),
+        (
+            [*MEASURED, *AUTOENCODER, "validation.features=dinov2"],
+            "name its path or URL in validation.features_weights",
+        ),
         ([*MEASURED, "ema.decay=0", "checkpoint.best_metric=validation/raw_loss"], "choose one of loss"),
     ],
 )
 def test_contradictions_are_refused(settings: Any, more: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, settings(*more))
+
+
+def test_features_whose_file_is_not_at_hand_end_the_start_in_a_sentence(
+    settings: Any, tmp_path: Path
+) -> None:
+    more = ["validation.features=inception", f"validation.features_weights={tmp_path / 'none.pth'}"]
+    with pytest.raises(ConfigError, match=r"none\.pth"):
+        run_it(settings(*MEASURED, *AUTOENCODER, *more))
+
+
+def test_a_distance_of_too_few_or_of_no_numbers_is_none() -> None:
+    cpu = torch.device("cpu")
+    networks = build_networks(FeatureOptions(families=("random",)), cpu)
+    distance = ReconstructionDistance(networks, cpu)
+    pictures = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    distance.see(pictures[:1], pictures[:1])
+    assert math.isnan(distance.over_ranks()["rfd_random"])
+    networks["random"]._body[0].weight.data.fill_(math.nan)  # type: ignore[attr-defined]
+    distance.see(pictures, pictures)
+    assert math.isnan(distance.over_ranks()["rfd_random"])
 
 
 def test_the_doctor_says_what_is_measured_and_what_cannot_be(settings: Any) -> None:

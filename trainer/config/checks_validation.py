@@ -10,6 +10,8 @@ TRAINING_LOSS = "loss"
 PREFIX = "validation/"
 RAW = "raw_"
 """Before the names of what the trained weights give, beside their averages."""
+RECONSTRUCTION_DISTANCES = {"inception": "rfid", "dinov2": "rfd_dinov2", "random": "rfd_random"}
+"""Frechet distance of pictures from their reconstructions, by `validation.features`."""
 _BETTER_HIGH = ("psnr", "ssim", "codebook_usage", "codebook_perplexity")
 
 
@@ -31,6 +33,8 @@ def metrics_of(config: Config) -> tuple[str, ...]:
             names.append("random_features" if random else "psim")
         vector_quantised = config.first_stage.name == "vq"
         names += ["codebook_usage", "codebook_perplexity"] if vector_quantised else ["kl"]
+        if config.validation.features is not None:
+            names.append(RECONSTRUCTION_DISTANCES[config.validation.features])
     raw = [f"{RAW}{name}" for name in names] if config.ema.decay and config.validation.raw else []
     return (TRAINING_LOSS, *(f"{PREFIX}{name}" for name in (*names, *raw)))
 
@@ -48,7 +52,34 @@ def check_validation(config: Config) -> None:
             "validation.every is set and nothing is held out to be measured; set data.validation.share, e.g. "
             "0.01, or data.validation.shards."
         )
+    _check_features(config)
     _check_best_metric(config)
+
+
+def _check_features(config: Config) -> None:
+    features, weights = config.validation.features, config.validation.features_weights
+    if features is None:
+        if weights is not None:
+            raise ConfigError(
+                "validation.features_weights is set and no network that they are of; set validation.features."
+            )
+        return
+    if not config.validation.every:
+        raise ConfigError(
+            f"validation.features={features} belongs to validation, which is off; set validation.every."
+        )
+    if config.stage != "autoencoder":
+        raise ConfigError(
+            f"validation.features={features} compares pictures with what a first stage makes of them; with "
+            "stage=diffusion leave it out, and measure FID beside the run by `ldm evaluate watch`."
+        )
+    if features == "random" and weights is not None:
+        raise ConfigError("validation.features=random has no file; leave validation.features_weights out.")
+    if features == "dinov2" and weights is None:
+        raise ConfigError(
+            "validation.features=dinov2 needs the file of dinov2_vitl14; name its path or URL in "
+            "validation.features_weights."
+        )
 
 
 def _check_best_metric(config: Config) -> None:

@@ -300,6 +300,11 @@ class ValidationConfig:
     """Noise levels at which each sample is measured, one of each equal part of what training draws."""
     raw: bool = True
     """Measure the trained weights beside their averages, which doubles the cost."""
+    features: Literal["inception", "dinov2", "random"] | None = None
+    """Of stage=autoencoder: also R-FID, by this network's features; unset: none. `random` needs no file, and
+    what it gives compares with nothing but itself."""
+    features_weights: str | None = None
+    """Path or URL of the network's file; unset: where torch.hub keeps Inception's."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,20 @@ class Measured:
     """[B] each, by name."""
     codes: Tensor | None = None
     """int64 [B, positions]: entries of a codebook that the samples look up."""
+    pictures: tuple[Tensor, Tensor] | None = None
+    """uint8 [B, 3, H, W] both: what a first stage was given, and what it made of it."""
+
+
+class Distance(Protocol):
+    """A distance of two sets of pictures, over all ranks."""
+
+    def see(self, pictures: Tensor, made: Tensor) -> None:
+        """Take in some of both, uint8 [B, 3, H, W]."""
+        ...
+
+    def over_ranks(self) -> dict[str, float]:
+        """Figures by name, the same on every rank. Collective, once."""
+        ...
 
 
 class Measure(Protocol):
@@ -68,7 +82,8 @@ class _Found:
     codes: Counter[int] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
 
-    def add(self, made: HeldOutBatch, measured: Measured) -> None:
+    def add(self, made: HeldOutBatch, measured: Measured) -> list[int]:
+        """Rows that are samples; the others fill a batch up."""
         self.names = tuple(measured.figures)
         values = torch.stack(list(measured.figures.values()), dim=1).double().cpu().tolist()  # [B, figures]
         kept = [row for row, sample in enumerate(made.samples) if sample >= 0]
@@ -78,6 +93,7 @@ class _Found:
         if measured.codes is not None and kept:
             used, counts = measured.codes[kept].unique(return_counts=True)
             self.codes.update(dict(zip(used.tolist(), counts.tolist(), strict=True)))
+        return kept
 
 
 def hold_out(
@@ -115,13 +131,14 @@ def measure_held_out(
     batch_size: int,
     device: torch.device,
     codebook_size: int = 0,
+    distance: Distance | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], Counter[str]]:
     """Weighted means over the samples with standard errors, and which samples cannot be used. Collective.
 
     Returns:
         NAME and NAME_stderr for each figure; codebook_usage and codebook_perplexity where there is a
-        codebook; "samples" measured. The same on every rank.
+        codebook; what `distance` gives; "samples" measured. The same on every rank.
 
     Raises:
         Unmeasured: on all ranks, a sample cannot be read for now.
@@ -137,7 +154,9 @@ def measure_held_out(
             batch = _agreed_next(made)
             measured = measure(batch.batch.to(device))
             if turn < len(batches):
-                found.add(batch, measured)
+                kept = found.add(batch, measured)
+                if distance is not None and measured.pictures is not None and kept:
+                    distance.see(*(pictures[kept] for pictures in measured.pictures))
     beat()
     everywhere: list[_Found] = collectives.all_gather_object(found)
     rejected = sum((each.rejected for each in everywhere), start=Counter[str]())
@@ -148,6 +167,9 @@ def measure_held_out(
             counts[entry] = count
         usage, perplexity = codebook_usage(counts)
         figures |= {"codebook_usage": float(usage), "codebook_perplexity": float(perplexity)}
+    if distance is not None:
+        figures |= distance.over_ranks()
+        beat()
     return figures, rejected
 
 

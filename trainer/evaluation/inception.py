@@ -115,7 +115,7 @@ def _cached() -> str:
     if not cached.is_file():
         raise ConfigError(
             f"Inception's weights are not on this machine; bring {ORIGIN} to {cached}, or name the file "
-            "with --inception-weights."
+            "with --inception-weights (of a run: validation.features_weights)."
         )
     return str(cached)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -166,12 +167,17 @@ class ReconstructionDistance:
                     prepared = [network.prepare(picture) for picture in rows]
                     moments.add(network(prepared, [""] * len(prepared))["pool"])
 
+    def over_ranks(self) -> dict[str, float]:
+        """`figures` of what all ranks have seen, on every rank. Collective, once."""
+        for pair in self._moments.values():
+            for moments in pair:
+                collectives.fold_to_main(moments.tensors, moments.merge)
+        return collectives.from_main_rank(self.figures)
+
     def figures(self) -> dict[str, float]:
-        """`rfid` by Inception, `rfd_FAMILY` by others; of at least two pictures."""
+        """`rfid` by Inception, `rfd_FAMILY` by others; NaN of fewer than two pictures, or of no numbers."""
         return {
-            f"r{figure_name('fid', family)}": frechet_distance(
-                made.mean(), made.covariance(), real.mean(), real.covariance()
-            )
+            f"r{figure_name('fid', family)}": _distance(made, real)
             for family, (real, made) in self._moments.items()
         }
 
@@ -299,6 +305,13 @@ def _listed(sizes: Counter[tuple[int, int]]) -> dict[str, int]:
 
 def _in_order(pairs: list[tuple[Position, Any]]) -> list[Any]:
     return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def _distance(made: Moments, real: Moments) -> float:
+    if min(made.count, real.count) < 2:
+        return math.nan
+    parts = (made.mean(), made.covariance(), real.mean(), real.covariance())
+    return frechet_distance(*parts) if all(bool(torch.isfinite(part).all()) for part in parts) else math.nan
 
 
 @contextlib.contextmanager

@@ -226,7 +226,8 @@ class AutoencoderStage:
         reconstruction = outputs["reconstruction"].float()
         error = losses.reconstruction_error(pixels, reconstruction, self._loss.reconstruction)
         figures = {"reconstruction": error.flatten(1).mean(dim=1)}
-        made = to_unit_range(to_bytes(reconstruction))  # as it would be stored
+        stored = to_bytes(reconstruction)
+        made = to_unit_range(stored)
         figures["psnr"] = psnr(pixels, made)
         if min(pixels.shape[2:]) >= WINDOW_EDGE:
             figures["ssim"] = ssim(pixels, made)
@@ -235,7 +236,8 @@ class AutoencoderStage:
         if "kl" in outputs:
             figures["kl"] = outputs["kl"]
         codes = outputs.get("indices")
-        return Measured(figures, None if codes is None else codes.reshape(len(batch), -1))
+        codes = None if codes is None else codes.reshape(len(batch), -1)
+        return Measured(figures, codes, (batch.pixels, stored))
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Preview:
