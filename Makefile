@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLUSTERS := tests/integration/slurm tests/integration/ray tests/integration/hosts
 
-.PHONY: demo demo-clean test test-slow test-cluster test-all check bench format
+.PHONY: demo demo-clean speedrun test test-slow test-cluster test-all check bench format
 
 # DEMO='steps=2000' trains the second stage for longer.
 demo: $(STAMP)
@@ -13,6 +13,12 @@ demo: $(STAMP)
 
 demo-clean: $(STAMP)
 	$(BIN)/ldm demo --fresh
+
+# Steps, images and seconds until the demo's second stage draws what it is asked for. SPEEDRUN='optimizer.name=muon'
+# is a recipe of your own; a folder holds one race.
+SPEEDRUN_OUT ?= .speedrun
+speedrun: $(STAMP)
+	$(BIN)/python experiments/speedrun.py --out $(SPEEDRUN_OUT) $(SPEEDRUN)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -50,7 +50,7 @@ class Scale:
     sampler_steps: int
 
 
-FULL = Scale(scenes=6000, first_stage_steps=360, steps=800, pictures=432, sampler_steps=20)
+FULL = Scale(scenes=6000, first_stage_steps=360, steps=800, pictures=432, sampler_steps=10)
 SMALL = Scale(scenes=120, first_stage_steps=4, steps=6, pictures=12, sampler_steps=2)
 
 
@@ -89,7 +89,7 @@ class Workshop:
         """Exported weights of the demo's first stage, or of another one."""
         weights = self.folder / f"{name}.safetensors"
         steps = self.scale.first_stage_steps
-        start = (f"autoencoder_loss.discriminator_start={round(0.8 * steps)}", "sampling.num_previews=1")
+        start = (f"autoencoder_loss.discriminator_start={steps * 29 // 36}", "sampling.num_previews=1")
         with self._alone(name):
             if not weights.exists():
                 self._train(name, FIRST_STAGE, steps, ("checkpoint.every=0", *start, *overrides))
@@ -105,6 +105,11 @@ class Workshop:
                 settings = (f"seed={seed}", *first, *overrides)
                 self._train(f"{name}/seed_{seed}", SECOND_STAGE, self.scale.steps, settings)
         return run
+
+    def race(self, name: str, seed: int, steps: int, overrides: Sequence[str]) -> None:
+        """A second stage by the demo's configuration, to its end, in the run folder `name`."""
+        settings = (f"seed={seed}", *self._frozen(), "distributed.ranks=2", *overrides)
+        self._train(name, SECOND_STAGE, steps, settings)
 
     def base(self, seed: int) -> Path:
         """The run that experiments without settings of training share: a constant rate, as in the paper."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import speedrun
 from lab.experiment import run
 from lab.oracle import accuracy
 
@@ -78,3 +79,43 @@ def test_sizes(out: Path) -> None:
         *("rescaled 32", "rescaled 64", "as it is 32", "as it is 64"),
     }
     assert values["rescaled 32", "agreement"] != values["as it is 32", "agreement"]
+
+
+@pytest.mark.slow
+def test_objectives(out: Path) -> None:
+    values = found("objectives", out)
+    rows = list(csv.DictReader((out / "objectives.csv").open()))
+    for setting in ("eps", "flow"):
+        distances = {r["step"]: r["value"] for r in rows if (r["setting"], r["measure"]) == (setting, "fd")}
+        assert list(distances) == ["1", "2", "3", "4", "5", "6"]
+        assert len(set(distances.values())) == 6  # each is of other weights
+    read = accuracy(out / "objectives" / "seed_0_objective_flow_6" / "pictures")
+    assert values["flow", "shape"] == pytest.approx(read["shape"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_speedrun_finds_the_first_checkpoint_that_meets_both_targets(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "records.csv"
+    words = ["--out", str(out), "--small", "--record", str(table), "optimizer.learning_rate=1e-3"]
+    assert speedrun.main([*words, "--loss", "9", "--oracle", "0"]) == 0
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["recipe"], row["steps"], row["images"]) for row in rows] == [
+        ("optimizer.learning_rate=1e-3", "2", "64")
+    ]
+    assert 0 < float(rows[0]["validation_loss"]) < 9
+    assert "reached after 2 steps, 64 images" in capsys.readouterr().out
+    assert speedrun.main([*words, "--loss", "9", "--oracle", "0"]) == 2  # the clock would start in the middle
+    assert "name a new folder with --out" in capsys.readouterr().err
+
+
+def test_speedrun_refuses_a_recipe_that_moves_its_targets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for recipe in ("diffusion.prediction=x0", "validation.samples=10", "data.image_size=64"):
+        assert speedrun.main(["--out", str(tmp_path), recipe]) == 2
+        assert "does not compare with the records" in capsys.readouterr().err
+    assert speedrun.main(["--out", str(tmp_path), "optimizer.rate=1"]) == 2
+    assert "rate" in capsys.readouterr().err
+    assert not (tmp_path / "speedrun").exists()
