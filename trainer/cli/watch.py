@@ -21,6 +21,7 @@ from trainer.evaluator.findings import FOLDER
 from trainer.evaluator.lookout import Rule, Sighting
 from trainer.evaluator.watch import Watcher, WatchOptions
 from trainer.launch.command import run_on_ranks
+from trainer.launch.rank import die_with_launcher
 
 WATCH_EXAMPLE = (
     "example: ldm evaluate watch s3://bucket/run --reference val.safetensors "
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Watch until the last step of the run is measured."""
+    die_with_launcher()
     for place, what in ((args.source, "RUN"), (args.out, "--out")):
         if place is not None and not place.strip():
             raise ConfigError(f"{what} is empty (a variable that is not set?); name a folder.")

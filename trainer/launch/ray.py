@@ -6,7 +6,7 @@ driver (main)        starts the board and Ray Train; a stop of the job becomes a
 board (actor)        what all of them tell each other: ray_board.py
 controller (Ray's)   places workers, restarts and resizes them; `_SaveBeforeResize`, `_UsefulWorkers` are its
 worker (Ray's)       starts its rank as a process and follows it: ray_rank.py
-tasks (Ray's)        encoders beside the ranks: ray_beside.py
+tasks (Ray's)        encoders and an evaluator beside the ranks: ray_beside.py
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trainer.config.io import config_to_dict, load_run
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode
-from trainer.launch.ray_beside import Beside, Command, encoders
+from trainer.launch.ray_beside import Beside, Command, encoders, evaluator
 from trainer.launch.ray_board import RunBoard, RunRequest, useful_ranks
 from trainer.launch.ray_rank import train_rank
 from trainer.launch.ray_worker import ROUND_S
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging()
     try:
         config = load_run(args.config, args.overrides)
-        _check_encoders(config, args)
+        _check_beside(config, args)
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         fewest, most = _worker_range(args.workers, config)
         return _drive(config, args, fewest, most)
@@ -222,33 +222,37 @@ def _use_gpu(args: argparse.Namespace) -> bool:
     return bool(args.device == "gpu")
 
 
-def _check_encoders(config: Config, args: argparse.Namespace) -> None:
-    if args.encoders and config.first_stage.cache is None:
-        raise ConfigError(
-            "--encoders fill first_stage.cache, which is not set; name a folder or URL that all nodes can "
-            "write, e.g. first_stage.cache=s3://bucket/cache."
-        )
+def _check_beside(config: Config, args: argparse.Namespace) -> None:
+    """Mistakes about what runs beside the ranks. Raises ConfigError."""
+    evaluator(config, args.watch, cpus=0.0, gpus=0.0, accelerator=None)
     for option, value, least in (
         ("--encoders", args.encoders, 0),
         ("--encoders-ahead", args.encoders_ahead, 1),
     ):
         if value < least:
             raise ConfigError(f"{option} {value} must be at least {least}.")
+    if args.encoders and config.first_stage.cache is None:
+        raise ConfigError(
+            "--encoders fill first_stage.cache, which is not set; name a folder or URL that all nodes can "
+            "write, e.g. first_stage.cache=s3://bucket/cache."
+        )
     if args.encoders:
         config.sharing(args.encoders)
 
 
 def _commands(config: Config, args: argparse.Namespace) -> list[Command]:
     """What runs beside the ranks."""
-    place = args.encoders_on or ("gpu" if _use_gpu(args) else "cpu")
-    return encoders(
-        config,
-        args.encoders,
-        args.encoders_ahead,
-        cpus=args.cpus_per_worker,
-        gpus=0.0 if place == "cpu" else 1.0,
-        accelerator=None if place in ("cpu", "gpu") else place,
-    )
+    ranks_on = "gpu" if _use_gpu(args) else "cpu"
+
+    def place(named: str | None) -> dict[str, Any]:
+        on = named or ranks_on
+        kind = None if on in ("cpu", "gpu") else on
+        return {"cpus": args.cpus_per_worker, "gpus": 0.0 if on == "cpu" else 1.0, "accelerator": kind}
+
+    return [
+        *encoders(config, args.encoders, args.encoders_ahead, **place(args.encoders_on)),
+        *evaluator(config, args.watch, **place(args.watch_on)),
+    ]
 
 
 def _workers_worth(commands: Sequence[Command], args: argparse.Namespace) -> float:
@@ -322,6 +326,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="in front at most (default: %(default)s)",
     )
+    parser.add_argument(
+        "--watch",
+        default="",
+        metavar="OPTIONS",
+        help="`ldm evaluate watch` of the run, its options as one text",
+    )
+    parser.add_argument("--watch-on", metavar="cpu|gpu|KIND", help="as --encoders-on")
     parser.add_argument("--name", help="name in the Ray dashboard; default: from run_dir")
     return parser
 

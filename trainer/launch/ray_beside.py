@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,13 +30,13 @@ import ray.exceptions
 
 import trainer
 from trainer.config.io import config_to_dict
-from trainer.config.run import Config
+from trainer.config.run import Config, ConfigError
 from trainer.exit_codes import ExitCode, normalize, should_restart
 from trainer.launch.rank import LAUNCHER_VARIABLE
 from trainer.launch.rank_process import describe
 from trainer.launch.ray_rank import log_folder
 from trainer.launch.ray_worker import ROUND_S
-from trainer.reliability.job import RESTARTS_VARIABLE
+from trainer.reliability.job import JOB_VARIABLE, RESTARTS_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class Beside:
         self._tasks = [_Task(command) for command in commands]
         self._board = board
         self._training = False
+        self._job = f"Ray job {uuid.uuid4().hex}"
 
     def tend(self) -> None:
         """Once a round, while the run goes on."""
@@ -121,7 +124,9 @@ class Beside:
                 }
                 if task.command.accelerator is not None:
                     options["accelerator_type"] = task.command.accelerator
-                task.reference = ray.remote(follow).options(**options).remote(task.command, task.starts)
+                task.reference = (
+                    ray.remote(follow).options(**options).remote(task.command, self._job, task.starts)
+                )
                 task.starts += 1
 
     def _note(self, task: _Task) -> None:
@@ -164,8 +169,34 @@ def encoders(
     ]
 
 
-def follow(command: Command, restarts: int) -> tuple[int, str]:
-    """Run a command as a child of this worker: its exit status, and its last words unless it is done."""
+def evaluator(
+    config: Config, options: str, *, cpus: float, gpus: float, accelerator: str | None
+) -> list[Command]:
+    """`ldm evaluate watch` of the run, with these options of its own; none without any.
+
+    Raises:
+        ConfigError: the options are no command line, or lack what it cannot do without.
+    """
+    try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise ConfigError(f"--watch {options} cannot be read ({error}); correct its quotes.") from error
+    for needed in ("--reference", "--sample"):
+        if words and not any(word.partition("=")[0] == needed for word in words):
+            raise ConfigError(
+                f"--watch needs {needed}, as `ldm evaluate watch --help` says; add it to the text."
+            )
+    all_words = ("evaluate", "watch", config.run_dir, *words)
+    return (
+        [Command("evaluator", all_words, config, cpus, gpus, accelerator, to_the_end=True)] if words else []
+    )
+
+
+def follow(command: Command, job: str, restarts: int) -> tuple[int, str]:
+    """Run a command as a child of this worker: its exit status, and its last words unless it is done.
+
+    job: names all starts of it, each of which may go on where the one before held a folder.
+    """
     log = log_folder() / f"{Path(command.config.run_dir).name}-{command.name.replace(' ', '-')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     package = str(Path(trainer.__file__).parents[1])
@@ -174,6 +205,7 @@ def follow(command: Command, restarts: int) -> tuple[int, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
         "PYTHONUNBUFFERED": "1",
         LAUNCHER_VARIABLE: str(os.getpid()),
+        JOB_VARIABLE: f"{job}, {command.name}",
         RESTARTS_VARIABLE: str(restarts),
     }
     if not command.gpus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 
 from data_pipeline.loader import build_loader
 from tests.integration.launch_bucket import encoding_config, kept_samples, served_samples
+from tests.unit.evaluator.committed_run import reference
 from trainer.config.io import load_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -192,6 +194,40 @@ def test_encoders_keep_in_front_of_the_run_and_come_back(
     assert not encoder_pids(run), "it has ended with the run"
     assert not run.events("resume")
     assert kept_samples(tmp_path).keys() == served_samples(config)
+
+
+def test_an_evaluator_comes_back_and_measures_the_last_step(
+    ray_cluster: Any, bucket: Any, tmp_path: Path
+) -> None:
+    run = bucket.run("watched")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n", encoding="utf-8")
+    drawn = f"--count 2 --prompts-from {tmp_path}/prompts.txt --steps 2"
+    options = f"--reference {reference(tmp_path / 'real')} --features random --metrics fid --poll-s 1"
+    words = ("--workers", "1", "steps=20", f"--watch={options} --sample '{drawn}'")
+    job = Job(ray_cluster, bucket, run, *words)
+    evaluations = run.folder / "evaluation"
+    job.until(lambda: bool(child_pids("watch", run.url)), "an evaluator")
+    before = child_pids("watch", run.url)
+    os.kill(before[0], signal.SIGKILL)
+    job.finish()
+    assert "evaluator was ended by SIGKILL and is started again" in job.log
+    assert not child_pids("watch", run.url)
+    found = [json.loads(line) for line in (evaluations / "metrics.jsonl").read_text().splitlines()]
+    assert found[-1]["step"] == 20
+    assert math.isfinite(found[-1]["eval/fd_random"])
+
+
+def child_pids(verb: str, url: str) -> list[int]:
+    """Processes of this verb of `ldm` whose command line names a run."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if {"trainer", verb, url} <= set(words):
+            found.append(int(process.name))
+    return found
 
 
 def encoder_pids(run: Any) -> list[int]:

@@ -10,6 +10,28 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--encoders", "2"], "--encoders fill first_stage.cache, which is not set"),
+        (["--encoders", "-1"], "--encoders -1 must be at least 0"),
+        (["--watch=--reference 'x"], "correct its quotes"),
+        (["--watch=--reference x --every 2"], "--watch needs --sample"),
+    ],
+)
+def test_mistakes_about_what_runs_beside_it_are_one_sentence(
+    bucket: Any, capsys: Any, words: list[str], sentence: str
+) -> None:
+    """Before any cluster is asked."""
+    pytest.importorskip("ray", reason='pip install "ray[default,train]"')
+    from trainer.launch.ray import main
+
+    assert main([str(bucket.config), *words]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert "Traceback" not in told
+
+
 def test_a_bad_configuration_fails_once(ray_cluster: Any, tmp_path: Path) -> None:
     config = tmp_path / "bad.yaml"
     config.write_text("stepz: 3\n", encoding="utf-8")
