@@ -66,13 +66,15 @@ def build_loader(
     skip_ordinals: Iterable[int] = (),
     dataset: Dataset | None = None,
     moments: Moments | None = None,
+    first_epoch: int = 0,
 ) -> AnyLoader:
     """Loader of one rank: an endless iterator of Batch, each its part of a global batch.
 
     `position` is `merge_positions` of what all ranks' last consumed batches carry; it fits any number of
-    ranks and workers. A rank that no lane is left for has batches without samples. `skip_ordinals` are never
-    served again. `moments`: with a cache, batches have `cached`, and pixels only where it has nothing. Raises
-    DataError within seconds when the storage, the shards or the configuration are wrong.
+    ranks and workers. Without one, an indexed order begins with `first_epoch`. A rank that no lane is left
+    for has batches without samples. `skip_ordinals` are never served again. `moments`: with a cache, batches
+    have `cached`, and pixels only where it has nothing. Raises DataError within seconds when the storage, the
+    shards or the configuration are wrong.
     """
     if config.order == "resampled":
         # webdataset is heavy to import, and only this mode needs it
@@ -99,6 +101,7 @@ def build_loader(
             part=part,
             position=position,
             skip_ordinals=frozenset(int(o) for o in skip_ordinals),
+            first_epoch=first_epoch,
         )
         if moments is not None:
             if moments.cache is not None and isinstance(tasks[0].order, Turns):
@@ -126,6 +129,7 @@ def _tasks(
     part: Part,
     position: Position,
     skip_ordinals: frozenset[int],
+    first_epoch: int,
 ) -> list[ShareTask]:
     """What each worker of this rank does; at least one task, if need be without lanes."""
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
@@ -133,7 +137,7 @@ def _tasks(
     dataset, buckets, fingerprint = walks_of(config, dataset, order, position)
     # What is accepted is in the orders of the buckets by now.
     dataset = dataclasses.replace(dataset, accepted=None)
-    step, states = unpack(position, order, fingerprint, buckets)
+    step, states = unpack(position, order, fingerprint, buckets, first_epoch)
     each = len(buckets.orders)
     removals = read_removals(config.removal_lists)
     return [

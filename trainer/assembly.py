@@ -79,17 +79,24 @@ def build_run(
     *,
     alive: Callable[[], object] = lambda: None,
 ) -> Run:
-    """Models, engines, averages and the newest checkpoint. Collective.
+    """Models, engines, averages and the newest checkpoint, for the phase in which that stands. Collective.
 
+    config: of the whole run.
     alive: called while rank 0 alone indexes shards, which may take hours, or reads weights.
 
     Raises:
         ConfigError, DataError: a mistake of the user's; nothing has been written.
     """
     _prepare_process(config, env)
+    resumes = newest_good(config.run_dir, env) if config.phases else None  # else after cheaper mistakes
+    whole, step = config, resumes.step if resumes is not None else 0
+    config = whole.at(step)
     dataset = _open_dataset(config, alive)
-    resumes = newest_good(config.run_dir, env)
-    shared = _with_lanes(config, dataset, resumes)
+    resumes = resumes or newest_good(config.run_dir, env)
+    for first in whole.phase_starts:
+        if first > step:
+            _check_phase(whole.at(first), dataset, env, alive)
+    shared = _with_lanes(config, dataset, resumes if step > whole.phase(step).first else None)
     sharing = shared.sharing(env.world_size)
     if sharing.waste and env.is_main:
         logger.warning("%s", sharing.sentence())
@@ -113,11 +120,11 @@ def build_run(
         "git_commit": (git_commit(Path(__file__).resolve().parent) if env.is_main else None) or "unknown",
         **facts,
     }
-    sinks = Sinks(config, main_rank=env.is_main, resolved=resolved)
+    sinks = Sinks(whole, main_rank=env.is_main, resolved=resolved)
     lease = _hold_folder(config.run_dir)
     try:
         checkpoints = CheckpointManager(config, env, buffer, lease)
-        parts = (config, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
+        parts = (config, whole, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
         once = stage.encode_once if isinstance(stage, DiffusionStage) else None
         profiler = StepProfiler(config.run_dir, env)
         garbage = GarbageCollection(config.distributed.gc_every)
@@ -147,6 +154,20 @@ def build_run(
         raise
     start.mark("averages and checkpoint")
     return run
+
+
+def _check_phase(
+    config: Config, dataset: Dataset | None, env: DistributedEnv, alive: Callable[[], object]
+) -> None:
+    """What a later phase needs of ranks and data, before the run spends days on its way there. Collective.
+
+    Raises:
+        ConfigError, DataError: it could not begin.
+    """
+    config.sharing(env.world_size)
+    if config.data.buckets:  # which accept other samples at another size
+        dataset = _open_dataset(config, alive)
+    _with_lanes(config, dataset, None)
 
 
 def _prepare_process(config: Config, env: DistributedEnv) -> None:

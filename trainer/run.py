@@ -17,7 +17,7 @@ from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.contents import Stored
 from trainer.checkpoint.layout import FROZEN
 from trainer.checkpoint.manager import CheckpointManager, Loaded
-from trainer.config.run import Config
+from trainer.config.run import Config, Phase
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.frozen import FrozenWeights
@@ -42,6 +42,9 @@ class Run:
     """Everything the loop touches."""
 
     config: Config
+    """Of the phase in which the run stands."""
+    whole: Config
+    """As it was given."""
     env: DistributedEnv
     stage: Stage
     ema: EMA
@@ -70,6 +73,11 @@ class Run:
     """Step and figures of the last validation."""
     encode_once: EncodeOnce | None = None
 
+    @property
+    def phase(self) -> Phase:
+        """The one that makes the next step, which after its end or a rewind is not that of `config`."""
+        return self.whole.phase(self.state.step)
+
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
         ranks = self.env.world_size
@@ -78,7 +86,8 @@ class Run:
             seed=self.config.seed,
             global_batch_size=self.config.global_batch_size,
             part=Part(self.env.rank, ranks, self.config.sharing(ranks).together),
-            position=None if from_start else self.state.position,
+            position=None if from_start or self.state.step == self.phase.first else self.state.position,
+            first_epoch=self.phase.first_epoch,
             skip_ordinals=self.healer.skipped,
             dataset=self.dataset,
             moments=self._moments,
@@ -148,7 +157,8 @@ class Run:
         handle = self.checkpoints.latest_good(known)
         if handle is None:
             return None
-        loaded = self.checkpoints.load(handle, self.stage.engines, self.ema, self.frozen)
+        before = self.whole.at(max(0, handle.step - 1))  # the phase of the last step that is in it
+        loaded = self.checkpoints.load(handle, self.stage.engines, self.ema, self.frozen, before)
         self.stage.load_state(loaded.tensors)
         self.state.load_state_dict(loaded.state["train"])
         self.healer.load_state(loaded.state["healer"])
@@ -158,7 +168,8 @@ class Run:
         """Into log and records: where the run goes on, and as what else than before."""
         step, samples = self.state.step, self.state.samples_seen
         logger.info("resuming from step %d (%d samples)", step, samples)
-        self.sinks.event(step, samples, "resume", world_size=self.env.world_size)
+        if not 0 < step == self.phase.first:  # where the run came without a restart
+            self.sinks.event(step, samples, "resume", world_size=self.env.world_size)
         if not loaded.changed:
             return
         changed = [str(difference) for difference in loaded.changed]

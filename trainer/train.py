@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -67,14 +68,12 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
         initialise(env, config.distributed.timeout_s)
         start.mark("process group")
         try:
-            parts = build_run(config, env, start, alive=partial(watchdog.beat, 0, "start"))
-            try:
-                return train(parts, preemption, watchdog)
-            except Exception as error:
-                mark(error, Standing(parts.state.step, parts.checkpoints.committed))
-                raise
-            finally:
-                parts.close()
+            code = None
+            while code is None:
+                code = _train_phase(config, env, start, preemption, watchdog)
+                start = StartTimer()
+                start.mark("phases before")
+            return code
         except torch.OutOfMemoryError:
             leave_memory(config.run_dir, env.rank, env.device)
             raise
@@ -82,23 +81,47 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
             shutdown()
 
 
-def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
-    """The loop. One turn is one optimizer step; every rank takes the same turns."""
+def _train_phase(
+    config: Config, env: DistributedEnv, start: StartTimer, preemption: Preemption, watchdog: Watchdog
+) -> ExitCode | None:
+    """From the newest checkpoint to the end of its phase; None: another phase follows. Collective.
+
+    Each is what a restart would be: parts of its own, from what was committed. The one before has let go of
+    its memory by then.
+    """
+    parts = build_run(config, env, start, alive=partial(watchdog.beat, 0, "start"))
+    try:
+        return train(parts, preemption, watchdog)
+    except Exception as error:
+        mark(error, Standing(parts.state.step, parts.checkpoints.committed))
+        raise
+    finally:
+        parts.close()
+        if config.phases:
+            del parts
+            gc.collect()
+            if env.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode | None:
+    """The loop. One turn is one optimizer step; every rank takes the same turns. None: a phase is over."""
     config, state, timer = run.config, run.state, run.timer
     meters, delayed, throughput = Meters(), Delayed(), Throughput(config.global_batch_size)
     slow_ranks, served_share = SlowRanks(), ServedShare(config.data.max_rejected_share)
     batches = run.open_loader()
-    batch = next(batches) if state.step < config.steps else None
+    phase = run.phase
+    batch = next(batches) if state.step < phase.stop else None
     begin(run)
 
-    while state.step < config.steps:
+    while state.step < phase.stop:
         assert batch is not None
         watchdog.beat(state.step, "step")
         rate = config.optimizer.rate(state.step, config.steps)
         metrics = take_step(run, batch, rate)
         meters.add(metrics)
         delayed.push(state.step, metrics, batch.ordinals, batch.keys)
-        last_step = state.step == config.steps
+        last_step = state.step == phase.stop
 
         # While the device works: the next batch, then what all ranks must agree on.
         watchdog.beat(state.step, "data")
@@ -116,6 +139,8 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
             batches.close()
             watchdog.beat(state.step, "start")
             run.rewind(incident)
+            if run.phase != phase:
+                return None
             batches = run.open_loader()
             batch, delayed, meters = next(batches), Delayed(), Meters()
             continue
@@ -134,7 +159,7 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
         if snapshot:
             watchdog.beat(state.step, "checkpoint")
             run.save_snapshot()
-        if must_stop(agreed) and not last_step:
+        if must_stop(agreed) and state.step < config.steps:
             settle_all(run, watchdog)
             return leave(run, preemption, agreed)
         run.garbage.turn(state.step)
@@ -142,8 +167,27 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode:
 
     watchdog.beat(state.step, "finish")
     settle_all(run, watchdog)
+    if state.step < config.steps:
+        batches.close()
+        tell_phase(run)
+        return None
     logger.info("done: %d steps, %d samples", state.step, state.samples_seen)
     return ExitCode.DONE
+
+
+def tell_phase(run: Run) -> None:
+    """Into log and records: which phase begins, and with what."""
+    config = run.whole.at(run.state.step)
+    settings = {
+        "phase": run.phase.number,
+        "image_size": config.data.image_size,
+        "global_batch_size": config.global_batch_size,
+        "learning_rate": config.optimizer.learning_rate,
+    }
+    run.sinks.event(run.state.step, run.state.samples_seen, "phase", **settings)
+    if run.env.is_main:
+        told = ", ".join(f"{name} {value}" for name, value in settings.items())
+        logger.info("after step %d: %s", run.state.step, told)
 
 
 def begin(run: Run) -> None:

@@ -253,13 +253,14 @@ def unpack(
     order: Order | Turns,
     fingerprint: Fingerprint,
     buckets: Buckets,
+    first_epoch: int = 0,
 ) -> tuple[int, list[LaneState]]:
-    """Steps done and the state of every lane and walk (lane-major).
+    """Steps done and the state of every lane and walk (lane-major); without a position, those of a beginning.
 
     Raises DataError when the position belongs to another order.
     """
     if not position:
-        return 0, [LaneState() for _ in range(order.lanes * len(buckets.orders))]
+        return 0, [LaneState(first_epoch) for _ in range(order.lanes * len(buckets.orders))]
     if isinstance(position, dict) and position.get("order") == "resampled":
         raise DataError(
             "The checkpoint stopped in data.order=resampled; keep it, or start a new run with init_from."

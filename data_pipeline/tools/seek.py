@@ -48,8 +48,10 @@ class Place:
 class Seeker:
     """Finds places of one bucket's lanes."""
 
-    def __init__(self, buckets: Buckets, bucket: int, views: ShardViews) -> None:
+    def __init__(self, buckets: Buckets, bucket: int, views: ShardViews, first_epoch: int = 0) -> None:
+        """`first_epoch`: with which the walk begins."""
         order = buckets.orders[bucket]
+        self._start = Place(first_epoch, 0, 0, 0)
         assert isinstance(order, Order)
         assert order.shard_of is not None
         self._order = order
@@ -65,8 +67,8 @@ class Seeker:
         """
         lanes = range(self._order.lanes)
         with ThreadPoolExecutor(_READERS) as pool:
-            places = list(pool.map(lambda lane: self._in_epoch(lane, Place(0, 0, 0, 0), skip), lanes))
-            late = [lane for lane in lanes if places[lane].epoch > 0]
+            places = list(pool.map(lambda lane: self._in_epoch(lane, self._start, skip), lanes))
+            late = [lane for lane in lanes if places[lane].epoch > self._start.epoch]
             if late:
                 list(pool.map(self._total, np.unique(self._shard_of).tolist()))
                 self._pass_epochs(places, late, skip)
@@ -102,7 +104,7 @@ class Seeker:
         most = max(1, _CHUNK // (len(self._shard_of) + self._order.lanes))
         if in_epoch == 0:
             raise DataError("The index rejects every sample; loosen data.filter or correct the shards.")
-        epoch, seeking = 1, list(late)
+        epoch, seeking = self._start.epoch + 1, list(late)
         while seeking:
             left = skip - min(places[lane].accepted for lane in seeking)
             step = min(most, left * self._order.lanes // in_epoch + 2)

@@ -38,9 +38,15 @@ _SET_ASIDE = "set_aside"
 
 
 def trace(
-    config: DataConfig, seed: int, global_batch_size: int, *, steps: range, ranks: int = 1
+    config: DataConfig,
+    seed: int,
+    global_batch_size: int,
+    *,
+    steps: range,
+    ranks: int = 1,
+    first_epoch: int = 0,
 ) -> Iterator[tuple[int, list[str]]]:
-    """Run the real loader for all ranks and yield (step, keys in global order)."""
+    """Run the real loader for all ranks from `first_epoch` on and yield (step, keys in global order)."""
     from data_pipeline.loader import Part, build_loader
 
     dataset = None if config.order == "resampled" else open_dataset(config, at_once=True)
@@ -54,6 +60,7 @@ def trace(
                     global_batch_size=global_batch_size,
                     part=Part(rank, ranks),
                     dataset=dataset,
+                    first_epoch=first_epoch,
                 )
             )
         for step in range(steps.stop):
@@ -66,13 +73,19 @@ def trace(
 
 
 def explain_step(
-    config: DataConfig, seed: int, global_batch_size: int, step: int, *, rejects: Sequence[str] = ()
+    config: DataConfig,
+    seed: int,
+    global_batch_size: int,
+    step: int,
+    *,
+    rejects: Sequence[str] = (),
+    first_epoch: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Samples of one step in global order, one record per slot, without reading pictures.
 
     `rejected_before` counts what the index and the run's reject files reject in the sample's lane and bucket
-    from the start of the run to the sample; `assumes` says what must hold for the sample to be the one that
-    was served. `rejects` names reject files, by default those of data.reject_file.
+    from the beginning of `first_epoch` to the sample; `assumes` says what must hold for the sample to be the
+    one that was served. `rejects` names reject files, by default those of data.reject_file.
     """
     if not 0 <= step < _MAX_STEP:
         raise DataError(f"--step is {step}; steps count from 0, and no run has {_MAX_STEP:,}.")
@@ -99,9 +112,11 @@ def explain_step(
     earlier = buckets.turns(step)[wanted]  # steps that this bucket had before
     per_lane = global_batch_size // order.lanes
     skip = earlier * per_lane
-    places = [Place(0, 0, 0, 0)] * order.lanes  # only a walk from the start meets all that a ledger has
+    places = [
+        Place(first_epoch, 0, 0, 0)
+    ] * order.lanes  # only a walk from the start meets all that a ledger has
     if not ledger.files:
-        places = Seeker(buckets, wanted, views).seek(skip)
+        places = Seeker(buckets, wanted, views, first_epoch).seek(skip)
     walk = _Walk(buckets, wanted, dataset, views, ledger)
     for lane, place in enumerate(places):
         for i, (state, shard, row, rejected) in enumerate(walk.served(lane, place, skip, per_lane)):

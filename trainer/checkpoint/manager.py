@@ -223,8 +223,12 @@ class CheckpointManager:
         engines: Mapping[str, Engine],
         ema: EMA,
         frozen: FrozenWeights | None = None,
+        expected: Config | None = None,
     ) -> Loaded:
         """Restore engines and averages, whatever the layout of ranks and ZeRO stage that saved them.
+
+        Args:
+            expected: the configuration that the checkpoint's last step was to be made with; None: the run's.
 
         Raises:
             ConfigError: the networks or the frozen weights are not the stored ones, or a setting that
@@ -234,7 +238,7 @@ class CheckpointManager:
         check_optimizer_state(stored["config"], self._config, handle.url)
         for name, engine in engines.items():  # first: no word lets weights of other shapes in
             check_shapes(handle, name, engine.parameter_shapes)
-        changed = check_resume(stored["config"], self._config, handle.url)
+        changed = check_resume(stored["config"], expected or self._config, handle.url)
         if frozen is not None:
             self._check_frozen(handle, frozen)
         for name, engine in engines.items():

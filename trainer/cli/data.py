@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,17 +236,30 @@ def _add_trace(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     def run(args: argparse.Namespace) -> int:
         from data_pipeline.tools.trace import trace
 
-        config, seed, batch = _load(args.config, args.overrides)
+        whole = load_config(args.config, args.overrides)
         if args.workers is not None:
             _at_least(args.workers, 0, "--workers")
-            config = replace(config, workers=args.workers)
+            whole = replace(whole, data=replace(whole.data, workers=args.workers))
         _at_least(args.ranks, 1, "--ranks")
         first, stop = _range(args.steps, "--steps")
         if not (first.is_integer() and stop.is_integer() and 0 <= first < stop):
             raise DataError(f"--steps is {args.steps!r}; write A:B with whole numbers, e.g. 0:10 for 0 to 9.")
         steps = range(int(first), int(stop))
-        for step, keys in trace(config, seed, batch, steps=steps, ranks=args.ranks):
-            say(json.dumps({"step": step, "keys": keys}))
+        while steps:
+            phase, config = whole.phase(steps.start), whole.at(steps.start)
+            stop = phase.stop if phase.stop < whole.steps else steps.stop  # the last phase has no end here
+            inside = range(steps.start - phase.first, min(stop, steps.stop) - phase.first)
+            walked = trace(
+                config.data,
+                config.seed,
+                config.global_batch_size,
+                steps=inside,
+                ranks=args.ranks,
+                first_epoch=phase.first_epoch,
+            )
+            for step, keys in walked:
+                say(json.dumps({"step": phase.first + step, "keys": keys}))
+            steps = range(min(stop, steps.stop), steps.stop)
         return 0
 
     parser.set_defaults(func=run)
@@ -276,16 +289,20 @@ def _add_explain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     def run(args: argparse.Namespace) -> int:
         from data_pipeline.tools.trace import explain_step, explain_validation
 
-        config, seed, batch = _load(args.config, args.overrides)
+        whole = load_config(args.config, args.overrides)
+        phase, config = whole.phase(args.step or 0), whole.at(args.step or 0)
+        of_run = config.data, config.seed, config.global_batch_size
         if args.validation:
-            count = load_config(args.config, args.overrides).validation.samples
-            for record in explain_validation(config, seed, batch, count):
+            for record in explain_validation(*of_run, config.validation.samples):
                 say(json.dumps(record))
             return 0
         assumed: list[str] = []
-        for record in explain_step(config, seed, batch, args.step, rejects=args.rejects):
+        explained = explain_step(
+            *of_run, args.step - phase.first, rejects=args.rejects, first_epoch=phase.first_epoch
+        )
+        for record in explained:
             assumed = record["assumes"]
-            say(json.dumps(record))
+            say(json.dumps({**record, "step": args.step}))
         sys.stderr.write(f"exact if: {'; '.join(assumed)}.\n")
         return 0
 
@@ -335,12 +352,6 @@ def _share(text: str) -> float:
     if share not in allowed:
         raise argparse.ArgumentTypeError(f"{text} is no share; it must be {allowed}")
     return share
-
-
-def _load(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int, int]:
-    """(data configuration, seed, global batch size)"""
-    config = load_config(path, overrides)
-    return config.data, config.seed, config.global_batch_size
 
 
 def _range(text: str, flag: str) -> tuple[float, float]:

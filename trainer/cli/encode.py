@@ -97,6 +97,11 @@ def _check(config: Config, args: argparse.Namespace) -> None:
             "first_stage.cache is not set, so there is nothing to fill; name a folder or URL, e.g. "
             "first_stage.cache=s3://bucket/cache."
         )
+    if config.phases:
+        raise ConfigError(
+            "this fills a cache for one size of pictures, and phases have several; name one by "
+            "data.image_size=... and phases=[]."
+        )
     if not 0 <= args.rank < args.ranks:
         raise DataError(f"--rank {args.rank} is none of --ranks {args.ranks}; ranks count from 0.")
     for option, value in (("--steps", args.steps), ("--ahead", args.ahead)):

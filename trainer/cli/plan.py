@@ -1,17 +1,20 @@
 """Say what a run will need on so many GPUs: memory per rank, seconds per step, data, checkpoints, days.
 
 Everything that can be counted is counted on the meta device; the rest is a model with few terms, whose
-formulas and residuals are in docs/planning.md. Exit code 1 where the run does not fit the GPU's memory.
+formulas and residuals are in docs/planning.md. Of a run with phases, each is planned by itself. Exit code 1
+where one does not fit the GPU's memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
 
 from trainer.config.io import load_config
+from trainer.config.run import Config
 from trainer.planning.machine import GPUS, machine
-from trainer.planning.plan import Feed, describe, make_plan
+from trainer.planning.plan import Feed, Planned, describe, make_plan
 
 EXAMPLE = "example: ldm plan configs/sd/sd2_base_512.yaml --gpus 512 --gpu a100-80 micro_batch_size=4"
 
@@ -44,6 +47,25 @@ def run(args: argparse.Namespace) -> int:
         network_gbit_s=args.network,
         launch_us=args.launch_us,
     )
-    planned = make_plan(config, place, Feed(1e3 * args.sample_kb, max(1, args.shard_samples)))
-    print(json.dumps(planned.figures()) if args.json else describe(planned))
-    return 0 if planned.device_bytes <= planned.limit_bytes else 1
+    feed = Feed(1e3 * args.sample_kb, max(1, args.shard_samples))
+    planned = [make_plan(phase, place, feed) for phase in config.apart()]
+    if args.json:
+        figures = [{**each.figures(), "steps": each.config.steps} for each in planned]
+        print(json.dumps({"phases": figures} if config.phases else planned[0].figures()))
+    else:
+        print("\n\n".join(_of_phases(config, planned)))
+    return 0 if all(each.device_bytes <= each.limit_bytes for each in planned) else 1
+
+
+def _of_phases(config: Config, planned: Sequence[Planned]) -> Iterator[str]:
+    """A screen for each phase, and what they take together."""
+    if not config.phases:
+        yield describe(planned[0])
+        return
+    for first, each in zip(config.phase_starts, planned, strict=True):
+        size, batch = each.config.data.image_size, each.config.global_batch_size
+        yield f"from step {first:,}: {size} px, {batch:,} samples a step\n{describe(each)}"
+    hours = [each.hours for each in planned if each.hours is not None]
+    if len(hours) == len(planned):
+        together = f"{sum(hours) / 24:.2f} days for {config.steps:,} steps"
+        yield f"all phases   {together}, {sum(hours) * planned[0].machine.gpus:,.0f} GPU-hours"

@@ -27,6 +27,7 @@ def check(config: Config) -> None:
     _check_cache(config)
     _check_graphs(config)
     check_validation(config)
+    _check_phases(config)
     if config.stage == "diffusion":
         check_diffusion(config.diffusion)
         check_sampling(config.diffusion, config.sampling)
@@ -304,6 +305,19 @@ def _check_stage(config: Config) -> None:
         not config.autoencoder_loss.discriminator_weight or config.data.image_size >= 3 * 2**layers,
         f"a discriminator of {layers} strided layers needs at least {3 * 2**layers} pixels; lower "
         "autoencoder_loss.discriminator_layers or raise data.image_size.",
+    )
+
+
+def _check_phases(config: Config) -> None:
+    starts = [phase.from_step for phase in config.phases]
+    _require(
+        starts == sorted(set(starts)),
+        f"phases begin at the steps {', '.join(map(str, starts))}; let from_step rise from one to the next.",
+    )
+    _require(
+        not starts or config.data.order == "indexed",
+        "phases need data.order=indexed: a resampled stream has no place at which another size could begin; "
+        "set data.order=indexed, or remove phases.",
     )
 
 

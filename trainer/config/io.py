@@ -47,7 +47,8 @@ def load_config(path: str | None, overrides: typing.Sequence[str] = ()) -> Confi
     check_names(config)
     data = tree.get("data")
     config = derive(config, given=data if isinstance(data, dict) else ())
-    check(config)
+    for first in config.phase_starts:
+        check(config.at(first))
     _check_words(config)
     return config
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 from data_pipeline.config import DataConfig, number
 from data_pipeline.errors import UserError
@@ -24,9 +24,44 @@ from trainer.config.training import (
     ValidationConfig,
 )
 
+_EPOCHS_OF_A_PHASE = 2**14
+"""Many times what a phase walks (turns at shards, without an index); beyond, orders come a second time."""
+
 
 class ConfigError(UserError):
     """A user's mistake in a configuration: one sentence with the key and the remedy."""
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """What is another from a step of a run on; what is unset stays as it was before."""
+
+    from_step: int = number(0, least=1, most=10**12)
+    """Optimizer steps made before it."""
+    image_size: int | None = number(None, least=1, most=2**16)
+    """data.image_size."""
+    global_batch_size: int | None = number(None, least=1, most=10**9)
+    """global_batch_size."""
+    micro_batch_size: int | None = number(None, least=1, most=10**7)
+    """micro_batch_size."""
+    learning_rate: float | None = number(None, above=0, most=10)
+    """optimizer.learning_rate, the peak of a schedule that goes on."""
+
+
+class Phase(NamedTuple):
+    """A stretch of a run with one size of pictures, one batch and one rate."""
+
+    number: int
+    """0 is what the run begins with."""
+    first: int
+    """Steps made before it."""
+    stop: int
+    """Steps made after its last one."""
+
+    @property
+    def first_epoch(self) -> int:
+        """Where the data begin: each phase has epochs of its own, and so an order and draws of its own."""
+        return self.number * _EPOCHS_OF_A_PHASE
 
 
 @dataclass(frozen=True)
@@ -52,6 +87,8 @@ class Config:
     frozen: no gradients, no optimizer state, no averages. Empty: everything is trained."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters on layers of the UNet, and nothing else; needs init_from."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Later stretches of the run, by rising from_step: 256 px, then 512, then 1024, with their batches."""
     resume_changed: tuple[str, ...] = ()
     """Settings or sections that may differ from what the run was trained with when it resumes, such as
     diffusion.prediction; without the word, a run that resumes as something else is refused."""
@@ -83,6 +120,44 @@ class Config:
     """Console, JSONL, W&B."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Preview pictures."""
+
+    def phase(self, step: int) -> Phase:
+        """The phase that makes the step after `step` steps; after the last one, the last phase."""
+        begun = [
+            0,
+            *(phase.from_step for phase in self.phases if phase.from_step <= min(step, self.steps - 1)),
+        ]
+        later = [phase.from_step for phase in self.phases if phase.from_step > begun[-1]]
+        return Phase(len(begun) - 1, begun[-1], min([*later, self.steps]))
+
+    def at(self, step: int) -> Config:
+        """The settings of the phase that makes the step after `step` steps, in their places."""
+        config = self
+        for phase in self.phases[: self.phase(step).number]:
+            size, rate = phase.image_size, phase.learning_rate
+            config = replace(
+                config,
+                data=config.data if size is None else replace(config.data, image_size=size),
+                optimizer=config.optimizer if rate is None else replace(config.optimizer, learning_rate=rate),
+                global_batch_size=phase.global_batch_size or config.global_batch_size,
+                micro_batch_size=phase.micro_batch_size or config.micro_batch_size,
+            )
+        return config
+
+    @property
+    def phase_starts(self) -> tuple[int, ...]:
+        """Steps made before each phase that the run reaches, 0 first."""
+        return (0, *(phase.from_step for phase in self.phases if phase.from_step < self.steps))
+
+    def apart(self) -> tuple[Config, ...]:
+        """Each phase that the run reaches as a run of its own, with as many steps."""
+        found = [(self.phase(first), self.at(first)) for first in self.phase_starts]
+        return tuple(replace(each, steps=phase.stop - phase.first, phases=()) for phase, each in found)
+
+    def samples_after(self, step: int) -> int:
+        """Samples that `step` steps consume."""
+        each = zip(self.phase_starts, self.apart(), strict=True)
+        return sum(min(max(0, step - first), c.steps) * c.global_batch_size for first, c in each)
 
     @property
     def freezes(self) -> bool:

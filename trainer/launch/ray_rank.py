@@ -154,7 +154,7 @@ class _Reporter:
         self._next = now + _REPORT_S
         record = latest_record(self._config.run_dir) or {}
         report: Facts = {"step": step, "ranks": self._ranks}
-        report["samples_seen"] = step * self._config.global_batch_size
+        report["samples_seen"] = self._config.samples_after(step)
         report.update({name: record[name] for name in _METRICS if name in record})
         for name, value in report.items():
             self._gauges[name].set(float(value))

@@ -18,6 +18,7 @@ ALL_CONDITIONS = [
 ]
 FREE = {
     *("run_dir", "steps", "global_batch_size", "micro_batch_size", "seed", "init_from", "resume_changed"),
+    "phases",  # each compared with what was trained, at its steps
     *("optimizer", "ema", "distributed", "checkpoint", "healing", "logging", "sampling", "validation"),
     "unet.activation_checkpointing",
     "diffusion.timesteps",
