@@ -276,6 +276,7 @@ def _timeline(rows: Sequence[Record], events: Sequence[Record]) -> go.Figure | N
             mode="markers",
             marker={"size": 11, "symbol": "x", "color": EVENT_COLOURS.get(kind, "#1f77b4")},
         )
+    figure.update_layout(legend_y=-0.3)  # below the date, which is a line more under the axis
     figure.update_xaxes(title="time (UTC)")
     figure.update_yaxes(title="optimizer steps")
     return figure
