@@ -156,7 +156,7 @@ class DataConfig:
     read_ahead_bytes: int = number(8_000_000, least=1, most=10**12)
     """Most bytes asked for in one range request."""
     buffer_bytes: int = number(256_000_000, least=1, most=10**13)
-    """Bytes that each worker may have read or requested ahead of decoding."""
+    """Most bytes that each worker has read or requested ahead of decoding, whatever the number of lanes."""
     reject_file: str | None = None
     """Local path (`{rank}` is filled in) where every rejected sample is appended as a JSON line."""
     request_timeout_s: float = number(30.0, above=0, most=10**6)

@@ -9,6 +9,7 @@ offset becomes a `Visit`: the sample's key, a reason against it or its bytes. Ne
           Walker.plan                in a thread: windows -> visits, reads begun
             Order.visits             offset -> shard and row                            (arithmetic)
             ShardViews.get           row -> key, reason against it, place of its bytes  (the shard's index)
+          Unread.begin               what there is room for                             (read_ahead.py)
             MemberReads.start        places -> few range requests                       (reads.py)
 
 Four marks move along a lane and never pass one another:
@@ -16,8 +17,8 @@ Four marks move along a lane and never pass one another:
     epoch 0                                                                   epoch 1
     |. . . d . . . . .|x|= = = = = = = = = = =|- - - - - - - - - -|           |
            |          |  |                     |                   |
-           set aside  |  _visits: their reads  _plans: a thread    _cursor: nothing
-                      |  are under way         still makes them    is planned from here on
+           set aside  |  _visits: the first    _plans: a thread    _cursor: nothing
+                      |  are being read        still makes them    is planned from here on
                       state: all before it is served, rejected or set aside; x is with the caller
 
 `state` is all that a checkpoint keeps of a lane. What was read ahead of it is read again after a restart;
@@ -47,20 +48,18 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import Rejected
-from data_pipeline.feed.moments import MomentsReads, Planned
-from data_pipeline.feed.reads import Contents, Extent, MemberReads
+from data_pipeline.feed.moments import MomentsReads
+from data_pipeline.feed.read_ahead import Budget, Unread, Visit
+from data_pipeline.feed.reads import Extent, MemberReads
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.lanes import Order
-from data_pipeline.order.position import LaneState, Mark
-from data_pipeline.shards.filters import Filter
+from data_pipeline.order.position import LaneState
 from data_pipeline.shards.view import ShardViews
 
 _MIN_PLAN = 64
@@ -68,48 +67,8 @@ _MIN_PLAN = 64
 _MIN_REJECTED_RUN = 1000
 _STEPS_AHEAD = 8
 """Steps for which every lane has reads under way at least, memory permitting."""
-
-
-@dataclass
-class Visit:
-    """One raw sample of a lane on its way."""
-
-    epoch: int
-    offset: int
-    shard: int
-    """Distinct shard."""
-    key: str
-    reason: str | None
-    """Why it is rejected without being read."""
-    members: dict[str, Future[Contents]] = field(default_factory=dict)
-    slot: int = 0
-    """Place in its plan."""
-    late: Filter | None = None
-    """Clauses that its json must still satisfy."""
-    original: tuple[int, int] | None = None
-    """Height and width before the picture was stored, where its json says so."""
-    beside: dict[str, Any] = field(default_factory=dict)
-    """Captions that lie beside the tar, by column."""
-    passed: list[tuple[str, str]] = field(default_factory=list)
-    """(reason, key) of rejected samples beside it that no order counts."""
-    planned: Planned | None = None
-    """What the cache of moments has for it, or may get from it."""
-    mark: Mark | None = None
-    """Of a lane that takes turns at shards: where its window begins."""
-    num_bytes: int = 0
-    """What it holds in memory, as far as that is known."""
-
-    def hold(self, contents: Contents) -> None:
-        """Its members are there already."""
-        there: Future[Contents] = Future()
-        there.set_result(contents)
-        self.members = {extension: there for _, extension in contents}
-        self.num_bytes = sum(map(len, contents.values()))
-
-    def load(self) -> dict[str, bytes]:
-        """Member contents by extension; waits for them. Raises ReadFailed."""
-        # pop: all samples of a range share its future, which must not keep those that are decoded
-        return {e: future.result().pop((self.slot, e)) for e, future in self.members.items()}
+Planned = tuple[list[Visit], list[int]]
+"""Visits of a lane in order, and how many of them are of each window."""
 
 
 class LaneWalk:
@@ -130,7 +89,8 @@ class LaneWalk:
         """Rejections in a row with which the lane counts as hopeless."""
         self._walker = walker
         self._cursor = (state.epoch, state.offset)  # next raw offset to plan
-        self._plans: deque[tuple[int, Future[list[Visit]]]] = deque()
+        self._plans: deque[tuple[int, Future[Planned]]] = deque()
+        self.unread = walker.unread(self)
         self._visits: deque[Visit] = deque()
         self._planned = 0
 
@@ -158,7 +118,9 @@ class LaneWalk:
         least = _MIN_PLAN * self.share
         while stop - offset < least and stop < order.lane_size(self.lane):
             stop = order.window_of(self.lane, stop)[1]
-        task = partial(self._walker.plan, self, epoch, first, stop, offset, float(self._planned))
+        # Reading begins as soon as the plan is made, but not before what comes before it.
+        alone = not self._plans and not self.unread
+        task = partial(self._walker.plan, self, epoch, first, stop, offset, float(self._planned), alone)
         # Below every read, which begin at 0: reads cannot be ordered by urgency before they are known.
         # Among plans, the lane that has planned least comes first.
         urgency = -1.0 + self._planned * 1e-9
@@ -172,12 +134,25 @@ class LaneWalk:
         while not self._visits:
             if not self._plans:
                 self.plan_next()
-            self._visits.extend(self._plans.popleft()[1].result())
+            self._take_in()
         visit = self._visits[0]
         # The lane is about to leave an epoch: not before what it set aside has had its second try.
         if visit.epoch > self.state.epoch and self.state.deferred:
             return self._walker.revisit(self, self.state.epoch, self.state.deferred[0])
-        return self._visits.popleft()
+        self._visits.popleft()
+        self.unread.take(visit)
+        return visit
+
+    def read_on(self, enough: float) -> bool:
+        """Begin to read more of what is planned; returns whether there was room for any."""
+        while self._plans and self._plans[0][1].done():
+            self._take_in()
+        return self.unread.begin(enough)
+
+    def _take_in(self) -> None:
+        visits, windows = self._plans.popleft()[1].result()
+        self._visits.extend(visits)
+        self.unread.add(visits, windows)
 
     def done(self, visit: Visit) -> None:
         """The visit was served or rejected: commit it."""
@@ -215,7 +190,9 @@ class Walker:
         self._views = views
         self._reads = reads
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
-        self._budget = task.config.buffer_bytes / max(1.0, self._sample_bytes(task))  # in samples
+        self.budget = Budget(task.config.buffer_bytes)
+        self._lanes = max(1, len(task.lanes))
+        self._short: deque[LaneWalk] = deque()
         pairs = [(lane, number) for lane in task.lanes for number in range(len(task.buckets.orders))]
         self.walks = [
             LaneWalk(lane, number, state.copy(), self)
@@ -223,42 +200,61 @@ class Walker:
         ]
         """Lane-major, as `ShareTask.states`."""
 
-    @staticmethod
-    def _sample_bytes(task: ShareTask) -> float:
-        """What a sample that is read ahead takes: its members, or its moments where they are larger."""
-        cache = task.moments.cache
-        entry = max(cache.entry_bytes(*shape) for shape in task.buckets.shapes) if cache is not None else 0
-        return max(task.dataset.mean_bytes, entry)
+    def unread(self, walk: LaneWalk) -> Unread:
+        """What a lane has not asked for, with its part of the budget."""
+        return Unread(self.budget, self.budget.limit * walk.share / self._lanes, self._start)
 
     def read_ahead(self) -> None:
-        """Plan further windows, the most urgent lanes first, while the memory budget lasts."""
-        waiting = [(walk.ready(), i) for i, walk in enumerate(self.walks)]
-        total = sum(ready for ready, _ in waiting)
-        for ready, i in sorted(waiting):
+        """Plan and read further windows, the most urgent lanes first, while the budget lasts."""
+        for _, i in sorted((walk.ready(), i) for i, walk in enumerate(self.walks)):
             walk = self.walks[i]
-            # A lane without a plan gets one even over budget, or its next sample would be waited for.
-            enough = self._enough * walk.share
-            if ready == 0 or (total < self._budget and ready < enough):
-                total += walk.plan_next()
+            if walk.ready() < max(1.0, self._enough * walk.share):
+                walk.plan_next()
+        self._short.clear()
+        for _, i in sorted((walk.unread.ahead / walk.share, i) for i, walk in enumerate(self.walks)):
+            walk = self.walks[i]
+            if not walk.read_on(self._enough * walk.share) and walk.unread and not walk.unread.ahead:
+                self._short.append(walk)
+
+    def read_on(self) -> None:
+        """A sample was decoded: lanes that have none ahead, for want of room, may have some by now."""
+        while self._short and self._short[0].read_on(1.0):
+            self._short.popleft()
 
     def plan(
-        self, walk: LaneWalk, epoch: int, first: int, stop: int, skip_to: int, due: float
-    ) -> list[Visit]:
-        """Visits of the whole windows [first, stop) from `skip_to` on, with their reads under way.
+        self, walk: LaneWalk, epoch: int, first: int, stop: int, skip_to: int, due: float, alone: bool
+    ) -> Planned:
+        """Visits of the whole windows [first, stop) from `skip_to` on.
 
-        `due` is the number of samples that the lane had planned before.
+        `due` is the number of samples that the lane had planned before; `alone`: all of these are under way,
+        so that reading may begin.
         """
         shards, rows = walk.order.visits(epoch, walk.lane, first, stop)
-        return self._begin(walk, epoch, skip_to, shards[skip_to - first :], rows[skip_to - first :], due)
+        visits = self._visits(walk, epoch, skip_to, shards[skip_to - first :], rows[skip_to - first :], due)
+        windows, offset, order = [], skip_to, walk.order.at(epoch)
+        while offset < stop:
+            end = min(stop, order.window_of(walk.lane, offset)[1])
+            windows.append(end - offset)
+            offset = end
+        if alone:
+            unread = self.unread(walk)
+            unread.add(visits, windows)
+            unread.begin(self._enough * walk.share)
+        return visits, windows
 
     def revisit(self, walk: LaneWalk, epoch: int, offset: int) -> Visit:
         """One visit that was set aside."""
         first, stop = walk.order.at(epoch).window_of(walk.lane, offset)
         shards, rows = walk.order.visits(epoch, walk.lane, first, stop)
         at = slice(offset - first, offset - first + 1)
-        return self._begin(walk, epoch, offset, shards[at], rows[at], due=0.0)[0]
+        (visit,) = self._visits(walk, epoch, offset, shards[at], rows[at], due=0.0)
+        if visit.reason is None:
+            unread = self.unread(walk)
+            unread.add([visit], [1])
+            unread.take(visit)
+        return visit
 
-    def _begin(
+    def _visits(
         self,
         walk: LaneWalk,
         epoch: int,
@@ -267,17 +263,16 @@ class Walker:
         places: NDArray[np.int64],
         due: float,
     ) -> list[Visit]:
-        """Visits of consecutive offsets from `offset` on; begins to read those not yet rejected."""
+        """Visits of consecutive offsets from `offset` on."""
         ordinal = walk.order.ordinal(epoch, walk.lane, offset)
-        visits: dict[int, Visit] = {}
-        wanted: dict[int, list[Extent]] = {}
+        visits = []
         for slot, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
             view = self._views.get(shard)
             row = view.row(walk.bucket, place)
             reason = view.reason(row)
             if reason is None and ordinal + slot in self._skip_ordinals:
                 reason = "skipped"
-            visits[slot] = Visit(
+            visit = Visit(
                 epoch,
                 offset + slot,
                 shard,
@@ -288,21 +283,35 @@ class Walker:
                 original=view.original(row),
                 beside=view.captions(row),
                 passed=[(view.reason(other) or "", view.key(other)) for other in view.passed(row)],
+                due=due,
             )
+            visits.append(visit)
             if reason is not None:
                 continue
             planned = None
             if self._moments is not None:
                 target = self.buckets.shapes[walk.bucket]
                 planned = self._moments.plan(shard, view, row, target, ordinal + slot)
-                visits[slot].planned = planned
+                visit.planned = planned
             unread = planned.unread if planned is not None else frozenset()
             members = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
             for extension, (start, size) in zip(view.members, members, strict=True):
                 if start >= 0 and extension not in unread:
-                    wanted.setdefault(shard, []).append(Extent(start, start + size, slot, extension))
-        for (slot, extension), future in self._reads.start(wanted, due).items():
-            visits[slot].members[extension] = future
+                    visit.wanted.append(Extent(start, start + size, slot, extension))
+                    visit.num_bytes += size
+            if planned is not None and planned.place is not None:
+                visit.num_bytes += planned.place.size
+        return visits
+
+    def _start(self, visits: list[Visit], near: int) -> None:
+        """Begin to read visits of one plan."""
+        by_slot = {visit.slot: visit for visit in visits}
+        wanted: dict[int, list[Extent]] = {}
+        for visit in visits:
+            if visit.wanted:
+                wanted.setdefault(visit.shard, []).extend(visit.wanted)
+        for (slot, extension), future in self._reads.start(wanted, visits[0].due, near).items():
+            by_slot[slot].members[extension] = future
         if self._moments is not None:
-            self._moments.start({slot: v.planned for slot, v in visits.items() if v.planned is not None}, due)
-        return list(visits.values())
+            planned = {slot: visit.planned for slot, visit in by_slot.items() if visit.planned is not None}
+            self._moments.start(planned, visits[0].due)

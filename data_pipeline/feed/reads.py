@@ -25,7 +25,7 @@ from data_pipeline.storage.cache import BlockCache
 from data_pipeline.storage.editions import Edition
 from data_pipeline.storage.ranges import Background, RangeReader
 
-_GAP = 128_000
+GAP = 128_000
 """Unwanted bytes between two members that are cheaper to read than a second request."""
 _FIRST_RANGE_BYTES = 1_000_000
 """Most bytes asked for at once in the first windows of a lane."""
@@ -62,24 +62,29 @@ class MemberReads:
         self._range_bytes = max(1, range_bytes)
 
     def start(
-        self, wanted: Mapping[int, list[Extent]], due: float
+        self, wanted: Mapping[int, list[Extent]], due: float, gap: int = GAP
     ) -> dict[tuple[int, str], Future[Contents]]:
         """Ask for the members `wanted` by shard; returns the future that brings each (slot, extension).
 
         `due` is the number of samples that the lane serves before the plan's first: a read with fewer
-        samples before it goes first, whatever lane it is for.
+        samples before it goes first, whatever lane it is for. Members with no more than `gap` bytes between
+        them come in one request.
         """
-        return self.start_from(wanted, due, self._bytes)
+        return self.start_from(wanted, due, self._bytes, gap)
 
     def start_from(
-        self, wanted: Mapping[T, list[Extent]], due: float, read: Callable[[T, int, int], bytes]
+        self,
+        wanted: Mapping[T, list[Extent]],
+        due: float,
+        read: Callable[[T, int, int], bytes],
+        gap: int = GAP,
     ) -> dict[tuple[int, str], Future[Contents]]:
         """The same from other files than shards, by `read(file, start, stop)`."""
         futures: dict[tuple[int, str], Future[Contents]] = {}
         # Right after a start somebody waits for these very samples, and a range is of use when it is whole.
         limit = self._range_bytes if due else min(self._range_bytes, _FIRST_RANGE_BYTES)
         for file, extents in wanted.items():
-            for group in ranges(sorted(extents), limit):
+            for group in ranges(sorted(extents), limit, gap):
                 urgency = due + min(extent.slot for extent in group)
                 future = self.background.submit(urgency, partial(_read, partial(read, file), group))
                 for extent in group:
@@ -113,7 +118,7 @@ def _read(read: Callable[[int, int], bytes], group: list[Extent]) -> Contents:
     return {(e.slot, e.extension): data[e.start - start : e.stop - start] for e in group}
 
 
-def ranges(extents: list[Extent], limit: int) -> list[list[Extent]]:
+def ranges(extents: list[Extent], limit: int, gap: int = GAP) -> list[list[Extent]]:
     """Extents in order of their place, grouped into requests of at most `limit` bytes.
 
     >>> places = [(0, 40_000, 7), (40_000, 40_100, 7), (90_000, 150_000, 9), (2_000_000, 2_050_000, 3)]
@@ -127,7 +132,7 @@ def ranges(extents: list[Extent], limit: int) -> list[list[Extent]]:
     for extent in extents:
         if groups:
             last = groups[-1]
-            near = extent.start - last[-1].stop <= _GAP
+            near = extent.start - last[-1].stop <= gap
             if near and extent.stop - last[0].start <= limit:
                 last.append(extent)
                 continue

@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, ReadFailed, Rejected, Replaced
 from data_pipeline.feed.editions import REINDEX
-from data_pipeline.feed.lane_walk import LaneWalk, Visit, Walker
+from data_pipeline.feed.lane_walk import LaneWalk, Walker
 from data_pipeline.feed.moments import MomentsReads
+from data_pipeline.feed.read_ahead import Budget, Visit
 from data_pipeline.feed.reads import MemberReads
 from data_pipeline.feed.sample import Known, Reused, draw_crop, fill_sample
 from data_pipeline.feed.task import ShareTask
@@ -103,7 +104,9 @@ class ShareStream:
         if isinstance(task.order, Turns):
             self._walker = TurnWalker(task, views, self._reader, self._background)
         else:
-            reads = MemberReads(task.dataset, self._reader, self._background, cache, config.read_ahead_bytes)
+            # A request's bytes are there twice while they are cut into members.
+            range_bytes = min(config.read_ahead_bytes, config.buffer_bytes // (2 * _THREADS))
+            reads = MemberReads(task.dataset, self._reader, self._background, cache, range_bytes)
             self._moments = MomentsReads(task, reads, self._reader, capacity) if encoded else None
             self._walker = Walker(task, views, reads, self._moments)
         self._labels: list[Label | None] = []
@@ -111,6 +114,11 @@ class ShareStream:
         self._sent: Counter[str] = Counter()
         self._rejects: list[tuple[str, str, str, int]] = []
         self._walker.read_ahead()
+
+    @property
+    def budget(self) -> Budget:
+        """What is held ahead of decoding."""
+        return self._walker.budget
 
     def fill(self, buffer: memoryview) -> FilledShare:
         """Write the arrays of the next step to `buffer`. Raises DataError."""
@@ -130,6 +138,7 @@ class ShareStream:
                 caption, key = self._fill_row(walk, (height, width), out, len(keys))
                 captions.append(caption)
                 keys.append(key)
+                self._walker.read_on()
         self._walker.read_ahead()
         self._step += 1
         if self._moments is not None:  # a row is one or the other, and nothing is left from earlier steps

@@ -15,6 +15,9 @@ together:
 visit begins and how many samples of the shard come before it. So whoever goes on from there, on any rank,
 reads one window again and knows the rest. What a shard holds, and how many, matters to its own lane alone.
 
+Where data.buffer_bytes has no room for a window (`read_ahead.py`), its headers and small members are read,
+and its pictures when their turn comes. The order is the same: a window's.
+
 A shard that is no tar, is not there, was replaced under the lane's feet or does not answer while others do is
 left with one visit that says so (`shard/*` in the reject file), and the lane takes its next turn.
 """
@@ -22,19 +25,24 @@ left with one visit that says so (`shard/*` in the reject file), and the lane ta
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
+import numpy as np
+
 from data_pipeline.errors import DataError, Gone, NotATar, ReadFailed, Rejected, Replaced
-from data_pipeline.feed.lane_walk import Visit
-from data_pipeline.feed.reads import Contents
+from data_pipeline.feed.lane_walk import Planned
+from data_pipeline.feed.read_ahead import Budget, Unread, Visit
+from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards.beside import check_json_suffices
-from data_pipeline.shards.pieces import Piece, TarPieces
+from data_pipeline.shards.pieces import HEADERS, Piece, TarPieces
 from data_pipeline.shards.recorder import Recorder
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.editions import Edition
@@ -50,6 +58,11 @@ _MAX_EMPTY = 1000
 _MAX_TOLD = 20
 _LAST = 1e18
 _LEAST_CHUNK = 65_536
+_ROUGHLY = 1.1
+"""What windows differ by."""
+_DROP = 1_000_000
+_SMALL = 4096
+"""Members that are kept of a window without room: texts, which no request is to be made for."""
 _REST = "*"
 """Key of the visit that stands for what is left of a shard."""
 _HOPELESS = 20_000
@@ -74,8 +87,13 @@ class TurnWalk:
             self.next_turn()
         self.pieces: TarPieces | None = None
         self.planned = 0
+        self.sample_bytes = walker.sample_bytes
+        """Mean of the last window."""
+        self.beyond = 0
+        """Bytes that are held and belong to no visit yet."""
+        self.unread = walker.unread(self)
         self._walker = walker
-        self._plan: Future[list[Visit]] | None = None
+        self._plan: Future[Planned] | None = None
         self._visits: deque[Visit] = deque()
 
     def __str__(self) -> str:
@@ -90,11 +108,6 @@ class TurnWalk:
         """Visits ahead."""
         return len(self._visits)
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the visits ahead."""
-        return sum(visit.num_bytes for visit in self._visits)
-
     def is_idle(self) -> bool:
         """Whether no plan is on its way; takes in what the last one gave."""
         if self._plan is not None and self._plan.done():
@@ -103,14 +116,17 @@ class TurnWalk:
 
     def _take_in(self) -> None:
         assert self._plan is not None
-        self._visits.extend(self._plan.result())
+        visits, windows = self._plan.result()
+        self._visits.extend(visits)
+        self.unread.add(visits, windows)
         self._plan = None
 
     def plan_next(self) -> None:
         """Start reading the next windows."""
         assert self._plan is None
         # The lane that has planned least comes first.
-        self._plan = self._walker.background.submit(float(self.planned), partial(self._walker.plan, self))
+        task = partial(self._walker.plan, self, needy=len(self._visits) < self._walker.few)
+        self._plan = self._walker.background.submit(float(self.planned), task)
 
     def next_visit(self) -> Visit:
         """The next sample in order; call `done` or `defer` with it afterwards. Raises DataError."""
@@ -118,7 +134,9 @@ class TurnWalk:
             if self._plan is None:
                 self.plan_next()
             self._take_in()
-        return self._visits.popleft()
+        visit = self._visits.popleft()
+        self.unread.take(visit)
+        return visit
 
     def ordinal(self, visit: Visit) -> int:
         """Identity of the visit among all of the run."""
@@ -133,6 +151,24 @@ class TurnWalk:
         raise Rejected("unreadable")
 
 
+def _take_over(piece: Piece, visits: Sequence[Visit], largest: int) -> None:
+    """Give visits what of theirs is in memory, which then is there once, and not in the window as well.
+
+    largest: bytes of a member above which it is read later
+    """
+    contents: dict[int, Contents] = {visit.slot: {} for visit in visits}
+    pairs = [(extent, visit) for visit in visits for extent in visit.wanted]
+    dropped = 0
+    for extent, visit in sorted(pairs, key=lambda pair: pair[0]):
+        if extent.stop - extent.start <= largest and piece.holds(extent.start, extent.stop):
+            contents[visit.slot][extent.slot, extent.extension] = piece.read(extent.start, extent.stop)
+            visit.wanted.remove(extent)
+        if extent.start - dropped > _DROP:
+            piece.drop(dropped := extent.start)
+    for visit in visits:
+        visit.hold(contents[visit.slot])
+
+
 class TurnWalker:
     """All lanes of one worker, with the reads, the views and the memory that they share."""
 
@@ -145,9 +181,15 @@ class TurnWalker:
         self._dataset = task.dataset
         self._skip_ordinals = task.skip_ordinals
         self._views, self._reader = views, reader
+        self._reads = MemberReads(task.dataset, reader, background, None, task.config.read_ahead_bytes)
+        self.sample_bytes = task.dataset.mean_bytes
+        self.budget = Budget(task.config.buffer_bytes)
+        self._lanes = max(1, len(task.lanes))
+        self._short: deque[TurnWalk] = deque()
         self._wanted = [each.filter.columns | set(each.captions) for each in views.selections]
         self._removing = any(each.removals for each in views.selections)
         self._least = max(_MIN_PLAN, task.per_lane)
+        self.few = 2 * task.per_lane
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
         self._left_out: dict[int, str] = {}
         self.recorder = Recorder(task.dataset.folders)
@@ -159,20 +201,44 @@ class TurnWalker:
         ]
         """Lane-major, as `ShareTask.states`."""
 
-    def read_ahead(self) -> None:
-        """Read further windows of the lanes that have fewest, while the memory budget lasts."""
-        idle = [walk for walk in self.walks if walk.is_idle()]
-        held = sum(walk.held_bytes for walk in self.walks)
-        for walk in sorted(idle, key=TurnWalk.ready):
-            # A lane without a visit gets some even over budget, or its next sample would be waited for.
-            enough = self._enough * walk.share
-            if walk.ready() == 0 or (held < self._config.buffer_bytes and walk.ready() < enough):
-                walk.plan_next()
-                held += int(self._least * walk.share * self._dataset.mean_bytes)
+    def unread(self, walk: TurnWalk) -> Unread:
+        """What a lane has not asked for, with its part of the budget."""
+        return Unread(self.budget, self.budget.limit * walk.share / self._lanes, self._start)
 
-    def plan(self, walk: TurnWalk) -> list[Visit]:
-        """The lane's next visits, their bytes in memory."""
+    def read_ahead(self) -> None:
+        """Read further windows of the lanes that have fewest, while the budget lasts."""
+        idle = [walk for walk in self.walks if walk.is_idle()]
+        for walk in sorted(idle, key=TurnWalk.ready):
+            if walk.ready() < max(1.0, self._enough * walk.share):
+                walk.plan_next()
+        self._short.clear()
+        for walk in sorted(self.walks, key=lambda walk: walk.unread.ahead):
+            walk.is_idle()
+            if not walk.unread.begin(self._enough * walk.share) and walk.unread and not walk.unread.ahead:
+                self._short.append(walk)
+
+    def read_on(self) -> None:
+        """A sample was decoded: lanes that have none ahead, for want of room, may have some by now."""
+        while self._short and self._short[0].unread.begin(1.0):
+            self._short.popleft()
+
+    def _start(self, visits: list[Visit], near: int) -> None:
+        """Begin to read what was jumped over of visits of one window."""
+        by_slot = {visit.slot: visit for visit in visits if visit.wanted}
+        for visit in by_slot.values():
+            assert visit.mark is not None
+            source = visit.shard, Edition(visit.mark.size, visit.mark.version)
+            found = self._reads.start_from({source: visit.wanted}, visit.due, self._read, near)
+            visit.members |= {extension: future for (_, extension), future in found.items()}
+
+    def _read(self, source: tuple[int, Edition], start: int, stop: int) -> bytes:
+        shard, edition = source
+        return self._reader.read(self._dataset.urls[shard], start, stop, expected=edition)
+
+    def plan(self, walk: TurnWalk, *, needy: bool) -> Planned:
+        """The lane's next visits, window by window; none where there is no room and it is not `needy`."""
         visits: list[Visit] = []
+        windows: list[int] = []
         least = self._least * walk.share if walk.planned else 1
         empty = 0
         while len(visits) < least:
@@ -183,18 +249,20 @@ class TurnWalker:
                 begins = walk.pieces is None
                 walk.pieces = walk.pieces or self._open(shard, walk.mark)
                 size = walk.turns.window_size(walk.lane, walk.pieces.first)
-                piece = walk.pieces.next(size, self._chunk(size))
-                if piece is None:
+                room = self._room(walk, size)
+                if not room and (visits or not needy):
+                    self._hold(walk, 0, [])
+                    break
+                some = self._window(walk, turn, shard, size, room, begins=begins)
+                if some is None:
                     # After all reading that somebody waits for.
                     self.background.submit(_LAST, partial(self.recorder.keep, shard, walk.pieces))
                     walk.next_turn()
                     empty += 1
                     continue
                 empty = 0
-                if begins:
-                    wanted = self._wanted[self._dataset.source_of[shard]]
-                    check_json_suffices(piece.index, wanted, self._removing, self._read_beside)
-                visits += self._visits(walk, turn, shard, piece)
+                windows.append(len(some))
+                visits += some
             except (NotATar, Gone) as error:
                 visits.append(self._left(walk, shard, "bad_shard", error))
             except Replaced as error:
@@ -202,11 +270,49 @@ class TurnWalker:
             except ReadFailed as error:
                 visits.append(self._left(walk, shard, "unreadable", error))
         walk.planned += len(visits)
-        return visits
+        return visits, windows
+
+    def _window(
+        self, walk: TurnWalk, turn: int, shard: int, size: int, room: int, *, begins: bool
+    ) -> list[Visit] | None:
+        """Visits of the next window, which has a `room`; None at the end of the shard."""
+        assert walk.pieces is not None
+        visits: list[Visit] | None = None
+        try:
+            piece = walk.pieces.next(size, self._chunk(size), max(0, room - HEADERS))
+            if piece is None:
+                return None
+            if begins:
+                wanted = self._wanted[self._dataset.source_of[shard]]
+                check_json_suffices(piece.index, wanted, self._removing, self._read_beside)
+            visits = self._visits(walk, turn, shard, piece)
+            _take_over(piece, visits, sys.maxsize if room else _SMALL)
+            walk.pieces.release(everything=not room)
+            return visits
+        finally:
+            self._hold(walk, room, visits or [])
+
+    def _room(self, walk: TurnWalk, samples: int) -> int:
+        """Bytes that the next window may hold, which are held from now on; 0: it has to do with headers."""
+        assert walk.pieces is not None
+        self.budget.give(walk.beyond)
+        walk.beyond = 0
+        room = max(walk.pieces.held_bytes, int(samples * walk.sample_bytes * _ROUGHLY)) + HEADERS
+        return room if self.budget.take_window(room, walk.unread.part / 2) else 0
+
+    def _hold(self, walk: TurnWalk, room: int, visits: Sequence[Visit]) -> None:
+        """Count what a window holds instead of the room that it was given."""
+        walk.beyond = walk.pieces.held_bytes if walk.pieces is not None else 0
+        for visit in visits:
+            if visit.reason is None and not visit.wanted:
+                visit.budget = self.budget
+        held = sum(visit.num_bytes for visit in visits if visit.budget is not None)
+        self.budget.give(room)
+        self.budget.take(held + walk.beyond, anyway=True)
 
     def _chunk(self, samples: int) -> int:
         """Bytes to ask for at a time: a window of usual samples."""
-        usual = int(samples * self._dataset.mean_bytes * 1.1)
+        usual = int(samples * self._dataset.mean_bytes * _ROUGHLY)
         return min(self._config.read_ahead_bytes, max(_LEAST_CHUNK, usual))
 
     def _open(self, shard: int, mark: Mark | None) -> TarPieces:
@@ -258,17 +364,18 @@ class TurnWalker:
                 original=view.original(row),
                 beside=view.captions(row),
                 mark=mark,
+                due=float(walk.planned),
             )
             if visit.reason is None and walk.ordinal(visit) in self._skip_ordinals:
                 visit.reason = "skipped"
             if visit.reason is None:
-                contents: Contents = {}
                 places = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
                 for extension, (start, size) in zip(view.members, places, strict=True):
                     if start >= 0:
-                        contents[slot, extension] = piece.read(start, start + size)
-                visit.hold(contents)
+                        visit.wanted.append(Extent(start, start + size, slot, extension))
+                        visit.num_bytes += size
             visits.append(visit)
+        walk.sample_bytes = float(piece.index.sizes.sum(dtype=np.int64)) / len(view.keys)
         return visits
 
     def _left(self, walk: TurnWalk, shard: int, reason: str, why: Exception) -> Visit:

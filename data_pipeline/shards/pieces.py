@@ -17,6 +17,7 @@ windows cannot be joined; they are refused, with the remedy.
 from __future__ import annotations
 
 import pickle
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from data_pipeline.storage.listing import ListedFile
 
 _SKIP = 8_000_000
 """Bytes of a member that are not read along with its neighbours, but when they are asked for."""
+HEADERS = 65_536
+"""Bytes to ask for at a time where there is room for headers and small members alone."""
 _HEAD = 512
 _LEVEL = 1
 _INDEX_IT = "run `ldm data index` once"
@@ -46,7 +49,10 @@ class Piece:
     index: ShardIndex
     """Of its samples alone; offsets are those of the whole tar."""
     read: Callable[[int, int], bytes]
-    """Bytes [start, stop) of the tar; those of the window are in memory until the next one is asked for."""
+    """Bytes [start, stop) of the tar; those that `holds` tells of are in memory until they are dropped."""
+    holds: Callable[[int, int], bool]
+    drop: Callable[[int], None]
+    """Forget what lies before this byte."""
 
 
 class TarPieces:
@@ -74,8 +80,16 @@ class TarPieces:
         self._kept: list[bytes] | None = [] if keep and byte == 0 else None
         self._known: dict[int, bool] = {}  # hash of each key: whether its sample had a picture
 
-    def next(self, samples: int, chunk: int) -> Piece | None:
-        """The next window, of about so many samples; None at the end of the tar. chunk: bytes of a request.
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tar that are in memory."""
+        return self._held.held
+
+    def next(self, samples: int, chunk: int, room: int = sys.maxsize) -> Piece | None:
+        """The next window, of about so many samples; None at the end of the tar.
+
+        chunk: bytes of a request. room: bytes that may be held, up to HEADERS more; where they do not
+        suffice, large members are jumped over, and are for the caller to read when they are wanted.
 
         Raises:
             NotATar: it is none.
@@ -84,7 +98,7 @@ class TarPieces:
         while self._byte is not None:
             begin = self._byte
             self._held.drop(begin)
-            self._held.chunk = chunk
+            self._held.chunk, self._held.room = chunk, room
             found = scan_part(self._held, look=look, start=begin, until=_Ends(samples))
             if begin == 0 and not found.is_tar:
                 head = self._read(0, min(self.shard.size, _HEAD))
@@ -102,10 +116,19 @@ class TarPieces:
             if grouping.samples:
                 index = assemble(self.shard, found, grouping)
                 index.choose_picture(IMAGE_EXTENSIONS)
-                piece = Piece(self.first, begin, index, self._held.get)
+                held = self._held
+                piece = Piece(self.first, begin, index, held.get, held.holds, held.drop)
                 self.first += len(index)
                 return piece
         return None
+
+    def release(self, *, everything: bool) -> None:
+        """Forget the window, and what was read beyond it, or keep that."""
+        end = self._held.size if self._byte is None else self._byte
+        if everything:
+            self._held.begin(end)
+        else:
+            self._held.drop(end)
 
     def whole(self) -> ShardIndex | None:
         """The index of the whole shard, as `read_index` gives it, once all windows have been read; None where
@@ -173,6 +196,8 @@ class _Held:
     def __init__(self, read: Callable[[int, int], bytes], size: int, start: int) -> None:
         self.size = size
         self.chunk = 0
+        self.room = sys.maxsize
+        self.held = 0
         self._read = read
         self._runs: list[tuple[int, bytearray]] = [(start, bytearray())]
 
@@ -185,21 +210,33 @@ class _Held:
         first, data = self._runs[-1]
         end = first + len(data)
         if start >= first and stop > end:
-            if start - end > _SKIP:
+            if start - end > (_SKIP if self.held < self.room else HEADERS):
                 first, data = start, bytearray()
                 self._runs.append((first, data))
                 end = start
-            data += self._read(end, min(self.size, max(stop, end + self.chunk)))
-        for first, data in self._runs:
+            ahead = min(self.chunk, max(HEADERS, self.room - self.held))
+            more = self._read(end, min(self.size, max(stop, end + ahead)))
+            self.held += len(more)
+            data += more
+        for first, data in reversed(self._runs):
             if first <= start and stop <= first + len(data):
                 return bytes(data[start - first : stop - first])
         return self._read(start, stop)
 
+    def holds(self, start: int, stop: int) -> bool:
+        """Whether `get` would not have to read."""
+        return any(first <= start and stop <= first + len(data) for first, data in reversed(self._runs))
+
+    def begin(self, byte: int) -> None:
+        """Forget all, and read on from here."""
+        self._runs, self.held = [(byte, bytearray())], 0
+
     def drop(self, before: int) -> None:
         """Forget what lies before this byte."""
-        first, data = self._runs[-1]
-        if before - first > len(data):
-            self._runs = [(before, bytearray())]
-        else:
+        runs = [(first, data) for first, data in self._runs if first + len(data) > before]
+        if runs:
+            first, data = runs[0]
             del data[: max(0, before - first)]
-            self._runs = [(max(first, before), data)]
+            runs[0] = max(first, before), data
+        self._runs = runs or [(before, bytearray())]
+        self.held = sum(len(data) for _, data in self._runs)

@@ -1,0 +1,202 @@
+"""data.buffer_bytes as a bound: what a worker has read, or asked for, ahead of decoding.
+
+Bytes are counted, not estimated. Whatever is read ahead is taken from one `Budget` before it is asked for,
+and given back when its sample is about to be decoded. A lane shuffles windows, and neighbours in a window lie
+side by side in the shard, so a window is read whole where there is room:
+
+    held    |= = = lane 0 = = =|= lane 1 =|= = lane 2 = =|                 |           |
+            0                                                    7/8 of the limit    limit
+
+Lanes begin their windows at different steps, so that together they hold about half of all. Where a window
+has no room, a lane that runs short gets some of its samples one by one, as its part of the limit has room for
+them; the last eighth is kept for that. Where there is no room for one sample, it is read when its turn has
+come. So no more is held than the limit and the sample that is about to be decoded, at any number of lanes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_pipeline.feed.moments import Planned
+from data_pipeline.feed.reads import GAP, Contents, Extent
+from data_pipeline.order.position import Mark
+from data_pipeline.shards.filters import Filter
+
+_WHOLE = 7 / 8
+"""Share of the limit that whole windows may fill."""
+_LARGE = 4
+"""A window of more than so many times a lane's part of the limit is not read whole."""
+_NEAR = 4096
+"""Gap that members may have which are read in one request, but not with their window: a few headers."""
+
+
+class Budget:
+    """Bytes that are held ahead by all threads of a worker."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self.most = 0
+        """The most that was held at a time."""
+        self._lock = threading.Lock()
+
+    def take(self, size: int, *, anyway: bool = False) -> bool:
+        """Whether there is room for so many bytes; if so, or `anyway`, they are held from now on."""
+        return self._take(size, self.limit, anyway)
+
+    def take_window(self, size: int, part: float) -> bool:
+        """The same for a whole window of a lane whose part of the limit this is."""
+        return size <= _LARGE * part and self._take(size, _WHOLE * self.limit, False)
+
+    def _take(self, size: int, limit: float, anyway: bool) -> bool:
+        with self._lock:
+            if self.held + size > limit and not anyway:
+                return False
+            self.held += size
+            self.most = max(self.most, self.held)
+            return True
+
+    def give(self, size: int) -> None:
+        """So many bytes are held no longer."""
+        with self._lock:
+            self.held -= size
+
+
+@dataclass
+class Visit:
+    """One raw sample of a lane on its way."""
+
+    epoch: int
+    offset: int
+    shard: int
+    """Distinct shard."""
+    key: str
+    reason: str | None
+    """Why it is rejected without being read."""
+    members: dict[str, Future[Contents]] = field(default_factory=dict)
+    slot: int = 0
+    """Place in its plan."""
+    late: Filter | None = None
+    """Clauses that its json must still satisfy."""
+    original: tuple[int, int] | None = None
+    """Height and width before the picture was stored, where its json says so."""
+    beside: dict[str, Any] = field(default_factory=dict)
+    """Captions that lie beside the tar, by column."""
+    passed: list[tuple[str, str]] = field(default_factory=list)
+    """(reason, key) of rejected samples beside it that no order counts."""
+    planned: Planned | None = None
+    """What the cache of moments has for it, or may get from it."""
+    mark: Mark | None = None
+    """Of a lane that takes turns at shards: where its window begins."""
+    due: float = 0.0
+    """Samples that its lane serves before its plan."""
+    wanted: list[Extent] = field(default_factory=list)
+    """Members that are to be read."""
+    num_bytes: int = 0
+    """What it holds in memory once it has been asked for."""
+    budget: Budget | None = None
+    """What it counts in while it is held, from when it was asked for."""
+
+    def hold(self, contents: Contents) -> None:
+        """Some of its members are there already."""
+        there: Future[Contents] = Future()
+        there.set_result(contents)
+        self.members = {extension: there for _, extension in contents}
+
+    def load(self) -> dict[str, bytes]:
+        """Member contents by extension; waits for them. Raises ReadFailed."""
+        try:
+            # pop: all samples of a range share its future, which must not keep those that are decoded
+            return {e: future.result().pop((self.slot, e)) for e, future in self.members.items()}
+        finally:
+            if self.budget is not None:
+                self.budget.give(self.num_bytes)
+                self.budget = None
+
+
+class Unread:
+    """What a lane has planned and not yet asked for, window by window, and how much it has ahead."""
+
+    def __init__(self, budget: Budget, part: float, start: Callable[[list[Visit], int], object]) -> None:
+        """`part`: bytes of the budget that are this lane's. `start`: asks for visits of one plan, members
+        that are so near in one request."""
+        self.part = part
+        self.ahead = 0
+        """Visits that are asked for and not taken."""
+        self._held = 0
+        self._budget, self._start = budget, start
+        self._windows: deque[tuple[deque[Visit], bool]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._windows)
+
+    def add(self, visits: Sequence[Visit], windows: Sequence[int]) -> None:
+        """The next visits, in windows of so many; those that were asked for count as ahead."""
+        first = 0
+        for size in windows:
+            some = [visit for visit in visits[first : first + size] if visit.reason is None]
+            rest = deque(visit for visit in some if visit.budget is None)
+            if rest:
+                self._windows.append((rest, len(rest) == len(some)))
+            for visit in some:
+                if visit.budget is not None:
+                    self._count(visit)
+            first += size
+
+    def begin(self, enough: float) -> bool:
+        """Ask for windows, or for some visits where these have no room, until `enough` are ahead.
+
+        Returns whether anything was asked for.
+        """
+        before = self.ahead
+        while self._windows and self.ahead < enough:
+            window, whole = self._windows[0]
+            if self._budget.take_window(sum(visit.num_bytes for visit in window), self.part):
+                some = list(window)
+            elif self._held > self.part / 2 or not (some := self._affordable(window)):
+                break
+            else:
+                whole = False
+            self._ask(some, GAP if whole else _NEAR)
+        return self.ahead > before
+
+    def _affordable(self, window: deque[Visit]) -> list[Visit]:
+        """The next visits, as many as half of the lane's part has room for, at least one."""
+        some, size = [window[0]], window[0].num_bytes
+        for visit in itertools.islice(window, 1, None):
+            if size + visit.num_bytes > self.part / 2:
+                break
+            some.append(visit)
+            size += visit.num_bytes
+        return some if self._budget.take(size) else []
+
+    def take(self, visit: Visit) -> None:
+        """A visit is about to be decoded: if it was not asked for, it is now, whatever is held."""
+        if visit.reason is not None:
+            return
+        if visit.budget is None:
+            assert self._windows[0][0][0] is visit
+            self._budget.take(visit.num_bytes, anyway=True)
+            self._ask([visit], _NEAR)
+        self.ahead -= 1
+        self._held -= visit.num_bytes
+
+    def _ask(self, some: list[Visit], near: int) -> None:
+        window, _ = self._windows.popleft()
+        for visit in some:
+            window.popleft()
+            visit.budget = self._budget
+            self._count(visit)
+        if window:
+            self._windows.appendleft((window, False))
+        self._start(some, near)
+
+    def _count(self, visit: Visit) -> None:
+        self.ahead += 1
+        self._held += visit.num_bytes
