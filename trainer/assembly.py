@@ -31,6 +31,7 @@ from trainer.config.identity import check_optimizer_state
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
+from trainer.distributed.adamw import CONDITIONERS
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
@@ -239,6 +240,8 @@ def _build_diffusion(
         model.network.requires_grad_(False)
     _begin_with(config, model.network, resumes)
     add_adapters(model.network, config.lora)  # after the weights, whose names they change
+    if config.optimizer.conditioner_learning_rate is not None:
+        _require_conditioners(model.network)
     frozen = FrozenWeights(model.network, env.rank, env.world_size) if config.freezes else None
     start.mark("networks")
     buffer = _begin_buffer({"unet": model.network}, DiffusionStage.averaged, config, env)
@@ -246,6 +249,15 @@ def _build_diffusion(
     once = _open_moments(config, env, model.first_stage)
     stage = DiffusionStage(config, engines, model.conditioner, model.first_stage, timer, once)
     return stage, buffer, frozen, {}
+
+
+def _require_conditioners(network: nn.Module) -> None:
+    """Raise ConfigError where the rate of trained conditioners would be that of nothing."""
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    if not any(name.startswith(CONDITIONERS) for name in trained):
+        raise ConfigError(
+            "optimizer.conditioner_learning_rate is set, and no conditioner is trained here; remove it."
+        )
 
 
 def _open_moments(config: Config, env: DistributedEnv, first_stage: FirstStage) -> EncodeOnce | None:

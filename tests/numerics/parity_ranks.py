@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -256,6 +257,42 @@ def _train_adapters(env: DistributedEnv, engine: str, zero_stage: int, precision
         if env.world_size > 1:
             torch.distributed.all_reduce(total)
         found += [float(total), float(norm)]
+    return found
+
+
+CONDITIONER_RATE = 1e-3
+
+
+def two_rates_network() -> nn.Sequential:
+    """A network with a conditioner between other parameters, by the names of a run's."""
+    torch.manual_seed(5)
+    parts = {"unet": nn.Linear(5, 7), "conditions": nn.Linear(7, 6), "uncertainty": nn.Linear(6, 3)}
+    return nn.Sequential(OrderedDict(parts))
+
+
+def train_two_rates(env: DistributedEnv, cases: list[tuple[str, int, str]]) -> list[dict[str, list[float]]]:
+    """Weights after three steps under each engine, ZeRO stage and precision."""
+    found = []
+    for engine, stage, precision in cases:
+        config = Config(
+            global_batch_size=4,
+            micro_batch_size=4 // env.world_size,
+            optimizer=dataclasses.replace(OPTIMIZER, conditioner_learning_rate=CONDITIONER_RATE),
+            distributed=DistributedConfig(
+                engine=engine,  # type: ignore[arg-type]
+                zero_stage=stage,  # type: ignore[arg-type]
+                precision=precision,  # type: ignore[arg-type]
+                reduce_bucket_elements=20,
+            ),
+        )
+        built = build_engine(two_rates_network(), config, env)
+        rows = config.micro_batch_size
+        for step in range(STEPS):
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+            own = x[env.rank * rows : (env.rank + 1) * rows].to(built.compute_dtype)
+            built.backward(built(own).float().square().sum(1).mean())
+            built.step(LEARNING_RATE)
+        found.append(_lists(whole_weights(built)))
     return found
 
 

@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from tests.integration.ranks import run_ranks
-from tests.numerics.parity_ranks import reference
+from tests.numerics.parity_ranks import (
+    CONDITIONER_RATE,
+    OPTIMIZER,
+    STEPS,
+    reference,
+    two_rates_network,
+)
 
 ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fsdp", 1)]
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2}
@@ -120,6 +126,35 @@ def test_adapters_train_alike_under_every_engine() -> None:
     for of_rank in run_ranks(function, 2, {"cases": cases}):
         for case, found in zip(cases, of_rank, strict=True):
             assert found == pytest.approx(truth, rel=2e-5 if case[2] == "fp32" else 5e-2), case
+
+
+def test_conditioners_have_a_rate_of_their_own_under_every_engine() -> None:
+    """As torch's AdamW with two groups; a bf16 step is of the rate's size, whichever way it goes."""
+    network = two_rates_network()
+    groups: list[dict[str, Any]] = [{"params": list(network.get_submodule("conditions").parameters())}]
+    groups[0]["lr"] = CONDITIONER_RATE
+    groups.append({"params": [p for n, p in network.named_parameters() if not n.startswith("conditions.")]})
+    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay)
+    for step in range(STEPS):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        network(x).square().sum(1).mean().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIMIZER.max_grad_norm)
+        optimizer.step()
+
+    cases = [(*engine, "fp32") for engine in ENGINES] + [("deepspeed", 1, "bf16")]
+    found = run_ranks("tests/numerics/parity_ranks.py:train_two_rates", 2, {"cases": cases})[0]
+    started = dict(two_rates_network().named_parameters())
+    for case, weights in zip(cases, found, strict=True):
+        for name, wanted in network.named_parameters():
+            actual = torch.tensor(weights[name]).view(wanted.shape)
+            if case[2] == "fp32":
+                torch.testing.assert_close(
+                    actual, wanted.detach(), rtol=1e-5, atol=1e-6, msg=str((case, name))
+                )
+            rate = CONDITIONER_RATE if name.startswith("conditions.") else OPTIMIZER.learning_rate
+            moved = float((actual - started[name].detach()).abs().max())
+            assert 1.5 * rate < moved < 3.5 * rate, (case, name)
 
 
 @pytest.mark.slow

@@ -172,6 +172,15 @@ def test_a_pattern_that_names_nothing_is_refused(train: Train, caplog: pytest.Lo
     assert "trainable names 'unet.*.attn3.*', which is no parameter of the network" in caplog.text
 
 
+def test_a_rate_of_conditioners_without_one_that_is_trained_is_refused(
+    train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    rate = "optimizer.conditioner_learning_rate=1e-5"
+    assert train("steps=1", "trainable=[unet.*.attn2.*]", rate) == ExitCode.USER_ERROR
+    assert "no conditioner is trained here" in caplog.records[-1].getMessage()
+    assert train("steps=1", PART, rate) == ExitCode.DONE
+
+
 @pytest.mark.parametrize(
     ("patterns", "trained"),
     [

@@ -123,6 +123,17 @@ def _check_attention(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     distributed = config.distributed
+    if config.optimizer.conditioner_learning_rate is not None:
+        _require(
+            config.stage == "diffusion",
+            "optimizer.conditioner_learning_rate is for conditioners, which stage=autoencoder does not have; "
+            "remove it.",
+        )
+        _require(
+            config.optimizer.name == "adamw",
+            f"optimizer.name={config.optimizer.name} has one rate for everything; remove "
+            "optimizer.conditioner_learning_rate, or set optimizer.name=adamw.",
+        )
     _require(
         config.optimizer.name == "adamw" or distributed.engine != "fsdp",
         f"optimizer.name={config.optimizer.name} needs whole matrices, which distributed.engine=fsdp cuts by "

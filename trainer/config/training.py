@@ -127,6 +127,9 @@ class OptimizerConfig:
 
     learning_rate: float = number(1e-4, above=0, most=10)
     """Peak learning rate."""
+    conditioner_learning_rate: float | None = number(None, above=0, most=10)
+    """The same for the conditioners that are trained beside the UNet (parameters conditions.*), on the same
+    schedule; unset: learning_rate."""
     betas: tuple[float, float] = number((0.9, 0.999), least=0, below=1)
     """Adam moment decay rates."""
     eps: float = number(1e-8, above=0, most=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,22 +13,39 @@ from trainer.config.training import OptimizerConfig
 from trainer.distributed.muon import Muon
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_FACTOR = "rate_factor"
+CONDITIONERS = "conditions."
+"""Beginning of the names of parameters that `conditioner_learning_rate` is for."""
+
+RateGroup: TypeAlias = tuple[float, list[torch.nn.Parameter]]
+"""What the rate is multiplied by, and for which parameters."""
 
 
-def build_optimizer(
-    groups: Iterable[list[torch.nn.Parameter]], config: OptimizerConfig, device: torch.device
-) -> Optimizer:
+def by_rate(parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig) -> list[RateGroup]:
+    """The named parameters in their order, each group as long as the rate stays the same."""
+    peak = config.conditioner_learning_rate
+    groups: list[RateGroup] = []
+    for name, parameter in parameters.items():
+        other = peak is not None and name.startswith(CONDITIONERS)
+        factor = peak / config.learning_rate if peak is not None and other else 1.0
+        if not groups or groups[-1][0] != factor:
+            groups.append((factor, []))
+        groups[-1][1].append(parameter)
+    return groups
+
+
+def build_optimizer(groups: Iterable[RateGroup], config: OptimizerConfig, device: torch.device) -> Optimizer:
     """The one that the configuration names; a Muon is still to be told where its masters lie."""
-    return Muon(groups, config) if config.name == "muon" else build_adamw(groups, config, device)
+    if config.name == "muon":
+        return Muon([group for _, group in groups], config)
+    return build_adamw(groups, config, device)
 
 
-def build_adamw(
-    groups: Iterable[list[torch.nn.Parameter]], config: OptimizerConfig, device: torch.device
-) -> AdamW:
-    """Parameter groups that differ in nothing; fused kernels on a GPU, foreach elsewhere."""
+def build_adamw(groups: Iterable[RateGroup], config: OptimizerConfig, device: torch.device) -> AdamW:
+    """Parameter groups that differ in their rates at most; fused kernels on a GPU, foreach elsewhere."""
     on_gpu = device.type == "cuda"
     return AdamW(
-        [{"params": group} for group in groups],
+        [{"params": group, _FACTOR: factor} for factor, group in groups],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
@@ -89,6 +107,6 @@ def set_steps_made(optimizer: Optimizer, steps: int) -> None:
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """The rate of the next step."""
+    """The rate of the next step, of which groups may have a multiple."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(_FACTOR, 1.0)

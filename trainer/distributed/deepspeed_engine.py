@@ -99,8 +99,14 @@ class DeepSpeedEngine:
         # DeepSpeed lays each parameter group out by itself, so that a group is a bucket; one rank sends none.
         whole = sum(parameter.numel() for parameter in trained.values())
         sends = scatters and env.world_size > 1
-        buckets = in_buckets(trained.values(), config.distributed.reduce_bucket_elements if sends else whole)
-        self._optimizer = adamw.build_optimizer(buckets, config.optimizer, env.device)
+        most = config.distributed.reduce_bucket_elements if sends else whole
+        groups = [
+            (factor, bucket)
+            for factor, alike in adamw.by_rate(trained, config.optimizer)
+            for bucket in in_buckets(alike, most)
+        ]
+        buckets = [bucket for _, bucket in groups]
+        self._optimizer = adamw.build_optimizer(groups, config.optimizer, env.device)
         with _quiet():
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,

@@ -66,7 +66,9 @@ class FSDPEngine:
         self._sharded = self._cut(sent)
         self._sharded_parameters = [p for p in module.parameters() if p.requires_grad]
         self._masters = [nn.Parameter(cast(Any, p).to_local().detach()) for p in self._sharded_parameters]
-        self._optimizer = adamw.build_optimizer([self._masters], config.optimizer, env.device)
+        named = dict(zip(self.parameter_shapes, self._masters, strict=True))
+        groups = adamw.by_rate(named, config.optimizer)
+        self._optimizer = adamw.build_optimizer(groups, config.optimizer, env.device)
         adamw.initialise_state(self._optimizer, self._masters)
         self._fragments = self._make_fragments(env.rank // cut, env.rank % cut, cut)
 

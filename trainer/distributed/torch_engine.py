@@ -48,7 +48,11 @@ class TorchEngine:
             self._masters = [nn.Parameter(p.detach().clone()) for p in self._parameters]
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(self.compute_dtype)
-        self._optimizer = adamw.build_optimizer([list(self._masters)], config.optimizer, env.device)
+        self._optimizer = adamw.build_optimizer(
+            adamw.by_rate(dict(zip(self.parameter_shapes, self._masters, strict=True)), config.optimizer),
+            config.optimizer,
+            env.device,
+        )
         adamw.initialise_state(self._optimizer, self._masters)
         self._fragments = replicated_fragments(
             list(self.parameter_shapes),

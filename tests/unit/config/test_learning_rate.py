@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from trainer.config.io import load_config
+from trainer.config.run import ConfigError
 from trainer.config.training import OptimizerConfig
 
 
@@ -28,3 +30,15 @@ def test_decay_ends_at_the_final_fraction(schedule: str) -> None:
 def test_inverse_sqrt() -> None:
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=100, schedule="inverse_sqrt")
     assert config.rate(399, 10_000) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["optimizer.name=muon", "distributed.zero_stage=1"], "has one rate for everything"),
+        (["stage=autoencoder", "first_stage.name=kl"], "stage=autoencoder does not have"),
+    ],
+)
+def test_a_rate_of_conditioners_that_cannot_be_is_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(None, ["optimizer.conditioner_learning_rate=1e-5", *settings])
