@@ -162,6 +162,8 @@ class Run:
         self.stage.load_state(loaded.tensors)
         self.state.load_state_dict(loaded.state["train"])
         self.healer.load_state(loaded.state["healer"])
+        if 0 < self.state.step == self.phase.first:
+            self.healer.forget_losses()
         return loaded
 
     def tell_resume(self, loaded: Loaded) -> None:

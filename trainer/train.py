@@ -68,9 +68,8 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
         initialise(env, config.distributed.timeout_s)
         start.mark("process group")
         try:
-            code = None
-            while code is None:
-                code = _train_phase(config, env, start, preemption, watchdog)
+            while (code := _train_phase(config, env, start, preemption, watchdog)) is None:
+                watchdog.begin_anew()
                 start = StartTimer()
                 start.mark("phases before")
             return code

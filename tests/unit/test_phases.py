@@ -62,6 +62,9 @@ def test_each_phase_trains_with_its_settings(train: Train, tmp_path: Path, where
     with loader:
         batches = [next(loader) for _ in range(2)]
     assert batches[0].pixels.shape == (4, 3, 16, 16)
+    losses = [row["loss"] for row in rows]
+    healer = read_state(find_checkpoint(str(run), 4))["state"]["healer"]
+    assert healer["losses"] == pytest.approx(losses[2:4])  # those before are of other pictures
     position = read_state(find_checkpoint(str(run), 4))["state"]["train"]["position"]
     assert position["states"] == batches[1].position["states"]
 

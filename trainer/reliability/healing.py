@@ -121,6 +121,10 @@ class Healer:
         """Mean of the losses in the running window, the same on every rank; None while there are none."""
         return statistics.fmean(self._losses) if self._losses else None
 
+    def forget_losses(self) -> None:
+        """What follows is of other pictures: no loss so far is a measure of it."""
+        self._losses.clear()
+
     def check(
         self,
         step: int,

@@ -157,6 +157,12 @@ class Watchdog:
             if self._board is not None:
                 self._board.write(self._local_rank, deadline=self._deadline, step=step, phase=phase)
 
+    def begin_anew(self) -> None:
+        """What follows is prepared as at a start, and its steps take their own time: that is learned anew."""
+        with self._beating:
+            self._durations.clear()
+        self.beat(self._step, "start")
+
     def allowance_s(self, phase: Phase) -> float:
         """Seconds of silence after which this phase counts as hung."""
         seen = self._durations[phase]

@@ -24,6 +24,14 @@ def test_allowance_is_generous_first_and_follows_the_slowest_recent_step() -> No
     assert Watchdog(15.0, grace_s={"data": 900.0}).allowance_s("data") == pytest.approx(915.0)
 
 
+def test_steps_of_another_size_are_learned_anew() -> None:
+    watchdog = Watchdog(15.0)
+    for _ in range(5):
+        watchdog._durations["step"].append(0.1)
+    watchdog.begin_anew()
+    assert watchdog.allowance_s("step") >= 600
+
+
 def test_storage_phases_keep_their_grace_however_quick_they_were() -> None:
     watchdog = Watchdog(5.0)
     for _ in range(5):
