@@ -52,6 +52,8 @@ class Figure:
     measures: tuple[str, ...]
     by: str = "setting"
     """setting: a curve per measure over the settings; step: a curve per setting over optimizer steps."""
+    settings: tuple[str, ...] = ()
+    """Those that are drawn; empty: all."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def plot(
     panels = []
     for figure in experiment.figures:
         if figure.by == "setting":
-            axis, places = experiment.axis, list(settings)
+            axis, places = experiment.axis, [s for s in settings if s in (figure.settings or settings)]
             curves = {name: ("measure", name, "setting") for name in figure.measures}
         else:
             axis, places = "optimizer steps", sorted({row["step"] for row in rows}, key=int)

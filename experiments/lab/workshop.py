@@ -96,14 +96,16 @@ class Workshop:
                 self.command(["export", str(self.folder / name), str(weights)])
         return weights
 
-    def second_stage(self, name: str, seed: int, overrides: Sequence[str] = ()) -> Path:
-        """Run folder of the demo's text-to-image model, or of another; `name` stands for the overrides."""
-        run = self.folder / name / f"seed_{seed}"
+    def second_stage(self, name: str, seed: int, overrides: Sequence[str] = (), steps: int = 0) -> Path:
+        """Run folder of the demo's text-to-image model, or of another; `name` stands for the overrides.
+
+        `steps`: 0 for those of the scale.
+        """
+        run, steps = self.folder / name / f"seed_{seed}", steps or self.scale.steps
         first = () if any(o.startswith("first_stage.weights=") for o in overrides) else self._frozen()
         with self._alone(f"{name}_{seed}"):
-            if not self._is_trained(run, self.scale.steps):
-                settings = (f"seed={seed}", *first, *overrides)
-                self._train(f"{name}/seed_{seed}", SECOND_STAGE, self.scale.steps, settings)
+            if not self._is_trained(run, steps):
+                self._train(f"{name}/seed_{seed}", SECOND_STAGE, steps, (f"seed={seed}", *first, *overrides))
         return run
 
     def race(self, name: str, seed: int, steps: int, overrides: Sequence[str]) -> None:
@@ -156,6 +158,16 @@ class Workshop:
         self.command([*words, "--out", str(out), *measured])
         found: dict[str, float] = json.loads(out.read_text())["figures"]
         return {name.removesuffix("_random"): value for name, value in found.items()}
+
+    def reconstruction(self, weights: Path) -> dict[str, float]:
+        """PSNR, and Frechet distance by random features, of `ldm evaluate reconstruction`."""
+        out = weights.with_suffix(".json")
+        networks = ("--features", "random", "--perceptual-weights", "none")
+        measured = (*networks, "--image-size", "32", "--samples", str(self.scale.pictures))
+        shards = ("--shards", str(self.shards() / "00000.tar"))
+        self.command(["evaluate", "reconstruction", str(weights), *shards, "--out", str(out), *measured])
+        found = json.loads(out.read_text())
+        return {"psnr": found["psnr"], "reconstruction fd": found["rfd_random"]}
 
     def reference(self, size: int) -> Path:
         """Statistics of the first shard at this edge."""

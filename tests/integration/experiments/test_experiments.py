@@ -94,6 +94,25 @@ def test_objectives(out: Path) -> None:
 
 
 @pytest.mark.slow
+def test_first_stages(out: Path) -> None:
+    values = found("first_stages", out)
+    assert 0 < values["pixels", "psnr"] < 60
+    assert values["64", "share used"] * 64 == pytest.approx(values["64", "codes used"], rel=1e-4)
+    assert 1 <= values["64", "codes used"] <= 64
+    assert ("pixels", "codes used") not in values
+
+
+@pytest.mark.slow
+def test_compression_gives_each_factor_the_same_work(out: Path) -> None:
+    values = found("compression", out)
+    rows = list(csv.DictReader((out / "compression.csv").open()))
+    steps = {row["setting"]: int(row["step"]) for row in rows}
+    assert steps == {"1": 2, "8": 13}  # 6 * 92 / 1052, at least 2, and 6 * 92 / 44
+    assert values["8", "psnr"] > 0
+    assert ("1", "psnr") not in values  # pixels have no first stage
+
+
+@pytest.mark.slow
 def test_speedrun_finds_the_first_checkpoint_that_meets_both_targets(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
