@@ -169,6 +169,7 @@ def _drive(config: Config, args: argparse.Namespace, fewest: int, most: int) -> 
             told = True
             logger.warning("asked to stop: the ranks save and leave")
             ray.get(board.ask.remote(RunRequest.PREEMPT))
+            beside.finish(ExitCode.PREEMPTED, asked.is_set)  # while the ranks save: Ray's patience is one
     code = ExitCode(outcome[0]) if outcome else ExitCode.RETRYABLE
     beside.finish(code, asked.is_set)
     logger.info("the run ends: %s", code.name.lower())
@@ -235,6 +236,11 @@ def _check_beside(config: Config, args: argparse.Namespace) -> None:
         raise ConfigError(
             "--encoders fill first_stage.cache, which is not set; name a folder or URL that all nodes can "
             "write, e.g. first_stage.cache=s3://bucket/cache."
+        )
+    if args.encoders and config.phases:
+        raise ConfigError(
+            "--encoders fill a cache for one size of pictures, and phases have several; leave --encoders out "
+            "and fill it for each size by `ldm encode` ahead of the run."
         )
     if args.encoders:
         config.sharing(args.encoders)

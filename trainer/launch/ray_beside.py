@@ -101,7 +101,10 @@ class Beside:
             self._look()
 
     def finish(self, code: ExitCode, is_over: Any) -> None:
-        """The run has ended: what has work left does it, if the run is done and nobody wants to stop."""
+        """The run has ended, or is about to: nothing is started again.
+
+        What has work left does it, if the run is done and nobody wants to stop.
+        """
         done = code is ExitCode.DONE
         self._stop(
             [task for task in self._tasks if not (done and task.command.to_the_end)], "the run has ended"
@@ -111,6 +114,7 @@ class Beside:
             self._look()
             time.sleep(ROUND_S)
         self._stop(left, "asked to stop")
+        self._tasks = []
 
     def _look(self) -> None:
         for task in self._tasks:

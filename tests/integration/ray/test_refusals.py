@@ -15,6 +15,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
     [
         (["--encoders", "2"], "--encoders fill first_stage.cache, which is not set"),
         (["--encoders", "-1"], "--encoders -1 must be at least 0"),
+        (
+            [
+                *("--encoders", "1", "data.horizontal_flip=false", "phases=[{from_step: 5, image_size: 32}]"),
+                "first_stage={name: kl, cache: /cache, weights: x, base_channels: 8, num_groups: 4}",
+            ],
+            "phases have several",
+        ),
         (["--watch=--reference 'x"], "correct its quotes"),
         (["--watch=--reference x --every 2"], "--watch needs --sample"),
     ],
