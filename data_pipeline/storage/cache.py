@@ -1,12 +1,23 @@
-"""Optional local cache of shard bytes: aligned blocks as files, bounded, shared by all processes."""
+"""Optional local cache of shard bytes: aligned blocks as files, bounded, shared by all processes.
+
+    <cache_dir>/1f/<object>.<block>     one MiB of a shard and its checksum, in one of up to 4096 folders
+                                        by hash, each of which has an equal part of the limit
+    <cache_dir>/1f/lock                 held while a block is moved in and the oldest make room for it
+
+So a writer looks at the files of one folder, some hundreds, however large the cache is; and whatever number
+of processes writes, or is killed while it does, the limit holds.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.errors import DataError
@@ -15,8 +26,12 @@ from data_pipeline.storage.urls import local_path
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 20
-_CHECK_EVERY = 8
-_KEEP_SHARE = 0.9
+_CHECK = 4
+"""Bytes of a block's checksum, behind it: a machine that lost power may leave a file of the right size."""
+_FOLDER_BLOCKS = 128
+"""Blocks of a folder on average, when the cache is full."""
+_MOST_FOLDERS = 4096
+_LOCK = "lock"
 
 
 class BlockCache:
@@ -34,9 +49,8 @@ class BlockCache:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"data.cache_dir={folder} cannot be made ({error}); choose another.") from error
-        self._limit = limit_bytes
-        self._writes = 0
-        self._lock = threading.Lock()
+        self._folders = min(_MOST_FOLDERS, max(1, limit_bytes // (_FOLDER_BLOCKS * BLOCK)))
+        self._limit = limit_bytes // self._folders
 
     def read(
         self, identity: str, size: int, start: int, stop: int, fetch: Callable[[int, int], bytes]
@@ -58,16 +72,18 @@ class BlockCache:
         return joined[start - first * BLOCK : stop - first * BLOCK]
 
     def _path(self, name: str, block: int) -> Path:
-        return self._folder / name[:2] / f"{name}.{block}"
+        number = zlib.crc32(f"{name}.{block}".encode()) % self._folders
+        return self._folder / f"{number:03x}" / f"{name}.{block}"
 
     def _get(self, name: str, block: int, size: int) -> bytes | None:
         path = self._path(name, block)
         try:
-            data = path.read_bytes()
+            stored = path.read_bytes()
             os.utime(path)
         except OSError:
             return None
-        if len(data) != min(BLOCK, size - block * BLOCK):
+        data, check = stored[:-_CHECK], stored[-_CHECK:]
+        if len(data) != min(BLOCK, size - block * BLOCK) or check != _checksum(data):
             return None
         return data
 
@@ -76,32 +92,41 @@ class BlockCache:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             path.parent.mkdir(exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            with _locked(path.parent):
+                self._make_room(path.parent, len(data) + _CHECK)
+                temporary.write_bytes(data + _checksum(data))
+                temporary.replace(path)
         except OSError as error:
             logger.warning("nothing more is cached in %s: %s", self._folder, error)
             temporary.unlink(missing_ok=True)
-            return
-        with self._lock:
-            self._writes += 1
-            due = self._writes % _CHECK_EVERY == 1
-        if due:
-            self._evict()
 
-    def _evict(self) -> None:
+    def _make_room(self, folder: Path, size: int) -> None:
+        """Remove the oldest files until so many bytes fit, and what a killed process has left unfinished."""
         files = []
-        for path in self._folder.glob("*/*"):
-            try:
+        for path in folder.iterdir():
+            if path.suffix == ".part":  # whose writer held the lock, and is gone
+                path.unlink(missing_ok=True)
+            elif path.name != _LOCK:
                 status = path.stat()
-            except OSError:
-                continue  # another process was quicker
-            files.append((status.st_mtime, status.st_size, path))
-        limit = self._limit - _CHECK_EVERY * BLOCK  # room for what is written until the next check
-        total = sum(size for _, size, _ in files)
-        if total <= limit:
-            return
-        for _, size, path in sorted(files):
-            path.unlink(missing_ok=True)
-            total -= size
-            if total <= _KEEP_SHARE * limit:
+                files.append((status.st_mtime, status.st_size, path))
+        total = size + sum(each for _, each, _ in files)
+        for _, each, path in sorted(files):
+            if total <= self._limit:
                 return
+            path.unlink(missing_ok=True)
+            total -= each
+
+
+def _checksum(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(_CHECK, "little")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer of a folder at a time; a killed one holds nothing."""
+    file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)

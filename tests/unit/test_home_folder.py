@@ -35,7 +35,7 @@ def test_a_run_in_the_home_folder(home: Path) -> None:
     WandbSink(LoggingConfig(wandb="offline"), "~/run", {}, None).close()
     assert (home / "run/wandb").is_dir()
     BlockCache("~/cache", 16 * BLOCK).read("shard", 4, 0, 4, lambda start, stop: b"abcd")
-    assert Counter(path.name for path in (home / "cache").glob("*/*")).total() == 1
+    assert Counter(path.name for path in (home / "cache").glob("*/*.*")).total() == 1
     (home / "run.yaml").write_text("steps: 7\n")
     assert load_config("~/run.yaml").steps == 7
     assert list(Path.cwd().iterdir()) == []
