@@ -49,6 +49,9 @@ from data_pipeline.order.draws import Draw, fold, fold_array, permutation, permu
 
 _MAX_WINDOW = 2048
 _MIN_WINDOW = 16
+"""16 pictures of 50 KB are 0.8 MB, about what is read while one waits for a request: smaller windows would
+cost requests. How well a batch is mixed does not depend on it, only how much the next one is like it
+(`benchmarks/shuffle.py`)."""
 _SHUFFLE_BYTES = 1_000_000_000
 _SOURCE_BITS = 56
 MAX_SOURCES = 64
