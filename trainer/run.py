@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from data_pipeline.errors import FatalFault
 from data_pipeline.held_out import HeldOut
 from data_pipeline.loader import AnyLoader, Dataset, Part, build_loader, merge_positions
 from data_pipeline.moments.entry import Moments
+from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.contents import Stored
 from trainer.checkpoint.layout import FROZEN
@@ -80,7 +81,7 @@ class Run:
 
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
-        ranks = self.env.world_size
+        ranks, dataset = self.env.world_size, self.dataset
         return build_loader(
             self.config.data,
             seed=self.config.seed,
@@ -89,7 +90,7 @@ class Run:
             position=None if from_start or self.state.step == self.phase.first else self.state.position,
             first_epoch=self.phase.first_epoch,
             skip_ordinals=self.healer.skipped,
-            dataset=self.dataset,
+            dataset=dataset and replace(dataset, record_in=join(self.config.run_dir, "index")),
             moments=self._moments,
         )
 

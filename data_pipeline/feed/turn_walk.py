@@ -192,7 +192,7 @@ class TurnWalker:
         self.few = 2 * task.per_lane
         self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
         self._left_out: dict[int, str] = {}
-        self.recorder = Recorder(task.dataset.folders)
+        self.recorder = Recorder(task.dataset.folders, task.dataset.record_in)
         self._noting = threading.Lock()
         pairs = [(lane, number) for lane in task.lanes for number in range(len(task.buckets.orders))]
         self.walks = [
@@ -263,12 +263,15 @@ class TurnWalker:
                 empty = 0
                 windows.append(len(some))
                 visits += some
+                continue
             except (NotATar, Gone) as error:
-                visits.append(self._left(walk, shard, "bad_shard", error))
+                left = self._left(walk, shard, "bad_shard", error)
             except Replaced as error:
-                visits.append(self._left(walk, shard, "shard_replaced", error))
+                left = self._left(walk, shard, "shard_replaced", error)
             except ReadFailed as error:
-                visits.append(self._left(walk, shard, "unreadable", error))
+                left = self._left(walk, shard, "unreadable", error)
+            windows.append(1)
+            visits.append(left)
         walk.planned += len(visits)
         return visits, windows
 

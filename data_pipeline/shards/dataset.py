@@ -93,6 +93,8 @@ class Dataset:
     stands for a shard above is empty, and `mean_bytes` is that of the first samples."""
     folders: tuple[tuple[int, str], ...] = ()
     """Of each source without an index: number of its first shard, and where its index goes."""
+    record_in: str = ""
+    """Folder for the index that a run without one leaves, where it may only read the shards; "": none."""
     shares: tuple[float, ...] = ()
     """How much of the served samples is of each source, which then has walks of its own; (): by `repeat`."""
     grown: tuple[Earlier, ...] = ()

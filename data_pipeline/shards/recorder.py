@@ -7,7 +7,8 @@
 
 So the first epoch of a run without an index leaves one behind. Who comes to a shard whose index file is there
 keeps nothing of it. A process that is killed loses the rows of its last hour at most: these shards count as
-not indexed, and `ldm data index` reads them again. Where nothing can be written, that is said once.
+not indexed, and `ldm data index` reads them again. Where nothing can be written, as in a bucket that one may
+only read, all goes to a folder of the run instead, and the log says how later runs have it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from data_pipeline.errors import Failure
+from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import ManifestRow, append_rows, index_name, store_index
 from data_pipeline.shards.pieces import TarPieces
 from data_pipeline.storage.files import exists
@@ -34,10 +36,12 @@ class Recorder:
     """What one process has to write about the shards that it has read; used by many threads.
 
     folders: of each source, the number of its first shard and the folder of its index.
+    instead: folder for what may not be written there; "": none.
     """
 
-    def __init__(self, folders: Sequence[tuple[int, str]]) -> None:
-        self._folders = folders
+    def __init__(self, folders: Sequence[tuple[int, str]], instead: str = "") -> None:
+        self._folders, self._instead = folders, instead
+        self._moved = False
         self._rows: defaultdict[str, list[ManifestRow]] = defaultdict(list)
         self._lock = threading.Lock()
         self._pause_s = _FIRST_S
@@ -49,7 +53,8 @@ class Recorder:
         if self._refused:
             return False
         try:
-            return not exists(join(self._folder(shard), index_name(url)))
+            folders = dict.fromkeys(filter(None, (self._folder(shard), self._instead)))
+            return not any(exists(join(folder, index_name(url))) for folder in folders)
         except Failure as error:
             self._refuse(error)
             return False
@@ -58,17 +63,16 @@ class Recorder:
         """Write the index of a shard that has been read to its end, if it was from its beginning."""
         if self._refused:
             return
-        folder = self._folder(shard)
         try:
             index = pieces.whole()
             if index is None:
                 return
-            row = store_index(folder, index)
+            kept = self._stored(self._folder(shard), index)
         except Failure as error:
             self._refuse(error)
             return
         with self._lock:
-            self._rows[folder].append(row)
+            self._rows[kept[0]].append(kept[1])
             due = time.monotonic() - self._written > self._pause_s
             if due:
                 self._pause_s = min(2 * self._pause_s, _LONGEST_S)
@@ -86,7 +90,27 @@ class Recorder:
         except Failure as error:
             self._refuse(error)
 
+    def _stored(self, folder: str, index: ShardIndex) -> tuple[str, ManifestRow]:
+        """The folder that an index is in, and its row. Raises Failure where neither takes it."""
+        try:
+            return folder, store_index(folder, index)
+        except Failure as error:
+            if not self._instead or folder == self._instead:
+                raise
+            row = store_index(self._instead, index)
+            if not self._moved:
+                self._moved = True
+                logger.warning(
+                    "what shards hold is kept in %s, since %s; later runs have it with data.index=%s",
+                    self._instead,
+                    error,
+                    self._instead,
+                )
+            return self._instead, row
+
     def _folder(self, shard: int) -> str:
+        if self._moved:
+            return self._instead
         return self._folders[bisect.bisect_right(self._folders, shard, key=lambda each: each[0]) - 1][1]
 
     def _refuse(self, why: Failure) -> None:

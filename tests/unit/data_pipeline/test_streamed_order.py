@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,28 @@ def test_the_first_epoch_leaves_the_index_behind(
     serve_until(elsewhere, lambda: "what shards hold is not kept for an index" in caplog.text)
     run(config, 2 * sum(counts) // BATCH)
     assert {path: path.stat().st_mtime_ns for path in index.rglob("*.npz")} == before
+
+
+def test_where_nothing_may_be_written_the_run_keeps_the_index(
+    tmp_path: Path, write_shards, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = [9, 12, 15, 11, 8, 14, 13]
+    write_shards(tmp_path / "shards", counts)
+    (tmp_path / "file").write_text("no folder")  # beneath which nobody can write, root neither
+    own = tmp_path / "run" / "index"
+    config = config_for(str(tmp_path / "shards"), index=str(tmp_path / "file" / "index"))
+    dataset = replace(open_dataset(config, at_once=True), record_in=str(own))
+    with build_loader(config, seed=3, global_batch_size=BATCH, dataset=dataset) as loader:
+        for _ in range(2 * sum(counts) // BATCH):
+            next(loader)
+        while len([*own.glob("*.npz")]) < len(counts):
+            next(loader)
+    assert caplog.text.count(f"later runs have it with data.index={own}") == 1
+    assert "is not kept" not in caplog.text
+    report = build_index(list_files(str(tmp_path / "shards")), str(own))
+    assert report.read <= 1  # the row of the shard whose file was just written may not have been made
+    later = config_for(str(tmp_path / "shards"), index=str(own), order="indexed")
+    assert open_dataset(later).counts.tolist() == counts
 
 
 def test_what_loader_processes_have_learned_is_kept_when_they_are_closed(
