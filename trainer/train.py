@@ -90,17 +90,20 @@ def _train_phase(
     """
     parts = build_run(config, env, start, alive=partial(watchdog.beat, 0, "start"))
     try:
-        return train(parts, preemption, watchdog)
+        code = train(parts, preemption, watchdog)
     except Exception as error:
         mark(error, Standing(parts.state.step, parts.checkpoints.committed))
         raise
     finally:
         parts.close()
-        if config.phases:
-            del parts
-            gc.collect()
-            if env.device.type == "cuda":
-                torch.cuda.empty_cache()
+    if code is None:
+        for engine in parts.stage.engines.values():
+            engine.close()
+        del parts, engine
+        gc.collect()
+        if env.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return code
 
 
 def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode | None:

@@ -157,6 +157,15 @@ def test_conditioners_have_a_rate_of_their_own_under_every_engine() -> None:
             assert 1.5 * rate < moved < 3.5 * rate, (case, name)
 
 
+def test_a_closed_engine_lets_go_of_its_memory() -> None:
+    """Of 1 MB of weights, with gradients and moments beside them. ZeRO-3 does not: phases refuse it."""
+    engines = [engine for engine in ENGINES if engine[1] < 3]
+    cases = [(*engine, precision) for precision in ("fp32", "bf16") for engine in engines]
+    (found,) = run_ranks("tests/numerics/parity_ranks.py:close_engines", 1, {"cases": cases})
+    for case, left in zip(cases, found, strict=True):
+        assert left[2] - left[0] < 1e5, (case, left)
+
+
 @pytest.mark.slow
 def test_four_ranks_match_one_process() -> None:
     check(

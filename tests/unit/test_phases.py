@@ -113,6 +113,7 @@ def test_what_a_later_phase_lacks_is_told_at_the_start(
             "image_size=100 must be a multiple",
         ),
         (["phases=[{from_step: 5}]", "data.order=resampled"], "phases need data.order=indexed"),
+        (["phases=[{from_step: 5}]", "distributed.zero_stage=3"], "never lets go of the memory"),
         (["phases=[{from_step: 5, imagesize: 512}]"], "did you mean `phases.image_size`"),
     ],
 )

@@ -330,6 +330,11 @@ def _check_phases(config: Config) -> None:
         "phases need data.order=indexed: a resampled stream has no place at which another size could begin; "
         "set data.order=indexed, or remove phases.",
     )
+    _require(
+        not starts or config.distributed.engine != "deepspeed" or config.distributed.zero_stage < 3,
+        "phases do not go together with distributed.zero_stage=3, where DeepSpeed never lets go of the memory"
+        " of a phase that is over; set zero_stage to 2 or lower, or engine=fsdp.",
+    )
 
 
 def _check_lora(config: Config) -> None:

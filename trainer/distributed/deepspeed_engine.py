@@ -229,6 +229,10 @@ class DeepSpeedEngine:
         self._engine.micro_steps = value * self._engine.gradient_accumulation_steps()
         self._engine.global_samples = value * self._engine.train_batch_size()
 
+    def close(self) -> None:
+        """See `Engine.close`: DeepSpeed's hooks on parameters do."""
+        self._engine.destroy()
+
     @contextmanager
     def _gathered(self) -> Iterator[nn.Module]:
         if self._stage < 3:

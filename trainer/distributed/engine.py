@@ -79,6 +79,10 @@ class Engine(Protocol):
     @optimizer_steps.setter
     def optimizer_steps(self, value: int) -> None: ...
 
+    def close(self) -> None:
+        """Make nothing outside hold on to the engine, which is not used again: its memory goes with it."""
+        ...
+
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """The module with whole compute weights on every rank, for sampling (ZeRO-3 and fsdp gather)."""
         ...

@@ -134,6 +134,9 @@ class TorchEngine:
         adamw.set_steps_made(self._optimizer, value)
         self._micro_step = 0
 
+    def close(self) -> None:
+        """See `Engine.close`: nothing does."""
+
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """See `Engine.gathered`."""
         return nullcontext(self.module)
