@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from data_pipeline.scenes.judge import EvaluationPrompt
 from data_pipeline.scenes.scene import SceneOptions, make_scene, render
 
+RESULTS = sorted((Path(__file__).parents[3] / "experiments" / "results").glob("*.csv"))
 OPTIONS = SceneOptions(1, 1, 32, 32, 0.3, 0.44)
 
 
@@ -133,3 +135,14 @@ def test_bars_are_as_long_as_deviations(tmp_path: Path) -> None:
     column = blue[:, blue.sum(axis=0).argmax()]
     height = 400 - 46 - 60
     assert column.sum() == pytest.approx(height, abs=3)  # from 0 to 1, the whole of the axis
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_say_where_they_come_from(path: Path) -> None:
+    rows = list(csv.DictReader(path.open()))
+    assert len({row["seed"] for row in rows}) > 1
+    for row in rows:
+        assert re.fullmatch(r"[0-9a-f]{40}", row["commit"]), "made by a clean checkout"
+        assert "cores of" in row["machine"]
+        assert row["time"].endswith("+00:00")
+    assert path.with_suffix(".png").exists() or path.stem == "speedrun"
