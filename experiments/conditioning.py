@@ -8,6 +8,7 @@ their own condition, and against that of another picture ("shuffled"), which is 
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Mapping
 
@@ -41,19 +42,16 @@ def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures
         asked = [EvaluationPrompt("", color, shape, "") for color in COLORS for shape in SHAPES]
         model = workshop.second_stage("class", seed, (*CONSTANT, *CLASS_MODEL))
         pictures = workshop.draw(model, folder, *seeded)
-    return {workshop.scale.steps: accuracy(pictures, shuffled(asked) if shift else asked)}
+    return {
+        workshop.scale.steps: accuracy(pictures, shuffled(asked, workshop.scale.pictures) if shift else asked)
+    }
 
 
-def shuffled(asked: list[EvaluationPrompt]) -> list[EvaluationPrompt]:
-    """Another order, in which each has the chance of a draw to meet its own colour and shape."""
-    step = next(n for n in range(len(asked) * 7 // 18, len(asked)) if _coprime(n, len(asked)))
-    return [asked[(number * step + 5) % len(asked)] for number in range(len(asked))]
-
-
-def _coprime(first: int, second: int) -> bool:
-    while second:
-        first, second = second, first % second
-    return first == 1
+def shuffled(asked: list[EvaluationPrompt], count: int) -> list[EvaluationPrompt]:
+    """For `count` pictures, asked for in turn: the prompts of others, drawn at random."""
+    others = [asked[number % len(asked)] for number in range(count)]
+    random.Random(0).shuffle(others)
+    return others
 
 
 EXPERIMENT = Experiment(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conditioning import shuffled
 from lab.experiment import COLUMNS, Experiment, Figure, run
 from lab.maps import Drawn, map_agreement
 from lab.oracle import accuracy
@@ -16,7 +17,7 @@ from lab.plot import Curve, Panel, draw, ticks
 from lab.workshop import Workshop
 from PIL import Image
 
-from data_pipeline.scenes.judge import EvaluationPrompt
+from data_pipeline.scenes.judge import EvaluationPrompt, evaluation_prompts
 from data_pipeline.scenes.scene import SceneOptions, make_scene, render
 
 RESULTS = sorted((Path(__file__).parents[3] / "experiments" / "results").glob("*.csv"))
@@ -54,6 +55,15 @@ def test_maps_agree_with_the_scenes_that_they_are_of(tmp_path: Path) -> None:
     assert own["iou"] > 0.9
     assert others["agreement"] < own["agreement"]
     assert others["iou"] < 0.7
+
+
+def test_shuffled_prompts_are_met_by_chance() -> None:
+    asked = evaluation_prompts(54)
+    others = shuffled(asked, 4320)
+    pairs = [(asked[number % 54], other) for number, other in enumerate(others)]
+    assert np.mean([a.color == b.color for a, b in pairs]) == pytest.approx(1 / 6, abs=0.02)
+    assert np.mean([a.shape == b.shape for a, b in pairs]) == pytest.approx(1 / 3, abs=0.02)
+    assert sum(asked[0] == other for other in others) == 80  # each as often as it was asked for
 
 
 def told(workshop: Workshop, seed: int, setting: str) -> dict[int, dict[str, float]]:
