@@ -120,6 +120,17 @@ class Visit:
                 self.budget = None
 
 
+@dataclass
+class _Window:
+    """Visits of a window that are not asked for."""
+
+    visits: deque[Visit]
+    whole: bool
+    """Whether they are all of its visits."""
+    num_bytes: int
+    """Kept: a lane that waits for room asks at every step."""
+
+
 class Unread:
     """What a lane has planned and not yet asked for, window by window, and how much it has ahead."""
 
@@ -131,7 +142,7 @@ class Unread:
         """Visits that are asked for and not taken."""
         self._held = 0
         self._budget, self._start = budget, start
-        self._windows: deque[tuple[deque[Visit], bool]] = deque()
+        self._windows: deque[_Window] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._windows)
@@ -143,7 +154,8 @@ class Unread:
             some = [visit for visit in visits[first : first + size] if visit.reason is None]
             rest = deque(visit for visit in some if visit.budget is None)
             if rest:
-                self._windows.append((rest, len(rest) == len(some)))
+                total = sum(visit.num_bytes for visit in rest)
+                self._windows.append(_Window(rest, len(rest) == len(some), total))
             for visit in some:
                 if visit.budget is not None:
                     self._count(visit)
@@ -156,14 +168,13 @@ class Unread:
         """
         before = self.ahead
         while self._windows and self.ahead < enough:
-            window, whole = self._windows[0]
-            if self._budget.take_window(sum(visit.num_bytes for visit in window), self.part):
-                some = list(window)
-            elif self._held > self.part / 2 or not (some := self._affordable(window)):
+            window = self._windows[0]
+            if self._budget.take_window(window.num_bytes, self.part):
+                self._ask(list(window.visits), GAP if window.whole else _NEAR)
+            elif self._held > self.part / 2 or not (some := self._affordable(window.visits)):
                 break
             else:
-                whole = False
-            self._ask(some, GAP if whole else _NEAR)
+                self._ask(some, _NEAR)
         return self.ahead > before
 
     def _affordable(self, window: deque[Visit]) -> list[Visit]:
@@ -181,20 +192,22 @@ class Unread:
         if visit.reason is not None:
             return
         if visit.budget is None:
-            assert self._windows[0][0][0] is visit
+            assert self._windows[0].visits[0] is visit
             self._budget.take(visit.num_bytes, anyway=True)
             self._ask([visit], _NEAR)
         self.ahead -= 1
         self._held -= visit.num_bytes
 
     def _ask(self, some: list[Visit], near: int) -> None:
-        window, _ = self._windows.popleft()
+        window = self._windows[0]
+        window.whole = False
         for visit in some:
-            window.popleft()
+            window.visits.popleft()
+            window.num_bytes -= visit.num_bytes
             visit.budget = self._budget
             self._count(visit)
-        if window:
-            self._windows.appendleft((window, False))
+        if not window.visits:
+            self._windows.popleft()
         self._start(some, near)
 
     def _count(self, visit: Visit) -> None:
