@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -32,7 +34,8 @@ class JSONLWriter:
     `logs/metrics-START-STEP.jsonl` objects: when this writer began, in milliseconds, and the step of the
     first record. A restart from the same step must not write over what the start before it recorded.
 
-    A remote folder that does not answer keeps nobody from training: records wait in memory.
+    A folder that takes none, remote or local (full, say), keeps nobody from training: records wait in memory.
+    Whether the run can go on, its checkpoints decide, which all ranks write.
     """
 
     def __init__(self, run_dir: str) -> None:
@@ -42,6 +45,7 @@ class JSONLWriter:
             self._file = Path(local_path(self._folder)) / "metrics.jsonl"
             self._file.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_line(self._file)
+        self._stuck = False
         self._begun = time.time_ns() // 1_000_000
         self._lines: list[str] = []
         self._sent = time.monotonic()
@@ -51,17 +55,15 @@ class JSONLWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record: on disk at once, in a remote folder within about a minute."""
-        line = line_of(record)
-        if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-            return
-        self._lines.append(line)
-        if time.monotonic() - self._sent > SEND_EVERY_S:
+        self._lines.append(line_of(record))
+        if self._file is not None or time.monotonic() - self._sent > SEND_EVERY_S:
             self.flush()
 
     def flush(self, *, tries: int = 1) -> None:
-        """Send what a remote folder does not have yet, beside training, unless a transfer is under way."""
+        """Store what is not yet: of a remote folder beside training, unless a transfer is under way."""
+        if self._file is not None:
+            self._append(self._file)
+            return
         if self._sending is not None:
             if not self._sending.done():
                 return
@@ -77,6 +79,22 @@ class JSONLWriter:
             wait([self._sending])
         self.flush(tries=_LAST_TRIES)
         self._sender.shutdown()
+
+    def _append(self, path: Path) -> None:
+        try:
+            if self._stuck:
+                cut_torn_line(path)
+            with path.open("ab", buffering=0) as file:
+                while self._lines:
+                    line = f"{self._lines[0]}\n".encode()
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                    del self._lines[0]
+            self._stuck = False
+        except OSError as error:
+            if not self._stuck:
+                logger.warning("the last records are not stored yet: %s", error)
+            self._stuck = True
 
     def _send(self, lines: list[str], tries: int) -> int:
         """How many lines lie in an object that is left as it is from now on."""

@@ -127,8 +127,11 @@ def change_layout(run: Any, layout: dict[str, Any]) -> None:
 def test_many_random_kills_leave_no_trace(make_run: Any, on_s3: Any, s3: LocalS3) -> None:
     steps = last_step(KILLS)
     settings = BATCH | {"steps": steps, "checkpoint": {"every": EVERY}}
-    whole = make_run(settings | {"distributed": LAYOUTS[0]}, name="whole")
-    assert whole.run() == 0, whole.console[-4000:]
+    whole, other = (
+        make_run(settings | {"distributed": LAYOUTS[layout]}, name=f"unbroken-{layout}") for layout in (0, 4)
+    )
+    for unbroken in (whole, other):
+        assert unbroken.run() == 0, unbroken.console[-4000:]
     patient = {"max_restarts": 1000, "watchdog_s": 60.0}
     run = on_s3(settings | {"distributed": LAYOUTS[0] | patient}).start()
     tormentor = Tormentor(run, s3, seed=KILLS)
@@ -140,11 +143,13 @@ def test_many_random_kills_leave_no_trace(make_run: Any, on_s3: Any, s3: LocalS3
     assert sorted(wanted) == list(range(1, steps + 1))
     made = [(record["step"], record["loss"]) for record in run.records() if "loss" in record]
     assert sorted({step for step, _ in made}) == sorted(wanted)
+    # Layouts sum in other orders, and training makes more of each last bit step by step: so much is allowed.
     # Another sample, or another draw for one of them, would move a loss in its first digits.
+    allowed = 1e-6 + 10 * max(abs(loss / wanted[step] - 1) for step, loss in other.trace().items())
     furthest = max(abs(loss / wanted[step] - 1) for step, loss in made)
-    assert furthest < 1e-4
-    distances = run.state_distances(whole)
-    assert max(distances.values()) < 1e-4, distances
+    assert furthest < min(allowed, 1e-2)
+    distances, rounding = run.state_distances(whole), other.state_distances(whole)
+    assert all(distance < 1e-6 + 10 * rounding[kind] for kind, distance in distances.items()), distances
     assert run.position() == whole.position()
     run.report(
         f"{KILLS} kills",
@@ -152,4 +157,5 @@ def test_many_random_kills_leave_no_trace(make_run: Any, on_s3: Any, s3: LocalS3
         made_again=len(made) - steps,
         loss_distance=furthest,
         state_distance=max(distances.values()),
+        unbroken_distance=max(rounding.values()),
     )

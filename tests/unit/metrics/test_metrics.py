@@ -57,6 +57,24 @@ def test_jsonl_appends_over_restarts(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
+def test_jsonl_of_a_full_disk_waits_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is the checkpoints, written by all ranks, that say whether a run can go on."""
+    file, kept = tmp_path / "logs" / "metrics.jsonl", tmp_path / "kept"
+    writer = JSONLWriter(str(tmp_path))
+    writer.write({"step": 1})
+    file.rename(kept)
+    file.symlink_to("/dev/full")
+    writer.write({"step": 2})
+    writer.write({"step": 3})
+    assert [message for message in caplog.messages if "not stored yet" in message] == caplog.messages
+    assert len(caplog.messages) == 1
+    file.unlink()
+    file.write_text(kept.read_text() + '{"st')  # what there was still room for
+    writer.write({"step": 4})
+    writer.close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
+
+
 def test_remote_jsonl_is_sent_every_minute_and_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     run = "memory://jsonl-test/run"
     logs = f"{run}/logs"
