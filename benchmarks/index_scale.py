@@ -39,7 +39,6 @@ from data_pipeline.loader import AnyLoader, Dataset, Part, build_loader
 from data_pipeline.scenes.scene import SceneOptions
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
-from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.manifest import (
     MANIFEST,
     PARTS,
@@ -49,6 +48,7 @@ from data_pipeline.shards.manifest import (
     read_manifest,
     write_manifest,
 )
+from data_pipeline.shards.opening import open_dataset
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
 

@@ -28,8 +28,9 @@ from data_pipeline.moments.entry import Moments, MomentsCache
 from data_pipeline.order.lanes import Order, Part, deal, lanes_of
 from data_pipeline.order.position import Position, later, merge_positions, pack, unpack
 from data_pipeline.order.turns import Turns
-from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.growth import walks_of
+from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.storage.files import cut_torn_line
 from data_pipeline.storage.urls import local_path

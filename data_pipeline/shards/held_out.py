@@ -21,8 +21,9 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
-from data_pipeline.shards.dataset import Dataset, Progress, open_dataset, untold
+from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.identities import hash_text
+from data_pipeline.shards.opening import Progress, open_dataset, untold
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import Selection, make_selection, removed_by, target_shapes
 from data_pipeline.shards.sources import configs_of, sources_of

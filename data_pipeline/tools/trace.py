@@ -22,7 +22,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import LaneState
-from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import make_selection
 from data_pipeline.shards.sources import configs_of, shares_of

@@ -192,7 +192,7 @@ def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _index(args: argparse.Namespace) -> int:
     from data_pipeline.shards.build_index import build_index
-    from data_pipeline.shards.dataset import index_folder
+    from data_pipeline.shards.opening import index_folder
     from data_pipeline.storage.listing import list_files
     from data_pipeline.storage.urls import name_of
 

@@ -12,9 +12,9 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import NoShards, NotATar, UserError
 from data_pipeline.loader import build_loader
-from data_pipeline.shards import dataset as dataset_module
+from data_pipeline.shards import opening
 from data_pipeline.shards.build_index import build_index
-from data_pipeline.shards.dataset import index_folder, open_dataset
+from data_pipeline.shards.opening import index_folder, open_dataset
 from data_pipeline.storage.listing import list_files
 from trainer.__main__ import main
 
@@ -80,7 +80,7 @@ def test_a_mended_shard_is_read_again(spoiled) -> None:
 @pytest.mark.parametrize("name", ["*.tar", "{00000..00003}.tar"])
 def test_a_large_set_passes_what_its_index_says(spoiled, name: str, monkeypatch, caplog) -> None:
     config, keys, bad = spoiled
-    monkeypatch.setattr(dataset_module, "_SMALL", 3)  # those above are not read at the start
+    monkeypatch.setattr(opening, "_SMALL", 3)  # those above are not read at the start
     config = replace(config, shards=str(bad.parent / name))
     assert main(["data", "index", config.shards, "--workers", "0"]) == 1
     assert served(config) == keys
@@ -101,7 +101,7 @@ def test_every_missing_name_of_a_range_is_told_at_once(make_shards, monkeypatch)
         open_dataset(DataConfig(shards=named))
     with pytest.raises(NoShards, match=rf"not exist: {folder}/a/0.tar to {folder}/b/1.tar; "):
         list_files(f"{folder}/{{a,b}}/{{0,1}}.tar")
-    monkeypatch.setattr(dataset_module, "_SMALL", 3)
+    monkeypatch.setattr(opening, "_SMALL", 3)
     build_index(list_files(url), index_folder(DataConfig(), named))
     with pytest.raises(
         UserError,

@@ -18,8 +18,8 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, NotATar
 from data_pipeline.loader import build_loader
-from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.grouping import group
+from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.read_index import read_index
 from data_pipeline.shards.tars import Member
 from data_pipeline.storage.listing import list_files

@@ -22,8 +22,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.loader import build_loader
 from data_pipeline.shards import build_index as build
 from data_pipeline.shards.build_index import Estimate, build_index
-from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.manifest import MANIFEST, PARTS, append_rows, read_manifest, write_manifest
+from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.tars import scan
 from data_pipeline.storage.listing import list_files
 from trainer.__main__ import main

@@ -24,8 +24,8 @@ from data_pipeline.order.position import LaneState, merge_positions
 from data_pipeline.pictures import crops
 from data_pipeline.shards import filters
 from data_pipeline.shards import index as index_module
-from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.index import ABSENT
+from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.read_index import read_index
 from data_pipeline.shards.selection import make_selection
 from data_pipeline.shards.view import ShardViews

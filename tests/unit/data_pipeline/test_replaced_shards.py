@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, NoShards
 from data_pipeline.loader import Dataset, Loader, build_loader, open_dataset
-from data_pipeline.shards import dataset as datasets
+from data_pipeline.shards import opening
 from data_pipeline.storage import editions
 from data_pipeline.storage.client import filesystem
 from data_pipeline.storage.editions import edition_of
@@ -160,7 +160,7 @@ def test_a_large_set_with_a_shard_of_the_same_size_is_refused_at_the_start(
 ) -> None:
     place.put([4, 4, 4])
     opened(place, tmp_path)
-    monkeypatch.setattr(datasets, "_SMALL", 1)
+    monkeypatch.setattr(opening, "_SMALL", 1)
     config = DataConfig(shards=f"{place.url}/*.tar", index=str(tmp_path / "index"), workers=0)
     assert open_dataset(config).counts.tolist() == [4, 4, 4]
     place.spoil(1)
