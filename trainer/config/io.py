@@ -17,7 +17,7 @@ from trainer.config.checks import check, check_networks
 from trainer.config.derived import derive
 from trainer.config.ranges import check_names, check_ranges
 from trainer.config.run import Config, ConfigError
-from trainer.config.yaml_values import Written, bare, shown
+from trainer.config.yaml_values import Written, bare, shown, why_a_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class _Given:
     origin: str
 
 
+_NAMED_KEYS = 6
 _Tree = dict[str, "_Tree | _Given"]
 
 
@@ -235,14 +236,16 @@ def _value(hint: Any, given: _Tree | _Given, dotted: str) -> Any:
             return section()
         if isinstance(value, dict):
             return _build(section, _tree_of(value, given.origin), f"{dotted}.")
-        raise ConfigError(f"{given.origin}: `{dotted}` is a section; give it keys, not a value.")
+        raise ConfigError(
+            f"{given.origin}: `{dotted}` is a section; give it keys, not a value{why_a_text(value)}."
+        )
     if isinstance(given, dict):
         raise ConfigError(f"{_origin(given)}: `{dotted}` is {_words(hint)}, not a section.")
     found, value = _coerce(hint, given.value, given.origin, dotted)
     if not found:
         raise ConfigError(
             f"{given.origin}: `{dotted}` must be {_words(hint)}, not {shown(given.value)}"
-            f"{_nearest_choice(hint, bare(given.value))}"
+            f"{why_a_text(bare(given.value))}{_nearest_choice(hint, bare(given.value))}"
         )
     return value
 
@@ -315,5 +318,8 @@ def _words(hint: Any) -> str:
         if len(items) == 2 and items[1] is Ellipsis:
             return f"a list, each item {_words(items[0])}"
         return "a list of " + " and ".join(_words(item) for item in items)
+    if (section := section_of(hint)) is not None:
+        keys = list(typing.get_type_hints(section))
+        return f"{{{', '.join(keys[:_NAMED_KEYS])}{', ...' if len(keys) > _NAMED_KEYS else ''}}}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return names.get(hint, "null" if hint is type(None) else str(getattr(hint, "__name__", hint)))

@@ -117,6 +117,18 @@ def parse_argument(text: str) -> Any:
     return Written(value.value if isinstance(value, Written) else value, text.strip())
 
 
+def why_a_text(value: Any) -> str:
+    """Why an argument that begins like a list or a mapping was read as a text, to go behind a sentence."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        try:
+            node = compose(value)
+            assert node is not None
+            value_of(node)
+        except BadValue as error:
+            return f" ({error}; put texts with braces, wildcards, colons or # in quotes)"
+    return ""
+
+
 def bare(value: Any) -> Any:
     """The value without the memory of how it was written, at its top."""
     return value.value if isinstance(value, Written) else value

@@ -324,3 +324,11 @@ def test_attention_at_some_levels_or_none() -> None:
         load_config(None, [*settings, "first_stage.attention_factors=[8]"])
     load_config(None, ["unet.channel_multipliers=[1, 2]"])  # with the default's factor 4
     load_config(None, ["first_stage={name: identity, attention_factors: [32]}"])  # of no meaning there
+
+
+@pytest.mark.parametrize("setting", ["data.sources", "first_stage", "sampling.prompts"])
+def test_a_list_or_section_that_is_no_yaml_says_where_it_breaks(setting: str) -> None:
+    """On a command line it would be a text, where one is wanted."""
+    with pytest.raises(ConfigError, match=rf"`{setting}` .*not valid YAML: .*in quotes") as refused:
+        load_config(None, [setting + "=[{shards: /a/{0..1}.tar, weight: 0.5}]"])
+    assert ("{shards, repeat, weight, " in str(refused.value)) == (setting == "data.sources")

@@ -32,11 +32,16 @@ def numbers(cls: type, prefix: str = "") -> Iterator[tuple[str, object, Range | 
 NUMBERS = list(numbers(Config))
 
 
+ITEMS = {"data.sources": "shards: a.tar, ", "phases": "from_step: 1, "}
+"""Lists of sections, and what an item must have."""
+
+
 def override(key: str, hint: object, value: float) -> str:
     """`value` where the field has it, in all places of a tuple."""
     text = str(value).replace("nan", ".nan").replace("inf", ".inf")
-    if key.startswith("data.sources."):
-        return f"data.sources=[{{shards: a.tar, {key.removeprefix('data.sources.')}: {text}}}]"
+    section, _, name = key.rpartition(".")
+    if section in ITEMS:
+        return f"{section}=[{{{ITEMS[section] * (name != 'from_step')}{name}: {text}}}]"
     if typing.get_origin(hint) is tuple:
         length = 1 if Ellipsis in typing.get_args(hint) else len(typing.get_args(hint))
         return f"{key}=[{', '.join([text] * length)}]"
