@@ -22,6 +22,7 @@ from data_pipeline.scenes.scene import COLORS, SHAPES
 
 CLASS_MODEL = ("conditioning={openclip: null, class_label: {num_classes: 18, width: 128}}",)
 SHUFFLED = " shuffled"
+KINDS = ("text", "text shuffled", "class", "class shuffled", "map", "map shuffled")
 GUIDANCE = "3"
 
 
@@ -57,12 +58,16 @@ def shuffled(asked: list[EvaluationPrompt], count: int) -> list[EvaluationPrompt
 EXPERIMENT = Experiment(
     name="conditioning",
     question=__doc__,
-    settings=("text", "text shuffled", "class", "class shuffled", "map", "map shuffled"),
+    settings=KINDS,
     measure=measure,
     axis="condition, and against what the pictures are judged",
     figures=(
-        Figure("Text and class: share of pictures", ("colour", "shape", "oracle")),
-        Figure("Semantic map: share of pixels, overlap of the object", ("agreement", "iou")),
+        Figure(
+            "Text and class: share of pictures", ("colour", "shape", "oracle"), "setting", KINDS[:4], False
+        ),
+        Figure(
+            "Map: share of pixels, overlap of the object", ("agreement", "iou"), "setting", KINDS[4:], False
+        ),
     ),
 )
 

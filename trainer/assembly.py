@@ -90,10 +90,10 @@ def build_run(
     """
     _prepare_process(config, env)
     resumes = newest_good(config.run_dir, env) if config.phases else None  # else after cheaper mistakes
-    whole, step = config, resumes.step if resumes is not None else 0
-    config = whole.at(step)
+    whole, config = config, config.at(resumes.step if resumes is not None else 0)
     dataset = _open_dataset(config, alive)
     resumes = resumes or newest_good(config.run_dir, env)
+    step = resumes.step if resumes is not None else 0
     for first in whole.phase_starts:
         if first > step:
             _check_phase(whole.at(first), dataset, env, alive)

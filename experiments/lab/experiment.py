@@ -54,6 +54,8 @@ class Figure:
     """setting: a curve per measure over the settings; step: a curve per setting over optimizer steps."""
     settings: tuple[str, ...] = ()
     """Those that are drawn; empty: all."""
+    joined: bool = True
+    """By lines; where settings are kinds and no scale, there is nothing between them."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def plot(
                     Curve(name, [_spread(rows, figure, {key: value, along: place}) for place in places])
                     for name, (key, value, along) in curves.items()
                 ],
+                figure.joined,
             )
         )
     about = f"{experiment.name}: seeds {', '.join(map(str, seeds))}; bars: 1 standard deviation; {commits}"

@@ -38,6 +38,8 @@ class Panel:
     axis: str
     places: Sequence[str]
     curves: Sequence[Curve]
+    joined: bool = True
+    """Whether lines join the points of a curve."""
 
 
 def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
@@ -108,7 +110,8 @@ class _Axes:
             for number, point in enumerate(curve.points)
             if point is not None
         ]
-        self._pen.line([(x, self._y(mean)) for x, mean, _ in drawn], fill=colour, width=2)
+        if self._panel.joined:
+            self._pen.line([(x, self._y(mean)) for x, mean, _ in drawn], fill=colour, width=2)
         for x, mean, deviation in drawn:
             low, high = self._y(mean - deviation), self._y(mean + deviation)
             self._pen.line([(x, low), (x, high)], fill=colour, width=1)
