@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -200,7 +201,12 @@ def refuse_shared_devices(devices: Sequence[Hashable]) -> None:
 def shutdown() -> None:
     """Leave the process group, and the environment as it was before; does nothing without one."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # Where DeepSpeed is loaded it keeps groups, which the next run in this process must not find.
+        deepspeed = sys.modules.get("deepspeed.comm.comm")
+        if deepspeed is not None and deepspeed.cdb is not None:
+            deepspeed.destroy_process_group()
+        else:
+            dist.destroy_process_group()
     for name, value in _environment_before.items():
         if value is None:
             os.environ.pop(name, None)

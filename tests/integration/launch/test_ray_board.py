@@ -69,7 +69,7 @@ def test_ray_is_asked_for_no_more_workers_than_shorten_a_step() -> None:
 
     config = Config(global_batch_size=12, micro_batch_size=2)
     scaling = ray.train.ScalingConfig(num_workers=(3, 12), resources_per_worker={"CPU": 2.0})
-    policy = _UsefulWorkers(scaling, config)
+    policy = _UsefulWorkers(scaling, config, taken=0)
     found = [
         policy._count_possible_workers({"one": {"CPU": 6.0}, "two": {"CPU": 2.0 * more}})
         for more in range(10)
@@ -77,12 +77,10 @@ def test_ray_is_asked_for_no_more_workers_than_shorten_a_step() -> None:
     # A node that comes to seven workers, or goes from eleven, changes nothing: no decision to resize follows.
     assert found == [3, 4, 4, 6, 6, 6, 6, 6, 6, 12]
     assert policy._count_possible_workers({"one": {"CPU": 4.0}}) == 2  # below MIN: Ray waits
-    assert (
-        _UsefulWorkers(dataclasses.replace(scaling, num_workers=(5, 12)), config)._count_possible_workers(
-            {"one": {"CPU": 10.0}}
-        )
-        == 5
-    )
+    fewest = dataclasses.replace(scaling, num_workers=(5, 12))
+    assert _UsefulWorkers(fewest, config, taken=0)._count_possible_workers({"one": {"CPU": 10.0}}) == 5
+    beside = _UsefulWorkers(scaling, config, taken=2)  # of eight places encoders have two
+    assert beside._count_possible_workers({"one": {"CPU": 16.0}}) == 6
     assert [_worker_range(text, config) for text in ("5", "5:8", "7:8", "2:4000")] == [
         *((5, 5), (5, 6), (7, 7), (2, 12))
     ]
