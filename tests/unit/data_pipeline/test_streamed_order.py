@@ -386,7 +386,7 @@ def test_what_needs_an_index_says_so(
 def test_an_index_that_is_there_is_used(tmp_path: Path, write_shards, monkeypatch) -> None:
     """Sets of any size: with a whole index the order is that of the index, as ever."""
     write_shards(tmp_path / "shards", [9, 12, 15])
-    monkeypatch.setattr("data_pipeline.shards.dataset._SMALL", 2)
+    monkeypatch.setattr("data_pipeline.shards.opening._SMALL", 2)
     config = config_for(f"{tmp_path}/shards/{{00000..00002}}.tar", order="indexed", lanes=3)
     assert open_dataset(config, at_once=True).unindexed
     with pytest.raises(NoShards, match=r"3 of the 3 shards .* have no index .*run `ldm data index"):
