@@ -89,19 +89,8 @@ def build_run(
         ConfigError, DataError: a mistake of the user's; nothing has been written.
     """
     _prepare_process(config, env)
-    resumes = newest_good(config.run_dir, env) if config.phases else None  # else after cheaper mistakes
-    whole, config = config, config.at(resumes.step if resumes is not None else 0)
-    dataset = _open_dataset(config, alive)
-    resumes = resumes or newest_good(config.run_dir, env)
-    step = resumes.step if resumes is not None else 0
-    for first in whole.phase_starts:
-        if first > step:
-            _check_phase(whole.at(first), dataset, env, alive)
-    shared = _with_lanes(config, dataset, resumes if step > whole.phase(step).first else None)
-    sharing = shared.sharing(env.world_size)
-    if sharing.waste and env.is_main:
-        logger.warning("%s", sharing.sentence())
-    start = start or StartTimer()
+    whole, start = config, start or StartTimer()
+    config, shared, dataset, resumes = _open_phase(whole, env, alive)
     held_out = hold_out(config, dataset, alive)
     start.mark("data set")
     timer = StepTimer(env.device)
@@ -113,48 +102,78 @@ def build_run(
     start.mark("engines")
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
     state, healer = TrainState(), Healer(config.healing)
-    resolved = {
-        **config_to_dict(config),
-        "world_size": env.world_size,
-        "accumulation": sharing.micro_batches,
-        "padding": sharing.waste,
-        "git_commit": (git_commit(Path(__file__).resolve().parent) if env.is_main else None) or "unknown",
-        **facts,
-    }
-    sinks = Sinks(whole, main_rank=env.is_main, resolved=resolved)
+    sinks = Sinks(whole, main_rank=env.is_main, resolved=_resolved(config, shared, env, facts))
     lease = _hold_folder(config.run_dir)
     try:
         checkpoints = CheckpointManager(config, env, buffer, lease)
         parts = (config, whole, env, stage, ema, checkpoints, state, healer, timer, sinks, dataset, start)
-        once = stage.encode_once if isinstance(stage, DiffusionStage) else None
-        profiler = StepProfiler(config.run_dir, env)
-        garbage = GarbageCollection(config.distributed.gc_every)
-        gpu = open_health(env.device)
         run = Run(
             *parts,
-            profiler,
-            garbage,
-            gpu,
+            StepProfiler(config.run_dir, env),
+            GarbageCollection(config.distributed.gc_every),
+            open_health(env.device),
             lease=lease,
             frozen=frozen,
             held_out=held_out,
             distance=distance,
-            encode_once=once,
+            encode_once=stage.encode_once if isinstance(stage, DiffusionStage) else None,
         )
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
-        resumed = run.restore(resumes)
-        healer.merge(collectives.from_main_rank(lambda: read_journal(config.run_dir)))
-        sinks.open(start_step=state.step, run_id=state.wandb_run_id)
-        state.wandb_run_id = collectives.broadcast_object(sinks.run_id)
-        if resumed is not None:
-            run.tell_resume(resumed)
+        _go_on(run, resumes)
     except BaseException:
         if lease is not None:
             lease.release()
         raise
     start.mark("averages and checkpoint")
     return run
+
+
+def _open_phase(
+    whole: Config, env: DistributedEnv, alive: Callable[[], object]
+) -> tuple[Config, Config, Dataset | None, CheckpointHandle | None]:
+    """Settings of the phase in which the run stands, the same with the data's lanes, the data set, and the
+    checkpoint to go on from. Collective; raises as `build_run`.
+    """
+    # Which phase it is, only the newest checkpoint says; else that is looked up after cheaper mistakes.
+    resumes = newest_good(whole.run_dir, env) if whole.phases else None
+    config = whole.at(resumes.step if resumes is not None else 0)
+    dataset = _open_dataset(config, alive)
+    if not whole.phases:
+        resumes = newest_good(whole.run_dir, env)
+    step = resumes.step if resumes is not None else 0
+    for first in whole.phase_starts:
+        if first > step:
+            _check_phase(whole.at(first), dataset, env, alive)
+    shared = _with_lanes(config, dataset, resumes if step > whole.phase(step).first else None)
+    sharing = shared.sharing(env.world_size)
+    if sharing.waste and env.is_main:
+        logger.warning("%s", sharing.sentence())
+    return config, shared, dataset, resumes
+
+
+def _resolved(config: Config, shared: Config, env: DistributedEnv, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the log knows of a start: the settings, and what became of them on these ranks."""
+    sharing = shared.sharing(env.world_size)
+    commit = git_commit(Path(__file__).resolve().parent) if env.is_main else None
+    return {
+        **config_to_dict(config),
+        "world_size": env.world_size,
+        "accumulation": sharing.micro_batches,
+        "padding": sharing.waste,
+        "git_commit": commit or "unknown",
+        **facts,
+    }
+
+
+def _go_on(run: Run, resumes: CheckpointHandle | None) -> None:
+    """Stand where the checkpoint stands, with what was healed before, and open the sinks. Collective."""
+    resumed = run.restore(resumes)
+    run.healer.merge(collectives.from_main_rank(lambda: read_journal(run.config.run_dir)))
+    run.sinks.open(start_step=run.state.step, run_id=run.state.wandb_run_id)
+    run.state.wandb_run_id = collectives.broadcast_object(run.sinks.run_id)
+    if resumed is not None:
+        run.tell_resume(resumed)
 
 
 def _check_phase(

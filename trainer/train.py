@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from itertools import chain
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import GivenUp, StorageOutage
-from data_pipeline.loader import AnyLoader
 from trainer.assembly import build_run
 from trainer.config.run import Config
 from trainer.distributed import collectives
@@ -30,16 +29,16 @@ from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.timer import START_VARIABLE, StartTimer, Throughput
 from trainer.reliability.doubt import Standing, mark
-from trainer.reliability.gpu_health import health_record
 from trainer.reliability.healing import Incident, Verdict
 from trainer.reliability.heartbeat import board_from_environment
 from trainer.reliability.peers import peer_phases
 from trainer.reliability.preemption import Preemption
 from trainer.reliability.requests import profile_url, stop_url
 from trainer.reliability.served_share import ServedShare
-from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, gather_reports, times_record
+from trainer.reliability.slow_ranks import SlowRanks
 from trainer.reliability.watchdog import Watchdog, silence_s
 from trainer.run import Run
+from trainer.telling import report, tell_phase
 from trainer.validation import cost, validate
 
 logger = logging.getLogger(__name__)
@@ -177,21 +176,6 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode | No
     return ExitCode.DONE
 
 
-def tell_phase(run: Run) -> None:
-    """Into log and records: which phase begins, and with what."""
-    config = run.whole.at(run.state.step)
-    settings = {
-        "phase": run.phase.number,
-        "image_size": config.data.image_size,
-        "global_batch_size": config.global_batch_size,
-        "learning_rate": config.optimizer.learning_rate,
-    }
-    run.sinks.event(run.state.step, run.state.samples_seen, "phase", **settings)
-    if run.env.is_main:
-        told = ", ".join(f"{name} {value}" for name, value in settings.items())
-        logger.info("after step %d: %s", run.state.step, told)
-
-
 def begin(run: Run) -> None:
     """The first batch is there: tell what validation will cost, and save a run that is new. Collective."""
     run.start.mark("first batch")
@@ -325,47 +309,6 @@ def settle_all(run: Run, watchdog: Watchdog) -> None:
     """Return when nothing of the run is on its way to storage any more. Collective; raises as `settle`."""
     settle(run, watchdog)
     run.settle_snapshot()
-
-
-def report(run: Run, record: dict[str, float], batches: AnyLoader, slow_ranks: SlowRanks) -> None:
-    """Record a log interval: what this rank has of it, and what the ranks tell each other. Collective."""
-    own = run.gpu.examine() if run.gpu is not None else None
-    reports = gather_reports(batches.tally, batches.counts, record, own)
-    record |= data_record(reports) | slow_record(run, slow_ranks, reports, record) | run.save_record()
-    record |= times_record(reports) | health_record([each.health for each in reports])
-    tell_sick(run, reports)
-    run.sinks.log(run.state.step, run.state.samples_seen, record)
-
-
-def tell_sick(run: Run, reports: Sequence[RankReport]) -> None:
-    """On rank 0, an event and a warning about each GPU whose driver tells of something new."""
-    for rank, each in enumerate(reports):
-        if run.env.is_main and each.health is not None and each.health.symptoms:
-            details = {"rank": rank, "host": each.health.node, "what": "; ".join(each.health.symptoms)}
-            run.sinks.event(run.state.step, run.state.samples_seen, "sick gpu", **details)
-            logger.warning("the GPU of rank %(rank)d on %(host)s: %(what)s; leave that node out", details)
-
-
-def slow_record(
-    run: Run, slow_ranks: SlowRanks, reports: Sequence[RankReport], record: dict[str, float]
-) -> dict[str, float]:
-    """On rank 0, the number of slow ranks; who has just become one is an event and a warning.
-
-    Nothing while `record` has no seconds per step: the first interval warms up.
-    """
-    if "step_s" not in record or not run.env.is_main:
-        return {}
-    slow = slow_ranks.observe(reports, record["step_s"])
-    new = [found for found in slow if found.reports == slow_ranks.patience]
-    for found in new:
-        details = {"rank": found.rank, "host": found.host, "own_s": found.seconds, "step_s": record["step_s"]}
-        run.sinks.event(run.state.step, run.state.samples_seen, "slow rank", **details)
-    if new:
-        names = ", ".join(f"rank {s.rank} ({s.host}) needs {s.times_median:.1f}x" for s in new)
-        logger.warning(
-            "%s the median time for its own work, for %d reports running", names, slow_ranks.patience
-        )
-    return {"slow_ranks": float(len(slow))}
 
 
 def look(run: Run, batch: Batch, watchdog: Watchdog) -> None:

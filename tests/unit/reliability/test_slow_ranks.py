@@ -19,7 +19,7 @@ from trainer.metrics.sinks import Sinks
 from trainer.reliability.slow_ranks import RankReport, SlowRanks, data_record, own_seconds, times_record
 from trainer.run import Run
 from trainer.state import TrainState
-from trainer.train import slow_record
+from trainer.telling import slow_record
 
 
 def reports(*own_s: float) -> list[RankReport]:
