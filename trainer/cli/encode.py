@@ -9,6 +9,7 @@ SIGTERM and SIGUSR1 have what is encoded stored first.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from contextlib import closing
 
 import torch
 
+from data_pipeline.batch import Batch
 from data_pipeline.errors import DataError, Failure
 from data_pipeline.loader import (
     AnyLoader,
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     written = encoder.once.counts
     _say(f"in the cache      {encoder.counts['cache_found']:,} before, {written['written']:,} stored now")
     _say(f"parts             {written['parts']:,}, {written['bytes']:,} bytes")
-    left = encoder.counts["cache_missed"] - written["written"]
+    left = encoder.counts["cache_missed"] - encoder.counts["again"] - written["written"]
     if left:
         _say(f"not stored        {left:,} (twice in a batch, no room, or as the log says)")
     if asked.request is not StopRequest.NONE:
@@ -183,13 +185,14 @@ class _Encoder:
     def __init__(self, config: Config, part: Part) -> None:
         self._config, self._part = config, part
         self.counts: Counter[str] = Counter()
-        """served, rejected, cache_found, cache_missed."""
+        """served, rejected, cache_found, cache_missed; again: missed, but another visit's to encode."""
         configure_process(config.distributed)
         self._device = choose_device(0, 1, bound=False)
         self._dataset = open_dataset(config.data)
         seed, size = config.seed, config.global_batch_size
         check_layout(config.data, self._dataset, seed=seed, global_batch_size=size)
         self._epoch = -(-self._dataset.epoch_samples // size)
+        self._once = not (self._dataset.unindexed or self._dataset.shares or config.data.buckets)
         first_stage = load_first_stage(config.first_stage, self._device)
         place_first_stage(first_stage, config.distributed, self._device)
         cache = moments_cache(config.first_stage, first_stage)
@@ -201,30 +204,44 @@ class _Encoder:
     def walk(self, pace: _Pace, steps: int | None) -> None:
         """Encode from where the pace says to the last step."""
         step, last = pace.bounds(self._epoch, steps)
+        within = self._dataset.epoch_samples if self._once and (step, last) == (0, self._epoch) else None
         while step < last and not pace.is_over:
             with closing(self._loader(step, pace)) as loader:
                 try:
-                    step = self._steps(loader, step, last, pace)
+                    step = self._steps(loader, step, last, pace, within)
                 finally:
                     tally = loader.tally
                     self.counts.update(served=tally.served, rejected=tally.rejected.total())
                     self.counts.update(loader.counts)
 
-    def _steps(self, loader: AnyLoader, step: int, last: int, pace: _Pace) -> int:
-        """The step to go on at, with another loader unless it is the last one."""
+    def _steps(self, loader: AnyLoader, step: int, last: int, pace: _Pace, within: int | None) -> int:
+        """The step to go on at, with another loader unless it is the last one.
+
+        within: ordinals from which on samples come again; another part may have one of them under way.
+        """
         while step < last and not pace.is_over:
             place = pace.place(step)
             if place > step:
                 return place
             if pace.is_over:
                 break
-            self.once.complete(next(loader).to(self._device))
+            batch = next(loader)
+            self.once.complete((batch if within is None else self._first(batch, within)).to(self._device))
             if step % 100 == 0:
                 counts = self.counts + Counter(loader.counts)
                 done = f"{counts['cache_found']:,} found, {counts['cache_missed']:,} encoded"
                 _say(f"step {step:,} of {last:,}: {done}")
             step += 1
         return step
+
+    def _first(self, batch: Batch, within: int) -> Batch:
+        """With nothing to encode in rows whose ordinal is not below `within`."""
+        assert batch.cached is not None
+        found, again = batch.cached.found, batch.ordinals >= within
+        self.counts["again"] += int((again & ~found).sum())
+        labels = (None if late else label for late, label in zip(again, batch.cached.labels, strict=True))
+        cached = dataclasses.replace(batch.cached, found=found | again, labels=tuple(labels))
+        return dataclasses.replace(batch, cached=cached)
 
     def _loader(self, step: int, pace: _Pace) -> AnyLoader:
         config, served = self._config, self.counts["served"]

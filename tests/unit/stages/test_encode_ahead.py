@@ -87,6 +87,26 @@ def keys(config: Config, steps: int) -> list[tuple[str, ...]]:
         return [tuple(key.rpartition("/")[2] for key in batch.keys) for batch in batches]
 
 
+def test_parts_share_an_epoch_whose_last_batch_goes_into_the_next(config: Config, tmp_path: Path) -> None:
+    """Nine batches of seven are 63 of 60 samples: none is of two parts, which might encode it at once."""
+    scene = SceneOptions(min_objects=1, max_objects=1, min_edge=16, max_edge=24)
+    # In several shards, so that a lane meets others' samples in its next epoch.
+    list(
+        synthesize(
+            str(tmp_path / "several"),
+            SynthesisOptions(SAMPLES, samples_per_shard=6, failed_share=0.0, scene=scene),
+        )
+    )
+    found: Counter[str] = Counter()
+    for rank in range(2):
+        data = [f"data.shards={tmp_path}/several/*.tar", "global_batch_size=7"]
+        cache = f"first_stage.cache={tmp_path}/{rank}/cache"
+        words = [str(tmp_path / "run.yaml"), *data, cache, "--ranks", "2", "--rank", str(rank)]
+        assert main(["encode", *words]) == 0
+        found += stored(tmp_path / str(rank))
+    assert (len(found), found.total()) == (SAMPLES, SAMPLES)
+
+
 def test_it_keeps_in_front_of_the_run_and_loses_nothing_when_stopped(config: Config, tmp_path: Path) -> None:
     encoder = Encoder(tmp_path, "--ahead", "4")
     encoder.until("step 4: waiting, as the run is at step 0")
