@@ -55,18 +55,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import Rejected
 from data_pipeline.feed.moments import MomentsReads
-from data_pipeline.feed.read_ahead import Budget, Unread, Visit
+from data_pipeline.feed.read_ahead import MIN_PLAN, ReadAhead, Visit
 from data_pipeline.feed.reads import Extent, MemberReads
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import LaneState
 from data_pipeline.shards.view import ShardViews
 
-_MIN_PLAN = 64
-"""Raw samples planned at a time at least: a plan costs a thread's attention whatever its length."""
 _MIN_REJECTED_RUN = 1000
-_STEPS_AHEAD = 8
-"""Steps for which every lane has reads under way at least, memory permitting."""
 Planned = tuple[list[Visit], list[int]]
 """Visits of a lane in order, and how many of them are of each window."""
 
@@ -90,7 +86,7 @@ class LaneWalk:
         self._walker = walker
         self._cursor = (state.epoch, state.offset)  # next raw offset to plan
         self._plans: deque[tuple[int, Future[Planned]]] = deque()
-        self.unread = walker.unread(self)
+        self.unread = walker.unread_of(self.share)
         self._visits: deque[Visit] = deque()
         self._planned = 0
 
@@ -115,7 +111,7 @@ class LaneWalk:
         # Windows are planned whole, since their permutation is: a lane that resumes inside one plans it all
         # and drops what lies before `offset`.
         first, stop = order.window_of(self.lane, offset)
-        least = _MIN_PLAN * self.share
+        least = MIN_PLAN * self.share
         while stop - offset < least and stop < order.lane_size(self.lane):
             stop = order.window_of(self.lane, stop)[1]
         # Reading begins as soon as the plan is made, but not before what comes before it.
@@ -173,7 +169,7 @@ class LaneWalk:
         return visit.epoch == self.state.epoch and visit.offset < self.state.offset
 
 
-class Walker:
+class Walker(ReadAhead[LaneWalk]):
     """All lanes of one worker, with the index views, the reads and the read-ahead budget they share."""
 
     def __init__(
@@ -183,43 +179,14 @@ class Walker:
         reads: MemberReads,
         moments: MomentsReads | None = None,
     ) -> None:
+        super().__init__(task)
         self._moments = moments
         self.buckets = task.buckets
         self.background = reads.background
         self._skip_ordinals = task.skip_ordinals
         self._views = views
         self._reads = reads
-        self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
-        self.budget = Budget(task.config.buffer_bytes)
-        self._lanes = max(1, len(task.lanes))
-        self._short: deque[LaneWalk] = deque()
-        pairs = [(lane, number) for lane in task.lanes for number in range(len(task.buckets.orders))]
-        self.walks = [
-            LaneWalk(lane, number, state.copy(), self)
-            for (lane, number), state in zip(pairs, task.states, strict=True)
-        ]
-        """Lane-major, as `ShareTask.states`."""
-
-    def unread(self, walk: LaneWalk) -> Unread:
-        """What a lane has not asked for, with its part of the budget."""
-        return Unread(self.budget, self.budget.limit * walk.share / self._lanes, self._start)
-
-    def read_ahead(self) -> None:
-        """Plan and read further windows, the most urgent lanes first, while the budget lasts."""
-        for _, i in sorted((walk.ready(), i) for i, walk in enumerate(self.walks)):
-            walk = self.walks[i]
-            if walk.ready() < max(1.0, self._enough * walk.share):
-                walk.plan_next()
-        self._short.clear()
-        for _, i in sorted((walk.unread.ahead / walk.share, i) for i, walk in enumerate(self.walks)):
-            walk = self.walks[i]
-            if not walk.read_on(self._enough * walk.share) and walk.unread and not walk.unread.ahead:
-                self._short.append(walk)
-
-    def read_on(self) -> None:
-        """A sample was decoded: lanes that have none ahead, for want of room, may have some by now."""
-        while self._short and self._short[0].read_on(1.0):
-            self._short.popleft()
+        self._set_out(task, partial(LaneWalk, walker=self))
 
     def plan(
         self, walk: LaneWalk, epoch: int, first: int, stop: int, skip_to: int, due: float, alone: bool
@@ -237,9 +204,9 @@ class Walker:
             windows.append(end - offset)
             offset = end
         if alone:
-            unread = self.unread(walk)
+            unread = self.unread_of(walk.share)
             unread.add(visits, windows)
-            unread.begin(self._enough * walk.share)
+            unread.begin(self.enough * walk.share)
         return visits, windows
 
     def revisit(self, walk: LaneWalk, epoch: int, offset: int) -> Visit:
@@ -249,7 +216,7 @@ class Walker:
         at = slice(offset - first, offset - first + 1)
         (visit,) = self._visits(walk, epoch, offset, shards[at], rows[at], due=0.0)
         if visit.reason is None:
-            unread = self.unread(walk)
+            unread = self.unread_of(walk.share)
             unread.add([visit], [1])
             unread.take(visit)
         return visit
@@ -293,12 +260,7 @@ class Walker:
                 target = self.buckets.shapes[walk.bucket]
                 planned = self._moments.plan(shard, view, row, target, ordinal + slot)
                 visit.planned = planned
-            unread = planned.unread if planned is not None else frozenset()
-            members = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
-            for extension, (start, size) in zip(view.members, members, strict=True):
-                if start >= 0 and extension not in unread:
-                    visit.wanted.append(Extent(start, start + size, slot, extension))
-                    visit.num_bytes += size
+            visit.want(view, row, planned.unread if planned is not None else ())
             if planned is not None and planned.place is not None:
                 visit.num_bytes += planned.place.size
         return visits

@@ -17,17 +17,24 @@ from __future__ import annotations
 
 import itertools
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from data_pipeline.feed.moments import Planned
 from data_pipeline.feed.reads import GAP, Contents, Extent
-from data_pipeline.order.position import Mark
+from data_pipeline.feed.task import ShareTask
+from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.shards.filters import Filter
+from data_pipeline.shards.view import ShardView
 
+MIN_PLAN = 64
+"""Raw samples planned at a time at least: a plan costs a thread's attention whatever its length."""
+_STEPS_AHEAD = 8
+"""Steps for which every lane has reads under way at least, memory permitting."""
 _WHOLE = 7 / 8
 """Share of the limit that whole windows may fill."""
 _LARGE = 4
@@ -102,6 +109,14 @@ class Visit:
     """What it holds in memory once it has been asked for."""
     budget: Budget | None = None
     """What it counts in while it is held, from when it was asked for."""
+
+    def want(self, view: ShardView, row: int, without: Container[str] = ()) -> None:
+        """Note where its members lie in the shard, without those extensions."""
+        places = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
+        for extension, (start, size) in zip(view.members, places, strict=True):
+            if start >= 0 and extension not in without:
+                self.wanted.append(Extent(start, start + size, self.slot, extension))
+                self.num_bytes += size
 
     def hold(self, contents: Contents) -> None:
         """Some of its members are there already."""
@@ -213,3 +228,66 @@ class Unread:
     def _count(self, visit: Visit) -> None:
         self.ahead += 1
         self._held += visit.num_bytes
+
+
+class Walk(Protocol):
+    """One lane's walk of one order, as `ReadAhead` sees it."""
+
+    share: float
+    unread: Unread
+
+    def ready(self) -> int:
+        """Visits that are planned."""
+
+    def plan_next(self) -> object:
+        """Start planning further ones."""
+
+    def read_on(self, enough: float) -> bool:
+        """Begin to read until `enough` are ahead, of plans that are made; returns whether any were begun."""
+
+
+W = TypeVar("W", bound=Walk)
+
+
+class ReadAhead(ABC, Generic[W]):
+    """All lanes of one worker, with the budget that they share."""
+
+    def __init__(self, task: ShareTask) -> None:
+        self.budget = Budget(task.config.buffer_bytes)
+        self.enough = max(MIN_PLAN, _STEPS_AHEAD * task.per_lane)
+        """Visits that the walks of a lane have ahead, all together, before no more are planned."""
+        self.walks: list[W] = []
+        """Lane-major, as `ShareTask.states`."""
+        self._lanes = max(1, len(task.lanes))
+        self._short: deque[W] = deque()
+
+    def _set_out(self, task: ShareTask, begin: Callable[[int, int, LaneState], W]) -> None:
+        """Make the walks, by lane, number of the order and state."""
+        pairs = itertools.product(task.lanes, range(len(task.buckets.orders)))
+        for (lane, number), state in zip(pairs, task.states, strict=True):
+            self.walks.append(begin(lane, number, state.copy()))
+
+    def unread_of(self, share: float) -> Unread:
+        """What a walk with this share of its lane has not asked for, with its part of the budget."""
+        return Unread(self.budget, self.budget.limit * share / self._lanes, self._start)
+
+    @abstractmethod
+    def _start(self, visits: list[Visit], near: int) -> None:
+        """Begin to read visits of one plan, as `Unread` asks for them."""
+
+    def read_ahead(self) -> None:
+        """Plan and read further windows, the most urgent lanes first, while the budget lasts."""
+        for _, i in sorted((walk.ready(), i) for i, walk in enumerate(self.walks)):
+            walk = self.walks[i]
+            if walk.ready() < max(1.0, self.enough * walk.share):
+                walk.plan_next()
+        self._short.clear()
+        for _, i in sorted((walk.unread.ahead / walk.share, i) for i, walk in enumerate(self.walks)):
+            walk = self.walks[i]
+            if not walk.read_on(self.enough * walk.share) and walk.unread and not walk.unread.ahead:
+                self._short.append(walk)
+
+    def read_on(self) -> None:
+        """A sample was decoded: lanes that have none ahead, for want of room, may have some by now."""
+        while self._short and self._short[0].read_on(1.0):
+            self._short.popleft()

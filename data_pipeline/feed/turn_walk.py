@@ -36,8 +36,8 @@ import numpy as np
 
 from data_pipeline.errors import DataError, Gone, NotATar, ReadFailed, Rejected, Replaced
 from data_pipeline.feed.lane_walk import Planned
-from data_pipeline.feed.read_ahead import Budget, Unread, Visit
-from data_pipeline.feed.reads import Contents, Extent, MemberReads
+from data_pipeline.feed.read_ahead import MIN_PLAN, ReadAhead, Visit
+from data_pipeline.feed.reads import Contents, MemberReads
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
@@ -50,9 +50,6 @@ from data_pipeline.storage.ranges import Background, RangeReader
 
 logger = logging.getLogger(__name__)
 
-_MIN_PLAN = 64
-"""Samples of a plan at least, but of a lane's first, which somebody waits for."""
-_STEPS_AHEAD = 8
 _MAX_EMPTY = 1000
 """Shards without a sample that a lane passes in a row, or two epochs of all."""
 _MAX_TOLD = 20
@@ -91,7 +88,7 @@ class TurnWalk:
         """Mean of the last window."""
         self.beyond = 0
         """Bytes that are held and belong to no visit yet."""
-        self.unread = walker.unread(self)
+        self.unread = walker.unread_of(self.share)
         self._walker = walker
         self._plan: Future[Planned] | None = None
         self._visits: deque[Visit] = deque()
@@ -105,14 +102,18 @@ class TurnWalk:
         self.turn, self.mark, self.skip_to, self.pieces = self.turn + 1, None, 0, None
 
     def ready(self) -> int:
-        """Visits ahead."""
-        return len(self._visits)
+        """Visits ahead; enough while a plan is on its way, for the next one begins where it ends."""
+        self._take_in_made()
+        return len(self._visits) if self._plan is None else sys.maxsize
 
-    def is_idle(self) -> bool:
-        """Whether no plan is on its way; takes in what the last one gave."""
+    def read_on(self, enough: float) -> bool:
+        """Begin to read what was jumped over; returns whether there was room for any."""
+        self._take_in_made()
+        return self.unread.begin(enough)
+
+    def _take_in_made(self) -> None:
         if self._plan is not None and self._plan.done():
             self._take_in()
-        return self._plan is None
 
     def _take_in(self) -> None:
         assert self._plan is not None
@@ -169,12 +170,13 @@ def _take_over(piece: Piece, visits: Sequence[Visit], largest: int) -> None:
         visit.hold(contents[visit.slot])
 
 
-class TurnWalker:
+class TurnWalker(ReadAhead[TurnWalk]):
     """All lanes of one worker, with the reads, the views and the memory that they share."""
 
     def __init__(
         self, task: ShareTask, views: ShardViews, reader: RangeReader, background: Background
     ) -> None:
+        super().__init__(task)
         self.buckets = task.buckets
         self.background = background
         self._config = task.config
@@ -183,44 +185,14 @@ class TurnWalker:
         self._views, self._reader = views, reader
         self._reads = MemberReads(task.dataset, reader, background, None, task.config.read_ahead_bytes)
         self.sample_bytes = task.dataset.mean_bytes
-        self.budget = Budget(task.config.buffer_bytes)
-        self._lanes = max(1, len(task.lanes))
-        self._short: deque[TurnWalk] = deque()
         self._wanted = [each.filter.columns | set(each.captions) for each in views.selections]
         self._removing = any(each.removals for each in views.selections)
-        self._least = max(_MIN_PLAN, task.per_lane)
+        self._least = max(MIN_PLAN, task.per_lane)
         self.few = 2 * task.per_lane
-        self._enough = max(_MIN_PLAN, _STEPS_AHEAD * task.per_lane)
         self._left_out: dict[int, str] = {}
         self.recorder = Recorder(task.dataset.folders, task.dataset.record_in)
         self._noting = threading.Lock()
-        pairs = [(lane, number) for lane in task.lanes for number in range(len(task.buckets.orders))]
-        self.walks = [
-            TurnWalk(lane, number, state.copy(), self)
-            for (lane, number), state in zip(pairs, task.states, strict=True)
-        ]
-        """Lane-major, as `ShareTask.states`."""
-
-    def unread(self, walk: TurnWalk) -> Unread:
-        """What a lane has not asked for, with its part of the budget."""
-        return Unread(self.budget, self.budget.limit * walk.share / self._lanes, self._start)
-
-    def read_ahead(self) -> None:
-        """Read further windows of the lanes that have fewest, while the budget lasts."""
-        idle = [walk for walk in self.walks if walk.is_idle()]
-        for walk in sorted(idle, key=TurnWalk.ready):
-            if walk.ready() < max(1.0, self._enough * walk.share):
-                walk.plan_next()
-        self._short.clear()
-        for walk in sorted(self.walks, key=lambda walk: walk.unread.ahead):
-            walk.is_idle()
-            if not walk.unread.begin(self._enough * walk.share) and walk.unread and not walk.unread.ahead:
-                self._short.append(walk)
-
-    def read_on(self) -> None:
-        """A sample was decoded: lanes that have none ahead, for want of room, may have some by now."""
-        while self._short and self._short[0].unread.begin(1.0):
-            self._short.popleft()
+        self._set_out(task, partial(TurnWalk, walker=self))
 
     def _start(self, visits: list[Visit], near: int) -> None:
         """Begin to read what was jumped over of visits of one window."""
@@ -239,7 +211,7 @@ class TurnWalker:
         """The lane's next visits, window by window; none where there is no room and it is not `needy`."""
         visits: list[Visit] = []
         windows: list[int] = []
-        least = self._least * walk.share if walk.planned else 1
+        least = self._least * walk.share if walk.planned else 1  # somebody waits for the first
         empty = 0
         while len(visits) < least:
             if empty > max(_MAX_EMPTY, 2 * walk.turns.shards):
@@ -372,11 +344,7 @@ class TurnWalker:
             if visit.reason is None and walk.ordinal(visit) in self._skip_ordinals:
                 visit.reason = "skipped"
             if visit.reason is None:
-                places = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
-                for extension, (start, size) in zip(view.members, places, strict=True):
-                    if start >= 0:
-                        visit.wanted.append(Extent(start, start + size, slot, extension))
-                        visit.num_bytes += size
+                visit.want(view, row)
             visits.append(visit)
         walk.sample_bytes = float(piece.index.sizes.sum(dtype=np.int64)) / len(view.keys)
         return visits

@@ -49,7 +49,7 @@ class Mixture:
     """Sources of the rows of all lanes; one source has them all."""
 
     weights: tuple[float, ...]
-    """Of each source, at least 0, in any unit."""
+    """Of each source, above 0, in any unit."""
     lanes: int
     seed: int
 
