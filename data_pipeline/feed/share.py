@@ -90,8 +90,8 @@ class ShareStream:
         )
         self._background = Background(_THREADS)
         cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
-        # A lane is in one shard, and reads ahead in the next.
-        capacity = 2 * len(task.lanes) + 8
+        # A lane is in one shard of each source, and reads ahead in the next.
+        capacity = 2 * len(task.lanes) * max(1, len(task.dataset.shares)) + 8
         self._configs = configs_of(config)
         removals = read_removals(config.removal_lists) if task.removals is None else task.removals
         selections = [make_selection(each, removals) for each in self._configs]

@@ -19,6 +19,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.held_out import open_held_out
 from data_pipeline.loader import Part, build_loader, merge_positions, open_dataset
 from data_pipeline.order.mixture import Mixture
+from data_pipeline.shards import view
+from data_pipeline.shards.manifest import decode_listed
 from data_pipeline.tools.trace import explain_step
 
 BATCH = 12
@@ -129,6 +131,24 @@ def test_loader_processes_give_the_same_batches(folder: Path, order: Any) -> Non
     three, position = run(config_for(*sources, order=order, workers=3), 2, ranks=2, position=position)
     rest, _ = run(config_for(*sources, order=order, workers=1), 2, ranks=3, position=position)
     assert two + three + rest == plain
+
+
+def test_indexes_are_kept_of_as_many_shards_as_lanes_walk_in_all_sources(
+    tmp_path: Path, write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Counter[str]()
+
+    def counted(data: bytes, url: str, checksum: str) -> Any:
+        read[url] += 1
+        return decode_listed(data, url, checksum)
+
+    monkeypatch.setattr(view, "decode_listed", counted)
+    sources = [SourceConfig(str(tmp_path / name), weight=1.0) for name in "abc"]
+    for name in "abc":
+        write_shards(tmp_path / name, [60] * 16)
+    run(config_for(*sources, lanes=12, shuffle_window=16), 60)
+    assert len(read) > 32  # two of each lane
+    assert set(read.values()) == {1}
 
 
 @pytest.mark.parametrize("order", ["indexed", "streamed"])
