@@ -5,11 +5,17 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Part, build_loader, merge_positions
 
 
 def tiny_picture(value: int, *, size: tuple[int, int] = (20, 16), kind: str = "JPEG") -> bytes:
@@ -50,6 +56,33 @@ def write_shards(
             ]
         write_tar(folder / f"{shard:05d}.tar", members)
     return keys
+
+
+def run(
+    config: DataConfig, steps: int, *, ranks: int = 1, position: Any = None, seed: int = 3, batch: int = 12
+) -> tuple[list[tuple[list[str], list[int], list[Any]]], dict[str, Any], Counter[str]]:
+    """Global batches (keys, ordinals, pixels), the position after the last, and what was rejected."""
+    loaders = [
+        build_loader(config, seed=seed, global_batch_size=batch, part=Part(r, ranks), position=position)
+        for r in range(ranks)
+    ]
+    out = []
+    for _ in range(steps):
+        parts = [next(loader) for loader in loaders]
+        keys = [key for part in parts for key in part.keys]
+        pixels = [row.tolist() for part in parts for row in part.pixels]
+        out.append((keys, torch.cat([part.ordinals for part in parts]).tolist(), pixels))
+        position = merge_positions([json.loads(json.dumps(part.position)) for part in parts])
+    rejected = sum((loader.rejected for loader in loaders), Counter[str]())
+    for loader in loaders:
+        loader.close()
+    return out, position, rejected
+
+
+@pytest.fixture(scope="session", name="run")
+def run_fixture():
+    """The function of this file."""
+    return run
 
 
 @pytest.fixture(scope="session", name="write_shards")

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.held_out import open_held_out
-from data_pipeline.loader import Part, build_loader, merge_positions, open_dataset
+from data_pipeline.loader import build_loader, open_dataset
 from data_pipeline.order.mixture import Mixture
 from data_pipeline.shards import view
 from data_pipeline.shards.manifest import decode_listed
@@ -26,6 +25,7 @@ from data_pipeline.tools.trace import explain_step
 BATCH = 12
 COUNTS = {"a": [14, 9, 17, 12], "b": [21, 8, 15], "c": [9, 16, 11]}
 WriteShards = Callable[..., list[str]]
+Run = Callable[..., Any]
 
 
 def config_for(*sources: SourceConfig, **changes: Any) -> DataConfig:
@@ -41,26 +41,6 @@ def folder_fixture(tmp_path_factory: pytest.TempPathFactory, write_shards: Write
         bad = frozenset({"00001/000010003", "00000/000000001"}) if name == "b" else frozenset()
         write_shards(folder / name, counts, corrupt=bad)
     return folder
-
-
-def run(
-    config: DataConfig, steps: int, *, ranks: int = 1, position: Any = None, seed: int = 3, batch: int = BATCH
-) -> tuple[list[tuple[list[str], list[int], list[Any]]], dict[str, Any]]:
-    """Global batches (keys, ordinals, pixels), and the position after the last."""
-    loaders = [
-        build_loader(config, seed=seed, global_batch_size=batch, part=Part(r, ranks), position=position)
-        for r in range(ranks)
-    ]
-    out = []
-    for _ in range(steps):
-        parts = [next(loader) for loader in loaders]
-        keys = [key for part in parts for key in part.keys]
-        pixels = [row.tolist() for part in parts for row in part.pixels]
-        out.append((keys, torch.cat([part.ordinals for part in parts]).tolist(), pixels))
-        position = merge_positions([json.loads(json.dumps(part.position)) for part in parts])
-    for loader in loaders:
-        loader.close()
-    return out, position
 
 
 def source_of(key: str) -> str:
@@ -102,6 +82,7 @@ def test_every_batch_and_every_lane_has_the_shares(
     window=st.integers(1, 9),
 )
 def test_the_same_batches_at_any_layout_and_restart(
+    run: Run,
     folder: Path,
     order: Any,
     weights: list[float],
@@ -115,26 +96,26 @@ def test_the_same_batches_at_any_layout_and_restart(
         for name, weight in zip(COUNTS, weights, strict=False)
     ]
     config = config_for(*sources, order=order, shuffle_window=window)
-    whole, _ = run(config, stop * len(layouts), seed=seed)
+    whole, _, _ = run(config, stop * len(layouts), seed=seed)
     parts, position = [], None
     for ranks in layouts:  # killed after so many steps, again and again, at other numbers of ranks
-        some, position = run(config, stop, ranks=ranks, position=position, seed=seed)
+        some, position, _ = run(config, stop, ranks=ranks, position=position, seed=seed)
         parts += some
     assert parts == whole
 
 
 @pytest.mark.parametrize("order", ["indexed", "streamed"])
-def test_loader_processes_give_the_same_batches(folder: Path, order: Any) -> None:
+def test_loader_processes_give_the_same_batches(run: Run, folder: Path, order: Any) -> None:
     sources = [SourceConfig(str(folder / name), weight=weight) for name, weight in (("a", 2.0), ("b", 1.0))]
-    plain, _ = run(config_for(*sources, order=order), 6)
-    two, position = run(config_for(*sources, order=order, workers=2), 2)
-    three, position = run(config_for(*sources, order=order, workers=3), 2, ranks=2, position=position)
-    rest, _ = run(config_for(*sources, order=order, workers=1), 2, ranks=3, position=position)
+    plain, _, _ = run(config_for(*sources, order=order), 6)
+    two, position, _ = run(config_for(*sources, order=order, workers=2), 2)
+    three, position, _ = run(config_for(*sources, order=order, workers=3), 2, ranks=2, position=position)
+    rest, _, _ = run(config_for(*sources, order=order, workers=1), 2, ranks=3, position=position)
     assert two + three + rest == plain
 
 
 def test_indexes_are_kept_of_as_many_shards_as_lanes_walk_in_all_sources(
-    tmp_path: Path, write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Counter[str]()
 
@@ -153,7 +134,7 @@ def test_indexes_are_kept_of_as_many_shards_as_lanes_walk_in_all_sources(
 
 @pytest.mark.parametrize("order", ["indexed", "streamed"])
 def test_each_source_comes_once_per_epoch_and_weights_are_of_what_is_served(
-    tmp_path: Path, folder: Path, order: Any
+    run: Run, tmp_path: Path, folder: Path, order: Any
 ) -> None:
     """Half of `a` is filtered, some of `b` are damaged, one is removed: the shares stay those of the weights,
     and in each epoch of a source each of its samples is served or rejected once."""
@@ -166,7 +147,7 @@ def test_each_source_comes_once_per_epoch_and_weights_are_of_what_is_served(
         for name, weight in weights.items()
     ]
     config = config_for(*sources, order=order, removal_lists=(str(removed),), reject_file=str(rejects))
-    batches, _ = run(config, 60)
+    batches, _, _ = run(config, 60)
     for steps in (5, 20, 60):
         found = shares(batches[:steps])
         # Of each lane's rows no source is more than four away from its share.
@@ -276,7 +257,7 @@ def test_a_source_has_captions_crop_and_conditions_of_its_own(
     assert sum(weight.values()) == pytest.approx(len(measured))
 
 
-def test_buckets_of_sources_with_weights(tmp_path: Path, write_tar: Any, tiny_picture: Any) -> None:
+def test_buckets_of_sources_with_weights(run: Run, tmp_path: Path, write_tar: Any, tiny_picture: Any) -> None:
     """Each source keeps its share over all shapes, each accepted sample comes once per epoch of its walk, and
     a shape that one source has not is left to the others."""
     shapes = {"a": [(32, 16)] * 30 + [(22, 22)] * 30, "b": [(22, 22)] * 40 + [(30, 17)] * 2}
@@ -294,7 +275,7 @@ def test_buckets_of_sources_with_weights(tmp_path: Path, write_tar: Any, tiny_pi
         SourceConfig(str(tmp_path / "b"), weight=0.4),
     ]
     config = config_for(*sources, buckets=True, image_size=64, bucket_step=16, lanes=2, allow_enlarging=True)
-    batches, position = run(config, 80)
+    batches, position, _ = run(config, 80)
     assert position["walks"] == [[0, 0], [1, 0], [1, 1]]
     found = shares(batches)
     assert found["a"] == pytest.approx(0.6, abs=0.03)
@@ -308,8 +289,8 @@ def test_buckets_of_sources_with_weights(tmp_path: Path, write_tar: Any, tiny_pi
     assert set(visits.values()) == {1}
     first = {source: {key for s, e, key in visits if (s, e) == (source, 0)} for source in (0, 1)}
     assert {source: len(keys) for source, keys in first.items()} == {0: 48, 1: 42}
-    some, stopped = run(config, 30, ranks=2)
-    rest, _ = run(config, 50, position=stopped)
+    some, stopped, _ = run(config, 30, ranks=2)
+    rest, _, _ = run(config, 50, position=stopped)
     assert some + rest == batches
 
 
@@ -320,17 +301,17 @@ def place_of(order: str, counts: dict[str, list[int]], ordinal: int) -> tuple[st
 
 
 @pytest.mark.parametrize("order", ["indexed", "streamed"])
-def test_weights_may_change_and_sources_may_join_at_a_resume(folder: Path, order: Any) -> None:
+def test_weights_may_change_and_sources_may_join_at_a_resume(run: Run, folder: Path, order: Any) -> None:
     """Each source goes on where it was: over all of it, each sample comes once in each of its epochs."""
 
     def mixed(**weights: float) -> DataConfig:
         sources = (SourceConfig(str(folder / name), weight=weight) for name, weight in weights.items())
         return config_for(*sources, order=order, shuffle_window=9)
 
-    before, position = run(mixed(a=1.0, b=1.0), 4)
-    after, later = run(mixed(a=1.0, b=3.0, c=1.0), 10, ranks=2, position=position)
+    before, position, _ = run(mixed(a=1.0, b=1.0), 4)
+    after, later, _ = run(mixed(a=1.0, b=3.0, c=1.0), 10, ranks=2, position=position)
     assert shares(after)["b"] == pytest.approx(0.6, abs=0.1)
-    last, _ = run(mixed(a=5.0, b=1.0, c=1.0), 12, ranks=3, position=later)
+    last, _, _ = run(mixed(a=5.0, b=1.0, c=1.0), 12, ranks=3, position=later)
     assert shares(last)["a"] == pytest.approx(5 / 7, abs=0.1)
     visits = Counter(
         (place_of(order, COUNTS, ordinal), key)
@@ -349,73 +330,6 @@ def test_weights_may_change_and_sources_may_join_at_a_resume(folder: Path, order
         DataError, match=r"a set with weights of its sources, this run is one without; restore"
     ):
         run(unweighted, 1, position=position)
-
-
-@pytest.mark.parametrize("order", ["indexed", "streamed"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_set_may_grow_between_resumes(
-    tmp_path: Path, write_shards: WriteShards, order: Any, weighted: bool
-) -> None:
-    """New shards join at the next epoch of all lanes, again and again, whoever goes on from where: until then
-    each old sample comes once per epoch, and from then on each of all."""
-    sources = [SourceConfig(str(tmp_path / "a"), weight=2.0), SourceConfig(str(tmp_path / "b"), weight=1.0)]
-    config = (
-        config_for(*sources, order=order) if weighted else config_for(order=order, shards=str(tmp_path / "a"))
-    )
-    counts = [9, 12, 8, 11]
-    keys = [write_shards(tmp_path / "a", counts)]
-    write_shards(tmp_path / "b", COUNTS["b"])
-    out, position = run(config, 3)
-    for first in (4, 6):
-        keys.append(write_shards(tmp_path / "a", [10, 7], first=first))
-        stopped = position
-        some, position = run(config, 8, ranks=2, position=position)
-        assert len(position["grown"]) == len(keys) - 1
-        half, between = run(config, 3, position=stopped, ranks=3)
-        rest, again = run(config, 5, position=between)
-        assert half + rest == some  # a position in the midst of it has all that is needed
-        assert again == position
-        out += some
-    more, position = run(config, 24, position=position)
-    out += more
-    untils = [until[0] for _, until in position["grown"]]
-    assert 0 < untils[0] < untils[1]
-    visits = Counter[tuple[int, str]]()
-    for served, ordinals, _ in out:
-        for key, ordinal in zip(served, ordinals, strict=True):
-            if source_of(key) == "a" or not weighted:
-                visits[epoch_of(order, ordinal, untils, counts), key.removeprefix("a/")] += 1
-    assert set(visits.values()) == {1}
-    known = list[str]()
-    for number, (start, stop) in enumerate(itertools.pairwise((0, *untils, untils[-1] + 1))):
-        known += keys[number]
-        for epoch in range(start, stop):
-            assert {key for e, key in visits if e == epoch} == set(known), epoch
-
-
-def epoch_of(order: str, ordinal: int, untils: list[int], counts: list[int]) -> int:
-    """Epoch of a visit of the set of the test above, which grew by two shards of 17 samples twice."""
-    unit = 1 << 24 if order == "streamed" else 1
-    sizes = [4, 6, 8] if order == "streamed" else [sum(counts) + 17 * number for number in range(3)]
-    place, epoch = ordinal // unit, 0
-    while True:
-        size = sizes[sum(until <= epoch for until in untils)]
-        if place < size:
-            return epoch
-        place, epoch = place - size, epoch + 1
-
-
-def test_shards_that_join_must_be_known_apart(tmp_path: Path, write_shards: WriteShards) -> None:
-    write_shards(tmp_path / "a", [40, 30], first=3)
-    config = config_for(shards=str(tmp_path / "a"))
-    _, position = run(config, 2)
-    write_shards(tmp_path / "a", [10], first=9)
-    bucketed = config_for(shards=str(tmp_path / "a"), buckets=True, bucket_step=8)
-    with pytest.raises(DataError, match=r"grown from 2 to 3 shards, and the shares of data.buckets"):
-        run(bucketed, 1, position=position)
-    write_shards(tmp_path / "a", [10], first=1)
-    with pytest.raises(DataError, match=r"another set of shards.*only be added, with names behind those"):
-        run(config, 1, position=position)
 
 
 def bad(folder: Path, *given: dict[str, Any], **changes: Any) -> DataConfig:
@@ -443,13 +357,13 @@ def bad(folder: Path, *given: dict[str, Any], **changes: Any) -> DataConfig:
     ],
 )
 def test_what_contradicts_itself_is_one_sentence(
-    folder: Path, given: list[dict[str, Any]], changes: dict[str, Any], told: str
+    run: Run, folder: Path, given: list[dict[str, Any]], changes: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(DataError, match=told):
         run(bad(folder, *given, **changes), 1)
 
 
-def test_explaining_a_mixture_by_weights_is_left_to_the_trace(folder: Path) -> None:
+def test_explaining_a_mixture_by_weights_is_left_to_the_trace(run: Run, folder: Path) -> None:
     config = bad(folder, {"weight": 1.0}, {"weight": 1.0})
     with pytest.raises(DataError, match="`ldm data trace` runs the steps"):
         list(explain_step(config, 3, BATCH, 2))

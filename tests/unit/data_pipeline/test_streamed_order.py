@@ -13,13 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig
 from data_pipeline.errors import DataError, NoShards, NotATar
-from data_pipeline.loader import Part, build_loader, check_layout, merge_positions, open_dataset
+from data_pipeline.loader import build_loader, check_layout, open_dataset
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards import recorder
 from data_pipeline.shards.build_index import build_index
@@ -28,30 +27,12 @@ from data_pipeline.storage.listing import list_files
 
 BATCH = 12
 LANES = 6
+Run = Callable[..., Any]
 
 
 def config_for(url: str, **changes: Any) -> DataConfig:
     given = {"image_size": 16, "workers": 0, "shuffle_window": 5, "order": "streamed", "lanes": LANES}
     return DataConfig(**{"shards": url, **given, **changes})
-
-
-def run(config: DataConfig, steps: int, *, ranks: int = 1, position: Any = None, seed: int = 3):
-    """Global batches (keys, ordinals, pixels) of `steps` steps, and the position after the last."""
-    loaders = [
-        build_loader(config, seed=seed, global_batch_size=BATCH, part=Part(r, ranks), position=position)
-        for r in range(ranks)
-    ]
-    out = []
-    for _ in range(steps):
-        parts = [next(loader) for loader in loaders]
-        keys = [k for p in parts for k in p.keys]
-        pixels = torch.cat([p.pixels for p in parts])
-        out.append((keys, torch.cat([p.ordinals for p in parts]).tolist(), pixels.tolist()))
-        position = merge_positions([json.loads(json.dumps(p.position)) for p in parts])
-    rejected = sum((loader.rejected for loader in loaders), Counter())
-    for loader in loaders:
-        loader.close()
-    return out, position, rejected
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -65,7 +46,7 @@ def run(config: DataConfig, steps: int, *, ranks: int = 1, position: Any = None,
     window=st.integers(1, 9),
 )
 def test_order_survives_layouts_restarts_filters_and_corruption(
-    tmp_path_factory, write_shards, counts, layouts, stop, seed, corrupt, filtered, window
+    run: Run, tmp_path_factory, write_shards, counts, layouts, stop, seed, corrupt, filtered, window
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
     names = [f"{s:05d}/{s:05d}{i:04d}" for s, n in enumerate(counts) for i in range(n)]
@@ -82,7 +63,9 @@ def test_order_survives_layouts_restarts_filters_and_corruption(
 
 
 @pytest.mark.parametrize("filtered", [False, True])
-def test_each_sample_comes_once_per_epoch_or_is_counted(tmp_path: Path, write_shards, filtered: bool) -> None:
+def test_each_sample_comes_once_per_epoch_or_is_counted(
+    run: Run, tmp_path: Path, write_shards, filtered: bool
+) -> None:
     """Over whole epochs of all lanes, with a kill after every step and other ranks after each."""
     bad = frozenset({"00001/000010003", "00000/000000000"})
     counts = [9, 4, 15, 1, 0, 7, 11]
@@ -137,7 +120,7 @@ def visited_first(shards: int, lanes: int, seed: int) -> list[int]:
 
 
 def test_the_first_batches_of_a_large_set_read_the_shards_of_their_lanes_alone(
-    tmp_path: Path, write_shards, caplog: pytest.LogCaptureFixture
+    run: Run, tmp_path: Path, write_shards, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of 5000 shards only those that the lanes walk first exist: nothing asks for the others."""
     first = visited_first(5000, LANES, seed=3)
@@ -156,7 +139,9 @@ def test_the_first_batches_of_a_large_set_read_the_shards_of_their_lanes_alone(
     assert batches[:3] + batches[3:] + rest == run(config, 7)[0]
 
 
-def test_a_run_that_began_without_an_index_goes_on_when_there_is_one(tmp_path: Path, write_shards) -> None:
+def test_a_run_that_began_without_an_index_goes_on_when_there_is_one(
+    run: Run, tmp_path: Path, write_shards
+) -> None:
     write_shards(tmp_path, [9, 12, 15, 11, 8, 14, 13])
     streamed = config_for(str(tmp_path), shuffle_window=0)
     whole, _, _ = run(streamed, 9)
@@ -223,7 +208,7 @@ def test_a_source_with_repeat_comes_so_often(tmp_path: Path, write_shards) -> No
 
 
 def test_the_first_epoch_leaves_the_index_behind(
-    tmp_path: Path, write_shards, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, write_shards, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `ldm data index` makes it, to the bit, of every shard once."""
     counts = [9, 12, 15, 11, 8, 14, 13]
@@ -313,7 +298,7 @@ def shards_with(tmp_path: Path, write_shards, counts: Sequence[int]) -> str:
 
 
 def test_shards_that_cannot_be_used_are_left_out_and_told(
-    tmp_path: Path, write_shards, caplog: pytest.LogCaptureFixture
+    run: Run, tmp_path: Path, write_shards, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = shards_with(tmp_path, write_shards, [9] * 10)
     (tmp_path / "shards" / "00003.tar").write_bytes(b"<html>moved</html>")
@@ -333,7 +318,9 @@ def test_shards_that_cannot_be_used_are_left_out_and_told(
         open_dataset(config_for(f"{tmp_path}/nowhere/{{00000..00009}}.tar"), at_once=True)
 
 
-def test_a_shard_that_was_replaced_is_not_read_on_at_the_old_place(tmp_path: Path, write_shards) -> None:
+def test_a_shard_that_was_replaced_is_not_read_on_at_the_old_place(
+    run: Run, tmp_path: Path, write_shards
+) -> None:
     url = shards_with(tmp_path, write_shards, [30] * 6)
     config = config_for(url)
     whole, _, _ = run(config, 20)
@@ -350,7 +337,9 @@ def test_a_shard_that_was_replaced_is_not_read_on_at_the_old_place(tmp_path: Pat
             assert is_its == (now[0][slot].split("/")[0] != f"{shard:05d}" != before[0][slot] and is_its)
 
 
-def test_an_opt_out_that_stands_in_the_parquet_alone_is_not_passed_over(tmp_path: Path, write_shards) -> None:
+def test_an_opt_out_that_stands_in_the_parquet_alone_is_not_passed_over(
+    run: Run, tmp_path: Path, write_shards
+) -> None:
     url = shards_with(tmp_path, write_shards, [9] * 6)
     (tmp_path / "gone.txt").write_text("0" * 64)
     keys = [f"00000{i:04d}" for i in range(9)]
