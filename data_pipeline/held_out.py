@@ -29,7 +29,6 @@ from data_pipeline.feed.sample import Known, draw_crop, fill_sample
 from data_pipeline.feed.task import ShareLayout
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.held_out import HeldOut, HeldOutSample, open_held_out
-from data_pipeline.shards.sources import configs_of
 from data_pipeline.storage.cache import BlockCache
 from data_pipeline.storage.ranges import Background, RangeReader
 
@@ -133,7 +132,7 @@ def _fill(
 ) -> str:
     """Decode one sample into a row; its caption. Raises Rejected."""
     mine = held.samples[sample]
-    config = configs_of(held.config)[held.dataset.source_of[mine.shard]]
+    config = held.configs[held.dataset.source_of[mine.shard]]
     try:
         members = {e: futures[sample, e].result()[sample, e] for e, _, _ in mine.extents}
     except Replaced as error:

@@ -93,8 +93,7 @@ class Buckets:
     @cached_property
     def weights(self) -> tuple[float, ...]:
         """Share of each shape in the served samples."""
-        shares = [[walk.share for walk in self.walks[self.walks_of(b)]] for b in range(len(self.shapes))]
-        return tuple(sum(some[1:], some[0]) for some in shares)
+        return tuple(sum(walk.share for walk in self.walks[place]) for place in self._places)
 
     def walks_of(self, bucket: int) -> slice:
         """Places of a bucket's walks among those of a lane."""

@@ -47,23 +47,21 @@ def walks_of(
     known = shards_of(position)
     now, fingerprint = dataset.shards.shards, dataset.fingerprint
     history = known.grown if known is not None else ()
-    newly = known is not None and _is_grown(dataset, order, known)
-    if newly:
-        assert known is not None
+    newly = _grown_from(dataset, order, known) if known is not None else None
+    if newly is not None:
         if config.buckets:
             raise DataError(
-                f"The set has grown from {sum(known.shards)} to {sum(now)} shards, and the shares of "
+                f"The set has grown from {sum(newly.shards)} to {sum(now)} shards, and the shares of "
                 "data.buckets with it; add the new shards as a source with a weight of its own, or start a "
                 "new run with init_from."
             )
-        was = _padded(dataset, known.shards, now)
-        fingerprint = dataset.first(was).fingerprint_of(order)
-        history = (*history, Earlier(was, ()))
+        fingerprint = newly.fingerprint
+        history = (*history, Earlier(newly.shards, ()))
     walks: Buckets | None = None
     for number, some in enumerate(_sets(dataset, history)):
         each = _walks(config, dataset.first(some), order, position)
         walks = each if walks is None else _linked(walks, each, history[number - 1].until)
-    if newly:
+    if newly is not None:
         assert walks is not None
         until = tuple(epoch + 1 for epoch in last_epochs(position, order, walks))
         history = (*history[:-1], Earlier(history[-1].shards, until))
@@ -94,16 +92,17 @@ def _padded(dataset: Dataset, shards: Sequence[int], later: Sequence[int]) -> tu
     return (*shards, *(joined if dataset.shares else (0,) * len(joined)))
 
 
-def _is_grown(dataset: Dataset, order: Order | Turns, known: ShardSet) -> bool:
-    """Whether the shards of a position are the first of those that there are, and not all."""
+def _grown_from(dataset: Dataset, order: Order | Turns, known: ShardSet) -> ShardSet | None:
+    """The shards of a position, among the sources of now, if they are the first of those that there are, and
+    not all."""
     now = dataset.shards.shards
     if len(known.shards) > len(now) or isinstance(known.fingerprint, str) == bool(dataset.shares):
-        return False
+        return None
     was = _padded(dataset, known.shards, now)
     if was == now or any(before > after for before, after in zip(was, now, strict=True)):
-        return False
+        return None
     found = dataset.first(was).fingerprint_of(order)
-    return found[: len(known.fingerprint)] == known.fingerprint
+    return ShardSet(found, was) if found[: len(known.fingerprint)] == known.fingerprint else None
 
 
 def _walks(config: DataConfig, dataset: Dataset, order: Order | Turns, position: Position) -> Buckets:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,11 @@ class HeldOut:
     """Their shards alone."""
     samples: tuple[HeldOutSample, ...]
     """By shape, then by the hash of their keys."""
+
+    @cached_property
+    def configs(self) -> tuple[DataConfig, ...]:
+        """How those of each source are read."""
+        return configs_of(self.config)
 
     def __len__(self) -> int:
         return len(self.samples)

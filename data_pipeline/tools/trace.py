@@ -113,9 +113,8 @@ def explain_step(
     earlier = buckets.turns(step)[wanted]  # steps that this bucket had before
     per_lane = global_batch_size // order.lanes
     skip = earlier * per_lane
-    places = [
-        Place(first_epoch, 0, 0, 0)
-    ] * order.lanes  # only a walk from the start meets all that a ledger has
+    # Only a walk from the start meets all that a ledger has.
+    places = [Place(first_epoch, 0, 0, 0)] * order.lanes
     if not ledger.files:
         places = Seeker(buckets, wanted, views, first_epoch).seek(skip)
     walk = _Walk(buckets, wanted, dataset, views, ledger)
