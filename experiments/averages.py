@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lab.experiment import Experiment, Figure, Figures, run
-from lab.oracle import accuracy, prompts_file
+from lab.oracle import judged
 from lab.workshop import CONSTANT, Workshop
 from safetensors.numpy import load_file
 
@@ -28,8 +28,10 @@ def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures
     base = workshop.base(seed)
     folder = workshop.folder / "averages" / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = ("--guidance", "2", "--seed", str(seed))
     if setting == RAW:
-        return {workshop.scale.steps: _judged(workshop, base, folder / RAW, seed, "--weights", "weights")}
+        found = judged(workshop, base, folder / RAW, *drawn, "--weights", "weights")
+        return {workshop.scale.steps: found}
     widths = f"ema.power_stds=[{', '.join(WIDTHS)}]"
     direct = workshop.second_stage("averages_kept", seed, (*CONSTANT, widths))
     kept, raw = folder / f"kept_{setting}.safetensors", folder / "raw.safetensors"
@@ -37,8 +39,8 @@ def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures
     workshop.command(["ema", str(base), str(made), "--std", setting])
     workshop.command(["export", str(direct), str(kept), "--weights", f"power_{setting}"])
     workshop.command(["export", str(base), str(raw), "--weights", "weights"])
-    found = _judged(workshop, made, folder / f"made_{setting}", seed)
-    kept_found = _judged(workshop, kept, folder / f"kept_{setting}", seed)
+    found = judged(workshop, made, folder / f"made_{setting}", *drawn)
+    kept_found = judged(workshop, kept, folder / f"kept_{setting}", *drawn)
     return {
         workshop.scale.steps: found
         | {f"kept {name}": value for name, value in kept_found.items()}
@@ -50,12 +52,6 @@ def distance(first: Path, second: Path) -> float:
     """Euclidean distance of the numbers of two files with the same tensors."""
     ours, theirs = load_file(first), load_file(second)
     return float(sum(((ours[name] - theirs[name]) ** 2).sum() for name in ours)) ** 0.5
-
-
-def _judged(workshop: Workshop, source: Path, out: Path, seed: int, *options: str) -> dict[str, float]:
-    prompts = ("--prompts-from", str(prompts_file(workshop.folder)))
-    pictures = workshop.draw(source, out, *prompts, "--guidance", "2", "--seed", str(seed), *options)
-    return accuracy(pictures) | workshop.fidelity(pictures)
 
 
 EXPERIMENT = Experiment(

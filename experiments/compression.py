@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 
 from lab.experiment import Experiment, Figure, Figures, run
-from lab.oracle import accuracy, prompts_file
+from lab.oracle import judged
 from lab.workshop import CONSTANT, Workshop
 
 EDGE = 32
@@ -38,9 +38,7 @@ def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures
         structure = (shape, f"first_stage.weights={weights}")
     model = workshop.second_stage(f"compression_f{factor}", seed, (*CONSTANT, *structure), steps)
     out = workshop.folder / "compression" / f"seed_{seed}_f{factor}"
-    prompts = ("--prompts-from", str(prompts_file(workshop.folder)))
-    pictures = workshop.draw(model, out, *prompts, "--guidance", "2", "--seed", str(seed))
-    return {steps: accuracy(pictures) | workshop.fidelity(pictures) | found}
+    return {steps: judged(workshop, model, out, "--guidance", "2", "--seed", str(seed)) | found}
 
 
 def _work(factor: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from lab.experiment import Experiment, Figure, Figures, run
 from lab.maps import MAP_MODEL, draw_maps, map_agreement
-from lab.oracle import PROMPTS, accuracy, prompts_file
+from lab.oracle import PROMPTS, accuracy, prompted
 from lab.workshop import CONSTANT, Workshop
 
 from data_pipeline.scenes.judge import EvaluationPrompt, evaluation_prompts
@@ -37,8 +37,7 @@ def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures
     seeded = ("--guidance", GUIDANCE, "--seed", str(seed))
     if kind == "text":
         asked = evaluation_prompts(PROMPTS)
-        prompts = ("--prompts-from", str(prompts_file(workshop.folder)))
-        pictures = workshop.draw(workshop.base(seed), folder, *prompts, *seeded)
+        pictures = workshop.draw(workshop.base(seed), folder, *prompted(workshop.folder), *seeded)
     else:
         asked = [EvaluationPrompt("", color, shape, "") for color in COLORS for shape in SHAPES]
         model = workshop.second_stage("class", seed, (*CONSTANT, *CLASS_MODEL))

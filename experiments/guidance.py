@@ -11,17 +11,16 @@ import sys
 from collections.abc import Mapping
 
 from lab.experiment import Experiment, Figure, Figures, run
-from lab.oracle import accuracy, prompts_file
+from lab.oracle import judged
 from lab.workshop import Workshop
 
 
 def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures]:
     """Oracle and fidelity of what one scale draws; 0 is the model without a prompt, 1 without guidance."""
     model = workshop.base(seed)
-    prompts = ("--prompts-from", str(prompts_file(workshop.folder)))
     out = workshop.folder / "guidance" / f"seed_{seed}_scale_{setting}"
-    pictures = workshop.draw(model, out, *prompts, "--guidance", setting, "--seed", str(seed))
-    return {workshop.scale.steps: accuracy(pictures) | workshop.fidelity(pictures)}
+    found = judged(workshop, model, out, "--guidance", setting, "--seed", str(seed))
+    return {workshop.scale.steps: found}
 
 
 EXPERIMENT = Experiment(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 
 from lab.experiment import Experiment, Figure, Figures, run
-from lab.oracle import accuracy, prompts_file
+from lab.oracle import judged
 from lab.workshop import CONSTANT, Workshop
 
 _DISCRETE = "diffusion.zero_terminal_snr=false"
@@ -43,10 +43,8 @@ def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures
     found = {}
     for step in range(every, workshop.scale.steps + 1, every):
         out = workshop.folder / "objectives" / f"seed_{seed}_{name}_{step}"
-        given = ("--prompts-from", str(prompts_file(workshop.folder)), "--guidance", GUIDANCE)
-        chosen = ("--seed", str(seed), "--checkpoint", str(step))
-        pictures = workshop.draw(model, out, *given, *chosen)
-        found[step] = accuracy(pictures) | workshop.fidelity(pictures)
+        chosen = ("--guidance", GUIDANCE, "--seed", str(seed), "--checkpoint", str(step))
+        found[step] = judged(workshop, model, out, *chosen)
     return found
 
 

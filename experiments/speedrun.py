@@ -1,7 +1,7 @@
 """How soon does a recipe draw what it is asked for?
 
     python experiments/speedrun.py --out /tmp/speedrun
-    python experiments/speedrun.py --out /tmp/speedrun_muon --seeds 0 1 2 optimizer.name=muon
+    python experiments/speedrun.py optimizer.name=muon --out /tmp/speedrun_muon --seeds 0 1 2
 
 Trains the second stage of the demo by its own configuration, with the settings that are given, and finds the
 first checkpoint that meets both targets: validation loss of the averaged weights, and share of 108 pictures
@@ -21,16 +21,14 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 
-from lab.experiment import machine
-from lab.oracle import accuracy, prompts_file
+from lab.experiment import origin
+from lab.oracle import accuracy, prompted
 from lab.workshop import FULL, SECOND_STAGE, SMALL, Refused, Workshop
 
 from trainer.config.io import load_config
 from trainer.config.run import ConfigError
-from trainer.provenance import git_commit
 
 LOSS, ORACLE = 0.28, 0.6
 """Targets: at most, and at least."""
@@ -147,7 +145,7 @@ def _candidates(workshop: Workshop, run: Path, begun: float, most: float) -> Ite
 
 def _oracle(workshop: Workshop, run: Path, seed: int, step: int) -> float:
     out = workshop.folder / "speedrun" / f"pictures_{seed}_{step}"
-    prompts = ("--prompts-from", str(prompts_file(workshop.folder)), "--count", str(PICTURES))
+    prompts = (*prompted(workshop.folder), "--count", str(PICTURES))
     words = ["sample", str(run), "--checkpoint", str(step), "--seed", "0", "--out", str(out), *prompts]
     workshop.command([*words, "--batch-size", "54"])
     return accuracy(out / "pictures")["oracle"]
@@ -162,9 +160,7 @@ def _record(recipe: Sequence[str], seed: int, reached: Reached, oracle: float) -
         seconds=round(reached.seconds, 1),
         validation_loss=round(reached.loss, 4),
         oracle=round(oracle, 4),
-        commit=git_commit(Path(__file__).parent, mark_changes=True) or "unknown",
-        machine=machine(),
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(),
     )
 
 

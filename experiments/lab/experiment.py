@@ -88,6 +88,7 @@ def run(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
 
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=experiment.question,
         epilog="Runs again, it goes on where it was stopped. What was found: docs/findings.md",
     )
@@ -138,12 +139,7 @@ class Ledger:
         self, experiment: str, seed: int, setting: str, found: Mapping[int, Figures], seconds: float
     ) -> None:
         """Write what was found, by optimizer step."""
-        about = {
-            "seconds": f"{seconds:.1f}",
-            "commit": git_commit(Path(__file__).parent, mark_changes=True) or "unknown",
-            "machine": machine(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        about = {"seconds": f"{seconds:.1f}", **origin()}
         self.rows += [
             {
                 **{"experiment": experiment, "seed": str(seed), "setting": setting, "step": str(step)},
@@ -220,8 +216,17 @@ def _spread(
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def machine() -> str:
-    """Cores, their kind, and the GPU if there is one."""
+def origin() -> dict[str, str]:
+    """Where a row comes from: commit, machine and time."""
+    return {
+        "commit": git_commit(Path(__file__).parent, mark_changes=True) or "unknown",
+        "machine": _machine(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _machine() -> str:
+    """Cores, their kind, and threads."""
     kind = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -11,17 +11,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.scenes.judge import EvaluationPrompt, evaluation_prompts, judge
+from lab.workshop import Workshop
 
 PROMPTS = 54
 """Every colour, shape and background once."""
 
 
-def prompts_file(folder: Path) -> Path:
-    """The prompts that pictures are asked for in turn, one a line."""
+def prompted(folder: Path) -> tuple[str, str]:
+    """Options of `ldm sample` for the prompts that pictures are asked for in turn."""
     path = folder / "prompts.txt"
     if not path.exists():
         path.write_text("".join(f"{prompt.prompt}\n" for prompt in evaluation_prompts(PROMPTS)))
-    return path
+    return "--prompts-from", str(path)
+
+
+def judged(workshop: Workshop, source: Path, out: Path, *options: str) -> dict[str, float]:
+    """Oracle and fidelity of what a model draws for the prompts, with these options of `ldm sample`."""
+    pictures = workshop.draw(source, out, *prompted(workshop.folder), *options)
+    return accuracy(pictures) | workshop.fidelity(pictures)
 
 
 def accuracy(pictures: Path, asked: Sequence[EvaluationPrompt] | None = None) -> dict[str, float]:
@@ -29,7 +36,7 @@ def accuracy(pictures: Path, asked: Sequence[EvaluationPrompt] | None = None) ->
 
     Args:
         pictures: folder of `ldm sample`.
-        asked: prompts, taken in turn; unset: those of `prompts_file`.
+        asked: prompts, taken in turn; unset: those of `prompted`.
     """
     asked = asked or evaluation_prompts(PROMPTS)
     verdicts = [

@@ -41,7 +41,14 @@ def test_help_explains(name: str) -> None:
     command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"experiments/{name}.py --out" in done.stdout
+    assert f"    python experiments/{name}.py --out" in done.stdout
+
+
+def test_the_races_that_speedrun_shows_are_accepted() -> None:
+    assert speedrun.__doc__ is not None
+    lines = [line.split() for line in speedrun.__doc__.splitlines() if "python experiments/" in line]
+    recipes = [speedrun._parser().parse_args(words[2:]).recipe for words in lines]
+    assert recipes == [[], ["optimizer.name=muon"]]
 
 
 @pytest.mark.slow
