@@ -29,7 +29,8 @@ AUTOENCODER = "autoencoder"
 """Name of the engine, and so of the exported network, that is a first stage."""
 
 _GROUP_BYTES = 192 << 20
-_DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
+DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
+"""Of tensors in files: torch's and safetensors' by ours."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def export(
     Raises:
         ConfigError: no such checkpoint, average or dtype, or a file that cannot be written.
     """
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     handle = _checkpoint_of(source, step)
     state = read_state(handle)
     profile, kind = choose_kind(handle, str(state["averaged"]), profile)
@@ -89,8 +90,8 @@ def export_tensors(
     Raises:
         ConfigError: no such dtype, or a file that cannot be written.
     """
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     destination = weights_file(destination)
     small = {name: value for name, value in tensors.items() if name in LATENT_BUFFERS}
     shapes = {name: tuple(value.shape) for name, value in tensors.items() if name not in small}
@@ -254,7 +255,7 @@ def write_parameters(
     Args:
         read: gives the named parameters whole, in fp32; called with groups of a few of them.
     """
-    torch_dtype, name_of_dtype = _DTYPES[dtype]
+    torch_dtype, name_of_dtype = DTYPES[dtype]
     parameters = {name: shape for name, shape in shapes.items() if name not in small}
     header = _header(parameters, name_of_dtype, torch_dtype.itemsize, small, metadata)
 

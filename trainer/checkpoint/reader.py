@@ -78,7 +78,8 @@ class NetworkReader:
         shapes = handle.manifest.shapes
         self._frozen_shapes = shapes.get(FROZEN, {})
         self._frozen = EngineReader(handle, FROZEN) if self._frozen_shapes else None
-        self._lora = config_from_dict(state["config"]).lora
+        lora = config_from_dict(state["config"]).lora
+        self._scale = 1.0 if lora is None else lora.scale
         self._adapted = adapted(shapes[engine])
         adapters = {each for both in self._adapted.values() for each in both}
         own = {name: shape for name, shape in shapes[engine].items() if name not in adapters}
@@ -99,16 +100,14 @@ class NetworkReader:
         found = {name: trained[name] for name in own}
         found |= self._frozen.whole(MASTER, frozen) if self._frozen is not None else {}
         for name, (down, up) in adapters.items():
-            assert self._lora is not None
-            found[name] = merge(found[name], trained[down], trained[up], self._lora.scale)
+            found[name] = merge(found[name], trained[down], trained[up], self._scale)
         return found
 
     def adapters(self, kind: str) -> dict[str, tuple[Tensor, Tensor]]:
         """(A [r, in], B [out, r]) by the name of the weight that they adapt, B times its scale."""
         wanted = [each for both in self._adapted.values() for each in both]
         found = self._trained.whole(kind, wanted)
-        scale = self._lora.scale if self._lora is not None else 1.0
-        return {name: (found[down], found[up] * scale) for name, (down, up) in self._adapted.items()}
+        return {name: (found[down], found[up] * self._scale) for name, (down, up) in self._adapted.items()}
 
 
 def _read_shard(

@@ -20,7 +20,7 @@ from trainer.checkpoint.catalogue import (
     snapshots_url,
     steps_found,
 )
-from trainer.checkpoint.export import beside_weights, read_state, weights_file, write_parameters
+from trainer.checkpoint.export import DTYPES, beside_weights, read_state, weights_file, write_parameters
 from trainer.checkpoint.manifest import BadManifest
 from trainer.checkpoint.reader import EngineReader, NetworkReader
 from trainer.config.run import ConfigError
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="FILE", help="path or URL of the .safetensors file")
     parser.add_argument("--std", type=float, required=True, help="relative width of the average, e.g. 0.07")
     parser.add_argument("--step", type=int, help="end of the average (default: the newest snapshot)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections import Counter
 from contextlib import closing
@@ -36,6 +35,7 @@ from trainer.checkpoint.manifest import BadManifest
 from trainer.config.checks import check_networks
 from trainer.config.io import load_config
 from trainer.config.run import Config, ConfigError
+from trainer.console import say
 from trainer.distributed.env import choose_device
 from trainer.distributed.process import configure_process
 from trainer.exit_codes import StopRequest
@@ -81,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
         encoder = _Encoder(config, Part(args.rank, args.ranks))
         with closing(encoder.once):
             encoder.walk(pool, args.steps)
-    _say(f"samples           {encoder.counts['served']:,} ({encoder.counts['rejected']:,} rejected)")
+    say(f"samples           {encoder.counts['served']:,} ({encoder.counts['rejected']:,} rejected)")
     written = encoder.once.counts
-    _say(f"in the cache      {encoder.counts['cache_found']:,} before, {written['written']:,} stored now")
-    _say(f"parts             {written['parts']:,}, {written['bytes']:,} bytes")
+    say(f"in the cache      {encoder.counts['cache_found']:,} before, {written['written']:,} stored now")
+    say(f"parts             {written['parts']:,}, {written['bytes']:,} bytes")
     left = encoder.counts["cache_missed"] - encoder.counts["again"] - written["written"]
     if left:
-        _say(f"not stored        {left:,} (twice in a batch, no room, or as the log says)")
+        say(f"not stored        {left:,} (twice in a batch, no room, or as the log says)")
     if asked.request is not StopRequest.NONE:
         return asked.request.exit_code
     return 1 if written["failed"] else 0
@@ -147,13 +147,13 @@ class _Pace:
             self._look()
             if self._run > step:
                 target = self._run + self._ahead // 2
-                _say(f"step {step:,}: the run is at step {self._run:,}; going on at step {target:,}")
+                say(f"step {step:,}: the run is at step {self._run:,}; going on at step {target:,}")
                 return target
             if step < self._run + self._ahead:
                 break
             if self._told != step:
                 self._told = step
-                _say(f"step {step:,}: waiting, as the run is at step {self._run:,} of {self._config.run_dir}")
+                say(f"step {step:,}: waiting, as the run is at step {self._run:,} of {self._config.run_dir}")
             time.sleep(_PAUSE_S)
         return step
 
@@ -230,7 +230,7 @@ class _Encoder:
             if step % 100 == 0:
                 counts = self.counts + Counter(loader.counts)
                 done = f"{counts['cache_found']:,} found, {counts['cache_missed']:,} encoded"
-                _say(f"step {step:,} of {last:,}: {done}")
+                say(f"step {step:,} of {last:,}: {done}")
             step += 1
         return step
 
@@ -265,8 +265,3 @@ class _Encoder:
             dataset=self._dataset,
             moments=self._moments,
         )
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import DataConfig, SourceConfig
-from trainer.checkpoint.export import WEIGHTS, Exported, export, export_tensors, open_adapters, open_weights
+from trainer.checkpoint.export import (
+    DTYPES,
+    WEIGHTS,
+    Exported,
+    export,
+    export_tensors,
+    open_adapters,
+    open_weights,
+)
 from trainer.config.identity import as_trained
 from trainer.config.io import config_from_dict
 from trainer.config.models import TOWERS as TOWER_SECTIONS
@@ -46,7 +54,6 @@ from trainer.interop.parts import TOWERS, is_clip_l
 from trainer.pixels import to_unit_range
 from trainer.weights import metadata_object
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLE = "example: ldm export s3://bucket/first_stage_run s3://bucket/first_stage.safetensors"
 
 
@@ -61,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", help="average to write, or `weights` for the trained ones (default: EMA)"
     )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the tensors")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the tensors")
     parser.add_argument(
         "--measure",
         nargs="+",
@@ -195,7 +202,7 @@ def _export_lora(args: argparse.Namespace) -> int:
             raise ConfigError(f"{why}; leave out --{option}.")
     adapters, metadata = open_adapters(args.source, profile=args.weights, step=args.checkpoint)
     config = config_from_dict(metadata_object(metadata, "config", args.source))
-    url = write_lora(adapters, args.destination, config.unet, _DTYPES[args.dtype])
+    url = write_lora(adapters, args.destination, config.unet, DTYPES[args.dtype][0])
     print(f"{url}: {len(adapters)} adapters, {metadata['profile']} of step {metadata['step']}")
     return 0
 
@@ -220,8 +227,8 @@ def _export_whole(args: argparse.Namespace) -> int:
             stage, _ = first_stage_tensors(first_stage)
             tensors |= {f"first_stage.{name}": value for name, value in stage.items()}
         tensors |= _towers(config, args.layout)
-    report = export_weights(tensors, args.destination, config, args.layout, average, _DTYPES[args.dtype])
-    print(report.describe())
+    dtype, _ = DTYPES[args.dtype]
+    print(export_weights(tensors, args.destination, config, args.layout, average, dtype).describe())
     return 0
 
 

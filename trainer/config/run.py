@@ -123,12 +123,9 @@ class Config:
 
     def phase(self, step: int) -> Phase:
         """The phase that makes the step after `step` steps; after the last one, the last phase."""
-        begun = [
-            0,
-            *(phase.from_step for phase in self.phases if phase.from_step <= min(step, self.steps - 1)),
-        ]
-        later = [phase.from_step for phase in self.phases if phase.from_step > begun[-1]]
-        return Phase(len(begun) - 1, begun[-1], min([*later, self.steps]))
+        _, *later = self.phase_starts
+        number = sum(first <= step for first in later)
+        return Phase(number, self.phase_starts[number], (*later, self.steps)[number])
 
     def at(self, step: int) -> Config:
         """The settings of the phase that makes the step after `step` steps, in their places."""
