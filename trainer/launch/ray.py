@@ -39,9 +39,9 @@ from trainer.config.io import config_to_dict, load_run
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode
-from trainer.launch.ray_beside import Beside, Command, encoders, evaluator
+from trainer.launch.ray_beside import Beside, Command, encoders, evaluator, watch_words
 from trainer.launch.ray_board import RunBoard, RunRequest, useful_ranks
-from trainer.launch.ray_rank import train_rank
+from trainer.launch.ray_rank import shown_name, train_rank
 from trainer.launch.ray_worker import ROUND_S
 
 logger = logging.getLogger(__name__)
@@ -141,10 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _drive(config: Config, args: argparse.Namespace, fewest: int, most: int) -> int:
     board = _start_board(config)
-    callback = _SaveBeforeResize(board, args.save_limit_s)
     commands = _commands(config, args)
-    trainer = _build_trainer(config, args, (fewest, most), board, callback)
-    trainer._taken = math.ceil(_workers_worth(commands, args))
+    trainer = _build_trainer(config, args, (fewest, most), board, _workers_worth(commands, args))
     outcome: list[int] = []
 
     def fit() -> None:
@@ -183,7 +181,7 @@ def _arrow(storage: Any) -> Any:
 
 
 def _build_trainer(
-    config: Config, args: argparse.Namespace, workers: tuple[int, int], board: Any, callback: Any
+    config: Config, args: argparse.Namespace, workers: tuple[int, int], board: Any, taken: int
 ) -> TorchTrainer:
     storage, path = filesystem(config.run_dir)
     use_gpu = _use_gpu(args)
@@ -204,16 +202,16 @@ def _build_trainer(
             elastic_resize_monitor_interval_s=args.resize_every_s,
         ),
         run_config=ray.train.RunConfig(
-            name=args.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run_dir).strip("-."),
+            name=args.name or shown_name(config.run_dir).strip("-."),
             storage_path=f"{path.rstrip('/')}/ray",
             storage_filesystem=_arrow(storage),
             # Faults in a row are counted on the board, the way the other launchers count them.
             failure_config=ray.train.FailureConfig(max_failures=-1, preemption_grace_s=args.save_limit_s),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),  # pointers
-            callbacks=[callback],
+            callbacks=[_SaveBeforeResize(board, args.save_limit_s)],
         ),
     )
-    trainer._config = config
+    trainer._config, trainer._taken = config, taken
     return trainer
 
 
@@ -225,7 +223,7 @@ def _use_gpu(args: argparse.Namespace) -> bool:
 
 def _check_beside(config: Config, args: argparse.Namespace) -> None:
     """Mistakes about what runs beside the ranks. Raises ConfigError."""
-    evaluator(config, args.watch, cpus=0.0, gpus=0.0, accelerator=None)
+    watch_words(args.watch)
     for option, value, least in (
         ("--encoders", args.encoders, 0),
         ("--encoders-ahead", args.encoders_ahead, 1),
@@ -261,11 +259,12 @@ def _commands(config: Config, args: argparse.Namespace) -> list[Command]:
     ]
 
 
-def _workers_worth(commands: Sequence[Command], args: argparse.Namespace) -> float:
+def _workers_worth(commands: Sequence[Command], args: argparse.Namespace) -> int:
     """How many ranks could be where the commands beside them are."""
     if _use_gpu(args):
-        return sum(command.gpus for command in commands)
-    return sum(command.cpus for command in commands) / args.cpus_per_worker if args.cpus_per_worker else 0.0
+        return math.ceil(sum(command.gpus for command in commands))
+    cpus = sum(command.cpus for command in commands)
+    return math.ceil(cpus / args.cpus_per_worker) if args.cpus_per_worker else 0
 
 
 def _start_board(config: Config) -> Any:

@@ -176,10 +176,17 @@ def encoders(
 def evaluator(
     config: Config, options: str, *, cpus: float, gpus: float, accelerator: str | None
 ) -> list[Command]:
-    """`ldm evaluate watch` of the run, with these options of its own; none without any.
+    """`ldm evaluate watch` of the run, with these options of its own; none without any."""
+    words = watch_words(options)
+    command = ("evaluate", "watch", config.run_dir, *words)
+    return [Command("evaluator", command, config, cpus, gpus, accelerator, to_the_end=True)] if words else []
+
+
+def watch_words(options: str) -> list[str]:
+    """The words of --watch.
 
     Raises:
-        ConfigError: the options are no command line, or lack what it cannot do without.
+        ConfigError: they are no command line, or lack what `ldm evaluate watch` cannot do without.
     """
     try:
         words = shlex.split(options)
@@ -190,10 +197,7 @@ def evaluator(
             raise ConfigError(
                 f"--watch needs {needed}, as `ldm evaluate watch --help` says; add it to the text."
             )
-    all_words = ("evaluate", "watch", config.run_dir, *words)
-    return (
-        [Command("evaluator", all_words, config, cpus, gpus, accelerator, to_the_end=True)] if words else []
-    )
+    return words
 
 
 def follow(command: Command, job: str, restarts: int) -> tuple[int, str]:

@@ -140,7 +140,7 @@ class _Reporter:
         self._ranks = ranks
         self._next = 0.0
         self._checkpoint: str | None = None
-        tags = {"run": re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run_dir)}
+        tags = {"run": shown_name(config.run_dir)}
         self._gauges = {}
         for name in ("step", "samples_seen", "ranks", *_METRICS):
             self._gauges[name] = Gauge(f"ldm_{name}", f"{name} of the training run", tag_keys=("run",))
@@ -163,6 +163,11 @@ class _Reporter:
             report["checkpoint_step"], self._checkpoint = newest
             report["checkpoint"] = self._checkpoint
         return report
+
+
+def shown_name(run_dir: str) -> str:
+    """What Ray shows a run as."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", run_dir)
 
 
 def log_folder() -> Path:
