@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -15,11 +14,10 @@ from pathlib import Path
 from types import FrameType
 
 from data_pipeline.storage.urls import is_local, local_path
-from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode, should_restart
 from trainer.launch.attempt import Attempt
-from trainer.launch.rank import Task, rank_command, run_rank
+from trainer.launch.rank import Task, rank_command, run_rank, write_config
 
 # Why not torch.distributed.elastic: its agent restarts after any failure, a mistake in the
 # configuration included, knows no heartbeat (a SIGSTOPped rank lives on until the collective's
@@ -41,10 +39,8 @@ def launch(config: Config, task: Task = "train") -> int:
     ranks = config.distributed.ranks or visible_devices(os.environ) or 1
     config.sharing(ranks)
     with tempfile.TemporaryDirectory(prefix="ldm-launch-") as scratch:
-        config_file = Path(scratch) / "config.json"
-        config_file.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
         return supervise(
-            rank_command(config_file, task),
+            rank_command(write_config(scratch, config), task),
             ranks,
             max_restarts=config.distributed.max_restarts if task == "train" else 0,
             watchdog_s=config.distributed.watchdog_s,

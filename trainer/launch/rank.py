@@ -48,6 +48,13 @@ def rank_command(config_file: Path, task: Task) -> list[str]:
     return [sys.executable, "-m", "trainer.launch.rank", str(config_file), task]
 
 
+def write_config(folder: str, config: Config) -> Path:
+    """A file in the folder with all settings of a run, for processes that are started."""
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
+    return path
+
+
 def run_rank(config: Config, task: Task = "train") -> ExitCode:
     """Do the task in this process, as the rank that the environment says it is."""
     # Here, not at the top: the launcher imports this module and must stay small and quick.
@@ -129,10 +136,9 @@ def _examine(config: Config) -> ExitCode:
     if threading.active_count() == 1 and not _driver_is_open():
         return _forked(config)
     with tempfile.TemporaryDirectory(prefix="ldm-doctor-") as scratch:
-        path = Path(scratch) / "config.json"
-        path.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
         environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid())}
-        doctor = subprocess.Popen(rank_command(path, "doctor"), env=environment)
+        command = rank_command(write_config(scratch, config), "doctor")
+        doctor = subprocess.Popen(command, env=environment)
         try:
             return normalize(doctor.wait())
         finally:

@@ -202,7 +202,7 @@ def _build_trainer(
             elastic_resize_monitor_interval_s=args.resize_every_s,
         ),
         run_config=ray.train.RunConfig(
-            name=args.name or shown_name(config.run_dir).strip("-."),
+            name=args.name or shown_name(config.run_dir),
             storage_path=f"{path.rstrip('/')}/ray",
             storage_filesystem=_arrow(storage),
             # Faults in a row are counted on the board, the way the other launchers count them.

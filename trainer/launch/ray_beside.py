@@ -9,7 +9,6 @@ They know the run by its folder alone. Nothing of theirs is the run's: it goes o
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -28,14 +27,12 @@ from typing import Any
 import ray
 import ray.exceptions
 
-import trainer
-from trainer.config.io import config_to_dict
 from trainer.config.run import Config, ConfigError
 from trainer.exit_codes import ExitCode, normalize, should_restart
-from trainer.launch.rank import LAUNCHER_VARIABLE
+from trainer.launch.rank import LAUNCHER_VARIABLE, write_config
 from trainer.launch.rank_process import describe
-from trainer.launch.ray_rank import log_folder
-from trainer.launch.ray_worker import ROUND_S
+from trainer.launch.ray_rank import log_folder, shown_name
+from trainer.launch.ray_worker import ROUND_S, child_environment
 from trainer.reliability.job import JOB_VARIABLE, RESTARTS_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -205,12 +202,11 @@ def follow(command: Command, job: str, restarts: int) -> tuple[int, str]:
 
     job: names all starts of it, each of which may go on where the one before held a folder.
     """
-    log = log_folder() / f"{Path(command.config.run_dir).name}-{command.name.replace(' ', '-')}.log"
+    run = shown_name(command.config.run_dir)
+    log = log_folder() / f"{run}-{command.name.replace(' ', '-')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    package = str(Path(trainer.__file__).parents[1])
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
+        **child_environment(),
         "PYTHONUNBUFFERED": "1",
         LAUNCHER_VARIABLE: str(os.getpid()),
         JOB_VARIABLE: f"{job}, {command.name}",
@@ -219,9 +215,8 @@ def follow(command: Command, job: str, restarts: int) -> tuple[int, str]:
     if not command.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="ldm-beside-") as scratch, log.open("ab") as stream:
-        config_file = Path(scratch) / "config.json"
-        config_file.write_text(json.dumps(config_to_dict(command.config)), encoding="utf-8")
-        words = [str(config_file) if word == _CONFIG else word for word in command.words]
+        config = str(write_config(scratch, command.config))
+        words = [config if word == _CONFIG else word for word in command.words]
         process = subprocess.Popen(
             [sys.executable, "-m", "trainer", *words],
             env=environment,

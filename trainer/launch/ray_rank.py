@@ -167,7 +167,7 @@ class _Reporter:
 
 def shown_name(run_dir: str) -> str:
     """What Ray shows a run as."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", run_dir)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", run_dir).strip("-.")
 
 
 def log_folder() -> Path:

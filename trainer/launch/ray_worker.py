@@ -12,7 +12,6 @@ All workers go through the same rounds, one a second:
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -26,11 +25,10 @@ from typing import Any, Protocol
 
 import trainer
 from data_pipeline.errors import RetryableFault
-from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.distributed.place import Place
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
-from trainer.launch.rank import rank_command
+from trainer.launch.rank import rank_command, write_config
 from trainer.launch.rank_process import RankProcess, collect_stacks, describe
 from trainer.launch.ray_board import RunRequest, forbids_restart
 from trainer.reliability.heartbeat import Board
@@ -84,17 +82,13 @@ def started_rank(
     environment: variables beside those of this process.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    package = str(Path(trainer.__file__).parents[1])
-    search_path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory(prefix="ldm-rank-") as scratch:
-        config_file = Path(scratch) / "config.json"
-        config_file.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
         board = Board(Path(scratch) / "heartbeat", place.local_world_size, create=True)
         rank = RankProcess(
-            rank_command(config_file, "train"),
+            rank_command(write_config(scratch, config), "train"),
             place,
             board=board,
-            environment={**os.environ, "PYTHONPATH": search_path, **environment},
+            environment={**child_environment(), **environment},
             log=log,
             watchdog_s=config.distributed.watchdog_s,
             restarts=restarts,
@@ -105,6 +99,13 @@ def started_rank(
             rank.kill()
             rank.wait()
             board.close()
+
+
+def child_environment() -> dict[str, str]:
+    """The variables of this process, for a child that imports this very code wherever it is started."""
+    package = str(Path(trainer.__file__).parents[1])
+    search_path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": search_path}
 
 
 class Follower:
