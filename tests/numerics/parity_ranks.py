@@ -174,8 +174,8 @@ def run_case(
     return {"norms": norms, "first_moment": first_moment, "weights": _lists(whole_weights(built))}
 
 
-def train_unet(env: DistributedEnv, engine: str, activation_checkpointing: bool) -> list[float]:
-    """Losses and norms of three steps of a UNet, whose blocks FSDP sends one by one."""
+def _tiny_unet(activation_checkpointing: bool = False) -> UNet:
+    """The same on every rank."""
     torch.manual_seed(0)
     sizes = UNetConfig(
         model_channels=16,
@@ -189,6 +189,12 @@ def train_unet(env: DistributedEnv, engine: str, activation_checkpointing: bool)
     unet = UNet(sizes, in_channels=4, out_channels=4, context_dim=8)
     for parameter in unet.parameters():  # zeroed outputs would hide everything behind them
         nn.init.normal_(parameter, std=0.05)
+    return unet
+
+
+def train_unet(env: DistributedEnv, engine: str, activation_checkpointing: bool) -> list[float]:
+    """Losses and norms of three steps of a UNet, whose blocks FSDP sends one by one."""
+    unet = _tiny_unet(activation_checkpointing)
     config = Config(
         global_batch_size=4 * env.world_size,
         micro_batch_size=2,
@@ -215,19 +221,8 @@ def train_adapters(env: DistributedEnv, cases: list[tuple[str, int, str]]) -> li
 
 
 def _train_adapters(env: DistributedEnv, engine: str, zero_stage: int, precision: str) -> list[float]:
-    torch.manual_seed(0)
-    sizes = UNetConfig(
-        model_channels=16,
-        channel_multipliers=(1, 2),
-        num_res_blocks=1,
-        attention_factors=(1, 2),
-        head_dim=8,
-        num_groups=4,
-    )
     network = nn.Module()
-    network.unet = UNet(sizes, in_channels=4, out_channels=4, context_dim=8)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.05)
+    network.unet = _tiny_unet()
     add_adapters(network, LoRAConfig(rank=3, alpha=6.0))
     for name, parameter in network.named_parameters():
         if ".lora_B." in name:  # zero hides A

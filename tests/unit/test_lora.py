@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.one_rank import Train, one_rank, small_shards
-from tests.unit.test_trainable import TINY, write_start
+from tests.unit.one_rank import Train
+from tests.unit.test_trainable import TINY, from_weights
 from trainer.__main__ import main
 from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.export import open_adapters, open_weights
@@ -36,14 +36,7 @@ BLOCKS = (
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """From weights in a file."""
-    write_start(tmp_path / "start.safetensors", seed=3)
-    where = (
-        f"run_dir={tmp_path}/run",
-        f"data.shards={small_shards(tmp_path / 'shards')}",
-        f"init_from={tmp_path}/start.safetensors",
-    )
-    return one_rank(monkeypatch, tmp_path, [*TINY, *where])
+    return from_weights(tmp_path, monkeypatch)
 
 
 def is_adapted(name: str) -> bool:

@@ -46,7 +46,11 @@ def is_trained(name: str) -> bool:
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """From weights in a file."""
+    return from_weights(tmp_path, monkeypatch)
+
+
+def from_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Trains on from the weights in a file, start.safetensors."""
     write_start(tmp_path / "start.safetensors", seed=3)
     where = (
         f"run_dir={tmp_path}/run",
