@@ -35,7 +35,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from data_pipeline.order.draws import Draw, fold
 
@@ -57,8 +57,17 @@ class Mixture:
         """Source of a lane's row, counted from the beginning of the run."""
         if not self._edges:
             return 0
-        point = (self._start + self._turned(lane) * _UNIT // self.lanes + row * _GOLDEN) % _UNIT
+        point = (self._begin(lane) + row * _GOLDEN) % _UNIT
         return bisect_right(self._edges, point)
+
+    def rows_before(self, lane: int, row: int) -> list[int]:
+        """[sources] rows of each among a lane's first `row`; late ones take no longer than early ones."""
+        begin = self._begin(lane)
+        below = [0, *(_points_below(edge, begin, row) for edge in self._edges), row]
+        return [after - before for before, after in pairwise(below)]
+
+    def _begin(self, lane: int) -> int:
+        return self._start + self._turned(lane) * _UNIT // self.lanes
 
     @cached_property
     def _edges(self) -> list[int]:
@@ -79,3 +88,28 @@ class Mixture:
         near = round(self.lanes * _GOLDEN / _UNIT)
         apart = (near + sign * by for by in range(self.lanes) for sign in (1, -1))
         return next(step for step in apart if math.gcd(step, self.lanes) == 1)
+
+
+def _points_below(edge: int, begin: int, rows: int) -> int:
+    """How many of the first points of a lane lie below an edge of the unit.
+
+    A point x mod 1 is below it where the whole part of x is more than that of x - edge.
+    """
+    return _whole_parts(begin, rows) - _whole_parts(begin + _UNIT - edge, rows) + rows
+
+
+def _whole_parts(begin: int, rows: int) -> int:
+    """Sum of the whole parts of begin + row * golden ratio over the first rows.
+
+    The sum counts lattice points below a line. What the whole part of its slope leaves is counted along the
+    other axis, as in Euclid's algorithm: a step for each digit, however many rows.
+    """
+    total, unit, slope = 0, _UNIT, _GOLDEN
+    while True:
+        total += rows * (rows - 1) // 2 * (slope // unit) + rows * (begin // unit)
+        slope, begin = slope % unit, begin % unit
+        last = slope * rows + begin
+        if last < unit:
+            return total
+        rows, begin = divmod(last, unit)
+        unit, slope = slope, unit

@@ -13,7 +13,7 @@ are sums of arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -46,34 +46,34 @@ class Place:
 
 
 class Seeker:
-    """Finds places of one bucket's lanes."""
+    """Finds places of one walk's lanes: of a bucket, or of a source in it where sources have weights."""
 
-    def __init__(self, buckets: Buckets, bucket: int, views: ShardViews, first_epoch: int = 0) -> None:
-        """`first_epoch`: with which the walk begins."""
-        order = buckets.orders[bucket]
+    def __init__(self, buckets: Buckets, number: int, views: ShardViews, first_epoch: int = 0) -> None:
+        """`number`: of the walk among those of `buckets`; `first_epoch`: with which it begins."""
+        order = buckets.orders[number]
         self._start = Place(first_epoch, 0, 0, 0)
         assert isinstance(order, Order)
         assert order.shard_of is not None
         self._order = order
-        self._bucket = bucket
+        self._bucket = buckets.walks[number].bucket
         self._shard_of = order.shard_of
         self._views = views
         self._totals: dict[int, Counts] = {}
 
-    def seek(self, skip: int) -> list[Place]:
-        """Of every lane, the window that holds its first sample after `skip` accepted ones.
+    def seek(self, skips: Sequence[int]) -> list[Place]:
+        """Of every lane, the window that holds its first sample after so many accepted ones.
 
         Raises DataError when no sample is accepted.
         """
         lanes = range(self._order.lanes)
         with ThreadPoolExecutor(_READERS) as pool:
-            places = list(pool.map(lambda lane: self._in_epoch(lane, self._start, skip), lanes))
+            places = list(pool.map(lambda lane: self._in_epoch(lane, self._start, skips[lane]), lanes))
             late = [lane for lane in lanes if places[lane].epoch > self._start.epoch]
             if late:
                 list(pool.map(self._total, np.unique(self._shard_of).tolist()))
-                self._pass_epochs(places, late, skip)
+                self._pass_epochs(places, late, skips)
         for lane in late:
-            places[lane] = self._in_epoch(lane, places[lane], skip)
+            places[lane] = self._in_epoch(lane, places[lane], skips[lane])
         return places
 
     def _in_epoch(self, lane: int, start: Place, skip: int) -> Place:
@@ -98,7 +98,7 @@ class Seeker:
             accepted, rejected = accepted + inside[0], rejected + inside[1]
         return Place(start.epoch + 1, 0, accepted, rejected)
 
-    def _pass_epochs(self, places: list[Place], late: list[int], skip: int) -> None:
+    def _pass_epochs(self, places: list[Place], late: list[int], skips: Sequence[int]) -> None:
         """Move the late lanes on to the beginning of the epoch that holds what they seek."""
         in_epoch = sum(self._totals[int(shard)][0] for shard in self._shard_of)
         most = max(1, _CHUNK // (len(self._shard_of) + self._order.lanes))
@@ -106,12 +106,12 @@ class Seeker:
             raise DataError("The index rejects every sample; loosen data.filter or correct the shards.")
         epoch, seeking = self._start.epoch + 1, list(late)
         while seeking:
-            left = skip - min(places[lane].accepted for lane in seeking)
+            left = max(skips[lane] - places[lane].accepted for lane in seeking)
             step = min(most, left * self._order.lanes // in_epoch + 2)
             accepted, rejected = self._of_epochs(np.arange(epoch, epoch + step))  # [step, lanes] each
             for lane in list(seeking):
                 place, passed = places[lane], np.cumsum(accepted[:, lane])
-                number = int(np.searchsorted(passed, skip - place.accepted, side="right"))
+                number = int(np.searchsorted(passed, skips[lane] - place.accepted, side="right"))
                 places[lane] = Place(
                     epoch + number,
                     0,

@@ -26,7 +26,7 @@ from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import make_selection
-from data_pipeline.shards.sources import configs_of, shares_of
+from data_pipeline.shards.sources import configs_of
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.files import read_text
 from data_pipeline.storage.ranges import RangeReader
@@ -85,19 +85,15 @@ def explain_step(
     """Samples of one step in global order, one record per slot, without reading pictures.
 
     `rejected_before` counts what the index and the run's reject files reject in the sample's lane and bucket
-    from the beginning of `first_epoch` to the sample; `assumes` says what must hold for the sample to be the
-    one that was served. `rejects` names reject files, by default those of data.reject_file.
+    (and source, where these have weights) from the beginning of `first_epoch` to the sample; `assumes` says
+    what must hold for the sample to be the one that was served. `rejects` names reject files, by default
+    those of data.reject_file.
     """
     if not 0 <= step < _MAX_STEP:
         raise DataError(f"--step is {step}; steps count from 0, and no run has {_MAX_STEP:,}.")
     if config.order != "indexed":
         raise DataError(
             f"data.order={config.order} has no index to explain a step from; `ldm data trace` runs it."
-        )
-    if shares_of(config):
-        raise DataError(
-            "data.sources have weights, and how many samples of each a lane has served is not summed from "
-            "the index; `ldm data trace` runs the steps."
         )
     ledger = find_ledger(config, rejects)
     dataset = open_dataset(config)
@@ -109,26 +105,32 @@ def explain_step(
     removals = read_removals(config.removal_lists)
     selections = [make_selection(each, removals) for each in configs_of(config)]
     views = ShardViews(dataset, selections, buckets, reader, capacity=64)
-    wanted = buckets.of_step(step)
-    earlier = buckets.turns(step)[wanted]  # steps that this bucket had before
+    bucket = buckets.of_step(step)
     per_lane = global_batch_size // order.lanes
-    skip = earlier * per_lane
-    # Only a walk from the start meets all that a ledger has.
-    places = [Place(first_epoch, 0, 0, 0)] * order.lanes
-    if not ledger.files:
-        places = Seeker(buckets, wanted, views, first_epoch).seek(skip)
-    walk = _Walk(buckets, wanted, dataset, views, ledger)
-    for lane, place in enumerate(places):
-        for i, (state, shard, row, rejected) in enumerate(walk.served(lane, place, skip, per_lane)):
-            view = views.get(shard)
+    first = buckets.turns(step)[bucket] * per_lane  # rows of a lane in earlier steps of this bucket
+    mixture, numbers = buckets.mixtures[bucket], range(len(buckets.walks))[buckets.walks_of(bucket)]
+    lanes = range(order.lanes)
+    skips = [mixture.rows_before(lane, first) for lane in lanes]  # of each walk of the bucket
+    walks = []
+    for place, number in enumerate(numbers):
+        # Only a walk from the start meets all that a ledger has.
+        starts = [Place(first_epoch, 0, 0, 0)] * order.lanes
+        if not ledger.files:
+            starts = Seeker(buckets, number, views, first_epoch).seek([skip[place] for skip in skips])
+        walks.append(_Walk(buckets, number, dataset, views, ledger, starts))
+    for lane in lanes:
+        served = [walk.served(lane, skip) for walk, skip in zip(walks, skips[lane], strict=True)]
+        for i in range(per_lane):
+            place = mixture.source(lane, first + i)
+            state, shard, row, rejected = next(served[place])
             yield {
                 "step": step,
                 "slot": lane * per_lane + i,
-                "key": dataset.sample_key(shard, view.key(row)),
+                "key": dataset.sample_key(shard, views.get(shard).key(row)),
                 "lane": lane,
                 "epoch": state.epoch,
                 "offset": state.offset,
-                "ordinal": buckets.orders[wanted].ordinal(state.epoch, lane, state.offset),
+                "ordinal": walks[place].order.ordinal(state.epoch, lane, state.offset),
                 "rejected_before": rejected,
                 "assumes": ledger.assumptions(config, views.undecided),
             }
@@ -164,18 +166,27 @@ class _Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class _Walk:
-    """The lanes of one bucket, as far as index and ledger tell of them."""
+    """The lanes of one walk of a bucket, as far as index and ledger tell of them."""
 
     buckets: Buckets
-    bucket: int
+    number: int
+    """Among the walks of `buckets`."""
     dataset: Dataset
     views: ShardViews
     ledger: Ledger
+    starts: Sequence[Place]
+    """Of each lane, a place that is not behind what is asked for."""
 
-    def served(
-        self, lane: int, start: Place, skip: int, take: int
-    ) -> Iterator[tuple[LaneState, int, int, int]]:
-        """`take` served visits of a lane after the first `skip`: (place, shard, row, rejections before)."""
+    @property
+    def order(self) -> Order:
+        """Which sample comes when."""
+        order = self.buckets.orders[self.number]
+        assert isinstance(order, Order)
+        return order
+
+    def served(self, lane: int, skip: int) -> Iterator[tuple[LaneState, int, int, int]]:
+        """Served visits of a lane after the first `skip`: (place, shard, row, rejections before)."""
+        start = self.starts[lane]
         seen, rejected = start.accepted, start.rejected
         for visit in self.visits(lane, start):
             view = self.views.get(visit.shard)
@@ -187,13 +198,10 @@ class _Walk:
                 yield visit.place, visit.shard, visit.row, rejected
             seen += 1
             rejected += beside
-            if seen == skip + take:
-                return
 
     def visits(self, lane: int, start: Place) -> Iterator[_Visit]:
         """A lane's visits from a place on, what was set aside at the end of its epoch."""
-        order, ledger = self.buckets.orders[self.bucket], self.ledger
-        assert isinstance(order, Order)
+        order, ledger, bucket = self.order, self.ledger, self.buckets.walks[self.number].bucket
         state, fruitless = LaneState(start.epoch, start.offset), 0
         deferred: list[_Visit] = []
         while True:
@@ -202,7 +210,7 @@ class _Walk:
             pairs = zip(shards.tolist(), places.tolist(), strict=True)
             for offset, (shard, counted) in enumerate(pairs, first):
                 view = self.views.get(shard)
-                row = view.row(self.bucket, counted)
+                row = view.row(bucket, counted)
                 ordinal = order.ordinal(state.epoch, lane, offset)
                 key = self.dataset.sample_key(shard, view.key(row)) if ledger.files else ""
                 rejected = bool(view.decided.codes[row] >= 0) or ledger.rejects(ordinal, key)

@@ -72,6 +72,25 @@ def test_every_batch_and_every_lane_has_the_shares(
         assert all(abs(seen[s] - number * w / total) < 4 for s, w in enumerate(weights))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.01, 100.0), min_size=1, max_size=5),
+    lanes=st.sampled_from([1, 7, 64]),
+    seed=st.integers(0, 99),
+    first=st.integers(0, 10**12),
+)
+def test_rows_of_each_source_are_counted_without_walking(
+    weights: list[float], lanes: int, seed: int, first: int
+) -> None:
+    """Of the first rows, and of those between two late ones, as they are dealt one by one."""
+    mixture, lane = Mixture(tuple(weights), lanes, seed), seed % lanes
+    for begin in (0, first):
+        dealt = Counter(mixture.source(lane, row) for row in range(begin, begin + 50))
+        before, after = mixture.rows_before(lane, begin), mixture.rows_before(lane, begin + 50)
+        assert [b - a for a, b in zip(before, after, strict=True)] == [dealt[s] for s in range(len(weights))]
+        assert sum(before) == begin
+
+
 @pytest.mark.parametrize("order", ["indexed", "streamed"])
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
@@ -363,13 +382,38 @@ def test_what_contradicts_itself_is_one_sentence(
         run(bad(folder, *given, **changes), 1)
 
 
-def test_explaining_a_mixture_by_weights_is_left_to_the_trace(run: Run, folder: Path) -> None:
-    config = bad(folder, {"weight": 1.0}, {"weight": 1.0})
-    with pytest.raises(DataError, match="`ldm data trace` runs the steps"):
-        list(explain_step(config, 3, BATCH, 2))
+@pytest.mark.parametrize("buckets", [False, True])
+def test_a_mixture_by_weights_is_explained_as_it_is_served(run: Run, folder: Path, buckets: bool) -> None:
+    """Over the epochs of both sources; the damaged pictures of b are known by the reject file."""
+    given = [{"weight": 2.5, "filter": "score < 0.75"}, {"weight": 1.0}]
+    shape = {"buckets": True, "bucket_step": 4, "allow_enlarging": True} if buckets else {}
+    known = bad(folder, *given, reject_file=str(folder / f"rejects-{buckets}.jsonl"), **shape)
+    served, _, rejected = run(known, 16)
+    assert rejected["not_an_image"] >= 1
+    for step, (keys, ordinals, _) in enumerate(served):
+        told = list(explain_step(known, 3, BATCH, step))
+        assert [(r["slot"], r["key"], r["ordinal"]) for r in told] == [
+            (slot, *pair) for slot, pair in enumerate(zip(keys, ordinals, strict=True))
+        ]
+    late = list(explain_step(bad(folder, *given, **shape), 3, BATCH, 10**6))  # in sums
+    assert {source_of(record["key"]) for record in late} == {"a", "b"}
+    assert min(record["epoch"] for record in late) > 10**4
+
+
+def test_a_mixture_by_weights_is_explained_by_the_index_alone(run: Run, folder: Path) -> None:
+    strict = SourceConfig(str(folder / "c"), weight=2.0, filter="score < 0.4")
+    config = config_for(SourceConfig(str(folder / "a"), weight=1.0), strict)
+    served, _, _ = run(config, 20)
+    for step, (keys, ordinals, _) in enumerate(served):
+        told = list(explain_step(config, 3, BATCH, step))
+        assert [(r["key"], r["ordinal"]) for r in told] == list(zip(keys, ordinals, strict=True))
+
+
+def test_a_filter_of_a_source_is_explained(run: Run, folder: Path) -> None:
     own = bad(folder, {"filter": "score < 0.4"}, {})
     told = [record["key"] for record in explain_step(own, 3, BATCH, 2)]
     damaged = {"b/00001/000010003", "b/00000/000000001"}
     assert not damaged & {key for keys, *_ in run(own, 3)[0] for key in keys}
     assert set(told) <= {key for keys, *_ in run(own, 4)[0] for key in keys} | damaged
-    assert open_dataset(config).epoch_samples == 2 * max(sum(COUNTS["a"]), sum(COUNTS["b"]))
+    weighted = bad(folder, {"weight": 1.0}, {"weight": 1.0})
+    assert open_dataset(weighted).epoch_samples == 2 * max(sum(COUNTS["a"]), sum(COUNTS["b"]))
