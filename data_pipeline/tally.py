@@ -19,7 +19,14 @@ from data_pipeline.errors import DataError
 
 FIRST = 1000
 """Samples after which a share says something."""
-_NOT_LOST = ("set_aside", "duplicate_member", "shard_unreadable", "shard_cut_short", "held_out")
+_NOT_LOST = (
+    "set_aside",
+    "duplicate_member",
+    "shard_unreadable",
+    "shard_cut_short",
+    "shard_other_count",
+    "held_out",
+)
 """Reasons that count something else: what is tried again later, members, shards, and samples of
 data.validation, which are left out on purpose."""
 _REASONS = 8

@@ -144,6 +144,9 @@ class ShareStream:
         if self._moments is not None:  # a row is one or the other, and nothing is left from earlier steps
             out["pixels"][out["found"]] = 0
             out["moments"][~out["found"]] = 0
+        if isinstance(self._walker, TurnWalker):
+            while self._walker.differences:
+                self._rejects.append(self._walker.differences.popleft())
         counts = self._counts()
         share = FilledShare(
             height=height,

@@ -46,6 +46,7 @@ from data_pipeline.shards.pieces import HEADERS, Piece, TarPieces
 from data_pipeline.shards.recorder import Recorder
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.editions import Edition
+from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.ranges import Background, RangeReader
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ _SMALL = 4096
 """Members that are kept of a window without room: texts, which no request is to be made for."""
 _REST = "*"
 """Key of the visit that stands for what is left of a shard."""
+_OTHER_COUNT = "shard_other_count"
+"""Reason that stands for a shard which is served, but does not hold what files beside it promise."""
 _HOPELESS = 20_000
 """Rejections in a row that a lane may have: two of img2dataset's shards."""
 
@@ -83,6 +86,8 @@ class TurnWalk:
         if self.mark is not None and self.mark.first < 0:
             self.next_turn()
         self.pieces: TarPieces | None = None
+        self.indexed: Future[bool] | None = None
+        """Whether the index of the shard is there, if this is a question."""
         self.planned = 0
         self.sample_bytes = walker.sample_bytes
         """Mean of the last window."""
@@ -97,9 +102,17 @@ class TurnWalk:
         of = "" if self.turns.source is None else f" of source {self.source}"
         return f"the shards of lane {self.lane}{of}"
 
+    @property
+    def first(self) -> int:
+        """Samples of the shard before the window that the next plan begins with."""
+        if self.pieces is not None:
+            return self.pieces.first
+        return self.mark.first if self.mark is not None else 0
+
     def next_turn(self) -> None:
         """Begin the next plan with another shard."""
-        self.turn, self.mark, self.skip_to, self.pieces = self.turn + 1, None, 0, None
+        self.turn, self.mark, self.skip_to = self.turn + 1, None, 0
+        self.pieces, self.indexed = None, None
 
     def ready(self) -> int:
         """Visits ahead; enough while a plan is on its way, for the next one begins where it ends."""
@@ -191,6 +204,8 @@ class TurnWalker(ReadAhead[TurnWalk]):
         self.few = 2 * task.per_lane
         self._left_out: dict[int, str] = {}
         self.recorder = Recorder(task.dataset.folders, task.dataset.record_in)
+        self.differences: deque[tuple[str, str, str, int]] = deque()
+        """For the reject file: shards that hold other than what files beside them promise."""
         self._noting = threading.Lock()
         self._set_out(task, partial(TurnWalk, walker=self))
 
@@ -218,17 +233,18 @@ class TurnWalker(ReadAhead[TurnWalk]):
                 raise DataError("The shards hold no samples; check data.shards with `ldm data inspect`.")
             turn, shard = walk.turn, walk.turns.shard(walk.lane, walk.turn)
             try:
-                begins = walk.pieces is None
-                walk.pieces = walk.pieces or self._open(shard, walk.mark)
-                size = walk.turns.window_size(walk.lane, walk.pieces.first)
+                size = walk.turns.window_size(walk.lane, walk.first)
                 room = self._room(walk, size)
                 if not room and (visits or not needy):
                     self._hold(walk, 0, [])
                     break
-                some = self._window(walk, turn, shard, size, room, begins=begins)
+                some = self._window(walk, turn, shard, size, room)
                 if some is None:
                     # After all reading that somebody waits for.
-                    self.background.submit(_LAST, partial(self.recorder.keep, shard, walk.pieces))
+                    assert walk.pieces is not None
+                    ordinal = walk.turns.ordinal(turn, walk.lane, walk.first)
+                    task = partial(self._learn, shard, walk.pieces, walk.indexed, ordinal)
+                    self.background.submit(_LAST, task)
                     walk.next_turn()
                     empty += 1
                     continue
@@ -247,14 +263,17 @@ class TurnWalker(ReadAhead[TurnWalk]):
         walk.planned += len(visits)
         return visits, windows
 
-    def _window(
-        self, walk: TurnWalk, turn: int, shard: int, size: int, room: int, *, begins: bool
-    ) -> list[Visit] | None:
+    def _window(self, walk: TurnWalk, turn: int, shard: int, size: int, room: int) -> list[Visit] | None:
         """Visits of the next window, which has a `room`; None at the end of the shard."""
-        assert walk.pieces is not None
         visits: list[Visit] | None = None
+        chunk, begins = self._chunk(size), walk.pieces is None
         try:
-            piece = walk.pieces.next(size, self._chunk(size), max(0, room - HEADERS))
+            if walk.pieces is None:
+                walk.pieces = self._open(shard, walk.mark, min(chunk, max(HEADERS, room - HEADERS)))
+                if walk.pieces.keeps:
+                    task = partial(self._is_indexed, shard, walk.pieces)
+                    walk.indexed = self.background.submit(_LAST, task)
+            piece = walk.pieces.next(size, chunk, max(0, room - HEADERS))
             if piece is None:
                 return None
             if begins:
@@ -269,10 +288,10 @@ class TurnWalker(ReadAhead[TurnWalk]):
 
     def _room(self, walk: TurnWalk, samples: int) -> int:
         """Bytes that the next window may hold, which are held from now on; 0: it has to do with headers."""
-        assert walk.pieces is not None
         self.budget.give(walk.beyond)
         walk.beyond = 0
-        room = max(walk.pieces.held_bytes, int(samples * walk.sample_bytes * _ROUGHLY)) + HEADERS
+        held = walk.pieces.held_bytes if walk.pieces is not None else 0
+        room = max(held, int(samples * walk.sample_bytes * _ROUGHLY)) + HEADERS
         return room if self.budget.take_window(room, walk.unread.part / 2) else 0
 
     def _hold(self, walk: TurnWalk, room: int, visits: Sequence[Visit]) -> None:
@@ -290,23 +309,40 @@ class TurnWalker(ReadAhead[TurnWalk]):
         usual = int(samples * self._dataset.mean_bytes * _ROUGHLY)
         return min(self._config.read_ahead_bytes, max(_LEAST_CHUNK, usual))
 
-    def _open(self, shard: int, mark: Mark | None) -> TarPieces:
-        """Windows of a shard, from a mark on.
+    def _open(self, shard: int, mark: Mark | None, num_bytes: int) -> TarPieces:
+        """Windows of a shard, from a mark on (the first read tells whether it is as it was then), or with its
+        first bytes, so many, whose answer says what it is.
 
         Raises:
             Gone: it is not there.
             ReadFailed: it does not answer while others do.
-            Replaced: it has another content than when the mark was made.
             StorageOutage: nothing has answered for data.patience_s.
         """
-        url = self._dataset.urls[shard]
-        found = self._reader.look_up(url)
-        if mark is not None and (mark.size, mark.version) != (found.size, found.version):
-            raise Replaced(f"{url} was replaced since the checkpoint was written")
+        url, head = self._dataset.urls[shard], b""
+        if mark is None:
+            found, head = self._reader.begin(url, num_bytes)
+        else:
+            found = ListedFile(url, mark.size, mark.version)
         read = partial(self._reader.read, url, expected=Edition(found.size, found.version))
         first, byte = (mark.first, mark.byte) if mark is not None else (0, 0)
-        keep = byte == 0 and self.recorder.wants(shard, url)
-        return TarPieces(read, found, first=first, byte=byte, keep=keep)
+        keep = byte == 0 and not self.recorder.refused
+        return TarPieces(read, found, first=first, byte=byte, head=head, keep=keep)
+
+    def _is_indexed(self, shard: int, pieces: TarPieces) -> bool:
+        """Whether the index of a shard is there, so that nothing need be kept of it."""
+        known = self.recorder.has(shard, self._dataset.urls[shard])
+        if known or self.recorder.refused:
+            pieces.keep_nothing()
+        return known
+
+    def _learn(self, shard: int, pieces: TarPieces, indexed: Future[bool] | None, ordinal: int) -> None:
+        """Keep what a shard holds that was read to its end, and compare it with what files beside it say."""
+        if indexed is not None and indexed.result():
+            return  # somebody has done so before
+        self.recorder.keep(shard, pieces)
+        url = self._dataset.urls[shard]
+        if told := self.recorder.difference(url, pieces.first, self._read_beside):
+            self.differences.append((_OTHER_COUNT, self._dataset.sample_key(shard, _REST), told, ordinal))
 
     def _read_beside(self, url: str) -> bytes | None:
         """A whole small file; None where there is none."""
@@ -354,7 +390,7 @@ class TurnWalker(ReadAhead[TurnWalk]):
 
         Raises NotATar where there are too many that are no tars.
         """
-        offset = walk.pieces.first if walk.pieces else walk.skip_to
+        offset = max(walk.first, walk.skip_to)
         with self._noting:
             self._left_out[shard] = reason
             told, bad = len(self._left_out), sum(r == "bad_shard" for r in self._left_out.values())

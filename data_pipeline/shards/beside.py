@@ -1,7 +1,8 @@
-"""The parquet beside a tar: what img2dataset, or whoever else made the shard, notes of its samples.
+"""The files beside a tar: what img2dataset, or whoever else made the shard, notes of its samples.
 
-    00000.tar        000000012.jpg ...
-    00000.parquet    key 000000012 (or 12, or 12.0), caption, url, width, ...
+    00000.tar          000000012.jpg ...
+    00000.parquet      key 000000012 (or 12, or 12.0), caption, url, status, width, ...
+    00000_stats.json   {"count": 10000, "successes": 8731, ...}: rows of the parquet, samples of the tar
 
 Numbers and short texts go into the index. Captions do not: they would be most of it, and few runs read them
 from here. So a run whose `data.captions` names such a column reads a shard's parquet along with its index.
@@ -17,12 +18,47 @@ from data_pipeline.errors import DataError
 from data_pipeline.shards.filter_values import OTHER, plain
 from data_pipeline.shards.identities import is_identity
 from data_pipeline.shards.index import ShardIndex
-from data_pipeline.shards.records import text_of
+from data_pipeline.shards.records import parse_record, text_of
 
 
 def parquet_of(shard: str) -> str:
     """URL of the parquet beside a tar."""
     return shard.removesuffix(".tar") + ".parquet"
+
+
+def stats_of(shard: str) -> str:
+    """URL of the `_stats.json` beside a tar."""
+    return shard.removesuffix(".tar") + "_stats.json"
+
+
+def promised(shard: str, read: Callable[[str], bytes | None]) -> tuple[int, str] | None:
+    """How many samples a shard has by the files beside it, and which file says so; None where none does.
+
+    read: gives the file at a URL, None where there is none
+    """
+    for url, samples in ((stats_of(shard), promised_by_stats), (parquet_of(shard), _promised_by_parquet)):
+        if (raw := read(url)) is not None and (found := samples(raw)) is not None:
+            return found, url
+    return None
+
+
+def promised_by_stats(raw: bytes) -> int | None:
+    """Samples of a shard by its `_stats.json`; None where that does not say."""
+    samples = (parse_record(raw) or {}).get("successes")
+    return samples if type(samples) is int and samples >= 0 else None
+
+
+def _promised_by_parquet(raw: bytes) -> int | None:
+    """Rows that became samples; None where it cannot be read, which an index is the one to tell."""
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(io.BytesIO(raw))
+        if "status" not in file.schema_arrow.names:
+            return int(file.metadata.num_rows)
+        return _values(file.read(columns=["status"]).column(0)).count("success")
+    except Exception:  # noqa: BLE001 - of damaged files it raises whatever it likes
+        return None
 
 
 KEY = "key"

@@ -200,7 +200,5 @@ class Dataset:
 
 def _fingerprint(lines: Iterable[str]) -> str:
     """Of a line for each entry of an epoch."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()[:16]
+    text = "".join(f"{line}\n" for line in lines)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeAlias
 
@@ -14,6 +15,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError, Failure, NoIndex, NoShards, NotATar, NotFound
 from data_pipeline.order.buckets import ASPECTS
 from data_pipeline.shards.accepted import Accepted, count_accepted
+from data_pipeline.shards.beside import promised_by_stats, stats_of
 from data_pipeline.shards.build_index import build_index, is_current
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.filter_columns import check_captions, check_columns
@@ -23,7 +25,7 @@ from data_pipeline.shards.manifest import ManifestRow, bad_row, merge_parts, rea
 from data_pipeline.shards.selection import picture_members
 from data_pipeline.shards.sources import configs_of, shares_of, sources_of
 from data_pipeline.shards.tars import scan
-from data_pipeline.storage.files import read_range
+from data_pipeline.storage.files import read_bytes, read_range
 from data_pipeline.storage.listing import ListedFile, list_files, look_up, spans
 from data_pipeline.storage.urls import (
     distinguishing_depth,
@@ -39,6 +41,8 @@ Progress: TypeAlias = Callable[[str, int, int], object]
 
 _MANY_PARTS = 64
 _TRIED = 8
+_NOTED = 8
+"""Shards whose `_stats.json` is read for an estimate of the samples of all."""
 _HEAD_BYTES = 1_000_000
 _SMALL = 2000
 """Up to this many shards are listed and checked at every start, and indexed on first use."""
@@ -164,13 +168,18 @@ def _listed(config: DataConfig, why: str) -> Dataset:
     timeout_s, urls, entries = config.request_timeout_s, list[str](), list[int]()
     folders, source_of = [], list[int]()
     for number, source in enumerate(sources_of(config)):
-        named = spelled_out(source.shards)
-        found = named or [shard.url for shard in list_files(source.shards, timeout_s=timeout_s)]
+        found: Sequence[str] | None = spelled_out(source.shards)
+        if found is None:
+            found = [shard.url for shard in list_files(source.shards, timeout_s=timeout_s)]
         folders.append((len(urls), index_folder(config, found[0])))
         entries += [len(urls) + i for _ in range(source.repeat) for i in range(len(found))]
         urls += found
         source_of += [number] * len(found)
     _check_distinct(urls)
+    with ThreadPoolExecutor(_NOTED) as pool:  # beside the first look at a shard, which takes as long
+        notes = [pool.submit(_noted, url, timeout_s) for url in urls[:: -(-len(urls) // _NOTED)]]
+        mean_bytes = _first_bytes(urls, timeout_s)
+        _tell_samples([note.result() for note in notes], len(urls))
     return _complete(
         Dataset(
             urls=tuple(urls),
@@ -181,7 +190,7 @@ def _listed(config: DataConfig, why: str) -> Dataset:
             shard_of=np.asarray(entries, np.int64),
             source_of=np.asarray(source_of, np.int64),
             counts=np.zeros(0, np.int64),
-            mean_bytes=_first_bytes(urls, timeout_s),
+            mean_bytes=mean_bytes,
             accepted=None,
             fingerprint="",
             name_depth=distinguishing_depth(urls),
@@ -220,6 +229,27 @@ def _first_bytes(urls: Sequence[str], timeout_s: float) -> float:
         f"None of the first {min(_TRIED, len(urls))} shards, from {urls[0]} on, is there and has samples; "
         "correct data.shards."
     )
+
+
+def _noted(url: str, timeout_s: float) -> int | None:
+    """Samples of a shard by the `_stats.json` beside it; None where none is there or can be read."""
+    try:
+        return promised_by_stats(read_bytes(stats_of(url), timeout_s=timeout_s, tries=1))
+    except Failure:
+        return None
+
+
+def _tell_samples(notes: Sequence[int | None], shards: int) -> None:
+    """About how many samples there are, where files beside some shards say what those hold."""
+    known = [samples for samples in notes if samples is not None]
+    if known:
+        about = float(f"{sum(known) / len(known) * shards:.2g}")
+        logger.info(
+            "about %s samples in %d shards, by the _stats.json beside %d of them",
+            f"{about:,.0f}",
+            shards,
+            len(known),
+        )
 
 
 def _part(data: bytes, start: int, stop: int) -> bytes:

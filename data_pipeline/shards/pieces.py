@@ -59,7 +59,7 @@ class TarPieces:
     """The windows of one shard, from one of them on.
 
     read: gives bytes [start, stop) of the tar. shard: its URL, size and version. first, byte: see `Piece`.
-    keep: what is found, for `whole`.
+    head: what has been read from `byte` on. keep: what is found, for `whole`.
     """
 
     def __init__(
@@ -69,12 +69,13 @@ class TarPieces:
         *,
         first: int = 0,
         byte: int = 0,
+        head: bytes = b"",
         keep: bool = False,
     ) -> None:
         self.shard = shard
         self.first = first
         self._byte: int | None = byte
-        self._held = _Held(read, shard.size, byte)
+        self._held = _Held(read, shard.size, byte, head)
         self._read = read
         # Compressed, for ten thousand json members of each of many lanes are gigabytes.
         self._kept: list[bytes] | None = [] if keep and byte == 0 else None
@@ -104,8 +105,8 @@ class TarPieces:
                 head = self._read(0, min(self.shard.size, _HEAD))
                 raise NotATar(not_a_tar(self.shard.url, head, found))
             self._byte = found.rest
-            if self._kept is not None:
-                self._kept.append(zlib.compress(pickle.dumps(found), _LEVEL))
+            if (kept := self._kept) is not None:
+                kept.append(zlib.compress(pickle.dumps(found), _LEVEL))
             grouping = group(found.members)
             if found.lost:
                 raise DataError(
@@ -130,13 +131,23 @@ class TarPieces:
         else:
             self._held.drop(end)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is found is kept."""
+        return self._kept is not None
+
+    def keep_nothing(self) -> None:
+        """Forget what was found of all windows: `whole` will not be asked for. Any thread may call it."""
+        self._kept = None
+
     def whole(self) -> ShardIndex | None:
         """The index of the whole shard, as `read_index` gives it, once all windows have been read; None where
         they were not, from the first on, or not kept."""
-        if self._kept is None or self._byte is not None:
+        kept = self._kept
+        if kept is None or self._byte is not None:
             return None
         found = TarScan()
-        for packed in self._kept:
+        for packed in kept:
             part: TarScan = pickle.loads(zlib.decompress(packed))  # our own, of this process
             found.members += part.members
             found.problems += part.problems
@@ -193,13 +204,13 @@ class _Held:
     Members of more than `_SKIP` bytes are jumped over: few filters keep them, and who wants one asks again.
     """
 
-    def __init__(self, read: Callable[[int, int], bytes], size: int, start: int) -> None:
+    def __init__(self, read: Callable[[int, int], bytes], size: int, start: int, head: bytes) -> None:
         self.size = size
         self.chunk = 0
         self.room = sys.maxsize
-        self.held = 0
+        self.held = len(head)
         self._read = read
-        self._runs: list[tuple[int, bytearray]] = [(start, bytearray())]
+        self._runs: list[tuple[int, bytearray]] = [(start, bytearray(head))]
 
     def passed(self, length: int) -> None:
         """Nothing: whatever the members' sizes, their bytes are wanted."""

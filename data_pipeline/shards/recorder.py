@@ -9,6 +9,9 @@ So the first epoch of a run without an index leaves one behind. Who comes to a s
 keeps nothing of it. A process that is killed loses the rows of its last hour at most: these shards count as
 not indexed, and `ldm data index` reads them again. Where nothing can be written, as in a bucket that one may
 only read, all goes to a folder of the run instead, and the log says how later runs have it.
+
+What files beside a shard promise (`beside.py`) is compared with what it has when that is known: before it, no
+lane has a use for a count, and afterwards the index says it.
 """
 
 from __future__ import annotations
@@ -18,18 +21,21 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from data_pipeline.errors import Failure
+from data_pipeline.errors import Failure, ReadFailed
+from data_pipeline.shards.beside import promised
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import ManifestRow, append_rows, index_name, store_index
 from data_pipeline.shards.pieces import TarPieces
 from data_pipeline.storage.files import exists
-from data_pipeline.storage.urls import join
+from data_pipeline.storage.urls import join, name_of
 
 logger = logging.getLogger(__name__)
 
 _FIRST_S, _LONGEST_S = 60.0, 3600.0
+_ASKED = 8
+_MAX_TOLD = 20
 
 
 class Recorder:
@@ -46,22 +52,26 @@ class Recorder:
         self._lock = threading.Lock()
         self._pause_s = _FIRST_S
         self._written = time.monotonic()
-        self._refused = not folders
+        self._without = 0
+        """Shards in a row beside which no file says how many samples they have."""
+        self._told: set[str] = set()
+        self.refused = not folders
+        """Whether nothing is kept: there is no place for it."""
 
-    def wants(self, shard: int, url: str) -> bool:
-        """Whether the index of a shard is not there yet, and may be written."""
-        if self._refused:
+    def has(self, shard: int, url: str) -> bool:
+        """Whether the index of a shard is there."""
+        if self.refused:
             return False
         try:
             folders = dict.fromkeys(filter(None, (self._folder(shard), self._instead)))
-            return not any(exists(join(folder, index_name(url))) for folder in folders)
+            return any(exists(join(folder, index_name(url))) for folder in folders)
         except Failure as error:
             self._refuse(error)
             return False
 
     def keep(self, shard: int, pieces: TarPieces) -> None:
         """Write the index of a shard that has been read to its end, if it was from its beginning."""
-        if self._refused:
+        if self.refused:
             return
         try:
             index = pieces.whole()
@@ -78,6 +88,34 @@ class Recorder:
                 self._pause_s = min(2 * self._pause_s, _LONGEST_S)
         if due:
             self.flush()
+
+    def difference(self, url: str, samples: int, read: Callable[[str], bytes | None]) -> str:
+        """What files beside a shard promise, where that is not what it has; "": there is nothing to tell.
+
+        read: gives the file at a URL, None where there is none; after some shards without, asked no more
+        """
+        if not self._folders or self._without >= _ASKED:
+            return ""
+        try:
+            found = promised(url, read)
+        except (Failure, ReadFailed) as error:  # which training meets as well, if it needs the storage
+            logger.debug("what is promised of %s: %s", url, error)
+            found = None
+        with self._lock:
+            self._without = 0 if found is not None else self._without + 1
+        if found is None or found[0] == samples:
+            return ""
+        sentence = f"{name_of(found[1])} promises {found[0]:,} samples, the tar has {samples:,}"
+        with self._lock:
+            if url in self._told:
+                return ""
+            self._told.add(url)
+            told = len(self._told)
+        if told <= _MAX_TOLD:
+            logger.warning(
+                "%s: %s%s", url, sentence, " (further ones are not told)" if told == _MAX_TOLD else ""
+            )
+        return sentence
 
     def flush(self) -> None:
         """Write the rows that are kept."""
@@ -114,8 +152,8 @@ class Recorder:
         return self._folders[bisect.bisect_right(self._folders, shard, key=lambda each: each[0]) - 1][1]
 
     def _refuse(self, why: Failure) -> None:
-        if not self._refused:
-            self._refused = True
+        if not self.refused:
+            self.refused = True
             logger.warning(
                 "what shards hold is not kept for an index: %s data.index names another folder.", why
             )

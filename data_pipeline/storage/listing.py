@@ -102,16 +102,15 @@ def _refuse_mistakable(url: str, pattern: str, timeout_s: float) -> None:
 
 def look_up(url: str, *, timeout_s: float = 30.0) -> ListedFile:
     """One file, without a listing. Raises NotFound and the other failures of reading."""
-    return guarded(lambda: look_up_once(url, timeout_s), url, tries=TRIES)
+
+    def once() -> ListedFile:
+        fs, path = filesystem(url, timeout_s=timeout_s)
+        return _listed(url, fs.info(path))
+
+    return guarded(once, url, tries=TRIES)
 
 
-def look_up_once(url: str, timeout_s: float) -> ListedFile:
-    """The same in one try. Raises what the storage library does."""
-    fs, path = filesystem(url, timeout_s=timeout_s)
-    return _listed(url, fs.info(path))
-
-
-def _list_named(url: str, names: list[str], timeout_s: float) -> list[ListedFile]:
+def _list_named(url: str, names: Sequence[str], timeout_s: float) -> list[ListedFile]:
     """All of these names, by listings of their folders, or by a request each where there is no listing."""
     if is_http(url):
         return _looked_up(url, names, timeout_s)
@@ -125,7 +124,7 @@ def _list_named(url: str, names: list[str], timeout_s: float) -> list[ListedFile
         return _looked_up(url, names, timeout_s)
 
 
-def _looked_up(url: str, names: list[str], timeout_s: float) -> list[ListedFile]:
+def _looked_up(url: str, names: Sequence[str], timeout_s: float) -> list[ListedFile]:
     def one(name: str) -> ListedFile | None:
         try:
             return look_up(name, timeout_s=timeout_s)
@@ -147,7 +146,7 @@ def _some_missing(url: str, missing: Sequence[str], names: Sequence[str]) -> NoS
     )
 
 
-def _from_listings(url: str, names: list[str], timeout_s: float) -> list[ListedFile]:
+def _from_listings(url: str, names: Sequence[str], timeout_s: float) -> list[ListedFile]:
     folders: dict[str, dict[str, ListedFile]] = {}
     for folder in sorted({parent(name) for name in names}):
         fs, path = filesystem(folder, timeout_s=timeout_s)
@@ -173,15 +172,15 @@ def spans(some: Sequence[str], names: Sequence[str]) -> str:
     '1.tar, 3.tar to 4.tar'
     """
     place = {name: i for i, name in enumerate(names)}
-    groups: list[list[str]] = []
-    for name in sorted(some, key=place.__getitem__):
-        if groups and place[name] == place[groups[-1][-1]] + 1:
-            groups[-1].append(name)
+    runs: list[list[int]] = []  # first and last place of each
+    for at in sorted(place[name] for name in some):
+        if runs and at == runs[-1][1] + 1:
+            runs[-1][1] = at
         else:
-            groups.append([name])
+            runs.append([at, at])
     short = name_of if len({parent(name) for name in names}) == 1 else str
-    told = [" to ".join(short(name) for name in dict.fromkeys((g[0], g[-1]))) for g in groups[:_MAX_SPANS]]
-    return ", ".join(told) + (f" and {len(groups) - _MAX_SPANS} more" if len(groups) > _MAX_SPANS else "")
+    told = [" to ".join(short(names[at]) for at in dict.fromkeys(run)) for run in runs[:_MAX_SPANS]]
+    return ", ".join(told) + (f" and {len(runs) - _MAX_SPANS} more" if len(runs) > _MAX_SPANS else "")
 
 
 def _listed(pattern: str, info: dict[str, Any]) -> ListedFile:

@@ -23,7 +23,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.storage.client import filesystem, read_within
 from data_pipeline.storage.editions import Edition, Reading
-from data_pipeline.storage.listing import ListedFile, look_up_once
+from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before, require_range
 
 logger = logging.getLogger(__name__)
@@ -67,9 +67,7 @@ class RangeReader:
         def once(attempt: int) -> bytes:
             started = time.monotonic()
             data = self._once(url, start, stop, self._deadline(attempt), expected)
-            self._typical_s += _FORGET * (time.monotonic() - started - self._typical_s)
-            self.counts["requests"] += 1
-            self.counts["bytes"] += len(data)
+            self._count(data, time.monotonic() - started)
             return data
 
         return self._patiently(url, once)
@@ -78,9 +76,26 @@ class RangeReader:
         """A whole small file, with the same patience."""
         return self.read(url, 0, -1)
 
-    def look_up(self, url: str) -> ListedFile:
-        """Size and version of an object, with the same patience. Raises ReadFailed, StorageOutage."""
-        return self._patiently(url, lambda attempt: look_up_once(url, self.timeout_s))
+    def begin(self, url: str, num_bytes: int) -> tuple[ListedFile, bytes]:
+        """Size and version of an object that nobody has looked up, and its first bytes, at most so many.
+
+        Raises ReadFailed, StorageOutage.
+        """
+
+        def once(attempt: int) -> tuple[ListedFile, bytes]:
+            started = time.monotonic()
+            fs, path = filesystem(url, timeout_s=self.timeout_s)
+            data, found = self._reading.begin(fs, path, num_bytes, deadline_s=self._deadline(attempt))
+            _check_length(url, data, min(num_bytes, found.size))
+            self._count(data, time.monotonic() - started)
+            return ListedFile(url, found.size, found.version), data
+
+        return self._patiently(url, once)
+
+    def _count(self, data: bytes, seconds: float) -> None:
+        self._typical_s += _FORGET * (seconds - self._typical_s)
+        self.counts["requests"] += 1
+        self.counts["bytes"] += len(data)
 
     def _patiently(self, url: str, action: Callable[[int], T]) -> T:
         """What `action` returns in the end; it is given the number of the try."""
@@ -118,11 +133,8 @@ class RangeReader:
             data = self._reading.read(fs, path, start, stop, expected=expected, deadline_s=deadline_s)
         else:
             data = read_within(deadline_s, fs, path, **({} if stop < 0 else {"start": start, "end": stop}))
-        if stop < 0:
-            return data
-        require_range(url, len(data), stop - start)
-        if len(data) != stop - start:
-            raise ShortBody(f"short body: {len(data)} of {stop - start} bytes")
+        if stop >= 0:
+            _check_length(url, data, stop - start)
         return data
 
     def _require_transient(self, error: Exception, url: str) -> None:
@@ -173,6 +185,13 @@ class RangeReader:
     def close(self) -> None:
         """Wake sleeping retries so that threads end."""
         self._closed.set()
+
+
+def _check_length(url: str, data: bytes, wanted: int) -> None:
+    """Raises DataError where the server does not answer ranges, ShortBody where it sent too little."""
+    require_range(url, len(data), wanted)
+    if len(data) != wanted:
+        raise ShortBody(f"short body: {len(data)} of {wanted} bytes")
 
 
 class Background:

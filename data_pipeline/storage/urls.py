@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from data_pipeline.errors import DataError
 
@@ -71,8 +72,13 @@ def name_of(url: str) -> str:
 
 def distinguishing_depth(urls: Sequence[str]) -> int:
     """How many last parts tell these URLs apart: 1 unless two folders hold files of the same name."""
-    distinct = [url.split("/") for url in set(urls)]
-    depth = 1
+    names = set(urls)
+    if len({name.rpartition("/")[2] for name in names}) == len(
+        names
+    ):  # as those of 200,000 shards mostly are
+        return 1
+    distinct = [name.split("/") for name in names]
+    depth = 2
     while len({tuple(parts[-depth:]) for parts in distinct}) < len(distinct):
         depth += 1
     return depth
@@ -120,12 +126,13 @@ def expand_braces(url: str) -> list[str]:
     return [_unprotect(found) for found in _expand(_protect(url))]
 
 
-def spelled_out(url: str) -> list[str] | None:
+@lru_cache(maxsize=64)  # a start asks several times, and 200,000 names take a while
+def spelled_out(url: str) -> tuple[str, ...] | None:
     """All shards of a URL that names each of them by braces, sorted; None where only a listing can tell."""
     patterns = expand_braces(url)
     names = [name for pattern in patterns if (name := literal(pattern)) is not None]
     whole = len(names) == len(patterns) > 1 and all(name.endswith(".tar") for name in names)
-    return sorted(names) if whole else None
+    return tuple(sorted(names)) if whole else None
 
 
 def folder_before_patterns(url: str) -> str:
@@ -173,4 +180,4 @@ def _unprotect(pattern: str) -> str:
 
 
 def _named(pattern: str) -> str:
-    return pattern.translate(_NAMED)
+    return pattern if pattern.isascii() else pattern.translate(_NAMED)
