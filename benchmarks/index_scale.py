@@ -10,6 +10,11 @@ their own. Then one rank of a run opens all of them, and the memory of its loade
 The same set without an index, on a stand-in for S3 that gives the one shard under 200,000 names, each request
 after a delay: time, requests and bytes to the first batch of a rank, and after some more.
 
+    python benchmarks/index_scale.py --train --shards 200000 --delay-ms 30
+
+`ldm train` on that set with 1, 2 and 4 ranks and a tiny network: where the time of rank 0 goes up to its
+first batch, and what all ranks ask for.
+
     python benchmarks/index_scale.py --manifest --shards 200000
 
 Rows that do not compress (names, checksums, histograms of their own): time and memory of writing and reading.
@@ -19,15 +24,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import random
 import resource
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,8 +60,20 @@ from data_pipeline.shards.manifest import (
 from data_pipeline.shards.opening import open_dataset
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
+from trainer.metrics.timer import START_VARIABLE
 
 MIB = 2**20
+TINY = """
+steps: 1
+global_batch_size: 256
+micro_batch_size: 64
+data: {image_size: 32, workers: 1}
+first_stage: {name: identity, latent_channels: 3}
+unet: {model_channels: 32, channel_multipliers: [1], num_res_blocks: 1, head_dim: 16, attention_factors: []}
+distributed: {engine: torch, precision: fp32}
+logging: {wandb: disabled, progress_bar: false}
+"""
+"""Of `train`: what is left of a run when the network takes no time."""
 
 
 def main() -> None:
@@ -68,13 +89,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--at-once", action="store_true", help="no index; a stand-in for S3")
     parser.add_argument("--delay-ms", type=float, default=30.0, help="of each request of the stand-in")
+    parser.add_argument("--train", action="store_true", help="the same by `ldm train`, at 1, 2 and 4 ranks")
     parser.add_argument("--manifest", action="store_true", help="write and read the manifest alone")
     args = parser.parse_args()
     if args.manifest:
         manifest(args.shards)
         return
-    if args.at_once:
-        at_once(args)
+    if args.at_once or args.train:
+        with stand_in(args) as shards:
+            (train if args.train else at_once)(args, shards)
         return
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -197,8 +220,9 @@ class StandIn(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def at_once(args: argparse.Namespace) -> None:
-    """Start on shards without an index: rank 0 of the run."""
+@contextmanager
+def stand_in(args: argparse.Namespace) -> Iterator[str]:
+    """URL of a set that nobody has indexed; the environment points to where it is."""
     with tempfile.TemporaryDirectory() as temporary:
         options = SynthesisOptions(
             args.samples, samples_per_shard=args.samples, failed_share=0.0, scene=SceneOptions(1, 1, 40, 56)
@@ -214,30 +238,54 @@ def at_once(args: argparse.Namespace) -> None:
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_REGION": "us-east-1",
         }
-        config = DataConfig(
-            shards=f"s3://bucket/set/{{000000..{args.shards - 1:06d}}}.tar",
-            image_size=32,
-            workers=args.workers,
-        )
-        started, computing = time.monotonic(), time.process_time()
-        dataset = open_dataset(config, at_once=True)
-        computing = time.process_time() - computing
-        print(
-            f"open on rank 0       {time.monotonic() - started:.1f} s, {computing:.1f} s of a processor, "
-            f"{_asked()}"
-        )
-        opened = time.monotonic()
-        with rank_0(config, dataset, args) as loader:
-            size = len(next(loader).keys)
-            print(
-                f"first batch          {time.monotonic() - opened:.1f} s later ({size} samples), {_asked()}"
-            )
-            for _ in range(args.steps):
-                position = next(loader).position
-            print(f"{args.steps} steps later       {_asked()}")
-            print(f"position             {len(json.dumps(position)) / (size or 1):.0f} bytes per sample")
-            print_memory(args.steps)
+        yield f"s3://bucket/set/{{000000..{args.shards - 1:06d}}}.tar"
         server.shutdown()
+
+
+def at_once(args: argparse.Namespace, shards: str) -> None:
+    """Start on shards without an index: rank 0 of the run."""
+    config = DataConfig(shards=shards, image_size=32, workers=args.workers)
+    started, computing = time.monotonic(), time.process_time()
+    dataset = open_dataset(config, at_once=True)
+    computing = time.process_time() - computing
+    took = time.monotonic() - started
+    print(f"open on rank 0       {took:.1f} s, {computing:.1f} s of a processor, {_asked()}")
+    opened = time.monotonic()
+    with rank_0(config, dataset, args) as loader:
+        size = len(next(loader).keys)
+        print(f"first batch          {time.monotonic() - opened:.1f} s later ({size} samples), {_asked()}")
+        for _ in range(args.steps):
+            position = next(loader).position
+        print(f"{args.steps} steps later       {_asked()}")
+        print(f"position             {len(json.dumps(position)) / (size or 1):.0f} bytes per sample")
+        print_memory(args.steps)
+
+
+def train(args: argparse.Namespace, shards: str) -> None:
+    """A first start, doctor included, and one that goes without it, as restarts do."""
+    for ranks, doctor in ((1, True), (1, False), (2, True), (2, False), (4, True), (4, False)):
+        with tempfile.TemporaryDirectory() as folder:
+            config, report = Path(folder) / "config.yaml", Path(folder) / "start.json"
+            config.write_text(TINY)
+            given = [
+                f"run_dir={folder}/run",
+                f"data.shards={shards}",
+                f"distributed.ranks={ranks}",
+                f"distributed.doctor={str(doctor).lower()}",
+            ]
+            StandIn.asked.clear()
+            command = [sys.executable, "-m", "trainer", "train", str(config), *given]
+            ended = subprocess.run(
+                command, env={**os.environ, START_VARIABLE: str(report)}, capture_output=True, text=True
+            )
+            if ended.returncode:
+                raise SystemExit(ended.stderr)
+            parts = json.loads(report.read_text())["parts"]
+        before = dict(itertools.takewhile(lambda part: part[0] != "first step", parts.items()))
+        told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in before.items())
+        start = f"{ranks} ranks, {'with' if doctor else 'no'} doctor"
+        print(f"{start}   first batch after {sum(before.values()):.1f} s: {told}", flush=True)
+        print(f"{'':{len(start)}}   in all {_asked()}", flush=True)
 
 
 def _asked() -> str:

@@ -26,7 +26,15 @@ from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.moments.entry import Moments, MomentsCache
 from data_pipeline.order.lanes import Order, Part, deal, lanes_of
-from data_pipeline.order.position import Position, later, merge_positions, pack, unpack
+from data_pipeline.order.position import (
+    Position,
+    beginning,
+    first_epoch_of,
+    later,
+    merge_positions,
+    pack,
+    unpack,
+)
 from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.growth import walks_of
@@ -47,11 +55,14 @@ __all__ = [
     "Loader",
     "Part",
     "Position",
+    "WorkerProcess",
+    "beginning",
     "build_loader",
     "check_layout",
     "merge_positions",
     "open_dataset",
     "position_near",
+    "start_workers",
 ]
 
 AnyLoader: TypeAlias = "Loader | ResampledLoader"
@@ -67,16 +78,20 @@ def build_loader(
     skip_ordinals: Iterable[int] = (),
     dataset: Dataset | None = None,
     moments: Moments | None = None,
-    first_epoch: int = 0,
+    workers: Sequence[WorkerProcess] = (),
 ) -> AnyLoader:
     """Loader of one rank: an endless iterator of Batch, each its part of a global batch.
 
     `position` is `merge_positions` of what all ranks' last consumed batches carry; it fits any number of
-    ranks and workers. Without one, an indexed order begins with `first_epoch`. A rank that no lane is left
-    for has batches without samples. `skip_ordinals` are never served again. `moments`: with a cache, batches
-    have `cached`, and pixels only where it has nothing. Raises DataError within seconds when the storage, the
-    shards or the configuration are wrong.
+    ranks and workers. Or it is the `beginning` of an indexed order. A rank that no lane is left for has
+    batches without samples. `skip_ordinals` are never served again. `moments`: with a cache, batches have
+    `cached`, and pixels only where it has nothing. `workers`: of this rank, by `start_workers`; they are
+    closed with the loader. Raises DataError within seconds when the storage, the shards or the configuration
+    are wrong.
     """
+    first_epoch = first_epoch_of(position)
+    if first_epoch is not None:
+        position = None
     if config.order == "resampled":
         # webdataset is heavy to import, and only this mode needs it
         from data_pipeline.feed.resampled import ResampledLoader
@@ -89,10 +104,9 @@ def build_loader(
             part=part,
             position=last,
         )
-    check_conditions(config)
-    # First, for their imports take as long as opening the data set.
-    workers = [WorkerProcess(config, name=f"{part.rank}.{i}") for i in range(config.workers)]
+    workers = workers or start_workers(config, part.rank)
     try:
+        check_conditions(config)
         dataset = dataset or open_dataset(config, at_once=True)
         tasks = _tasks(
             config,
@@ -102,7 +116,7 @@ def build_loader(
             part=part,
             position=position,
             skip_ordinals=frozenset(int(o) for o in skip_ordinals),
-            first_epoch=first_epoch,
+            first_epoch=first_epoch or 0,
         )
         if moments is not None:
             if moments.cache is not None and isinstance(tasks[0].order, Turns):
@@ -119,6 +133,17 @@ def build_loader(
         for worker in workers:
             worker.close()
         raise
+
+
+def start_workers(config: DataConfig, rank: int) -> list[WorkerProcess]:
+    """The loader processes of a rank, for `build_loader`; to be closed where that is not reached.
+
+    They import what reading takes, and make the storage's client, while others open the data set and build
+    networks.
+    """
+    if config.order == "resampled":
+        return []
+    return [WorkerProcess(config, name=f"{rank}.{i}") for i in range(config.workers)]
 
 
 def _tasks(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,8 +15,10 @@ from torch import nn
 
 from data_pipeline.loader import (
     Dataset,
+    WorkerProcess,
     check_layout,
     open_dataset,
+    start_workers,
 )
 from data_pipeline.moments.writer import MomentsWriter
 from trainer.checkpoint.catalogue import CheckpointHandle
@@ -89,7 +91,24 @@ def build_run(
         ConfigError, DataError: a mistake of the user's; nothing has been written.
     """
     _prepare_process(config, env)
-    whole, start = config, start or StartTimer()
+    with ExitStack() as undone:
+        # Before all that follows, which takes as long as their imports; phases may have others.
+        workers = [] if config.phases else start_workers(config.data, env.rank)
+        for worker in workers:
+            undone.callback(worker.close)
+        run = _build(config, env, start or StartTimer(), alive, workers)
+        undone.pop_all()
+    return run
+
+
+def _build(
+    whole: Config,
+    env: DistributedEnv,
+    start: StartTimer,
+    alive: Callable[[], object],
+    workers: Sequence[WorkerProcess],
+) -> Run:
+    """The run, with loader processes that are its own once it is there. Collective."""
     config, shared, dataset, resumes = _open_phase(whole, env, alive)
     held_out = hold_out(config, dataset, alive)
     start.mark("data set")
@@ -117,6 +136,7 @@ def build_run(
             held_out=held_out,
             distance=distance,
             encode_once=stage.encode_once if isinstance(stage, DiffusionStage) else None,
+            workers=workers,
         )
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)

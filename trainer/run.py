@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,15 @@ import torch
 
 from data_pipeline.errors import FatalFault
 from data_pipeline.held_out import HeldOut
-from data_pipeline.loader import AnyLoader, Dataset, Part, build_loader, merge_positions
+from data_pipeline.loader import (
+    AnyLoader,
+    Dataset,
+    Part,
+    WorkerProcess,
+    beginning,
+    build_loader,
+    merge_positions,
+)
 from data_pipeline.moments.entry import Moments
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import CheckpointHandle
@@ -73,6 +81,8 @@ class Run:
     measured: tuple[int, dict[str, float]] = (-1, {})
     """Step and figures of the last validation."""
     encode_once: EncodeOnce | None = None
+    workers: Sequence[WorkerProcess] = ()
+    """Loader processes that were started ahead, for the first loader."""
 
     @property
     def phase(self) -> Phase:
@@ -82,16 +92,18 @@ class Run:
     def open_loader(self, *, from_start: bool = False) -> AnyLoader:
         """Batches from the current position on, without the samples that healing skips."""
         ranks, dataset = self.env.world_size, self.dataset
+        begins = from_start or self.state.step == self.phase.first
+        workers, self.workers = self.workers, ()
         return build_loader(
             self.config.data,
             seed=self.config.seed,
             global_batch_size=self.config.global_batch_size,
             part=Part(self.env.rank, ranks, self.config.sharing(ranks).together),
-            position=None if from_start or self.state.step == self.phase.first else self.state.position,
-            first_epoch=self.phase.first_epoch,
+            position=beginning(self.phase.first_epoch) if begins else self.state.position,
             skip_ordinals=self.healer.skipped,
             dataset=dataset and replace(dataset, record_in=join(self.config.run_dir, "index")),
             moments=self._moments,
+            workers=workers,
         )
 
     @property
@@ -208,7 +220,9 @@ class Run:
         return self.ema.swapped(self.stage.engines[self.stage.averaged], "decay")
 
     def close(self) -> None:
-        """Let go of writers and sinks."""
+        """Let go of writers, sinks, and loader processes that nobody has taken."""
+        for worker in self.workers:
+            worker.close()
         self.garbage.close()
         self.profiler.close(self.state.step)
         if self.encode_once is not None:

@@ -61,6 +61,7 @@ class Earlier(NamedTuple):
 
 _FORMAT = 1
 _TURNS = "turns"
+_BEGINS = "begins"
 
 
 class Mark(NamedTuple):
@@ -130,6 +131,18 @@ def pack(
         "first": first,
         "states": [list(s) for s in states],
     }
+
+
+def beginning(epoch: int) -> dict[str, Any] | None:
+    """Position of a run that begins with this epoch."""
+    return {_BEGINS: epoch} if epoch else None
+
+
+def first_epoch_of(position: Position) -> int | None:
+    """The epoch with which a run begins; None where it goes on."""
+    if not position:
+        return 0
+    return int(position[_BEGINS]) if isinstance(position, dict) and _BEGINS in position else None
 
 
 def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:

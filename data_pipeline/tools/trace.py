@@ -48,7 +48,7 @@ def trace(
     first_epoch: int = 0,
 ) -> Iterator[tuple[int, list[str]]]:
     """Run the real loader for all ranks from `first_epoch` on and yield (step, keys in global order)."""
-    from data_pipeline.loader import Part, build_loader
+    from data_pipeline.loader import Part, beginning, build_loader
 
     dataset = None if config.order == "resampled" else open_dataset(config, at_once=True)
     loaders = []
@@ -60,8 +60,8 @@ def trace(
                     seed=seed,
                     global_batch_size=global_batch_size,
                     part=Part(rank, ranks),
+                    position=beginning(first_epoch),
                     dataset=dataset,
-                    first_epoch=first_epoch,
                 )
             )
         for step in range(steps.stop):

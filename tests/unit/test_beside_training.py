@@ -9,14 +9,21 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
+from data_pipeline.loader import Dataset, open_dataset
 from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from trainer import assembly
 from trainer.assembly import build_run
 from trainer.checkpoint.catalogue import checkpoints_url, is_committed, snapshots_url
 from trainer.checkpoint.writer_client import BackgroundWriter
@@ -28,15 +35,14 @@ from trainer.run import Run
 from trainer.train import preview
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    """A small run of one rank, before its first step."""
+def config_for(tmp_path: Path, *, workers: int = 0) -> Config:
+    """Of a small run on shards that are made."""
     list(synthesize(str(tmp_path / "shards"), SynthesisOptions(samples=16, samples_per_shard=8)))
-    config = Config(
+    return Config(
         run_dir=str(tmp_path / "run"),
         global_batch_size=8,
         micro_batch_size=8,
-        data=DataConfig(shards=f"{tmp_path}/shards/*.tar", image_size=32, workers=0),
+        data=DataConfig(shards=f"{tmp_path}/shards/*.tar", image_size=32, workers=workers),
         first_stage=FirstStageConfig(name="identity", latent_channels=3),
         unet=UNetConfig(
             model_channels=32, channel_multipliers=(1,), num_res_blocks=1, head_dim=16, attention_factors=()
@@ -45,12 +51,58 @@ def run(tmp_path: Path) -> Iterator[Run]:
         distributed=DistributedConfig(engine="torch", precision="fp32"),
         logging=LoggingConfig(wandb="disabled", progress_bar=False),
     )
+
+
+@pytest.fixture
+def alone() -> Iterator[DistributedEnv]:
+    """The only rank."""
     env = DistributedEnv.detect({})
     initialise(env, 60.0)
-    made = build_run(config, env)
+    yield env
+    shutdown()
+
+
+@pytest.fixture
+def run(tmp_path: Path, alone: DistributedEnv) -> Iterator[Run]:
+    """A small run of one rank, before its first step."""
+    made = build_run(config_for(tmp_path), alone)
     yield made
     made.close()
-    shutdown()
+
+
+def loader_processes() -> set[int]:
+    children = psutil.Process().children()
+    return {child.pid for child in children if "data_pipeline.feed.worker" in child.cmdline()}
+
+
+def test_loader_processes_import_while_the_set_is_opened_and_networks_are_built(
+    tmp_path: Path, alone: DistributedEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are there before anything else, they are those that read, and a start that fails leaves none."""
+    early: list[set[int]] = []
+
+    def opening(*given: Any, **named: Any) -> Dataset:
+        early.append(loader_processes())
+        return open_dataset(*given, **named)
+
+    config = config_for(tmp_path, workers=2)
+    monkeypatch.setattr(assembly, "open_dataset", opening)
+    run = build_run(config, alone)
+    try:
+        assert len(early[0]) == 2
+        with closing(run.open_loader()) as batches:
+            assert len(next(batches)) == 8
+            assert loader_processes() == early[0]
+    finally:
+        run.close()
+    unused = build_run(replace(config, run_dir=str(tmp_path / "unused")), alone)
+    assert len(loader_processes()) == 2
+    unused.close()
+    assert loader_processes() == set()
+    with pytest.raises(DataError, match="No shard matches"):
+        build_run(replace(config, data=replace(config.data, shards=f"{tmp_path}/none/*.tar")), alone)
+    assert len(early[-1]) == 2
+    assert loader_processes() == set()
 
 
 def test_a_snapshot_on_a_checkpoints_step_does_not_wait_for_the_checkpoint(run: Run) -> None:

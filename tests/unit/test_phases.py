@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.loader import build_loader
+from data_pipeline.loader import beginning, build_loader
 from tests.unit.one_rank import Train, one_rank, small_shards
 from tests.unit.test_resume_changed import TINY, records
 from trainer.__main__ import main
@@ -58,7 +58,9 @@ def test_each_phase_trains_with_its_settings(train: Train, tmp_path: Path, where
     # The data of a phase are those of a loader that begins with the phase's first epoch.
     config = load_config(None, [*TINY, *where, *PHASES, "steps=5"])
     phase = config.phase(2)
-    loader = build_loader(config.at(2).data, seed=0, global_batch_size=4, first_epoch=phase.first_epoch)
+    loader = build_loader(
+        config.at(2).data, seed=0, global_batch_size=4, position=beginning(phase.first_epoch)
+    )
     with loader:
         batches = [next(loader) for _ in range(2)]
     assert batches[0].pixels.shape == (4, 3, 16, 16)
