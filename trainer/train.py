@@ -24,7 +24,6 @@ from trainer.distributed.collectives import Agreed
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.distributed.evidence import leave_collectives, leave_memory
 from trainer.exit_codes import ExitCode, StopRequest
-from trainer.metrics.layers import layer_norms
 from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.timer import START_VARIABLE, StartTimer, Throughput
@@ -34,11 +33,10 @@ from trainer.reliability.heartbeat import board_from_environment
 from trainer.reliability.peers import peer_phases
 from trainer.reliability.preemption import Preemption
 from trainer.reliability.requests import profile_url, stop_url
-from trainer.reliability.served_share import ServedShare
 from trainer.reliability.slow_ranks import SlowRanks
 from trainer.reliability.watchdog import Watchdog, silence_s
 from trainer.run import Run
-from trainer.telling import report, tell_phase
+from trainer.telling import ServedShare, layer_norms, report, tell_phase
 from trainer.validation import cost, validate
 
 logger = logging.getLogger(__name__)

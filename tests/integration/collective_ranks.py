@@ -17,7 +17,7 @@ from trainer.distributed import collectives
 from trainer.distributed.build import build_engine
 from trainer.distributed.env import DistributedEnv
 from trainer.exit_codes import StopRequest
-from trainer.metrics.layers import layer_norms
+from trainer.telling import layer_norms
 
 
 def once(env: DistributedEnv, marker: str, fails: str) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.ranks import ROOT, run_ranks
 from trainer.distributed.env import DistributedEnv, gloo_variables
-from trainer.distributed.network import interface_to
+from trainer.distributed.place import interface_to
 
 TWO_NODES = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
@@ -75,5 +75,5 @@ def test_what_a_person_named_stays_and_one_node_needs_nothing(own_address: str) 
 
 
 def test_nothing_of_it_imports_torch() -> None:
-    code = "import sys, trainer.distributed.network; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainer.distributed.place; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

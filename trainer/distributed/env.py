@@ -17,8 +17,7 @@ import torch.distributed as dist
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.evidence import recorder_variables
-from trainer.distributed.network import interface_to, raise_descriptor_limit
-from trainer.distributed.place import Place
+from trainer.distributed.place import Place, interface_to, raise_descriptor_limit
 
 Launcher = Literal["torchrun", "slurm", "single"]
 

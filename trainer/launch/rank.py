@@ -23,11 +23,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import Failure, RetryableFault, Unreachable
 from data_pipeline.processes import die_with_parent
+from data_pipeline.storage.urls import folder_before_patterns, is_local
 from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
 from trainer.console import configure_logging
@@ -39,6 +43,9 @@ LAUNCHER_VARIABLE = "LDM_LAUNCHER_PID"
 """Environment variable with the launcher's process id; a rank does not outlive it."""
 
 Task = Literal["train", "doctor"]
+
+_LONGEST_WAIT_S = 600.0  # a rank that says nothing for 900 s while it starts counts as stuck
+_PAUSE_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +73,6 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
 
             return diagnose(config, DistributedEnv.detect())
         if is_restart():
-            from trainer.reliability.outage import wait_for_storage
-
             wait_for_storage(config.run_dir, config.data)
         config.sharing(_ranks_told())  # a mistake that needs neither peers nor a doctor to be seen
         if config.distributed.doctor and not is_restart():
@@ -89,6 +94,40 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
         else:
             logger.exception("this rank ends with exit code %d (%s)", code, code.name)
         return code
+
+
+def wait_for_storage(run_dir: str, data: DataConfig) -> None:
+    """Return when the remote folders of a run that starts again answer: storage may be away.
+
+    Raises:
+        RetryableFault: they do not, for as long as `data.patience_s` (ten minutes at most).
+    """
+    began = time.monotonic()
+    for url in _remote_folders(run_dir, data):
+        while not _answers(url):
+            waited = time.monotonic() - began
+            if waited > min(data.patience_s, _LONGEST_WAIT_S):
+                raise RetryableFault(f"Storage has not answered for {waited:.0f} s at the start, last {url}.")
+            logger.warning("storage does not answer since %.0f s: %s; waiting", waited, url)
+            time.sleep(_PAUSE_S)
+
+
+def _remote_folders(run_dir: str, data: DataConfig) -> Iterable[str]:
+    patterns = [data.shards, *(source.shards for source in data.sources)]
+    folders = [folder_before_patterns(pattern) for pattern in patterns if pattern]
+    return [url for url in dict.fromkeys([run_dir, *folders]) if not is_local(url)]
+
+
+def _answers(url: str) -> bool:
+    from data_pipeline.storage.files import exists  # no launcher asks storage for anything
+
+    try:
+        exists(url)
+    except Unreachable:
+        return False
+    except Failure:
+        pass  # an answer, if a bad one: the run itself says what is wrong
+    return True
 
 
 def _ranks_told() -> int:

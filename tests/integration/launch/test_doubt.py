@@ -21,8 +21,7 @@ from data_pipeline.errors import AccessDenied, GivenUp, RetryableFault, UserErro
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig
 from trainer.exit_codes import ExitCode
-from trainer.launch.rank import run_rank
-from trainer.reliability import outage
+from trainer.launch import rank as process
 from trainer.reliability.doubt import Standing, mark
 
 rank, attempt = int(os.environ["RANK"]), int(os.environ["LDM_RESTARTS"])
@@ -38,8 +37,8 @@ BODY
     return ExitCode.DONE
 
 sys.modules["trainer.train"] = SimpleNamespace(run=run)
-outage.wait_for_storage = lambda run_dir, data: None
-sys.exit(run_rank(Config(distributed=DistributedConfig(doctor=False))))
+process.wait_for_storage = lambda run_dir, data: None
+sys.exit(process.run_rank(Config(distributed=DistributedConfig(doctor=False))))
 """
 
 

@@ -18,7 +18,6 @@ from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.exit_codes import ExitCode
 from trainer.launch import rank
-from trainer.reliability import outage
 from trainer.reliability.healing import read_journal, write_journal
 from trainer.reliability.job import RESTARTS_VARIABLE, is_restart
 
@@ -40,7 +39,7 @@ def no_storage(monkeypatch: pytest.MonkeyPatch) -> int:
         "AWS_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(outage, "_PAUSE_S", 0.2)
+    monkeypatch.setattr(rank, "_PAUSE_S", 0.2)
     return port
 
 
@@ -59,7 +58,7 @@ def test_waits_until_storage_is_back(
         server.stop()
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
-        waiting = threading.Thread(target=outage.wait_for_storage, args=("s3://bucket/run", data))
+        waiting = threading.Thread(target=rank.wait_for_storage, args=("s3://bucket/run", data))
         waiting.start()
         while "storage does not answer since" not in caplog.text:
             time.sleep(0.05)
@@ -71,7 +70,7 @@ def test_waits_until_storage_is_back(
 
 def test_patience_ends_as_a_retryable_fault(no_storage: int) -> None:
     with pytest.raises(RetryableFault, match="Storage has not answered"):
-        outage.wait_for_storage("s3://bucket/run", DataConfig(shards="s3://bucket/*.tar", patience_s=0.5))
+        rank.wait_for_storage("s3://bucket/run", DataConfig(shards="s3://bucket/*.tar", patience_s=0.5))
 
 
 def test_the_folders_that_are_asked() -> None:
@@ -80,14 +79,14 @@ def test_the_folders_that_are_asked() -> None:
         SourceConfig("s3://b/c/{0..9}.tar"),
         SourceConfig("/local/*.tar"),
     )
-    assert list(outage._remote_folders("s3://run", DataConfig(sources=sources))) == [
+    assert list(rank._remote_folders("s3://run", DataConfig(sources=sources))) == [
         *("s3://run", "s3://a", "s3://b/c"),
     ]
-    assert list(outage._remote_folders("runs/x", DataConfig(shards="shards.tar"))) == []
+    assert list(rank._remote_folders("runs/x", DataConfig(shards="shards.tar"))) == []
 
 
 def test_local_folders_are_not_asked(tmp_path: Path) -> None:
-    outage.wait_for_storage(str(tmp_path / "none"), DataConfig(shards=str(tmp_path / "none" / "*.tar")))
+    rank.wait_for_storage(str(tmp_path / "none"), DataConfig(shards=str(tmp_path / "none" / "*.tar")))
 
 
 @pytest.mark.parametrize(("restarts", "code"), [("0", ExitCode.USER_ERROR), ("1", ExitCode.RETRYABLE)])
