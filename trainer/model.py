@@ -25,7 +25,7 @@ from trainer.distributed.frozen import freeze
 from trainer.distributed.lora import add_adapters
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import build_first_stage, check_first_stage, load_first_stage
-from trainer.first_stage.discriminator import PatchDiscriminator
+from trainer.first_stage.losses import PatchDiscriminator
 from trainer.first_stage.statistics import require_same_statistics
 from trainer.interop.initialise import initialise
 from trainer.models.layers import zero_module

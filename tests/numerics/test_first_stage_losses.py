@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from trainer.config.models import FirstStageConfig
 from trainer.first_stage import losses
 from trainer.first_stage.autoencoders import AutoencoderKL, VectorQuantizer, kl_divergence, split_moments
-from trainer.first_stage.discriminator import BatchNorm, PatchDiscriminator
+from trainer.first_stage.losses import BatchNorm, PatchDiscriminator
 from trainer.first_stage.perceptual import (
     PerceptualDistance,
     VGG16Features,

@@ -24,7 +24,7 @@ from trainer.__main__ import main
 from trainer.config.training import LoRAConfig
 from trainer.distributed.lora import adapted, add_adapters
 from trainer.exit_codes import ExitCode
-from trainer.interop.lora_export import LORA_FILE, write_lora
+from trainer.interop.export import LORA_FILE, write_lora
 from trainer.interop.unet_names import unet_links
 
 diffusers = pytest.importorskip("diffusers")

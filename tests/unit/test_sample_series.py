@@ -20,8 +20,7 @@ from data_pipeline.tools.picture_sets import open_pictures, read_blocks
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config
-from trainer.generation.make import AHEAD, make_pictures
-from trainer.generation.series import Series
+from trainer.generation.series import AHEAD, Series, make_pictures
 from trainer.generation.store import Form, SetStore
 from trainer.model import build_model, load_model
 from trainer.sample import Request

@@ -48,8 +48,7 @@ from trainer.first_stage.statistics import (
     measure_latent_statistics,
     require_same_statistics,
 )
-from trainer.interop.export import export_weights
-from trainer.interop.lora_export import write_lora
+from trainer.interop.export import export_weights, write_lora
 from trainer.interop.parts import TOWERS, is_clip_l
 from trainer.pixels import to_unit_range
 from trainer.weights import metadata_object

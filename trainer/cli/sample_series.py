@@ -20,8 +20,7 @@ from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.shared_reads import read_together
-from trainer.generation.make import accelerate, make_pictures
-from trainer.generation.series import Series
+from trainer.generation.series import Series, accelerate, make_pictures
 from trainer.generation.store import GRID, Form, SetStore, former_record
 from trainer.launch.command import run_on_ranks
 from trainer.model import TrainedModel

@@ -23,8 +23,7 @@ from trainer.interop.diffusers_stage import first_stage_from_diffusers
 from trainer.interop.diffusers_unet import unet_from_diffusers
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links, usual_attention
 from trainer.interop.initialise import INPUT
-from trainer.interop.links import Link, import_tensors
-from trainer.interop.report import TransferReport
+from trainer.interop.links import Link, TransferReport, import_tensors
 from trainer.interop.source import ForeignNetwork, ForeignWeights, open_source
 from trainer.interop.text_tower_names import open_clip_names, text_tower_links
 from trainer.interop.unet_names import UNetSizes, unet_links

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data_pipeline.storage.urls import join
+from trainer.config.models import UNetConfig
 from trainer.config.run import Config, ConfigError
 from trainer.diffusion.schedule import make_schedule
 from trainer.first_stage.build import WEIGHTS_FILE, first_stage_metadata
@@ -17,6 +19,7 @@ from trainer.interop import compvis
 from trainer.interop.convert import CLASS_TOKENS, TEXT_FILES, UNET_AVERAGE_FILE, UNET_FILE
 from trainer.interop.diffusers_export import write_diffusers
 from trainer.interop.first_stage_names import STATISTICS
+from trainer.interop.links import Link, TransferReport
 from trainer.interop.parts import (
     TOWERS,
     Groups,
@@ -28,11 +31,12 @@ from trainer.interop.parts import (
     is_one_number,
     latent_statistics,
 )
-from trainer.interop.report import TransferReport
-from trainer.weights import WEIGHT_ENDINGS, write_weights
+from trainer.interop.unet_names import unet_links
+from trainer.weights import TORCH_ENDINGS, WEIGHT_ENDINGS, write_weights
 
 Layout = Literal["native", "compvis", "diffusers"]
 Tensors = Mapping[str, Tensor]
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def export_weights(
@@ -167,3 +171,47 @@ def _is_unsaid(name: str, layout: Layout) -> bool:
     if name.startswith("conditions."):
         return not (layout == "compvis" and name == CLASS_TOKENS)
     return False
+
+
+def write_lora(
+    adapters: Mapping[str, tuple[Tensor, Tensor]],
+    destination: str,
+    config: UNetConfig,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Write the adapters as the file that diffusers' training scripts write; return its URL.
+
+        pytorch_lora_weights.safetensors
+            unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora.down.weight  A [r, in]
+            unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora.up.weight    alpha / r B [out, r]
+
+    Readers that are told no alpha take alpha = r, so its scale is a part of B. An adapter of a product of
+    several projections becomes one for each of them, with the same A.
+
+    Args:
+        adapters: (A [r, in], B [out, r]) by our name of the weight that they adapt, "unet.*".
+        destination: folder, or a .safetensors file; any URL.
+
+    Raises:
+        ConfigError: the destination is no such thing, or diffusers has no name for a layer.
+    """
+    if not destination.strip() or destination.endswith(TORCH_ENDINGS):
+        raise ConfigError(
+            f"the lora layout is a folder or a .safetensors file; name one in the place of {destination!r}."
+        )
+    url = destination if destination.endswith(".safetensors") else join(destination, LORA_FILE)
+    inside = {name.removeprefix("unet."): both for name, both in adapters.items()}
+    links = unet_links(config, inside, "diffusers")
+    made = {name: value for link in links for name, value in _of_layer(link, *inside[link.ours]).items()}
+    write_weights(url, {name: value.to(dtype) for name, value in made.items()}, {"format": "pt"})
+    return url
+
+
+def _of_layer(link: Link, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    ones = (1,) * link.ones  # of a layer that is a 1x1 convolution there
+    made = {}
+    for theirs, rows in zip(link.theirs, up.chunk(len(link.theirs)), strict=True):
+        layer = f"unet.{theirs.removesuffix('.weight')}.lora"
+        made[f"{layer}.down.weight"] = down.reshape(down.shape + ones).clone()
+        made[f"{layer}.up.weight"] = rows.reshape(rows.shape + ones).clone()
+    return made

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.run import ConfigError
-from trainer.interop.links import ANOTHER
-from trainer.interop.report import TransferReport
+from trainer.interop.links import ANOTHER, TransferReport
 from trainer.weights import check_fit
 
 INPUT = "conv_in.weight"

@@ -14,7 +14,7 @@ from torch import nn
 
 from trainer.config.models import FirstStageConfig
 from trainer.first_stage.autoencoders import AutoencoderKL
-from trainer.first_stage.tiling import OVERLAP, apply_in_chunks, apply_in_tiles, tile_starts
+from trainer.first_stage.base import OVERLAP, apply_in_chunks, apply_in_tiles, tile_starts
 
 
 @given(length=st.integers(1, 200), tile=st.integers(1, 40))

@@ -11,7 +11,7 @@ from torch import nn
 from trainer.config.models import UNetConfig
 from trainer.config.run import ConfigError
 from trainer.interop.initialise import initialise
-from trainer.interop.report import TransferReport
+from trainer.interop.links import TransferReport
 from trainer.models.unet import UNet
 
 TINY = UNetConfig(
