@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from data_pipeline.loader import beginning, build_loader
 from tests.unit.one_rank import Train, one_rank, small_shards
 from tests.unit.test_resume_changed import TINY, records
 from trainer.__main__ import main
+from trainer.checkpoint.catalogue import folder_name
 from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.export import open_weights, read_about, read_state
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import Config, ConfigError
 from trainer.exit_codes import ExitCode
+from trainer.stages.diffusion import DiffusionStage
 
 PHASES = (
     "data.image_size=8",
@@ -80,6 +83,46 @@ def test_going_on_at_any_step_is_the_same_run(train: Train, tmp_path: Path, stop
         assert train(f"steps={steps}", *PHASES) == ExitCode.DONE
     again = weights(tmp_path / "run")
     assert all(torch.equal(again[name], value) for name, value in at_once.items())
+
+
+def test_a_rewind_into_the_phase_before_trains_that_again(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step of a phase turns NaN, and the checkpoint that it began with is gone."""
+    train_step, loss, bad = DiffusionStage.train_step, DiffusionStage._loss, set[int]()
+    run = tmp_path / "run"
+
+    def strike(self: Any, batch: Any, step: int, *rest: Any) -> Any:
+        if step == 2 and not bad:
+            bad.update(batch.ordinals.tolist())
+            shutil.rmtree(run / "checkpoints" / folder_name(2))
+        return train_step(self, batch, step, *rest)
+
+    def poisoned(self: Any, micro: Any, *rest: Any) -> Any:
+        value, error = loss(self, micro, *rest)
+        return (value * torch.nan if bad & set(micro.ordinals.tolist()) else value), error
+
+    settings = (*PHASES, "healing={max_skips: 0}", "steps=5")
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionStage, "train_step", strike)
+        patch.setattr(DiffusionStage, "_loss", poisoned)
+        assert train(*settings) == ExitCode.DONE
+    told = records(run)
+    (rewind,) = [each for each in told if each.get("event") == "rewind"]
+    assert (rewind["step"], set(rewind["skipped"])) == (3, bad)
+    assert [each["step"] for each in told if each.get("event") == "phase"] == [2, 2, 4]
+    losses = [(each["step"], each["loss"]) for each in told if "loss" in each]
+    assert [step for step, _ in losses] == [1, 2, 2, 3, 4, 5]
+    assert losses[1] == losses[2]
+
+    # What a run that knew from the start what to leave out ends with.
+    healed, journal = weights(run), (run / "healing.json").read_bytes()
+    run.rename(tmp_path / "healed")
+    run.mkdir()
+    (run / "healing.json").write_bytes(journal)
+    assert train(*settings) == ExitCode.DONE
+    knowing = weights(run)
+    assert all(torch.equal(knowing[name], value) for name, value in healed.items())
 
 
 def test_a_phase_may_be_declared_later_but_not_for_what_was_trained(

@@ -61,6 +61,7 @@ ANY_RANKS: list[dict[str, Any]] = [
     {"ranks": 3, "engine": "deepspeed", "zero_stage": 2, "micro": 2, "workers": 2},
     {"ranks": 5, "engine": "torch", "zero_stage": 0, "micro": 4, "workers": 0},
     {"ranks": 7, "engine": "deepspeed", "zero_stage": 3, "micro": 1, "workers": 0},
+    {"ranks": 3, "engine": "fsdp", "zero_stage": 1, "micro": 3, "workers": 1},
     {"ranks": 2, "engine": "deepspeed", "zero_stage": 0, "micro": 3, "workers": 3},
 ]
 
@@ -75,7 +76,7 @@ def own_shards(tmp_path: Path, shards: str) -> str:
 
 
 def test_ranks_that_do_not_divide_the_batch_are_the_run_on_one(make_run: Any, own_shards: str) -> None:
-    """10 samples on 1, 3, 5, 7 and 2 ranks: rows are filled up, in passes that are padding alone too."""
+    """10 samples on 1, 3, 5, 7, 3, 2 ranks, every engine: rows filled up, in passes of padding alone too."""
     steps = 3
     assert main(["data", "index", own_shards]) == 0
 
