@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.loader import build_loader
 from data_pipeline.moments.entry import Moments
 from data_pipeline.moments.writer import MomentsWriter
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.config.io import load_config
 from trainer.config.run import Config
 from trainer.distributed.env import DistributedEnv

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.scenes.judge import EvaluationPrompt, judge
-from data_pipeline.scenes.scene import SceneOptions, make_scene, render
+from data_pipeline.tools.scenes.judge import EvaluationPrompt, judge
+from data_pipeline.tools.scenes.scene import SceneOptions, make_scene, render
 from trainer.config.io import load_config
 from trainer.evaluation.reconstruction import psnr
 from trainer.first_stage.autoencoders import AutoencoderKL

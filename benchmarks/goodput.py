@@ -29,8 +29,8 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.config.io import config_to_dict, load_config
 from trainer.launch.observe import LocalRun
 from trainer.metrics.jsonl import read_records

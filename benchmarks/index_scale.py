@@ -45,8 +45,6 @@ import psutil
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import AnyLoader, Dataset, Part, build_loader
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.manifest import (
     MANIFEST,
@@ -60,6 +58,8 @@ from data_pipeline.shards.manifest import (
 from data_pipeline.shards.opening import open_dataset
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.metrics.timer import START_VARIABLE
 
 MIB = 2**20

@@ -32,9 +32,9 @@ import psutil
 import torch
 from collective_calls import IDEAL_BYTES, count_calls, messages
 
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer import train
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.io import load_config

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.assembly import build_run
 from trainer.config.io import load_config
 from trainer.distributed.env import DistributedEnv, initialise, shutdown

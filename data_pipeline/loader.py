@@ -1,4 +1,7 @@
-"""build_loader: one rank's share of every optimizer step, in an order that no layout can change."""
+"""build_loader: one rank's share of every optimizer step, in an order that no layout can change.
+
+The door of the pipeline: what else the trainer asks of a data set, held-out samples among it, is here too.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from data_pipeline.batch import Batch, Cached, no_pixels
+from data_pipeline.batch import Batch, Cached, Tally, no_pixels
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.feed.conditions import check_conditions
+from data_pipeline.feed.held_out import HELD_OUT_SEED, HeldOutBatch, held_out_batches
 from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
@@ -38,11 +42,11 @@ from data_pipeline.order.position import (
 from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.growth import walks_of
+from data_pipeline.shards.held_out import HeldOut, open_held_out
 from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.storage.files import cut_torn_line
 from data_pipeline.storage.urls import local_path
-from data_pipeline.tally import Tally
 
 if TYPE_CHECKING:
     from data_pipeline.feed.resampled import ResampledLoader
@@ -50,8 +54,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "HELD_OUT_SEED",
     "AnyLoader",
     "Dataset",
+    "HeldOut",
+    "HeldOutBatch",
     "Loader",
     "Part",
     "Position",
@@ -59,8 +66,10 @@ __all__ = [
     "beginning",
     "build_loader",
     "check_layout",
+    "held_out_batches",
     "merge_positions",
     "open_dataset",
+    "open_held_out",
     "position_near",
     "start_workers",
 ]

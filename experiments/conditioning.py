@@ -17,8 +17,8 @@ from lab.maps import MAP_MODEL, draw_maps, map_agreement
 from lab.oracle import PROMPTS, accuracy, prompted
 from lab.workshop import CONSTANT, Workshop
 
-from data_pipeline.scenes.judge import EvaluationPrompt, evaluation_prompts
-from data_pipeline.scenes.scene import COLORS, SHAPES
+from data_pipeline.tools.scenes.judge import EvaluationPrompt, evaluation_prompts
+from data_pipeline.tools.scenes.scene import COLORS, SHAPES
 
 CLASS_MODEL = ("conditioning={openclip: null, class_label: {num_classes: 18, width: 128}}",)
 SHUFFLED = " shuffled"

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from data_pipeline.errors import FatalFault
-from data_pipeline.held_out import HeldOut
 from data_pipeline.loader import (
     AnyLoader,
     Dataset,
+    HeldOut,
     Part,
     WorkerProcess,
     beginning,

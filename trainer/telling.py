@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from data_pipeline.batch import FIRST, Tally, added
 from data_pipeline.errors import DataError
 from data_pipeline.loader import AnyLoader
-from data_pipeline.tally import FIRST, Tally, added
 from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
 from trainer.reliability.gpu_health import health_record

@@ -11,10 +11,10 @@ import logging
 import threading
 from collections.abc import Iterable, Sequence
 
+from data_pipeline.batch import FIRST, Tally, remedy
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, NotATar
 from data_pipeline.shards.filter_columns import unknown_column
-from data_pipeline.tally import FIRST, Tally, remedy
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import LaneState
 from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.held_out import open_held_out
 from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import make_selection
@@ -140,8 +141,6 @@ def explain_validation(
     config: DataConfig, seed: int, global_batch_size: int, samples: int
 ) -> Iterator[dict[str, Any]]:
     """The samples of data.validation that a run measures, one record each, without reading pictures."""
-    from data_pipeline.held_out import open_held_out
-
     dataset = open_dataset(config) if config.order == "indexed" else None
     held = open_held_out(config, samples, seed=seed, global_batch_size=global_batch_size, dataset=dataset)
     for sample in held.samples:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.scenes.scene import (
+from data_pipeline.tools.scenes.scene import (
     BACKGROUNDS,
     COLORS,
     NUM_CLASSES,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.scenes.judge import EvaluationPrompt, evaluation_prompts, judge
+from data_pipeline.tools.scenes.judge import EvaluationPrompt, evaluation_prompts, judge
 from lab.workshop import Workshop
 
 PROMPTS = 54

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.config.io import load_config
 from trainer.exit_codes import ExitCode
 from trainer.first_stage.build import build_first_stage, first_stage_tensors

@@ -18,9 +18,9 @@ import yaml
 
 from data_pipeline.loader import build_loader, open_dataset
 from data_pipeline.moments.parts import read_table
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
 from trainer.checkpoint.reader import EngineReader
 from trainer.config.io import config_from_dict, load_config

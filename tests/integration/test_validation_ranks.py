@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.scenes.scene import NUM_CLASSES, SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.scene import NUM_CLASSES, SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from tests.integration.ranks import run_ranks
 
 MEASURE = "tests/integration/validation_ranks.py:several"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.config.io import config_to_dict, load_config
 from trainer.distributed.place import free_port
 from trainer.launch import rank

@@ -22,7 +22,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Dataset, open_dataset
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer import assembly
 from trainer.assembly import build_run
 from trainer.checkpoint.catalogue import checkpoints_url, is_committed, snapshots_url

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.config import DataConfig
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.run import Config
 from trainer.config.training import CheckpointConfig, DistributedConfig, EMAConfig

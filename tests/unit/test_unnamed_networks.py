@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import ConfigError

@@ -14,10 +14,10 @@ import torch
 
 from data_pipeline.errors import ReadFailed
 from data_pipeline.feed import reads
-from data_pipeline.held_out import SEED
-from data_pipeline.scenes.scene import NUM_CLASSES, SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.loader import HELD_OUT_SEED
 from data_pipeline.storage.large import checksum_bytes
+from data_pipeline.tools.scenes.scene import NUM_CLASSES, SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.__main__ import main
 from trainer.assembly import build_run
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint, steps_found
@@ -214,20 +214,20 @@ def test_the_loss_is_that_of_the_objective_at_fixed_noise(settings: Any, objecti
 
 def _loss_of_zero(run: Run, sample: int) -> torch.Tensor:
     """[levels] losses of one held-out sample."""
-    from data_pipeline.held_out import held_out_batches
+    from data_pipeline.loader import held_out_batches
 
     assert run.held_out is not None
     config, stage = run.config, run.stage
     (made,) = held_out_batches(run.held_out, [(sample,)])
     latents, ordinals = to_unit_range(made.batch.pixels), made.batch.ordinals
-    uniforms = uniform(SEED, ordinals, Purpose.TIMESTEP, (3,))
-    shifts = normal(SEED, ordinals, Purpose.OFFSET_NOISE, (3, 3))
+    uniforms = uniform(HELD_OUT_SEED, ordinals, Purpose.TIMESTEP, (3,))
+    shifts = normal(HELD_OUT_SEED, ordinals, Purpose.OFFSET_NOISE, (3, 3))
     found = []
     for level in range(3):
         # a third of [0, 1) each, by the definition of the quantile of (level + u) / 3
         even = config.diffusion.__class__(**{**vars(config.diffusion), "timesteps": "stratified"})
         timesteps = draw_timesteps(even, uniforms[:, level], torch.tensor([level]), 3)
-        noise = normal(SEED, ordinals, Purpose.VALIDATION + level, tuple(latents.shape[1:]))
+        noise = normal(HELD_OUT_SEED, ordinals, Purpose.VALIDATION + level, tuple(latents.shape[1:]))
         noise = noise + config.diffusion.offset_noise * shifts[:, level, :, None, None]
         zero = torch.zeros_like(latents)
         found.append(

@@ -85,8 +85,8 @@ def _add_synthesize(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _synthesize(args: argparse.Namespace) -> int:
-    from data_pipeline.scenes.scene import SceneOptions
-    from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+    from data_pipeline.tools.scenes.scene import SceneOptions
+    from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 
     objects = (1.0, float(args.max_objects)) if args.max_objects else _range(args.objects, "--objects")
     size, radius = _range(args.size, "--size"), _range(args.radius, "--radius")

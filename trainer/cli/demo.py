@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.scenes.judge import evaluation_prompts, judge
-from data_pipeline.scenes.scene import COLORS, SHAPES
 from data_pipeline.storage.files import exists
 from data_pipeline.storage.local_s3 import LocalS3
 from data_pipeline.storage.urls import join
+from data_pipeline.tools.scenes.judge import evaluation_prompts, judge
+from data_pipeline.tools.scenes.scene import COLORS, SHAPES
 from trainer.config.io import load_config
 from trainer.evaluator.findings import FOLDER, Findings
 from trainer.metrics.jsonl import read_records

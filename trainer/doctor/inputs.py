@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TypeVar
 
+from data_pipeline.batch import FIRST, Tally, added
 from data_pipeline.errors import DataError, Failure, NotFound
 from data_pipeline.loader import Dataset, Part, build_loader, check_layout, open_dataset
 from data_pipeline.storage.files import exists, read_bytes, remove_file, write_bytes
@@ -18,7 +19,6 @@ from data_pipeline.storage.large import checksum_bytes
 from data_pipeline.storage.listing import ListedFile, list_files, look_up
 from data_pipeline.storage.retry import QUICK_TRIES
 from data_pipeline.storage.urls import is_local, join, spelled_out
-from data_pipeline.tally import FIRST, Tally, added
 from data_pipeline.tools.inspection import look_at_head
 from trainer.config.checks import check_networks as check_named
 from trainer.config.models import RANDOM, TOWERS

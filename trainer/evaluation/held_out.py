@@ -27,8 +27,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import Failure, ReadFailed
-from data_pipeline.held_out import HeldOut, HeldOutBatch, held_out_batches, open_held_out
-from data_pipeline.loader import Dataset
+from data_pipeline.loader import Dataset, HeldOut, HeldOutBatch, held_out_batches, open_held_out
 from trainer.config.run import Config
 from trainer.distributed import collectives
 from trainer.first_stage.losses import codebook_usage

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from data_pipeline.tally import Tally, added
+from data_pipeline.batch import Tally, added
 from trainer.distributed import collectives
 from trainer.reliability.gpu_health import Health
 

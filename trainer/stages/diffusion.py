@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from data_pipeline.held_out import SEED
+from data_pipeline.loader import HELD_OUT_SEED
 from data_pipeline.tools.given import read_prompt
 from trainer.conditioning.build import Conditioner
 from trainer.config.run import Config
@@ -160,17 +160,17 @@ class DiffusionStage:
         """
         config, ordinals = self._config, batch.ordinals
         levels = config.validation.timesteps
-        latents, inputs = self._encode(batch, SEED)
+        latents, inputs = self._encode(batch, HELD_OUT_SEED)
         diffusion = at_size(config.diffusion, batch.pixels.shape[2], batch.pixels.shape[3])
         even = dataclasses.replace(diffusion, timesteps="stratified")
-        uniforms = uniform(SEED, ordinals, Purpose.TIMESTEP, (levels,))
-        shifts = normal(SEED, ordinals, Purpose.OFFSET_NOISE, (levels, latents.shape[1]))
+        uniforms = uniform(HELD_OUT_SEED, ordinals, Purpose.TIMESTEP, (levels,))
+        shifts = normal(HELD_OUT_SEED, ordinals, Purpose.OFFSET_NOISE, (levels, latents.shape[1]))
         keep = self._conditioner.keep_masks(len(batch), latents.device)
         errors, losses = [], []
         for level in range(levels):
             slots = torch.full_like(ordinals, level)
             timesteps = draw_timesteps(even, uniforms[:, level], slots, levels)
-            noise = normal(SEED, ordinals, Purpose.VALIDATION + level, tuple(latents.shape[1:]))
+            noise = normal(HELD_OUT_SEED, ordinals, Purpose.VALIDATION + level, tuple(latents.shape[1:]))
             if diffusion.offset_noise:
                 noise = offset_noise(noise, shifts[:, level], diffusion.offset_noise)
             prediction = network(add_noise(self._process, latents, noise, timesteps), timesteps, inputs, keep)

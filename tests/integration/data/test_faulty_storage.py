@@ -24,12 +24,12 @@ from data_pipeline.errors import (
     Unreachable,
 )
 from data_pipeline.loader import build_loader
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.opening import open_dataset
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from tests.integration.data.fault_proxy import FaultProxy
 
 BATCH = 16

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.moments.parts import taken_bytes
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.tools.purge import purge
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from tests.integration.data.fault_proxy import FaultProxy
 from tests.integration.data.moments_filler import cache_at, config_for, same, train
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.checkpoint.catalogue import (
     CheckpointHandle,
     checkpoints_url,

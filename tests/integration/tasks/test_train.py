@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import build_loader
-from data_pipeline.scenes.scene import NUM_CLASSES, SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.scene import NUM_CLASSES, SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.config.io import load_config
 from trainer.config.run import Config
 from trainer.diffusion.objective import add_noise, loss_per_sample

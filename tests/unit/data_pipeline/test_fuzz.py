@@ -26,8 +26,6 @@ from data_pipeline.feed.conditions import layout_rows
 from data_pipeline.pictures.crops import Geometry
 from data_pipeline.pictures.decoding import decode
 from data_pipeline.pictures.headers import picture_size
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.grouping import group
@@ -37,6 +35,8 @@ from data_pipeline.shards.read_index import read_index
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.tars import scan
 from data_pipeline.storage.listing import list_files
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 
 CASES = int(os.environ.get("LDM_FUZZ_CASES", "3000"))
 SHARES = {"tar": 0.3, "jpeg": 0.25, "other": 0.1, "json": 0.2, "filter": 0.1, "index": 0.04, "parquet": 0.01}

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.held_out import HeldOut, held_out_batches, open_held_out
-from data_pipeline.loader import Part, build_loader, open_dataset
+from data_pipeline.loader import HeldOut, Part, build_loader, held_out_batches, open_dataset, open_held_out
 from data_pipeline.shards.split import is_held_out
 from trainer.__main__ import main
 

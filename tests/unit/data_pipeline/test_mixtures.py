@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.held_out import open_held_out
-from data_pipeline.loader import build_loader, open_dataset
+from data_pipeline.loader import build_loader, open_dataset, open_held_out
 from data_pipeline.order.mixture import Mixture
 from data_pipeline.shards import view
 from data_pipeline.shards.manifest import decode_listed

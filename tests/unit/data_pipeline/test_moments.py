@@ -33,9 +33,9 @@ from data_pipeline.moments.parts import commit_part
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.pictures.crops import RESAMPLING, crop_pixels, plan_crop
 from data_pipeline.pictures.decoding import Picture
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
 from data_pipeline.tools.purge import purge
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 
 BATCH, EDGE, FACTOR = 12, 16, 4
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)

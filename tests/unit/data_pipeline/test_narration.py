@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import tally
+from data_pipeline import batch
 from data_pipeline.config import DataConfig
 from data_pipeline.feed import lane_walk, reads, share
 from data_pipeline.feed.lane_walk import LaneWalk, Walker
@@ -35,7 +35,7 @@ from data_pipeline.storage.ranges import Background, RangeReader
 
 
 @pytest.mark.parametrize(
-    "module", [lanes, buckets, reads, filters, crops, listing, tally], ids=lambda module: module.__name__
+    "module", [lanes, buckets, reads, filters, crops, listing, batch], ids=lambda module: module.__name__
 )
 def test_examples_run(module) -> None:
     failed, tried = doctest.testmod(module)

@@ -15,9 +15,17 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data_pipeline.errors import DataError
-from data_pipeline.scenes.judge import EvaluationPrompt, evaluation_prompts, judge
-from data_pipeline.scenes.scene import COLORS, NUM_CLASSES, SHAPES, SceneOptions, describe, make_scene, render
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.judge import EvaluationPrompt, evaluation_prompts, judge
+from data_pipeline.tools.scenes.scene import (
+    COLORS,
+    NUM_CLASSES,
+    SHAPES,
+    SceneOptions,
+    describe,
+    make_scene,
+    render,
+)
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 
 SMALL = SceneOptions(1, 1, 64, 64, 0.2, 0.4)
 

@@ -17,8 +17,8 @@ from lab.plot import Curve, Panel, draw, ticks
 from lab.workshop import Workshop
 from PIL import Image
 
-from data_pipeline.scenes.judge import EvaluationPrompt, evaluation_prompts
-from data_pipeline.scenes.scene import SceneOptions, make_scene, render
+from data_pipeline.tools.scenes.judge import EvaluationPrompt, evaluation_prompts
+from data_pipeline.tools.scenes.scene import SceneOptions, make_scene, render
 
 RESULTS = sorted((Path(__file__).parents[3] / "experiments" / "results").glob("*.csv"))
 OPTIONS = SceneOptions(1, 1, 32, 32, 0.3, 0.44)

@@ -14,8 +14,8 @@ from torch import nn
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import build_loader
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.__main__ import main
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.io import config_to_dict, load_config

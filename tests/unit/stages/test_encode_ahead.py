@@ -18,8 +18,8 @@ import yaml
 from data_pipeline.config import SourceConfig
 from data_pipeline.loader import build_loader, open_dataset, position_near
 from data_pipeline.moments.parts import read_table
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import Config

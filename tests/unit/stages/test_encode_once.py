@@ -16,8 +16,8 @@ from torch import Tensor
 from data_pipeline.loader import Part, build_loader
 from data_pipeline.moments.entry import Moments
 from data_pipeline.moments.writer import MomentsWriter
-from data_pipeline.scenes.scene import SceneOptions
-from data_pipeline.scenes.write_shards import SynthesisOptions, synthesize
+from data_pipeline.tools.scenes.scene import SceneOptions
+from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import Config, ConfigError

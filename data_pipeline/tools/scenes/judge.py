@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.scenes.scene import BACKGROUNDS, COLORS, SHAPES, shape_coverage
+from data_pipeline.tools.scenes.scene import BACKGROUNDS, COLORS, SHAPES, shape_coverage
 
 _MIN_CHROMA = 40.0
 _MIN_AREA = 0.006

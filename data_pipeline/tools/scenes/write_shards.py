@@ -19,9 +19,9 @@ from PIL import Image
 
 from data_pipeline.errors import DataError
 from data_pipeline.order.draws import fold
-from data_pipeline.scenes.scene import Scene, SceneOptions, describe, ground_truth, make_scene, render
 from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.urls import join, scheme_of
+from data_pipeline.tools.scenes.scene import Scene, SceneOptions, describe, ground_truth, make_scene, render
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,11 @@ from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.sample import Known, draw_crop, fill_sample
 from data_pipeline.feed.task import ShareLayout
 from data_pipeline.shards.filters import Filter
-from data_pipeline.shards.held_out import HeldOut, HeldOutSample, open_held_out
+from data_pipeline.shards.held_out import HeldOut
 from data_pipeline.storage.cache import BlockCache
 from data_pipeline.storage.ranges import Background, RangeReader
 
-__all__ = ["SEED", "HeldOut", "HeldOutBatch", "HeldOutSample", "held_out_batches", "open_held_out"]
-
-SEED = 0
+HELD_OUT_SEED = 0
 """Of every draw about a held-out sample: runs of other seeds are measured on the same numbers."""
 _READERS = 16
 _DECODERS = 2
@@ -142,13 +140,13 @@ def _fill(
         whole = Filter(config.filter)
         late = whole.part([clause for clause in whole.clauses if clause.text in mine.late])
         late = late.given(mine.late_values)
-    place = draw_crop(config, mine.key, 0, seed=SEED, ordinal=mine.ordinal)
+    place = draw_crop(config, mine.key, 0, seed=HELD_OUT_SEED, ordinal=mine.ordinal)
     caption, _ = fill_sample(
         config,
         members,
         Known(late, mine.original, mine.beside),
         target=mine.shape,
-        draws=(SEED, mine.ordinal, place),
+        draws=(HELD_OUT_SEED, mine.ordinal, place),
         out=out,
         row=row,
     )
