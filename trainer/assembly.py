@@ -23,7 +23,7 @@ from data_pipeline.loader import (
 from data_pipeline.moments.writer import MomentsWriter
 from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.contents import share_bytes
-from trainer.checkpoint.export import open_weights, read_state
+from trainer.checkpoint.export import CONTENTS, open_weights, read_state
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.layout import FROZEN, MASTER
 from trainer.checkpoint.manager import CheckpointManager, newest_good
@@ -52,6 +52,7 @@ from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import frozen_dtype, place_first_stage
 from trainer.first_stage.encode_once import EncodeOnce, moments_cache, open_cache
 from trainer.first_stage.perceptual import build_perceptual
+from trainer.frozen_files import contents_of_frozen, contents_of_perceptual
 from trainer.interop.initialise import initialise
 from trainer.metrics.long_work import LongWork
 from trainer.metrics.sinks import Sinks
@@ -137,6 +138,7 @@ def _build(
             distance=distance,
             encode_once=stage.encode_once if isinstance(stage, DiffusionStage) else None,
             workers=workers,
+            contents=facts[CONTENTS],
         )
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
@@ -272,6 +274,10 @@ def _build_diffusion(
     resumes: CheckpointHandle | None,
 ) -> _Built:
     model = build_model(config, env.device)
+    # One rank has read the files for all of them.
+    contents = collectives.from_main_rank(
+        lambda: contents_of_frozen(config, model.first_stage, model.conditioner)
+    )
     place_first_stage(model.first_stage, config.distributed, env.device)
     model.conditioner.frozen.to(env.device, frozen_dtype(config.distributed))
     freeze(model.network, config.trainable)
@@ -287,7 +293,7 @@ def _build_diffusion(
     engines: dict[str, Engine] = {"unet": build_engine(model.network, config, env)}
     once = _open_moments(config, env, model.first_stage)
     stage = DiffusionStage(config, engines, model.conditioner, model.first_stage, timer, once)
-    return stage, buffer, frozen, {}
+    return stage, buffer, frozen, {CONTENTS: contents}
 
 
 def _require_conditioners(network: nn.Module) -> None:
@@ -328,7 +334,10 @@ def _build_autoencoder(
     start.mark("networks")
     buffer = _begin_buffer(networks, AutoencoderStage.averaged, config, env)
     engines = {name: build_engine(network, config, env) for name, network in networks.items()}
-    facts = {"perceptual_network": perceptual.name if perceptual is not None else "none"}
+    facts = {
+        "perceptual_network": perceptual.name if perceptual is not None else "none",
+        CONTENTS: collectives.from_main_rank(lambda: contents_of_perceptual(perceptual)),
+    }
     return AutoencoderStage(config, engines, perceptual, timer), buffer, None, facts
 
 

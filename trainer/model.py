@@ -27,6 +27,7 @@ from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import build_first_stage, check_first_stage, load_first_stage
 from trainer.first_stage.losses import PatchDiscriminator
 from trainer.first_stage.statistics import require_same_statistics
+from trainer.frozen_files import FIRST_STAGE, contents_of_frozen, require_contents
 from trainer.interop.initialise import initialise
 from trainer.models.layers import zero_module
 from trainer.models.unet import UNet
@@ -303,6 +304,10 @@ def load_model(
     config = _config_of(metadata, source, first_stage_weights, latent_scale)
     model = build_model(config, device, fresh=False)
     require_same_statistics(model.first_stage, tensors)
+    found = contents_of_frozen(config, model.first_stage, model.conditioner)
+    require_contents(
+        metadata, config, found, source, meant=() if first_stage_weights is None else (FIRST_STAGE,)
+    )
     new = initialise(model.network, tensors, source).new
     absent = [name for name in new if not name.startswith("uncertainty.")]  # which sampling does not read
     if absent:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,6 +24,7 @@ from data_pipeline.moments.entry import Moments
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import CheckpointHandle
 from trainer.checkpoint.contents import Stored
+from trainer.checkpoint.export import CONTENTS
 from trainer.checkpoint.layout import FROZEN
 from trainer.checkpoint.manager import CheckpointManager, Loaded
 from trainer.config.run import Config, Phase
@@ -83,6 +84,8 @@ class Run:
     encode_once: EncodeOnce | None = None
     workers: Sequence[WorkerProcess] = ()
     """Loader processes that were started ahead, for the first loader."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Checksums of what was read from files and is not trained, by setting."""
 
     @property
     def phase(self) -> Phase:
@@ -120,7 +123,11 @@ class Run:
             self.state.step,
             self._stored,
             self.ema,
-            state={"train": self.state.state_dict(position), "healer": self.healer.state()},
+            state={
+                "train": self.state.state_dict(position),
+                "healer": self.healer.state(),
+                CONTENTS: self.contents,
+            },
             tensors=self.stage.state(),
             loss=self.healer.recent_loss,
             metrics=self.measured[1] if self.measured[0] == self.state.step else None,
@@ -171,7 +178,9 @@ class Run:
         if handle is None:
             return None
         before = self.whole.at(max(0, handle.step - 1))  # the phase of the last step that is in it
-        loaded = self.checkpoints.load(handle, self.stage.engines, self.ema, self.frozen, before)
+        loaded = self.checkpoints.load(
+            handle, self.stage.engines, self.ema, self.frozen, before, self.contents
+        )
         self.stage.load_state(loaded.tensors)
         self.state.load_state_dict(loaded.state["train"])
         self.healer.load_state(loaded.state["healer"])

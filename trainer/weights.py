@@ -190,6 +190,11 @@ def write_weights(url: str, tensors: Mapping[str, Tensor], metadata: dict[str, s
     write_whole(url, safetensors.torch.save(whole, metadata))
 
 
+def bits_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values, on the host."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes by name, as `check_fit` compares them; meta tensors will do."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

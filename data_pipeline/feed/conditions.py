@@ -14,6 +14,8 @@ from data_pipeline.pictures.crops import Geometry, crop_map
 
 _MIN_BOX = 0.01
 """Boxes of which less than this share of an edge is left after the crop are dropped."""
+_BEYOND = 1.0
+"""How far a box may hang over the picture. Pixels taken for shares would all be dropped as lying outside."""
 
 
 def check_conditions(config: DataConfig) -> None:
@@ -89,7 +91,7 @@ def _class_label(members: Mapping[str, bytes], record: Mapping[str, Any] | None)
 def layout_rows(record: Mapping[str, Any] | None, geometry: Geometry, limit: int) -> NDArray[np.float32]:
     """[limit, 5] rows (label, x0, y0, x1, y1 in [0, 1] of the crop), largest first; label -1 is empty.
 
-    The json's `layout` is a list of [label, x0, y0, x1, y1] in shares of the whole picture.
+    The json's `layout` is a list of [label, x0, y0, x1, y1] in shares of the whole picture. Raises Rejected.
     """
     rows = _empty_layout(limit)
     boxes = (record or {}).get("layout")
@@ -100,6 +102,8 @@ def layout_rows(record: Mapping[str, Any] | None, geometry: Geometry, limit: int
         if not isinstance(box, list) or len(box) != 5 or not all(_is_number(v) for v in box):
             raise Rejected("no_layout", "a row is not [label, x0, y0, x1, y1]")
         label, x0, y0, x1, y1 = (float(v) for v in box)
+        if label % 1 or x1 < x0 or y1 < y0 or min(x0, y0) < -_BEYOND or max(x1, y1) > 1 + _BEYOND:
+            raise Rejected("bad_layout", f"{box} is no whole label and corners x0, y0, x1, y1 in 0 .. 1")
         x0, x1 = ((v - geometry.left) / (geometry.right - geometry.left) for v in (x0, x1))
         y0, y1 = ((v - geometry.top) / (geometry.bottom - geometry.top) for v in (y0, y1))
         if geometry.flip:

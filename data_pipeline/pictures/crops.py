@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_pipeline.errors import Rejected
 from data_pipeline.order.draws import Draw, uniform
 from data_pipeline.pictures.decoding import Picture, decode_map
 
@@ -183,9 +184,21 @@ def _whole_pixels(start: float, stop: float, available: int) -> slice:
 def crop_map(data: bytes, geometry: Geometry, *, labels: bool, max_pixels: int) -> NDArray[Any]:
     """Crop and resize a one-channel picture like its image: nearest for labels, box filter otherwise.
 
-    Returns uint8 [h, w] for labels, float32 [h, w] in [0, 1] otherwise. Raises Rejected("bad_map").
+    Returns uint8 [h, w] for labels, float32 [h, w] in [0, 1] otherwise. Raises Rejected("bad_map"), also
+    where the picture was turned by its EXIF orientation and the map, which has none, lies on its side.
     """
-    return crop_values(decode_map(data, labels=labels, max_pixels=max_pixels), geometry, nearest=labels)
+    values = decode_map(data, labels=labels, max_pixels=max_pixels)
+    height, width = values.shape
+    if _same_shape(width, height, geometry) and not _same_shape(height, width, geometry):
+        what = f"{width} x {height} for a picture that is {geometry.width} x {geometry.height} upright"
+        raise Rejected("bad_map", f"{what}: it lies on its side; turn it as the picture's orientation says")
+    return crop_values(values, geometry, nearest=labels)
+
+
+def _same_shape(height: int, width: int, geometry: Geometry) -> bool:
+    """Whether it is the picture's, enlarged or shrunk, up to the rounding of its edges to whole pixels."""
+    larger = max(geometry.height, geometry.width)
+    return abs(height * geometry.width - width * geometry.height) <= larger
 
 
 def crop_values(values: NDArray[Any], geometry: Geometry, *, nearest: bool) -> NDArray[Any]:

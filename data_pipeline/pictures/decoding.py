@@ -165,8 +165,8 @@ def decode_map(data: bytes, *, labels: bool, max_pixels: int) -> NDArray[Any]:
 
 
 def _labels(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode in ("L", "P"):
-        return np.asarray(image, np.uint8)
+    if image.mode in ("1", "L", "P"):  # of one bit: labels 0 and 1, not 0 and unlabelled
+        return np.asarray(image).astype(np.uint8)
     if image.mode.startswith("I"):
         deep = np.asarray(image)
         if deep.size and not 0 <= deep.min() <= deep.max() <= 255:

@@ -32,7 +32,7 @@ from data_pipeline.pictures.decoding import decode_exactly
 from data_pipeline.pictures.headers import DECODE_ERRORS
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS
 from data_pipeline.shards.read_index import not_a_tar
-from data_pipeline.shards.records import clean, parse_record
+from data_pipeline.shards.records import TEXT_BYTES, clean, is_damaged, parse_record, text_of
 from data_pipeline.shards.tars import BLOCK, scan
 from data_pipeline.storage.files import read_bytes, read_head, read_range
 from data_pipeline.storage.listing import ListedFile, find, list_files
@@ -43,6 +43,8 @@ _STREAM_BYTES = 8_000_000
 _PROMPTS = "prompts.json"
 """What `ldm sample` writes with the captions of its pictures; grid.png beside it is a contact sheet."""
 _CONTACT_SHEET = "grid.png"
+_TEXTS = ("txt", "caption")
+"""Members of a tar that are captions."""
 
 Prepare = Callable[[NDArray[np.uint8]], Any]
 """What is made of a decoded picture, uint8 [h, w, 3], in the thread that decoded it."""
@@ -264,7 +266,7 @@ def _grouped(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
 
 def _sources(pictures: PictureSet, chunk: int, block: int, *, captions: bool) -> Iterator[_Source]:
     if pictures.tars:
-        yield from _tar_sources(pictures.files[chunk])
+        yield from _tar_sources(pictures.files[chunk], captions=captions)
         return
     for file in pictures.files[chunk * block : (chunk + 1) * block]:
         text = file.url.rpartition(".")[0] + ".txt"
@@ -273,10 +275,22 @@ def _sources(pictures: PictureSet, chunk: int, block: int, *, captions: bool) ->
 
 
 def _read_file(url: str, text: str | None) -> tuple[bytes, str]:
-    return read_bytes(url), "" if text is None else read_bytes(text).decode("utf-8", "replace").strip()
+    return read_bytes(url), "" if text is None else _caption_in(text)
 
 
-def _tar_sources(file: ListedFile) -> Iterator[_Source]:
+def _caption_in(url: str) -> str:
+    """Of a text beside a picture, as training reads one in a shard. Raises DataError for other encodings."""
+    body = read_bytes(url)
+    _require_text(body, url)
+    return clean(text_of(body))
+
+
+def _require_text(body: bytes, name: str) -> None:
+    if is_damaged(body[:TEXT_BYTES]):
+        raise DataError(f"{name} is no text in UTF-8, so it would be another caption; save it as UTF-8.")
+
+
+def _tar_sources(file: ListedFile, *, captions: bool) -> Iterator[_Source]:
     """Samples of a tar in order, in one pass."""
     head = read_head(file.url, 2 * BLOCK)
     found = scan(lambda start, stop: head[start:stop], len(head))
@@ -288,8 +302,10 @@ def _tar_sources(file: ListedFile) -> Iterator[_Source]:
         name = f"{file.url}: {sample['__key__']}"
         picture = next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), None)
         if picture is not None:
+            for text in _TEXTS if captions else ():
+                _require_text(sample.get(text, b""), f"{name}.{text}")
             caption = choose_caption(
-                ("txt", "caption"),
+                _TEXTS,
                 {name: body for name, body in sample.items() if isinstance(body, bytes)},
                 parse_record(sample.get("json")) or {},
                 require=False,

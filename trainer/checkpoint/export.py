@@ -20,10 +20,14 @@ from trainer.checkpoint.reader import NetworkReader
 from trainer.config.run import ConfigError
 from trainer.first_stage.base import LATENT_BUFFERS
 from trainer.first_stage.statistics import MARK, exported_statistics, never_measured
-from trainer.weights import TORCH_ENDINGS, read_metadata, read_weights
+from trainer.weights import TORCH_ENDINGS, bits_of, read_metadata, read_weights
 
 WEIGHTS = "weights"
 """Name under which the trained weights themselves, not an average, are exported."""
+
+CONTENTS = "contents"
+"""Key of {setting: checksum} in a checkpoint's state, and in the metadata of what is exported from it: what
+files held that were read and never trained (`trainer/frozen_files.py`)."""
 
 AUTOENCODER = "autoencoder"
 """Name of the engine, and so of the exported network, that is a first stage."""
@@ -234,11 +238,13 @@ def beside_weights(
 
 
 def _metadata(handle: CheckpointHandle, state: dict[str, Any], profile: str) -> dict[str, str]:
+    contents = state["state"].get(CONTENTS)  # of the run alone: a snapshot of averages has none
     return {
         "config": json.dumps(state["config"]),
         "step": str(handle.step),
         "profile": profile,
         "network": str(state["averaged"]),
+        **({CONTENTS: json.dumps(contents)} if contents else {}),
     }
 
 
@@ -264,9 +270,9 @@ def write_parameters(
         for group in _groups(parameters):
             tensors = read(group)
             for name in group:
-                yield _bytes_of(tensors[name].to(torch_dtype))
+                yield bits_of(tensors[name].to(torch_dtype))
         for tensor in small.values():
-            yield _bytes_of(tensor.float())
+            yield bits_of(tensor.float())
 
     size, _ = write_stream(destination, parts)
     return size
@@ -316,10 +322,6 @@ def _groups(shapes: dict[str, tuple[int, ...]]) -> Iterable[list[str]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _numel(shape: tuple[int, ...]) -> int:

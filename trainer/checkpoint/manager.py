@@ -27,7 +27,7 @@ from trainer.checkpoint.catalogue import (
     steps_found,
 )
 from trainer.checkpoint.contents import Contents, Stored, load_averages, load_engine, spans_of
-from trainer.checkpoint.export import read_state
+from trainer.checkpoint.export import CONTENTS, read_state
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan, tables_to_json
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
@@ -224,11 +224,13 @@ class CheckpointManager:
         ema: EMA,
         frozen: FrozenWeights | None = None,
         expected: Config | None = None,
+        contents: Mapping[str, str] | None = None,
     ) -> Loaded:
         """Restore engines and averages, whatever the layout of ranks and ZeRO stage that saved them.
 
         Args:
             expected: the configuration that the checkpoint's last step was to be made with; None: the run's.
+            contents: checksums of what the run has read from files, by setting (`trainer/frozen_files.py`).
 
         Raises:
             ConfigError: the networks or the frozen weights are not the stored ones, or a setting that
@@ -238,7 +240,9 @@ class CheckpointManager:
         check_optimizer_state(stored["config"], self._config, handle.url)
         for name, engine in engines.items():  # first: no word lets weights of other shapes in
             check_shapes(handle, name, engine.parameter_shapes)
-        changed = check_resume(stored["config"], expected or self._config, handle.url)
+        held = stored["state"].get(CONTENTS)
+        now = expected or self._config
+        changed = check_resume(stored["config"], now, handle.url, held=held, holds=contents)
         if frozen is not None:
             self._check_frozen(handle, frozen)
         for name, engine in engines.items():

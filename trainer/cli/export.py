@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data_pipeline.config import DataConfig, SourceConfig
 from trainer.checkpoint.export import (
+    CONTENTS,
     DTYPES,
     WEIGHTS,
     Exported,
@@ -32,6 +33,7 @@ from trainer.checkpoint.export import (
     open_adapters,
     open_weights,
 )
+from trainer.conditioning.build import build_conditioner
 from trainer.config.identity import as_trained
 from trainer.config.io import config_from_dict
 from trainer.config.models import TOWERS as TOWER_SECTIONS
@@ -39,7 +41,7 @@ from trainer.config.models import OpenCLIPConfig
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.evaluation.pictures import pictures_once
-from trainer.first_stage.base import LATENT_BUFFERS
+from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
 from trainer.first_stage.build import FIRST_STAGES, first_stage_of, first_stage_tensors, load_first_stage
 from trainer.first_stage.statistics import (
     MARK,
@@ -48,6 +50,7 @@ from trainer.first_stage.statistics import (
     measure_latent_statistics,
     require_same_statistics,
 )
+from trainer.frozen_files import FIRST_STAGE, contents_of_frozen, require_contents
 from trainer.interop.export import export_weights, write_lora
 from trainer.interop.parts import TOWERS, is_clip_l
 from trainer.pixels import to_unit_range
@@ -220,8 +223,9 @@ def _export_whole(args: argparse.Namespace) -> int:
         tensors = {n: v for n, v in trained.items() if n.startswith(("unet.", "conditions."))}
         if args.layout == "compvis":
             average = _average(args, trained, metadata)
+        first_stage = load_first_stage(config.first_stage)
+        _require_contents(args, metadata, config, first_stage)
         if config.first_stage.name != "identity":
-            first_stage = load_first_stage(config.first_stage)
             require_same_statistics(first_stage, trained)
             stage, _ = first_stage_tensors(first_stage)
             tensors |= {f"first_stage.{name}": value for name, value in stage.items()}
@@ -244,6 +248,21 @@ def _with_networks(config: Config, args: argparse.Namespace) -> Config:
         if weights is not None and tower is not None:
             changed[name] = dataclasses.replace(tower, pretrained=weights)
     return dataclasses.replace(config, conditioning=dataclasses.replace(config.conditioning, **changed))
+
+
+def _require_contents(
+    args: argparse.Namespace, metadata: dict[str, str], config: Config, first_stage: FirstStage
+) -> None:
+    """Raise ConfigError where frozen networks are not those of training and the command names no others."""
+    towers = [f"conditioning.{section}.pretrained" for section in TOWER_SECTIONS]
+    given = zip(
+        (FIRST_STAGE, *towers), (args.first_stage, args.text_encoder, args.text_encoder_2), strict=True
+    )
+    meant = [setting for setting, file in given if file is not None]
+    if CONTENTS in metadata:
+        conditioner = build_conditioner(config.conditioning, config.first_stage)
+        found = contents_of_frozen(config, first_stage, conditioner)
+        require_contents(metadata, config, found, args.source, meant=meant)
 
 
 def _average(

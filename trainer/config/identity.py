@@ -124,13 +124,25 @@ def _other_adapters(stored: Mapping[str, Any] | None, lora: LoRAConfig | None) -
     return f"lora.{names[0]}={_shown(then[names[0]])}" if names else ""
 
 
-def check_resume(stored: Mapping[str, Any], config: Config, checkpoint: str) -> tuple[Difference, ...]:
+def check_resume(
+    stored: Mapping[str, Any],
+    config: Config,
+    checkpoint: str,
+    *,
+    held: Mapping[str, str] | None = None,
+    holds: Mapping[str, str] | None = None,
+) -> tuple[Difference, ...]:
     """What `config.resume_changed` allows to differ from the stored configuration of a checkpoint.
+
+    Args:
+        held: checksum of what a file held then, by the setting that names it, as far as that was stored.
+        holds: the same of now.
 
     Raises:
         ConfigError: something differs that it does not name; the sentence names all of that.
     """
-    found = differences(stored, config_to_dict(config))
+    now = config_to_dict(config)
+    found = _by_contents(differences(stored, now), (stored, held or {}), (now, holds or {}))
     refused = [difference for difference in found if not _allowed(difference.key, config.resume_changed)]
     if refused:
         words = (*config.resume_changed, *(_word(difference.key) for difference in refused))
@@ -142,6 +154,35 @@ def check_resume(stored: Mapping[str, Any], config: Config, checkpoint: str) -> 
             f"'resume_changed=[{keys}]'."
         )
     return found
+
+
+def _by_contents(
+    found: Collection[Difference],
+    then: tuple[Mapping[str, Any], Mapping[str, str]],
+    now: tuple[Mapping[str, Any], Mapping[str, str]],
+) -> tuple[Difference, ...]:
+    """The differences, where files of known contents are compared by these instead of their names.
+
+    then, now: a configuration as `config_to_dict` writes it, and checksums by setting.
+    """
+    known = [key for key in now[1] if key in then[1]]
+    others = [difference for difference in found if difference.key not in known]
+    changed = [
+        Difference(
+            key, *(f"{_shown(_value(config, key))} of contents {sums[key]}" for config, sums in (then, now))
+        )
+        for key in known
+        if then[1][key] != now[1][key]
+    ]
+    return (*others, *changed)
+
+
+def _value(config: Mapping[str, Any], dotted: str) -> Any:
+    """Of a setting; null where its section is absent."""
+    value: Any = config
+    for name in dotted.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _word(key: str) -> str:

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainer.config.run import ConfigError
+from trainer.weights import bits_of
 
 Resizing = Literal["torch-fidelity", "clean-fid", "pytorch-fid"]
 Fit = Literal["crop", "squash"]
@@ -108,7 +109,7 @@ def weights_digest(*modules: nn.Module) -> str:
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            found.update(bits_of(tensor))
     return found.hexdigest()
 
 

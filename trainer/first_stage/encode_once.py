@@ -28,6 +28,7 @@ from data_pipeline.storage.urls import join
 from trainer.config.models import FirstStageConfig
 from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
 from trainer.pixels import to_unit_range
+from trainer.weights import bits_of
 
 _ENCODING = ("name", "input_range", "tile_pixels", "channel_multipliers", "num_groups")
 """Settings that say what encoding does with the weights; the others of the network show in their shapes."""
@@ -118,8 +119,7 @@ def _digest(config: FirstStageConfig, first_stage: FirstStage) -> str:
         if name in (*LATENT_BUFFERS, "logvar"):  # applied after the cache, or never
             continue
         hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        plain = tensor.detach().cpu().contiguous().flatten()
-        hasher.update(memoryview(plain.view(torch.uint8).numpy()))
+        hasher.update(bits_of(tensor))
     return hasher.hexdigest()
 
 

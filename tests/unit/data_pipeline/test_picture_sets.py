@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data_pipeline.errors import DataError, NoShards, NotATar
-from data_pipeline.tools.picture_sets import PictureBlock, open_pictures, read_blocks
+from data_pipeline.tools.picture_sets import PictureBlock, captions_in, open_pictures, read_blocks
 
 
 def noise(seed: int, *, size: tuple[int, int] = (24, 20)) -> Image.Image:
@@ -96,6 +96,30 @@ def test_captions_beside_pictures_and_those_of_sampled_pictures(tmp_path: Path) 
         blocks = blocks_of(url)
         assert names(blocks) == ["00000.png", "00001.png", "00002.png"], "the contact sheet is no picture"
         assert [c for block in blocks for c in block.captions] == ["x", "y", "ça va"]
+
+
+def test_captions_in_any_encoding_are_those_of_training_or_refused(tmp_path: Path, write_tar: Any) -> None:
+    """Beside pictures and in tars: with a mark they are read, in Latin-1 they would be another text."""
+    folder = folder_of(tmp_path / "folder", 3)
+    texts = [("a r\u00e9d  circle\r\n", encoding) for encoding in ("utf-16", "utf-8-sig", "utf-8")]
+    bodies = [text.encode(encoding) for text, encoding in texts]
+    pictures = [(folder / f"{i:03d}.png").read_bytes() for i in range(3)]
+
+    def written(bodies: list[bytes]) -> list[str]:
+        members: list[tuple[str, bytes]] = []
+        for i, body in enumerate(bodies):
+            (folder / f"{i:03d}.txt").write_bytes(body)
+            members += [(f"{i:03d}.png", pictures[i]), (f"{i:03d}.txt", body)]
+        write_tar(tmp_path / "0.tar", members)
+        return [str(folder), str(tmp_path / "0.tar")]
+
+    for url in written(bodies):
+        assert [c for block in blocks_of(url) for c in block.captions] == ["a r\u00e9d circle"] * 3
+        assert list(captions_in(url)) == ["a r\u00e9d circle"] * 3
+    for url in written([bodies[0], "caf\u00e9".encode("latin-1"), "caf\u00e9".encode("utf-16-le")]):
+        with pytest.raises(DataError, match=r"001(\.png)?\.txt is no text in UTF-8"):
+            list(captions_in(url))
+        assert len(names(list(read_blocks(open_pictures(url), len, block=8, captions=False)))) == 3
 
 
 def test_equal_pictures_have_equal_digests_in_any_lossless_format(tmp_path: Path) -> None:

@@ -242,6 +242,47 @@ def test_layout_keeps_the_largest_and_refuses_rubbish() -> None:
             layout_rows(rubbish, g, 5)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1, 12, 30, 200, 180],  # pixels
+        [1, 0.5, 0.5, 0.2, 0.3],  # width and height in place of the second corner
+        [0.5, 0, 0, 1, 1],
+        [1, 0, 0, 1, 2.1],
+    ],
+)
+def test_boxes_of_another_kind_are_no_empty_layout(row: list[float]) -> None:
+    g = Geometry(300, 300, 0.0, 0.0, 1.0, 1.0, False, 8, 8)
+    with pytest.raises(Rejected, match=r"bad_layout: .* corners x0, y0, x1, y1 in 0 \.\. 1"):
+        layout_rows({"layout": [[2, 0, 0, 1, 1], row]}, g, 5)
+    hanging_over = layout_rows({"layout": [[1, -0.2, 0.5, 1.3, 0.7], [2, 0.4, 0.4, 0.4, 0.4]]}, g, 5)
+    assert hanging_over[:2].tolist() == [pytest.approx([1, 0, 0.5, 1, 0.7]), [-1, 0, 0, 0, 0]]
+
+
+def test_a_map_of_one_bit_has_two_labels() -> None:
+    labels = np.arange(64).reshape(8, 8) % 3 == 0
+    g = Geometry(8, 8, 0.0, 0.0, 1.0, 1.0, False, 8, 8)
+    for kind in ("PNG", "TIFF"):
+        data = encoded(Image.fromarray(labels), kind)
+        assert (crop_map(data, g, labels=True, max_pixels=LIMIT) == labels).all()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_map_beside_a_turned_picture_is_turned_too(labels: bool) -> None:
+    """Its picture is 40 x 56 upright; a map of 56 x 40 would be stretched over it, and mean other places."""
+    g = Geometry(56, 40, 0.0, 0.0, 1.0, 1.0, False, 8, 8)
+
+    def cropped(height: int, width: int) -> None:
+        data = encoded(Image.fromarray(np.zeros((height, width), np.uint8)), "PNG")
+        crop_map(data, g, labels=labels, max_pixels=LIMIT)
+
+    for height, width in ((56, 40), (28, 20), (19, 14), (64, 64)):  # smaller, rounded, squashed on purpose
+        cropped(height, width)
+    for height, width in ((40, 56), (20, 28), (14, 19)):
+        with pytest.raises(Rejected, match=r"bad_map: .* 40 x 56 upright: it lies on its side"):
+            cropped(height, width)
+
+
 def test_captions() -> None:
     assert clean("  a\tred\n\0circle\u200b \u0065\u0301 ") == "a red circle \u00e9"
     record = {"caption": "one", "all_captions": ["two", "three", 4, ""], "other": None}

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -211,6 +212,37 @@ def test_a_profile_of_the_configuration_file_is_used(
     monkeypatch.setenv("AWS_PROFILE", "lab")
     files.write_bytes("s3://bucket/profile", b"a")
     assert files.read_bytes("s3://bucket/profile") == b"a"
+
+
+def test_nothing_that_older_stores_refuse_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New clients of S3 send checksums in trailers and headers of their own, whatever the environment."""
+    sent: list[str] = []
+
+    class Store(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # clients ask whether they may send
+
+        def do_PUT(self) -> None:
+            sent.extend(f"{name}: {value}".lower() for name, value in self.headers.items())
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("ETag", '"a"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            """Not on stderr."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as store:
+        threading.Thread(target=store.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{store.server_port}")
+        monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+            monkeypatch.setenv(name, "x")
+        files.write_bytes("s3://bucket/a", b"a")
+        large.write_whole("s3://bucket/b", b"b")
+        store.shutdown()
+    assert sum(line.startswith("content-length") for line in sent) == 2
+    assert [line for line in sent if "checksum" in line or "trailer" in line or "aws-chunked" in line] == []
 
 
 @pytest.mark.parametrize(
