@@ -192,7 +192,8 @@ def _go_on(run: Run, resumes: CheckpointHandle | None) -> None:
     """Stand where the checkpoint stands, with what was healed before, and open the sinks. Collective."""
     resumed = run.restore(resumes)
     run.healer.merge(collectives.from_main_rank(lambda: read_journal(run.config.run_dir)))
-    run.sinks.open(start_step=run.state.step, run_id=run.state.wandb_run_id)
+    state = run.state
+    run.sinks.open(start_step=state.step, samples_seen=state.samples_seen, run_id=state.wandb_run_id)
     run.state.wandb_run_id = collectives.broadcast_object(run.sinks.run_id)
     if resumed is not None:
         run.tell_resume(resumed)

@@ -3,6 +3,7 @@ the share of its data that is served, norms of its layers."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from data_pipeline.batch import FIRST, Tally, added
 from data_pipeline.errors import DataError
 from data_pipeline.loader import AnyLoader
+from trainer.config.identity import changes
+from trainer.config.io import config_to_dict
 from trainer.distributed import collectives
 from trainer.distributed.engine import Engine
 from trainer.reliability.gpu_health import health_record
@@ -64,14 +67,16 @@ def slow_record(
 
 def tell_phase(run: Run) -> None:
     """Into log and records: which phase begins, and with what."""
-    config = run.whole.at(run.state.step)
+    before, config = (run.whole.at(step) for step in (run.state.step - 1, run.state.step))
+    changed = changes(config_to_dict(before), config_to_dict(config))
     settings = {
         "phase": run.phase.number,
         "image_size": config.data.image_size,
         "global_batch_size": config.global_batch_size,
         "learning_rate": config.optimizer.learning_rate,
     }
-    run.sinks.event(run.state.step, run.state.samples_seen, "phase", **settings)
+    told_apart = [dataclasses.asdict(each) for each in changed]
+    run.sinks.event(run.state.step, run.state.samples_seen, "phase", **settings, changed=told_apart)
     if run.env.is_main:
         told = ", ".join(f"{name} {value}" for name, value in settings.items())
         logger.info("after step %d: %s", run.state.step, told)

@@ -13,6 +13,14 @@ from data_pipeline.errors import DataError
 _SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https", "memory")
 _S3 = ("s3", "s3a")
 _MAX_EXPANSION = 10_000_000
+_LOGIN = re.compile(
+    r"(?<=http://)[^/\s@?#'\"]+@|(?<=https://)[^/\s@?#'\"]+@|(?<=://)[^/:\s@?#'\"]*:[^/\s@?#'\"]+@", re.I
+)
+"""A container of Azure's stands before an `@`, too, without a password."""
+_SIGNED = re.compile(
+    r"([?&;](?:[\w.-]*(?:sign|token|secret|credential|password|passwd|key)[\w.-]*|sig|auth)=)[^&;#\s'\"\],}]+",
+    re.I,
+)
 _PROTECTED = {chr(0xE000 + i): character for i, character in enumerate("[]*?{}")}  # private use: in no name
 _NAMED = str.maketrans(_PROTECTED)
 
@@ -68,6 +76,15 @@ def parent(url: str) -> str:
 def name_of(url: str) -> str:
     """Last part of a URL."""
     return url.rstrip("/").rpartition("/")[2]
+
+
+def without_secrets(text: str) -> str:
+    """A text for people to read: what URLs in it carry to be let in, passwords and signatures, as `***`.
+
+    >>> without_secrets("https://me:pass@host/a.tar?X-Amz-Signature=1f2e&part=3")
+    'https://***@host/a.tar?X-Amz-Signature=***&part=3'
+    """
+    return _SIGNED.sub(r"\1***", _LOGIN.sub("***@", text))
 
 
 def distinguishing_depth(urls: Sequence[str]) -> int:

@@ -53,6 +53,13 @@ def test_each_phase_trains_with_its_settings(train: Train, tmp_path: Path, where
     events = [record for record in records(run) if "event" in record]
     assert [(e["event"], e["step"]) for e in events] == [("phase", 2), ("phase", 4)]
     assert events[0]["image_size"] == 16
+    changed = [(each["key"], each["was"], each["now"]) for each in events[0]["changed"]]
+    assert changed == [
+        ("global_batch_size", "2", "4"),
+        ("data.image_size", "8", "16"),
+        ("optimizer.learning_rate", "0.0001", "0.001"),
+    ]
+    assert events[1]["changed"] == [{"key": "micro_batch_size", "was": "2", "now": "1"}]
     stored = [json.loads(read_about(str(run), step=step)["config"]) for step in range(1, 6)]
     assert [each["data"]["image_size"] for each in stored] == [8, 8, 16, 16, 16]
     assert [each["global_batch_size"] for each in stored] == [2, 2, 4, 4, 4]

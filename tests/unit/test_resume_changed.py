@@ -65,8 +65,9 @@ def test_another_objective_is_refused_before_anything_is_written_and_goes_on_wit
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [text for text in warnings if "; ".join(differences) in text]
     events = [record for record in records(tmp_path / "run") if "event" in record]
-    assert [(event["step"], event["event"]) for event in events] == [(1, "resume"), (1, "resume changed")]
-    assert events[1]["changed"] == differences
+    told = ["settings changed", "resume", "resume changed"]
+    assert [(event["step"], event["event"]) for event in events] == [(1, each) for each in told]
+    assert events[2]["changed"] == differences
 
     # What it goes on as is what the next checkpoint says: the word is not needed again.
     assert train("steps=3", *CHANGED[1:]) == ExitCode.DONE

@@ -3,7 +3,7 @@
 Compared are those that change what the loss is an estimate of: the stage, its networks, its objective, its
 conditions with the probabilities of leaving them out, and which pictures and texts it is an average over.
 Free are those that say how far, how fast and where: steps, rates, batch, averages, ranks, precision. (The
-position in the data refuses another seed.)
+position in the data refuses another seed.) Whatever differs from the start before is recorded (`changes`).
 A new field of a compared section is compared, unless it is named as free here.
 """
 
@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from data_pipeline.storage.urls import without_secrets
 from trainer.config.io import config_to_dict, section_of
 from trainer.config.models import RANDOM, TOWERS, FirstStageConfig
 from trainer.config.network_plan import norm_groups
@@ -56,6 +57,8 @@ _OF_A_SOURCE = (
 """What a source has of its own, besides its shards."""
 _SOURCES = "data.sources"
 
+_MOST_SHOWN = 300
+"""Characters of a value in a record of what changed."""
 _PERCEPTUAL = "autoencoder_loss.perceptual_weights"
 
 
@@ -85,6 +88,18 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Diff
     if old.get(_PERCEPTUAL) is None or new.get(_PERCEPTUAL) is None:
         new.pop(_PERCEPTUAL, None)  # null is what the machine's cache held, random features before the word
     return tuple(Difference(key, old[key], new[key]) for key in new if key in old and old[key] != new[key])
+
+
+def changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Every setting that two configurations differ in, whatever it is for, with its values in words.
+
+    None stands for a setting that is not there on that side, such as one of a section that is null. A key
+    that the stored one lacks has its default, as in `differences`. What URLs carry to be let in is left out,
+    and no change.
+    """
+    old, new = (dict(_leaves(_completed(Config, each))) for each in (stored, now))
+    keys = [key for key in dict.fromkeys((*new, *old)) if old.get(key) != new.get(key)]
+    return tuple(Difference(key, _cut(old.get(key)), _cut(new.get(key))) for key in keys)
 
 
 def as_trained(config: Config) -> Config:
@@ -192,6 +207,26 @@ def _word(key: str) -> str:
 
 def _allowed(key: str, words: Collection[str]) -> bool:
     return any(key == word or key.startswith(f"{word}.") for word in words)
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Each setting below `key` in words; sections that lie in a list have numbers."""
+    if isinstance(value, Mapping):
+        inside: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        inside = enumerate(value)
+    else:
+        yield key, without_secrets(_shown(value))
+        return
+    for name, child in inside:
+        yield from _leaves(child, f"{key}.{name}" if key else str(name))
+
+
+def _cut(text: str | None) -> str | None:
+    """A record of a change stays small, however many shards a list names."""
+    if text is None or len(text) <= _MOST_SHOWN:
+        return text
+    return f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
 
 
 def _completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,10 +73,14 @@ class JSONLWriter:
             self._sent = time.monotonic()
             self._sending = self._sender.submit(self._send, list(self._lines), tries)
 
-    def close(self) -> None:
-        """Wait until everything is stored; say so when it cannot be."""
+    def settle(self) -> None:
+        """Wait for the transfer that is under way, if there is one."""
         if self._sending is not None:
             wait([self._sending])
+
+    def close(self) -> None:
+        """Wait until everything is stored; say so when it cannot be."""
+        self.settle()
         self.flush(tries=_LAST_TRIES)
         self._sender.shutdown()
 

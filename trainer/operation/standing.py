@@ -34,6 +34,8 @@ READ_BYTES = 4_000_000
 _SILENT_INTERVALS = 3
 _SILENT_S = 120.0
 _RECENT = 50
+_STARTS = ("settings changed", "resume", "resume changed")
+"""Events of a start that has made no step yet."""
 _LEFT = ("preempted", "storage outage")
 
 
@@ -171,7 +173,7 @@ class _Heard:
     @property
     def is_starting(self) -> bool:
         """Whether this start has logged nothing but that it goes on."""
-        return not self.records or str(self.records[-1].get("event")).startswith("resume")
+        return not self.records or self.records[-1].get("event") in _STARTS
 
     @property
     def last_event(self) -> str:

@@ -22,6 +22,8 @@ SMOOTHED = 25
 """Records whose median the thick line of the loss is."""
 MOST_POINTS = 4000
 """Of one curve: a page of a run of weeks still opens at once."""
+MOST_TOLD = 8
+"""Settings that an event on the time axis names; the table of changes has all."""
 VALIDATION = "validation/"
 """Before the names of what is measured on held-out samples."""
 EVENT_COLOURS = {
@@ -34,6 +36,7 @@ EVENT_COLOURS = {
     "waiting for data": "#ff7f0e",
     "validation not finite": "#ff7f0e",
     "resume changed": "#9467bd",
+    "settings changed": "#8c564b",
     "resume": "#7f7f7f",
 }
 
@@ -120,6 +123,17 @@ def script() -> str:
     """plotly's JavaScript, some megabytes: the page needs no network."""
     text: str = plotly.offline.get_plotlyjs()
     return text
+
+
+def changes_of(event: Record) -> list[tuple[str, str, str]]:
+    """(setting, what it was, what it is) of an event that says so; "-" where there is none on a side."""
+
+    def words(each: Record, side: str) -> str:
+        return "-" if each.get(side) is None else str(each[side])
+
+    given = event.get("changed")
+    listed = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
+    return [(words(each, "key"), words(each, "was"), words(each, "now")) for each in listed]
 
 
 def column(rows: Iterable[Record], name: str) -> tuple[list[int], list[float | None]]:
@@ -298,9 +312,13 @@ def _with_events(figure: go.Figure, events: Sequence[Record]) -> go.Figure:
 
 
 def _told(event: Record) -> str:
-    known = ("step", "samples_seen", "time", "event", "skipped")
-    details = ", ".join(f"{name}: {value}" for name, value in event.items() if name not in known)
-    return f"step {event['step']}" + (f", {details}" if details else "")
+    changed = changes_of(event)
+    known = ("step", "samples_seen", "time", "event", "skipped", *(["changed"] if changed else []))
+    details = [f"{name}: {value}" for name, value in event.items() if name not in known]
+    details += [f"{key}: {was} -> {now}" for key, was, now in changed[:MOST_TOLD]]
+    if len(changed) > MOST_TOLD:
+        details.append(f"and {len(changed) - MOST_TOLD} more")
+    return ", ".join((f"step {event['step']}", *details))
 
 
 def _names(rows: Sequence[Record]) -> list[str]:

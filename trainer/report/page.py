@@ -16,12 +16,14 @@ from PIL import Image
 
 from data_pipeline.errors import NotFound, UserError
 from data_pipeline.storage.files import list_names, read_bytes
-from data_pipeline.storage.urls import join
+from data_pipeline.storage.urls import join, without_secrets
 from trainer.evaluator.findings import FOLDER, Findings
 from trainer.metrics.jsonl import read_records
-from trainer.report.figures import Record, figures, script, to_html
+from trainer.report.figures import Record, changes_of, figures, script, to_html
 
 _PICTURE = re.compile(r"(?P<name>.+)-(?P<step>\d{8})\.png")
+_STARTS = ("settings changed", "resume", "phase")
+"""Events with which a run goes on, perhaps as something else."""
 _WIDEST = 1400
 """Pixels of a picture on the page."""
 
@@ -57,9 +59,10 @@ def write_page(run_dir: str, *, most_pictures: int = 60) -> bytes:
     if grids:
         sections.insert(1, ("Pictures, same prompts and seeds", _slider(grids)))
     sections.append(("Events", _events(records)))
-    sections.append(("Configuration", f"<pre>{html.escape(settings or 'not stored')}</pre>"))
+    sections.append(("Changes of the configuration", _changes(records)))
+    sections.append(("Configuration", f"<pre>{_text(settings or 'not stored')}</pre>"))
     return _PAGE.format(
-        title=html.escape(run_dir),
+        title=_text(run_dir),
         facts=_facts(records),
         contents="".join(f'<a href="#s{i}">{html.escape(t)}</a>' for i, (t, _) in enumerate(sections)),
         sections="".join(
@@ -142,13 +145,61 @@ def _events(records: Sequence[Record]) -> str:
     for event in events:
         known = ("step", "samples_seen", "time", "event")
         details = {name: value for name, value in event.items() if name not in known}
-        when = (
-            datetime.fromtimestamp(event["time"], UTC).strftime("%m-%d %H:%M:%S") if "time" in event else ""
+        cells = (
+            _when(event),
+            f"{event['step']:,}",
+            event["event"],
+            json.dumps(details)[:400] if details else "",
         )
-        cells = (when, f"{event['step']:,}", event["event"], json.dumps(details)[:400] if details else "")
-        lines.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+        lines.append(_line(cells))
     head = "<tr><th>time</th><th>step</th><th>event</th><th>details</th></tr>"
     return f'<div class="wide"><table>{head}{"".join(lines)}</table></div>'
+
+
+def _changes(records: Sequence[Record]) -> str:
+    """A line for each setting that a start or a phase has otherwise than what was before it.
+
+    A start that changes some says so just before it says where it goes on; one without a checkpoint to go on
+    from says the first alone.
+    """
+    told = [record for record in records if record.get("event") in _STARTS]
+    lines = []
+    for at, event in enumerate(told):
+        after = told[at + 1] if at + 1 < len(told) else {}
+        before = told[at - 1] if at else {}
+        if event["event"] == "settings changed":
+            resumes = after.get("event") == "resume" and after["step"] == event["step"]
+            what = _resumed(after) if resumes else "start"
+        elif event["event"] == "resume":
+            if before.get("event") == "settings changed" and before["step"] == event["step"]:
+                continue  # told with what it changed
+            what = _resumed(event)
+        else:
+            what = f"phase {event.get('phase', '')}"
+        changed = changes_of(event) or [("nothing recorded", "", "")]
+        lines += [_line((_when(event), f"{event['step']:,}", what, *each)) for each in changed]
+    if not lines:
+        return "<p>None: one start, one phase.</p>"
+    head = "<tr><th>time</th><th>step</th><th>start</th><th>setting</th><th>was</th><th>is</th></tr>"
+    return f'<div class="wide"><table id="changes">{head}{"".join(lines)}</table></div>'
+
+
+def _resumed(event: Record) -> str:
+    ranks = event.get("world_size")
+    return "resume" if ranks is None else f"resume on {ranks} rank{'s' if ranks != 1 else ''}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def _when(event: Record) -> str:
+    return datetime.fromtimestamp(event["time"], UTC).strftime("%m-%d %H:%M:%S") if "time" in event else ""
+
+
+def _text(text: str) -> str:
+    """As the page shows it: nothing of it is read as HTML, and no password is in it."""
+    return html.escape(without_secrets(text))
 
 
 def _slider(grids: Sequence[Preview]) -> str:
@@ -180,7 +231,8 @@ img {{ max-width: 100%; height: auto; display: block; margin-top: 8px; image-ren
 input[type=range] {{ width: 100%; }}
 pre, .wide {{ overflow-x: auto; background: #f6f6f6; padding: 10px; font-size: .8rem; }}
 table {{ border-collapse: collapse; }}
-td, th {{ text-align: left; padding: 2px 12px 2px 0; white-space: nowrap; }}
+td, th {{ text-align: left; padding: 2px 12px 2px 0; white-space: nowrap; vertical-align: top; }}
+#changes td:nth-last-child(-n+2) {{ white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }}
 </style>
 <script>{script}</script></head>
 <body><h1>{title}</h1><div class="facts">{facts}</div><nav>{contents}</nav>

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config.identity import check_resume, differences
+from trainer.config.identity import changes, check_resume, differences
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import Config, ConfigError
 
@@ -360,3 +360,39 @@ def test_what_a_source_has_of_its_own_is_compared_and_one_that_joins_is_not() ->
     assert (
         differences(older, settings(load_config(None, ["data.sources=[{shards: a.tar, repeat: 2}]"]))) == ()
     )
+
+
+def test_every_change_is_told_in_words_of_older_configurations_too() -> None:
+    """A setting that came since has its default, one that went says nothing; mixtures have numbers."""
+    sources = "[{shards: a.tar, weight: 1}, {shards: b.tar, weight: 2}]"
+    then = config_to_dict(load_config(None, [f"data.sources={sources}", "lora={rank: 4}", "init_from=x"]))
+    del then["validation"], then["data"]["lanes"]
+    then["gone_since"] = 1
+    more = sources.replace("weight: 2", "weight: 3, crop: random").replace(
+        "]", ", {shards: c.tar, weight: 1}]"
+    )
+    now = config_to_dict(load_config(None, [f"data.sources={more}", "optimizer.learning_rate=3e-5"]))
+    found = {each.key: (each.was, each.now) for each in changes(then, now)}
+    assert found.pop("data.sources.2.shards") == (None, "c.tar")
+    lora = {key: found.pop(key) for key in list(found) if key.startswith("lora")}
+    assert (lora["lora"], lora["lora.rank"]) == ((None, "null"), ("4", None))
+    assert {key: value for key, value in found.items() if not key.startswith("data.sources.2.")} == {
+        "init_from": ("x", "null"),
+        "data.sources.1.weight": ("2.0", "3.0"),
+        "data.sources.1.crop": ("null", "random"),
+        "optimizer.learning_rate": ("0.0001", "3e-05"),
+    }
+    assert changes(now, now) == ()
+
+
+def test_a_recorded_change_stays_small() -> None:
+    names = [f"unet.block_{i}.*" for i in range(400)]
+    then = config_to_dict(load_config(None, ["init_from=x", f"trainable={json.dumps(names)}"]))
+    now = config_to_dict(
+        load_config(None, ["init_from=x", f"trainable={json.dumps([*names, 'unet.last.*'])}"])
+    )
+    (found,) = changes(then, now)
+    assert found.key == "trainable"
+    assert max(len(found.was), len(found.now)) < 340
+    assert found.was.endswith("characters)")
+    assert found.was != found.now, "their lengths tell them apart"

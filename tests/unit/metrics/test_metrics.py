@@ -141,7 +141,7 @@ def test_a_picture_keeps_nobody_from_training(
 
     config = Config(run_dir=str(tmp_path), logging=LoggingConfig(wandb="disabled", progress_bar=False))
     sinks = Sinks(config, main_rank=True, resolved={})
-    sinks.open(start_step=0, run_id=None)
+    sinks.open(start_step=0, samples_seen=0, run_id=None)
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "preview-00000001.png").mkdir()  # in the way of the first
     monkeypatch.setattr(sinks_module, "write_bytes", slow)
@@ -191,7 +191,7 @@ def test_who_watches_the_project_is_told_of_faults_and_trends(
 ) -> None:
     config = Config(run_dir=str(tmp_path), logging=LoggingConfig(wandb="offline", progress_bar=False))
     sinks = Sinks(config, main_rank=True, resolved={})
-    sinks.open(start_step=0, run_id=None)
+    sinks.open(start_step=0, samples_seen=0, run_id=None)
     sinks.event(1, 8, "resume changed", changed=["x"])  # nobody is woken for it
     sinks.event(2, 16, "rewind", kind="nan", value=float("nan"))
     sinks.event(3, 24, "sick gpu", rank=1, host="n3", what="XID 79")

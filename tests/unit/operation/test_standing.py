@@ -168,6 +168,9 @@ def test_rank_0_that_lives_and_logs_nothing_is_silent_after_some_intervals(run_d
     # A start may take longer than that.
     write_run(run_dir, [logged(10, 5000), event(10, "resume", limit + 20)], {})
     assert standing(run_dir).state == "starting"
+    # The first that a start says, where it has no checkpoint to go on from the only thing.
+    write_run(run_dir, [logged(10, 5000), event(0, "settings changed", limit + 20, changed=[])], {})
+    assert standing(run_dir).state == "starting"
 
 
 def test_a_process_of_this_machine_that_is_gone_is_said_to_be(tmp_path: Path) -> None:

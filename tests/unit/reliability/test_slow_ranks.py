@@ -93,7 +93,7 @@ def run(tmp_path: Path) -> Run:
     """As much of a run as tells about slow ranks."""
     logging = LoggingConfig(wandb="disabled", progress_bar=False)
     sinks = Sinks(Config(run_dir=str(tmp_path), logging=logging), main_rank=True, resolved={})
-    sinks.open(start_step=0, run_id=None)
+    sinks.open(start_step=0, samples_seen=0, run_id=None)
     state = TrainState(step=30, samples_seen=960)
     return cast(Run, SimpleNamespace(env=DistributedEnv.detect({}), state=state, sinks=sinks))
 
