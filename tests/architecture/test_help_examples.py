@@ -66,6 +66,18 @@ def test_settings_may_follow_options_but_options_must_be_known(capsys: pytest.Ca
         parse(verb_parser("checkpoint"), ["list", "s3://bucket/run", "surplus"])
 
 
+def test_an_example_of_sampling_on_ray_is_parsed() -> None:
+    pytest.importorskip("ray")
+    from trainer.launch import ray_sample
+
+    (command,) = re.findall(r"python -m trainer\.launch\.ray_sample (.+)$", ray_sample._parser().epilog)
+    parsed = ray_sample._parser().parse_args(shlex.split(command))
+    assert (parsed.workers, parsed.source) == (64, "s3://bucket/run")
+    assert ray_sample._check(parsed) == "s3://bucket/sets/coco"
+    drawn = parse(verb_parser("sample"), [parsed.source, *parsed.options])
+    assert (drawn.count, drawn.prompts_from) == (30000, "s3://bucket/prompts.txt")
+
+
 def test_ray_example_is_parsed() -> None:
     pytest.importorskip("ray")
     from trainer.launch import ray

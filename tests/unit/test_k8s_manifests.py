@@ -392,3 +392,13 @@ def test_the_encoders_are_commands_that_exist_and_share_all_of_the_work() -> Non
     config = load_config(str(REPOSITORY / args.config), args.overrides)
     assert config.first_stage.cache
     config.sharing(args.ranks)
+
+
+def test_the_samplers_are_commands_that_exist_and_make_the_whole_set() -> None:
+    spec, (verb, *words) = admitted_command("sampler")
+    assert (verb, spec["completionMode"]) == ("sample", "Indexed")
+    for share in range(spec["completions"]):
+        said = [word.replace("$(JOB_COMPLETION_INDEX)", str(share)) for word in words]
+        args = parse(verb_parser(verb), said)
+        check_series(args)
+        assert args.share == f"{share}/{spec['completions']}"

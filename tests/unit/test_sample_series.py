@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -255,3 +256,62 @@ def test_another_machine_is_told(
     (out / "parts/000000.json").unlink()
     assert main(command) == 0
     assert "begun with device NVIDIA H100, now cpu" in caplog.text + capsys.readouterr().err
+
+
+def test_shares_make_the_set_between_them_whichever_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Share 1 comes first and waits for share 0, and makes nothing of what the others are to make."""
+    source = exported(tmp_path, *CLASSES)
+    shared = ["sample", source, "--count", "22", "--batch-size", "4", "--seed", "5"]
+    assert main([*shared, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "shared"
+    codes: list[int] = []
+    early = threading.Thread(
+        target=lambda: codes.append(main([*shared, "--out", str(out), "--share", "1/3"]))
+    )
+    early.start()
+    while "waits until share 0 has begun" not in capsys.readouterr().out:
+        assert early.is_alive()
+    assert not out.exists()
+    assert main([*shared, "--out", str(out), "--share", "0/3"]) == 0
+    early.join()
+    assert codes == [0]
+    parts = sorted(path.stem for path in (out / "parts").iterdir())
+    assert parts == ["000000", "000001", "000003", "000004"]
+    assert not (out / "grid.png").exists(), "there is no whole set yet"
+    assert main([*shared, "--out", str(out), "--share", "2/3"]) == 0
+    assert tree(out) == tree(tmp_path / "whole")
+
+    (out / "grid.png").unlink()  # a kill between the last part and it
+    assert main([*shared, "--out", str(out), "--share", "1/2"]) == 0
+    assert tree(out) == tree(tmp_path / "whole")
+    assert "share 1/2 of 22 pictures, 10 of them from before" in capsys.readouterr().out
+
+
+def test_a_share_leaves_another_set_alone(tmp_path: Path) -> None:
+    other = json.dumps({"source": "elsewhere", "count": 3})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/prompts.json").write_text(other)
+    words = ["sample", exported(tmp_path, *CLASSES), "--count", "3", "--out", str(tmp_path / "out")]
+    assert main([*words, "--share", "1/2"]) == 2, "another set"
+    assert (tmp_path / "out/prompts.json").read_text() == other
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--count", "3", "--share", "2/2"], "--share 2/2 is none; write K/N"),
+        (["--count", "3", "--share", "half"], "--share half is none; write K/N"),
+        (["--count", "3", "--share", "0/0"], "--share 0/0 is none; write K/N"),
+        (["--count", "3", "--share", "0/2", "--overwrite"], "would remove what other shares have made"),
+        (["--share", "0/2"], "--share belongs to sets of any size"),
+    ],
+)
+def test_mistakes_about_shares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["sample", exported(tmp_path, *CLASSES), *words, "--out", str(out)]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()

@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from trainer.checkpoint.commands import find_checkpoint, fingerprint
 from trainer.cli.sample_asked import BATCH, Asked, ask, find_asked, load_asked, long_prompts, wishes_of
 from trainer.cli.wishes import check_labels
 from trainer.config.run import Config, ConfigError
+from trainer.console import say
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.shared_reads import read_together
@@ -29,6 +32,8 @@ MAX_COUNT = 10_000_000
 """Pictures of a set, whose names have seven digits."""
 PROMPTS_LOOKED_AT = 1000
 """For being too long."""
+_PAUSE_S = 1.0
+"""Between looks for the beginning of a set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ranks", type=int, default=0, help="local processes (default: one per visible GPU, or one)"
     )
+    group.add_argument(
+        "--share",
+        metavar="K/N",
+        help="only share K of N, from 0 on, beside machines that make the others and need nothing of each "
+        "other (an indexed Job of Kubernetes; on Ray: python -m trainer.launch.ray_sample)",
+    )
 
 
 def is_series(args: argparse.Namespace) -> bool:
@@ -86,6 +97,7 @@ def is_series(args: argparse.Namespace) -> bool:
         (args.tars is not None, "--tars"),
         (args.format != "png", "--format"),
         (args.ranks != 0, "--ranks"),
+        (args.share is not None, "--share"),
     ):
         if given:
             raise ConfigError(f"{option} belongs to sets of any size; give --count or --prompts-from, too.")
@@ -104,20 +116,32 @@ def make(args: argparse.Namespace, env: DistributedEnv) -> None:
     Raises:
         ConfigError: options that do not go together, or a folder that holds another set.
     """
+    share = _share(args.share)
     plan = collectives.from_main_rank(lambda: _plan(args, env.device))
     store = SetStore(args.out, plan.record, Form(args.format, args.quality, tars=args.tars is not None))
     with read_together(env.device):
         trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
     if env.is_main:
-        _tell(plan, trained, env)
-    there = make_pictures(store, plan.series, trained, overwrite=args.overwrite, paste=plan.one.inputs.paste)
+        _tell(plan, trained, env.world_size * share[1])
+    there = make_pictures(
+        store,
+        plan.series,
+        trained,
+        overwrite=args.overwrite,
+        share=share,
+        paste=plan.one.inputs.paste,
+    )
     if env.is_main:
         before = f", {there} of them from before" if there else ""
-        print(f"{plan.series.count} pictures{before} in {store.pictures_url}, {join(store.url, GRID)}")
+        which = "" if args.share is None else f"share {args.share} of "
+        print(f"{which}{plan.series.count} pictures{before} in {store.pictures_url}, {join(store.url, GRID)}")
 
 
 def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
-    former = None if args.overwrite else former_record(args.out.rstrip("/") or args.out)
+    out = args.out.rstrip("/") or args.out
+    if _share(args.share)[0]:
+        _await_beginning(out, args.share)
+    former = None if args.overwrite else former_record(out)
     _adopt(args, former or {})
     wishes = wishes_of(args)
     prompts = wishes.prompts
@@ -154,6 +178,16 @@ def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
     return Plan(series, one, record)
 
 
+def _await_beginning(out: str, share: str) -> None:
+    """Until share 0 has written what the set is: one checkpoint, and one clearing of the folder, for all."""
+    told = False
+    while former_record(out) is None:
+        if not told:
+            say(f"share {share} waits until share 0 has begun {out}")
+            told = True
+        time.sleep(_PAUSE_S)
+
+
 @functools.lru_cache(1)
 def _prompts_from(url: str, most: int | None) -> tuple[str, ...]:
     """Read once by a process that makes several sets of them."""
@@ -179,6 +213,12 @@ def _adopt(args: argparse.Namespace, former: dict[str, Any]) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What can be wrong without a look at the model. Raises ConfigError."""
+    _share(args.share)
+    if args.share is not None and args.overwrite:
+        raise ConfigError(
+            "--overwrite would remove what other shares have made; remove the set first, or choose another "
+            "--out."
+        )
     if args.count is not None and not 1 <= args.count <= MAX_COUNT:
         raise ConfigError(f"--count {args.count} must lie in 1 .. {MAX_COUNT}.")
     if args.per_prompt != 1:
@@ -194,6 +234,15 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--tars {args.tars} must be at least 1: pictures of each tar.")
 
 
+def _share(text: str | None) -> tuple[int, int]:
+    """(which, of how many) of --share. Raises ConfigError."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text or "0/1")
+    which, shares = (int(found[1]), int(found[2])) if found else (0, 0)
+    if which >= shares:
+        raise ConfigError(f"--share {text} is none; write K/N with K from 0 to N - 1, such as 0/16.")
+    return which, shares
+
+
 def _labels(config: Config, given: Sequence[int]) -> tuple[int, ...]:
     """In turn; all classes where nobody says which."""
     section = config.conditioning.class_label
@@ -206,8 +255,9 @@ def _load(args: argparse.Namespace, plan: Plan, device: torch.device) -> Trained
     return trained
 
 
-def _tell(plan: Plan, trained: TrainedModel, env: DistributedEnv) -> None:
-    how, series, ranks = trained.config.sampling, plan.series, env.world_size
+def _tell(plan: Plan, trained: TrainedModel, ranks: int) -> None:
+    """ranks: those of all shares."""
+    how, series = trained.config.sampling, plan.series
     looked_at = min(series.count, len(series.prompts), PROMPTS_LOOKED_AT)
     for note in long_prompts(trained.model, series.request(range(looked_at))):
         print(f"note: {note}")

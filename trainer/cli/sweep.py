@@ -30,7 +30,7 @@ SWEEP_EXAMPLE = (
     "--sample '--prompts-file prompts.txt --sampler dpmpp_2m' --reference val.safetensors --out curve"
 )
 MOST_POINTS = 1000
-_OURS = ("--guidance", "--steps", "--out", "--overwrite")
+_OURS = ("--guidance", "--steps", "--out", "--overwrite", "--share")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

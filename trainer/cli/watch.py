@@ -27,7 +27,7 @@ WATCH_EXAMPLE = (
     "example: ldm evaluate watch s3://bucket/run --reference val.safetensors "
     "--sample '--count 5000 --prompts-from prompts.txt --steps 25'"
 )
-_OURS = ("--out", "--overwrite", "--checkpoint", "--ranks", "--tars")
+_OURS = ("--out", "--overwrite", "--checkpoint", "--ranks", "--share", "--tars")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -117,15 +117,20 @@ def make_pictures(
     trained: TrainedModel,
     *,
     overwrite: bool = False,
+    share: tuple[int, int] = (0, 1),
     paste: Callable[[Tensor], Tensor] = lambda made: made,
     title: str = "sample",
 ) -> int:
-    """Make what is missing of a set; how many pictures were there already. Collective.
+    """Make what is missing of a set, or of a share of it; how many pictures of that were there already.
+
+    Collective.
 
     Args:
         store: where; it is begun here.
         trained: its configuration says how to sample.
         overwrite: whether another set in the folder may go.
+        share: (k, n) for every n-th part from part k on, beside others that make the rest; where k is not 0,
+            the set must have begun.
         paste: gets uint8 [B, 3, H, W] on the CPU and gives what is stored of it.
         title: beside the progress bar.
 
@@ -134,14 +139,17 @@ def make_pictures(
         UserError, RetryableFault: what any rank met with storage, on all ranks.
     """
     whole = collectives.from_main_rank(lambda: store.begin(overwrite=overwrite))
-    missing = [part for part in range(series.parts) if part not in whole]
-    there = series.count - sum(len(series.rows(part)) for part in missing)
+    wanted = range(share[0], series.parts, share[1])
+    missing = [part for part in wanted if part not in whole]
+    count, left = (sum(len(series.rows(part)) for part in parts) for parts in (wanted, missing))
     ours = missing[collectives.rank() :: collectives.world_size()]
-    with _progress(series, missing, ours, there, title) as told:
+    of_ours = sum(len(series.rows(part)) for part in ours)
+    with _progress(count, left, of_ours, title) as told:
         collectives.on_every_rank(lambda: _make(store, series, trained, ours, paste, told))
-    if missing:
+    # Of shares the last one that ends; a start that finds all parts may follow a kill just before this.
+    if (missing or not store.has_grid()) and (share[1] == 1 or store.is_whole(series.parts)):
         collectives.from_main_rank(lambda: _write_grid(store, series))
-    return there
+    return count - left
 
 
 def accelerate(config: Config, model: DiffusionModel) -> None:
@@ -214,19 +222,18 @@ def _title(item: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _progress(
-    series: Series, missing: Sequence[int], ours: Sequence[int], there: int, title: str
-) -> Iterator[Callable[[int], object]]:
-    """A bar over the whole set on rank 0, which takes the others to be as quick as itself."""
-    wanted = series.count - there
-    of_ours = sum(len(series.rows(part)) for part in ours)
-    done = 0
-    with progress_bar(series.count, "image", title, initial=there, disable=collectives.rank() > 0) as bar:
+def _progress(count: int, left: int, of_ours: int, title: str) -> Iterator[Callable[[int], object]]:
+    """A bar over `count` pictures on rank 0, which takes the others to be as quick as itself.
+
+    left: of them to be made, by all ranks. of_ours: by this one.
+    """
+    there, done = count - left, 0
+    with progress_bar(count, "image", title, initial=there, disable=collectives.rank() > 0) as bar:
 
         def told(count: int) -> None:
             nonlocal done
             done += count
-            bar.update(there + wanted * done // of_ours - bar.n)
+            bar.update(there + left * done // of_ours - bar.n)
 
         yield told
 

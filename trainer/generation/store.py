@@ -34,6 +34,7 @@ from torch import Tensor
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import (
     check_writable,
+    exists,
     list_names,
     list_sizes,
     read_bytes,
@@ -173,6 +174,14 @@ class SetStore:
         sizes = {name: len(data) for name, data in made.items()}
         record = {"first": rows[0], "pictures": len(rows), "files": sizes}
         write_bytes(join(self.url, PARTS, f"{part:06d}.json"), json.dumps(record).encode())
+
+    def is_whole(self, parts: int) -> bool:
+        """Whether so many parts have their records."""
+        return len(_ours_in(join(self.url, PARTS))) >= parts
+
+    def has_grid(self) -> bool:
+        """Whether the set was once finished."""
+        return exists(join(self.url, GRID))
 
     def first_pictures(self, count: int) -> list[NDArray[np.uint8]]:
         """The first of a whole set as they were stored, uint8 [H, W, 3] each."""

@@ -1,6 +1,6 @@
 """`python -m trainer.launch.ray CONFIG a.b=c`: the same run on a Ray cluster.
 
-This file, ray_rank.py and ray_beside.py alone import ray.
+This file, ray_rank.py, ray_beside.py and ray_sample.py alone import ray.
 
 driver (main)        starts the board and Ray Train; a stop of the job becomes a request to save
 board (actor)        what all of them tell each other: ray_board.py
@@ -39,7 +39,7 @@ from trainer.config.io import config_to_dict, load_run
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode
-from trainer.launch.ray_beside import Beside, Command, encoders, evaluator, watch_words
+from trainer.launch.ray_beside import Beside, Command, encoders, evaluator, resources, watch_words
 from trainer.launch.ray_board import RunBoard, RunRequest, useful_ranks
 from trainer.launch.ray_rank import shown_name, train_rank
 from trainer.launch.ray_worker import ROUND_S
@@ -247,15 +247,12 @@ def _check_beside(config: Config, args: argparse.Namespace) -> None:
 def _commands(config: Config, args: argparse.Namespace) -> list[Command]:
     """What runs beside the ranks."""
     ranks_on = "gpu" if _use_gpu(args) else "cpu"
-
-    def place(named: str | None) -> dict[str, Any]:
-        on = named or ranks_on
-        kind = None if on in ("cpu", "gpu") else on
-        return {"cpus": args.cpus_per_worker, "gpus": 0.0 if on == "cpu" else 1.0, "accelerator": kind}
-
+    encode_on, watch_on = (
+        resources(named or ranks_on, args.cpus_per_worker) for named in (args.encoders_on, args.watch_on)
+    )
     return [
-        *encoders(config, args.encoders, args.encoders_ahead, **place(args.encoders_on)),
-        *evaluator(config, args.watch, **place(args.watch_on)),
+        *encoders(config, args.encoders, args.encoders_ahead, encode_on),
+        *evaluator(config, args.watch, watch_on),
     ]
 
 

@@ -2,9 +2,10 @@
 
 driver        `Beside.tend`, every round: starts them once ranks train, and again where they end without being
               done; ends them while no ranks train, which may need their places
-task (Ray's)  one command as a child process on resources of its own, followed to its end: `follow`
+task (Ray's)  one command as a child process on resources of its own, followed to its end: `start`, `follow`
 
 They know the run by its folder alone. Nothing of theirs is the run's: it goes on, and ends, as without them.
+ray_sample.py starts commands in the same way, without a run.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import ray
 import ray.exceptions
 
 from trainer.config.run import Config, ConfigError
+from trainer.distributed.place import Place, free_port
 from trainer.exit_codes import ExitCode, normalize, should_restart
 from trainer.launch.rank import LAUNCHER_VARIABLE, write_config
 from trainer.launch.rank_process import describe
@@ -43,20 +45,41 @@ _FAILED = 1
 """Exit status of a command that has done what it could: another start would not do more."""
 _LEAVE_S = 60.0
 """For what a command stores when it is ended."""
-_PAUSE_S = 10.0
+PAUSE_S = 10.0
 """Before a command that was lost is started again."""
 _TAIL_BYTES, _TAIL_LINES = 8192, 20
 _TRAINING_S, _IDLE_S = 5.0, 60.0
 """Since ranks were last heard of: less, and they train; more, and none of them is there."""
 
 
+class Resources(TypedDict):
+    """What each process of a command gets; see `Command`."""
+
+    cpus: float
+    gpus: float
+    accelerator: str | None
+
+
+class End(NamedTuple):
+    """How a command was over."""
+
+    status: int
+    told: str
+    """In words, after its name."""
+    tail: str
+    """Its last words, unless it was done."""
+
+
 @dataclass(frozen=True)
 class Command:
-    """A command of `ldm` beside a run, and what it gets."""
+    """A command of `ldm` on a Ray cluster, and what it gets."""
 
     name: str
     words: tuple[str, ...]
-    config: Config
+    run: str
+    """Folder or URL after which its log is named."""
+    config: Config | None
+    """What `CONFIG` among its words stands for."""
     cpus: float
     gpus: float
     accelerator: str | None
@@ -118,65 +141,76 @@ class Beside:
             if task.reference is not None and ray.wait([task.reference], timeout=0)[0]:
                 self._note(task)
             if task.reference is None and task.code is None and time.monotonic() >= task.due:
-                options: dict[str, Any] = {
-                    "num_cpus": task.command.cpus,
-                    "num_gpus": task.command.gpus,
-                    "max_retries": 0,
-                }
-                if task.command.accelerator is not None:
-                    options["accelerator_type"] = task.command.accelerator
-                task.reference = (
-                    ray.remote(follow).options(**options).remote(task.command, self._job, task.starts)
-                )
+                task.reference = start(task.command, self._job, task.starts)
                 task.starts += 1
 
     def _note(self, task: _Task) -> None:
         """What became of a command that is over."""
-        name, reference, task.reference = task.command.name, task.reference, None
-        try:
-            status, tail = ray.get(reference)
-        except ray.exceptions.RayError as error:  # its node or worker is gone
-            logger.warning("%s is lost and is started again: %s", name, str(error).partition("\n")[0])
-        else:
-            if status == _FAILED or not should_restart(status):
-                task.code = ExitCode.DONE if status == 0 else normalize(status)
-                logger.log(
-                    logging.INFO if status == 0 else logging.ERROR, "%s %s%s", name, describe(status), tail
-                )
-                return
-            logger.warning("%s %s and is started again%s", name, describe(status), tail)
-        task.due = time.monotonic() + _PAUSE_S
+        name, end, task.reference = task.command.name, ended(task.reference), None
+        if end.status == _FAILED or not should_restart(end.status):
+            task.code = ExitCode.DONE if end.status == 0 else normalize(end.status)
+            level = logging.INFO if end.status == 0 else logging.ERROR
+            logger.log(level, "%s %s%s", name, end.told, end.tail)
+            return
+        logger.warning("%s %s and is started again%s", name, end.told, end.tail)
+        task.due = time.monotonic() + PAUSE_S
 
     def _stop(self, tasks: Sequence[_Task], why: str) -> None:
         running = [task for task in tasks if task.reference is not None]
         if running:
             logger.info("%s: %s", why, ", ".join(task.command.name for task in running))
-        for task in running:
-            ray.cancel(task.reference)
-        if running:
-            ray.wait([task.reference for task in running], num_returns=len(running), timeout=_LEAVE_S)
+        stop([task.reference for task in running])
         for task in running:
             task.reference = None
 
 
-def encoders(
-    config: Config, count: int, ahead: int, *, cpus: float, gpus: float, accelerator: str | None
-) -> list[Command]:
+def start(command: Command, job: str, restarts: int, **strategy: Any) -> Any:
+    """Ask Ray to `follow` a command where there is room for it; the reference to what that returns.
+
+    strategy: further options of a Ray task.
+    """
+    options: dict[str, Any] = {"num_cpus": command.cpus, "num_gpus": command.gpus, "max_retries": 0}
+    if command.accelerator is not None:
+        options["accelerator_type"] = command.accelerator
+    return ray.remote(follow).options(**options, **strategy).remote(command, job, restarts)
+
+
+def ended(reference: Any) -> End:
+    """How a command that is over has ended; one whose node or worker is gone met a fault."""
+    try:
+        status, tail = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return End(ExitCode.RETRYABLE, f"is lost ({str(error).partition(chr(10))[0]})", "")
+    return End(status, describe(status), tail)
+
+
+def stop(references: Sequence[Any]) -> None:
+    """End commands, those that have not begun too; they get a while to store what they have."""
+    for reference in references:
+        ray.cancel(reference)
+    if references:
+        ray.wait(list(references), num_returns=len(references), timeout=_LEAVE_S)
+
+
+def resources(on: str, cpus: float) -> Resources:
+    """What a process gets that runs on `cpu`, `gpu`, or a kind of GPU."""
+    kind = None if on in ("cpu", "gpu") else on
+    return {"cpus": cpus, "gpus": 0.0 if on == "cpu" else 1.0, "accelerator": kind}
+
+
+def encoders(config: Config, count: int, ahead: int, on: Resources) -> list[Command]:
     """`ldm encode` in front of a run, as so many parts."""
     words = ("encode", _CONFIG, "--ahead", str(ahead), "--ranks", str(count), "--rank")
     return [
-        Command(f"encoder {rank}", (*words, str(rank)), config, cpus, gpus, accelerator)
-        for rank in range(count)
+        Command(f"encoder {rank}", (*words, str(rank)), config.run_dir, config, **on) for rank in range(count)
     ]
 
 
-def evaluator(
-    config: Config, options: str, *, cpus: float, gpus: float, accelerator: str | None
-) -> list[Command]:
+def evaluator(config: Config, options: str, on: Resources) -> list[Command]:
     """`ldm evaluate watch` of the run, with these options of its own; none without any."""
     words = watch_words(options)
     command = ("evaluate", "watch", config.run_dir, *words)
-    return [Command("evaluator", command, config, cpus, gpus, accelerator, to_the_end=True)] if words else []
+    return [Command("evaluator", command, config.run_dir, config, **on, to_the_end=True)] if words else []
 
 
 def watch_words(options: str) -> list[str]:
@@ -202,11 +236,13 @@ def follow(command: Command, job: str, restarts: int) -> tuple[int, str]:
 
     job: names all starts of it, each of which may go on where the one before held a folder.
     """
-    run = shown_name(command.config.run_dir)
+    run = shown_name(command.run)
     log = log_folder() / f"{run}-{command.name.replace(' ', '-')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    alone = Place(0, 0, 1, 1, "127.0.0.1", free_port())  # whatever ranks srun has told Ray's own processes of
     environment = {
         **child_environment(),
+        **alone.variables(),
         "PYTHONUNBUFFERED": "1",
         LAUNCHER_VARIABLE: str(os.getpid()),
         JOB_VARIABLE: f"{job}, {command.name}",
@@ -215,7 +251,7 @@ def follow(command: Command, job: str, restarts: int) -> tuple[int, str]:
     if not command.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="ldm-beside-") as scratch, log.open("ab") as stream:
-        config = str(write_config(scratch, command.config))
+        config = "" if command.config is None else str(write_config(scratch, command.config))
         words = [config if word == _CONFIG else word for word in command.words]
         process = subprocess.Popen(
             [sys.executable, "-m", "trainer", *words],

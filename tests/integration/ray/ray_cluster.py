@@ -111,8 +111,8 @@ class RayCluster:
         summary = answer["data"]["summary"] if answer else []
         return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
 
-    def submit(self, *arguments: str, **environment: str) -> str:
-        """`ray job submit --no-wait`; returns the job's id."""
+    def submit(self, *arguments: str, module: str = "trainer.launch.ray", **environment: str) -> str:
+        """`ray job submit --no-wait` of a module of ours; returns the job's id."""
         runtime = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120", **environment}}
         text = self.run(
             "job",
@@ -124,7 +124,7 @@ class RayCluster:
             "--",
             sys.executable,
             "-m",
-            "trainer.launch.ray",
+            module,
             *arguments,
         )
         found = re.search(r"'(raysubmit_\w+)'", text)
