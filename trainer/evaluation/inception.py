@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from trainer.config.run import ConfigError
 from trainer.evaluation.features import (
+    CLIPPED,
     Resizing,
     channels_first,
     resized_on_device,
@@ -54,7 +55,7 @@ class Inception:
         self.name = "inception-v3-compat of torch-fidelity"
         self.digest = weights_digest(self._network)
         self.details: Mapping[str, str] = {}
-        self.sees = f"{resizing} at {EDGE}"
+        self.sees = f"{resizing} at {EDGE}" + (f", {CLIPPED}" if resizing == "clean-fid" else "")
         self.widths: Mapping[str, int] = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008}
         self._resizing = resizing
         self._device = device
