@@ -84,7 +84,7 @@ def test_training_resumes_where_it_stopped(material: Path, tmp_path: Path) -> No
     train(material, tmp_path, 3)
     train(material, tmp_path, 6)
     found = records(tmp_path)
-    assert [r["event"] for r in found if "event" in r] == ["resume"]
+    assert [r["event"] for r in found if "event" in r] == ["settings changed", "resume"]
     losses = {r["step"]: r["loss"] for r in found if "loss" in r}
     assert sorted(losses) == [1, 2, 3, 4, 5, 6]
     assert max(losses.values()) < 2  # of noise with variance 1, predicted by zero or better
