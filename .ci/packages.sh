@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# System packages that some tests need: a real SLURM cluster and network namespaces. Installs what is missing
+# System packages that some tests need: a real SLURM cluster, network namespaces, a browser. Installs what is missing
 # when it may; otherwise says what is missing, and the tests that need it are skipped with a sentence.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 
-declare -A package=([slurmctld]=slurm-wlm [slurmd]=slurm-wlm [munged]=munge [ip]=iproute2)
+declare -A package=([slurmctld]=slurm-wlm [slurmd]=slurm-wlm [munged]=munge [ip]=iproute2 [chromium]=chromium)
 missing=()
 for program in "${!package[@]}"; do
   if ! command -v "$program" >/dev/null; then missing+=("${package[$program]}"); fi
 done
 if ((${#missing[@]} == 0)); then
-  echo "packages: slurm-wlm, munge and iproute2 are there"
+  echo "packages: slurm-wlm, munge, iproute2 and chromium are there"
   exit 0
 fi
 mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
