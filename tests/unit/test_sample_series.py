@@ -20,6 +20,7 @@ from torch import nn
 from data_pipeline.tools.picture_sets import open_pictures, read_blocks
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.__main__ import main
+from trainer.cli import sample_series
 from trainer.config.io import config_to_dict, load_config
 from trainer.generation.series import AHEAD, Series, make_pictures
 from trainer.generation.store import Form, SetStore
@@ -259,7 +260,7 @@ def test_another_machine_is_told(
 
 
 def test_shares_make_the_set_between_them_whichever_begins(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Share 1 comes first and waits for share 0, and makes nothing of what the others are to make."""
     source = exported(tmp_path, *CLASSES)
@@ -267,12 +268,19 @@ def test_shares_make_the_set_between_them_whichever_begins(
     assert main([*shared, "--out", str(tmp_path / "whole")]) == 0
     out = tmp_path / "shared"
     codes: list[int] = []
-    early = threading.Thread(
-        target=lambda: codes.append(main([*shared, "--out", str(out), "--share", "1/3"]))
-    )
+    said: list[str] = []
+    waits = threading.Event()
+
+    def heard(text: str) -> None:
+        said.append(text)
+        waits.set()
+
+    monkeypatch.setattr(sample_series, "say", heard)
+    words = [*shared, "--out", str(out), "--share", "1/3"]
+    early = threading.Thread(target=lambda: codes.append(main(words)))
     early.start()
-    while "waits until share 0 has begun" not in capsys.readouterr().out:
-        assert early.is_alive()
+    assert waits.wait(600)
+    assert said == [f"share 1/3 waits until share 0 has begun {out}"]
     assert not out.exists()
     assert main([*shared, "--out", str(out), "--share", "0/3"]) == 0
     early.join()

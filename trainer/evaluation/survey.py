@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.errors import DataError
+from data_pipeline.storage.files import exists
+from data_pipeline.storage.urls import join, literal
 from data_pipeline.tools.picture_sets import PictureBlock, PictureSet, Prepare, open_pictures, read_blocks
+from trainer.config.run import ConfigError
 from trainer.console import progress_bar
 from trainer.distributed import collectives
 from trainer.evaluation.features import FeatureNetwork, Fit, to_size
@@ -72,9 +75,10 @@ def survey(
     They are the same at any number of ranks.
 
     Raises:
+        ConfigError: a run's folder.
         DataError: no pictures, pictures that cannot be used, a damaged tar, features that are not finite.
     """
-    pictures = collectives.from_main_rank(lambda: open_pictures(url))
+    pictures = collectives.from_main_rank(lambda: _opened(url))
     tally = collectives.on_every_rank(lambda: _tally(pictures, networks, options, device))
     for moments in tally.moments.values():
         collectives.fold_to_main(moments.tensors, moments.merge)
@@ -82,6 +86,16 @@ def survey(
     if gathered is None:
         return None
     return _together(url, networks, options, tally.moments, gathered)
+
+
+def _opened(url: str) -> PictureSet:
+    """A set; not the contact sheets that training leaves in the folder of a run."""
+    if literal(url) is not None and not url.endswith(".tar") and exists(join(url, "config.yaml")):
+        raise ConfigError(
+            f"{url} is a run, and holds previews at most; draw a set from it by `ldm sample {url} --count N "
+            "--out SET` and measure that, or have each checkpoint measured by `ldm evaluate watch`."
+        )
+    return open_pictures(url)
 
 
 class Moments:

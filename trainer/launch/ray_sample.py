@@ -138,9 +138,13 @@ class Drawing:
 
     def _tell(self) -> None:
         """How far the set is, by its parts, of which the last one may be small."""
-        if self._record is None or time.monotonic() - self._told < _TELL_S:
+        if time.monotonic() - self._told < _TELL_S:
             return
-        self._told, parts = time.monotonic(), self._parts()
+        self._told = time.monotonic()
+        if self._record is None:
+            logger.info("waiting for a place for share 0, or for it to begin the set in %s", self._out)
+            return
+        parts = self._parts()
         count, size = self._record.get("count", 0), self._record.get("part_size", 0)
         done = min(count, parts * size)
         if self._begun is None:

@@ -221,6 +221,22 @@ class TestTraps:
             sentence = refusal("fidelity", pair[0], "--reference", pair[1], "--features", "random")
             assert "takes at least 2" in sentence
 
+    def test_the_previews_of_a_run_are_no_set(
+        self, tmp_path: Path, measure: Measure, refusal: Callable[..., str]
+    ) -> None:
+        made = folder_of(tmp_path / "made", range(4))
+        run = tmp_path / "run"
+        run.mkdir()
+        folder_of(run / "samples", range(4))
+        (run / "config.yaml").write_text("steps: 1\n")
+        for words in ((run, "--reference", made), (made, "--reference", run)):
+            assert f"{run} is a run, and holds previews" in refusal(
+                "fidelity", *words, "--features", "random"
+            )
+        said = refusal("statistics", run, "--features", "random", "--out", tmp_path / "s.safetensors")
+        assert f"by `ldm sample {run} --count N --out SET`" in said
+        assert measure(run / "samples", made)["figures"]["fd_random"] >= 0  # named, it is one
+
     def test_duplicates_and_copies_of_the_reference(self, tmp_path: Path, measure: Measure) -> None:
         real, made = folder_of(tmp_path / "real", range(80)), folder_of(tmp_path / "made", range(200, 270))
         for i in range(5):
