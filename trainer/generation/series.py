@@ -146,9 +146,7 @@ def make_pictures(
     of_ours = sum(len(series.rows(part)) for part in ours)
     with _progress(count, left, of_ours, title) as told:
         collectives.on_every_rank(lambda: _make(store, series, trained, ours, paste, told))
-    # Of shares the last one that ends; a start that finds all parts may follow a kill just before this.
-    if (missing or not store.has_grid()) and (share[1] == 1 or store.is_whole(series.parts)):
-        collectives.from_main_rank(lambda: _write_grid(store, series))
+    collectives.from_main_rank(lambda: _finish(store, series, made=bool(missing), alone=share[1] == 1))
     return count - left
 
 
@@ -207,6 +205,15 @@ def _make(
 def _put(store: SetStore, series: Series, part: int, encoded: Sequence[Future[bytes]]) -> None:
     rows = series.rows(part)
     store.put(part, rows, [series.item(row) for row in rows], [each.result() for each in encoded])
+
+
+def _finish(store: SetStore, series: Series, *, made: bool, alone: bool) -> None:
+    """Write the grid of a whole set: of several shares the last one that ends does.
+
+    made: whether this start has made any part; one that has not may follow a kill just before this.
+    """
+    if (made or not store.has_grid()) and (alone or store.is_whole(series.parts)):
+        _write_grid(store, series)
 
 
 def _write_grid(store: SetStore, series: Series) -> None:
