@@ -77,6 +77,22 @@ def read_table(raw: bytes, columns: Sequence[str] | None = None) -> dict[str, li
     return {KEY: values[key], **values}
 
 
+def read_column(raw: bytes, choose: Callable[[list[str]], str]) -> list[Any]:
+    """Values of the column that `choose` names, of a parquet that need not name samples.
+
+    Raises what `choose` does, and DataError where two columns have that name, else whatever pyarrow raises
+    for damaged files.
+    """
+    import pyarrow.parquet as pq  # as below
+
+    file = pq.ParquetFile(io.BytesIO(raw))
+    names = file.schema_arrow.names
+    name = choose(names)
+    if names.count(name) > 1:
+        raise DataError(f"there are two columns {name}; which one is meant nobody can tell")
+    return _values(file.read(columns=[name]).column(name))
+
+
 def _opened(raw: bytes) -> tuple[Any, list[str], str]:
     """The parquet, its columns, and which of them has the keys; raises as `read_table`."""
     import pyarrow.parquet as pq  # half a second and 60 MB, for those who need it

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.beside import read_table
+from data_pipeline.shards.beside import read_column
 from data_pipeline.shards.records import clean
 from data_pipeline.storage.files import read_bytes, read_text
 from data_pipeline.storage.urls import name_of
@@ -62,8 +62,17 @@ def _separated(url: str) -> Iterator[str]:
     text = io.StringIO(read_text(url), newline="")
     # a caption of a .tsv may hold a lone quote
     rows = csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.DictReader(text)
-    column = _column(list(rows.fieldnames or ()), url)
-    return _cleaned(row[column] for row in rows)
+    return _cleaned(_in_rows(rows, _column(list(rows.fieldnames or ()), url), url), url)
+
+
+def _in_rows(rows: csv.DictReader[str], column: str, url: str) -> Iterator[str]:
+    for row in rows:
+        if None in row or None in row.values():
+            raise DataError(
+                f"line {rows.line_num} of {url} has more or fewer cells than the header, so a caption may be "
+                "cut; put cells that hold the separator in quotes."
+            )
+        yield row[column]
 
 
 def _json_lines(url: str) -> Iterator[str]:
@@ -78,7 +87,7 @@ def _json_lines(url: str) -> Iterator[str]:
                 f"line {number} of {url} is not JSON ({error}); write one object a line."
             ) from error
         values.append(value[_column(list(value), url)] if isinstance(value, dict) else value)
-    return _cleaned(iter(values))
+    return _cleaned(iter(values), url)
 
 
 def _json(url: str) -> Iterator[str]:
@@ -89,17 +98,19 @@ def _json(url: str) -> Iterator[str]:
         raise DataError(f"{url} is not JSON ({error}); lines of JSON are named .jsonl.") from error
     if not isinstance(values, list):
         raise DataError(f"{url} is JSON but no list; write a list of texts, or of objects with a caption.")
-    return _cleaned(
-        value[_column(list(value), url)] if isinstance(value, dict) else value for value in values
-    )
+    found = (value[_column(list(value), url)] if isinstance(value, dict) else value for value in values)
+    return _cleaned(found, url)
 
 
 def _parquet(url: str) -> Iterator[str]:
+    raw = read_bytes(url)
     try:
-        table = read_table(read_bytes(url))
+        values = read_column(raw, lambda names: _column(names, url))
+    except DataError:
+        raise
     except (OSError, ValueError) as error:  # pyarrow's are of these
         raise DataError(f"{url} cannot be read as a parquet ({error}); write it anew.") from error
-    return _cleaned(iter(table[_column(list(table), url)]))
+    return _cleaned(iter(values), url)
 
 
 _READERS: dict[str, Callable[[str], Iterator[str]]] = {
@@ -123,5 +134,12 @@ def _column(names: list[str], url: str) -> str:
     )
 
 
-def _cleaned(values: Iterator[Any]) -> Iterator[str]:
-    return (text for value in values if isinstance(value, str) and (text := clean(value)))
+def _cleaned(values: Iterator[Any], url: str) -> Iterator[str]:
+    """Texts without those that are blank or null. Raises DataError for what is something else."""
+    for number, value in enumerate(values, 1):
+        if value is not None and not isinstance(value, str):
+            raise DataError(
+                f"prompt {number} of {url} is {str(value)[:80]}, which is no text; write a text in each row."
+            )
+        if value and (text := clean(value)):
+            yield text

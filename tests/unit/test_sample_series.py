@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from data_pipeline.errors import DataError
 from data_pipeline.tools.picture_sets import open_pictures, read_blocks
-from data_pipeline.tools.prompts import listed_prompts
+from data_pipeline.tools.prompts import listed_prompts, prompts_of
 from trainer.__main__ import main
 from trainer.cli import sample_series
 from trainer.config.io import config_to_dict, load_config
@@ -151,6 +152,7 @@ def test_prompts_come_from_anything_with_captions(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"key": [1, 2, 3], "caption": [*captions, None]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": [1, 2, 3], "prompt": [*captions, " "]}), tmp_path / "b.parquet")
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         for i, caption in enumerate(captions):
             picture = io.BytesIO()
@@ -159,9 +161,35 @@ def test_prompts_come_from_anything_with_captions(tmp_path: Path) -> None:
                 info = tarfile.TarInfo(f"{i}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    for name in ("a.txt", "a.csv", "a.jsonl", "a.parquet", "00000.tar", "{00000..00000}.tar"):
+    for name in ("a.txt", "a.csv", "a.jsonl", "a.parquet", "b.parquet", "00000.tar", "{00000..00000}.tar"):
         assert listed_prompts(str(tmp_path / name)) == captions, name
         assert listed_prompts(str(tmp_path / name), 1) == captions[:1], name
+
+
+def test_prompts_that_would_be_lost_or_cut_are_refused(tmp_path: Path) -> None:
+    """They would be other prompts, and the following ones have other numbers."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"caption": [["a", "b"], ["c"]]}), tmp_path / "lists.parquet")
+    pq.write_table(pa.table({"caption": [1, 2]}), tmp_path / "numbers.parquet")
+    (tmp_path / "comma.csv").write_text("id,caption\n1,a\n2,a circle, red\n")
+    (tmp_path / "short.csv").write_text("id,caption\n1\n2,b\n")
+    (tmp_path / "tab.tsv").write_text("id\tcaption\n1\ta\tb\n")
+    (tmp_path / "list.jsonl").write_text('{"caption": "a"}\n{"caption": ["b", "c"]}\n')
+    (tmp_path / "number.json").write_text('["a", 5]')
+    for name, said in (
+        ("lists.parquet", r"prompt 1 of .* is \['a', 'b'\], which is no text"),
+        ("numbers.parquet", "prompt 1 of .* is 1"),
+        ("comma.csv", r"line 3 of .*comma\.csv has more or fewer cells than the header"),
+        ("short.csv", "line 2 of"),
+        ("tab.tsv", "line 2 of"),
+        ("list.jsonl", r"prompt 2 of .* is \['b', 'c'\]"),
+        ("number.json", "prompt 2 of .* is 5"),
+    ):
+        for read in (listed_prompts, prompts_of):
+            with pytest.raises(DataError, match=said):
+                read(str(tmp_path / name))
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +212,9 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         (classes, ["--count", "2", "--tars", "0"], "--tars 0"),
         (classes, ["--count", "2", "--ranks", "-1"], "--ranks -1"),
         (classes, ["--tars", "--class-label", "0"], "--tars belongs"),
-        (classes, ["--count", "2", "--quality", "101"], "--quality 101"),
+        (classes, ["--count", "2", "--quality", "101", "--format", "jpg"], "--quality 101 must lie"),
+        (classes, ["--count", "2", "--quality", "80"], "--quality 80 is of JPEG; give --format jpg"),
+        (classes, ["--quality", "80", "--class-label", "0"], "--quality belongs"),
         (classes, ["--count", "2", "--prompts-from", str(tmp_path / "torn.jsonl")], "torn.jsonl"),
     ):
         assert main(["sample", source, *words, "--out", str(tmp_path / "out")]) == 2, words

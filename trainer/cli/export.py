@@ -56,6 +56,7 @@ from trainer.interop.parts import TOWERS, is_clip_l
 from trainer.pixels import to_unit_range
 from trainer.weights import metadata_object
 
+SAMPLES = 2048
 EXAMPLE = "example: ldm export s3://bucket/first_stage_run s3://bucket/first_stage.safetensors"
 
 
@@ -77,9 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARDS",
         help="measure a first stage's latent statistics on these shards (URLs with braces or wildcards)",
     )
-    parser.add_argument(
-        "--samples", type=int, default=2048, help="pictures for --measure (default: %(default)s)"
-    )
+    parser.add_argument("--samples", type=int, help=f"pictures for --measure (default: {SAMPLES})")
     parser.add_argument(
         "--latent-scale",
         type=float,
@@ -93,6 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export and say what was written."""
+    if args.samples is not None and not args.measure:
+        raise ConfigError(f"--samples {args.samples} are pictures to measure on; give --measure SHARDS, too.")
     if args.layout == "lora":
         return _export_lora(args)
     if args.latent_scale is not None and (args.layout == "native" or args.measure):
@@ -185,7 +186,7 @@ def _open(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, str], 
             metadata,
             config,
             args.measure,
-            samples=args.samples,
+            samples=SAMPLES if args.samples is None else args.samples,
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             source=args.source,
         )

@@ -30,6 +30,8 @@ from trainer.model import TrainedModel
 
 MAX_COUNT = 10_000_000
 """Pictures of a set, whose names have seven digits."""
+QUALITY = 95
+"""Of JPEG, where nobody says."""
 PROMPTS_LOOKED_AT = 1000
 """For being too long."""
 _PAUSE_S = 1.0
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="captions of .txt, .csv, .tsv, .jsonl, .parquet, of shards or of a folder of pictures",
     )
     group.add_argument("--format", choices=("png", "jpg"), default="png", help="(default: %(default)s)")
-    group.add_argument("--quality", type=int, default=95, help="of JPEG (default: %(default)s)")
+    group.add_argument("--quality", type=int, help=f"of JPEG (default: {QUALITY})")
     group.add_argument(
         "--tars",
         type=int,
@@ -96,6 +98,7 @@ def is_series(args: argparse.Namespace) -> bool:
     for given, option in (
         (args.tars is not None, "--tars"),
         (args.format != "png", "--format"),
+        (args.quality is not None, "--quality"),
         (args.ranks != 0, "--ranks"),
         (args.share is not None, "--share"),
     ):
@@ -118,7 +121,7 @@ def make(args: argparse.Namespace, env: DistributedEnv) -> None:
     """
     share = _share(args.share)
     plan = collectives.from_main_rank(lambda: _plan(args, env.device))
-    store = SetStore(args.out, plan.record, Form(args.format, args.quality, tars=args.tars is not None))
+    store = SetStore(args.out, plan.record, Form(args.format, _quality(args), tars=args.tars is not None))
     with read_together(env.device):
         trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
     if env.is_main:
@@ -171,7 +174,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
         "count": series.count,
         "batch_size": series.batch_size,
         "part_size": series.part_size,
-        "format": f"{args.format}{args.quality if args.format == 'jpg' else ''}",
+        "format": f"{args.format}{_quality(args) if args.format == 'jpg' else ''}",
         "tars": args.tars is not None,
         "compile": found.config.distributed.compile and device.type == "cuda",
     }
@@ -228,7 +231,9 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.prompts_from is not None and not args.prompts_from.strip():
         raise ConfigError("--prompts-from is empty (a variable that is not set?); name a file or shards.")
-    if not 1 <= args.quality <= 100:
+    if args.quality is not None and args.format != "jpg":
+        raise ConfigError(f"--quality {args.quality} is of JPEG; give --format jpg, too.")
+    if not 1 <= _quality(args) <= 100:
         raise ConfigError(f"--quality {args.quality} must lie in 1 .. 100.")
     if args.tars is not None and not 1 <= args.tars <= MAX_COUNT:
         raise ConfigError(f"--tars {args.tars} must be at least 1: pictures of each tar.")
@@ -241,6 +246,10 @@ def _share(text: str | None) -> tuple[int, int]:
     if which >= shares:
         raise ConfigError(f"--share {text} is none; write K/N with K from 0 to N - 1, such as 0/16.")
     return which, shares
+
+
+def _quality(args: argparse.Namespace) -> int:
+    return QUALITY if args.quality is None else int(args.quality)
 
 
 def _labels(config: Config, given: Sequence[int]) -> tuple[int, ...]:

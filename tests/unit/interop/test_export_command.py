@@ -202,6 +202,7 @@ def test_options_and_destinations_that_mean_nothing_are_refused(
     cases = [
         ([source, there, "--first-stage", "x"], "holds no frozen networks; leave out --first-stage"),
         ([source, there, "--text-encoder", "x"], "leave out --text-encoder"),
+        ([source, there, "--samples", "9"], "--samples 9 are pictures to measure on; give --measure SHARDS"),
         ([pixels, there, "--layout", "diffusers", "--first-stage", "x"], "leave out --first-stage"),
         ([source, "", "--layout", "diffusers"], "is a folder"),
         ([source, f"{there}.safetensors", "--layout", "diffusers"], "is a folder"),
