@@ -63,6 +63,9 @@ _FORMS = "plain text, CSV, JSON lines or Parquet, as it is or compressed by gzip
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
 _PATTERN = re.compile(r"(^|://)\*|/\*+$")
 """A wildcard in place of a host or of all names in a folder."""
+_NAMED = re.compile(rf"({'|'.join(COLUMNS)})\s*(?::\s|=)\s*(\S.*)", re.IGNORECASE)
+_CODE = re.compile(r"""[\[({]\s*["']|["']\s*[\])}]""")
+"""A quoted text in brackets, as no key or URL has it."""
 _CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
 _SEPARATOR = re.compile(r'[\t,;|\s"]')
 _KIND = {length: name for name, length in DIGESTS.items()}
@@ -184,6 +187,11 @@ class Entries:
     def _line(self, text: str) -> None:
         """A line that is one identifier, and what it may mean without bullet, quotes or comment."""
         *others, bare = text, *readings(text)
+        if named := _NAMED.fullmatch(bare):  # of YAML, say: `- key: "000000001"`
+            self._record([(named[1], [named[2], *readings(named[2])][-1])])
+            return
+        if _CODE.search(bare):
+            self.refuse(f"{bare[:80]!r} looks like a piece of a program or of settings; write it as {_FORMS}")
         if _PATTERN.search(bare):
             self.refuse(f"{bare[:80]!r} is a pattern, and patterns are not read; name each URL or key")
         self._add(bare)

@@ -83,6 +83,10 @@ LINES = {
     "URL with a comment": "http://x.invalid/{}.jpg # asked",
     "URL as a cell": '"http://x.invalid/{}.jpg",',
     "URL and semicolon": "http://x.invalid/{}.jpg;",
+    "key of YAML": "- key: 00000000{}",
+    "key of YAML in quotes": "key: '00000000{}'  # asked",
+    "URL of YAML": "- url: http://x.invalid/{}.jpg",
+    "key of settings": 'KEY = "00000000{}"',
 }
 
 

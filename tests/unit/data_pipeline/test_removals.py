@@ -204,6 +204,9 @@ REFUSED = {
     "page": (b"<!DOCTYPE html>", "HTML"),
     "damaged parquet": (b"PAR1 but no more", "the Parquet file is damaged"),
     "json line of no use": (b'k\n{"caption": "x"}\n', "line 2: it names no sample: give one of key"),
+    "toml": (b'removed = ["000000001"]\n', "line 1: .* looks like a piece of a program or of settings"),
+    "sql": (b"INSERT INTO gone VALUES ('000000001');\n", "line 1: .* looks like a piece of a program"),
+    "digest of YAML that is none": (b"md5: 12\n", "line 1: '12' is no md5"),
     "json over lines": (b'{\n "key": "a"\n}\n', "line 1: it is no JSON object.*on one line"),
     "key as number": (b'{"key": 123}\n', "line 1: key is 123, which is no text; write it in quotes"),
     "digest in base64": (
