@@ -10,6 +10,7 @@ beginnings of the same run, and synchronising the second may erase the first.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from data_pipeline.storage.urls import is_local, local_path
+from data_pipeline.storage.urls import is_local, local_path, without_secrets
 from trainer.config.run import ConfigError
 from trainer.config.training import LoggingConfig
 from trainer.metrics.alerts import Level
@@ -56,7 +57,8 @@ class WandbSink:
             "project": config.wandb_project,
             "entity": config.wandb_entity,
             "dir": folder,
-            "config": resolved,
+            # The project may be shared with more people than the storage is.
+            "config": json.loads(without_secrets(json.dumps(resolved))),
             "group": os.environ.get("WANDB_RUN_GROUP") or group or self._id,
         }
         whole: dict[str, Any] = {"id": self._id, "resume": "allow" if run_id else None}

@@ -254,6 +254,20 @@ def test_offline_each_start_is_a_run_of_its_own_in_one_group(
     assert sink.run_id not in {run_id for run_id, _ in runs}  # it is the online run's, if there is one
 
 
+def test_passwords_and_signatures_of_urls_stay_here(tmp_path: Path) -> None:
+    shards = ["https://me:pass@host/{0..9}.tar?part=3&X-Amz-Signature=1f2e", "s3://bucket/1.tar"]
+    resolved = {"data": {"shards": shards}, "steps": 7}
+    WandbSink(LoggingConfig(wandb="offline"), str(tmp_path), resolved, None).close()
+    deadline = time.monotonic() + 60
+    while not offline_runs(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)  # wandb's own process writes the files
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    sent = next(r.run.config for r in wandb_records(path) if r.HasField("run")).update
+    values = {update.key: json.loads(update.value_json) for update in sent}
+    hidden = ["https://***@host/{0..9}.tar?part=3&X-Amz-Signature=***", "s3://bucket/1.tar"]
+    assert (values["data"], values["steps"]) == ({"shards": hidden}, 7)
+
+
 @pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', "x" * 200_000])
 def test_a_torn_last_line_does_not_spoil_the_next_record(tmp_path: Path, torn: str) -> None:
     """A full disk or SIGKILL in a write; the run then goes on in the same file."""
