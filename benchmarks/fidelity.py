@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.evaluation import metrics
-from trainer.evaluation.features import FeatureOptions, build_networks
+from trainer.evaluation.networks import FeatureOptions, build_networks
 from trainer.evaluation.survey import Moments, SurveyOptions, survey
 
 WIDTH = 2048

@@ -352,7 +352,7 @@ def _open_features(config: Config, env: DistributedEnv) -> Callable[[], Distance
     if family is None:
         return None
     # Not at the top: few runs need what it imports.
-    from trainer.evaluation.features import FeatureOptions, build_networks
+    from trainer.evaluation.networks import FeatureOptions, build_networks
     from trainer.evaluation.survey import ReconstructionDistance
 
     options = FeatureOptions(

@@ -48,7 +48,7 @@ def validate(run: Run, watchdog: Watchdog) -> None:
     if odd and len(run.held_out) > 1:
         run.sinks.event(step, samples, "validation not finite", figures=odd)
     if run.env.is_main:
-        _tell(run.config, step, figures, rejected, seconds)
+        _tell(step, figures, rejected, seconds)
         if odd:
             logger.warning("validation of step %d: not finite: %s; training goes on", step, ", ".join(odd))
 
@@ -96,9 +96,7 @@ def _once(run: Run, beat: Callable[[], None]) -> tuple[dict[str, float], Counter
         )
 
 
-def _tell(
-    config: Config, step: int, figures: dict[str, float], rejected: Counter[str], seconds: float
-) -> None:
+def _tell(step: int, figures: dict[str, float], rejected: Counter[str], seconds: float) -> None:
     """One line: figures that have an error, and no parts of them; distances."""
     shown = [
         f"{name} {figures[name]:.4g} +- {figures[f'{name}_stderr']:.2g}"

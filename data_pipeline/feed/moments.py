@@ -33,7 +33,7 @@ from data_pipeline.errors import Gone, ReadFailed, Replaced
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.sample import Reused, draw_crop
 from data_pipeline.feed.task import ShareTask
-from data_pipeline.moments.catalogue import REFRESH_S, Catalogue, Place
+from data_pipeline.moments.catalogue import REFRESH_S, Catalogue, EntryPlace
 from data_pipeline.moments.entry import Damaged, Label, Member, Picture, digest, entry_key, unpack
 from data_pipeline.moments.parts import part_url
 from data_pipeline.pictures.crops import RESAMPLING, Geometry
@@ -64,7 +64,7 @@ class Planned:
     extents: dict[str, Extent]
     """Where each member of the sample lies in its shard, by extension."""
     target: tuple[int, int]
-    place: Place | None = None
+    place: EntryPlace | None = None
     """Where its moments lie; None: they are not there."""
     future: Future[Contents] | None = None
 
@@ -220,7 +220,7 @@ class MomentsReads:
         """Wake sleeping retries."""
         self._parts.close()
 
-    def _damaged(self, place: Place, why: str) -> None:
+    def _damaged(self, place: EntryPlace, why: str) -> None:
         self._counts["cache_damaged"] += 1
         self._catalogue.broken(place, why)
 

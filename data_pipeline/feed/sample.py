@@ -16,7 +16,7 @@ from data_pipeline.feed.captions import choose_caption
 from data_pipeline.feed.conditions import fill_conditions
 from data_pipeline.moments.entry import MomentsCache
 from data_pipeline.order.draws import Draw, below, fold
-from data_pipeline.pictures.crops import Geometry, Place, crop_at, crop_pixels, draw_place
+from data_pipeline.pictures.crops import CropPlace, Geometry, crop_at, crop_pixels, draw_place
 from data_pipeline.pictures.decoding import check_size, decode
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.records import parse_record
@@ -50,7 +50,7 @@ class Reused:
     """Members beside the picture that are kept with it, by extension."""
 
 
-def draw_crop(config: DataConfig, key: str, variants: int, *, seed: int, ordinal: int) -> Place:
+def draw_crop(config: DataConfig, key: str, variants: int, *, seed: int, ordinal: int) -> CropPlace:
     """The crop of one visit: anew, or one of a number of `variants` that each key has, whatever the seed."""
     random_crop, may_flip = config.crop == "random", config.horizontal_flip
     if variants:
@@ -66,7 +66,7 @@ def fill_sample(
     known: Known,
     *,
     target: tuple[int, int],
-    draws: tuple[int, int, Place],
+    draws: tuple[int, int, CropPlace],
     out: Mapping[str, NDArray[Any]],
     row: int,
     reused: Reused | None = None,
@@ -108,7 +108,7 @@ def _fill_pixels(
     config: DataConfig,
     members: Mapping[str, bytes],
     target: tuple[int, int],
-    place: Place,
+    place: CropPlace,
     out: NDArray[Any],
 ) -> Geometry:
     data = next((members[e] for e in picture_members(config) if e in members), None)

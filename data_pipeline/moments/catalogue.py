@@ -40,7 +40,7 @@ _KINDS = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class EntryPlace:
     """Where one entry lies."""
 
     shard: str
@@ -70,12 +70,12 @@ class _Known:
     extensions: list[str] = field(default_factory=list)
     """Extensions that occur, by the bit of "members" that stands for each."""
 
-    def place(self, shard: str, row: NDArray[Any]) -> Place:
+    def place(self, shard: str, row: NDArray[Any]) -> EntryPlace:
         """Where the entry of a row lies."""
         bits = int(row["members"])
         held = frozenset(name for i, name in enumerate(self.extensions) if bits >> i & 1)
         part, size = self.parts[int(row["part"])], self.sizes[int(row["part"])]
-        return Place(shard, part, int(row["offset"]), int(row["size"]), int(row["check"]), held, size)
+        return EntryPlace(shard, part, int(row["offset"]), int(row["size"]), int(row["check"]), held, size)
 
     def bits(self, members: Sequence[str]) -> int:
         """The extensions as bits."""
@@ -95,7 +95,7 @@ class Catalogue:
         self._broken: set[tuple[str, str]] = set()
         self._told: set[str] = set()
 
-    def find(self, shard: str, key: bytes) -> Place | None:
+    def find(self, shard: str, key: bytes) -> EntryPlace | None:
         """Where the entry of a key lies, of several the one written last."""
         known = self._of(shard)
         with known.lock:
@@ -110,7 +110,7 @@ class Catalogue:
                     return known.place(shard, row)
         return None
 
-    def broken(self, place: Place, why: str) -> None:
+    def broken(self, place: EntryPlace, why: str) -> None:
         """Never look at this part's entries of this shard again; they are encoded again, and written anew."""
         with self._lock:
             if (place.shard, place.part) in self._broken:

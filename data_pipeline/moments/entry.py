@@ -56,10 +56,6 @@ class MomentsCache:
         """[C, h, w] of a picture of this size."""
         return self.channels, height // self.downsampling, width // self.downsampling
 
-    def entry_bytes(self, height: int, width: int) -> int:
-        """About how much an entry of a picture of this size takes."""
-        return int(np.prod(self.shape(height, width))) * self.numpy_dtype.itemsize + 1024
-
 
 @dataclass(frozen=True)
 class Moments:

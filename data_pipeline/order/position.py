@@ -232,10 +232,10 @@ def lanes_and_window(position: Position) -> tuple[int, int]:
     return int(head["lanes"]), int(head["window"])
 
 
-def last_epochs(position: Position, order: Order | Turns, buckets: Buckets) -> tuple[int, ...]:
+def last_epochs(position: Position, buckets: Buckets) -> tuple[int, ...]:
     """The latest epoch that a lane is in, of each source with a weight, or of all.
 
-    order, buckets: those that the position was made with
+    buckets: those that the position was made with
     """
     assert position
     whole = position if isinstance(position, dict) else merge_positions(position)

@@ -43,7 +43,7 @@ RESAMPLING = 1
 that what was encoded before is not taken for what would be encoded now."""
 
 
-class Place(NamedTuple):
+class CropPlace(NamedTuple):
     """Where a crop lies in the room that it has, from 0 to 1, and whether it is mirrored."""
 
     y: float
@@ -117,15 +117,15 @@ def plan_crop(
     return crop_at(height, width, target, place)
 
 
-def draw_place(*, random_crop: bool, may_flip: bool, seed: int, ordinal: int) -> Place:
+def draw_place(*, random_crop: bool, may_flip: bool, seed: int, ordinal: int) -> CropPlace:
     """The centre unless it is random, drawn from (seed, ordinal)."""
     y, x = 0.5, 0.5
     if random_crop:
         y, x = uniform(seed, ordinal, Draw.CROP_Y), uniform(seed, ordinal, Draw.CROP_X)
-    return Place(y, x, may_flip and uniform(seed, ordinal, Draw.FLIP) < 0.5)
+    return CropPlace(y, x, may_flip and uniform(seed, ordinal, Draw.FLIP) < 0.5)
 
 
-def crop_at(height: int, width: int, target: tuple[int, int], place: Place) -> Geometry:
+def crop_at(height: int, width: int, target: tuple[int, int], place: CropPlace) -> Geometry:
     """Largest crop of the target's aspect at its place."""
     aspect = target[1] / target[0]
     crop_w = min(float(width), height * aspect)

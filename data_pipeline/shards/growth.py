@@ -63,7 +63,7 @@ def walks_of(
         walks = each if walks is None else _linked(walks, each, history[number - 1].until)
     if newly is not None:
         assert walks is not None
-        until = tuple(epoch + 1 for epoch in last_epochs(position, order, walks))
+        until = tuple(epoch + 1 for epoch in last_epochs(position, walks))
         history = (*history[:-1], Earlier(history[-1].shards, until))
         logger.warning(
             "the set has grown from %d to %d shards: the new ones join from epoch %s on",

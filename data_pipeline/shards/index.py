@@ -42,8 +42,6 @@ from data_pipeline.shards.filter_values import OTHER, as_column, spelled_number,
 from data_pipeline.shards.tars import BLOCK
 
 VERSION = 6
-COLUMN_KINDS = ("number", "text", "mixed", "unkept", "empty")
-"""Numbers; texts that spell no number; anything else; in the parquet alone and not kept; without a value."""
 ABSENT = np.uint32(0xFFFFFFFF)
 DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
@@ -159,7 +157,11 @@ class ShardIndex:
         return _widen(self.numbers[name], name in self.decimal)
 
     def column_kinds(self) -> dict[str, str]:
-        """What the values of each column are: one of COLUMN_KINDS."""
+        """What the values of each column are, by name.
+
+        number; text: none spells a number; mixed: anything else; unkept: in the parquet alone; empty: without
+        a value.
+        """
         kinds = dict.fromkeys(self.omitted, "mixed") | dict.fromkeys(self.numbers, "number")
         for name, codes in self.codes.items():
             lost = bool((codes == -2).any())

@@ -62,7 +62,7 @@ class ManifestRow:
     aspects: dict[str, int] = field(default_factory=dict)
     """Pictures by aspect ratio, also those of samples with several."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Filter columns of the shard and their COLUMN_KINDS."""
+    """Filter columns of the shard, and what their values are (`ShardIndex.column_kinds`)."""
     members: tuple[str, ...] = ()
     """Extensions that occur, the most frequent first."""
     apart: int = 0

@@ -199,7 +199,7 @@ class _Ends:
 
 
 class _Held:
-    """Bytes of a tar, read in order and kept until they are dropped; implements `tars.Source`.
+    """Bytes of a tar, read in order and kept until they are dropped; implements `tars.TarSource`.
 
     Members of more than `_SKIP` bytes are jumped over: few filters keep them, and who wants one asks again.
     """

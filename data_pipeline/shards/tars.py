@@ -70,7 +70,7 @@ class TarScan:
     """Where the header of the member lies before which the walk was ended; None: it came to the end."""
 
 
-class Source(Protocol):
+class TarSource(Protocol):
     """Where the bytes of a tar come from while it is walked."""
 
     @property
@@ -90,7 +90,7 @@ class Source(Protocol):
 class MemberBytes:
     """Reads within one member while its tar is scanned."""
 
-    def __init__(self, window: Source, member: Member) -> None:
+    def __init__(self, window: TarSource, member: Member) -> None:
         self._window, self._offset, self.size = window, member.offset, member.size
 
     def read(self, start: int, stop: int) -> bytes:
@@ -154,7 +154,7 @@ def scan(
 
 
 def scan_part(
-    window: Source,
+    window: TarSource,
     *,
     look: Look = lambda name, member: None,
     start: int = 0,
@@ -176,7 +176,7 @@ def scan_part(
 
 
 def _walk(
-    window: Source,
+    window: TarSource,
     found: TarScan,
     entries: list[Member | _Link],
     look: Look,
@@ -240,13 +240,13 @@ def _walk(
     return position
 
 
-def _note(found: TarScan, look: Look, window: Source, member: Member) -> None:
+def _note(found: TarScan, look: Look, window: TarSource, member: Member) -> None:
     noticed = look(member.name, MemberBytes(window, member))
     if noticed is not None:
         found.seen[member.offset] = noticed
 
 
-def _past_zeros(window: Source, position: int) -> int:
+def _past_zeros(window: TarSource, position: int) -> int:
     """The next block that is not zero, or the end."""
     while position + BLOCK <= window.size:
         data = window.get(position, position + _ZEROS)
@@ -257,7 +257,7 @@ def _past_zeros(window: Source, position: int) -> int:
     return window.size - window.size % BLOCK
 
 
-def _has_data(window: Source, data: int, length: int) -> bool:
+def _has_data(window: TarSource, data: int, length: int) -> bool:
     """Whether a hard link that gives a size brings the data again, as pax may, or another header follows."""
     header = window.get(data, data + BLOCK)
     return length > 0 and len(header) == BLOCK and any(header) and _checked_size(header) is None

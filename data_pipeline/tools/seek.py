@@ -34,7 +34,7 @@ Counts: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Place:
+class WindowStart:
     """The beginning of a window of a lane."""
 
     epoch: int
@@ -51,7 +51,7 @@ class Seeker:
     def __init__(self, buckets: Buckets, number: int, views: ShardViews, first_epoch: int = 0) -> None:
         """`number`: of the walk among those of `buckets`; `first_epoch`: with which it begins."""
         order = buckets.orders[number]
-        self._start = Place(first_epoch, 0, 0, 0)
+        self._start = WindowStart(first_epoch, 0, 0, 0)
         assert isinstance(order, Order)
         assert order.shard_of is not None
         self._order = order
@@ -60,7 +60,7 @@ class Seeker:
         self._views = views
         self._totals: dict[int, Counts] = {}
 
-    def seek(self, skips: Sequence[int]) -> list[Place]:
+    def seek(self, skips: Sequence[int]) -> list[WindowStart]:
         """Of every lane, the window that holds its first sample after so many accepted ones.
 
         Raises DataError when no sample is accepted.
@@ -76,7 +76,7 @@ class Seeker:
             places[lane] = self._in_epoch(lane, places[lane], skips[lane])
         return places
 
-    def _in_epoch(self, lane: int, start: Place, skip: int) -> Place:
+    def _in_epoch(self, lane: int, start: WindowStart, skip: int) -> WindowStart:
         """The window in the epoch that `start` begins; where it is not there, the beginning of the next."""
         first, stop = self._order.lane_slice(lane)
         accepted, rejected = start.accepted, start.rejected
@@ -89,16 +89,16 @@ class Seeker:
                 parts = [
                     self._count(*part[:3]) for part in self._segments(start.epoch, first, first + offset)
                 ]
-                return Place(
+                return WindowStart(
                     start.epoch,
                     offset,
                     start.accepted + sum(part[0] for part in parts),
                     start.rejected + sum(part[1] for part in parts),
                 )
             accepted, rejected = accepted + inside[0], rejected + inside[1]
-        return Place(start.epoch + 1, 0, accepted, rejected)
+        return WindowStart(start.epoch + 1, 0, accepted, rejected)
 
-    def _pass_epochs(self, places: list[Place], late: list[int], skips: Sequence[int]) -> None:
+    def _pass_epochs(self, places: list[WindowStart], late: list[int], skips: Sequence[int]) -> None:
         """Move the late lanes on to the beginning of the epoch that holds what they seek."""
         in_epoch = sum(self._totals[int(shard)][0] for shard in self._shard_of)
         most = max(1, _CHUNK // (len(self._shard_of) + self._order.lanes))
@@ -112,7 +112,7 @@ class Seeker:
             for lane in list(seeking):
                 place, passed = places[lane], np.cumsum(accepted[:, lane])
                 number = int(np.searchsorted(passed, skips[lane] - place.accepted, side="right"))
-                places[lane] = Place(
+                places[lane] = WindowStart(
                     epoch + number,
                     0,
                     place.accepted + int(accepted[:number, lane].sum()),

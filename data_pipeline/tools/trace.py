@@ -31,7 +31,7 @@ from data_pipeline.shards.sources import configs_of
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.files import read_text
 from data_pipeline.storage.ranges import RangeReader
-from data_pipeline.tools.seek import Place, Seeker
+from data_pipeline.tools.seek import Seeker, WindowStart
 
 _EPOCHS = 2
 """Epochs of a lane without one sample after which it is called hopeless, as in training."""
@@ -115,7 +115,7 @@ def explain_step(
     walks = []
     for place, number in enumerate(numbers):
         # Only a walk from the start meets all that a ledger has.
-        starts = [Place(first_epoch, 0, 0, 0)] * order.lanes
+        starts = [WindowStart(first_epoch, 0, 0, 0)] * order.lanes
         if not ledger.files:
             starts = Seeker(buckets, number, views, first_epoch).seek([skip[place] for skip in skips])
         walks.append(_Walk(buckets, number, dataset, views, ledger, starts))
@@ -173,7 +173,7 @@ class _Walk:
     dataset: Dataset
     views: ShardViews
     ledger: Ledger
-    starts: Sequence[Place]
+    starts: Sequence[WindowStart]
     """Of each lane, a place that is not behind what is asked for."""
 
     @property
@@ -198,7 +198,7 @@ class _Walk:
             seen += 1
             rejected += beside
 
-    def visits(self, lane: int, start: Place) -> Iterator[_Visit]:
+    def visits(self, lane: int, start: WindowStart) -> Iterator[_Visit]:
         """A lane's visits from a place on, what was set aside at the end of its epoch."""
         order, ledger, bucket = self.order, self.ledger, self.buckets.walks[self.number].bucket
         state, fruitless = LaneState(start.epoch, start.offset), 0

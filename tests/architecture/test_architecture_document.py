@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import inspect
 import re
 from pathlib import Path
@@ -20,6 +21,25 @@ def test_the_map_is_the_tree() -> None:
         assert set(re.findall(r"(\w+)/(?=[\s])", text)) == folders, package
         for name in re.findall(r"\b(\w+\.py)\b", text):
             assert (ROOT / package / name).exists(), name
+
+
+def test_every_module_at_the_top_is_on_the_map() -> None:
+    drawn = DOCUMENT.split("## The map")[1].split("```")[1]
+    for package in ("data_pipeline", "trainer"):
+        text = drawn.split(f"{package}/")[1].split("\ntrainer/")[0]
+        modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+        assert modules <= set(re.findall(r"\w+", text)), package
+
+
+def test_imports_go_the_way_that_is_written() -> None:
+    written = DOCUMENT.split("## Imports go one way")[1].split("```")[1]
+    contract = configparser.ConfigParser()
+    contract.read(ROOT / ".importlinter")
+    floors = contract["importlinter:contract:trainer"]["layers"].split("\n")
+    assert [set(floor.split(" | ")) for floor in map(str.strip, written.split(">"))] == [
+        *(set(floor.split(" | ")) for floor in floors if floor),
+        {"data_pipeline"},
+    ]
 
 
 def test_paths_exist() -> None:

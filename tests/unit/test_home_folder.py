@@ -29,7 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_in_the_home_folder(home: Path) -> None:
     config = dataclasses.replace(Config(), run_dir="~/run")
-    assert _log_dir(config, home) == home / "run" / "logs"
+    assert _log_dir(config) == home / "run" / "logs"
     JSONLWriter("~/run").write({"step": 1})
     assert (home / "run/logs/metrics.jsonl").read_text() == '{"step": 1}\n'
     WandbSink(LoggingConfig(wandb="offline"), "~/run", {}, None).close()

@@ -30,7 +30,7 @@ from trainer.config.run import ConfigError
 from trainer.diffusion.objective import draw_timesteps, loss_per_sample
 from trainer.distributed.env import DistributedEnv
 from trainer.doctor.inputs import check_samples
-from trainer.evaluation.features import FeatureOptions, build_networks
+from trainer.evaluation.networks import FeatureOptions, build_networks
 from trainer.evaluation.survey import ReconstructionDistance
 from trainer.exit_codes import ExitCode
 from trainer.pixels import to_unit_range

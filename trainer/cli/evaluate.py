@@ -27,7 +27,7 @@ from trainer.cli import fidelity, sweep, watch
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
-from trainer.evaluation.features import build_networks
+from trainer.evaluation.networks import build_networks
 from trainer.evaluation.pictures import pictures_once
 from trainer.evaluation.reconstruction import reconstruction_metrics
 from trainer.evaluation.survey import ReconstructionDistance

@@ -17,13 +17,7 @@ from data_pipeline.storage.urls import parent
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.shared_reads import read_together
-from trainer.evaluation.features import (
-    FAMILIES,
-    FeatureOptions,
-    Fit,
-    Resizing,
-    build_networks,
-)
+from trainer.evaluation.features import Fit, Resizing
 from trainer.evaluation.fidelity import (
     METRICS,
     Comparison,
@@ -32,6 +26,7 @@ from trainer.evaluation.fidelity import (
     figure_names,
     outputs_needed,
 )
+from trainer.evaluation.networks import FAMILIES, FeatureOptions, build_networks
 from trainer.evaluation.statistics import (
     ENDINGS,
     UNKNOWN,

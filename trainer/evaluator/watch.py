@@ -74,7 +74,7 @@ class WatchOptions:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Committed:
     """Where the run stood when something was committed, from its state file."""
 
     config: Config
@@ -179,8 +179,8 @@ class Watcher:
         """Draw and measure; what is gone meanwhile is passed over. Collective."""
         folder = join(self._out, PICTURES, f"{folder_name(sighting.step)}-{sighting.checksum[:8]}")
         try:
-            standing = collectives.from_main_rank(lambda: _standing(sighting))
-            if standing is None:
+            committed = collectives.from_main_rank(lambda: _committed(sighting))
+            if committed is None:
                 collectives.from_main_rank(lambda: self._pass_over(sighting, "its manifest is damaged"))
                 return
             began = time.monotonic()
@@ -195,7 +195,7 @@ class Watcher:
             collectives.from_main_rank(lambda: self._pass_over(sighting, reason))
             return
         times = {"draw_s": drawn - began, "measure_s": time.monotonic() - drawn}
-        collectives.from_main_rank(lambda: self._tell(sighting, standing, figures or {}, times, folder))
+        collectives.from_main_rank(lambda: self._tell(sighting, committed, figures or {}, times, folder))
 
     def _excuse(self, sighting: Sighting, error: str) -> str | None:
         """Why a checkpoint cannot be measured where that is its own fault; None where it is the command's."""
@@ -211,7 +211,7 @@ class Watcher:
     def _tell(
         self,
         sighting: Sighting,
-        standing: Standing,
+        committed: Committed,
         figures: dict[str, float],
         times: dict[str, float],
         folder: str,
@@ -220,19 +220,19 @@ class Watcher:
         findings = self._held()
         named = {PREFIX + name: value for name, value in figures.items()}
         named |= {f"evaluator/{name}": value for name, value in times.items()}
-        place = {"step": sighting.step, "samples_seen": standing.samples_seen, "time": time.time()}
+        place = {"step": sighting.step, "samples_seen": committed.samples_seen, "time": time.time()}
         about = {"checkpoint": sighting.checksum, "snapshot": sighting.snapshot}
-        findings.add({**place, **about, "run_steps": standing.config.steps, **named})
+        findings.add({**place, **about, "run_steps": committed.config.steps, **named})
         shown = "  ".join(f"{name} {value:.6g}" for name, value in figures.items())
-        logger.info("step %d, %d samples: %s", sighting.step, standing.samples_seen, shown)
+        logger.info("step %d, %d samples: %s", sighting.step, committed.samples_seen, shown)
         self._mark(set(), metric=self._options.best_metric or next(iter(figures), None))
         sheet = _grid_of(folder)
         if sheet is not None:
             write_bytes(join(self._out, SAMPLES, f"{folder_name(sighting.step)}.png"), sheet)
         if self._teller is None:
-            group = standing.wandb_group or _group_of(self._options.run_dir)
-            self._teller = Teller(standing.config, self._out, group, self._name)
-        self._teller.tell(standing.samples_seen, {"step": sighting.step, **named}, sheet)
+            group = committed.wandb_group or _group_of(self._options.run_dir)
+            self._teller = Teller(committed.config, self._out, group, self._name)
+        self._teller.tell(committed.samples_seen, {"step": sighting.step, **named}, sheet)
         if not self._options.keep_pictures:
             for name in list_names(join(self._out, PICTURES)):
                 made = join(self._out, PICTURES, name)
@@ -263,7 +263,7 @@ class Watcher:
             logger.warning(text, *values)
 
 
-def _standing(sighting: Sighting) -> Standing | None:
+def _committed(sighting: Sighting) -> Committed | None:
     """None where the manifest is damaged."""
     try:
         handle = open_checkpoint(sighting.url)
@@ -273,7 +273,7 @@ def _standing(sighting: Sighting) -> Standing | None:
     config = config_from_dict(stored["config"])
     train: dict[str, Any] = stored["state"].get("train", {})  # a snapshot has none
     samples_seen = int(train.get("samples_seen", handle.step * config.global_batch_size))
-    return Standing(config, samples_seen, train.get("wandb_run_id"))
+    return Committed(config, samples_seen, train.get("wandb_run_id"))
 
 
 def _group_of(run_dir: str) -> str | None:

@@ -15,7 +15,7 @@ from trainer.interop.diffusers_unet import Json
 from trainer.weights import read_weights, write_weights
 
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
-FIRST_STAGES = ("AutoencoderKL", "VQModel")
+AUTOENCODERS = ("AutoencoderKL", "VQModel")
 TEXT_TOWERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 FOLDERS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2")
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"
@@ -158,8 +158,8 @@ def _shards_of(url: str) -> list[str]:
 
 
 def _role(kind: str) -> str:
-    for kinds, role in ((UNETS, "unet"), (FIRST_STAGES, "vae"), (TEXT_TOWERS, "text_encoder")):
+    for kinds, role in ((UNETS, "unet"), (AUTOENCODERS, "vae"), (TEXT_TOWERS, "text_encoder")):
         if kind in kinds:
             return role
-    known = ", ".join((*UNETS, *FIRST_STAGES, *TEXT_TOWERS))
+    known = ", ".join((*UNETS, *AUTOENCODERS, *TEXT_TOWERS))
     raise ConfigError(f"a component of class {kind} cannot be imported; {known} can.")

@@ -65,7 +65,7 @@ def launch(config: Config, task: Task = "train") -> int:
             max_restarts=config.distributed.max_restarts if task == "train" else 0,
             watchdog_s=config.distributed.watchdog_s,
             scratch=Path(scratch),
-            log_dir=_log_dir(config, Path(scratch)),
+            log_dir=_log_dir(config),
         )
 
 
@@ -297,7 +297,7 @@ def _thread_settings(ranks: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, **os.environ}  # MKL follows it
 
 
-def _log_dir(config: Config, scratch: Path) -> Path:
+def _log_dir(config: Config) -> Path:
     """Where the console output of ranks other than 0 goes: beside the run if that is local."""
     if is_local(config.run_dir):
         folder = Path(local_path(config.run_dir)) / "logs"

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -74,7 +74,7 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
             return diagnose(config, DistributedEnv.detect())
         if is_restart():
             wait_for_storage(config.run_dir, config.data)
-        config.sharing(_ranks_told())  # a mistake that needs neither peers nor a doctor to be seen
+        config.sharing(_told()[1])  # a mistake that needs neither peers nor a doctor to be seen
         if config.distributed.doctor and not is_restart():
             code = _examine(config)
             if code is not ExitCode.DONE:
@@ -85,8 +85,8 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
         return run(config, env)
     except (Exception, KeyboardInterrupt) as error:
         code = classify(error, restarted=is_restart())
-        rank, ranks = (_number(names) for names in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")))
-        code = weighed(error, code, rank=rank, world_size=max(1, ranks))
+        rank, ranks = _told()
+        code = weighed(error, code, rank=rank, world_size=ranks)
         if code is ExitCode.USER_ERROR:
             logger.error("%s", error)
         elif code is ExitCode.ABORTED:
@@ -130,22 +130,22 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _ranks_told() -> int:
-    """Ranks of the job as `DistributedEnv.detect` will find them, without a look at any device."""
+def _told() -> tuple[int, int]:
+    """Rank and ranks of the job as `DistributedEnv.detect` will find them, without a look at any device."""
+
+    def number(*names: str) -> int:
+        return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
+
     told = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    return max(1, _number(("WORLD_SIZE", "SLURM_NTASKS"))) if told else 1
-
-
-def _number(names: Sequence[str]) -> int:
-    """The first of these variables that is set to a number, else 0."""
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
+    ranks = number("WORLD_SIZE", "SLURM_NTASKS") if told else 1
+    return number("RANK", "SLURM_PROCID"), max(1, ranks)
 
 
 def main(arguments: list[str]) -> int:
     """Entry point of a spawned rank."""
     die_with_launcher()
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    configure_logging("" if rank == "0" else f"[rank {rank}] ")
+    rank, _ = _told()
+    configure_logging(f"[rank {rank}] " if rank else "")
     path, task = arguments
     config = config_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     return run_rank(config, "doctor" if task == "doctor" else "train")

@@ -18,7 +18,6 @@ class Plan:
     """Bytes that one rank holds through the run, before activations."""
 
     trained_parameters: int
-    frozen_parameters: int
     weights: float
     """Compute weights of the trained network, on the device; so the next four."""
     gradients: float
@@ -58,7 +57,6 @@ def plan(config: Config, world_size: int, ranks_per_node: int) -> Plan:
     stored += FP32 * sum(kept)  # of the network, where a part of it is trained
     return Plan(
         trained_parameters=trained,
-        frozen_parameters=frozen,
         weights=trained * compute / (world_size if zero == 3 else 1),
         gradients=trained * FP32 / (world_size if zero >= 2 else 1),  # fsdp: whole until a step's last
         optimizer=trained * (master + ADAM_MOMENTS * FP32) / cut,

@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.conditioning.build import Conditioner, build_conditioner
+from trainer.conditioning.build import Conditioner
 from trainer.config.models import ConditioningConfig
 from trainer.config.run import Config, ConfigError
-from trainer.distributed.frozen import freeze
-from trainer.distributed.lora import add_adapters
 from trainer.first_stage.build import build_first_stage
 from trainer.kernels.language import counted_on_meta, plain
-from trainer.model import ConditionedUNet, build_network
+from trainer.model import ConditionedUNet, build_trainable
 
 _TEXT_TOKENS = 77
 _VIEWS = (
@@ -74,10 +72,7 @@ def count_work(config: Config) -> Work:
     dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
     fused = config.distributed.fused_kernels and config.distributed.channels_last
     with torch.device("meta"), counted_on_meta() if fused else plain():
-        conditioner = build_conditioner(config.conditioning, config.first_stage)
-        network = build_network(config, conditioner)
-        freeze(network, config.trainable)
-        add_adapters(network, config.lora)
+        network, conditioner = build_trainable(config)
         network.to(dtype)
         forward, total, kept, launches = _train(config, network, conditioner)
         encoder, towers = _encode(config, dtype), _towers(config, conditioner)

@@ -100,9 +100,9 @@ class Healer:
     """Judges each step's loss and gradient norm, and keeps the list of samples to skip.
 
     Give it values that are the same on every rank (the mean loss over all ranks, the global gradient
-    norm): the verdict is a pure function of them, so all ranks decide alike without another
-    collective. The state travels in every checkpoint, and the skip list is stored again the moment
-    it grows (see `journal`), since a rewind goes back to a checkpoint that does not know it yet.
+    norm): the verdict follows from them and from `poisoned`, so all ranks decide alike. The state travels
+    in every checkpoint, and the skip list is stored again the moment it grows (see `journal`), since a
+    rewind goes back to a checkpoint that does not know it yet.
     """
 
     def __init__(self, config: HealingConfig) -> None:
@@ -137,7 +137,8 @@ class Healer:
 
         Args:
             grad_norm: of all gradients of the step; not finite: the engine made no update.
-            poisoned: whether weights or averages are not finite; asked after a step without an update.
+            poisoned: whether weights or averages are not finite. It may be a collective, and is one in a run:
+                it is asked on all ranks or on none, after a step without an update that would otherwise pass.
         """
         symptom = self._symptom(step, loss, grad_norm)
         if symptom is None:

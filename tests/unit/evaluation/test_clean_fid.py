@@ -17,7 +17,8 @@ from torch import Tensor
 
 from trainer.__main__ import main
 from trainer.evaluation import metrics
-from trainer.evaluation.features import RANDOM_EDGE, RandomFeatures, to_size_unrounded
+from trainer.evaluation.features import to_size_unrounded
+from trainer.evaluation.networks import RANDOM_EDGE, RandomFeatures
 from trainer.evaluation.survey import Moments
 
 fid = pytest.importorskip("cleanfid.fid", reason="pip install clean-fid==0.1.35")

@@ -17,7 +17,8 @@ from torch import nn
 
 from trainer.__main__ import main
 from trainer.config.run import ConfigError
-from trainer.evaluation.features import FeatureNetwork, FeatureOptions, build_networks, weights_digest
+from trainer.evaluation.features import FeatureNetwork, weights_digest
+from trainer.evaluation.networks import FeatureOptions, build_networks
 
 CPU = torch.device("cpu")
 
