@@ -40,9 +40,10 @@ from data_pipeline.storage.urls import expand_braces, join, literal, name_of, pa
 
 MAX_PIXELS = 256_000_000
 _STREAM_BYTES = 8_000_000
-_PROMPTS = "prompts.json"
-"""What `ldm sample` writes with the captions of its pictures; grid.png beside it is a contact sheet."""
-_CONTACT_SHEET = "grid.png"
+PROMPTS = "prompts.json"
+"""What `ldm sample` writes beside its pictures: what each was made from, captions among it."""
+GRID = "grid.png"
+"""Beside it, the first pictures at a glance: none of the set."""
 _TEXTS = ("txt", "caption")
 """Members of a tar that are captions."""
 
@@ -109,8 +110,8 @@ def open_pictures(url: str) -> PictureSet:
     ]
     files = {f.url: f for f in listed if not name_of(f.url).startswith(".")}
     tars = [f for f in files.values() if f.url.endswith(".tar")]
-    prompts = [name for name in files if name_of(name) == _PROMPTS]
-    sheets = {join(parent(name), _CONTACT_SHEET) for name in prompts}
+    prompts = [name for name in files if name_of(name) == PROMPTS]
+    sheets = {join(parent(name), GRID) for name in prompts}
     pictures = [f for f in files.values() if _extension(f.url) in IMAGE_EXTENSIONS and f.url not in sheets]
     if tars and pictures:
         raise DataError(

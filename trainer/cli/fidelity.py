@@ -95,20 +95,22 @@ def add_network_arguments(parser: argparse.ArgumentParser, default: str) -> argp
     group.add_argument(
         "--resize",
         choices=typing.get_args(Resizing),
-        help="whose way to Inception's 299 pixels (default: torch-fidelity)",
+        help=f"whose way to Inception's 299 pixels (default: {FeatureOptions.resizing})",
     )
     group.add_argument(
         "--inception-weights", metavar="FILE", help="torch-fidelity's (default: where torch.hub keeps it)"
     )
-    group.add_argument("--clip-model", default="ViT-L-14-336", help="of open_clip (default: %(default)s)")
+    group.add_argument(
+        "--clip-model", default=FeatureOptions.clip_model, help="of open_clip (default: %(default)s)"
+    )
     group.add_argument(
         "--clip-weights",
-        default="openai",
+        default=FeatureOptions.clip_weights,
         metavar="TAG|FILE",
         help="tag of open_clip or file (default: %(default)s)",
     )
     group.add_argument(
-        "--dinov2-model", default="vit_large_patch14_dinov2", help="of timm (default: %(default)s)"
+        "--dinov2-model", default=FeatureOptions.dinov2_model, help="of timm (default: %(default)s)"
     )
     group.add_argument("--dinov2-weights", metavar="FILE", help="Meta's or timm's file of the model")
     return group

@@ -27,7 +27,7 @@ from trainer.cli.sample_asked import BATCH, ask, find_asked, load_asked, long_pr
 from trainer.config.run import ConfigError
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.console import progress_bar
-from trainer.generation.store import PictureSet
+from trainer.generation.store import SmallSet
 from trainer.sample import draw_all
 
 EXAMPLE = (
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked = ask(args, find_asked(args), wishes, device)
     inputs = asked.inputs
-    pictures = PictureSet(args.out, asked.record, _items(args, inputs), overwrite=args.overwrite)
+    pictures = SmallSet(args.out, asked.record, _items(args, inputs), overwrite=args.overwrite)
     trained = load_asked(args, asked, device)
     for note in long_prompts(trained.model, inputs.request):
         print(f"note: {note}", file=sys.stderr)

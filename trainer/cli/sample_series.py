@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from data_pipeline.storage.urls import join
+from data_pipeline.tools.picture_sets import GRID
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.checkpoint.commands import find_checkpoint, fingerprint
 from trainer.cli.sample_asked import BATCH, Asked, ask, find_asked, load_asked, long_prompts, wishes_of
@@ -24,7 +25,7 @@ from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.shared_reads import read_together
 from trainer.generation.series import Series, accelerate, make_pictures
-from trainer.generation.store import GRID, Form, SetStore, former_record
+from trainer.generation.store import Form, SetStore, former_record
 from trainer.launch.command import run_on_ranks
 from trainer.model import TrainedModel
 

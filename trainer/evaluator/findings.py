@@ -21,12 +21,11 @@ from data_pipeline.storage.files import read_text, write_bytes
 from data_pipeline.storage.urls import join
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config, ConfigError
-from trainer.metrics.jsonl import line_of
+from trainer.metrics.jsonl import RECORDS, line_of
 from trainer.metrics.wandb_sink import WandbSink
 
 FOLDER = "evaluation"
 """Of an evaluator, in that of the run, unless another is named."""
-NAME = "metrics.jsonl"
 PREFIX = "eval/"
 """Of figures, as W&B groups them."""
 _HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "clip_score")
@@ -39,7 +38,7 @@ class Findings:
 
     def __init__(self, out: str) -> None:
         """Read what an earlier start has found. Raises ConfigError: the file is not ours."""
-        self.url = join(out, NAME)
+        self.url = join(out, RECORDS)
         self._records: list[dict[str, Any]] = []
         try:
             lines = read_text(self.url).splitlines()

@@ -29,6 +29,7 @@ from data_pipeline.storage.files import (
     write_bytes,
 )
 from data_pipeline.storage.urls import join
+from data_pipeline.tools.picture_sets import GRID
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, open_checkpoint
 from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.export import read_state
@@ -39,7 +40,7 @@ from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.evaluator.findings import PREFIX, Findings, Teller
 from trainer.evaluator.lookout import Lookout, Rule, Sighting
-from trainer.generation.store import GRID, PICTURES
+from trainer.generation.store import PICTURES
 from trainer.reliability.lease import Lease, acquire
 
 logger = logging.getLogger(__name__)

@@ -32,12 +32,13 @@ from torch import Tensor
 
 from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.urls import join
+from data_pipeline.tools.picture_sets import GRID
 from trainer.config.run import Config
 from trainer.console import progress_bar
 from trainer.distributed import collectives
 from trainer.distributed.acceleration import compile_regions
 from trainer.distributed.process import configure_process
-from trainer.generation.store import GRID, SetStore
+from trainer.generation.store import SetStore
 from trainer.metrics.pictures import MAX_SHEET, contact_sheet
 from trainer.model import DiffusionModel, TrainedModel
 from trainer.sample import Request, StartingPicture, draw

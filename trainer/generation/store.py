@@ -43,15 +43,13 @@ from data_pipeline.storage.files import (
     write_bytes,
 )
 from data_pipeline.storage.urls import join
+from data_pipeline.tools.picture_sets import GRID, PROMPTS
 from trainer.config.run import ConfigError
 from trainer.metrics.pictures import MAX_SHEET, contact_sheet
 
 logger = logging.getLogger(__name__)
-RECORD = "prompts.json"
 PICTURES = "pictures"
 PARTS = "parts"
-GRID = "grid.png"
-"""The first pictures at a glance."""
 OURS = re.compile(r"\d{5,}\.(png|jpg|txt|tar|json)")
 """Names of what a set consists of, in its folders."""
 _MAY_DIFFER = ("versions",)
@@ -61,7 +59,7 @@ _REQUESTS = 16
 Kind = Literal["png", "jpg"]
 
 
-class PictureSet:
+class SmallSet:
     """A small set: where the pictures of one record go; refuses a folder that holds others."""
 
     def __init__(
@@ -243,7 +241,7 @@ class SetStore:
 def former_record(out: str) -> dict[str, Any] | None:
     """What a set in a folder was made from; None where there is none, empty where it is not ours."""
     try:
-        former = json.loads(read_text(join(out, RECORD)))
+        former = json.loads(read_text(join(out, PROMPTS)))
     except NotFound:
         return None
     except ValueError:  # not ours, or cut short
@@ -272,7 +270,7 @@ def begin_set(out: str, record: dict[str, Any]) -> None:
     """Remove the pictures of a former set, and write the record of a new one."""
     for folder in (PARTS, PICTURES):
         remove_names(join(out, folder), _ours_in(join(out, folder)))
-    write_bytes(join(out, RECORD), json.dumps(record, indent=1, ensure_ascii=False).encode())
+    write_bytes(join(out, PROMPTS), json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
 def encode_png(picture: NDArray[np.uint8], shared: dict[str, Any], item: dict[str, Any]) -> bytes:

@@ -31,6 +31,8 @@ from trainer.console import configure_logging
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import newest_checkpoint
 from trainer.launch.slurm_records import (
+    ATTEMPTS,
+    SUBMISSION,
     baseline,
     read_attempts,
     read_submission,
@@ -106,7 +108,7 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
         "config": config_to_dict(config),
     }
     _store_in_run(config.run_dir, job_dir, submission)
-    (job_dir / "submission.json").write_text(json.dumps(submission, indent=2) + "\n", encoding="utf-8")
+    (job_dir / SUBMISSION).write_text(json.dumps(submission, indent=2) + "\n", encoding="utf-8")
     return config
 
 
@@ -181,7 +183,7 @@ def record_end(args: argparse.Namespace) -> tuple[dict[str, Any], Verdict]:
         baseline=baseline(submission),
     )
     record |= {"judged": time.time(), "then": verdict.action, "because": verdict.reason}
-    with (job_dir / "attempts.jsonl").open("a", encoding="utf-8") as file:
+    with (job_dir / ATTEMPTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     return record, verdict
 
@@ -264,7 +266,7 @@ def _store_in_run(run_dir: str, job_dir: Path, submission: dict[str, Any]) -> No
     try:
         for name, content in (
             ("code.tar.gz", buffer.getvalue()),
-            ("submission.json", json.dumps(submission, indent=2).encode()),
+            (SUBMISSION, json.dumps(submission, indent=2).encode()),
         ):
             write_bytes(f"{folder}/{name}", content)
     except Failure as error:

@@ -22,13 +22,15 @@ _UNKNOWN: dict[str, Any] = {
     **{"gone": [], "suspect": [], "sick": []},
 }
 """What records of earlier versions do not say."""
+ATTEMPTS, SUBMISSION = "attempts.jsonl", "submission.json"
+"""Files in a job's folder."""
 _BEFORE_RESTORE = ("imports and checks", "process group")
 _FIRST_STEP = ("first batch", "first save", "first step")
 
 
 def read_attempts(job_dir: Path) -> list[dict[str, Any]]:
     """Every finished attempt of a job, oldest first."""
-    path = job_dir / "attempts.jsonl"
+    path = job_dir / ATTEMPTS
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -37,7 +39,7 @@ def read_attempts(job_dir: Path) -> list[dict[str, Any]]:
 
 def read_submission(job_dir: Path) -> dict[str, Any] | None:
     """What was submitted; None before it has been copied."""
-    path = job_dir / "submission.json"
+    path = job_dir / SUBMISSION
     if not path.exists():
         return None
     submission: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from data_pipeline.storage.urls import is_local, join, local_path
 
 logger = logging.getLogger(__name__)
 
+RECORDS = "metrics.jsonl"
 SEND_EVERY_S = 60.0
 """Seconds between uploads."""
 SEGMENT_BYTES = 1_000_000
@@ -42,7 +43,7 @@ class JSONLWriter:
         self._folder = join(run_dir, "logs")
         self._file: Path | None = None
         if is_local(run_dir):
-            self._file = Path(local_path(self._folder)) / "metrics.jsonl"
+            self._file = Path(local_path(self._folder)) / RECORDS
             self._file.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_line(self._file)
         self._stuck = False
