@@ -27,7 +27,7 @@ from trainer.exit_codes import ExitCode, StopRequest
 from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.timer import START_VARIABLE, StartTimer, Throughput
-from trainer.reliability.doubt import Reached, mark
+from trainer.reliability.doubt import Progress, mark
 from trainer.reliability.healing import Incident, Verdict
 from trainer.reliability.heartbeat import board_from_environment
 from trainer.reliability.peers import peer_phases
@@ -89,7 +89,7 @@ def _train_phase(
     try:
         code = train(parts, preemption, watchdog)
     except Exception as error:
-        mark(error, Reached(parts.state.step, parts.checkpoints.committed))
+        mark(error, Progress(parts.state.step, parts.checkpoints.committed))
         raise
     finally:
         parts.close()

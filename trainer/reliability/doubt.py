@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reached:
+class Progress:
     """How far the run was when an error ended it."""
 
     step: int = 0
@@ -63,9 +63,9 @@ class Fault:
     """Of the rank, as SLURM names it; empty elsewhere."""
 
 
-def mark(error: BaseException, reached: Reached) -> None:
+def mark(error: BaseException, progress: Progress) -> None:
     """Remember with an error how far the run was."""
-    error.__dict__["reached"] = reached
+    error.__dict__["progress"] = progress
 
 
 def weighed(
@@ -77,14 +77,14 @@ def weighed(
     environ: Mapping[str, str] = os.environ,
 ) -> ExitCode:
     """The exit code of this rank: `code`, or RETRYABLE while a machine may be to blame for the error."""
-    reached: Reached = error.__dict__.get("reached", Reached())
+    progress: Progress = error.__dict__.get("progress", Progress())
     decided = isinstance(error, (RunTaken, GivenUp))  # by the run itself, whatever the machines do
-    if code not in _FINAL or decided or not (is_restart(environ) or reached.committed):
+    if code not in _FINAL or decided or not (is_restart(environ) or progress.committed):
         return code
     fault = Fault(
         attempt=_attempt(environ),
         rank=rank,
-        step=reached.step,
+        step=progress.step,
         place=_place(error),
         share=error.share if isinstance(error, Failure) else None,
         node=environ.get("SLURMD_NODENAME", ""),

@@ -22,12 +22,12 @@ from trainer.config.run import Config
 from trainer.config.training import DistributedConfig
 from trainer.exit_codes import ExitCode
 from trainer.launch import rank as process
-from trainer.reliability.doubt import Reached, mark
+from trainer.reliability.doubt import Progress, mark
 
 rank, attempt = int(os.environ["RANK"]), int(os.environ["LDM_RESTARTS"])
 
 def fail(error, step=5, committed=True):
-    mark(error, Reached(step, committed))
+    mark(error, Progress(step, committed))
     raise error
 
 def run(config, env):
