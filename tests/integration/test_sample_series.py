@@ -18,7 +18,7 @@ from trainer.__main__ import main
 from trainer.distributed.place import Place, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNT, BATCH = 320, 4
+COUNT, BATCH = 2000, 8
 PARTS = COUNT // BATCH
 
 
@@ -73,7 +73,7 @@ def whole(out: Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_three_kills_and_other_numbers_of_ranks_make_the_same_bytes(tmp_path: Path) -> None:
     source, out = exported(tmp_path, *CLASSES), tmp_path / "killed"
-    shared = ["sample", source, "--count", str(COUNT), "--batch-size", str(BATCH), "--steps", "24", "--out"]
+    shared = ["sample", source, "--count", str(COUNT), "--batch-size", str(BATCH), "--steps", "4", "--out"]
     assert main([*shared, str(tmp_path / "unbroken")]) == 0
     kept: dict[str, int] = {}
     for number, (launch, ranks) in enumerate(((local, 2), (given, 3), (srun, 2)), 1):
