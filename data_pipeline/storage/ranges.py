@@ -37,6 +37,10 @@ _PROBES = 3
 _ALONE = 2
 
 
+class Closed(Exception):
+    """The reader was closed meanwhile. It says nothing of what was asked for."""
+
+
 class RangeReader:
     """Reads byte ranges of shards; one per process, used by many threads."""
 
@@ -102,6 +106,8 @@ class RangeReader:
         began = time.monotonic()
         alone = 0  # tries in a row that failed while others were answered, once the first `tries` are over
         for attempt in itertools.count(1):
+            if self._closed.is_set():
+                raise Closed
             tried = time.monotonic()
             try:
                 result = action(attempt)
@@ -116,8 +122,7 @@ class RangeReader:
                 self._last_success = time.monotonic()
                 return result
             self.counts["retries"] += 1
-            if self._closed.wait(pause_before(min(attempt, 9))):
-                raise ReadFailed("closed")
+            self._closed.wait(pause_before(min(attempt, 9)))
         raise AssertionError
 
     def _deadline(self, attempt: int) -> float:
@@ -183,7 +188,7 @@ class RangeReader:
         return False
 
     def close(self) -> None:
-        """Wake sleeping retries so that threads end."""
+        """Wake sleeping retries so that threads end; whoever still asks meets `Closed`."""
         self._closed.set()
 
 
