@@ -55,6 +55,7 @@ class Recorder:
         self._without = 0
         """Shards in a row beside which no file says how many samples they have."""
         self._told: set[str] = set()
+        self._kept: set[int] = set()
         self.refused = not folders
         """Whether nothing is kept: there is no place for it."""
 
@@ -77,6 +78,10 @@ class Recorder:
             index = pieces.whole()
             if index is None:
                 return
+            with self._lock:  # small sets come round again before the index of the first visit is written
+                if shard in self._kept:
+                    return
+                self._kept.add(shard)
             kept = self._stored(self._folder(shard), index)
         except Failure as error:
             self._refuse(error)

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -103,7 +104,7 @@ def write_bytes(url: str, data: bytes, *, tries: int = TRIES) -> None:
             return
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        temporary = f"{path}.{os.getpid()}.part"
+        temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.part"
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
