@@ -36,8 +36,7 @@ def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures
     direct = workshop.second_stage("averages_kept", seed, (*CONSTANT, widths))
     kept, raw = folder / f"kept_{setting}.safetensors", folder / "raw.safetensors"
     made = folder / f"made_{setting}.safetensors"
-    if not made.exists():  # made again it differs in last bits, and pictures drawn by halves are of this one
-        workshop.command(["ema", str(base), str(made), "--std", setting])
+    workshop.command(["ema", str(base), str(made), "--std", setting])
     workshop.command(["export", str(direct), str(kept), "--weights", f"power_{setting}"])
     workshop.command(["export", str(base), str(raw), "--weights", "weights"])
     found = judged(workshop, made, folder / f"made_{setting}", *drawn)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import nn
 
 from data_pipeline.loader import (
     Dataset,
@@ -20,25 +19,14 @@ from data_pipeline.loader import (
     open_dataset,
     start_workers,
 )
-from data_pipeline.moments.writer import MomentsWriter
 from trainer.checkpoint.catalogue import CheckpointHandle
-from trainer.checkpoint.contents import share_bytes
-from trainer.checkpoint.export import CONTENTS, open_weights, read_state
-from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.layout import FROZEN, MASTER
+from trainer.checkpoint.export import CONTENTS, read_state
 from trainer.checkpoint.manager import CheckpointManager, newest_good
-from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.retirement import abort_dead_uploads
-from trainer.config.identity import check_optimizer_state
 from trainer.config.io import config_to_dict
-from trainer.config.run import Config, ConfigError
+from trainer.config.run import Config
 from trainer.distributed import collectives
-from trainer.distributed.adamw import CONDITIONERS
-from trainer.distributed.build import build_engine
-from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
-from trainer.distributed.frozen import FrozenWeights, freeze
-from trainer.distributed.lora import add_adapters
 from trainer.distributed.process import (
     GarbageCollection,
     bind_to_node,
@@ -48,32 +36,20 @@ from trainer.distributed.process import (
 from trainer.distributed.shared_reads import read_together
 from trainer.ema import EMA
 from trainer.evaluation.held_out import Distance, hold_out
-from trainer.first_stage.base import FirstStage
-from trainer.first_stage.build import frozen_dtype, place_first_stage
-from trainer.first_stage.encode_once import EncodeOnce, moments_cache, open_cache
-from trainer.first_stage.perceptual import build_perceptual
-from trainer.frozen_files import contents_of_frozen, contents_of_perceptual
-from trainer.interop.initialise import initialise
 from trainer.metrics.long_work import LongWork
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.step_profile import StepProfiler
 from trainer.metrics.timer import StartTimer, StepTimer
-from trainer.model import build_autoencoder, build_model
 from trainer.provenance import git_commit
 from trainer.reliability.gpu_health import open_health
 from trainer.reliability.healing import Healer, read_journal
 from trainer.reliability.lease import Lease, acquire
 from trainer.run import Run
-from trainer.stages.autoencoder import AutoencoderStage
+from trainer.stages.build import build_stage
 from trainer.stages.diffusion import DiffusionStage
-from trainer.stages.stage import Stage
 from trainer.state import TrainState
-from trainer.weights import read_once
 
 logger = logging.getLogger(__name__)
-
-_Built: TypeAlias = tuple[Stage, HostBuffer, FrozenWeights | None, dict[str, Any]]
-"""A stage, the memory begun for its checkpoints, what of it is frozen, and facts about it for the log."""
 
 
 def build_run(
@@ -115,14 +91,15 @@ def _build(
     start.mark("data set")
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)
-    make = _build_autoencoder if config.stage == "autoencoder" else _build_diffusion
     with read_together(env.device, alive):
         distance = _open_features(config, env)
-        stage, buffer, frozen, facts = make(shared, env, timer, start, resumes)
+        stage, buffer, frozen, contents, facts = build_stage(shared, env, timer, start, resumes)
     start.mark("engines")
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
     state, healer = TrainState(), Healer(config.healing)
-    sinks = Sinks(whole, main_rank=env.is_main, resolved=_resolved(config, shared, env, facts))
+    sinks = Sinks(
+        whole, main_rank=env.is_main, resolved=_resolved(config, shared, env, {**facts, CONTENTS: contents})
+    )
     lease = _hold_folder(config.run_dir)
     try:
         checkpoints = CheckpointManager(config, env, buffer, lease)
@@ -138,7 +115,7 @@ def _build(
             distance=distance,
             encode_once=stage.encode_once if isinstance(stage, DiffusionStage) else None,
             workers=workers,
-            contents=facts[CONTENTS],
+            contents=contents,
         )
         if config.ema.snapshot_every:
             run.snapshots = CheckpointManager(config, env, lease=lease)
@@ -267,81 +244,6 @@ def _hold_folder(run_dir: str) -> Lease | None:
     return held[0] if held else None
 
 
-def _build_diffusion(
-    config: Config,
-    env: DistributedEnv,
-    timer: StepTimer,
-    start: StartTimer,
-    resumes: CheckpointHandle | None,
-) -> _Built:
-    model = build_model(config, env.device)
-    # One rank has read the files for all of them.
-    contents = collectives.from_main_rank(
-        lambda: contents_of_frozen(config, model.first_stage, model.conditioner)
-    )
-    place_first_stage(model.first_stage, config.distributed, env.device)
-    model.conditioner.frozen.to(env.device, frozen_dtype(config.distributed))
-    freeze(model.network, config.trainable)
-    if config.lora is not None:
-        model.network.requires_grad_(False)
-    _begin_with(config, model.network, resumes)
-    add_adapters(model.network, config.lora)  # after the weights, whose names they change
-    if config.optimizer.conditioner_learning_rate is not None:
-        _require_conditioners(model.network)
-    frozen = FrozenWeights(model.network, env.rank, env.world_size) if config.freezes else None
-    start.mark("networks")
-    buffer = _begin_buffer({"unet": model.network}, DiffusionStage.averaged, config, env)
-    engines: dict[str, Engine] = {"unet": build_engine(model.network, config, env)}
-    once = _open_moments(config, env, model.first_stage)
-    stage = DiffusionStage(config, engines, model.conditioner, model.first_stage, timer, once)
-    return stage, buffer, frozen, {CONTENTS: contents}
-
-
-def _require_conditioners(network: nn.Module) -> None:
-    """Raise ConfigError where the rate of trained conditioners would be that of nothing."""
-    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    if not any(name.startswith(CONDITIONERS) for name in trained):
-        raise ConfigError(
-            "optimizer.conditioner_learning_rate is set, and no conditioner is trained here; remove it."
-        )
-
-
-def _open_moments(config: Config, env: DistributedEnv, first_stage: FirstStage) -> EncodeOnce | None:
-    """The cache of moments, where the configuration names one. Collective.
-
-    Raises:
-        UserError, RetryableFault: it cannot be written.
-    """
-    if config.first_stage.cache is None:
-        return None
-    cache = moments_cache(config.first_stage, first_stage)
-    allowance = collectives.from_main_rank(lambda: open_cache(config.first_stage, cache))
-    share = None if allowance is None else allowance // env.world_size
-    rows = config.sharing(env.world_size).rows
-    return EncodeOnce(first_stage, cache, MomentsWriter(cache, allowance=share), rows)
-
-
-def _build_autoencoder(
-    config: Config,
-    env: DistributedEnv,
-    timer: StepTimer,
-    start: StartTimer,
-    resumes: CheckpointHandle | None,
-) -> _Built:
-    perceptual = build_perceptual(config.autoencoder_loss, env.device)
-    with env.device:
-        networks = build_autoencoder(config)
-    _begin_with(config, networks[AutoencoderStage.averaged], resumes)
-    start.mark("networks")
-    buffer = _begin_buffer(networks, AutoencoderStage.averaged, config, env)
-    engines = {name: build_engine(network, config, env) for name, network in networks.items()}
-    facts = {
-        "perceptual_network": perceptual.name if perceptual is not None else "none",
-        CONTENTS: collectives.from_main_rank(lambda: contents_of_perceptual(perceptual)),
-    }
-    return AutoencoderStage(config, engines, perceptual, timer), buffer, None, facts
-
-
 def _open_features(config: Config, env: DistributedEnv) -> Callable[[], Distance] | None:
     """What begins R-FID, where the configuration names features. Collective.
 
@@ -361,51 +263,3 @@ def _open_features(config: Config, env: DistributedEnv) -> Callable[[], Distance
         dinov2_weights=weights,
     )
     return partial(ReconstructionDistance, build_networks(options, env.device), env.device)
-
-
-def _begin_buffer(
-    networks: Mapping[str, nn.Module], averaged: str, config: Config, env: DistributedEnv
-) -> HostBuffer:
-    """The memory that checkpoints are copied to, made ready while engines are built."""
-    return HostBuffer(share_bytes(networks, averaged, config.ema, env.world_size), env.device)
-
-
-def _begin_with(config: Config, network: nn.Module, resumes: CheckpointHandle | None) -> None:
-    """The weights that `init_from` names, unless a checkpoint is about to replace them.
-
-    What is frozen no engine restores: where the run goes on, it comes out of the checkpoint as well, unless
-    `init_from` is another one by now; then restoring compares the two.
-
-    Raises:
-        ConfigError: weights that are not there or do not fit.
-    """
-    source = config.init_from
-    if resumes is not None:
-        if config.freezes:
-            stored = read_once(lambda: read_state(resumes))["config"]
-            check_optimizer_state(stored, config, resumes.url)
-            if stored.get("init_from") == source:
-                _take_frozen(network, resumes)
-                return
-        elif source is not None:
-            logger.info("%s is not read: the run goes on from step %d", source, resumes.step)
-            return
-    if source is not None:
-        tensors, _ = read_once(lambda: open_weights(source))
-        report = initialise(network, tensors, source)
-        logger.info("starting from %s\n%s", source, report.describe())
-        added = (*report.new, *report.widened)
-        if config.lora is not None and added:
-            raise ConfigError(
-                f"{source} lacks {added[0]}, which lora would leave untrained; train the whole network with "
-                "its added conditions first, or remove them."
-            )
-
-
-@torch.no_grad()
-def _take_frozen(network: nn.Module, handle: CheckpointHandle) -> None:
-    frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
-    check_shapes(handle, FROZEN, {name: tuple(p.shape) for name, p in frozen.items()})
-    stored = read_once(lambda: EngineReader(handle, FROZEN).whole(MASTER, list(frozen)))
-    for name, parameter in frozen.items():
-        parameter.copy_(stored[name])

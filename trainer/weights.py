@@ -284,7 +284,8 @@ def _parsed(data: bytes, url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (safetensors.SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch lacks
         raise _damaged(url, error) from error
-    return {name: tensors[theirs] for name, theirs in clean_names(tensors).items()}, _texts(header)
+    # The library's order is another each time, and what is written from it would be another file.
+    return {name: tensors[theirs] for name, theirs in sorted(clean_names(tensors).items())}, _texts(header)
 
 
 def _chosen_from_file(url: str, choose: Choice) -> dict[str, Tensor]:

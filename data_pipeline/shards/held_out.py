@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, NoIndex
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.identities import hash_text
@@ -194,6 +194,16 @@ def _indexed(config: DataConfig, reading: DataConfig, progress: Progress) -> Dat
     """The shards that held-out samples lie in."""
     try:
         return open_dataset(dataclasses.replace(reading, buckets=False), progress=progress)
+    except NoIndex as error:
+        own = (
+            ""
+            if config.validation.shards
+            else (
+                " Or measure shards of their own (data.validation.shards), of which few need one, instead of "
+                "data.validation.share."
+            )
+        )
+        raise DataError(f"Held-out samples are chosen by an index: {error}{own}") from error
     except DataError as error:
         if config.order == "indexed":
             raise

@@ -89,14 +89,8 @@ def without_secrets(text: str) -> str:
 
 def distinguishing_depth(urls: Sequence[str]) -> int:
     """How many last parts tell these URLs apart: 1 unless two folders hold files of the same name."""
-    names = set(urls)
-    if len({name.rpartition("/")[2] for name in names}) == len(
-        names
-    ):  # as those of 200,000 shards mostly are
-        return 1
-    distinct = [name.split("/") for name in names]
-    depth = 2
-    while len({tuple(parts[-depth:]) for parts in distinct}) < len(distinct):
+    names, depth = set(urls), 1
+    while len({tuple(name.rsplit("/", depth)[-depth:]) for name in names}) < len(names):
         depth += 1
     return depth
 

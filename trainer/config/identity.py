@@ -15,7 +15,11 @@ import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from data_pipeline.storage.urls import without_secrets
+import yaml
+
+from data_pipeline.errors import NotFound
+from data_pipeline.storage.files import read_bytes
+from data_pipeline.storage.urls import join, without_secrets
 from trainer.config.io import config_to_dict, section_of
 from trainer.config.models import RANDOM, TOWERS, FirstStageConfig
 from trainer.config.network_plan import norm_groups
@@ -57,6 +61,8 @@ _OF_A_SOURCE = (
 """What a source has of its own, besides its shards."""
 _SOURCES = "data.sources"
 
+SETTINGS = "config.yaml"
+"""In a run's folder, written by each start."""
 _MOST_SHOWN = 300
 """Characters of a value in a record of what changed."""
 _PERCEPTUAL = "autoencoder_loss.perceptual_weights"
@@ -100,6 +106,15 @@ def changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Differen
     old, new = (dict(_leaves(_completed(Config, each))) for each in (stored, now))
     keys = [key for key in dict.fromkeys((*new, *old)) if old.get(key) != new.get(key)]
     return tuple(Difference(key, _cut(old.get(key)), _cut(new.get(key))) for key in keys)
+
+
+def stored_settings(run_dir: str) -> dict[str, Any] | None:
+    """The configuration as the newest start wrote it, of whatever version; None where none can be read."""
+    try:
+        found = yaml.safe_load(read_bytes(join(run_dir, SETTINGS)))
+    except (NotFound, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def as_trained(config: Config) -> Config:

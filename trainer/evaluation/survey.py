@@ -18,6 +18,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.storage.files import exists
 from data_pipeline.storage.urls import join, literal
 from data_pipeline.tools.picture_sets import PictureBlock, PictureSet, Prepare, open_pictures, read_blocks
+from trainer.config.identity import SETTINGS
 from trainer.config.run import ConfigError
 from trainer.console import progress_bar
 from trainer.distributed import collectives
@@ -90,7 +91,7 @@ def survey(
 
 def _opened(url: str) -> PictureSet:
     """A set; not the contact sheets that training leaves in the folder of a run."""
-    if literal(url) is not None and not url.endswith(".tar") and exists(join(url, "config.yaml")):
+    if literal(url) is not None and not url.endswith(".tar") and exists(join(url, SETTINGS)):
         raise ConfigError(
             f"{url} is a run, and holds previews at most; draw a set from it by `ldm sample {url} --count N "
             "--out SET` and measure that, or have each checkpoint measured by `ldm evaluate watch`."

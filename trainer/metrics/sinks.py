@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import yaml
 from PIL import Image
 
-from data_pipeline.errors import Failure, NotFound
-from data_pipeline.storage.files import read_bytes, write_bytes
+from data_pipeline.errors import Failure
+from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.urls import join
-from trainer.config.identity import changes
+from trainer.config.identity import SETTINGS, changes, stored_settings
 from trainer.config.io import config_to_dict, dump_yaml
 from trainer.config.run import Config
 from trainer.console import progress_bar
@@ -47,19 +46,20 @@ class Sinks:
         """Begin to write, now that it is known where the run stands."""
         if not self._main_rank:
             return
-        config, url = self._config, join(self._run_dir, "config.yaml")
-        changed = _changes_since(url, config)
+        config, before = self._config, stored_settings(self._run_dir)
+        changed = changes(before, config_to_dict(config)) if before is not None else ()
         self._jsonl = JSONLWriter(config.run_dir)
         if config.logging.wandb != "disabled":
             self._wandb = WandbSink(config.logging, config.run_dir, self._resolved, run_id)
         if config.logging.progress_bar:
             self._bar = progress_bar(config.steps, "step", config.stage, initial=start_step, smoothing=0.1)
         if changed:
-            self.event(start_step, samples_seen, "settings changed", changed=changed)
+            told = [dataclasses.asdict(each) for each in changed]
+            self.event(start_step, samples_seen, "settings changed", changed=told)
             # Before what tells them is gone: a start may die in its first minute.
             self._jsonl.flush()
             self._jsonl.settle()
-        write_bytes(url, dump_yaml(config).encode())
+        write_bytes(join(self._run_dir, SETTINGS), dump_yaml(config).encode())
 
     @property
     def run_id(self) -> str | None:
@@ -125,17 +125,6 @@ class Sinks:
             self._bar.close()
         if self._wandb:
             self._wandb.close()
-
-
-def _changes_since(url: str, config: Config) -> list[dict[str, str | None]]:
-    """What the start before, whose settings lie there, had otherwise; empty at the first."""
-    try:
-        before = yaml.safe_load(read_bytes(url))
-    except (NotFound, yaml.YAMLError):
-        return []
-    if not isinstance(before, dict):
-        return []
-    return [dataclasses.asdict(each) for each in changes(before, config_to_dict(config))]
 
 
 def _store(url: str, data: bytes) -> None:

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import yaml
-
 from data_pipeline.errors import NotFound, UserError
-from data_pipeline.storage.files import exists, modified_at, read_bytes
+from data_pipeline.storage.files import exists, modified_at
 from data_pipeline.storage.urls import is_local, join, local_path
 from trainer.checkpoint.catalogue import checkpoints_url, folder_name, is_committed, steps_found
 from trainer.checkpoint.manifest import MANIFEST_NAME
+from trainer.config.identity import stored_settings
 from trainer.metrics.jsonl import SEND_EVERY_S, read_records
 from trainer.reliability.healing import read_journal
 from trainer.reliability.job import is_gone
@@ -102,7 +101,7 @@ def standing(run_dir: str) -> Standing:
     if is_local(run_dir) and os.path.isfile(local_path(run_dir)):
         raise UserError(f"there is no run in {run_dir}, which is a file; name the run_dir of one.")
     tenure = holder(run_dir)
-    settings = _settings(run_dir)
+    settings = stored_settings(run_dir)
     records = read_records(run_dir, READ_BYTES)
     checkpoint = _checkpoint(run_dir)
     if tenure is None and settings is None and not records and checkpoint is None:
@@ -221,15 +220,6 @@ def _state(tenure: Tenure | None, age: float | None, heard: _Heard) -> tuple[Sta
     if heard.is_starting:
         return "starting", "starting: no record of this start yet"
     return "running", "running"
-
-
-def _settings(run_dir: str) -> dict[str, Any] | None:
-    """The configuration as written, of whatever version; None where there is none that can be read."""
-    try:
-        found = yaml.safe_load(read_bytes(join(run_dir, "config.yaml")))
-    except (NotFound, yaml.YAMLError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _speed(records: Sequence[dict[str, Any]]) -> _Speed:

@@ -17,6 +17,7 @@ from PIL import Image
 from data_pipeline.errors import NotFound, UserError
 from data_pipeline.storage.files import list_names, read_bytes
 from data_pipeline.storage.urls import join, without_secrets
+from trainer.config.identity import SETTINGS
 from trainer.evaluator.findings import FOLDER, Findings
 from trainer.metrics.jsonl import read_records
 from trainer.report.figures import Record, changes_of, figures, script, to_html
@@ -97,7 +98,7 @@ def _data_url(png: bytes) -> str:
 
 def _settings(run_dir: str) -> str | None:
     try:
-        return read_bytes(join(run_dir, "config.yaml")).decode("utf-8", "replace")
+        return read_bytes(join(run_dir, SETTINGS)).decode("utf-8", "replace")
     except NotFound:
         return None
 

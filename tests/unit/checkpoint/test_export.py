@@ -13,7 +13,7 @@ from trainer.checkpoint import export as export_module
 from trainer.checkpoint.export import export, open_weights, read_about
 from trainer.config.io import config_from_dict
 from trainer.config.run import ConfigError
-from trainer.weights import read_weights
+from trainer.weights import read_weights, write_weights
 
 from .conftest import MakeRun
 from .small_run import SmallRun
@@ -53,6 +53,14 @@ def test_profiles(
     assert (metadata["step"], metadata["profile"]) == ("3", profile or "decay")
     assert made.num_parameters == sum(value.numel() for value in wanted.values())
     assert made.num_bytes == Path(made.destination).stat().st_size
+
+
+def test_tensors_of_a_file_are_read_in_the_same_order_each_time(tmp_path: Path) -> None:
+    """An average that is made again is the same file, by which a set that is continued knows its weights."""
+    url = str(tmp_path / "many.safetensors")
+    names = [f"{number:02d}" for number in range(20)]
+    write_weights(url, {name: torch.zeros(1) for name in reversed(names)}, {})
+    assert list(read_weights(url)[0]) == names
 
 
 def test_half_precision(run: SmallRun, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,23 @@ def test_streams_that_have_no_index_need_shards_of_their_own(sets: Path, tmp_pat
         open_held_out(config, 4, seed=0, global_batch_size=12)
     own = dataclasses.replace(config, validation=HeldOutConfig(shards=str(sets / "rare" / "*.tar")))
     assert len(open_held_out(own, 4, seed=0, global_batch_size=12)) == 4
+
+
+@pytest.mark.parametrize("order", ["indexed", "streamed"])
+def test_a_large_set_without_an_index_says_what_wants_one(
+    sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """Training starts at once on it; whoever asks for a share to be held out is told why that does not."""
+    monkeypatch.setattr("data_pipeline.shards.opening._SMALL", 1)
+    for shard in (sets / "main").glob("*.tar"):
+        shutil.copy(shard, tmp_path)
+    shards = f"{tmp_path}/{{00000..{len(COUNTS) - 1:05d}}}.tar"
+    config = configured(sets, shards=shards, order=order)
+    dataset = open_dataset(config, at_once=True)
+    with pytest.raises(DataError, match=r"are chosen by an index.*run `ldm data index.*instead of data\.val"):
+        open_held_out(config, 4, seed=0, global_batch_size=12, dataset=dataset)
+    own = dataclasses.replace(config, validation=HeldOutConfig(shards=str(sets / "rare" / "*.tar")))
+    assert len(open_held_out(own, 4, seed=0, global_batch_size=12, dataset=dataset)) == 4
 
 
 @pytest.mark.parametrize("order", ["indexed", "resampled"])
