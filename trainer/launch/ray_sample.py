@@ -159,11 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     configure_logging()
     asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda *_: asked.set())
     try:
         out = _check(args)
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *_: asked.set())
         gpus = int(ray.cluster_resources().get("GPU", 0))
         count = (gpus or 1) if args.workers is None else args.workers
         place = resources(args.on or ("gpu" if gpus else "cpu"), args.cpus_per_worker)

@@ -121,7 +121,9 @@ def test_mistakes_are_one_sentence_before_any_cluster_is_asked(
     pytest.importorskip("ray", reason='pip install "ray[default,train]"')
     from trainer.launch.ray_sample import main as draw
 
+    handler = signal.getsignal(signal.SIGINT)
     assert draw(words) == 2
+    assert signal.getsignal(signal.SIGINT) is handler
     told = capsys.readouterr().err
     assert sentence in told
     assert "Traceback" not in told
