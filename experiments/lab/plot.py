@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from trainer.report.chart import COLOURS, GRID, INK, ticks
+
 WIDTH, HEIGHT = 620, 400
 """Of a panel, pixels."""
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 46, 60
 """Margins of a panel around its axes; the legend stands in the one at the top."""
 HEADER = 30
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
-GRID, INK = "#dddddd", "#222222"
-TICKS = 5
 
 Spread = tuple[float, float] | None
 """Mean and deviation; None where nothing was measured."""
@@ -50,17 +48,6 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
     for number, panel in enumerate(panels):
         _Axes(pen, number * WIDTH, HEADER, panel).draw()
     image.save(path)
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, about `TICKS` of them."""
-    if high <= low:
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
-    rough = (high - low) / TICKS
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [number * step for number in range(first, last + 1)]
 
 
 class _Axes:

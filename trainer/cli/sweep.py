@@ -2,7 +2,8 @@
 
 OUT/guidance_G_steps_S/pictures/   what `ldm sample` makes, all points from the same seeds and prompts
 OUT/guidance_G_steps_S/figures.json   everything known of that point; a point that has it is not made again
-OUT/curve.csv, OUT/curve.html      a row per point, after each, and the page that draws them
+OUT/curve.csv                      a row per point, after each
+OUT/curve.png, OUT/curve.html      what draws them, as a picture and as a page
 OUT/sweep.json                     the checkpoint of all points, the newest when the sweep began
 """
 
@@ -24,6 +25,7 @@ from trainer.cli import sample
 from trainer.cli.fidelity import Measuring, add_measuring_arguments, as_json, check, figures, stored
 from trainer.config.run import ConfigError
 from trainer.distributed.env import DistributedEnv
+from trainer.report.chart import fidelity_chart, to_png
 
 SWEEP_EXAMPLE = (
     "example: ldm evaluate sweep s3://bucket/run --guidance 1:8:1 --steps 10,25,50 "
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         write_bytes(join(out, "curve.csv"), _table(rows).encode())
         missing = _draw(rows, out)
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
-    print(f"{len(rows)} points in {join(out, 'curve.csv')}{missing}")
+    print(f"{len(rows)} points in {join(out, 'curve.csv')}, drawn in curve.png{missing}")
     return 0
 
 
@@ -164,14 +166,15 @@ def _former(url: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _draw(rows: Sequence[Mapping[str, str]], out: str) -> str:
-    """The page with the curve; what to say where there is nothing to draw with."""
+    """The curve as picture and page; what to say where there is nothing to draw the page with."""
+    points = [{name: float(value) for name, value in row.items()} for row in rows]
+    write_bytes(join(out, "curve.png"), to_png(fidelity_chart(points)))
     try:
         from trainer.report.figures import fidelity_curve
     except ModuleNotFoundError as error:
         if error.name != "plotly":
             raise
         return "; to have curve.html as well, install plotly (pip install plotly) and repeat the command"
-    points = [{name: float(value) for name, value in row.items()} for row in rows]
     write_bytes(join(out, "curve.html"), fidelity_curve(points))
     return ""
 

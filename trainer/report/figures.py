@@ -16,6 +16,8 @@ import plotly.io
 import plotly.offline
 from plotly.subplots import make_subplots
 
+from trainer.report.chart import fidelity_chart
+
 Record = dict[str, Any]
 
 SMOOTHED = 25
@@ -83,30 +85,20 @@ def figures(records: Sequence[Record]) -> dict[str, go.Figure]:
 
 
 def fidelity_curve(points: Sequence[Mapping[str, float]]) -> bytes:
-    """A page of its own: the first distance over CLIP score, or over guidance where there is none.
-
-    Args:
-        points: `guidance`, `steps` and figures by name; a line for each number of steps.
-    """
-    names = [
-        name for name in dict.fromkeys(n for p in points for n in p) if name not in ("guidance", "steps")
-    ]
-    across = "clip_score" if "clip_score" in names and len(names) > 1 else "guidance"
-    up = next(name for name in names if name != across)
-    figure = _figure()
-    for steps in sorted({point["steps"] for point in points}):
-        own = sorted((p for p in points if p["steps"] == steps), key=lambda point: point["guidance"])
+    """A page of its own with `fidelity_chart`."""
+    chart, figure = fidelity_chart(points), _figure()
+    for name, line in chart.lines.items():
         figure.add_scatter(
-            x=[point.get(across) for point in own],
-            y=[point.get(up) for point in own],
-            text=[f"guidance {point['guidance']:g}" for point in own],
-            name=f"{steps:g} steps",
-            mode="lines+markers+text" if across != "guidance" else "lines+markers",
+            x=[x for x, _, _ in line],
+            y=[y for _, y, _ in line],
+            text=[label or f"{chart.across} {x:g}" for x, _, label in line],
+            name=name,
+            mode="lines+markers+text" if chart.across != "guidance" else "lines+markers",
             textposition="top center",
         )
     figure.update_layout(hovermode="closest", height=600)
-    figure.update_xaxes(title=across)
-    figure.update_yaxes(title=up)
+    figure.update_xaxes(title=chart.across)
+    figure.update_yaxes(title=chart.up)
     page: str = figure.to_html(full_html=True, include_plotlyjs=True)
     return page.encode()
 

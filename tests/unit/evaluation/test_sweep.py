@@ -58,6 +58,9 @@ def test_every_point_is_sampled_measured_and_kept(tmp_path: Path, command: list[
     drawn = (tmp_path / "curve" / "curve.html").read_text()
     assert all(text in drawn for text in ("guidance 2", "2 steps", "fd_random", found[0]["fd_random"]))
     assert found[0]["fd_random"] != found[1]["fd_random"]
+    with Image.open(tmp_path / "curve" / "curve.png") as png:
+        colours = {colour for _, colour in png.convert("RGB").getcolors(100_000) or []}
+    assert (31, 119, 180) in colours, "a line, without plotly"
     point = tmp_path / "curve" / "guidance_2_steps_2"
     assert len(list((point / "pictures").iterdir())) == 3
     told = json.loads((point / "figures.json").read_text())
@@ -74,7 +77,7 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_sweeps(
 ) -> None:
     assert main(command) == 0
     first = rows(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "curve").rglob("*.png")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "curve").glob("*/pictures/*.png")}
     more = [word if word != "1:2:1" else "1:3:1" for word in command]
     assert main(more) == 0
     assert rows(tmp_path)[:2] == first
