@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trainer.evaluation import metrics
 from trainer.evaluation.networks import FeatureOptions, build_networks
-from trainer.evaluation.survey import Moments, SurveyOptions, survey
+from trainer.evaluation.survey import FeatureMoments, SurveyOptions, survey
 
 WIDTH = 2048
 BLOCK = 64
@@ -37,9 +37,9 @@ def features(count: int, seed: int) -> Tensor:
     return torch.randn(count, WIDTH, generator=generator) * torch.logspace(0, -2, WIDTH) + 0.4
 
 
-def moments_of(rows: Tensor) -> Moments:
+def moments_of(rows: Tensor) -> FeatureMoments:
     """Streamed by blocks, as a survey does."""
-    found = Moments(WIDTH)
+    found = FeatureMoments(WIDTH)
     for block in rows.split(BLOCK):
         found.add(block)
     return found

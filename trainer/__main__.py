@@ -35,7 +35,7 @@ VERBS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class _CommandParser(argparse.ArgumentParser):
     """Shows texts as they are written, its sub-commands' too: an example broken over lines would not run."""
 
     def __init__(self, **options: Any) -> None:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def verb_parser(name: str) -> argparse.ArgumentParser:
     """The parser of one verb."""
     verb = importlib.import_module(f"trainer.cli.{name}")
-    parser = _Parser(prog=f"ldm {name}", description=verb.__doc__, epilog=verb.EXAMPLE)
+    parser = _CommandParser(prog=f"ldm {name}", description=verb.__doc__, epilog=verb.EXAMPLE)
     verb.add_arguments(parser)
     return parser
 
@@ -86,7 +86,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 
 def _overview(argv: list[str]) -> int:
-    parser = _Parser(
+    parser = _CommandParser(
         prog="ldm",
         description="Train latent diffusion models. Verbs:\n"
         + "\n".join(f"  {verb:10} {summary}" for verb, summary in VERBS.items()),

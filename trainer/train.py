@@ -28,7 +28,7 @@ from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.timer import START_VARIABLE, StartTimer, Throughput
 from trainer.reliability.doubt import Progress, mark
-from trainer.reliability.healing import Incident, Verdict
+from trainer.reliability.healing import HealingVerdict, Incident
 from trainer.reliability.heartbeat import board_from_environment
 from trainer.reliability.peers import peer_phases
 from trainer.reliability.preemption import Preemption
@@ -248,7 +248,7 @@ def worst_norm(values: Mapping[str, float]) -> float:
     return next((norm for norm in norms if not math.isfinite(norm)), values["grad_norm"])
 
 
-def name_incident(run: Run, verdict: Verdict, late: LateValues, own_loss: float) -> Incident:
+def name_incident(run: Run, verdict: HealingVerdict, late: LateValues, own_loss: float) -> Incident:
     """Record what went wrong at a step, and on which ranks, hosts and samples. Collective."""
     finite = math.isfinite(own_loss)
     own = (late.ordinals.tolist(), socket.gethostname(), () if finite else late.keys, finite)

@@ -22,7 +22,7 @@ _FRUITLESS_ROUNDS = 3
 """Times that as many shards as there are may be opened in a row without a single sample in them."""
 
 
-class Findings:
+class StreamFindings:
     """Shared by the threads of one rank. Every method may raise DataError, which ends the loader."""
 
     def __init__(self, config: DataConfig, urls: Sequence[str], columns: Iterable[str]) -> None:

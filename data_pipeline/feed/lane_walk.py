@@ -63,7 +63,7 @@ from data_pipeline.order.position import LaneState
 from data_pipeline.shards.view import ShardViews
 
 _MIN_REJECTED_RUN = 1000
-Planned = tuple[list[Visit], list[int]]
+PlannedVisits = tuple[list[Visit], list[int]]
 """Visits of a lane in order, and how many of them are of each window."""
 
 
@@ -85,7 +85,7 @@ class LaneWalk:
         """Rejections in a row with which the lane counts as hopeless."""
         self._walker = walker
         self._cursor = (state.epoch, state.offset)  # next raw offset to plan
-        self._plans: deque[tuple[int, Future[Planned]]] = deque()
+        self._plans: deque[tuple[int, Future[PlannedVisits]]] = deque()
         self.unread = walker.unread_of(self.share)
         self._visits: deque[Visit] = deque()
         self._planned = 0
@@ -190,7 +190,7 @@ class Walker(ReadAhead[LaneWalk]):
 
     def plan(
         self, walk: LaneWalk, epoch: int, first: int, stop: int, skip_to: int, due: float, alone: bool
-    ) -> Planned:
+    ) -> PlannedVisits:
         """Visits of the whole windows [first, stop) from `skip_to` on.
 
         `due` is the number of samples that the lane had planned before; `alone`: all of these are under way,

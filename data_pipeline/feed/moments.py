@@ -34,7 +34,7 @@ from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.sample import Reused, draw_crop
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.moments.catalogue import REFRESH_S, Catalogue, EntryPlace
-from data_pipeline.moments.entry import Damaged, Label, Member, Picture, digest, entry_key, unpack
+from data_pipeline.moments.entry import Damaged, IndexedPicture, KeptMember, Label, digest, entry_key, unpack
 from data_pipeline.moments.parts import part_url
 from data_pipeline.pictures.crops import RESAMPLING, Geometry
 from data_pipeline.shards.selection import picture_members
@@ -52,7 +52,7 @@ _MEMBER_BYTES = 16_384
 
 
 @dataclass
-class Planned:
+class PlannedMoments:
     """What the cache has for one visit, or is to get from it."""
 
     label: Label
@@ -107,7 +107,7 @@ class MomentsReads:
 
     def plan(
         self, shard: int, view: ShardView, row: int, target: tuple[int, int], ordinal: int
-    ) -> Planned | None:
+    ) -> PlannedMoments | None:
         """What the cache has of a row; None where it can neither have nor get anything."""
         places = zip(view.members, view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
         extents = {name: Extent(start, start + size, 0, name) for name, start, size in places if start >= 0}
@@ -121,7 +121,7 @@ class MomentsReads:
         crop = draw_crop(config, sample, task.moments.variants, seed=task.order.seed, ordinal=ordinal)
         key = entry_key(
             self._cache.stage,
-            Picture(url, edition.size, edition.version, first, stop - first),
+            IndexedPicture(url, edition.size, edition.version, first, stop - first),
             (*target, *crop, RESAMPLING),
         )
         place = self._catalogue.find(url, key) if self._catalogue.answers else None
@@ -130,9 +130,9 @@ class MomentsReads:
             if edition_now != edition:
                 return self.plan(shard, view, row, target, ordinal) if edition_now is not None else None
         label = Label(key.hex(), url, sample, first, view.identities_of(row))
-        return Planned(label, shard, edition, picture, extents, target, place)
+        return PlannedMoments(label, shard, edition, picture, extents, target, place)
 
-    def start(self, planned: Mapping[int, Planned], due: float) -> None:
+    def start(self, planned: Mapping[int, PlannedMoments], due: float) -> None:
         """Begin to read what was found, by slot of the plan."""
         wanted: dict[tuple[str, int], list[Extent]] = {}
         for slot, each in planned.items():
@@ -148,7 +148,7 @@ class MomentsReads:
         url, size = part
         return self._parts.read(url, start, stop, expected=Edition(size, "None"))
 
-    def take(self, planned: Planned, slot: int) -> Reused | None:
+    def take(self, planned: PlannedMoments, slot: int) -> Reused | None:
         """The moments of a visit, once they are there and right; None: the picture is to be encoded.
 
         Raises:
@@ -187,7 +187,7 @@ class MomentsReads:
         }
         return Reused(entry.values, geometry_of(entry.geometry), same)
 
-    def unread(self, planned: Planned, reused: Reused | None) -> dict[str, bytes]:
+    def unread(self, planned: PlannedMoments, reused: Reused | None) -> dict[str, bytes]:
         """Members that were to come from the cache: what it holds, the others from the shard after all.
 
         Raises ReadFailed, Replaced.
@@ -197,7 +197,9 @@ class MomentsReads:
         read = {name: self._reads.read_now(planned.shard, planned.extents[name]) for name in sorted(lacking)}
         return {**held, **read}
 
-    def label(self, planned: Planned, members: Mapping[str, bytes], geometry: Geometry) -> Label | None:
+    def label(
+        self, planned: PlannedMoments, members: Mapping[str, bytes], geometry: Geometry
+    ) -> Label | None:
         """Under what, and beside what, the moments are stored; None where the shard changed on the way."""
         try:
             same = self._reads.editions.expected(planned.shard) == planned.edition
@@ -206,7 +208,7 @@ class MomentsReads:
         if not same:
             return None
         small = tuple(
-            Member(name, planned.extents[name].start, content)
+            KeptMember(name, planned.extents[name].start, content)
             for name, content in members.items()
             if name not in self._pictures and name in planned.extents and len(content) <= _MEMBER_BYTES
         )
@@ -262,7 +264,7 @@ class MomentsReads:
         return edition
 
 
-def _is_at(member: Member, extent: Extent) -> bool:
+def _is_at(member: KeptMember, extent: Extent) -> bool:
     """Whether a member of an entry is the one that the index names by now."""
     return member.first == extent.start and len(member.content) == extent.stop - extent.start
 

@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from data_pipeline.feed.moments import Planned
+from data_pipeline.feed.moments import PlannedMoments
 from data_pipeline.feed.reads import GAP, Contents, Extent
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.position import LaneState, Mark
@@ -97,7 +97,7 @@ class Visit:
     """Captions that lie beside the tar, by column."""
     passed: list[tuple[str, str]] = field(default_factory=list)
     """(reason, key) of rejected samples beside it that no order counts."""
-    planned: Planned | None = None
+    planned: PlannedMoments | None = None
     """What the cache of moments has for it, or may get from it."""
     mark: Mark | None = None
     """Of a lane that takes turns at shards: where its window begins."""
@@ -136,7 +136,7 @@ class Visit:
 
 
 @dataclass
-class _Window:
+class _WaitingVisits:
     """Visits of a window that are not asked for."""
 
     visits: deque[Visit]
@@ -157,7 +157,7 @@ class Unread:
         """Visits that are asked for and not taken."""
         self._held = 0
         self._budget, self._start = budget, start
-        self._windows: deque[_Window] = deque()
+        self._windows: deque[_WaitingVisits] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._windows)
@@ -170,7 +170,7 @@ class Unread:
             rest = deque(visit for visit in some if visit.budget is None)
             if rest:
                 total = sum(visit.num_bytes for visit in rest)
-                self._windows.append(_Window(rest, len(rest) == len(some), total))
+                self._windows.append(_WaitingVisits(rest, len(rest) == len(some), total))
             for visit in some:
                 if visit.budget is not None:
                     self._count(visit)
@@ -230,7 +230,7 @@ class Unread:
         self._held += visit.num_bytes
 
 
-class Walk(Protocol):
+class AheadWalk(Protocol):
     """One lane's walk of one order, as `ReadAhead` sees it."""
 
     share: float
@@ -246,7 +246,7 @@ class Walk(Protocol):
         """Begin to read until `enough` are ahead, of plans that are made; returns whether any were begun."""
 
 
-W = TypeVar("W", bound=Walk)
+W = TypeVar("W", bound=AheadWalk)
 
 
 class ReadAhead(ABC, Generic[W]):

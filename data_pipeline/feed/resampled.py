@@ -23,7 +23,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import AccessDenied, DataError, Failure, Rejected, StorageOutage
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
-from data_pipeline.feed.findings import Findings
+from data_pipeline.feed.findings import StreamFindings
 from data_pipeline.feed.sample import Known, draw_crop, fill_sample, sample_arrays
 from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
@@ -48,7 +48,7 @@ _TAKE_S = 1.0
 _PICTURE = ("picture_height", "picture_width")
 
 
-class _Reading:
+class _ShardProgress:
     """Which shard a thread is in, and how many of its samples have come."""
 
     url = ""
@@ -115,7 +115,7 @@ class ResampledLoader(Iterator[Batch]):
         self._global = global_batch_size
         self._step = int(position["step"]) if position else 0
         self._filter = Filter(config.filter)
-        self._findings = Findings(config, self._urls, self._filter.columns)
+        self._findings = StreamFindings(config, self._urls, self._filter.columns)
         self._removals = read_removals(config.removal_lists)
         self.tally = self._findings.tally
         """Samples served and rejected, of this rank, since the loader was opened."""
@@ -142,7 +142,7 @@ class ResampledLoader(Iterator[Batch]):
             shards = wds.ResampledShards(
                 self._urls, seed=seed, worker_seed=lambda: worker, deterministic=True
             )
-            reading = _Reading()
+            reading = _ShardProgress()
             samples = samples_of(
                 self._opened(shards, reading),
                 broken=partial(self._skip, reading),
@@ -156,7 +156,7 @@ class ResampledLoader(Iterator[Batch]):
         except BaseException as error:  # noqa: BLE001 - raised by __next__
             self._hand_over(error)
 
-    def _opened(self, shards: Iterable[dict[str, Any]], reading: _Reading) -> Iterator[dict[str, Any]]:
+    def _opened(self, shards: Iterable[dict[str, Any]], reading: _ShardProgress) -> Iterator[dict[str, Any]]:
         """Open shards; an outage is tried for `patience_s`."""
         failing_since: float | None = None
         for shard in shards:
@@ -181,7 +181,7 @@ class ResampledLoader(Iterator[Batch]):
             with stream:
                 yield {**shard, "stream": stream}
 
-    def _skip(self, reading: _Reading, error: Exception) -> None:
+    def _skip(self, reading: _ShardProgress, error: Exception) -> None:
         """Go on with the next shard. Raises DataError where too many are no tars."""
         # Storage that fails in the middle says nothing about what the shard is.
         is_content = isinstance(error, (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError))

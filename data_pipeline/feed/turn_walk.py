@@ -35,14 +35,14 @@ from functools import partial
 import numpy as np
 
 from data_pipeline.errors import DataError, Gone, NotATar, ReadFailed, Rejected, Replaced
-from data_pipeline.feed.lane_walk import Planned
+from data_pipeline.feed.lane_walk import PlannedVisits
 from data_pipeline.feed.read_ahead import MIN_PLAN, ReadAhead, Visit
 from data_pipeline.feed.reads import Contents, MemberReads
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards.beside import check_json_suffices
-from data_pipeline.shards.pieces import HEADERS, Piece, TarPieces
+from data_pipeline.shards.pieces import HEADERS, TarPiece, TarPieces
 from data_pipeline.shards.recorder import Recorder
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.editions import Edition
@@ -95,7 +95,7 @@ class TurnWalk:
         """Bytes that are held and belong to no visit yet."""
         self.unread = walker.unread_of(self.share)
         self._walker = walker
-        self._plan: Future[Planned] | None = None
+        self._plan: Future[PlannedVisits] | None = None
         self._visits: deque[Visit] = deque()
 
     def __str__(self) -> str:
@@ -165,7 +165,7 @@ class TurnWalk:
         raise Rejected("unreadable")
 
 
-def _take_over(piece: Piece, visits: Sequence[Visit], largest: int) -> None:
+def _take_over(piece: TarPiece, visits: Sequence[Visit], largest: int) -> None:
     """Give visits what of theirs is in memory, which then is there once, and not in the window as well.
 
     largest: bytes of a member above which it is read later
@@ -222,7 +222,7 @@ class TurnWalker(ReadAhead[TurnWalk]):
         shard, edition = source
         return self._reader.read(self._dataset.urls[shard], start, stop, expected=edition)
 
-    def plan(self, walk: TurnWalk, *, needy: bool) -> Planned:
+    def plan(self, walk: TurnWalk, *, needy: bool) -> PlannedVisits:
         """The lane's next visits, window by window; none where there is no room and it is not `needy`."""
         visits: list[Visit] = []
         windows: list[int] = []
@@ -351,7 +351,7 @@ class TurnWalker(ReadAhead[TurnWalk]):
         except Gone:
             return None
 
-    def _visits(self, walk: TurnWalk, turn: int, shard: int, piece: Piece) -> list[Visit]:
+    def _visits(self, walk: TurnWalk, turn: int, shard: int, piece: TarPiece) -> list[Visit]:
         view = self._views.of(piece.index, int(self._dataset.source_of[shard]))
         if piece.first + len(view.keys) > MAX_SAMPLES:
             raise DataError(

@@ -56,7 +56,7 @@ class EntryPlace:
 
 
 @dataclass
-class _Known:
+class _ShardRows:
     """The rows of one source shard."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -89,7 +89,7 @@ class Catalogue:
     def __init__(self, folder: str, capacity: int, *, refresh_s: float = REFRESH_S) -> None:
         """`capacity`: shards whose rows are kept."""
         self._folder, self._capacity, self._refresh_s = folder, capacity, refresh_s
-        self._shards: OrderedDict[str, _Known] = OrderedDict()
+        self._shards: OrderedDict[str, _ShardRows] = OrderedDict()
         self._lock = threading.Lock()
         self._silent_until = -np.inf
         self._broken: set[tuple[str, str]] = set()
@@ -141,15 +141,15 @@ class Catalogue:
             self._told.add(about)
             logger.warning("%s", what)
 
-    def _of(self, shard: str) -> _Known:
+    def _of(self, shard: str) -> _ShardRows:
         with self._lock:
-            known = self._shards.setdefault(shard, _Known())
+            known = self._shards.setdefault(shard, _ShardRows())
             self._shards.move_to_end(shard)
             while len(self._shards) > self._capacity:
                 self._shards.popitem(last=False)
             return known
 
-    def _refresh(self, shard: str, known: _Known) -> None:
+    def _refresh(self, shard: str, known: _ShardRows) -> None:
         if not self.answers:
             return
         folder = shard_folder(self._folder, shard)
@@ -173,7 +173,7 @@ class Catalogue:
             known.rows = _merged(shard, known, dict(zip(new, found, strict=True)), tables)
 
 
-def _merged(shard: str, known: _Known, new: dict[str, Table | None], tables: set[str]) -> NDArray[Any]:
+def _merged(shard: str, known: _ShardRows, new: dict[str, Table | None], tables: set[str]) -> NDArray[Any]:
     """The rows of all parts that are still there, sorted by key, those of later parts behind."""
     there = np.asarray([known.names[name] for name in known.names if name in tables], np.int32)
     kept = known.rows[np.isin(known.rows["part"], there)]

@@ -70,7 +70,7 @@ NOTHING_ONCE = Moments()
 
 
 @dataclass(frozen=True)
-class Picture:
+class IndexedPicture:
     """One picture member as the index knows it."""
 
     shard: str
@@ -84,7 +84,7 @@ class Picture:
     bytes: int
 
 
-class Member(NamedTuple):
+class KeptMember(NamedTuple):
     """A member beside the picture: caption, json, class, small map."""
 
     extension: str
@@ -100,7 +100,7 @@ class Entry:
     values: NDArray[Any]
     """The bits of the moments, [C, h, w]."""
     geometry: tuple[float, ...]
-    members: dict[str, Member]
+    members: dict[str, KeptMember]
     """By extension."""
 
 
@@ -118,13 +118,13 @@ class Label:
     """First byte of its picture, by which neighbours stay neighbours."""
     identities: tuple[int, ...]
     """Hashes of its URL and digests, by which removal lists name it."""
-    members: tuple[Member, ...] = ()
+    members: tuple[KeptMember, ...] = ()
     """Small members beside the picture, so that none of the sample needs to be read from its shard."""
     geometry: tuple[float, ...] = ()
     """The fields of `pictures.crops.Geometry`: size of the original, crop box, flip, size of the target."""
 
 
-def entry_key(stage: str, picture: Picture, transform: tuple[object, ...]) -> bytes:
+def entry_key(stage: str, picture: IndexedPicture, transform: tuple[object, ...]) -> bytes:
     """16 bytes that any change of the first stage, the picture or the transform changes."""
     told = [stage, picture.shard, picture.size, picture.version, picture.first, picture.bytes, *transform]
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=KEY_BYTES).digest()
@@ -187,7 +187,7 @@ def unpack(data: bytes, key: str, dtype: Dtype, shape: tuple[int, int, int]) -> 
         members = {}
         for extension, first in json.loads(metadata["members"]).items():
             start, stop = header[f".{extension}"]["data_offsets"]
-            members[extension] = Member(extension, first, data[8 + length + start : 8 + length + stop])
+            members[extension] = KeptMember(extension, first, data[8 + length + start : 8 + length + stop])
         return Entry(values.reshape(shape), tuple(json.loads(metadata["geometry"])), members)
     except (ValueError, LookupError, TypeError, struct.error) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error

@@ -60,7 +60,7 @@ _MIN_PER_LANE = 4
 """Samples that a bucket has in a lane on average at least; with fewer, its epochs would end all the time."""
 
 
-class Walk(NamedTuple):
+class WalkOrigin(NamedTuple):
     """Whose samples an order has."""
 
     bucket: int
@@ -79,16 +79,16 @@ class Buckets:
     """The walks of a lane: through the samples of each shape, and of each source where they have weights."""
     accepted_only: bool = False
     """Whether the orders count the accepted samples of their bucket; else all raw samples (one shape)."""
-    mixed: tuple[Walk, ...] = ()
+    mixed: tuple[WalkOrigin, ...] = ()
     """What the orders are of where sources have weights, by bucket and source."""
 
     @cached_property
-    def walks(self) -> tuple[Walk, ...]:
+    def walks(self) -> tuple[WalkOrigin, ...]:
         """What the orders are of; without weights, all sources are one."""
         if self.mixed or len(self.orders) == 1:
-            return self.mixed or (Walk(0, 0, 1.0),)
+            return self.mixed or (WalkOrigin(0, 0, 1.0),)
         everything = sum(self.totals)
-        return tuple(Walk(bucket, 0, total / everything) for bucket, total in enumerate(self.totals))
+        return tuple(WalkOrigin(bucket, 0, total / everything) for bucket, total in enumerate(self.totals))
 
     @cached_property
     def weights(self) -> tuple[float, ...]:
@@ -244,13 +244,13 @@ def mix_buckets(
     sources: the order of all samples of each, with no more lanes than are accepted of it
     weights: of each, how much of the served samples is its own; they sum to 1
     """
-    own, walks = [_frequent(shapes, aspects, source) for source in sources], list[tuple[Walk, Order]]()
+    own, walks = [_frequent(shapes, aspects, source) for source in sources], list[tuple[WalkOrigin, Order]]()
     chosen = [shape for shape in shapes if any(shape in some for some in own)]
     for number, (source, weight, some) in enumerate(zip(sources, weights, own, strict=True)):
         orders = _by_shape(some, aspects, source)
         everything = sum(order.total for order in orders)
         for shape, order in zip(some, orders, strict=True):
-            walks.append((Walk(chosen.index(shape), number, weight * order.total / everything), order))
+            walks.append((WalkOrigin(chosen.index(shape), number, weight * order.total / everything), order))
     walks.sort(key=lambda pair: pair[0][:2])
     mixed, orders_of = zip(*walks, strict=True)
     return Buckets(tuple(chosen), orders_of, accepted_only=True, mixed=mixed)

@@ -10,7 +10,7 @@ A picture of 640 x 480 on its way to 64 x 64, from the centre:
 >>> geometry = plan_crop(480, 640, (64, 64), random_crop=False, may_flip=False, seed=0, ordinal=0)
 >>> geometry.left, geometry.right, geometry.top, geometry.bottom
 (0.125, 0.875, 0.0, 1.0)
->>> picture = Picture(np.zeros((120, 160, 3), np.uint8), height=480, width=640, scale=0.25)
+>>> picture = DecodedPicture(np.zeros((120, 160, 3), np.uint8), height=480, width=640, scale=0.25)
 >>> geometry.on_grid(picture)[1:]
 (slice(0, 120, None), slice(20, 140, None))
 
@@ -32,7 +32,7 @@ from PIL import Image
 
 from data_pipeline.errors import Rejected
 from data_pipeline.order.draws import Draw, uniform
-from data_pipeline.pictures.decoding import Picture, decode_map
+from data_pipeline.pictures.decoding import DecodedPicture, decode_map
 
 # Loader processes are the parallelism; OpenCV's own threads would fight over the same cores.
 cv2.setNumThreads(0)
@@ -67,7 +67,7 @@ class Geometry:
     target_height: int
     target_width: int
 
-    def on_grid(self, picture: Picture) -> tuple[Geometry, slice, slice]:
+    def on_grid(self, picture: DecodedPicture) -> tuple[Geometry, slice, slice]:
         """The nearest crop of whole decoded pixels, and its rows and columns.
 
         Maps and boxes follow it exactly.
@@ -144,7 +144,7 @@ def crop_at(height: int, width: int, target: tuple[int, int], place: CropPlace) 
     )
 
 
-def crop_pixels(picture: Picture, geometry: Geometry, out: NDArray[np.uint8]) -> Geometry:
+def crop_pixels(picture: DecodedPicture, geometry: Geometry, out: NDArray[np.uint8]) -> Geometry:
     """Crop the picture and resize it into `out`, contiguous uint8 [target h, target w, 3].
 
     Shrinks without aliasing, enlarges bicubically. Whole decoded pixels are cropped; returns that crop,

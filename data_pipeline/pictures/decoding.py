@@ -26,7 +26,7 @@ _TURNS: dict[int, tuple[bool, int]] = {
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedPicture:
     """A decoded picture, perhaps at a reduced size."""
 
     pixels: NDArray[np.uint8]
@@ -38,7 +38,7 @@ class Picture:
     """Decoded pixels per original pixel, from the first row and column on; only whole ones are kept."""
 
 
-def decode(data: bytes, *, target: tuple[int, int] | None, max_pixels: int) -> Picture:
+def decode(data: bytes, *, target: tuple[int, int] | None, max_pixels: int) -> DecodedPicture:
     """Decode a picture, at reduced size where libjpeg can and `target` is given.
 
     The result is at least as large as needed to crop `target` (height, width) from it without
@@ -63,7 +63,7 @@ def decode_exactly(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(picture.pixels)
 
 
-def _decode_jpeg(data: bytes, target: tuple[int, int] | None, max_pixels: int) -> Picture | None:
+def _decode_jpeg(data: bytes, target: tuple[int, int] | None, max_pixels: int) -> DecodedPicture | None:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -84,7 +84,7 @@ def _decode_jpeg(data: bytes, target: tuple[int, int] | None, max_pixels: int) -
     except ValueError:
         return None  # Pillow forgives harmless warnings and judges the rest
     pixels = _orient(pixels[: height * eighths // 8, : width * eighths // 8], orientation)
-    return Picture(pixels, *((width, height) if turned else (height, width)), scale=eighths / 8)
+    return DecodedPicture(pixels, *((width, height) if turned else (height, width)), scale=eighths / 8)
 
 
 def _eighths(height: int, width: int, target: tuple[int, int]) -> int:
@@ -103,7 +103,7 @@ def _orient(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     return np.rot90(pixels, turns) if turns else pixels
 
 
-def _decode_other(data: bytes, max_pixels: int, *, finite: bool = False) -> Picture:
+def _decode_other(data: bytes, max_pixels: int, *, finite: bool = False) -> DecodedPicture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -119,7 +119,7 @@ def _decode_other(data: bytes, max_pixels: int, *, finite: bool = False) -> Pict
     except DECODE_ERRORS as error:
         raise Rejected("not_an_image", f"{type(error).__name__}: {error}"[:200]) from error
     pixels = _orient(pixels, orientation)
-    return Picture(pixels, pixels.shape[0], pixels.shape[1])
+    return DecodedPicture(pixels, pixels.shape[0], pixels.shape[1])
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:

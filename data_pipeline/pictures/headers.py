@@ -41,7 +41,7 @@ def picture_size(data: bytes) -> tuple[int, int] | None:
 
 def size_of(read: Read, size: int) -> tuple[int, int] | None:
     """The same of a picture of `size` bytes that read(start, stop) reads; what `read` raises passes."""
-    source = _Source(read, size)
+    source = _HeaderFile(read, size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -52,7 +52,7 @@ def size_of(read: Read, size: int) -> tuple[int, int] | None:
         return None
 
 
-def _upright(source: _Source) -> tuple[int, int] | None:
+def _upright(source: _HeaderFile) -> tuple[int, int] | None:
     if source.part(0, 2) == b"\xff\xd8":
         head = source.part(0, _jpeg_header_stop(source.part, source.size))
         try:
@@ -147,7 +147,7 @@ def _png_without_pixels(read: Read, size: int) -> bytes:
     return _PNG + b"".join(kept) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e" + b"\0\0\0\0IEND\xae\x42\x60\x82"
 
 
-class _Source(io.RawIOBase):
+class _HeaderFile(io.RawIOBase):
     """A file that is read where it is looked at, and remembers what reading it failed with."""
 
     def __init__(self, read: Read, size: int) -> None:

@@ -135,7 +135,7 @@ def build_index(
     unsaved: dict[str, ManifestRow] = {}
     done, saved = len(shards) - len(stale), time.monotonic()
     progress(done, len(shards))
-    for outcome in _index_all(stale, _Reading(folder, timeout_s, tries), workers, announce):
+    for outcome in _index_all(stale, _ScanSettings(folder, timeout_s, tries), workers, announce):
         if outcome is not None:
             shard, row = outcome
             known[shard.url] = unsaved[shard.url] = row
@@ -158,7 +158,7 @@ def is_current(shard: ListedFile, row: ManifestRow | None) -> bool:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _ScanSettings:
     """Where index files go, and how shards are read."""
 
     folder: str
@@ -167,7 +167,7 @@ class _Reading:
 
 
 def _index_all(
-    shards: Sequence[ListedFile], how: _Reading, workers: int, announce: Callable[[Estimate], object]
+    shards: Sequence[ListedFile], how: _ScanSettings, workers: int, announce: Callable[[Estimate], object]
 ) -> Iterator[tuple[ListedFile, ManifestRow] | None]:
     """Shards with their rows as they are done; None about once a second while none is."""
     first = _probed(len(shards)) if len(shards) >= _WORTH_IT else []
@@ -207,7 +207,7 @@ def _probed(shards: int) -> list[int]:
     return [(2 * i + 1) * shards // (2 * _PROBED) for i in range(_PROBED)]
 
 
-def _row(shard: ListedFile, how: _Reading, counts: Counter[str] | None = None) -> ManifestRow:
+def _row(shard: ListedFile, how: _ScanSettings, counts: Counter[str] | None = None) -> ManifestRow:
     """Row of a shard, that of one that is no tar too."""
     try:
         return index_one(shard, how.folder, how.timeout_s, how.tries, counts)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.order.buckets import Buckets, Walk, make_buckets, mix_buckets
+from data_pipeline.order.buckets import Buckets, WalkOrigin, make_buckets, mix_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
 from data_pipeline.order.position import (
     Earlier,
@@ -184,7 +184,7 @@ class Dataset:
             return make_buckets(shapes, self.accepted.aspects, order)
         orders = [self._of_source(order, source, share) for source, share in enumerate(self.shares)]
         if self.accepted is None or isinstance(order, Turns):
-            walks = (Walk(0, source, share) for source, share in enumerate(self.shares))
+            walks = (WalkOrigin(0, source, share) for source, share in enumerate(self.shares))
             return Buckets(shapes, tuple(orders), mixed=tuple(walks))
         indexed = [order for order in orders if isinstance(order, Order)]
         return mix_buckets(shapes, self.accepted.aspects, indexed, self.shares)

@@ -93,7 +93,7 @@ class Filter:
     def __init__(self, text: str) -> None:
         """Parse. Raises DataError that shows the place of a mistake."""
         self.text = text
-        self.clauses = _Parser(text).clauses() if text.strip() else []
+        self.clauses = _ExpressionParser(text).clauses() if text.strip() else []
         self._given: Mapping[str, Any] = {}
 
     @property
@@ -143,7 +143,7 @@ class Filter:
         return None if failing < 0 else self.reasons()[failing]
 
 
-class _Parser:
+class _ExpressionParser:
     """Recursive descent: or < and < not < comparison < sum < product < unary < atom."""
 
     def __init__(self, text: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from data_pipeline.errors import NotATar
-from data_pipeline.shards.tars import Member
+from data_pipeline.shards.tars import TarMember
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _COMPOUND = ("seg.png", "depth.png")
@@ -34,7 +34,7 @@ class Sample:
     """The members of one key."""
 
     key: str
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, TarMember] = field(default_factory=dict)
     """By extension."""
     duplicate: bool = False
     """Another sample before it has this key."""
@@ -66,7 +66,7 @@ def split_name(name: str) -> tuple[str, str]:
     return prefix + stem, extension.lower()
 
 
-def group(members: Sequence[Member], *, most_apart: int = _MAX_APART) -> Grouping:
+def group(members: Sequence[TarMember], *, most_apart: int = _MAX_APART) -> Grouping:
     """Members by sample, wherever in the tar they lie.
 
     Members of one key that lie apart are one sample, unless both places have the same extension: then the

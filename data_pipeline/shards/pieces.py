@@ -39,7 +39,7 @@ _INDEX_IT = "run `ldm data index` once"
 
 
 @dataclass(frozen=True)
-class Piece:
+class TarPiece:
     """One window of a shard."""
 
     first: int
@@ -58,7 +58,7 @@ class Piece:
 class TarPieces:
     """The windows of one shard, from one of them on.
 
-    read: gives bytes [start, stop) of the tar. shard: its URL, size and version. first, byte: see `Piece`.
+    read: gives bytes [start, stop) of the tar. shard: its URL, size and version. first, byte: see `TarPiece`.
     head: what has been read from `byte` on. keep: what is found, for `whole`.
     """
 
@@ -86,7 +86,7 @@ class TarPieces:
         """Bytes of the tar that are in memory."""
         return self._held.held
 
-    def next(self, samples: int, chunk: int, room: int = sys.maxsize) -> Piece | None:
+    def next(self, samples: int, chunk: int, room: int = sys.maxsize) -> TarPiece | None:
         """The next window, of about so many samples; None at the end of the tar.
 
         chunk: bytes of a request. room: bytes that may be held, up to HEADERS more; where they do not
@@ -118,7 +118,7 @@ class TarPieces:
                 index = assemble(self.shard, found, grouping)
                 index.choose_picture(IMAGE_EXTENSIONS)
                 held = self._held
-                piece = Piece(self.first, begin, index, held.get, held.holds, held.drop)
+                piece = TarPiece(self.first, begin, index, held.get, held.holds, held.drop)
                 self.first += len(index)
                 return piece
         return None

@@ -35,7 +35,7 @@ _WITHOUT_DATA = b"123456"
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     """One regular file of a tar."""
 
     name: str
@@ -46,7 +46,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class _Link:
+class _TarLink:
     """A member that is another one's data; symbolic links lead from their own folder."""
 
     name: str
@@ -57,7 +57,7 @@ class _Link:
 class TarScan:
     """Everything found in one tar."""
 
-    members: list[Member] = field(default_factory=list)
+    members: list[TarMember] = field(default_factory=list)
     """In the order of their headers; links with the place of what they lead to."""
     problems: list[str] = field(default_factory=list)
     """Defects, one sentence each; the members before them are usable."""
@@ -90,7 +90,7 @@ class TarSource(Protocol):
 class MemberBytes:
     """Reads within one member while its tar is scanned."""
 
-    def __init__(self, window: TarSource, member: Member) -> None:
+    def __init__(self, window: TarSource, member: TarMember) -> None:
         self._window, self._offset, self.size = window, member.offset, member.size
 
     def read(self, start: int, stop: int) -> bytes:
@@ -102,7 +102,7 @@ class MemberBytes:
 Look: TypeAlias = Callable[[str, MemberBytes], Any]
 
 
-class _Window:
+class _TarWindow:
     """Sequential reads over ranges. Of large members only what is looked at is read.
 
         pictures of 50 kB     [-------------- 4 MB --------------][-------------- 4 MB ---
@@ -150,7 +150,7 @@ def scan(
     were joined (`cat a.tar b.tar`) are read on. `look(name, member)` may read within each member; what it
     returns is kept.
     """
-    return scan_part(_Window(read, size, chunk), look=look)
+    return scan_part(_TarWindow(read, size, chunk), look=look)
 
 
 def scan_part(
@@ -163,7 +163,7 @@ def scan_part(
     """The same from the header at `start` on; before the first member of whose name `until` is true it ends,
     and `TarScan.rest` says where that is."""
     found, size = TarScan(), window.size
-    entries: list[Member | _Link] = []
+    entries: list[TarMember | _TarLink] = []
     cut = _walk(window, found, entries, look, start, until)
     if cut is not None and (cut > size or size == 0 or size % BLOCK):
         found.problems.append("the archive ends inside a block")
@@ -178,7 +178,7 @@ def scan_part(
 def _walk(
     window: TarSource,
     found: TarScan,
-    entries: list[Member | _Link],
+    entries: list[TarMember | _TarLink],
     look: Look,
     position: int,
     until: Callable[[str], bool],
@@ -220,7 +220,7 @@ def _walk(
             if kind in _WITHOUT_DATA:
                 length = 0
             if kind in (b"1", b"2"):
-                entries.append(_Link(name, _target(name, said.link(header), kind)))
+                entries.append(_TarLink(name, _target(name, said.link(header), kind)))
             if data + length > window.size:
                 missing = data + length - window.size
                 found.problems.append(f"truncated inside {name[:80]!r}: {missing} bytes are missing")
@@ -230,7 +230,7 @@ def _walk(
                     f"sparse member {name[:80]!r} is not supported; write it again without `tar --sparse`"
                 )
             elif kind in (b"0", b"\0", b"7"):
-                member = Member(name, data, length)
+                member = TarMember(name, data, length)
                 entries.append(member)
                 _note(found, look, window, member)
             window.passed(length)
@@ -240,7 +240,7 @@ def _walk(
     return position
 
 
-def _note(found: TarScan, look: Look, window: TarSource, member: Member) -> None:
+def _note(found: TarScan, look: Look, window: TarSource, member: TarMember) -> None:
     noticed = look(member.name, MemberBytes(window, member))
     if noticed is not None:
         found.seen[member.offset] = noticed
@@ -268,19 +268,19 @@ def _target(name: str, link: str, kind: bytes) -> str:
     return posixpath.normpath(posixpath.join(folder, link) if kind == b"2" else link)
 
 
-def _follow(entries: list[Member | _Link], found: TarScan) -> list[Member]:
+def _follow(entries: list[TarMember | _TarLink], found: TarScan) -> list[TarMember]:
     """Fill in the members, and return those that are links; one that leads to none is reported."""
-    places: dict[str, Member | _Link] = {posixpath.normpath(e.name): e for e in entries}
+    places: dict[str, TarMember | _TarLink] = {posixpath.normpath(e.name): e for e in entries}
     linked, lost = [], []
     for entry in entries:
-        member: Member | _Link | None = entry
+        member: TarMember | _TarLink | None = entry
         for _ in range(_MAX_LINKS):
-            if not isinstance(member, _Link):
+            if not isinstance(member, _TarLink):
                 break
             member = places.get(member.target)
-        if isinstance(member, Member):
+        if isinstance(member, TarMember):
             found.members.append(replace(member, name=entry.name))
-            if isinstance(entry, _Link):
+            if isinstance(entry, _TarLink):
                 linked.append(found.members[-1])
         else:
             lost.append(entry.name)

@@ -55,7 +55,7 @@ def _time_in(info: Mapping[str, Any]) -> str:
     return str(next((info[name] for name in _TIMES if info.get(name)), None))
 
 
-class Reading:
+class EditionReader:
     """Reads ranges of objects of an expected edition; one per process, for many threads."""
 
     def __init__(self) -> None:

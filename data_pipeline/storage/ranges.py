@@ -22,7 +22,7 @@ from data_pipeline.errors import (
     StorageOutage,
 )
 from data_pipeline.storage.client import filesystem, read_within
-from data_pipeline.storage.editions import Edition, Reading
+from data_pipeline.storage.editions import Edition, EditionReader
 from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before, require_range
 
@@ -57,7 +57,7 @@ class RangeReader:
         self._last_success = time.monotonic()
         self._typical_s = 0.5
         self._closed = threading.Event()
-        self._reading = Reading()
+        self._reading = EditionReader()
 
     def read(self, url: str, start: int, stop: int, expected: Edition | None = None) -> bytes:
         """Bytes [start, stop), of the object's `expected` edition where one is given.

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipeline.errors import DataError, Rejected
 from data_pipeline.pictures.crops import Geometry, crop_pixels, crop_values, plan_crop
-from data_pipeline.pictures.decoding import Picture, decode, decode_map
+from data_pipeline.pictures.decoding import DecodedPicture, decode, decode_map
 from data_pipeline.shards.records import clean
 from data_pipeline.storage.files import read_bytes, read_text
 
@@ -119,7 +119,7 @@ def read_prompt(text: str, what: str) -> str:
     return clean(text)
 
 
-def _picture(given: GivenPicture, target: tuple[int, int] | None) -> Picture:
+def _picture(given: GivenPicture, target: tuple[int, int] | None) -> DecodedPicture:
     try:
         return decode(given.data, target=target, max_pixels=given.max_pixels)
     except Rejected as rejected:

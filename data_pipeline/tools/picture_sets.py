@@ -182,7 +182,7 @@ def captions_in(url: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _PictureSource:
     name: str
     read: Callable[[], tuple[bytes, str]]
     """Bytes of the picture, and its caption."""
@@ -200,7 +200,7 @@ class _Decoded:
     broken: str = ""
 
 
-def _decode(source: _Source, prepare: Prepare) -> _Decoded:
+def _decode(source: _PictureSource, prepare: Prepare) -> _Decoded:
     try:
         data, caption = source.read()
         pixels = decode_exactly(data, max_pixels=MAX_PIXELS)
@@ -260,19 +260,19 @@ def _extension(url: str) -> str:
     return extension.lower() if dot else ""
 
 
-def _grouped(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
+def _grouped(sources: Iterator[_PictureSource], size: int) -> Iterator[list[_PictureSource]]:
     while group := list(itertools.islice(sources, size)):
         yield group
 
 
-def _sources(pictures: PictureSet, chunk: int, block: int, *, captions: bool) -> Iterator[_Source]:
+def _sources(pictures: PictureSet, chunk: int, block: int, *, captions: bool) -> Iterator[_PictureSource]:
     if pictures.tars:
         yield from _tar_sources(pictures.files[chunk], captions=captions)
         return
     for file in pictures.files[chunk * block : (chunk + 1) * block]:
         text = file.url.rpartition(".")[0] + ".txt"
         wanted = captions and text in pictures.texts
-        yield _Source(file.url, partial(_read_file, file.url, text if wanted else None))
+        yield _PictureSource(file.url, partial(_read_file, file.url, text if wanted else None))
 
 
 def _read_file(url: str, text: str | None) -> tuple[bytes, str]:
@@ -291,7 +291,7 @@ def _require_text(body: bytes, name: str) -> None:
         raise DataError(f"{name} is no text in UTF-8, so it would be another caption; save it as UTF-8.")
 
 
-def _tar_sources(file: ListedFile, *, captions: bool) -> Iterator[_Source]:
+def _tar_sources(file: ListedFile, *, captions: bool) -> Iterator[_PictureSource]:
     """Samples of a tar in order, in one pass."""
     head = read_head(file.url, 2 * BLOCK)
     found = scan(lambda start, stop: head[start:stop], len(head))
@@ -313,9 +313,11 @@ def _tar_sources(file: ListedFile, *, captions: bool) -> Iterator[_Source]:
                 seed=0,
                 ordinal=0,
             )
-            yield _Source(name, partial(_found, picture, caption))
+            yield _PictureSource(name, partial(_found, picture, caption))
         while left_out:
-            yield _Source(f"{file.url}: before {sample['__key__']}", partial(_rejected, left_out.pop()))
+            yield _PictureSource(
+                f"{file.url}: before {sample['__key__']}", partial(_rejected, left_out.pop())
+            )
     if file.size % BLOCK:  # tarfile takes what is left of a header for the end
         _refuse_tar(file.url, EOFError("it ends inside a block"))
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from data_pipeline.moments.entry import Label, Member, digest
+from data_pipeline.moments.entry import KeptMember, Label, digest
 from data_pipeline.moments.parts import (
     PARTS,
     SHARDS,
@@ -111,7 +111,7 @@ def _rewrite(folder: str, table: Table, rows: Sequence[tuple[str, Row]]) -> None
         (
             Label(
                 *(row.key, shard, row.sample, row.offset, row.identities),
-                tuple(Member(extension, 0, b"") for extension in row.members),  # in the data already
+                tuple(KeptMember(extension, 0, b"") for extension in row.members),  # in the data already
             ),
             data[row.offset : row.offset + row.size],
         )

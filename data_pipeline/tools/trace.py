@@ -118,7 +118,7 @@ def explain_step(
         starts = [WindowStart(first_epoch, 0, 0, 0)] * order.lanes
         if not ledger.files:
             starts = Seeker(buckets, number, views, first_epoch).seek([skip[place] for skip in skips])
-        walks.append(_Walk(buckets, number, dataset, views, ledger, starts))
+        walks.append(_TracedWalk(buckets, number, dataset, views, ledger, starts))
     for lane in lanes:
         served = [walk.served(lane, skip) for walk, skip in zip(walks, skips[lane], strict=True)]
         for i in range(per_lane):
@@ -154,7 +154,7 @@ def explain_validation(
         }
 
 
-class _Visit(NamedTuple):
+class _TracedVisit(NamedTuple):
     """One sample of a lane, as far as it is known what became of it."""
 
     place: LaneState
@@ -164,7 +164,7 @@ class _Visit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _TracedWalk:
     """The lanes of one walk of a bucket, as far as index and ledger tell of them."""
 
     buckets: Buckets
@@ -198,11 +198,11 @@ class _Walk:
             seen += 1
             rejected += beside
 
-    def visits(self, lane: int, start: WindowStart) -> Iterator[_Visit]:
+    def visits(self, lane: int, start: WindowStart) -> Iterator[_TracedVisit]:
         """A lane's visits from a place on, what was set aside at the end of its epoch."""
         order, ledger, bucket = self.order, self.ledger, self.buckets.walks[self.number].bucket
         state, fruitless = LaneState(start.epoch, start.offset), 0
-        deferred: list[_Visit] = []
+        deferred: list[_TracedVisit] = []
         while True:
             first, stop = order.window_of(lane, state.offset)
             shards, places = order.visits(state.epoch, lane, first, stop)
@@ -213,7 +213,7 @@ class _Walk:
                 ordinal = order.ordinal(state.epoch, lane, offset)
                 key = self.dataset.sample_key(shard, view.key(row)) if ledger.files else ""
                 rejected = bool(view.decided.codes[row] >= 0) or ledger.rejects(ordinal, key)
-                visit = _Visit(LaneState(state.epoch, offset), shard, row, rejected)
+                visit = _TracedVisit(LaneState(state.epoch, offset), shard, row, rejected)
                 if ledger.defers(ordinal, key):
                     deferred.append(visit)
                     continue

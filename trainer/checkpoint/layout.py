@@ -14,7 +14,7 @@ asks where its span lies (`overlaps`):
 
     Index[w]              (start 0, numel 2, shard 0, from element 10), (start 2, numel 8, shard 1, from 0)
     wanted                Span(w, start 4, numel 4)
-    Piece                 shard 1, from element 2 of each flat tensor -> the local span from 0, 4 elements
+    CopyPiece             shard 1, from element 2 of each flat tensor -> the local span from 0, 4 elements
 
 Nothing is assembled whole: a rank fetches the byte ranges of its pieces, straight into its new fragments.
 """
@@ -117,7 +117,7 @@ def tables_from_json(values: dict[str, list[list[object]]]) -> dict[str, Table]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class CopyPiece:
     """A run of elements to copy from a flat tensor in a shard to a local span."""
 
     shard: int
@@ -146,7 +146,7 @@ def index_shards(shards: Sequence[Table]) -> Index:
     return index
 
 
-def overlaps(wanted: Sequence[Span], index: Index) -> list[Piece]:
+def overlaps(wanted: Sequence[Span], index: Index) -> list[CopyPiece]:
     """Which elements of which shards make up the wanted spans, ordered by place in the shards.
 
     Raises:
@@ -159,7 +159,7 @@ def overlaps(wanted: Sequence[Span], index: Index) -> list[Piece]:
             first, last = max(start, span.start), min(start + numel, span.start + span.numel)
             if first < last:
                 source = position + first - start
-                pieces.append(Piece(shard, source, target, first - span.start, last - first))
+                pieces.append(CopyPiece(shard, source, target, first - span.start, last - first))
                 found += last - first
         if found != span.numel:
             raise ValueError(f"{found} of {span.numel} elements of {span.name} are stored")

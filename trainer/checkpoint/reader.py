@@ -15,7 +15,7 @@ from trainer.checkpoint.layout import (
     BYTES_PER_ELEMENT,
     FROZEN,
     MASTER,
-    Piece,
+    CopyPiece,
     Span,
     index_shards,
     overlaps,
@@ -111,7 +111,7 @@ class NetworkReader:
 
 
 def _read_shard(
-    handle: CheckpointHandle, engine: str, kind: str, pieces: list[Piece], targets: Sequence[Tensor]
+    handle: CheckpointHandle, engine: str, kind: str, pieces: list[CopyPiece], targets: Sequence[Tensor]
 ) -> None:
     shard = pieces[0].shard
     plan = handle.manifest.plan(shard)
@@ -133,18 +133,18 @@ def _read_shard(
             target.copy_(values[first : first + piece.numel])
 
 
-def _merged(pieces: list[Piece]) -> list[list[Piece]]:
+def _merged(pieces: list[CopyPiece]) -> list[list[CopyPiece]]:
     """Pieces grouped into runs with small gaps at most, of about _READ_BYTES at most, and split to that size.
 
     Under ZeRO-3 each parameter is cut by itself: a resume on 504 ranks of what 512 wrote finds its elements
     in two neighbouring pieces of every parameter, a few kilobytes each.
     """
     limit, gap = _READ_BYTES // BYTES_PER_ELEMENT, _GAP_BYTES // BYTES_PER_ELEMENT
-    runs: list[list[Piece]] = []
+    runs: list[list[CopyPiece]] = []
     for whole in pieces:
         for first in range(0, whole.numel, limit):
             numel = min(limit, whole.numel - first)
-            piece = Piece(whole.shard, whole.source + first, whole.target, whole.offset + first, numel)
+            piece = CopyPiece(whole.shard, whole.source + first, whole.target, whole.offset + first, numel)
             last = runs[-1][-1] if runs else None
             near = last is not None and piece.source - (last.source + last.numel) <= gap
             if near and piece.source + numel - runs[-1][0].source <= limit:

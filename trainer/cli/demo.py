@@ -28,7 +28,7 @@ from data_pipeline.storage.urls import join
 from data_pipeline.tools.scenes.judge import evaluation_prompts, judge
 from data_pipeline.tools.scenes.scene import COLORS, SHAPES
 from trainer.config.io import load_config
-from trainer.evaluator.findings import FOLDER, Findings
+from trainer.evaluator.findings import FOLDER, EvaluatorFindings
 from trainer.metrics.jsonl import read_records
 
 EXAMPLE = "example: ldm demo --folder .demo steps=3000"
@@ -117,7 +117,7 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
              "--image-size", str(image_size), "--sample", drawing)  # fmt: skip
         _stage("7/7", "summary", started)
         _ldm(environment, "report", RUN, "--out", str(folder / "report.html"))
-        records, figures = read_records(RUN), Findings(join(RUN, FOLDER)).records
+        records, figures = read_records(RUN), EvaluatorFindings(join(RUN, FOLDER)).records
     psnr = json.loads(quality.read_text())["psnr"]
     _report(folder, accuracy, psnr, (records, figures), time.monotonic() - started)
     return 0

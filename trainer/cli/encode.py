@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     _check(config, args)
     with torch.no_grad(), Preemption() as asked:
         pool = _Pace(config, args.ahead, asked)
-        encoder = _Encoder(config, Part(args.rank, args.ranks))
+        encoder = _CacheFiller(config, Part(args.rank, args.ranks))
         with closing(encoder.once):
             encoder.walk(pool, args.steps)
     say(f"samples           {encoder.counts['served']:,} ({encoder.counts['rejected']:,} rejected)")
@@ -179,7 +179,7 @@ class _Pace:
         self._next = time.monotonic() + _LOOK_S
 
 
-class _Encoder:
+class _CacheFiller:
     """One rank's share of the samples through the first stage; close `once` to commit what was encoded."""
 
     def __init__(self, config: Config, part: Part) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from trainer.config.io import load_config
 from trainer.config.run import Config
 from trainer.planning.machine import GPUS, machine
-from trainer.planning.plan import Feed, Planned, describe, make_plan
+from trainer.planning.plan import Feed, RunPlan, describe, make_plan
 
 EXAMPLE = "example: ldm plan configs/sd/sd2_base_512.yaml --gpus 512 --gpu a100-80 micro_batch_size=4"
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(each.device_bytes <= each.limit_bytes for each in planned) else 1
 
 
-def _of_phases(config: Config, planned: Sequence[Planned]) -> Iterator[str]:
+def _of_phases(config: Config, planned: Sequence[RunPlan]) -> Iterator[str]:
     """A screen for each phase, and what they take together."""
     if not config.phases:
         yield describe(planned[0])

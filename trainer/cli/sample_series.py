@@ -40,7 +40,7 @@ _PAUSE_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SeriesPlan:
     """What rank 0 has found out for all of them."""
 
     series: Series
@@ -141,7 +141,7 @@ def make(args: argparse.Namespace, env: DistributedEnv) -> None:
         print(f"{which}{plan.series.count} pictures{before} in {store.pictures_url}, {join(store.url, GRID)}")
 
 
-def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
+def _plan(args: argparse.Namespace, device: torch.device) -> SeriesPlan:
     out = args.out.rstrip("/") or args.out
     if _share(args.share)[0]:
         _await_beginning(out, args.share)
@@ -179,7 +179,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> Plan:
         "tars": args.tars is not None,
         "compile": found.config.distributed.compile and device.type == "cuda",
     }
-    return Plan(series, one, record)
+    return SeriesPlan(series, one, record)
 
 
 def _await_beginning(out: str, share: str) -> None:
@@ -259,13 +259,13 @@ def _labels(config: Config, given: Sequence[int]) -> tuple[int, ...]:
     return tuple(given) or (() if section is None else tuple(range(section.num_classes)))
 
 
-def _load(args: argparse.Namespace, plan: Plan, device: torch.device) -> TrainedModel:
+def _load(args: argparse.Namespace, plan: SeriesPlan, device: torch.device) -> TrainedModel:
     trained = load_asked(args, plan.one, device)
     accelerate(trained.config, trained.model)
     return trained
 
 
-def _tell(plan: Plan, trained: TrainedModel, ranks: int) -> None:
+def _tell(plan: SeriesPlan, trained: TrainedModel, ranks: int) -> None:
     """ranks: those of all shares."""
     how, series = trained.config.sampling, plan.series
     looked_at = min(series.count, len(series.prompts), PROMPTS_LOOKED_AT)

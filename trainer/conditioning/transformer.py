@@ -21,7 +21,7 @@ EMPTY = -1
 """Label of a row that holds no box."""
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Multi-head self-attention whose inner width, heads * head_dim, may differ from the token width."""
 
     def __init__(self, width: int, heads: int, head_dim: int, dropout: float) -> None:
@@ -52,7 +52,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, head_dim: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, head_dim, dropout)
+        self.attention = SelfAttention(width, heads, head_dim, dropout)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)

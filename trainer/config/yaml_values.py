@@ -33,7 +33,7 @@ class BadValue(ValueError):
         self.line = line
 
 
-class _Loader(yaml.SafeLoader):
+class _SettingsLoader(yaml.SafeLoader):
     """Resolves plain scalars by YAML 1.2, but keeps yes, no, on and off, and underscores in numbers."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's way
@@ -49,7 +49,9 @@ for _tag, _pattern, _first in (
         "-+.0123456789",
     ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    _SettingsLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
 
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -62,8 +64,8 @@ def _real(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
-_Loader.add_constructor("tag:yaml.org,2002:float", _real)
+_SettingsLoader.add_constructor("tag:yaml.org,2002:int", _integer)
+_SettingsLoader.add_constructor("tag:yaml.org,2002:float", _real)
 
 
 def compose(text: str) -> yaml.Node | None:
@@ -74,7 +76,7 @@ def compose(text: str) -> yaml.Node | None:
             grow beyond all bounds.
     """
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=_SettingsLoader)
         if node is not None:
             _check(node, (), {})
     except yaml.YAMLError as error:
@@ -187,7 +189,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
-    loader = _Loader("")
+    loader = _SettingsLoader("")
     try:
         return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError, KeyError, OverflowError) as error:

@@ -59,7 +59,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _OwnedPart:
     """What this rank updates of one parameter."""
 
     fragment: Fragment
@@ -82,8 +82,8 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": config.learning_rate, "fused": False}
         super().__init__([{"params": group} for group in groups], defaults)
         self._config = config
-        self._vectors: list[_Piece] = []
-        self._matrices: list[_Piece] = []
+        self._vectors: list[_OwnedPart] = []
+        self._matrices: list[_OwnedPart] = []
         self._lengths: list[int] = []
         self._places: dict[str, list[tuple[int, int, int, int]]] = {}
 
@@ -174,10 +174,10 @@ class Muon(torch.optim.Optimizer):
         return whole
 
 
-def _piece(fragment: Fragment, owners: Sequence[Tensor]) -> _Piece:
+def _piece(fragment: Fragment, owners: Sequence[Tensor]) -> _OwnedPart:
     storage = fragment.master.untyped_storage().data_ptr()
     for owner in owners:
         offset = int(fragment.master.storage_offset()) - int(owner.storage_offset())
         if owner.untyped_storage().data_ptr() == storage and 0 <= offset < owner.numel():
-            return _Piece(fragment, owner, offset)
+            return _OwnedPart(fragment, owner, offset)
     raise AssertionError(f"{fragment.name} lies in none of the optimizer's tensors")

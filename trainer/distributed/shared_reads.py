@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Form:
+class _TensorForm:
     """What is told of a tensor before its bytes."""
 
     shape: torch.Size
@@ -77,13 +77,15 @@ def tensors_from_main_rank(
     def work(tell: collectives.Told) -> object:
         with read_alone():
             made.append(_telling(make, tell))
-        return pytree.tree_map_only(Tensor, lambda tensor: _Form(tensor.shape, tensor.dtype), made[0])
+        return pytree.tree_map_only(Tensor, lambda tensor: _TensorForm(tensor.shape, tensor.dtype), made[0])
 
     with torch.device("cpu"):  # whatever device modules are being built on
         forms = collectives.worked_on_main_rank(work, lambda what, done, total: alive())
         if not made:
             made.append(
-                pytree.tree_map_only(_Form, lambda form: torch.empty(form.shape, dtype=form.dtype), forms)
+                pytree.tree_map_only(
+                    _TensorForm, lambda form: torch.empty(form.shape, dtype=form.dtype), forms
+                )
             )
         tensors = [leaf for leaf in pytree.tree_leaves(made[0]) if isinstance(leaf, Tensor)]
         _broadcast_bytes(tensors, device)

@@ -139,7 +139,7 @@ def compare(
             )
     found = Comparison()
     for family in families:
-        source = _Source(made, real, family, device)
+        source = _FeaturePair(made, real, family, device)
         for metric, need in METRICS.items():
             if wanted is not None and metric not in wanted:
                 continue
@@ -159,7 +159,7 @@ def compare(
 
 
 @dataclass(frozen=True)
-class _Source:
+class _FeaturePair:
     """The features of one family in both sets."""
 
     made: SetStatistics
@@ -189,15 +189,15 @@ class _Source:
         return metrics.precision_and_recall(*self.features("pool"))
 
 
-def _figures(metric: str, family: str, source: _Source) -> dict[str, float]:
+def _figures(metric: str, family: str, source: _FeaturePair) -> dict[str, float]:
     name = figure_name(metric, family)
     if metric in _NEIGHBOURHOODS:
         return {name: source.neighbourhoods[metric]}
     return {name + ending: value for ending, value in _COMPUTED[metric](source).items()}
 
 
-def _gaussians(output: str) -> Callable[[_Source], dict[str, float]]:
-    def distance(source: _Source) -> dict[str, float]:
+def _gaussians(output: str) -> Callable[[_FeaturePair], dict[str, float]]:
+    def distance(source: _FeaturePair) -> dict[str, float]:
         name = f"{source.family}.{output}"
         sets = (source.made, source.real)
         # On the CPU, where they are: seconds, and LAPACK's digits whatever the device.
@@ -208,24 +208,24 @@ def _gaussians(output: str) -> Callable[[_Source], dict[str, float]]:
     return distance
 
 
-def _kernel(source: _Source) -> dict[str, float]:
+def _kernel(source: _FeaturePair) -> dict[str, float]:
     made, real = source.features("pool")
     spread = metrics.kernel_distance(made, real, min(metrics.KID_SUBSET_SIZE, len(made), len(real)))
     return {"": spread.mean, "_deviation": spread.deviation}
 
 
-def _score(source: _Source) -> dict[str, float]:
+def _score(source: _FeaturePair) -> dict[str, float]:
     spread = metrics.inception_score(source.made.features[f"{source.family}.logits"].to(source.device))
     return {"": spread.mean, "_deviation": spread.deviation}
 
 
-def _cosine(source: _Source) -> dict[str, float]:
+def _cosine(source: _FeaturePair) -> dict[str, float]:
     name = f"{source.family}.score"
     variance, count = float(source.made.covariances[name]), source.made.counts[name]
     return {"": float(source.made.means[name]), "_error": math.sqrt(max(0.0, variance) / count)}
 
 
-_COMPUTED: dict[str, Callable[[_Source], dict[str, float]]] = {
+_COMPUTED: dict[str, Callable[[_FeaturePair], dict[str, float]]] = {
     "fid": _gaussians("pool"),
     "sfid": _gaussians("spatial"),
     "kid": _kernel,

@@ -125,7 +125,7 @@ def _built(kind: type[Any], tensors: dict[str, Tensor], source: str) -> Any:
     """Its constructor unpickles the file it is given, so it is given one that we wrote of tensors alone."""
     shapes = {}
 
-    class Measured(kind):
+    class CheckedInception(kind):
         def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
             shapes.update(shapes_of(self.state_dict()))
             found = {n: t for n, t in tensors.items() if n in shapes or not n.endswith("num_batches_tracked")}
@@ -136,4 +136,6 @@ def _built(kind: type[Any], tensors: dict[str, Tensor], source: str) -> Any:
     empty = io.BytesIO()
     torch.save({}, empty)
     empty.seek(0)
-    return Measured("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=empty)
+    return CheckedInception(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=empty
+    )

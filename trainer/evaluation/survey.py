@@ -52,10 +52,10 @@ class SurveyOptions:
 
 
 @dataclass
-class _Tally:
+class _Survey:
     """What one rank has seen."""
 
-    moments: dict[str, Moments]
+    moments: dict[str, FeatureMoments]
     features: dict[str, list[tuple[Position, Tensor]]]
     digests: list[tuple[Position, NDArray[np.int64]]] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ class _Tally:
     broken: Counter[str] = field(default_factory=Counter)
     blank: int = 0
 
-    def without_moments(self) -> _Tally:
+    def without_moments(self) -> _Survey:
         """All that ranks hand over as it is."""
         return replace(self, moments={})
 
@@ -99,7 +99,7 @@ def _opened(url: str) -> PictureSet:
     return open_pictures(url)
 
 
-class Moments:
+class FeatureMoments:
     """Count, mean and covariance of features that stream by, whatever the order of their parts.
 
         B pictures -> features [B, D] fp32 -> sums [D], products [D, D] fp64 -> added with compensation
@@ -168,7 +168,7 @@ class ReconstructionDistance:
         check_metrics(["fid"], {family: tuple(network.widths) for family, network in networks.items()})
         self._networks = {family: each for family, each in networks.items() if "pool" in each.widths}
         self._moments = {
-            family: tuple(Moments(network.widths["pool"], device) for _ in range(2))
+            family: tuple(FeatureMoments(network.widths["pool"], device) for _ in range(2))
             for family, network in self._networks.items()
         }
 
@@ -199,10 +199,10 @@ class ReconstructionDistance:
 
 def _tally(
     pictures: PictureSet, networks: Mapping[str, FeatureNetwork], options: SurveyOptions, device: torch.device
-) -> _Tally:
+) -> _Survey:
     widths = {f"{f}.{output}": width for f, n in networks.items() for output, width in n.widths.items()}
-    tally = _Tally(
-        moments={name: Moments(widths[name], device) for name in sorted(options.moments)},
+    tally = _Survey(
+        moments={name: FeatureMoments(widths[name], device) for name in sorted(options.moments)},
         features={name: [] for name in sorted(options.kept)},
     )
     blocks = read_blocks(
@@ -237,7 +237,7 @@ def _preparation(networks: Mapping[str, FeatureNetwork], options: SurveyOptions)
 
 
 def _take(
-    block: PictureBlock, networks: Mapping[str, FeatureNetwork], options: SurveyOptions, tally: _Tally
+    block: PictureBlock, networks: Mapping[str, FeatureNetwork], options: SurveyOptions, tally: _Survey
 ) -> None:
     if block.broken and not options.skip_broken:
         name, reason = block.broken[0]
@@ -273,8 +273,8 @@ def _together(
     url: str,
     networks: Mapping[str, FeatureNetwork],
     options: SurveyOptions,
-    moments: Mapping[str, Moments],
-    tallies: list[_Tally],
+    moments: Mapping[str, FeatureMoments],
+    tallies: list[_Survey],
 ) -> SetStatistics:
     digests = _in_order([pair for t in tallies for pair in t.digests])
     count = sum(len(each) for each in digests)
@@ -322,7 +322,7 @@ def _in_order(pairs: list[tuple[Position, Any]]) -> list[Any]:
     return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def _distance(made: Moments, real: Moments) -> float:
+def _distance(made: FeatureMoments, real: FeatureMoments) -> float:
     if min(made.count, real.count) < 2:
         return math.nan
     parts = (made.mean(), made.covariance(), real.mean(), real.covariance())

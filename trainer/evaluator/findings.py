@@ -33,7 +33,7 @@ _RUNS_OWN = "WANDB_RUN_ID"
 """Where a launcher says the id of the run: two processes must not write to one."""
 
 
-class Findings:
+class EvaluatorFindings:
     """The lines of one evaluator's folder."""
 
     def __init__(self, out: str) -> None:

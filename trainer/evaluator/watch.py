@@ -38,7 +38,7 @@ from trainer.checkpoint.marks import mark
 from trainer.config.io import config_from_dict
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
-from trainer.evaluator.findings import PREFIX, Findings, Teller
+from trainer.evaluator.findings import PREFIX, EvaluatorFindings, Teller
 from trainer.evaluator.lookout import Lookout, Rule, Sighting
 from trainer.generation.store import PICTURES
 from trainer.reliability.lease import Lease, acquire
@@ -104,7 +104,7 @@ class Watcher:
         self._lookout = Lookout(options.run_dir, snapshots=options.snapshots, every=options.every)
         self._name = "evaluator-" + hashlib.sha256(self._out.encode()).hexdigest()[:8]
         self._lease: Lease | None = None
-        self._findings: Findings | None = None
+        self._findings: EvaluatorFindings | None = None
         self._teller: Teller | None = None
         self._passed_over: set[tuple[int, str]] = set()
         self._kept: set[int] | None = None
@@ -148,7 +148,7 @@ class Watcher:
             self._lease = acquire(self._out)
         except RunTaken as taken:
             raise RunTaken(f"{taken} The folder of an evaluator is --out.") from taken
-        self._findings = Findings(self._out)
+        self._findings = EvaluatorFindings(self._out)
 
     def _end(self) -> None:
         if self._teller is not None:
@@ -250,7 +250,7 @@ class Watcher:
             mark(checkpoints_url(self._options.run_dir), self._name, wanted, why)
             self._kept = wanted
 
-    def _held(self) -> Findings:
+    def _held(self) -> EvaluatorFindings:
         """The findings, as long as the folder is ours. Raises RunTaken."""
         assert self._findings is not None
         taken = self._lease.lost if self._lease is not None else None

@@ -80,7 +80,7 @@ class SpatialAttention(nn.Module):
         return add_residual(x, mixed.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2), bias)
 
 
-class Downsample(nn.Module):
+class AsymmetricDownsample(nn.Module):
     """Strided 3x3 convolution, padded at the right and bottom edge only: halves H and W."""
 
     def __init__(self, channels: int) -> None:
@@ -96,7 +96,7 @@ class Downsample(nn.Module):
         return F.conv2d(x, F.pad(self.conv.weight, (1, 0, 1, 0)), stride=2, padding=1), self.conv.bias
 
 
-class Upsample(nn.Module):
+class DoublingUpsample(nn.Module):
     """Nearest-neighbour doubling and a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
@@ -186,7 +186,7 @@ class Encoder(nn.Module):
                 dropout=config.dropout,
             )
             if i < len(widths) - 1:
-                level.downsamplers = nn.ModuleList([Downsample(width)])
+                level.downsamplers = nn.ModuleList([AsymmetricDownsample(width)])
             self.down_blocks.append(level)
         self.mid_block = Middle(
             widths[-1], attention=config.middle_attention, groups=groups, dropout=config.dropout
@@ -224,7 +224,7 @@ class Decoder(nn.Module):
                 dropout=config.dropout,
             )
             if i < len(widths) - 1:
-                level.upsamplers = nn.ModuleList([Upsample(width)])
+                level.upsamplers = nn.ModuleList([DoublingUpsample(width)])
             self.up_blocks.append(level)
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)

@@ -45,14 +45,14 @@ class GroupNorm(nn.GroupNorm):
         With `fork` (x, y): whoever goes on with this x has its gradient added inside the norm's kernel.
         """
         if fused(x) and x.dim() == 4:
-            both = _GroupNorm.apply(x, shift, self.weight, self.bias, self.num_groups, self.eps, silu)
+            both = _FusedGroupNorm.apply(x, shift, self.weight, self.bias, self.num_groups, self.eps, silu)
             return both if fork else both[1]
         y = super().forward(x if shift is None else x + shift[:, :, None, None])
         y = F.silu(y) if silu else y
         return (x, y) if fork else y
 
 
-class _GroupNorm(torch.autograd.Function):
+class _FusedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

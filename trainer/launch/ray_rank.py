@@ -56,7 +56,7 @@ def train_rank(settings: dict[str, Any]) -> int:
     if give_up:
         logger.error("too many faults in a row without progress (distributed.max_restarts); giving up")
         return ExitCode.RETRYABLE
-    group = _Group(board, rank, config.run_dir)
+    group = _RayTrainGroup(board, rank, config.run_dir)
     news = _Reporter(config, ranks).news if rank == 0 else _no_news
     place = Place(
         rank=rank,
@@ -77,7 +77,7 @@ def _no_news(step: int, final: bool) -> Facts | None:
     return None
 
 
-class _Group:
+class _RayTrainGroup:
     """Implements ray_worker.Group: the board is an actor, the rest is Ray Train."""
 
     def __init__(self, board: Any, rank: int, run_dir: str) -> None:

@@ -47,7 +47,7 @@ _TELL_S = 60.0
 
 
 @dataclass
-class _Share:
+class _Worker:
     command: Command
     reference: Any = None
     starts: int = 0
@@ -64,7 +64,7 @@ class Drawing:
 
     def __init__(self, out: str, commands: Sequence[Command]) -> None:
         self._out = out
-        self._shares = [_Share(command) for command in commands]
+        self._shares = [_Worker(command) for command in commands]
         self._job = f"Ray job {uuid.uuid4().hex}"
         self._record: dict[str, Any] | None = None
         self._begun: tuple[float, int] | None = None
@@ -92,7 +92,7 @@ class Drawing:
         finally:
             stop([share.reference for share in self._shares if share.reference is not None])
 
-    def _over(self) -> list[_Share]:
+    def _over(self) -> list[_Worker]:
         running = {share.reference: share for share in self._shares if share.reference is not None}
         if not running:
             return []
@@ -108,7 +108,7 @@ class Drawing:
                 share.reference = start(share.command, self._job, share.starts, scheduling_strategy="SPREAD")
                 share.starts += 1
 
-    def _note(self, share: _Share, end: End) -> ExitCode | None:
+    def _note(self, share: _Worker, end: End) -> ExitCode | None:
         """What became of a share that is over; the code of the whole where that ends, too."""
         name, share.reference = share.command.name, None
         if end.status == ExitCode.DONE:

@@ -41,9 +41,9 @@ from trainer.launch.slurm_records import (
 )
 from trainer.launch.slurm_verdict import (
     Allocation,
+    AttemptVerdict,
     Policy,
     TaskEnd,
-    Verdict,
     blame,
     decide,
     exit_code,
@@ -162,7 +162,7 @@ def sick_nodes(run_dir: str, since: float) -> list[str]:
     return sorted({record["host"] for record in events if record["time"] >= since})
 
 
-def record_end(args: argparse.Namespace) -> tuple[dict[str, Any], Verdict]:
+def record_end(args: argparse.Namespace) -> tuple[dict[str, Any], AttemptVerdict]:
     """Add the end of an attempt to the job's records, with what follows it."""
     job_dir: Path = args.job_dir
     attempts = read_attempts(job_dir)

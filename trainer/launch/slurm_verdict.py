@@ -89,7 +89,7 @@ class Allocation:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AttemptVerdict:
     """What follows an attempt."""
 
     action: Action
@@ -189,7 +189,7 @@ def decide(
     *,
     holds: Callable[[int], bool],
     baseline: int = 0,
-) -> Verdict:
+) -> AttemptVerdict:
     """What follows the last of `attempts`, which are the job's records, oldest first.
 
     Args:
@@ -198,12 +198,12 @@ def decide(
     """
     code = ExitCode(attempts[-1]["code"])
     if code == ExitCode.DONE:
-        return Verdict("done", code, "the run is done")
+        return AttemptVerdict("done", code, "the run is done")
     if not should_restart(code):
-        return Verdict("stop", code, _FINAL[code])
+        return AttemptVerdict("stop", code, _FINAL[code])
     count = fruitless(attempts, baseline)
     if code == ExitCode.RETRYABLE and count >= policy.max_faults:
-        return Verdict(
+        return AttemptVerdict(
             "stop",
             code,
             f"{count} attempts in a row committed no new step; look at their logs, mend the cause and submit "
@@ -211,9 +211,9 @@ def decide(
         )
     worn = _worn_out(attempts, policy)
     if code == ExitCode.PREEMPTED:
-        return Verdict("requeue", code, "the machines were wanted back", worn)
+        return AttemptVerdict("requeue", code, "the machines were wanted back", worn)
     if not allocation.lasts:
-        return Verdict("requeue", code, "the allocation is ending", worn)
+        return AttemptVerdict("requeue", code, "the allocation is ending", worn)
     return _place(attempts, policy, allocation, holds, worn)
 
 
@@ -223,7 +223,7 @@ def _place(
     allocation: Allocation,
     holds: Callable[[int], bool],
     worn: tuple[str, ...],
-) -> Verdict:
+) -> AttemptVerdict:
     """Start again on what is left of the allocation, or give it back."""
     here = [attempt for attempt in attempts if attempt["allocation"] == allocation.number]
     gone = {node for attempt in here for node in attempt["gone"]}
@@ -234,15 +234,17 @@ def _place(
     if len(candidates) >= wanted:
         spares = len(candidates) - wanted
         reason = f"{wanted} nodes again in this allocation, which keeps {spares} to spare"
-        return Verdict("restart", code, reason, (), candidates, wanted)
+        return AttemptVerdict("restart", code, reason, (), candidates, wanted)
     have = len(candidates)
     if not any(attempt["ran"] for attempt in here):
-        return Verdict("requeue", code, f"{have} of {wanted} nodes are fit", worn)
+        return AttemptVerdict("requeue", code, f"{have} of {wanted} nodes are fit", worn)
     if have >= max(1, policy.min_nodes) and holds(have):
         reason = f"no spare node is left: going on with {have} of {wanted} nodes"
-        return Verdict("restart", code, reason, (), candidates, have)
+        return AttemptVerdict("restart", code, reason, (), candidates, have)
     exclude = tuple(sorted({*worn, *gone}))
-    return Verdict("requeue", code, f"{have} of {wanted} nodes are left, too few for this run", exclude)
+    return AttemptVerdict(
+        "requeue", code, f"{have} of {wanted} nodes are left, too few for this run", exclude
+    )
 
 
 def _worn_out(attempts: Sequence[dict[str, Any]], policy: Policy) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ FP32 = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes that one rank holds through the run, before activations."""
 
     trained_parameters: int
@@ -38,7 +38,7 @@ class Plan:
 
 
 @functools.cache
-def plan(config: Config, world_size: int, ranks_per_node: int) -> Plan:
+def plan(config: Config, world_size: int, ranks_per_node: int) -> MemoryPlan:
     """Parameter counts (on the meta device) times bytes, divided as the engine divides them."""
     counts = count_parameters(config)
     trained, frozen = counts["trained"]["total"], counts["frozen"]["total"]
@@ -55,7 +55,7 @@ def plan(config: Config, world_size: int, ranks_per_node: int) -> Plan:
         count for name, count in counts["frozen"].items() if name != "total" and name in counts["trained"]
     )
     stored += FP32 * sum(kept)  # of the network, where a part of it is trained
-    return Plan(
+    return MemoryPlan(
         trained_parameters=trained,
         weights=trained * compute / (world_size if zero == 3 else 1),
         gradients=trained * FP32 / (world_size if zero >= 2 else 1),  # fsdp: whole until a step's last

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config.run import Config, ConfigError
 from trainer.config.sharing import Sharing
 from trainer.planning.machine import GIB, RESTART_S, Machine, ettr, mttf_s
-from trainer.planning.memory import Plan, plan
+from trainer.planning.memory import MemoryPlan, plan
 from trainer.planning.speed import Step, step
 from trainer.planning.work import Work, count_work
 
@@ -27,12 +27,12 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Planned:
+class RunPlan:
     """One run on one machine."""
 
     config: Config
     machine: Machine
-    memory: Plan
+    memory: MemoryPlan
     work: Work
     step: Step
     feed: Feed
@@ -158,7 +158,7 @@ class Planned:
         }
 
 
-def make_plan(config: Config, machine: Machine, feed: Feed | None = None) -> Planned:
+def make_plan(config: Config, machine: Machine, feed: Feed | None = None) -> RunPlan:
     """Count on the meta device and model the rest: seconds, no GPU, nothing downloaded.
 
     Raises:
@@ -173,10 +173,10 @@ def make_plan(config: Config, machine: Machine, feed: Feed | None = None) -> Pla
     cached = None
     if config.first_stage.cache is not None:
         cached = step(config, replace(work, encoder_flops=0.0), machine, needed.trained_parameters)
-    return Planned(config, machine, needed, work, timed, feed or Feed(), cached)
+    return RunPlan(config, machine, needed, work, timed, feed or Feed(), cached)
 
 
-def describe(planned: Planned) -> str:
+def describe(planned: RunPlan) -> str:
     """One screen for people."""
     p, m, s, gpus = planned, planned.memory, planned.step, planned.machine.gpus
     rate = p.images_per_s
@@ -223,7 +223,7 @@ def describe(planned: Planned) -> str:
     return "\n".join([*lines, "A model, not a measurement: docs/planning.md has its formulas and residuals."])
 
 
-def _cached(planned: Planned) -> str | None:
+def _cached(planned: RunPlan) -> str | None:
     """What first_stage.cache makes of a step, once it holds every sample."""
     if planned.cached is None:
         return None
@@ -232,7 +232,7 @@ def _cached(planned: Planned) -> str | None:
     return f"{seconds:.4g} s, {rate:,.0f} images/s; below, as if nothing is"
 
 
-def _time(planned: Planned) -> str:
+def _time(planned: RunPlan) -> str:
     if planned.hours is None:
         return "it would not get on: more time is lost than made"
     days, hours = planned.hours / 24, planned.hours * planned.machine.gpus

@@ -118,7 +118,7 @@ def _train(
         named["class_labels"] = torch.empty(batch, dtype=torch.int64)
     timesteps = torch.empty(batch, dtype=torch.int64)
     kept = _Kept(unet)
-    attention, launches, flops = _Attention(), _Launches(), FlopCounterMode(display=False)
+    attention, launches, flops = _AttentionCounter(), _Launches(), FlopCounterMode(display=False)
     with ExitStack() as modes:
         for mode in (flops, launches, attention):
             modes.enter_context(mode)
@@ -136,7 +136,7 @@ def _encode(config: Config, dtype: torch.dtype) -> float:
     stage = build_first_stage(config.first_stage).to(dtype).eval().requires_grad_(False)
     size = config.data.image_size
     pixels = torch.empty(1, 3, size, size, dtype=dtype)
-    attention, flops = _Attention(), FlopCounterMode(display=False)
+    attention, flops = _AttentionCounter(), FlopCounterMode(display=False)
     with torch.no_grad(), flops, attention:
         stage.encode(pixels)
     times = 2 if config.conditioning.masked_image is not None else 1
@@ -202,7 +202,7 @@ class _Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Attention:
+class _AttentionCounter:
     """Attention as a GPU does it, which keeps no matrix of weights; on the meta device torch would keep one.
 
     In the place of torch's own while used as a context manager: a mode would not be in force in what
@@ -222,7 +222,7 @@ class _Attention:
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counter: _Attention) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counter: _AttentionCounter) -> Tensor:
         out = torch.empty_like(query)  # [B, heads, N, D]
         line = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, out, line)

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reading:
+class GpuReading:
     """What the driver says of one GPU at one moment; what a card does not know is zero."""
 
     temperature_c: int = 0
@@ -71,7 +71,7 @@ class Reading:
 class Health:
     """What a rank tells of its GPU."""
 
-    reading: Reading
+    reading: GpuReading
     symptoms: tuple[str, ...] = ()
     """Of a sick machine, each told once."""
     node: str = ""
@@ -82,12 +82,12 @@ class Examiner:
     """Judges the readings of one GPU, one after the other. Pure."""
 
     def __init__(self) -> None:
-        self._before: Reading | None = None
+        self._before: GpuReading | None = None
         self._braked = 0
 
-    def judge(self, now: Reading) -> Health:
+    def judge(self, now: GpuReading) -> Health:
         """What is new and a sign of a sick machine. The first reading tells of what lasts alone."""
-        before = self._before or Reading(uncorrected=now.uncorrected)
+        before = self._before or GpuReading(uncorrected=now.uncorrected)
         self._before = now
         found = [f"XID {xid} ({XIDS[xid]})" for xid in dict.fromkeys(now.xids) if xid in XIDS]
         if now.remap_failed and not before.remap_failed:
@@ -121,12 +121,12 @@ class GpuHealth:
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         return replace(self._examiner.judge(self._read()), node=node)
 
-    def _read(self) -> Reading:
+    def _read(self) -> GpuReading:
         nvml, ask = self._nvml, self._ask
         reasons = ask(0, "nvmlDeviceGetCurrentClocksThrottleReasons")
         correctable, uncorrectable, pending, failed = ask((0, 0, 0, 0), "nvmlDeviceGetRemappedRows")
         kinds = (nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC)
-        return Reading(
+        return GpuReading(
             temperature_c=int(ask(0, "nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU)),
             braked=tuple(name for bit, name in BRAKES.items() if reasons & bit),
             remapped_rows=correctable + uncorrectable,

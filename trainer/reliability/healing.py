@@ -77,7 +77,7 @@ class Incident:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HealingVerdict:
     """What to do after a step: go on, with a symptom to `record` or without; record and rewind; or give
     up."""
 
@@ -132,7 +132,7 @@ class Healer:
         grad_norm: float | None,
         *,
         poisoned: Callable[[], bool] = lambda: False,
-    ) -> Verdict:
+    ) -> HealingVerdict:
         """The verdict on optimizer step `step`.
 
         Args:
@@ -143,10 +143,10 @@ class Healer:
         symptom = self._symptom(step, loss, grad_norm)
         if symptom is None:
             self._losses.append(loss)
-            return Verdict("continue")
+            return HealingVerdict("continue")
         if not self._config.enabled:
             message = f"{symptom}; healing.enabled=true would leave it out, or rewind and skip its samples."
-            return Verdict("stop", symptom, message)
+            return HealingVerdict("stop", symptom, message)
         left_out = grad_norm is not None and not math.isfinite(grad_norm)
         if symptom.kind == "spike":
             passes = len(self._streak(step)) + 1 < self._config.spike_patience
@@ -155,7 +155,7 @@ class Healer:
             again = any(incident.kind != "spike" for incident in self._streak(step))
             passes = left_out and not again and known < self._config.max_skips and not poisoned()
         if passes:
-            return Verdict("continue", symptom)
+            return HealingVerdict("continue", symptom)
         rewinds = self._recent("rewound", step)
         if rewinds >= self._config.max_rewinds:
             message = (
@@ -163,10 +163,12 @@ class Healer:
                 f"(healing.max_rewinds={self._config.max_rewinds}); lower optimizer.learning_rate "
                 "or look at the samples of the incidents in the run's ledger."
             )
-            return Verdict("stop", symptom, message)
-        return Verdict("rewind", symptom)
+            return HealingVerdict("stop", symptom, message)
+        return HealingVerdict("rewind", symptom)
 
-    def record(self, verdict: Verdict, ordinals: Iterable[int], culprits: Sequence[str] = ()) -> Incident:
+    def record(
+        self, verdict: HealingVerdict, ordinals: Iterable[int], culprits: Sequence[str] = ()
+    ) -> Incident:
         """Remember the step: the global batch, gathered from all ranks.
 
         After a rewind its samples, and those of bad steps right before it, are never served again.

@@ -18,7 +18,7 @@ from data_pipeline.errors import NotFound, UserError
 from data_pipeline.storage.files import list_names, read_bytes
 from data_pipeline.storage.urls import join, without_secrets
 from trainer.config.identity import SETTINGS
-from trainer.evaluator.findings import FOLDER, Findings
+from trainer.evaluator.findings import FOLDER, EvaluatorFindings
 from trainer.metrics.jsonl import read_records
 from trainer.report.figures import Record, changes_of, figures, script, to_html
 
@@ -30,7 +30,7 @@ _WIDEST = 1400
 
 
 @dataclass(frozen=True)
-class Preview:
+class DrawnGrid:
     """A grid that training drew."""
 
     step: int
@@ -52,7 +52,9 @@ def write_page(run_dir: str, *, most_pictures: int = 60) -> bytes:
             f"{run_dir} holds no records of a run (logs/metrics*.jsonl); name the run_dir of one."
         )
     # Without its time, at which training was elsewhere.
-    evaluated = [{k: v for k, v in r.items() if k != "time"} for r in Findings(join(run_dir, FOLDER)).records]
+    evaluated = [
+        {k: v for k, v in r.items() if k != "time"} for r in EvaluatorFindings(join(run_dir, FOLDER)).records
+    ]
     drawn = [*records, *evaluated]
     settings = _settings(run_dir)
     sections = [(title, to_html(figure)) for title, figure in figures(drawn).items()]
@@ -76,7 +78,7 @@ def write_page(run_dir: str, *, most_pictures: int = 60) -> bytes:
     ).encode()
 
 
-def previews(run_dir: str, most: int) -> list[Preview]:
+def previews(run_dir: str, most: int) -> list[DrawnGrid]:
     """Grids of the run, oldest first, evenly chosen where there are more than `most`."""
     folder = join(run_dir, "samples")
     found = [match for match in map(_PICTURE.fullmatch, list_names(folder)) if match]
@@ -84,7 +86,7 @@ def previews(run_dir: str, most: int) -> list[Preview]:
     if len(found) > most:
         places = {round(i * (len(found) - 1) / max(1, most - 1)) for i in range(most)}
         found = [found[place] for place in sorted(places)]
-    return [Preview(int(m["step"]), _data_url(read_bytes(join(folder, m[0])))) for m in found]
+    return [DrawnGrid(int(m["step"]), _data_url(read_bytes(join(folder, m[0])))) for m in found]
 
 
 def _data_url(png: bytes) -> str:
@@ -203,7 +205,7 @@ def _text(text: str) -> str:
     return html.escape(without_secrets(text))
 
 
-def _slider(grids: Sequence[Preview]) -> str:
+def _slider(grids: Sequence[DrawnGrid]) -> str:
     last = len(grids) - 1
     return (
         f'<label>step <output id="at">{grids[-1].step:,}</output> '

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.checkpoint.layout import (
-    Piece,
+    CopyPiece,
     ShardPlan,
     Span,
     Table,
@@ -98,7 +98,7 @@ def test_the_example_in_the_module_is_true() -> None:
     shards = [(Span("v", 0, 10), Span("w", 0, 2)), (Span("w", 2, 8),)]
     index = index_shards(shards)
     assert index["w"] == [(0, 2, 0, 10), (2, 8, 1, 0)]
-    assert overlaps([Span("w", 4, 4)], index) == [Piece(shard=1, source=2, target=0, offset=0, numel=4)]
+    assert overlaps([Span("w", 4, 4)], index) == [CopyPiece(shard=1, source=2, target=0, offset=0, numel=4)]
 
 
 def zero3_tables(sizes: dict[str, int], ranks: int) -> list[Table]:
@@ -129,6 +129,6 @@ def test_other_ranks_read_neighbouring_pieces_at_once() -> None:
 
 
 def test_far_pieces_are_read_apart() -> None:
-    near = [Piece(0, 0, 0, 0, 10), Piece(0, 1000, 1, 0, 10)]
-    far = Piece(0, 10**7, 2, 0, 10)
+    near = [CopyPiece(0, 0, 0, 0, 10), CopyPiece(0, 1000, 1, 0, 10)]
+    far = CopyPiece(0, 10**7, 2, 0, 10)
     assert _merged([*near, far]) == [near, [far]]

@@ -21,7 +21,7 @@ from data_pipeline.loader import build_loader
 from data_pipeline.shards.grouping import group
 from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.read_index import read_index
-from data_pipeline.shards.tars import Member
+from data_pipeline.shards.tars import TarMember
 from data_pipeline.storage.listing import list_files
 from data_pipeline.tools.inspection import inspect_shards, look_at_head
 from trainer.__main__ import main
@@ -29,7 +29,7 @@ from trainer.__main__ import main
 
 def samples(*names: str) -> dict[str, list[str]]:
     """Extensions of every key, with what they would hold left out."""
-    members = [Member(name, 512 * i, 1) for i, name in enumerate(names)]
+    members = [TarMember(name, 512 * i, 1) for i, name in enumerate(names)]
     found = group(members)
     return {sample.key: list(sample.members) for sample in found.samples}
 
@@ -57,7 +57,7 @@ def test_keys(names: str, expected: dict[str, list[str]]) -> None:
 
 
 def test_members_without_an_extension_are_told() -> None:
-    found = group([Member("README", 512, 1), Member("a.jpg", 1536, 1)])
+    found = group([TarMember("README", 512, 1), TarMember("a.jpg", 1536, 1)])
     assert found.problems == ["1 members without an extension belong to no sample: 'README'"]
 
 
@@ -162,7 +162,7 @@ def test_a_folder_packed_in_any_order_serves_every_sample(
 
 
 def test_too_many_members_apart_are_refused() -> None:
-    members = [Member(f"{i % 3}.{e}", 512 * i, 1) for i, e in enumerate(["jpg", "jpg", "jpg", "txt"])]
+    members = [TarMember(f"{i % 3}.{e}", 512 * i, 1) for i, e in enumerate(["jpg", "jpg", "jpg", "txt"])]
     assert group(members).apart == 1
     with pytest.raises(NotATar, match="tar --sort=name"):
         group(members, most_apart=3)

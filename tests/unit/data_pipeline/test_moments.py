@@ -32,7 +32,7 @@ from data_pipeline.moments.entry import Moments, MomentsCache
 from data_pipeline.moments.parts import commit_part
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.pictures.crops import RESAMPLING, crop_pixels, plan_crop
-from data_pipeline.pictures.decoding import Picture
+from data_pipeline.pictures.decoding import DecodedPicture
 from data_pipeline.tools.purge import purge
 from data_pipeline.tools.scenes.scene import SceneOptions
 from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
@@ -461,7 +461,7 @@ def test_what_resampling_makes_of_a_picture_is_pinned() -> None:
     for edge in (24, 40, 64, 90, 96):
         out = np.zeros((edge, edge, 3), np.uint8)
         plan = plan_crop(90, 130, (edge, edge), random_crop=True, may_flip=True, seed=1, ordinal=edge)
-        crop_pixels(Picture(pixels, 90, 130), plan, out)
+        crop_pixels(DecodedPicture(pixels, 90, 130), plan, out)
         digests.update(out.tobytes())
     assert (RESAMPLING, digests.hexdigest()[:16]) == (1, "6b54e75effb773e0")
 

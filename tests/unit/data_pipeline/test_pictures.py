@@ -17,7 +17,7 @@ from data_pipeline.errors import Rejected
 from data_pipeline.feed.captions import choose_caption
 from data_pipeline.feed.conditions import layout_rows
 from data_pipeline.pictures.crops import Geometry, crop_map, crop_pixels, plan_crop
-from data_pipeline.pictures.decoding import Picture, decode
+from data_pipeline.pictures.decoding import DecodedPicture, decode
 from data_pipeline.pictures.headers import picture_size
 from data_pipeline.shards.records import clean
 
@@ -41,8 +41,8 @@ def full(data: bytes) -> np.ndarray:
     return decode(data, target=(10_000, 10_000), max_pixels=LIMIT).pixels
 
 
-def whole(pixels: np.ndarray) -> Picture:
-    return Picture(pixels, *pixels.shape[:2])
+def whole(pixels: np.ndarray) -> DecodedPicture:
+    return DecodedPicture(pixels, *pixels.shape[:2])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])

@@ -13,7 +13,15 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.moments.catalogue import Catalogue
-from data_pipeline.moments.entry import Label, Member, MomentsCache, Picture, entry_key, pack, unpack
+from data_pipeline.moments.entry import (
+    IndexedPicture,
+    KeptMember,
+    Label,
+    MomentsCache,
+    entry_key,
+    pack,
+    unpack,
+)
 from data_pipeline.moments.parts import commit_part, part_url, read_table, taken_bytes
 from data_pipeline.shards.identities import hash_identity
 from trainer.__main__ import main
@@ -23,9 +31,9 @@ CACHE = MomentsCache("", "stage", "fp32", channels=2, downsampling=1)
 
 
 def label_of(shard: str, number: int) -> Label:
-    key = entry_key("stage", Picture(shard, 1, "etag", 512 * number, 700), (4, 4))
+    key = entry_key("stage", IndexedPicture(shard, 1, "etag", 512 * number, 700), (4, 4))
     url = hash_identity(f"http://x.invalid/{number}")
-    members = (Member("txt", 512, b"caption"),)
+    members = (KeptMember("txt", 512, b"caption"),)
     return Label(key.hex(), shard, f"{number:09d}", 512 * number, (url,), members)
 
 

@@ -19,7 +19,7 @@ from trainer.__main__ import main
 from trainer.evaluation import metrics
 from trainer.evaluation.features import to_size_unrounded
 from trainer.evaluation.networks import RANDOM_EDGE, RandomFeatures
-from trainer.evaluation.survey import Moments
+from trainer.evaluation.survey import FeatureMoments
 
 fid = pytest.importorskip("cleanfid.fid", reason="pip install clean-fid==0.1.35")
 resize = pytest.importorskip("cleanfid.resize", reason="pip install clean-fid==0.1.35")
@@ -84,7 +84,7 @@ def test_distances_between_the_same_features_are_theirs() -> None:
     real = (1.3 * torch.randn(500, 48, generator=generator) + 0.2).abs()
     parts = []
     for features in (made, real):
-        moments = Moments(48)
+        moments = FeatureMoments(48)
         for block in features.split(37):
             moments.add(block)
         parts += [moments.mean(), moments.covariance()]

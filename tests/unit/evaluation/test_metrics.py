@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.evaluation import metrics
-from trainer.evaluation.survey import Moments
+from trainer.evaluation.survey import FeatureMoments
 
 
 def gaussian(count: int, width: int, seed: int, *, shift: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -26,7 +26,7 @@ def modes(per_mode: int, centres: list[float], seed: int, width: int = 8) -> Ten
 def fid(first: Tensor, second: Tensor, block: int = 37) -> float:
     parts = []
     for features in (first, second):
-        moments = Moments(features.shape[1])
+        moments = FeatureMoments(features.shape[1])
         for part in features.split(block):
             moments.add(part)
         parts += [moments.mean(), moments.covariance()]
@@ -187,11 +187,11 @@ class TestAgainstTorchFidelity:
 
 def test_moments_do_not_depend_on_the_order_or_the_deal_of_blocks() -> None:
     blocks = [gaussian(n, 5, n, scale=10.0 ** (n % 7 - 3)) for n in range(1, 40)]
-    together = Moments(5)
+    together = FeatureMoments(5)
     for block in blocks:
         together.add(block)
     for world_size in (2, 3, 5):
-        ranks = [Moments(5) for _ in range(world_size)]
+        ranks = [FeatureMoments(5) for _ in range(world_size)]
         for i, block in reversed(list(enumerate(blocks))):
             ranks[i % world_size].add(block)
         for other in ranks[1:]:

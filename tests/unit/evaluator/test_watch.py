@@ -17,7 +17,7 @@ from tests.unit.metrics.test_metrics import offline_runs
 from trainer.__main__ import main
 from trainer.checkpoint.catalogue import Retention, steps_to_retire
 from trainer.checkpoint.marks import mark, marked_steps
-from trainer.evaluator.findings import Findings, higher_is_better
+from trainer.evaluator.findings import EvaluatorFindings, higher_is_better
 from trainer.evaluator.lookout import Lookout, Sighting
 from trainer.metrics.jsonl import JSONLWriter
 
@@ -228,17 +228,17 @@ def test_the_newest_rule_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_findings_of_another_are_refused_and_numbers_that_are_none_are_texts(tmp_path: Path) -> None:
-    found = Findings(str(tmp_path))
+    found = EvaluatorFindings(str(tmp_path))
     found.add({"step": 1, "checkpoint": "a", "samples_seen": 4, "eval/fid": float("nan")})
     found.add({"step": 2, "checkpoint": "b", "samples_seen": 8, "eval/fid": 3.0})
-    again = Findings(str(tmp_path))
+    again = EvaluatorFindings(str(tmp_path))
     assert again.measured == {(1, "a"), (2, "b")}
     assert again.best("fid", 2) == [2]
     with pytest.raises(ValueError, match=r"no figure 'kid'.*fid"):
         again.best("kid", 1)
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
     with pytest.raises(ValueError, match="line 1"):
-        Findings(str(tmp_path))
+        EvaluatorFindings(str(tmp_path))
     higher = ["precision", "clip_score", "is", "recall_dinov2", "coverage_random"]
     lower = ["fid", "kid", "sfid", "fd_dinov2", "mind", "cmmd"]
     assert [higher_is_better(name) for name in (*higher, *lower)] == [True] * 5 + [False] * 6

@@ -9,9 +9,9 @@ import pytest
 from trainer.exit_codes import ExitCode
 from trainer.launch.slurm_verdict import (
     Allocation,
+    AttemptVerdict,
     Policy,
     TaskEnd,
-    Verdict,
     blame,
     decide,
     exit_code,
@@ -121,7 +121,7 @@ def attempt(code: ExitCode = FAULT, **facts: Any) -> dict[str, Any]:
     return {"code": int(code), **known, **facts}
 
 
-def verdict(attempts: list[dict[str, Any]], nodes: str = "n1 n2 n3", **options: Any) -> Verdict:
+def verdict(attempts: list[dict[str, Any]], nodes: str = "n1 n2 n3", **options: Any) -> AttemptVerdict:
     """Of a run on two nodes with a spare, unless told otherwise."""
     holds = options.pop("holds", lambda nodes: True)
     policy = options.pop("policy", Policy())
@@ -207,7 +207,7 @@ def test_too_few_nodes_are_given_back_and_the_lost_ones_excluded() -> None:
 
 def test_an_allocation_that_was_never_large_enough_is_given_back() -> None:
     unfit = attempt(gone=["n1"], blamed=["n1"], ran=False)
-    assert verdict([unfit], "n1 n2") == Verdict("requeue", FAULT, "1 of 2 nodes are fit", ())
+    assert verdict([unfit], "n1 n2") == AttemptVerdict("requeue", FAULT, "1 of 2 nodes are fit", ())
     assert verdict([unfit, {**unfit, "allocation": 1}], "n1 n2", number=1).exclude == ("n1",)
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trainer.reliability.gpu_health import PATIENCE, Examiner, Health, Reading, health_record, open_health
+from trainer.reliability.gpu_health import PATIENCE, Examiner, GpuReading, Health, health_record, open_health
 
-WELL = Reading(temperature_c=60, remapped_rows=2, uncorrected=3)
+WELL = GpuReading(temperature_c=60, remapped_rows=2, uncorrected=3)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ WELL = Reading(temperature_c=60, remapped_rows=2, uncorrected=3)
         (replace(WELL, uncorrected=5), "2 memory errors that could not be corrected"),
     ],
 )
-def test_each_sign_is_told_once(now: Reading, symptom: str) -> None:
+def test_each_sign_is_told_once(now: GpuReading, symptom: str) -> None:
     examiner = Examiner()
     assert examiner.judge(WELL).symptoms == ()
     assert examiner.judge(now).symptoms == (symptom,)
