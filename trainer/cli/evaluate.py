@@ -2,7 +2,8 @@
 
 reconstruction: PSNR, SSIM, LPIPS and, with --features, R-FID of an exported first stage over pictures from
 shards. LPIPS needs torchvision's VGG16 (vgg16-397923af.pth): --perceptual-weights, or torch's cache.
-fidelity: FID, KID, IS, precision, recall, density, coverage, sFID, MIND, CMMD and CLIP score of pictures.
+fidelity: FID, KID, IS, precision, recall, density, coverage, sFID, MIND, CMMD and CLIP score of pictures, or
+of a run that it draws from.
 statistics: what fidelity needs to know of a reference, once, for use ever after.
 sweep: fidelity over guidance scales and sampler steps, each point sampled and measured, as a table.
 watch: an evaluator beside a run, which draws from what it commits, measures, and marks the best.
@@ -23,7 +24,7 @@ import torch
 from data_pipeline.config import DataConfig
 from data_pipeline.storage.files import check_writable, write_bytes
 from data_pipeline.storage.urls import parent
-from trainer.cli import fidelity, sweep, watch
+from trainer.cli import fidelity, fidelity_of_run, sweep, watch
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
@@ -60,10 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--out", help="also write the figures as JSON to this path or URL")
     fidelity.add_network_arguments(command, "none, no R-FID")
+    of_pictures = commands.add_parser(
+        "fidelity", help="pictures, or a run, against a reference", epilog=fidelity.FIDELITY_EXAMPLE
+    )
+    fidelity_of_run.add_arguments(of_pictures)
     fidelity.add_arguments(
-        commands.add_parser(
-            "fidelity", help="a set of pictures against a reference", epilog=fidelity.FIDELITY_EXAMPLE
-        ),
+        of_pictures,
         commands.add_parser(
             "statistics", help="measure and store a reference", epilog=fidelity.STATISTICS_EXAMPLE
         ),
@@ -79,6 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the figures."""
     verbs = {"reconstruction": _reconstruction, "sweep": sweep.run, "watch": watch.run}
+    if args.command == "fidelity":
+        if args.sample is not None:
+            return fidelity_of_run.run(args)
+        fidelity_of_run.check_unused(args)
     return verbs.get(args.command, fidelity.run)(args)
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import typing
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -41,7 +42,9 @@ from trainer.launch.command import as_rank
 logger = logging.getLogger(__name__)
 
 FIDELITY_EXAMPLE = (
-    "example: ldm evaluate fidelity samples --reference 's3://bucket/val/{00000..00009}.tar' --image-size 256"
+    "example: ldm evaluate fidelity samples --reference 's3://bucket/val/*.tar' --image-size 256\n"
+    "example: ldm evaluate fidelity s3://bucket/run --sample '--count 5000 --prompts-from prompts.txt' "
+    "--reference s3://bucket/val.safetensors"
 )
 STATISTICS_EXAMPLE = "example: ldm evaluate statistics 's3://bucket/val/*.tar' --image-size 256 --out s3://bucket/val.safetensors"
 MOST_THREADS = 16
@@ -50,7 +53,9 @@ MOST_THREADS = 16
 def add_arguments(fidelity: argparse.ArgumentParser, statistics: argparse.ArgumentParser) -> None:
     """Those of the two sub-commands."""
     fidelity.add_argument(
-        "pictures", metavar="PICTURES", help="folder, tars (braces or wildcards) or statistics, at any URL"
+        "pictures",
+        metavar="PICTURES|RUN",
+        help="folder, tars (braces or wildcards) or statistics, at any URL; a run with --sample",
     )
     fidelity.add_argument(
         "--reference",
@@ -135,7 +140,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, device: torch.device) -> None:
-    collectives.from_main_rank(lambda: _check_places(args))
+    collectives.from_main_rank(lambda: check_places(args))
     if args.command == "statistics":
         made = Measuring(args, (), device).statistics(args.pictures)
         if made is not None:
@@ -150,10 +155,10 @@ def _measure(args: argparse.Namespace, device: torch.device) -> None:
         measuring = Measuring(args, known, device)
         real = real or measuring.statistics(args.reference, reference=True)
         made = made or measuring.statistics(args.pictures)
-    collectives.from_main_rank(lambda: _report(args, made, real, device))
+    collectives.from_main_rank(lambda: report(args, made, real, device))
 
 
-def _check_places(args: argparse.Namespace) -> None:
+def check_places(args: argparse.Namespace) -> None:
     """What is written comes after all that is measured; whether it can be is better known before."""
     for url in (args.out, getattr(args, "save_reference", None)):
         if url:
@@ -204,13 +209,14 @@ class Measuring:
         return survey(url, self._networks, options, self._device)
 
 
-def _report(
+def report(
     args: argparse.Namespace,
     made: SetStatistics | None,
     real: SetStatistics | None,
     device: torch.device,
+    drawn: dict[str, Any] | None = None,
 ) -> None:
-    """On rank 0, which has the statistics."""
+    """On rank 0, which has the statistics; `drawn` is what the pictures are a function of, where known."""
     assert made is not None
     assert real is not None
     if args.save_reference:
@@ -223,7 +229,8 @@ def _report(
     for note in found.notes:
         logger.warning("%s.", note)
     if args.out:
-        write_bytes(args.out, json.dumps(as_json(made, real, found), indent=1).encode())
+        told = as_json(made, real, found) | ({} if drawn is None else {"drawn": drawn})
+        write_bytes(args.out, json.dumps(told, indent=1).encode())
 
 
 def figures(

@@ -94,7 +94,7 @@ def _opened(url: str) -> PictureSet:
     if literal(url) is not None and not url.endswith(".tar") and exists(join(url, SETTINGS)):
         raise ConfigError(
             f"{url} is a run, and holds previews at most; draw a set from it by `ldm sample {url} --count N "
-            "--out SET` and measure that, or have each checkpoint measured by `ldm evaluate watch`."
+            "--out SET` and measure that, or give `ldm evaluate fidelity` --sample '--count N', to draw it."
         )
     return open_pictures(url)
 
