@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_sections.processes import environment, kill_family
+from gpu_sections.processes import ROOT, environment, kill_family
 from gpu_sections.report import kernel_tables, table
 
 HERE = Path(__file__).resolve()
@@ -255,8 +255,11 @@ def version(name: str) -> str | None:
 
 def commit() -> str:
     """Commit of this checkout, `unknown` outside one."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE.parent, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    if str(ROOT) not in sys.path:  # as in the sections: this checkout, installed or not
+        sys.path.insert(0, str(ROOT))
+    from trainer.provenance import git_commit
+
+    return git_commit(ROOT) or "unknown"
 
 
 def clocks() -> str | None:

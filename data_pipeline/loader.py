@@ -128,12 +128,7 @@ def build_loader(
             first_epoch=first_epoch or 0,
         )
         if moments is not None:
-            if moments.cache is not None and isinstance(tasks[0].order, Turns):
-                raise DataError(
-                    "first_stage.cache needs an index, which says which picture is which before it is read; "
-                    "run `ldm data index` once and begin a new run, or remove first_stage.cache."
-                )
-            tasks = [dataclasses.replace(task, moments=moments) for task in tasks]
+            tasks = [task.encoding_once(moments) for task in tasks]
         used = len(tasks) if tasks[0].lanes else 0
         for idle in workers[used:]:
             idle.close()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import GivenUp, StorageOutage
+from data_pipeline.loader import AnyLoader
 from trainer.assembly import build_run
 from trainer.config.run import Config
 from trainer.distributed import collectives
@@ -24,7 +25,6 @@ from trainer.distributed.collectives import Agreed
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.distributed.evidence import leave_collectives, leave_memory
 from trainer.exit_codes import ExitCode, StopRequest
-from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.timer import START_VARIABLE, StartTimer, Throughput
 from trainer.reliability.doubt import Progress, mark
@@ -36,7 +36,7 @@ from trainer.reliability.requests import profile_url, stop_url
 from trainer.reliability.slow_ranks import SlowRanks
 from trainer.reliability.watchdog import Watchdog, silence_s
 from trainer.run import Run
-from trainer.telling import ServedShare, layer_norms, report, tell_phase
+from trainer.telling import Delayed, LateValues, Meters, ServedShare, layer_norms, report, tell_phase
 from trainer.validation import cost, validate
 
 logger = logging.getLogger(__name__)
@@ -151,27 +151,14 @@ def train(run: Run, preemption: Preemption, watchdog: Watchdog) -> ExitCode | No
         if due(state.step, config.logging.layer_norms_every):
             run.sinks.log(state.step, state.samples_seen, layer_norms(run.stage.engines))
         look(run, batch, watchdog)
-        if saving or must_save(agreed):
-            watchdog.beat(state.step, "checkpoint")
-            if not settle(run, watchdog):
-                run.save()
-        if snapshot:
-            watchdog.beat(state.step, "checkpoint")
-            run.save_snapshot()
+        store(run, watchdog, checkpoint=saving or must_save(agreed), snapshot=snapshot)
         if must_stop(agreed) and state.step < config.steps:
             settle_all(run, watchdog)
             return leave(run, preemption, agreed)
         run.garbage.turn(state.step)
         batch = upcoming
 
-    watchdog.beat(state.step, "finish")
-    settle_all(run, watchdog)
-    if state.step < config.steps:
-        batches.close()
-        tell_phase(run)
-        return None
-    logger.info("done: %d steps, %d samples", state.step, state.samples_seen)
-    return ExitCode.DONE
+    return end_phase(run, batches, watchdog)
 
 
 def begin(run: Run) -> None:
@@ -284,6 +271,17 @@ def must_stop(agreed: Agreed) -> bool:
     return agreed.request is not StopRequest.NONE or agreed.data_lost
 
 
+def store(run: Run, watchdog: Watchdog, *, checkpoint: bool, snapshot: bool) -> None:
+    """The state, the averages, or both, on their way to storage. Collective; raises as `settle`."""
+    if checkpoint:
+        watchdog.beat(run.state.step, "checkpoint")
+        if not settle(run, watchdog):
+            run.save()
+    if snapshot:
+        watchdog.beat(run.state.step, "checkpoint")
+        run.save_snapshot()
+
+
 def settle(run: Run, watchdog: Watchdog) -> bool:
     """Return when the newest checkpoint is committed; the present state takes the place of one that failed.
 
@@ -307,6 +305,19 @@ def settle_all(run: Run, watchdog: Watchdog) -> None:
     """Return when nothing of the run is on its way to storage any more. Collective; raises as `settle`."""
     settle(run, watchdog)
     run.settle_snapshot()
+
+
+def end_phase(run: Run, batches: AnyLoader, watchdog: Watchdog) -> ExitCode | None:
+    """All steps of a phase are made: done, or None where another phase follows. Collective."""
+    state = run.state
+    watchdog.beat(state.step, "finish")
+    settle_all(run, watchdog)
+    if state.step < run.config.steps:
+        batches.close()
+        tell_phase(run)
+        return None
+    logger.info("done: %d steps, %d samples", state.step, state.samples_seen)
+    return ExitCode.DONE
 
 
 def look(run: Run, batch: Batch, watchdog: Watchdog) -> None:

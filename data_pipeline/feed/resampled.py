@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,16 +19,16 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import FIRST, Batch, Tally, remedy
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import AccessDenied, DataError, Failure, Rejected, StorageOutage
+from data_pipeline.errors import AccessDenied, DataError, Failure, NotATar, Rejected, StorageOutage
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
-from data_pipeline.feed.findings import StreamFindings
 from data_pipeline.feed.sample import Known, draw_crop, fill_sample, sample_arrays
 from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
 from data_pipeline.order.lanes import Part, lanes_of
 from data_pipeline.pictures.headers import picture_size
+from data_pipeline.shards.filter_columns import unknown_column
 from data_pipeline.shards.filter_values import as_column, to_numbers
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.identities import hash_text
@@ -45,6 +45,8 @@ from data_pipeline.storage.urls import distinguishing_depth, shard_name
 logger = logging.getLogger(__name__)
 
 _TAKE_S = 1.0
+_FRUITLESS_ROUNDS = 3
+"""Times that as many shards as there are may be opened in a row without a single sample in them."""
 _PICTURE = ("picture_height", "picture_width")
 
 
@@ -291,3 +293,100 @@ class ResampledLoader(Iterator[Batch]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class StreamFindings:
+    """What a loader without an index finds out about its shards while it reads them.
+
+    With an index the start knows which shards are no tars, which columns there are and what the filter
+    leaves. Here only reading tells, and a loader that met nothing usable would read for ever. So the threads
+    of a rank report here, and what can only mean a mistake of the user's is raised as one: every method may
+    raise DataError, which ends the loader.
+    """
+
+    def __init__(self, config: DataConfig, urls: Sequence[str], columns: Iterable[str]) -> None:
+        """columns: those that the filter names"""
+        self.tally = Tally()
+        self._limit = config.max_bad_shards
+        self._shards = len(set(urls))
+        self._lock = threading.Lock()
+        self._bad: dict[str, None] = {}
+        self._fruitless = 0
+        self._accepted = False
+        self._seen: set[str] = set()
+        self._records = 0
+        self._unseen = set(columns)
+
+    def opening(self, url: str) -> bool:
+        """A shard is about to be read; False: it was found to be no tar before."""
+        with self._lock:
+            self._fruitless += 1
+            if self._fruitless > _FRUITLESS_ROUNDS * self._shards + FIRST:
+                raise DataError(
+                    f"None of the {self._shards} shards of data.shards holds a sample; correct it."
+                )
+            return url not in self._bad
+
+    def unreadable(self) -> None:
+        """A shard could not be opened."""
+        with self._lock:
+            self.tally.rejected["shard_unreadable"] += 1
+
+    def broken(self, url: str, samples: int, error: Exception) -> None:
+        """Reading a shard failed after so many samples."""
+        told = " ".join(str(error).split())[:200]
+        with self._lock:
+            if samples:
+                self.tally.rejected["shard_cut_short"] += 1
+                logger.warning("%s is cut short: %s", url, told)
+                return
+            self._bad[url] = None
+            self.tally.rejected["shard_unreadable"] += 1
+            names = ", ".join(self._bad)
+            if len(self._bad) > self._limit * self._shards:
+                raise NotATar(
+                    f"{names}: no tar archive ({told}), {len(self._bad)} of {self._shards} shards; remove "
+                    f"what is none, or raise data.max_bad_shards={self._limit:g}."
+                )
+            logger.warning(
+                "left out, %d of %d shards: %s is no tar archive", len(self._bad), self._shards, url
+            )
+
+    def columns(self, names: Iterable[str]) -> None:
+        """A sample's record has these fields."""
+        if not self._unseen:
+            return
+        with self._lock:
+            self._seen.update(names)
+            self._records += 1
+            self._unseen -= self._seen
+            if self._unseen and self._records >= FIRST:
+                where = f"any of the first {self._records} samples"
+                raise DataError(unknown_column(min(self._unseen), self._seen, where))
+
+    def accepted(self) -> None:
+        """A sample is served."""
+        with self._lock:
+            self._fruitless, self._accepted = 0, True
+
+    def rejected(self, reason: str) -> None:
+        """A sample is not, or a member of one."""
+        with self._lock:
+            self._fruitless = 0
+            self.tally.rejected[reason] += 1
+            if self.tally.lost >= FIRST:
+                self._check_some_are_accepted()
+
+    def waited(self) -> None:
+        """No sample came for as long as there was patience: storage is not to blame where it gave some."""
+        with self._lock:
+            if self.tally.lost:
+                self._check_some_are_accepted()
+
+    def _check_some_are_accepted(self) -> None:
+        if not self._accepted:
+            _, _, reasons = self.tally.sentence().partition("; rejected: ")
+            raise DataError(
+                f"In data.order=resampled every sample was rejected: {reasons}. "
+                f"{remedy(self.tally.rejected)}."
+            )

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 PARTS, SHARDS = "parts", "shards"
-_BLOCK = 512
 _TRIES = 5
 
 
@@ -156,11 +155,11 @@ def commit_part(folder: str, entries: Sequence[tuple[Label, bytes]], *, tries: i
                 tuple(member.extension for member in label.members),
             )
         )
-        padding = bytes(-len(data) % _BLOCK)
+        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
         pieces += [header, data, padding]
         place += len(data) + len(padding)
-    pieces.append(bytes(2 * _BLOCK))
-    table = Table(part, place + 2 * _BLOCK, {shard: tuple(each) for shard, each in rows.items()})
+    pieces.append(bytes(2 * tarfile.BLOCKSIZE))
+    table = Table(part, place + 2 * tarfile.BLOCKSIZE, {shard: tuple(each) for shard, each in rows.items()})
     joined = b"".join(pieces)
     write_stream(part_url(folder, part), lambda: [memoryview(joined)], tries=tries)
     write_bytes(join(folder, PARTS, f"{part}.json"), table.encode(), tries=tries)

@@ -14,11 +14,12 @@ are members without data of their own. After the end, another archive may have b
 from __future__ import annotations
 
 import posixpath
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
-BLOCK = 512
+BLOCK = tarfile.BLOCKSIZE
 _MAX_META = 1_000_000
 _JUMP = 1_000_000
 """Usual size of members, in bytes, from which on they are jumped over."""
@@ -199,10 +200,7 @@ def _walk(
         length = _checked_size(header)
         if length is None:
             found.is_tar = bool(entries) or position > 0
-            after = " after the end of the archive" if ended else ""
-            found.problems.append(
-                f"bad header at byte {position}{after}, {window.size - position} bytes are left out"
-            )
+            found.problems.append(_bad_header(position, window.size, after_end=ended))
             return None
         kind, data = header[156:157], position + BLOCK
         if kind in (b"L", b"K", b"x", b"g"):
@@ -222,8 +220,7 @@ def _walk(
             if kind in (b"1", b"2"):
                 entries.append(_TarLink(name, _target(name, said.link(header), kind)))
             if data + length > window.size:
-                missing = data + length - window.size
-                found.problems.append(f"truncated inside {name[:80]!r}: {missing} bytes are missing")
+                found.problems.append(_truncated(name, data + length - window.size))
                 return None
             if kind == b"S" or said.sparse():
                 found.problems.append(
@@ -238,6 +235,15 @@ def _walk(
             begin = data + -(-length // BLOCK) * BLOCK
         position = data + -(-length // BLOCK) * BLOCK
     return position
+
+
+def _bad_header(position: int, size: int, *, after_end: bool) -> str:
+    after = " after the end of the archive" if after_end else ""
+    return f"bad header at byte {position}{after}, {size - position} bytes are left out"
+
+
+def _truncated(name: str, missing: int) -> str:
+    return f"truncated inside {name[:80]!r}: {missing} bytes are missing"
 
 
 def _note(found: TarScan, look: Look, window: TarSource, member: TarMember) -> None:

@@ -90,12 +90,7 @@ def explain_step(
     what must hold for the sample to be the one that was served. `rejects` names reject files, by default
     those of data.reject_file.
     """
-    if not 0 <= step < _MAX_STEP:
-        raise DataError(f"--step is {step}; steps count from 0, and no run has {_MAX_STEP:,}.")
-    if config.order != "indexed":
-        raise DataError(
-            f"data.order={config.order} has no index to explain a step from; `ldm data trace` runs it."
-        )
+    _check_step(config, step)
     ledger = find_ledger(config, rejects)
     dataset = open_dataset(config)
     order = dataset.order(config, seed=seed, global_batch_size=global_batch_size)
@@ -135,6 +130,15 @@ def explain_step(
                 "rejected_before": rejected,
                 "assumes": ledger.assumptions(config, views.undecided),
             }
+
+
+def _check_step(config: DataConfig, step: int) -> None:
+    if not 0 <= step < _MAX_STEP:
+        raise DataError(f"--step is {step}; steps count from 0, and no run has {_MAX_STEP:,}.")
+    if config.order != "indexed":
+        raise DataError(
+            f"data.order={config.order} has no index to explain a step from; `ldm data trace` runs it."
+        )
 
 
 def explain_validation(

@@ -67,11 +67,11 @@ def _build(family: str, options: FeatureOptions, device: torch.device) -> Featur
 
         return Inception(options.inception_weights, options.resizing, device)
     if family == "clip":
-        from trainer.evaluation.clip_features import ClipFeatures
+        from trainer.evaluation.vision_transformers import ClipFeatures
 
         return ClipFeatures(options.clip_model, options.clip_weights, device, text=options.clip_text)
     if family == "dinov2":
-        from trainer.evaluation.dinov2 import DINOv2
+        from trainer.evaluation.vision_transformers import DINOv2
 
         return DINOv2(options.dinov2_model, options.dinov2_weights, device)
     return RandomFeatures(device)

@@ -99,11 +99,6 @@ class StepProfiler:
         """Whether this rank has a request whose turn it is."""
         return self._request is not None and self._left == 0
 
-    @property
-    def recording(self) -> bool:
-        """Whether this rank records at present."""
-        return self._recording is not None
-
     def turn(self, step: int, agreed: bool, *, busy: Callable[[], None] = lambda: None) -> None:
         """At each step boundary: begin what the ranks have agreed on, or end it after its last step.
 

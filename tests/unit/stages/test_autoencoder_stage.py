@@ -24,8 +24,7 @@ from trainer.first_stage.statistics import IDLE_TENSOR, exported_statistics
 from trainer.metrics.timer import StepTimer
 from trainer.model import build_autoencoder
 from trainer.rng import Purpose, normal
-from trainer.stages.autoencoder import AutoencoderStage, to_bytes, to_unit_range
-from trainer.stages.codebook_revival import ENTRIES
+from trainer.stages.autoencoder import ENTRIES, AutoencoderStage, to_bytes, to_unit_range
 
 CPU = torch.device("cpu")
 ENV = DistributedEnv(0, 0, 1, 1, "127.0.0.1", 29500, "single", CPU)

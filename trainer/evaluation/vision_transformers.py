@@ -1,4 +1,8 @@
-"""CLIP's embeddings of pictures and captions: CMMD (Jayasumana et al. 2024) and CLIP score."""
+"""Features of vision transformers.
+
+CLIP      embeddings of pictures and captions: CMMD (Jayasumana et al. 2024) and CLIP score
+DINOv2    the class token, through timm, of which this is the only importer: FD-DINOv2 (Stein et al. 2023)
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,14 @@ from trainer.conditioning.tokenizers import ClipTokenizer
 from trainer.config.models import OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.evaluation.features import Fit, channels_first, resized_on_device, to_size, weights_digest
+from trainer.weights import Undrawn, check_fit, read_tensors, shapes_of
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+DINO_EDGE = 224
+DINO_ORIGIN = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 
 
 class ClipFeatures:
@@ -58,8 +67,8 @@ class ClipFeatures:
             {"score": 1} if text else {}
         )
         self._device = device
-        self._mean = torch.tensor(settings.get("mean", MEAN), device=device).view(1, 3, 1, 1)
-        self._deviation = torch.tensor(settings.get("std", DEVIATION), device=device).view(1, 3, 1, 1)
+        mean, deviation = settings.get("mean", CLIP_MEAN), settings.get("std", CLIP_DEVIATION)
+        self._normalise = Normalise(mean, deviation, device)
 
     def prepare(self, picture: NDArray[np.uint8]) -> NDArray[Any]:
         """See FeatureNetwork."""
@@ -67,7 +76,7 @@ class ClipFeatures:
 
     def __call__(self, prepared: Sequence[NDArray[Any]], captions: Sequence[str]) -> dict[str, Tensor]:
         """See FeatureNetwork."""
-        pixels = resized_on_device(prepared, self._device, self._normalised)
+        pixels = resized_on_device(prepared, self._device, self._normalise)
         embedding = F.normalize(self._image(pixels), dim=1)
         if self._text is None:
             return {"embedding": embedding}
@@ -78,5 +87,57 @@ class ClipFeatures:
         texts = F.normalize(self._text(tokens), dim=1)
         return {"embedding": embedding, "score": (embedding[described] * texts).sum(dim=1, keepdim=True)}
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+
+class DINOv2:
+    """See FeatureNetwork."""
+
+    def __init__(self, model: str, weights: str | None, device: torch.device) -> None:
+        """Raises ConfigError: timm is not installed or has no such model, or the weights are not at hand."""
+        try:
+            import timm
+            from timm.models.vision_transformer import checkpoint_filter_fn
+        except ImportError as error:
+            raise ConfigError("DINOv2's features need timm; run `pip install timm`.") from error
+        if model not in timm.list_models("*dinov2*"):
+            raise ConfigError(
+                f"timm has no DINOv2 {model!r}; it has {', '.join(timm.list_models('*dinov2*'))}."
+            )
+        if weights is None:
+            raise ConfigError(
+                "DINOv2's weights are not downloaded; bring the file of the model, for ViT-L/14 "
+                f"{DINO_ORIGIN}, and name it with --dinov2-weights."
+            )
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), Undrawn():
+            network = timm.create_model(model, pretrained=False, num_classes=0, img_size=DINO_EDGE)
+        stored = read_tensors(weights)
+        tensors = checkpoint_filter_fn(dict(stored), network)
+        check_fit(shapes_of(network.state_dict()), shapes_of(tensors), weights, f"Name the file of {model}.")
+        network.load_state_dict(tensors)
+        self._network = network.to(device).requires_grad_(False).eval()
+        self.name = f"{model} of timm"
+        self.digest = weights_digest(network)
+        self.details: Mapping[str, str] = {}
+        self.sees = f"squashed by Pillow's bicubic to {DINO_EDGE}"
+        self.widths: Mapping[str, int] = {"pool": int(network.num_features)}
+        self._device = device
+        self._normalise = Normalise(IMAGENET_MEAN, IMAGENET_DEVIATION, device)
+
+    def prepare(self, picture: NDArray[np.uint8]) -> NDArray[Any]:
+        """See FeatureNetwork."""
+        return channels_first(to_size(picture, DINO_EDGE, "squash"))
+
+    def __call__(self, prepared: Sequence[NDArray[Any]], captions: Sequence[str]) -> dict[str, Tensor]:
+        """See FeatureNetwork."""
+        return {"pool": self._network(resized_on_device(prepared, self._device, self._normalise))}
+
+
+class Normalise:
+    """Pixels [B, 3, H, W] of 0 to 255 by the mean and deviation of what a network was trained on."""
+
+    def __init__(self, mean: Sequence[float], deviation: Sequence[float], device: torch.device) -> None:
+        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
+        self._deviation = torch.tensor(deviation, device=device).view(1, 3, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """What the network is given."""
         return (pixels / 255 - self._mean) / self._deviation
