@@ -82,6 +82,12 @@ def filesystem(url: str, *, timeout_s: float = 30.0) -> tuple[Any, str]:
         raise DataError(f"{url} cannot be opened ({type(error).__name__}: {error}).") from error
 
 
+def import_client(url: str) -> None:
+    """Import what a client of S3 takes, and make none: it starts a thread, and forks go without threads."""
+    if is_s3(url):
+        fsspec.get_filesystem_class("s3")
+
+
 def read_within(deadline_s: float, fs: Any, path: str, **span: int) -> bytes:
     """One read that is given up at its deadline, long before the socket's timeout, where the library can."""
     if fs.async_impl:

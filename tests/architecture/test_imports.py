@@ -12,10 +12,12 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.storage.local_s3 import LocalS3
 from tests.unit.one_rank import small_shards
 from trainer.config.io import dump_yaml, load_config
 
@@ -57,11 +59,12 @@ def test_a_process_imports_what_it_needs_and_no_more(process: str) -> None:
     assert sorted({name.partition(".")[0] for name in modules}.intersection(absent)) == []
 
 
-def test_a_start_with_its_doctor_imports_torch_once(tmp_path: Path) -> None:
+def test_a_start_with_its_doctor_imports_torch_and_the_client_of_s3_once(tmp_path: Path) -> None:
     """Rank, doctor, loader and writer together, as Python tells of each import on stderr."""
+    small_shards(tmp_path / "shards")
     settings = [
         f"run_dir={tmp_path}/run",
-        f"data.shards={small_shards(tmp_path / 'shards')}",
+        "data.shards=s3://shards/*.tar",
         *("data.image_size=16", "data.workers=1", "first_stage.name=identity", "steps=1"),
         "unet={model_channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, attention_factors: [2]}",
         *("unet.head_dim=16", "unet.num_groups=4", "global_batch_size=2", "micro_batch_size=2"),
@@ -70,12 +73,14 @@ def test_a_start_with_its_doctor_imports_torch_once(tmp_path: Path) -> None:
     ]
     path = tmp_path / "config.yaml"
     path.write_text(dump_yaml(load_config(None, settings)))
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "train", str(path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    with LocalS3(tmp_path) as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer", "train", str(path)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **server.env, "PYTHONPROFILEIMPORTTIME": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checks passed" in done.stdout + done.stderr
-    assert len(re.findall(r"\|\s+torch$", done.stderr, re.MULTILINE)) == 1
+    times = Counter(re.findall(r"\|\s+(torch|s3fs\.core)$", done.stderr, re.MULTILINE))
+    assert times == {"torch": 1, "s3fs.core": 2}  # the loader process reads from S3, too

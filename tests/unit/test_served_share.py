@@ -102,16 +102,35 @@ def test_the_doctor_says_the_same_before(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", 400, lambda i: i % 4 == 0)
     check = doctor(tmp_path)
     assert (check.name, check.passed) == ("samples", False)
-    assert re.search(r"samples \(2[4-6]\.\d %\) are served; rejected: no_caption \(\d", check.detail)
+    assert re.search(r"samples \(2[4-9]\.\d %\) are served; rejected: no_caption \(\d", check.detail)
     assert "data.max_rejected_share" in check.remedy
-    check = doctor(tmp_path, "data.require_caption=false")
+    # not one of 400 may be rejected: all are looked at
+    all_served = ("data.require_caption=false", "data.max_rejected_share=0")
+    check = doctor(tmp_path, *all_served)
     assert (check.passed, check.detail) == (True, "400 of 400 samples (100.0 %) are served")
     # without an index nobody knows that there are no more
-    check = doctor(tmp_path, "data.require_caption=false", "data.order=streamed")
+    check = doctor(tmp_path, *all_served, "data.order=streamed")
     assert (check.passed, check.detail) == (True, "1,000 of 1,000 samples (100.0 %) are served")
     check = doctor(tmp_path, "data.filter=scor < 1")
     assert not check.passed
     assert "the nearest is score" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ((), "256 of 256"),
+        (("data.max_rejected_share=0",), "400 of 400"),
+        (("data.shards=", "data.sources=[{{shards: '{folder}/*.tar', weight: 1}}]"), "400 of 400"),
+    ],
+    ids=["clear", "in doubt", "a mixture, whose sources may be rare"],
+)
+def test_the_doctor_reads_no_more_samples_than_its_verdict_takes(
+    tmp_path: Path, settings: tuple[str, ...], told: str
+) -> None:
+    write_shard(tmp_path / "0.tar", 400, lambda i: True)
+    check = doctor(tmp_path, "data.lanes=8", *(each.format(folder=tmp_path) for each in settings))
+    assert (check.passed, check.detail) == (True, f"{told} samples (100.0 %) are served")
 
 
 def test_resampled_order_trains_on_what_cannot_be_indexed(train: Train, tmp_path: Path) -> None:

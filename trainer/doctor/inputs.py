@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TypeVar
 
 from data_pipeline.batch import FIRST, Tally, added
+from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, Failure, NotFound
 from data_pipeline.loader import Dataset, Part, build_loader, check_layout, open_dataset
 from data_pipeline.storage.files import exists, read_bytes, remove_file, write_bytes
@@ -39,6 +42,12 @@ _LISTED_SHARDS = 1000
 """From which number on the names of a set are believed, and a few looked up instead of all listed."""
 _LOOK_S = 5.0
 """Seconds after which no further batch is decoded."""
+_AT_A_TIME = 16
+"""Requests of a rank for shards that are looked at."""
+_FEW = FIRST // 4
+"""Samples of all ranks that are looked at before a verdict on their share counts as clear."""
+_DOUBT = 1e-6
+"""How likely it may be another one after more of them."""
 T = TypeVar("T")
 
 
@@ -98,7 +107,8 @@ def check_shards(config: Config, env: DistributedEnv) -> list[Check]:
     mine = chosen[env.rank :: env.world_size]
 
     def examine() -> str:
-        looks = [look_at_head(shard, config.data) for shard in mine]
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            looks = list(pool.map(lambda shard: look_at_head(shard, config.data), mine))
         pictures = sum(look.pictures for look in looks)
         captions = sum(look.captions for look in looks)
         bad = [defect for look in looks for defect in look.defects]
@@ -172,7 +182,8 @@ def _choose(config: Config, ranks: int) -> tuple[str, list[ListedFile]]:
     named = [spelled_out(pattern) for pattern in patterns]
     if all(names is not None for names in named) and sum(map(len, filter(None, named))) > _LISTED_SHARDS:
         urls = [url for names in named for url in names or ()]
-        return f"{len(urls)} shards", [look_up(url) for url in _spread(urls, most)]
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            return f"{len(urls)} shards", list(pool.map(look_up, _spread(urls, most)))
     shards = [shard for pattern in patterns for shard in list_files(pattern)]
     size = sum(shard.size for shard in shards) / 1e9
     return f"{len(shards)} shards, {size:.2f} GB", _spread(shards, most)
@@ -185,7 +196,8 @@ def _spread(things: Sequence[T], most: int) -> list[T]:
 
 
 def _first_samples(config: Config, env: DistributedEnv, dataset: Dataset | None) -> Tally:
-    """This rank's part of the first thousand samples, or of all where there are fewer."""
+    """This rank's part of the first thousand samples, or of all where there are fewer, or of as many as leave
+    no doubt."""
     enough, batch, lanes = FIRST, config.global_batch_size, config.data.lanes
     if dataset is not None:
         order = check_layout(
@@ -211,7 +223,18 @@ def _first_samples(config: Config, env: DistributedEnv, dataset: Dataset | None)
         while batches.tally.seen * env.world_size < enough and time.monotonic() - began < _LOOK_S:
             if not len(next(batches)):
                 break  # more ranks than lanes
+            if batches.tally.seen * env.world_size >= _FEW and _is_clear(batches.tally, data):
+                break
     return batches.tally
+
+
+def _is_clear(tally: Tally, data: DataConfig) -> bool:
+    """Whether the rejected share of all samples lies on the same side of the limit as that of these, but for
+    a chance of `_DOUBT` (Hoeffding 1963). Never of a mixture: rare sources are to be met, too."""
+    if data.sources or not tally.seen:
+        return False
+    margin = math.sqrt(math.log(1 / _DOUBT) / (2 * tally.seen))
+    return abs(tally.lost / tally.seen - data.max_rejected_share) > margin
 
 
 def _described(config: Config) -> Iterator[str]:

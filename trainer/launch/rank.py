@@ -222,6 +222,10 @@ def _driver_is_open() -> bool:
 
 def _import_ahead(config: Config) -> None:
     """Seconds of imports that no device notices; torch wants its compiler for the first optimizer."""
+    from data_pipeline.storage.client import import_client  # no launcher asks storage for anything
+
+    for url in _remote_folders(config.run_dir, config.data):
+        import_client(url)
     names = ["trainer.train", "torch._dynamo"]
     if config.conditioning.openclip is not None:
         names.append("trainer.conditioning.openclip")
