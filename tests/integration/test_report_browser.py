@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.report.test_report import record, run_dir
+from tests.unit.report.test_page import record, run_dir
 from trainer.__main__ import main
 
 __all__ = ["run_dir"]  # a fixture

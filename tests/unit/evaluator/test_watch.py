@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.metrics.test_metrics import offline_runs
+from tests.unit.metrics.test_meters_and_sinks import offline_runs
 from trainer.__main__ import main
 from trainer.checkpoint.catalogue import Retention, steps_to_retire
 from trainer.checkpoint.marks import mark, marked_steps
