@@ -167,6 +167,7 @@ def ours() -> list[Row]:
                 f"micro_batch_size={micro}",
                 f"global_batch_size={batch}",
                 f"distributed.cuda_graphs={str(graphs).lower()}",
+                "distributed.channels_last_kernels=false",  # which came after these figures
             ],
         )
         planned = make_plan(config, machine("h100", 1))

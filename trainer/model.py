@@ -217,6 +217,14 @@ def count_parameters(config: Config) -> dict[str, dict[str, int]]:
     return {kind: {**modules, "total": sum(modules.values())} for kind, modules in counts.items()}
 
 
+def count_kernels(config: Config) -> int:
+    """Elements of the trained convolutions whose kernels have more than one cell; as `count_parameters`."""
+    with torch.device("meta"):
+        trained, _ = _modules(config)
+    parameters = [p for module in trained.values() for p in module.parameters() if p.requires_grad]
+    return sum(p.numel() for p in parameters if p.dim() == 4 and p.shape[2] * p.shape[3] > 1)
+
+
 def _count(module: nn.Module, *, trained: bool | None) -> int:
     return sum(p.numel() for p in module.parameters() if trained is None or p.requires_grad == trained)
 
@@ -327,6 +335,9 @@ def load_model(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model.network.to(dtype).eval().requires_grad_(False)
     model.first_stage.to(device, dtype)
+    if config.distributed.channels_last and device.type == "cuda":
+        for network in (model.network, model.first_stage):  # as their maps, or each step would convert them
+            network.to(memory_format=torch.channels_last)
     model.conditioner.frozen.to(device, dtype)
     return TrainedModel(config, model, _found(config, metadata).description)
 

@@ -216,6 +216,9 @@ class DistributedConfig:
     """Compute precision; master weights, Adam state and EMA are always fp32."""
     channels_last: bool = True
     """Keep activations in channels-last memory layout."""
+    channels_last_kernels: bool = True
+    """With channels_last in bf16, keep kernels of convolutions so, too, under zero_stage 1 and the plain
+    engine: costs a second copy of them, saves three conversions of each per micro-batch."""
     fused_kernels: bool = True
     """On a GPU with channels_last, run norms, activations and residuals as our own fused kernels."""
     compile: bool = False

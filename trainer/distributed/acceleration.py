@@ -1,7 +1,7 @@
-"""What makes a network's Python cheap: regions compiled by torch.compile, or the whole of it as CUDA graphs.
+"""What makes a network cheap to run: compiled regions, CUDA graphs, kernels laid out as cuDNN reads them.
 
-Neither changes what is computed, and gradients still arrive through the parameters' own hooks, so engines
-do not notice. Compilation takes the blocks that repeat, one by one: a UNet has a few kinds of them, each
+None changes what is computed, and gradients still arrive through the parameters' own hooks, so engines
+hardly notice. Compilation takes the blocks that repeat, one by one: a UNet has a few kinds of them, each
 compiled once and found again on disk by the next start and by the other ranks of a node, where the whole
 network would take minutes. Graphs replay all kernels of forward and of backward with one call each: for
 micro-batches so small that the processor cannot launch kernels as fast as the GPU ends them.
@@ -9,6 +9,7 @@ micro-batches so small that the processor cannot launch kernels as fast as the G
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from trainer.config.training import DistributedConfig
 from trainer.first_stage.networks import ResidualBlock, SpatialAttention
 from trainer.models.attention import PlainAttention, SpatialTransformer
 from trainer.models.layers import ResBlock
@@ -24,6 +26,45 @@ REGIONS = (ResBlock, SpatialTransformer, PlainAttention, ResidualBlock, SpatialA
 """Blocks that repeat."""
 VARIANTS = 64
 """Compiled forms of one block: its widths and skip connections, times the shapes of a run's buckets."""
+
+
+class ChannelsLastKernels:
+    """Kernels of convolutions in the layout of the maps they meet, beside where an engine lays weights out.
+
+        flat     o i y x   slices of ZeRO's partition: masters, moments, checkpoints, what ranks exchange
+        weight   o y x i   what the network computes with, made from the flat one once per optimizer step
+
+    cuDNN would otherwise convert each kernel in forward and again in backward, and autograd would convert its
+    gradient back, three copies per kernel and micro-batch. Takes another copy of trained kernels in memory.
+    Logical shapes stay as they were; a kernel of 1 x 1 lies the same way in both and is left alone.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        kernels = [p for p in parameters if p.dim() == 4 and not is_channels_last(p)]
+        self._weights = [p for p in kernels if p.requires_grad]  # frozen ones never change
+        self._flat = [p.data for p in self._weights]
+        for kernel in kernels:
+            kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The flat weights have changed."""
+        if self._weights:
+            torch._foreach_copy_([weight.data for weight in self._weights], self._flat)
+
+
+def keeps_kernels(config: DistributedConfig) -> bool:
+    """Whether an engine that computes in bf16 beside flat masters keeps kernels channels-last.
+
+    Other stages of ZeRO read gradients as flat vectors, or gather weights for every layer; so does fsdp.
+    """
+    able = config.engine == "torch" or (config.engine == "deepspeed" and config.zero_stage == 1)
+    return able and config.precision == "bf16" and config.channels_last and config.channels_last_kernels
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a feature map or kernel lies with its channels innermost; both ways where there is one cell."""
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def compile_regions(network: nn.Module) -> int:

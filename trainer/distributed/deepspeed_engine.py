@@ -42,7 +42,12 @@ from torch import Tensor, nn
 
 from trainer.config.run import Config
 from trainer.distributed import adamw
-from trainer.distributed.acceleration import GraphedForward, compile_regions
+from trainer.distributed.acceleration import (
+    ChannelsLastKernels,
+    GraphedForward,
+    compile_regions,
+    keeps_kernels,
+)
 from trainer.distributed.deepspeed_config import deepspeed_config
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
@@ -122,6 +127,7 @@ class DeepSpeedEngine:
         if isinstance(self._optimizer, Muon):
             cut = self._stage > 0
             self._optimizer.attach(self._fragments if cut else self._replicas(0, 1), cut=cut)
+        self._kernels = ChannelsLastKernels(module.parameters() if keeps_kernels(config.distributed) else ())
         self._load_initial_weights(initial)
         if config.distributed.compile:
             # Stage 3 gathers weights in hooks of every module, which DeepSpeed alone knows how to compile.
@@ -190,6 +196,7 @@ class DeepSpeedEngine:
             return
         zero._lazy_init_hp_params_optimizer_state()
         zero.update_lp_params()
+        self._kernels.follow()
 
     def fragments(self) -> list[Fragment]:
         """See `Engine.fragments`."""
@@ -200,6 +207,7 @@ class DeepSpeedEngine:
         """See `Engine.refresh`."""
         if self._stage in (1, 2):
             self._zero.update_lp_params()
+            self._kernels.follow()
         elif self._stage == 3:
             # Small parameters stay whole between steps and would not be gathered again.
             self._zero._partition_all_parameters()

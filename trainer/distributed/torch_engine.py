@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from trainer.config.run import Config
 from trainer.distributed import adamw
-from trainer.distributed.acceleration import GraphedForward, compile_regions
+from trainer.distributed.acceleration import (
+    ChannelsLastKernels,
+    GraphedForward,
+    compile_regions,
+    keeps_kernels,
+)
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.muon import Muon
@@ -48,6 +53,8 @@ class TorchEngine:
             self._masters = [nn.Parameter(p.detach().clone()) for p in self._parameters]
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(self.compute_dtype)
+            if keeps_kernels(config.distributed):  # for good: the masters are what is flat
+                ChannelsLastKernels(module.parameters())
         self._optimizer = adamw.build_optimizer(
             adamw.by_rate(dict(zip(self.parameter_shapes, self._masters, strict=True)), config.optimizer),
             config.optimizer,
@@ -87,7 +94,7 @@ class TorchEngine:
             if parameter.grad is None:
                 continue
             if master.grad is None:
-                master.grad = parameter.grad.float()
+                master.grad = torch.empty_like(master).copy_(parameter.grad)  # in the master's layout
             else:
                 master.grad += parameter.grad
             parameter.grad = None

@@ -5,6 +5,7 @@
     programs       0   1   2   3  4   5   6   7            each adds one chunk of one parameter
 
 Per parameter it would be a cast, an addition and two launches; together they read and write each byte once.
+A kernel of a convolution whose gradient is channels-last (o y x i) is read across, into the flat o i y x.
 """
 
 from __future__ import annotations
@@ -44,40 +45,65 @@ class FlatGradients:
         if not fused(self._flat):
             for part, gradient in zip(self._parts, gradients, strict=True):
                 if gradient is not None:
-                    part.add_(gradient.reshape(-1))
+                    part.view(gradient.shape).add_(gradient)
             return
         for dtype in {gradient.dtype for gradient in gradients if gradient is not None}:
-            self._add(dtype, [None if g is None or g.dtype != dtype else g.contiguous() for g in gradients])
+            self._add(dtype, [None if g is None or g.dtype != dtype else _dense(g) for g in gradients])
 
     def _add(self, dtype: torch.dtype, gradients: Sequence[Tensor | None]) -> None:
-        addresses = torch.tensor([0 if g is None else g.data_ptr() for g in gradients], dtype=torch.int64)
+        # [3, parameters]: address, and of a channels-last kernel its width and cells
+        rows = [(0, 0, 0) if g is None else (g.data_ptr(), *_crossed(g)) for g in gradients]
+        sources = torch.tensor(rows, dtype=torch.int64).T.contiguous()
         if self._flat.is_cuda:
-            addresses = addresses.pin_memory().to(self._flat.device, non_blocking=True)
+            sources = sources.pin_memory().to(self._flat.device, non_blocking=True)
         _accumulate[(len(self._chunks),)](
-            addresses, self._chunks, self._places, self._flat, len(gradients),
+            sources, self._chunks, self._places, self._flat, len(gradients),
             BF16=dtype == torch.bfloat16, CHUNK=CHUNK, ALIGNED=ALIGNED if self._aligned else 1,
         )  # fmt: skip
 
 
+def _dense(gradient: Tensor) -> Tensor:
+    """As it is where the kernel can read it, or else contiguous."""
+    return gradient if _crossed(gradient) != (0, 0) else gradient.contiguous()
+
+
+def _crossed(gradient: Tensor) -> tuple[int, int]:
+    """(channels, cells) of a kernel [o, i, y, x] that lies as o y x i; zeros where it lies as written."""
+    if gradient.dim() != 4 or gradient.is_contiguous():
+        return 0, 0
+    if not gradient.is_contiguous(memory_format=torch.channels_last):
+        return 0, 0
+    return gradient.shape[1], gradient.shape[2] * gradient.shape[3]
+
+
 @triton.jit
 def _accumulate(
-    addresses, chunks, places, flat, count, BF16: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr
+    sources, chunks, places, flat, count, BF16: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr
 ):
     chunk = tl.program_id(0).to(tl.int64)
     parameter = tl.load(chunks + chunk * 2)
     begin = tl.multiple_of(tl.load(chunks + chunk * 2 + 1), CHUNK)
-    address = tl.load(addresses + parameter)
+    address = tl.load(sources + parameter)
     if address != 0:
         if BF16:
             source = address.to(tl.pointer_type(tl.bfloat16))
         else:
             source = address.to(tl.pointer_type(tl.float32))
+        source = tl.multiple_of(source, 16)  # torch's allocator aligns to more
         at = begin + tl.arange(0, CHUNK)
-        source = tl.multiple_of(source, 16) + at  # torch's allocator aligns to more
         target = flat + tl.multiple_of(tl.load(places + parameter), ALIGNED) + at
         size = tl.load(places + count + parameter)
-        if begin + CHUNK <= size:  # without a mask, loads are as wide as the alignment allows
-            tl.store(target, tl.load(target) + tl.load(source).to(tl.float32))
+        width = tl.load(sources + count + parameter).to(tl.int32)
+        if width > 0:
+            # A chunk holds whole lines of cells of neighbouring channels: what it reads, it reads entirely.
+            cells = tl.load(sources + 2 * count + parameter).to(tl.int32)
+            place = at.to(tl.int32)
+            inside = place % (width * cells)
+            place += inside % cells * width + inside // cells - inside
+            gradient = tl.load(source + place, mask=at < size, other=0.0).to(tl.float32)
+            tl.store(target, tl.load(target, mask=at < size, other=0.0) + gradient, mask=at < size)
+        elif begin + CHUNK <= size:  # without a mask, loads are as wide as the alignment allows
+            tl.store(target, tl.load(target) + tl.load(source + at).to(tl.float32))
         else:
-            gradient = tl.load(source, mask=at < size, other=0.0).to(tl.float32)
+            gradient = tl.load(source + at, mask=at < size, other=0.0).to(tl.float32)
             tl.store(target, tl.load(target, mask=at < size, other=0.0) + gradient, mask=at < size)

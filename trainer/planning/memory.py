@@ -6,8 +6,9 @@ import functools
 from dataclasses import dataclass
 
 from trainer.config.run import Config
+from trainer.distributed.acceleration import keeps_kernels
 from trainer.ema import profile_names
-from trainer.model import count_parameters
+from trainer.model import count_kernels, count_parameters
 
 ADAM_MOMENTS = 2
 FP32 = 4
@@ -55,9 +56,10 @@ def plan(config: Config, world_size: int, ranks_per_node: int) -> MemoryPlan:
         count for name, count in counts["frozen"].items() if name != "total" and name in counts["trained"]
     )
     stored += FP32 * sum(kept)  # of the network, where a part of it is trained
+    relaid = count_kernels(config) if zero == 1 and keeps_kernels(d) else 0  # beside the flat ones
     return MemoryPlan(
         trained_parameters=trained,
-        weights=trained * compute / (world_size if zero == 3 else 1),
+        weights=(trained + relaid) * compute / (world_size if zero == 3 else 1),
         gradients=trained * FP32 / (world_size if zero >= 2 else 1),  # fsdp: whole until a step's last
         optimizer=trained * (master + ADAM_MOMENTS * FP32) / cut,
         # The averages lie beside what each rank owns at every stage.

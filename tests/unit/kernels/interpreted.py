@@ -159,6 +159,20 @@ def flat_gradients() -> None:
         assert torch.equal(got[-9:], flat[-9:])
 
 
+def flat_gradients_of_kernels() -> None:
+    """Channels-last kernels of convolutions, larger than a chunk and smaller, added in logical order."""
+    shapes = [(40, 96, 3, 3), (5,), (3, 7, 2, 3), (6, 5, 1, 1), (1, 3, 4, 4), (30, 3, 3, 3)]
+    gradients = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    gradients[-1] = gradients[-1].transpose(0, 1).contiguous().transpose(0, 1)  # neither layout
+    sizes = [gradient.numel() for gradient in gradients]
+    assert sizes[0] > CHUNK
+    for dtype in (torch.bfloat16, torch.float32):
+        flat = torch.linspace(0, 1, sum(sizes), device=DEVICE)
+        want = flat + torch.cat([g.to(dtype).float().flatten() for g in gradients])
+        FlatGradients(flat, sizes).add([gradient.to(dtype) for gradient in gradients])
+        assert torch.equal(flat, want)
+
+
 def whole_networks() -> None:
     """A UNet with every kind of block, and an autoencoder: outputs and all gradients, fused against plain."""
     configs = [
@@ -229,6 +243,7 @@ if __name__ == "__main__":
     others()
     random_numbers()
     flat_gradients()
+    flat_gradients_of_kernels()
     softmaxes()
     whole_networks()
     compiled_blocks()
