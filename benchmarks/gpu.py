@@ -4,6 +4,8 @@
     python benchmarks/gpu.py --out figures --sections unet,vae,text
     python benchmarks/gpu.py --out figures --sections train512 --train-override distributed.compile=true
     python benchmarks/gpu.py --out figures --variant tuned:distributed.cudnn_benchmark=true
+    python benchmarks/gpu.py --out figures --sections train512,kernel_layout,pixel_layout,save_copy \
+        --variant flat:distributed.channels_last_kernels=false  # the layout of kernels, before and after
     python benchmarks/gpu.py --out figures --small                # tiny networks on a CPU: the dry run
 
 Needs torch 2.11 or newer and no network, Ray, W&B or weights: it draws its own JPEG shards and random weights
@@ -62,6 +64,9 @@ SECTIONS = {
     "text": Section("networks:text", 45, 15),
     "unet_compile": Section("networks:unet_compiled", 120, 40),
     "unet_graphs": Section("networks:unet_graphs", 60, 20),
+    "kernel_layout": Section("layout:kernels", 100, 40),
+    "pixel_layout": Section("layout:pixels", 30, 10),
+    "save_copy": Section("layout:save", 30, 12),
     "diffusers": Section("references:eager", 60, 20),
     "startup": Section("training:startup", 120, 40),
     "train256": Section("training:train_256", 120, 40),

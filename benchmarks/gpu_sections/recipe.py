@@ -16,6 +16,7 @@ from gpu_sections.processes import ROOT
 from trainer.conditioning.build import Conditioner, build_conditioner
 from trainer.config.io import load_config
 from trainer.config.run import Config
+from trainer.distributed.acceleration import ChannelsLastKernels, keeps_kernels
 from trainer.first_stage.base import FirstStage
 from trainer.first_stage.build import build_first_stage
 from trainer.model import ConditionedUNet, build_network
@@ -126,10 +127,13 @@ def meta_network(config: Config) -> ConditionedUNet:
 
 
 def random_network(config: Config, device: torch.device, dtype: torch.dtype) -> ConditionedUNet:
-    """The trained network with random weights, drawn on the device."""
+    """The trained network with random weights, drawn on the device, laid out as training has them."""
     network = meta_network(config).to_empty(device=device)
     fill(network)
-    return network.to(dtype)
+    network.to(dtype)
+    if keeps_kernels(config.distributed):
+        ChannelsLastKernels(network.parameters())
+    return network
 
 
 def random_first_stage(config: Config, device: torch.device, dtype: torch.dtype) -> FirstStage:

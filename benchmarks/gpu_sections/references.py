@@ -52,7 +52,7 @@ def stock_unet(network: ConditionedUNet, config: Config, setup: Setup) -> StockU
     channels = config.first_stage.channels
     sizes = UNetSizes(channels, channels, meta_conditioner(config).context_dim)
     described = unet_to_diffusers(config.unet, sizes, latent_shape(config)[1])
-    own = network.unet.state_dict()
+    own = {name: value.contiguous() for name, value in network.unet.state_dict().items()}
     tensors = export_tensors(unet_links(config.unet, own, "diffusers"), own)
     return StockUNet(_stock("UNet2DConditionModel", described, tensors, setup), setup.dtype).train()
 

@@ -126,12 +126,25 @@ def _phases(figures: Figures) -> list[str]:
         shown = {k: v["images_per_s"] for k, v in found.items() if "images_per_s" in str(v) and "batch" in k}
         if shown:
             lines.append(f"{name}, img/s: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+    lines += _side_by_side(figures)
     for name, found in figures.items():
         if not name.startswith(("train", "step")):
             continue
         shown = {k.removeprefix("time/"): v for k, v in found.items() if k.startswith("time/") or k in SHOWN}
         if shown:
             lines.append(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+    return lines
+
+
+def _side_by_side(figures: Figures) -> list[str]:
+    """Milliseconds of each form of what can be laid out in several ways."""
+    lines = []
+    for name in ("kernel_layout", "pixel_layout", "save_copy"):
+        found = figures.get(name, {})
+        arms = {key: value for key, value in found.items() if "ms" in str(value) and "kernels" not in key}
+        for key, value in arms.items():
+            forms = {key: value} if "ms" in value else value
+            lines.append(f"{name}, ms: {key}: " + ", ".join(f"{k} {v['ms']:.4g}" for k, v in forms.items()))
     return lines
 
 

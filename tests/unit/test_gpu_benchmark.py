@@ -142,6 +142,21 @@ def test_a_section_leaves_its_figures_and_kernels(tmp_path: Path) -> None:
     assert figures["kernels"]["kinds"]["convolution"]["ms"] > 0
 
 
+def test_layouts_are_measured_side_by_side(tmp_path: Path) -> None:
+    recipe, layout = (import_module(f"gpu_sections.{name}") for name in ("recipe", "layout"))
+    setup = recipe.Setup(tmp_path, tmp_path / "layout.json", small=True, train_steps=1)
+    for section in (layout.kernels, layout.pixels, layout.save):
+        section(setup)
+    figures = json.loads(setup.result.read_text())
+    assert figures["batch_16"]["kept"]["images_per_s"] > 0
+    assert figures["batch_32"].keys() == {"flat", "kept"}
+    assert figures["gradients"].keys() == {"flat", "across", "copied"}
+    assert figures["error_channels_8"] < 1e-5
+    assert figures["buffer"]["gb_per_s"] > 0
+    lines = import_module("gpu_sections.report")._side_by_side({"kernel_layout": figures})
+    assert any(line.startswith("kernel_layout, ms: batch_16: flat ") for line in lines), lines
+
+
 def test_no_network_is_measured_against_another_one(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     recipe, references = (import_module(f"gpu_sections.{name}") for name in ("recipe", "references"))

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from data_pipeline.errors import CONSEQUENCES, Failure, RetryableFault
 from data_pipeline.processes import children_deaf_to_stops
@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_PATIENCE_S = 60.0
 _POLL_S = 0.5
+
+Order: TypeAlias = tuple[dict[str, Any], list[bytes]]
+"""Header and blobs of one message to the process."""
+STOP: Order = ({"order": "stop"}, [])
 
 
 class Writer(Protocol):
@@ -104,11 +108,14 @@ class BackgroundWriter:
     """Implements `Writer` with a process that shares the host buffer's memory.
 
     A process rather than a thread: hashing and uploading would fight training for the interpreter.
-    It is started with the first job, and anew when it has died.
+    It is started with the first job, and anew when it has died. A job is larger than a pipe takes at once
+    (SD2's tables are 100 KB for a rank, megabytes for hundreds), so a thread hands it over: training would
+    wait until the process has imported what it needs.
     """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._orders: queue.Queue[Order] = queue.Queue()
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._expected: list[str] = []
         self._failure: Failure | None = None  # noticed, and not yet asked for
@@ -122,9 +129,10 @@ class BackgroundWriter:
         try:
             if self._process is None or self._process.poll() is not None:
                 self._start(buffer)
-            self._send({"order": "write", **header}, blobs)
         except OSError as error:
             self._fail(RetryableFault(f"the checkpoint could not be written: its process is gone ({error})."))
+            return
+        self._orders.put(({"order": "write", **header}, blobs))
 
     def failed(self) -> bool:
         """See `Writer`."""
@@ -152,6 +160,7 @@ class BackgroundWriter:
             self._process.kill()
             self._process.wait()
             self._process = None
+            self._orders.put(STOP)
         self._expected = []
 
     def close(self) -> None:
@@ -163,10 +172,9 @@ class BackgroundWriter:
         try:
             while self._expected and process.poll() is None and time.monotonic() < deadline:
                 self._note(self._next_answer(process, deadline))
-            assert process.stdin is not None
-            send_frame(process.stdin, {"order": "stop"}, [])  # type: ignore[arg-type]  # is buffered
+            self._orders.put(STOP)
             process.wait(timeout=5.0)
-        except (OSError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
         if self._expected:
@@ -186,12 +194,12 @@ class BackgroundWriter:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
         threading.Thread(target=_collect, args=(self._process, self._answers), daemon=True).start()
-        self._send({"order": "memory", "descriptor": buffer.descriptor, "bytes": buffer.num_bytes}, [])
-
-    def _send(self, header: dict[str, Any], blobs: list[bytes]) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        send_frame(self._process.stdin, header, blobs)  # type: ignore[arg-type]  # is buffered
+        self._orders.put(STOP)  # for the thread of a process that has died
+        self._orders = queue.Queue()
+        threading.Thread(target=_hand_over, args=(self._process, self._orders), daemon=True).start()
+        self._orders.put(
+            ({"order": "memory", "descriptor": buffer.descriptor, "bytes": buffer.num_bytes}, [])
+        )
 
     def _wait_for(self, event: str) -> Failure | None:
         while event in self._expected:
@@ -225,6 +233,18 @@ class BackgroundWriter:
 
 def _ended(process: subprocess.Popen[bytes]) -> dict[str, Any]:
     return {"failure": f"its process ended with status {process.returncode}"}
+
+
+def _hand_over(process: subprocess.Popen[bytes], orders: queue.Queue[Order]) -> None:
+    assert process.stdin is not None
+    while True:
+        order = orders.get()
+        try:
+            send_frame(process.stdin, *order)  # type: ignore[arg-type]  # is buffered
+        except OSError:  # whoever waits for the answer sees that the process is gone
+            return
+        if order is STOP:
+            return
 
 
 def _collect(process: subprocess.Popen[bytes], answers: queue.Queue[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.errors import RetryableFault, UserError
 from trainer.checkpoint.commands import list_checkpoints
@@ -46,6 +47,26 @@ def test_signals_for_the_trainer_do_not_stop_it(make_run: MakeRun) -> None:
     run.train(1)
     run.save()
     assert [row.step for row in list_checkpoints(run.config.run_dir)] == [1, 0]
+
+
+def test_training_does_not_wait_until_the_writer_takes_a_job(make_run: MakeRun) -> None:
+    """A job larger than a pipe, and a process that does not read yet, as at a real network's first save."""
+    run = make_run(asynchronous=True)
+    run.save()
+    os.kill(process_of(run).pid, signal.SIGSTOP)
+    run.train(1)
+    wanted = run.everything()
+    run.begin_save(state={"note": "x" * 1_000_000})  # would never return
+    assert not run.manager.failed
+    run.train(1)
+    os.kill(process_of(run).pid, signal.SIGCONT)
+    run.manager.wait()
+    assert [row.step for row in list_checkpoints(run.config.run_dir) if row.complete] == [1, 0]
+    assert not all(torch.equal(a, b) for a, b in zip(run.everything(), wanted, strict=True))
+    handle = run.manager.latest_good()
+    assert handle is not None
+    run.manager.load(handle, {"unet": run.engine}, run.ema)
+    assert all(torch.equal(a, b) for a, b in zip(run.everything(), wanted, strict=True))
 
 
 def test_a_killed_writer_is_reported_and_replaced(make_run: MakeRun) -> None:

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config.models import UNetConfig
 from trainer.config.run import Config
-from trainer.config.training import DistributedConfig
+from trainer.config.training import DistributedConfig, EMAConfig
 from trainer.distributed.acceleration import is_channels_last
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.ema import EMA
 from trainer.models.unet import UNet
 
 SMALL = UNetConfig(
@@ -67,6 +68,21 @@ class Conversions(TorchDispatchMode):
             source, target = (args[1], args[0]) if "copy_" in name else (args[0], result)
             self.found["gradients"] += is_kernel(source) and source.stride() != target.stride()
         return result
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not str(func).startswith(("aten.slice", "aten.detach", "aten.view", "profiler")):
+            self.found[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def is_kernel(x: Tensor) -> bool:
@@ -146,6 +162,21 @@ def test_losses_masters_and_moments_are_the_same(env: DistributedEnv, layout: di
     for name, values in state.items():
         assert all(torch.equal(a, b) for a, b in zip(own_state[name], values, strict=True)), name
         assert torch.equal(own_weights[name], weights[name]), name
+
+
+def test_a_step_and_the_averages_take_a_few_operations_for_all_parameters(env: DistributedEnv) -> None:
+    """A GPU's optimizer is fused, and takes fewer yet."""
+    engine = make_engine(env)
+    assert len(list(engine.module.parameters())) == 196
+    ema = EMA(EMAConfig(), engine.fragments())
+    for micro in range(ACCUMULATION):
+        micro_batch(engine, micro)
+        with Operations() as step:
+            engine.step(1e-3)
+    assert step.found.total() < 40, step.found
+    with Operations() as average:
+        ema.update(1)
+    assert average.found.total() == 1
 
 
 def test_weights_follow_masters_that_were_written(env: DistributedEnv) -> None:
