@@ -76,12 +76,14 @@ def test_three_ranks_match_one_process() -> None:
     check(exact + [case(*engine, 3, "bf16") for engine in ENGINES], world_size=3)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_muon_under_every_engine_is_torchs_muon_and_adamw(world_size: int) -> None:
-    """With a matrix that lies on two ranks; the iteration is in bf16, so weights agree to that."""
-    engines = [engine for engine in ENGINES if engine[1] < 3 and engine[0] != "fsdp"]
+    """With matrices that lie on two ranks, or on those of two nodes; weights agree to its bf16."""
+    engines = [engine for engine in ENGINES if engine[1] < 3]
     precisions = ("fp32", "bf16") if world_size == 2 else ("fp32",)
     cases = [case(*engine, 1, p) | {"optimizer": "muon"} for engine in engines for p in precisions]
+    if world_size == 4:
+        cases = [case("fsdp", 1, 1) | {"optimizer": "muon", "shard_ranks": cut} for cut in (1, 2, 4)]
     by_rank = run_ranks("tests/numerics/parity_ranks.py:run_cases", world_size, {"cases": cases})
     truth, plain = reference("muon"), reference()
     for number, settings in enumerate(cases):

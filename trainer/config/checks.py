@@ -135,12 +135,7 @@ def _check_optimizer(config: Config) -> None:
             "optimizer.conditioner_learning_rate, or set optimizer.name=adamw.",
         )
     _require(
-        config.optimizer.name == "adamw" or distributed.engine != "fsdp",
-        f"optimizer.name={config.optimizer.name} needs whole matrices, which distributed.engine=fsdp cuts by "
-        "rows; set distributed.engine=deepspeed, or optimizer.name=adamw.",
-    )
-    _require(
-        config.optimizer.name == "adamw" or distributed.engine == "torch" or distributed.zero_stage < 3,
+        config.optimizer.name == "adamw" or distributed.engine != "deepspeed" or distributed.zero_stage < 3,
         f"optimizer.name={config.optimizer.name} needs whole matrices, which distributed.zero_stage=3 takes "
         "apart one by one; set distributed.zero_stage to 2 or lower, or optimizer.name=adamw.",
     )

@@ -4,15 +4,15 @@
     node 0   rank 0  w[0:3]   rank 1  w[3:6]   rank 2  w[6:9]   rank 3  w[9:10]
     node 1   rank 4  w[0:3]   rank 5  w[3:6]   rank 6  w[6:9]   rank 7  w[9:10]
 
-A rank's rows are fp32: the master weight, which AdamW updates. Of rows that several ranks hold, each owns an
-equal share in the sense of `Engine.fragments`, so that averages and checkpoints exist once.
+A rank's rows are fp32: the master weight, which the optimizer updates. Of rows that several ranks hold, each
+owns an equal share in the sense of `Engine.fragments`, so that averages and checkpoints exist once.
 
 One step, k micro-batches long, for each block of the network (and what is in none, together):
 
     forward    the first gathers the block's weights in the compute precision from its node; they stay whole
     backward   k - 1 times: gradients are added up whole on each rank, in the precision in which they are sent
     the last   reduce-scatter in the node, all-reduce of the rows across nodes, while backward goes on
-    step       norm, clip, AdamW on the rows; the whole weights are let go, and gathered anew when needed
+    step       norm, clip, AdamW or Muon on the rows; the whole weights are let go, and gathered when needed
 
 Weights are not let go between forward and backward: at the sizes of these networks they fit, and would be
 gathered twice. FSDP2 decides at its first forward which module is the root; `_lazy_init`, the one private
@@ -38,6 +38,7 @@ from trainer.distributed import adamw
 from trainer.distributed.acceleration import REGIONS
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
+from trainer.distributed.muon import Muon
 from trainer.distributed.replicas import replicated_fragments, synchronise
 
 
@@ -70,7 +71,11 @@ class FSDPEngine:
         groups = adamw.by_rate(named, config.optimizer)
         self._optimizer = adamw.build_optimizer(groups, config.optimizer, env.device)
         adamw.initialise_state(self._optimizer, self._masters)
-        self._fragments = self._make_fragments(env.rank // cut, env.rank % cut, cut)
+        place = env.rank % cut
+        self._fragments = self._make_fragments(place, cut, replica=env.rank // cut, replicas=self._replicas)
+        if isinstance(self._optimizer, Muon):
+            rows = self._make_fragments(place, cut, replica=0, replicas=1)
+            self._optimizer.attach(rows, cut=cut > 1, group=self._mesh.get_group(self._mesh.ndim - 1))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Training forward."""
@@ -198,7 +203,8 @@ class FSDPEngine:
         dist.all_reduce(square)  # counts each row once per replica
         return (square / self._replicas).sqrt()
 
-    def _make_fragments(self, replica: int, place: int, cut: int) -> list[Fragment]:
+    def _make_fragments(self, place: int, cut: int, *, replica: int, replicas: int) -> list[Fragment]:
+        """Of the rows of this rank, the share of one of several replicas."""
         first = {}
         for name, shape in self.parameter_shapes.items():
             rows = -(-shape[0] // cut)  # as torch.chunk
@@ -208,7 +214,7 @@ class FSDPEngine:
             list(self._masters),
             [{key: self._optimizer.state[master][key] for key in adamw.MOMENTS} for master in self._masters],
             rank=replica,
-            world_size=self._replicas,
+            world_size=replicas,
         )
         return [
             replace(f, shape=self.parameter_shapes[f.name], start=first[f.name] + f.start) for f in of_rows

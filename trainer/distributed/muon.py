@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for the rest, over fp32 masters that ZeRO may have cut anywhere.
+"""Muon for matrices and AdamW for the rest, over fp32 masters that ZeRO or FSDP may have cut anywhere.
 
 Muon (Jordan et al. 2024) steps along the momentum of a weight matrix with all of its singular values brought
 to about 1, so it needs the matrix whole. Stages 1 and 2 of ZeRO lay all parameters end to end and cut them
@@ -7,6 +7,8 @@ into equal parts; two ranks, the second of three matrices lies on both:
     rank 0   |a a a a b b|     momentum of what is owned, in bf16 (as the iteration wants it), to all ranks
     rank 1   |b b c c c c|     each rank puts together the matrices that it owns a piece of (0: a b, 1: b c),
                                iterates, and takes its own piece of each step
+
+FSDP cuts every matrix by rows over the ranks of a node: the same exchange, inside of the node.
 
 The momentum is kept in the place of AdamW's exp_avg, so that checkpoints know nothing of this; exp_avg_sq of
 a matrix stays zero. The rate is scaled so that a step is as large as AdamW's (Liu et al. 2025, "Muon is
@@ -86,18 +88,25 @@ class Muon(torch.optim.Optimizer):
         self._matrices: list[_OwnedPart] = []
         self._lengths: list[int] = []
         self._places: dict[str, list[tuple[int, int, int, int]]] = {}
+        self._group: dist.ProcessGroup | None = None
 
-    def attach(self, fragments: Sequence[Fragment], *, cut: bool) -> None:
-        """What this rank updates: whole parameters, or, where they are `cut`, its fragments. Collective."""
+    def attach(
+        self, fragments: Sequence[Fragment], *, cut: bool, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """What this rank updates: whole parameters, or, where they are `cut`, its fragments of them.
+
+        Collective over the `group` that has them all; unset: all ranks.
+        """
         owners = [owner for group in self.param_groups for owner in group["params"]]
         pieces = [_piece(fragment, owners) for fragment in fragments]
         self._vectors = [p for p in pieces if not is_matrix(p.fragment.name, p.fragment.shape)]
         self._matrices = [p for p in pieces if is_matrix(p.fragment.name, p.fragment.shape)]
-        if not cut or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not cut or not dist.is_initialized() or dist.get_world_size(group) == 1:
             return
+        self._group = group
         own = [(p.fragment.name, p.fragment.start, p.fragment.master.numel()) for p in self._matrices]
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, own)
+        of_ranks: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(of_ranks, own, group=group)
         for rank, spans in enumerate(of_ranks):
             position = 0
             for name, start, numel in spans:
@@ -164,7 +173,7 @@ class Muon(torch.optim.Optimizer):
             packed = torch.cat(updates)
             own[: len(packed)] = packed
         of_ranks = [torch.empty_like(own) for _ in self._lengths]
-        dist.all_gather(of_ranks, own)
+        dist.all_gather(of_ranks, own, group=self._group)
         return of_ranks
 
     def _whole(self, fragment: Fragment, of_ranks: list[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,14 @@ def train_leg(
     precision: str = "fp32",
     asynchronous: bool = True,
     shard_ranks: int = 0,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> dict[str, Any]:
     """One leg of a run: from the newest checkpoint (if `first_step`) through `steps` steps to the next."""
     config = Config(
         run_dir=run_dir,
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=1,
-        optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=0.5),
+        optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=0.5, name=optimizer),
         distributed=DistributedConfig(
             engine=engine, zero_stage=zero_stage, precision=precision, shard_ranks=shard_ranks
         ),

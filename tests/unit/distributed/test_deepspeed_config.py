@@ -84,10 +84,15 @@ def test_ranks_are_cut_into_equal_groups() -> None:
     assert make(engine="fsdp", shard_ranks=4).shard_size(16, 8) == 4
     with pytest.raises(ConfigError, match=r"shard_ranks=3 does not divide 16 ranks; .* 1, 2, 4, 8, 16"):
         make(engine="fsdp", shard_ranks=3).shard_size(16, 8)
-    with pytest.raises(ConfigError, match=r"optimizer.name=muon .*engine=fsdp"):
-        load_config(None, ["optimizer.name=muon", "distributed.engine=fsdp"])
     with pytest.raises(ConfigError, match="shard_ranks=2 does not divide 3 ranks"):
         load_config(None, ["global_batch_size=48", "distributed={engine: fsdp, ranks: 3, shard_ranks: 2}"])
+
+
+def test_muon_is_refused_where_matrices_are_taken_apart_and_nowhere_else() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.name=muon .*zero_stage=3 .*to 2 or lower"):
+        load_config(None, ["optimizer.name=muon", "distributed.zero_stage=3"])
+    for place in ("{engine: fsdp}", "{engine: torch}", "{zero_stage: 2}"):
+        assert load_config(None, ["optimizer.name=muon", f"distributed={place}"]).optimizer.name == "muon"
 
 
 def test_padding_counts_as_samples() -> None:
