@@ -2,8 +2,11 @@
 
     python experiments/conditioning.py --out /tmp/experiments
 
-Prompts, class labels and semantic maps, one model each per seed. The same pictures are judged twice: against
-their own condition, and against that of another picture ("shuffled"), which is what chance gives.
+Prompts, class labels, layouts, semantic maps, depths, small pictures and pictures with a hole, one model each
+per seed; the last three train half as many steps. The same pictures are judged twice: against their own
+condition, and against that of another picture ("shuffled"), which is what chance gives. Enlarged pictures are
+compared with bicubic interpolation, and once more after the low frequencies of what was given are put into
+them ("constrained").
 """
 
 from __future__ import annotations
@@ -11,19 +14,28 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
+import numpy as np
 from lab.experiment import Experiment, Figure, Figures, run
 from lab.maps import MAP_MODEL, draw_maps, map_agreement
 from lab.oracle import PROMPTS, accuracy, prompted
+from lab.tasks import TASKS, DrawnScene, draw_scenes, enlarged, read_all, shrunk, truth, with_low_frequencies
 from lab.workshop import CONSTANT, Workshop
+from numpy.typing import NDArray
 
 from data_pipeline.tools.scenes.judge import EvaluationPrompt, evaluation_prompts
 from data_pipeline.tools.scenes.scene import COLORS, SHAPES
 
 CLASS_MODEL = ("conditioning={openclip: null, class_label: {num_classes: 18, width: 128}}",)
 SHUFFLED = " shuffled"
-KINDS = ("text", "text shuffled", "class", "class shuffled", "map", "map shuffled")
+LOW_FREQUENCIES, BICUBIC = "super-resolution constrained", "bicubic"
+ASKED = ("text", "text shuffled", "class", "class shuffled")
+PLACED = ("layout", "layout shuffled", "map", "map shuffled", "depth", "depth shuffled")
+ENLARGED = (BICUBIC, "super-resolution", LOW_FREQUENCIES, "super-resolution shuffled")
+FILLED = ("inpainting", "inpainting shuffled")
 GUIDANCE = "3"
+"""Of conditions that are dropped in training."""
 
 
 def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures]:
@@ -31,6 +43,8 @@ def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures
     kind = setting.removesuffix(SHUFFLED)
     shift = 1 if setting.endswith(SHUFFLED) else 0
     folder = workshop.folder / "conditioning" / f"seed_{seed}_{kind.replace(' ', '_')}"
+    if kind in TASKS or kind in ENLARGED:
+        return _of_task(workshop, seed, kind, shift)
     if kind == "map":
         model = workshop.second_stage("map", seed, (*CONSTANT, *MAP_MODEL))
         return {workshop.scale.steps: map_agreement(draw_maps(workshop, model, folder, 32, seed), shift)}
@@ -47,6 +61,26 @@ def measure(workshop: Workshop, seed: int, setting: str) -> Mapping[int, Figures
     }
 
 
+def _of_task(workshop: Workshop, seed: int, kind: str, shift: int) -> Mapping[int, Figures]:
+    name = kind if kind in TASKS else "super-resolution"
+    task = TASKS[name]
+    steps = round(workshop.scale.steps * task.share)
+    model = workshop.second_stage(name.replace("-", "_"), seed, (*CONSTANT, *task.model), steps)
+    guided = ("--guidance", GUIDANCE) if name == "layout" else ()
+    folder = workshop.folder / "conditioning" / f"seed_{seed}_{name.replace('-', '_')}"
+    drawn = draw_scenes(workshop, task, model, folder, "--seed", str(seed), *guided)
+    if kind == BICUBIC:
+        drawn = [replace(each, pictures=(enlarged(shrunk(truth(each.scene))),)) for each in drawn]
+    if kind == LOW_FREQUENCIES:
+        drawn = [replace(each, pictures=_constrained(each)) for each in drawn]
+    return {steps: read_all(task, drawn, shift)}
+
+
+def _constrained(drawn: DrawnScene) -> tuple[NDArray[np.uint8], ...]:
+    small = shrunk(truth(drawn.scene))
+    return tuple(with_low_frequencies(picture, small) for picture in drawn.pictures)
+
+
 def shuffled(asked: list[EvaluationPrompt], count: int) -> list[EvaluationPrompt]:
     """For `count` pictures, asked for in turn: the prompts of others, drawn at random."""
     others = [asked[number % len(asked)] for number in range(count)]
@@ -57,16 +91,14 @@ def shuffled(asked: list[EvaluationPrompt], count: int) -> list[EvaluationPrompt
 EXPERIMENT = Experiment(
     name="conditioning",
     question=__doc__,
-    settings=KINDS,
+    settings=(*ASKED, *PLACED, *ENLARGED, *FILLED),
     measure=measure,
     axis="condition, and against what the pictures are judged",
     figures=(
-        Figure(
-            "Text and class: share of pictures", ("colour", "shape", "oracle"), "setting", KINDS[:4], False
-        ),
-        Figure(
-            "Map: share of pixels, overlap of the object", ("agreement", "iou"), "setting", KINDS[4:], False
-        ),
+        Figure("Text, class: share of pictures", ("colour", "shape", "oracle"), "setting", ASKED, False),
+        Figure("Place: overlap of boxes, of pixels", ("box", "iou"), "setting", PLACED, False),
+        Figure("Enlarged: PSNR, dB, at 32 and 8 px", ("psnr", "small psnr"), "setting", ENLARGED, False),
+        Figure("Filled: share of pixels", ("untouched", "inside"), "setting", FILLED, False),
     ),
 )
 

@@ -1,8 +1,9 @@
-"""Reads colour and shape back from the pixels of a generated single-object picture."""
+"""Reads colour, shape and place back from the pixels of a generated single-object picture."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,10 @@ from data_pipeline.tools.scenes.scene import BACKGROUNDS, COLORS, SHAPES, shape_
 
 _MIN_CHROMA = 40.0
 _MIN_AREA = 0.006
+
+
+Box: TypeAlias = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in shares of width and height, as a row of a layout behind its label."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Judgement:
     shape: str | None
     overlap: float
     """Intersection over union of the object with the best shape."""
+    box: Box | None
+    """Around the object."""
     color_correct: bool
     shape_correct: bool
 
@@ -56,9 +63,11 @@ def judge(pixels: NDArray[np.uint8], expected: EvaluationPrompt) -> Judgement:
     """
     color, weight = _color(pixels)
     if color is None:
-        return Judgement(None, None, 0.0, False, False)
-    shape, overlap = _shape(weight)
-    return Judgement(color, shape, overlap, color == expected.color, shape == expected.shape)
+        return Judgement(None, None, 0.0, None, False, False)
+    region = _largest_region(weight > 0.5)
+    shape, overlap = _shape(region)
+    correct = (color == expected.color, shape == expected.shape)
+    return Judgement(color, shape, overlap, _box(region), *correct)
 
 
 def _color(pixels: NDArray[np.uint8]) -> tuple[str | None, NDArray[np.float32]]:
@@ -82,12 +91,28 @@ def _color(pixels: NDArray[np.uint8]) -> tuple[str | None, NDArray[np.float32]]:
     return names[best], mask.astype(np.float32)
 
 
-def _shape(mask: NDArray[np.float32]) -> tuple[str | None, float]:
-    region = _largest_region(mask > 0.5)
+def box_overlap(first: Box, second: Box) -> float:
+    """Intersection over union of two boxes that are not empty."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    both = max(0.0, width) * max(0.0, height)
+    areas = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (first, second))
+    return both / (areas - both)
+
+
+def _box(region: NDArray[np.bool_]) -> Box | None:
+    if not region.any():
+        return None
+    height, width = region.shape
+    ys, xs = np.nonzero(region)
+    return xs.min() / width, ys.min() / height, (xs.max() + 1) / width, (ys.max() + 1) / height
+
+
+def _shape(region: NDArray[np.bool_]) -> tuple[str | None, float]:
     area = float(region.sum())
-    if area < _MIN_AREA * mask.size:
+    if area < _MIN_AREA * region.size:
         return None, 0.0
-    height, width = mask.shape
+    height, width = region.shape
     ys, xs = np.nonzero(region)
     x, y = float(xs.mean()) + 0.5, float(ys.mean()) + 0.5
     radius = float(np.sqrt(area / np.pi))

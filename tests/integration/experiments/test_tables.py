@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,26 @@ def test_conditioning(out: Path) -> None:
     own = accuracy(out / "conditioning" / "seed_0_text" / "pictures")
     assert values["text", "shape"] == pytest.approx(own["shape"], rel=1e-4)
     assert 0 < values["map", "agreement"] <= 1
-    assert values["map", "agreement"] != values["map shuffled", "agreement"]  # of the same pictures
+    for kind, name in {"map": "agreement", "depth": "iou", "super-resolution": "psnr"}.items():
+        assert values[kind, name] != values[f"{kind} shuffled", name]  # of the same pictures
+    assert values["inpainting", "untouched"] == 1
+    assert values["inpainting shuffled", "untouched"] < 1
+    assert values["super-resolution constrained", "small psnr"] > values["super-resolution", "small psnr"]
+    steps = {row["setting"]: row["step"] for row in csv.DictReader((out / "conditioning.csv").open())}
+    assert (steps["layout"], steps["depth"]) == ("6", "3")
+    boxes = json.loads((out / "conditioning" / "seed_0_layout" / "layout_0.json").read_text())
+    assert len(boxes) == 1
+    assert len(list((out / "conditioning" / "seed_0_layout" / "of_0" / "pictures").iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_text_encoders_have_the_same_work(out: Path) -> None:
+    values = found("text_encoders", out)
+    steps = {row["setting"]: row["step"] for row in csv.DictReader((out / "text_encoders.csv").open())}
+    assert steps == {"frozen, pooled": "6", "frozen": "6", "joint": "5"}
+    read = accuracy(out / "text_encoders" / "seed_0_joint" / "pictures")
+    assert values["joint", "shape"] == pytest.approx(read["shape"], rel=1e-4)
+    assert len({values[setting, "held-out loss"] for setting in steps}) == 3
 
 
 @pytest.mark.slow

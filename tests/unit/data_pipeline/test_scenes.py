@@ -15,13 +15,14 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data_pipeline.errors import DataError
-from data_pipeline.tools.scenes.judge import EvaluationPrompt, evaluation_prompts, judge
+from data_pipeline.tools.scenes.judge import EvaluationPrompt, box_overlap, evaluation_prompts, judge
 from data_pipeline.tools.scenes.scene import (
     COLORS,
     NUM_CLASSES,
     SHAPES,
     SceneOptions,
     describe,
+    ground_truth,
     make_scene,
     render,
 )
@@ -62,6 +63,36 @@ def test_judge_reads_its_own_drawings(how: str, least: float) -> None:
         shape += found.shape_correct
     assert color / n >= least
     assert shape / n >= least
+
+
+def test_judge_reads_the_place_of_what_it_sees() -> None:
+    overlaps, others = [], []
+    for i in range(36):
+        scene, other = make_scene(SMALL, random.Random(i)), make_scene(SMALL, random.Random(i + 1))
+        expected = EvaluationPrompt("", scene.main.color, scene.main.shape, scene.background)
+        seen = judge(render(scene)[0].transpose(2, 0, 1), expected).box
+        assert seen is not None
+        boxes = [tuple(ground_truth(each)["layout"][0][1:]) for each in (scene, other)]
+        overlaps.append(box_overlap(seen, boxes[0]))
+        others.append(box_overlap(seen, boxes[1]))
+    assert min(overlaps) > 0.85  # to a pixel on each side
+    assert max(overlaps) <= 1
+    assert sum(others) / len(others) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "overlap"),
+    [
+        ((0.0, 0.0, 0.5, 0.5), (0.0, 0.0, 0.5, 0.5), 1.0),
+        ((0.0, 0.0, 0.5, 0.5), (0.25, 0.0, 0.75, 0.5), 1 / 3),
+        ((0.0, 0.0, 1.0, 1.0), (0.5, 0.5, 1.0, 1.0), 0.25),
+        ((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), 0.0),
+        ((0.0, 0.0, 0.2, 0.2), (0.5, 0.5, 1.0, 1.0), 0.0),
+    ],
+)
+def test_overlap_of_boxes(first: tuple[float, ...], second: tuple[float, ...], overlap: float) -> None:
+    assert box_overlap(first, second) == pytest.approx(overlap)
+    assert box_overlap(second, first) == pytest.approx(overlap)
 
 
 def test_judge_sees_wrong_and_empty_pictures() -> None:

@@ -14,6 +14,7 @@ from lab.experiment import COLUMNS, Experiment, Figure, run
 from lab.maps import Drawn, map_agreement
 from lab.oracle import accuracy
 from lab.plot import Curve, Panel, draw, ticks
+from lab.tasks import TASKS, DrawnScene, enlarged, hole, psnr, read_all, shrunk, truth, with_low_frequencies
 from lab.workshop import Workshop
 from PIL import Image
 
@@ -55,6 +56,48 @@ def test_maps_agree_with_the_scenes_that_they_are_of(tmp_path: Path) -> None:
     assert own["iou"] > 0.9
     assert others["agreement"] < own["agreement"]
     assert others["iou"] < 0.7
+
+
+@pytest.mark.parametrize(
+    ("task", "measure", "own", "other"),
+    [
+        ("layout", "box", 0.85, 0.75),
+        ("layout", "shape", 0.99, 0.6),
+        ("depth", "iou", 0.9, 0.7),
+        ("super-resolution", "psnr", 99, 20),
+        ("super-resolution", "small psnr", 99, 20),
+        ("inpainting", "untouched", 1, 0.6),
+        ("inpainting", "inside", 1, 0.7),
+    ],
+)
+def test_the_truth_shows_what_it_was_asked_for(task: str, measure: str, own: float, other: float) -> None:
+    scenes = [make_scene(OPTIONS, random.Random(number)) for number in range(12)]
+    drawn = [DrawnScene(number, scene, (truth(scene),)) for number, scene in enumerate(scenes)]
+    assert read_all(TASKS[task], drawn)[measure] >= own
+    assert read_all(TASKS[task], drawn, shift=1)[measure] < other
+
+
+def test_holes_are_halves_in_turn() -> None:
+    corners = [(hole(n)[0, 0], hole(n)[0, -1], hole(n)[-1, -1], hole(n)[-1, 0]) for n in range(5)]
+    left, top, right, bottom = (1, 0, 0, 1), (1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 1, 1)
+    assert corners == [left, top, right, bottom, left]
+    assert all(hole(n).mean() == 0.5 for n in range(4))
+
+
+def test_low_frequencies_are_put_in_and_the_rest_is_kept() -> None:
+    first, second = (truth(make_scene(OPTIONS, random.Random(number))) for number in (0, 1))
+    small = shrunk(first)
+    for picture in (second, enlarged(small)):
+        result = with_low_frequencies(picture, small)
+        assert psnr(shrunk(result), small) > psnr(shrunk(picture), small) + 3
+        assert psnr(shrunk(result), small) > 30
+    assert psnr(with_low_frequencies(first, small), first) > 45  # nothing is missing there
+
+
+def test_decibels() -> None:
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    assert psnr(grey, grey) == 99
+    assert psnr(grey, grey + np.uint8(51)) == pytest.approx(20 * np.log10(5))
 
 
 def test_shuffled_prompts_are_met_by_chance() -> None:
