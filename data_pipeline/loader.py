@@ -23,7 +23,7 @@ import torch
 from data_pipeline.batch import Batch, Cached, Tally, no_pixels
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.feed.conditions import check_conditions
+from data_pipeline.feed.conditions import check_conditions, condition_arrays
 from data_pipeline.feed.held_out import HELD_OUT_SEED, HeldOutBatch, held_out_batches
 from data_pipeline.feed.share import FilledShare, ShareStream
 from data_pipeline.feed.task import ShareTask
@@ -64,6 +64,7 @@ __all__ = [
     "Position",
     "WorkerProcess",
     "beginning",
+    "blank_batch",
     "build_loader",
     "check_layout",
     "held_out_batches",
@@ -240,6 +241,18 @@ def _reject_file(config: DataConfig, rank: int) -> Path | None:
             f"data.reject_file {path} cannot be written ({error.strerror}); name another."
         ) from error
     return path
+
+
+def blank_batch(config: DataConfig, size: int, caption: str) -> Batch:
+    """`size` black squares with conditions of zeros, in the shapes and types that training gets."""
+    edge, numbers = config.image_size, torch.arange(size)
+    conditions = {
+        name: torch.zeros((size, *shape), dtype=getattr(torch, dtype))
+        for name, (dtype, shape) in condition_arrays(config, edge, edge).items()
+    }
+    pixels = torch.zeros((size, edge, edge, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    keys = tuple(f"blank/{number}" for number in range(size))
+    return Batch(pixels, (caption,) * size, conditions, keys, numbers, numbers, position={})
 
 
 class Loader(Iterator[Batch]):

@@ -224,7 +224,7 @@ def test_too_little_memory_or_disk_fails(
     tmp_path: Path, env: DistributedEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = config(tmp_path, checkpoint=CheckpointConfig(keep_last=3, keep_best=2))
-    monkeypatch.setattr(doctor_machine, "_available_host_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(doctor_machine, "available_host_bytes", lambda: 1_000_000)
     (memory,) = check_memory(small, env)
     assert not memory.passed
     assert "zero_stage" in memory.remedy

@@ -125,7 +125,7 @@ def check_memory(config: Config, env: DistributedEnv) -> list[Check]:
     parameters = f"{needed.trained_parameters / 1e6:.1f} M trained"
 
     def examine() -> str:
-        host = _available_host_bytes() / env.local_world_size
+        host = available_host_bytes() / env.local_world_size
         on_device = needed.device_bytes
         if env.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(env.device)
@@ -176,7 +176,7 @@ def _synchronize(env: DistributedEnv) -> None:
         torch.cuda.synchronize(env.device)
 
 
-def _available_host_bytes() -> int:
+def available_host_bytes() -> int:
     """Memory that this container may still use, or that the machine has left."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     meminfo = Path("/proc/meminfo")

@@ -86,7 +86,7 @@ def supervise(
             attempt = Attempt(
                 command,
                 ranks,
-                environment=_thread_settings(ranks),
+                environment=thread_settings(ranks),
                 scratch=scratch,
                 log_dir=log_dir,
                 watchdog_s=watchdog_s,
@@ -126,7 +126,7 @@ class Attempt:
     """The local ranks of one attempt.
 
     command: a rank's command line. environment: of every rank. log_dir: where ranks other than 0 write
-    their console output. watchdog_s, restarts: see RankProcess.
+    their console output. watchdog_s, restarts: see RankProcess. tails: show the end of a failed rank's.
     """
 
     def __init__(
@@ -139,7 +139,9 @@ class Attempt:
         log_dir: Path,
         watchdog_s: float,
         restarts: int,
+        tails: bool = True,
     ) -> None:
+        self._tails = tails
         self._board = Board(scratch / "heartbeat", ranks, create=True)
         port = free_port()
         self._ranks = [
@@ -216,7 +218,7 @@ class Attempt:
 
     def _show_logs(self, ranks: list[int]) -> None:
         for rank in (self._ranks[index] for index in ranks):
-            if rank.log is not None:
+            if self._tails and rank.log is not None:
                 logger.error("last lines of %s:\n%s", rank.log, rank.tail(_TAIL_LINES))
 
 
@@ -291,7 +293,7 @@ def _devices_by_driver() -> int | None:
     return count.value if status == 0 and count.value >= 0 else None
 
 
-def _thread_settings(ranks: int) -> dict[str, str]:
+def thread_settings(ranks: int) -> dict[str, str]:
     """The environment of a rank, with the cores divided unless the user already did."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     return {"OMP_NUM_THREADS": threads, **os.environ}  # MKL follows it
