@@ -58,6 +58,8 @@ PLAIN_STEP = 10
 """Neither logs nor saves; the one before settles what was saved long before."""
 SAMPLES_PER_RANK = 2
 PHASES = ("start", "saves", "resume")
+CLOCKED = "by the clock"
+"""Rank 0's looks at the lease and for files that ask something of a run: as many as it lasts long."""
 NETWORKS = (
     "first_stage={name: kl, base_channels: 8, channel_multipliers: [1], num_res_blocks: 1, num_groups: 4}",
     "unet={model_channels: 8, channel_multipliers: [1, 2], num_res_blocks: 1, attention_factors: []}",
@@ -96,19 +98,21 @@ class Storage(FaultProxy):
 
 def _kind(command: str, path: str) -> str:
     key = path.partition("?")[0].rsplit("/", 1)[-1]
+    listing = command == "GET" and ("list-type" in path or "prefix=" in path)
+    asked = path if listing else key
+    if any(name in asked for name in ("STOP", "PROFILE", "lease.json")):
+        return CLOCKED
     kinds = {
         "manifest": "manifest.json",
         "shard": "rank_",
         "state": "state.",
         "journal": "healing",
-        "STOP": "STOP",
     }
     if "/weights/" in path:
         return f"{command} weights"
     known = next((kind for kind, begin in kinds.items() if key.startswith(begin)), None)
     if known == "shard" and key.endswith(".receipt"):
         known = "receipt"
-    listing = command == "GET" and ("list-type" in path or "prefix=" in path)
     return f"{'LIST' if listing else command} {known or ('' if listing else 'other')}".strip()
 
 
@@ -191,10 +195,13 @@ def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list
         requests, committed = Counter(storage.requests), [*storage.committed.values()]
         storage.phase.value = PHASES.index("resume")
         launch(ranks, settings(ranks, shards, STEPS + 1, overrides), folder / "second", storage)
+        all_seconds = time.monotonic() - begun
     resumed = {name: n for name, n in storage.requests.items() if name.startswith("resume")}
     requests = {
         name: n / (SAVES if name.startswith("saves") else 1) for name, n in requests.items()
     } | resumed
+    clocked = sum(n for name, n in storage.requests.items() if name.endswith(CLOCKED))
+    requests = {name: n for name, n in requests.items() if not name.endswith(CLOCKED)}
     plain = per_step(told, PLAIN_STEP)
     moved = plain.pop("bytes")
     parameters = count_parameters(load_config(None, settings(ranks, shards, STEPS, overrides)))
@@ -210,6 +217,7 @@ def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list
         "file descriptors of rank 0, which keeps the store": told[0]["descriptors"],
         "peak memory of a rank, MiB": max(t["peak_mib"] for t in told),
         **{f"requests {name}": count for name, count in sorted(requests.items())},
+        f"requests {CLOCKED}, in ten seconds": 10 * clocked / all_seconds,
         "bytes of weights at the start": storage.weights_bytes["start"],
         "bytes of weights at the resume": storage.weights_bytes["resume"],
         "seconds from the last shard to the manifest": max(committed),
