@@ -53,10 +53,14 @@ submitted=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' Command=[^ 
 repository=${LDM_REPOSITORY:-$(dirname "$(dirname "${submitted# Command=}")")}
 if [[ -z ${LDM_PYTHON:-} ]]; then
   LDM_PYTHON=$repository/.venv/bin/python
-  [[ -x $LDM_PYTHON || -n ${LDM_CONTAINER:-} ]] || LDM_PYTHON=python3
+  # One that was made inside a container is a link to nothing out here.
+  [[ -x $LDM_PYTHON || (-n ${LDM_CONTAINER:-} && -L $LDM_PYTHON) ]] || LDM_PYTHON=python3
 fi
 export LDM_PYTHON LDM_JOB_DIR=$job_dir LDM_FAULTS=$job_dir/faults.jsonl
 say "job $job_key on $SLURM_JOB_NODELIST; logs and snapshot in $job_dir"
+# Of the site, and the one notice here that nobody could lengthen for this job.
+grace=$(scontrol show config | sed -nE 's/^KillWait *= *([0-9]+).*/\1/p') || true
+say "scancel and preemption leave ${grace:-an unknown number of} s to save (KillWait); ldm stop leaves all it takes"
 
 # Optional container: a .sif runs under apptainer, anything else is an image for enroot/pyxis.
 srun_container=() in_container=()

@@ -369,5 +369,9 @@ def leave(run: Run, preemption: Preemption, agreed: Agreed) -> ExitCode:
         return ExitCode.RETRYABLE
     if run.env.is_main:
         preemption.acknowledge()
-    run.sinks.event(run.state.step, run.state.samples_seen, agreed.request.name.lower())
+    word, since = agreed.request.name.lower(), preemption.since_s
+    if run.env.is_main and since is not None:
+        logger.info("%s: step %d is committed, %.1f s after it was asked for", word, run.state.step, since)
+    details = {} if since is None else {"committed_after_s": since}
+    run.sinks.event(run.state.step, run.state.samples_seen, word, **details)
     return agreed.request.exit_code

@@ -198,16 +198,59 @@ def test_pods_are_unprivileged_share_memory_and_are_scraped(name: str) -> None:
         assert annotations["prometheus.io/scrape"] == "true"
         assert spec["rayStartParams"]["metrics-export-port"] == port, group
         assert int(port) in [entry["containerPort"] for entry in container["ports"]], group
-        if group != "head":
-            # The grace period has to cover the drain, and a spot notice is 120 s.
-            waited = int(
-                re.findall(r"sleep (\d+)", container["lifecycle"]["preStop"]["exec"]["command"][2])[0]
-            )
-            assert waited < pod["terminationGracePeriodSeconds"], group
-            if "spot" in group:
-                assert pod["terminationGracePeriodSeconds"] < 120
     assert len(images) == 1
     assert re.fullmatch(r"\S+:\d+\.\d+\.\d+", images.pop())
+
+
+SPOT_NOTICE_S = 120
+"""From a cloud's notice to the end of a spot node."""
+
+
+def hook_of(pod: dict[str, Any]) -> str:
+    (container,) = pod["containers"]
+    command: list[str] = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command[:2] == ["bash", "-c"]
+    subprocess.run(["bash", "-n", "-c", command[2]], check=True)
+    return command[2]
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_a_pod_that_is_to_go_has_the_time_that_the_documents_promise_for_a_save(name: str) -> None:
+    (ray,) = (document for document in rendered(name) if document["kind"] in ("RayJob", "RayCluster"))
+    told = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for group, spec in groups(ray):
+        pod = spec["template"]["spec"]
+        grace, hook = pod["terminationGracePeriodSeconds"], hook_of(pod)
+        if group == "head":
+            (seconds,) = re.findall(r"\{1\.\.(\d+)\}", hook)
+            assert int(seconds) < grace, "the driver may still save when the pod is killed"
+            continue
+        (waited,) = re.findall(r"sleep (\d+)", hook)
+        (deadline,) = re.findall(r"--deadline-remaining-seconds (\d+)", hook)
+        # Saved before Ray gives the node up, and Ray gone before Kubernetes kills what is left.
+        assert int(waited) < int(deadline) < grace, group
+        if "spot" in group:
+            assert grace < SPOT_NOTICE_S
+        assert f"| {waited} s |" in told, "the table of docs/reliability.md, Preemption and stopping"
+
+
+def test_the_heads_hook_finds_the_driver_and_not_the_shells_around_it() -> None:
+    (ray,) = (document for document in rendered("base") if document["kind"] == "RayJob")
+    head = dict(groups(ray))["head"]["template"]["spec"]
+    (pattern,) = re.findall(r"driver='([^']+)'", hook_of(head))
+    command = ray["spec"]["entrypoint"]
+    for driver in (command, f"/usr/local/bin/{command}", command.replace("python", "python3.11")):
+        assert re.search(pattern, driver), driver
+    for other in (
+        f"/bin/sh -c {command}",
+        f"bash -c {hook_of(head)}",
+        "ray::JobSupervisor",
+        "python -m trainer train",
+    ):
+        assert not re.search(pattern, other), other
+    stop = yaml.safe_load(ray["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]
+    told = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert f"| {stop} s |" in told
 
 
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"

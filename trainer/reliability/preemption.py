@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -46,6 +47,7 @@ class Preemption:
         remote = stop_file is not None and not is_local(stop_file)
         self._poll_s = poll_s if poll_s is not None else 10.0 if remote else 1.0
         self._request = StopRequest.NONE
+        self._asked = 0.0
         self._interrupts = 0
         self._owner = os.getpid()
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
@@ -56,6 +58,11 @@ class Preemption:
     def request(self) -> StopRequest:
         """The strongest request so far on this rank."""
         return self._request
+
+    @property
+    def since_s(self) -> float | None:
+        """Seconds since the strongest request reached this rank; None where only another one has it."""
+        return None if self._request is StopRequest.NONE else time.monotonic() - self._asked
 
     def take_profile(self) -> ProfileRequest | None:
         """The profile that was asked for, once."""
@@ -100,6 +107,7 @@ class Preemption:
     def _ask(self, request: StopRequest, reason: str) -> None:
         if request > self._request:
             self._request = request
+            self._asked = time.monotonic()
             logger.warning("%s: saving at the next step boundary, then leaving", reason)
 
     def _on_preemption(self, number: int, frame: FrameType | None) -> None:

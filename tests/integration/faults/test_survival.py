@@ -52,6 +52,7 @@ def test_preemption_saves_and_the_same_command_goes_on(make_run: Any, unbroken: 
     run.report("preemption signal", detect_s=time.monotonic() - asked, lost_steps=0)
     saved = run.committed()[0]
     assert saved >= 9
+    assert f"preempted: step {saved} is committed, " in run.console  # how much of a notice it takes
     assert saved % 4 != 0 or saved == max(run.trace())  # at the boundary, not at the next interval
     (run.folder_of_run / "STOP").touch()
     run.start()

@@ -85,6 +85,7 @@ def test_cancelled_means_saved_and_not_requeued(slurm: Any, bucket: Any, tmp_pat
         assert time.monotonic() < limit, job.log
         time.sleep(0.2)
     assert run.steps()[0] > 0
+    assert "leave 600 s to save (KillWait)" in job.log
     assert slurm.field(job.number, "JobState") == "CANCELLED"
     assert slurm.field(job.number, "Restarts") == "0"
 
