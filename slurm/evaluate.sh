@@ -5,11 +5,14 @@
 #     --sample '--count 5000 --prompts-from s3://bucket/prompts.txt --steps 25'
 #   sbatch --gpus-per-node=8 --ntasks-per-node=8 slurm/evaluate.sh ...     # several GPUs share the pictures
 #
-# Submit it with the run, before or after: it waits for the first checkpoint, outlives the run's requeues, whose
-# folder stays the same, and ends when the last step is measured. It is requeued itself, before its time limit
-# and after faults, and goes on with the pictures that it has. A mistake in the command (exit code 2) ends it.
+# `ldm slurm submit CONFIG --evaluate='--reference ...'` submits it with the run. By hand, before or after: it waits
+# for the first checkpoint, outlives the run's requeues, whose folder stays the same, and ends when the last step is
+# measured. With LDM_RUN_JOB, the run's job, it also ends when that has left the queue for good, stopped, cancelled or
+# failed: it measures what is left, and does not wait for more. It is requeued itself, before its time limit and after
+# faults, and goes on with the pictures that it has. A mistake in the command (exit code 2) ends it.
 #
 # Arguments are those of `ldm evaluate watch`. LDM_PYTHON, LDM_REPOSITORY and LDM_MAX_RESTARTS are as in
+# train_ldm.sh. With LDM_RUN_SEED, the run's seed, each task of an array has the run of its number in one of
 # train_ldm.sh.
 #SBATCH --job-name=ldm-evaluate
 #SBATCH --nodes=1
@@ -53,22 +56,62 @@ requeue() {
   exit "$1"
 }
 
-again=0
-trap 'say "the time limit is near"; again=1; kill "$evaluator" 2>/dev/null || true' USR1
+# What of an array is this task's: the run and its job.
+run_job=${LDM_RUN_JOB:-}
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} && -n ${LDM_RUN_SEED:-} ]]; then
+  set -- "${1%/}/seed-$((LDM_RUN_SEED + SLURM_ARRAY_TASK_ID))" "${@:2}"
+  if [[ -n $run_job ]]; then run_job=${run_job}_$SLURM_ARRAY_TASK_ID; fi
+fi
+
+# Whether SLURM has nothing more to do with the run's job. A controller that does not answer has not said so.
+ended='^(BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|TIMEOUT)$'
+run_is_over() {
+  local states
+  if states=$(squeue --noheader --states=all --jobs="$run_job" --format=%T 2>&1); then
+    ! grep -qvE "$ended" <<<"$states" || [[ -z $states ]]
+  else
+    [[ $states == *"Invalid job id"* ]] # forgotten, some minutes after its end
+  fi
+}
+# Twice in a row: a job that is being requeued may bear the name of its end for a moment.
+await_end() {
+  local looks=0
+  while ((looks < 2)); do
+    sleep "${LDM_RUN_POLL_S:-60}" &
+    wait $!
+    if run_is_over; then looks=$((looks + 1)); else looks=0; fi
+  done
+}
+
 tasks=${SLURM_NTASKS_PER_NODE:-1}
-say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $tasks rank(s) per node"
-srun --ntasks="$((${SLURM_NNODES:-1} * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=1 \
-  "$LDM_PYTHON" -m trainer evaluate watch "$@" &
-evaluator=$!
-status=0
-# A trapped signal ends `wait` early; only a vanished srun ends the loop.
-while kill -0 "$evaluator" 2>/dev/null; do
+# Evaluate until it ends or is ended: sets status.
+evaluate() {
+  srun --ntasks="$((${SLURM_NNODES:-1} * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=1 \
+    "$LDM_PYTHON" -m trainer evaluate watch "$@" &
+  evaluator=$!
   status=0
-  wait "$evaluator" || status=$?
-done
+  # A trapped signal ends `wait` early; only a vanished srun ends the loop.
+  while kill -0 "$evaluator" 2>/dev/null; do
+    status=0
+    wait "$evaluator" || status=$?
+  done
+}
+
+again=0 over=0
+trap 'say "the time limit is near"; again=1; kill "$evaluator" 2>/dev/null || true' USR1
+trap 'say "job $run_job of the run is over"; over=1; kill "$evaluator" 2>/dev/null || true' USR2
+say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $tasks rank(s) per node"
+looking=
+if [[ -n $run_job ]]; then
+  (trap '' USR1 && await_end && kill -USR2 "$$") &
+  looking=$!
+fi
+evaluate "$@"
+if ((over && !again && status != 0)); then evaluate "$@" --once; fi
+if [[ -n $looking ]]; then kill "$looking" 2>/dev/null || true; fi
 if ((again)); then requeue 75; fi
 case $status in
-  0) say "the last step is measured" ;;
+  0) say "all is measured" ;;
   2 | 77 | 78 | 130) say "ended with status $status, not requeued" ;;
   *) requeue "$status" ;;
 esac

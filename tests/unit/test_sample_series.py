@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 import threading
 import time
@@ -215,6 +216,8 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         (classes, ["--count", "2", "--quality", "101", "--format", "jpg"], "--quality 101 must lie"),
         (classes, ["--count", "2", "--quality", "80"], "--quality 80 is of JPEG; give --format jpg"),
         (classes, ["--quality", "80", "--class-label", "0"], "--quality belongs"),
+        (classes, ["--no-compile", "--class-label", "0"], "--compile belongs"),
+        (classes, ["--cuda-graphs", "--class-label", "0"], "--cuda-graphs belongs"),
         (classes, ["--count", "2", "--prompts-from", str(tmp_path / "torn.jsonl")], "torn.jsonl"),
     ):
         assert main(["sample", source, *words, "--out", str(tmp_path / "out")]) == 2, words
@@ -263,6 +266,42 @@ class WatchedStore(SetStore):
         time.sleep(0.2)  # slow storage: drawing gets ahead of it as far as it may
         self.ahead.append(self.encoded - rows[-1] - 1)
         super().put(part, rows, items, files)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU; tests/gpu has the rest")
+def test_cuda_graphs_without_a_gpu_and_compiling_without_a_compiler_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = exported(tmp_path, *CLASSES, "distributed={compile: true, precision: bf16, cuda_graphs: true}")
+    options = ["sample", source, "--count", "2", "--out", str(tmp_path / "out")]
+    assert main([*options, "--cuda-graphs"]) == 2
+    assert "--cuda-graphs needs a GPU, and there is none here" in capsys.readouterr().err
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main([*options, "--compile"]) == 2
+    assert "--compile needs a C++ compiler" in capsys.readouterr().err
+    assert main(options) == 0  # what a run was trained with on GPUs is no obstacle on a CPU
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_draw_the_same_pictures(tmp_path: Path) -> None:
+    """And tell it; a set that was begun without them is not mixed with theirs."""
+    source = exported(tmp_path, *CLASSES)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    options = ["sample", source, "--count", "6", "--batch-size", "4"]
+    assert main([*options, "--out", str(tmp_path / "plain")]) == 0
+    assert counters["stats"]["unique_graphs"] == 0
+    assert main([*options, "--out", str(tmp_path / "compiled"), "--compile"]) == 0
+    assert counters["stats"]["unique_graphs"] > 0
+    for i in range(6):
+        name = f"pictures/{i:07d}.png"
+        plain, compiled = (pixels(tmp_path / made / name).astype(int) for made in ("plain", "compiled"))
+        assert abs(plain - compiled).max() <= 1
+    told = [json.loads((tmp_path / made / "prompts.json").read_text()) for made in ("plain", "compiled")]
+    assert [record["compile"] for record in told] == [False, True]
+    assert main([*options, "--out", str(tmp_path / "plain"), "--compile"]) == 2
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:

@@ -167,12 +167,13 @@ def _validation(records: list[dict[str, Any]]) -> str:
 
 
 def _distance(figures: list[dict[str, Any]]) -> str:
-    """From pictures to shards, of the first checkpoint and the last one."""
+    """From pictures to shards, of the weights that training began with (step 0) and of the last ones."""
     found = sorted((record["step"], record[FIGURE]) for record in figures if FIGURE in record)
     if not found:
         return "not measured"
     (first, before), (last, after) = found[0], found[-1]
-    return f"{before:.4f} at step {first}, {after:.4f} at step {last} (fd_random: random features)"
+    when = f"at step {first}" if first else "before training"
+    return f"{before:.4f} {when}, {after:.4f} at step {last} (fd_random: random features)"
 
 
 def _report(

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import os
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +29,7 @@ from trainer.distributed.shared_reads import read_together
 from trainer.generation.series import Series, accelerate, make_pictures
 from trainer.generation.store import Form, SetStore, former_record
 from trainer.launch.command import run_on_ranks
-from trainer.model import TrainedModel
+from trainer.model import ModelFound, TrainedModel
 
 MAX_COUNT = 10_000_000
 """Pictures of a set, whose names have seven digits."""
@@ -81,6 +83,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=int, default=0, help="local processes (default: one per visible GPU, or one)"
     )
     group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the blocks that repeat, as distributed.compile (default: as the run did, on a GPU)",
+    )
+    group.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="replay the network as a CUDA graph: for batches so small that launching kernels takes longer",
+    )
+    group.add_argument(
         "--share",
         metavar="K/N",
         help="only share K of N, from 0 on, beside machines that make the others and need nothing of each "
@@ -102,6 +114,8 @@ def is_series(args: argparse.Namespace) -> bool:
         (args.quality is not None, "--quality"),
         (args.ranks != 0, "--ranks"),
         (args.share is not None, "--share"),
+        (args.compile is not None, "--compile"),
+        (args.cuda_graphs, "--cuda-graphs"),
     ):
         if given:
             raise ConfigError(f"{option} belongs to sets of any size; give --count or --prompts-from, too.")
@@ -151,7 +165,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> SeriesPlan:
     prompts = wishes.prompts
     if args.prompts_from is not None:
         prompts += _prompts_from(args.prompts_from, args.count)
-    found = find_asked(args)
+    found = _accelerated(args, find_asked(args), device)
     labels = _labels(found.config, wishes.class_labels)
     one = ask(args, found, dataclasses.replace(wishes, prompts=prompts[:1], class_labels=labels[:1]), device)
     check_labels(found.config.conditioning, labels)
@@ -177,9 +191,24 @@ def _plan(args: argparse.Namespace, device: torch.device) -> SeriesPlan:
         "part_size": series.part_size,
         "format": f"{args.format}{_quality(args) if args.format == 'jpg' else ''}",
         "tars": args.tars is not None,
-        "compile": found.config.distributed.compile and device.type == "cuda",
+        "compile": found.config.distributed.compile,
+        **({"cuda_graphs": True} if args.cuda_graphs else {}),  # sets of earlier versions do not say it
     }
     return SeriesPlan(series, one, record)
+
+
+def _accelerated(args: argparse.Namespace, found: ModelFound, device: torch.device) -> ModelFound:
+    """The model with `distributed.compile` and `cuda_graphs` as they are to be here, for `accelerate`."""
+    on_gpu = device.type == "cuda"
+    if args.cuda_graphs and not on_gpu:
+        raise ConfigError("--cuda-graphs needs a GPU, and there is none here; leave it out.")
+    if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None and not on_gpu:
+        raise ConfigError(
+            "--compile needs a C++ compiler (g++, or CXX) on a CPU; install one, or leave it out."
+        )
+    wanted = found.config.distributed.compile and on_gpu if args.compile is None else args.compile
+    distributed = dataclasses.replace(found.config.distributed, compile=wanted, cuda_graphs=args.cuda_graphs)
+    return dataclasses.replace(found, config=dataclasses.replace(found.config, distributed=distributed))
 
 
 def _await_beginning(out: str, share: str) -> None:
@@ -261,8 +290,7 @@ def _labels(config: Config, given: Sequence[int]) -> tuple[int, ...]:
 
 def _load(args: argparse.Namespace, plan: SeriesPlan, device: torch.device) -> TrainedModel:
     trained = load_asked(args, plan.one, device)
-    accelerate(trained.config, trained.model)
-    return trained
+    return dataclasses.replace(trained, model=accelerate(trained.config, trained.model))
 
 
 def _tell(plan: SeriesPlan, trained: TrainedModel, ranks: int) -> None:

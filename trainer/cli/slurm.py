@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from trainer.launch.slurm import add_commands
 
@@ -19,5 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand over to the sub-command."""
+    """Hand over to the sub-command; an evaluator that cannot work is refused before anything is submitted."""
+    if getattr(args, "evaluate", None) is not None:
+        from trainer.cli.watch import (
+            check_words,
+        )  # not at the top: it imports torch, and status is asked often
+
+        check_words("RUN", shlex.split(args.evaluate))
     return int(args.handler(args))

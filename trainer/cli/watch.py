@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import typing
+from collections.abc import Sequence
 
 from data_pipeline.storage.urls import join
 from trainer.cli import sample, sample_series
@@ -66,6 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Watch until the last step of the run is measured."""
     die_with_launcher()
+    out = _checked(args)
+    return run_on_ranks(args.command_line, args.ranks, lambda env: _watch(args, out, env))
+
+
+def check_words(run_dir: str, words: Sequence[str]) -> None:
+    """Raises ConfigError: what is wrong with a command that another process will give."""
+    parser = argparse.ArgumentParser(prog="ldm evaluate watch")
+    add_arguments(parser)
+    args = parser.parse_args([run_dir, *words])
+    args.command = "watch"
+    _checked(args)
+
+
+def _checked(args: argparse.Namespace) -> str:
+    """Its folder; raises ConfigError for what can be wrong without a look at anything."""
     for place, what in ((args.source, "RUN"), (args.out, "--out")):
         if place is not None and not place.strip():
             raise ConfigError(f"{what} is empty (a variable that is not set?); name a folder.")
@@ -74,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     _check(args)
     sample.check_series(_drawing(args, args.source, out))
-    return run_on_ranks(args.command_line, args.ranks, lambda env: _watch(args, out, env))
+    return out
 
 
 def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:

@@ -78,7 +78,7 @@ def compile_regions(network: nn.Module) -> int:
 
 
 class GraphedForward:
-    """A network's training forward as CUDA graphs, captured once per set of input shapes.
+    """A network's forward, and its backward in training, as CUDA graphs, captured once per set of shapes.
 
     Inputs are tensors in tuples and dictionaries, none of which needs a gradient; the result is one tensor.
     It and the gradients that backward hands over lie in memory that the next call overwrites: engines take
@@ -106,8 +106,21 @@ class GraphedForward:
         return result
 
 
+class GraphedNetwork(nn.Module):
+    """A network that draws, whose parameters need no gradient, through `GraphedForward`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._graphed = GraphedForward(network)
+
+    def forward(self, *args: Any) -> Tensor:
+        """As the network's own."""
+        return self._graphed(*args).clone()  # samplers keep it, and the next call writes there
+
+
 class _Captured:
-    """Forward and backward of one set of shapes.
+    """Forward of one set of shapes, and backward where a parameter needs a gradient.
 
     Differentiates with respect to aliases of the parameters, made on the stream that captures: the nodes
     that accumulate a parameter's own gradient were made on the default stream where an engine holds on to
@@ -136,7 +149,8 @@ class _Captured:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             output, aliases = run()
-            torch.autograd.grad(output, aliases, torch.zeros_like(output), allow_unused=True)
+            if aliases:
+                torch.autograd.grad(output, aliases, torch.zeros_like(output), allow_unused=True)
         del output, aliases
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -144,6 +158,8 @@ class _Captured:
         options: Any = {"pool": pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **options):
             self.output, aliases = run()
+        if not aliases:
+            return
         self.doutput = torch.empty_like(self.output)
         with torch.cuda.graph(self.backward, **options):
             self.gradients = torch.autograd.grad(self.output, aliases, self.doutput, allow_unused=True)

@@ -36,7 +36,7 @@ from data_pipeline.tools.picture_sets import GRID
 from trainer.config.run import Config
 from trainer.console import progress_bar
 from trainer.distributed import collectives
-from trainer.distributed.acceleration import compile_regions
+from trainer.distributed.acceleration import GraphedNetwork, compile_regions
 from trainer.distributed.process import configure_process
 from trainer.generation.store import SetStore
 from trainer.metrics.pictures import MAX_SHEET, contact_sheet
@@ -151,14 +151,19 @@ def make_pictures(
     return count - left
 
 
-def accelerate(config: Config, model: DiffusionModel) -> None:
-    """On a GPU: kernels and compiled blocks as in training; cuDNN chooses the same algorithms each time."""
-    if next(model.network.parameters()).device.type != "cuda":
-        return
-    configure_process(replace(config.distributed, cudnn_benchmark=False))
+def accelerate(config: Config, model: DiffusionModel) -> DiffusionModel:
+    """The model with blocks compiled and network replayed as `distributed` says.
+
+    On a GPU kernels are as in training, and cuDNN chooses the same algorithms each time.
+    """
+    if next(model.network.parameters()).device.type == "cuda":
+        configure_process(replace(config.distributed, cudnn_benchmark=False))
     if config.distributed.compile:
         compile_regions(model.network)
         compile_regions(model.first_stage)
+    if config.distributed.cuda_graphs:
+        return replace(model, network=GraphedNetwork(model.network))
+    return model
 
 
 def _make(

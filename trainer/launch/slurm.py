@@ -11,12 +11,13 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import trainer
 from trainer.config.io import load_run
-from trainer.config.run import ConfigError
+from trainer.config.run import Config, ConfigError
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
 from trainer.launch.slurm_job import SPARE_VARIABLE, snapshot
@@ -31,6 +32,8 @@ from trainer.launch.slurm_verdict import fruitless
 from trainer.operation.standing import duration
 
 _FOLLOW_S = 1.0
+_RUN_JOB, _RUN_SEED = "LDM_RUN_JOB", "LDM_RUN_SEED"
+"""By which slurm/evaluate.sh knows whose evaluator it is."""
 
 
 def jobs_folder() -> Path:
@@ -59,6 +62,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="nodes to ask for beyond --nodes: they replace failed ones",
     )
+    submit_.add_argument(
+        "--evaluate",
+        metavar="OPTIONS",
+        help="submit an evaluator beside it: options of `ldm evaluate watch`, in one word",
+    )
+    submit_.add_argument(
+        "--evaluate-sbatch", default="", metavar="OPTIONS", help="options for the evaluator's sbatch"
+    )
     submit_.set_defaults(handler=_submit)
     status_ = commands.add_parser("status", help="state, attempts, faults and progress of jobs")
     status_.add_argument("jobs", nargs="*", metavar="JOB", help="job numbers; none: all in the jobs folder")
@@ -74,12 +85,32 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def submit(config_path: str, overrides: Sequence[str], options: Sequence[str], spare: int = 0) -> str:
-    """Submit slurm/train_ldm.sh from a snapshot of the code as it is now; returns the job number.
+@dataclass(frozen=True)
+class Beside:
+    """An evaluator to be submitted with a run."""
+
+    words: tuple[str, ...]
+    """Of `ldm evaluate watch`, without the run."""
+    options: tuple[str, ...] = ()
+    """Of sbatch."""
+
+
+def submit(
+    config_path: str,
+    overrides: Sequence[str],
+    options: Sequence[str],
+    spare: int = 0,
+    evaluator: Beside | None = None,
+) -> list[str]:
+    """Submit slurm/train_ldm.sh from a snapshot of the code as it is now.
 
     Args:
         options: of sbatch.
         spare: nodes beyond those that `options` ask for.
+        evaluator: what goes with it, both or neither.
+
+    Returns:
+        The job's number, and that of its evaluator where there is one.
 
     Plain `sbatch slurm/train_ldm.sh` takes the snapshot when the job first starts; a job that waits in
     the queue for days then runs what the working tree holds on that day.
@@ -87,22 +118,42 @@ def submit(config_path: str, overrides: Sequence[str], options: Sequence[str], s
     Raises:
         ConfigError: a mistake in the configuration or in the number of nodes, or sbatch refuses.
     """
-    load_run(config_path, overrides)
+    config = load_run(config_path, overrides)
     options = [*options, *_with_spares(options, spare)]
+    array = _understood(options, "--sbatch").array
+    if evaluator is not None:
+        _check_export(evaluator)
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch is not on this machine; run this on a login node of the cluster.")
     repository = Path(trainer.__file__).resolve().parents[1]
     folder = (jobs_folder() / "submitted" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
     snapshot(repository, folder)
     shutil.copy2(config_path, folder / "submitted.yaml")
+    words = [*options, str(folder / "slurm" / "train_ldm.sh"), str(folder / "submitted.yaml"), *overrides]
+    job = _sbatch(words, {SPARE_VARIABLE: str(spare)} if spare else {})
+    if evaluator is None:
+        return [job]
+    return [job, _submit_beside(folder, job, config, evaluator, array)]
+
+
+def _submit_beside(folder: Path, job: str, config: Config, evaluator: Beside, array: str | None) -> str:
+    """The number of the evaluator's job, which starts when the run's has; of an array, a task for each."""
+    # The last task of an array may start in weeks: there, evaluators wait for their run's first checkpoint.
+    when = f"--dependency=after:{job}" if array is None else f"--array={array}"
+    script = str(folder / "slurm" / "evaluate.sh")
+    words = [when, *evaluator.options, script, config.run_dir, *evaluator.words]
+    try:
+        return _sbatch(words, {_RUN_JOB: job, _RUN_SEED: str(config.seed)})
+    except ConfigError as error:
+        subprocess.run(["scancel", job], check=False)
+        raise ConfigError(f"job {job} is cancelled again, for its evaluator: {error}") from error
+
+
+def _sbatch(words: Sequence[str], variables: Mapping[str, str]) -> str:
+    """The number of a new job, which is handed `variables` beside the environment."""
     done = subprocess.run(
-        ["sbatch", "--parsable", *options, str(folder / "slurm" / "train_ldm.sh")]
-        + [str(folder / "submitted.yaml"), *overrides],
-        env={
-            **os.environ,
-            "LDM_PYTHON": os.environ.get("LDM_PYTHON", sys.executable),
-            **({SPARE_VARIABLE: str(spare)} if spare else {}),
-        },
+        ["sbatch", "--parsable", *words],
+        env={**os.environ, "LDM_PYTHON": os.environ.get("LDM_PYTHON", sys.executable), **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -186,13 +237,7 @@ def _with_spares(options: Sequence[str], spare: int) -> list[str]:
         raise ConfigError(f"--spare {spare} must be at least 0.")
     if spare == 0:
         return []
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--nodes", "-N", default="1")
-    parser.add_argument("--export", default=os.environ.get("SBATCH_EXPORT", "ALL"))
-    try:
-        given = parser.parse_known_args(list(options))[0]
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"--sbatch is not understood: {error}.") from error
+    given = _understood(options, "--sbatch")
     if not given.nodes.isdigit():
         raise ConfigError(
             f"--spare wants one number of nodes beside it, as in --sbatch='--nodes=32'; not {given.nodes!r}."
@@ -205,9 +250,39 @@ def _with_spares(options: Sequence[str], spare: int) -> list[str]:
     return [f"--nodes={int(given.nodes) + spare}"]
 
 
+def _understood(options: Sequence[str], what: str) -> argparse.Namespace:
+    """Those options of sbatch that something follows from. Raises ConfigError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--nodes", "-N", default="1")
+    parser.add_argument("--export", default=os.environ.get("SBATCH_EXPORT", "ALL"))
+    parser.add_argument("--array", "-a", default=os.environ.get("SBATCH_ARRAY_INX"))
+    try:
+        return parser.parse_known_args(list(options))[0]
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{what} is not understood: {error}.") from error
+
+
+def _check_export(evaluator: Beside) -> None:
+    """Raises ConfigError: the evaluator would not hear whose it is."""
+    export = _understood(evaluator.options, "--evaluate-sbatch").export
+    named = set(export.split(","))
+    if "ALL" not in named and not {_RUN_JOB, _RUN_SEED} <= named:
+        raise ConfigError(
+            f"the run's job and seed are handed on in {_RUN_JOB} and {_RUN_SEED}, which --export={export} "
+            "leaves behind; name them there, too."
+        )
+
+
 def _submit(args: argparse.Namespace) -> int:
-    job = submit(args.config, args.overrides, shlex.split(args.sbatch), args.spare)
+    beside = None
+    if args.evaluate is not None:
+        beside = Beside(tuple(shlex.split(args.evaluate)), tuple(shlex.split(args.evaluate_sbatch)))
+    elif args.evaluate_sbatch:
+        raise ConfigError("--evaluate-sbatch is of an evaluator; give --evaluate, too.")
+    job, *others = submit(args.config, args.overrides, shlex.split(args.sbatch), args.spare, beside)
     sys.stdout.write(f"submitted job {job}; ldm slurm status {job}; ldm slurm logs {job} -f\n")
+    for other in others:
+        sys.stdout.write(f"its evaluator is job {other}, which writes ldm-evaluate-{other}.log\n")
     return ExitCode.DONE
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.metrics.test_meters_and_sinks import offline_runs
+from tests.unit.metrics.test_meters_and_sinks import offline_runs, wandb_records
 from trainer.__main__ import main
 from trainer.checkpoint.catalogue import Retention, steps_to_retire
 from trainer.checkpoint.marks import mark, marked_steps
@@ -276,6 +276,23 @@ def test_wandb_has_it_in_the_group_of_the_run(tmp_path: Path, make_run: MakeRun)
     ((run_id, group),) = runs
     assert group == "abc123"
     assert run_id.startswith("abc123-evaluator-")
+    (path,) = (tmp_path / "run/evaluation").glob("wandb/offline-run-*/*.wandb")
+    history = [record.history.item for record in wandb_records(path) if record.HasField("history")]
+    rows = [{item.key or "/".join(item.nested_key): item.value_json for item in row} for row in history]
+    told = [row for row in rows if "eval/fd_random" in row]
+    assert [int(row["samples_seen"]) for row in told] == [line["samples_seen"] for line in lines(tmp_path)]
+    assert [float(row["eval/fd_random"]) for row in told] == [
+        line["eval/fd_random"] for line in lines(tmp_path)
+    ]
+
+
+def test_one_wandb_run_for_both_has_no_offline_form() -> None:
+    """The first reason in docs/monitoring.md; where this fails, W&B has learnt it."""
+    wandb = pytest.importorskip("wandb")
+    shared = wandb.Settings(mode="shared")
+    assert shared._shared
+    assert not shared._offline
+    assert not wandb.Settings(mode="offline")._shared
 
 
 def test_the_script_for_slurm_says_how_to_use_it(tmp_path: Path) -> None:

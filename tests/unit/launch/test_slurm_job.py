@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainer.__main__ import main as ldm
 from trainer.config.run import ConfigError
 from trainer.launch.slurm import describe_job, follow, submit
 from trainer.launch.slurm_job import main, prepare
@@ -272,7 +273,7 @@ def test_spares_are_asked_for_beyond_the_nodes(
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("LDM_JOBS_DIR", str(tmp_path / "jobs"))
-    assert submit(str(config_file), [], options, spare=2) == "17"
+    assert submit(str(config_file), [], options, spare=2) == ["17"]
     words = (tmp_path / "sbatch.said").read_text().split()
     assert words[: len(options) + 3] == ["2", "--parsable", *options, "--nodes=34"]
 
@@ -291,6 +292,70 @@ def test_spares_that_would_not_arrive_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         submit(str(config_file), [], options, spare=2)
+
+
+EVALUATE = "--evaluate=--reference x --sample '--count 9'"
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for SLURM's: gives numbers from 17 on, refuses the partition `none`; a line for each call."""
+    said = tmp_path / "said"
+    for name in ("sbatch", "scancel"):
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\necho "{name} ${{LDM_RUN_JOB:-}} ${{LDM_RUN_SEED:-}} $*" >>"{said}"\n'
+            'case "$*" in *none*) echo "invalid partition" >&2; exit 1;; esac\n'
+            f'echo $((16 + $(wc -l <"{said}")))\n'
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LDM_JOBS_DIR", str(tmp_path / "jobs"))
+    return said
+
+
+def test_an_evaluator_is_submitted_with_the_run(
+    sbatch: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = "--reference val.safetensors --sample '--count 50 --steps 9'"
+    words = ["slurm", "submit", str(config_file), "--evaluate", evaluate, "--evaluate-sbatch=-p small"]
+    assert ldm([*words, "run_dir=/runs/one", "seed=4"]) == 0
+    told = capsys.readouterr().out
+    assert "submitted job 17;" in told
+    assert "its evaluator is job 18, which writes ldm-evaluate-18.log" in told
+    run, evaluator = sbatch.read_text().splitlines()
+    assert "train_ldm.sh" in run
+    assert evaluator.startswith("sbatch 17 4 --parsable --dependency=after:17 -p small ")
+    script, arguments = evaluator.split(" ")[-9], evaluator.split("evaluate.sh ")[1]
+    assert arguments == "/runs/one --reference val.safetensors --sample --count 50 --steps 9"
+    assert Path(script).read_text().startswith("#!"), "of the snapshot"
+    # an array has one for each of its tasks, which waits for its first checkpoint
+    assert ldm([*words, "--sbatch=--array=0-4%2", "run_dir=/runs/one"]) == 0
+    assert "--parsable --array=0-4%2 -p small " in sbatch.read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence", "submitted"),
+    [
+        (["--evaluate=--reference x --sample '--steps 9'"], "say how many pictures", 0),
+        (["--evaluate=--reference x --sample '--count 9' --every 0"], "--every 0 must be at least 1", 0),
+        (["--evaluate-sbatch=-p small"], "give --evaluate, too", 0),
+        ([EVALUATE, "--evaluate-sbatch=--export=NONE"], "name them there, too", 0),
+        ([EVALUATE, "--evaluate-sbatch=-p none"], "job 17 is cancelled again, for its evaluator: sbatch", 3),
+    ],
+)
+def test_neither_is_submitted_without_the_other(
+    sbatch: Path,
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    sentence: str,
+    submitted: int,
+) -> None:
+    assert ldm(["slurm", "submit", str(config_file), *words]) == 2
+    assert sentence in capsys.readouterr().err
+    said = sbatch.read_text().splitlines() if sbatch.exists() else []
+    assert len(said) == submitted
+    assert not said or said[-1].split() == ["scancel", "17"]
 
 
 def test_records_of_earlier_versions_are_read(tmp_path: Path, config_file: Path) -> None:
