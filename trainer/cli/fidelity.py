@@ -193,6 +193,11 @@ class Measuring:
         if name not in offered:
             raise ConfigError(f"there is no figure {name!r} here; choose from {', '.join(offered)}.")
 
+    @property
+    def networks(self) -> dict[str, list[str]]:
+        """Of each family the network's name, its weights' SHA-256, and what it sees; as JSON gives it."""
+        return {family: [each.name, each.digest, each.sees] for family, each in self._networks.items()}
+
     def statistics(self, url: str, *, reference: bool = False) -> SetStatistics | None:
         """Of the pictures behind a URL, on rank 0; None on others. See `survey`."""
         args = self._args

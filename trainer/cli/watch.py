@@ -17,6 +17,7 @@ from trainer.cli.fidelity import Measuring, add_measuring_arguments, check, figu
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
+from trainer.evaluation.fidelity import Comparison
 from trainer.evaluation.statistics import SetStatistics
 from trainer.evaluator.findings import FOLDER
 from trainer.evaluator.lookout import Rule, Sighting
@@ -103,7 +104,7 @@ def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
     def draw(sighting: Sighting, folder: str) -> None:
         sample_series.make(_drawing(args, sighting.url, folder), env)
 
-    def measure(folder: str) -> dict[str, float] | None:
+    def measure(folder: str) -> Comparison | None:
         made = measuring.statistics(folder)
         return collectives.from_main_rank(lambda: _figures(args, made, real, env))
 
@@ -118,17 +119,23 @@ def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
         keep_pictures=args.keep_pictures,
         poll_s=args.poll_s,
         once=args.once,
+        measured_by={
+            "networks": measuring.networks,
+            "image_size": args.image_size,
+            "reference": real.record.pictures if real is not None else None,
+            "sample": args.sample,
+        },
     )
     Watcher(options, draw, measure).run()
 
 
 def _figures(
     args: argparse.Namespace, made: SetStatistics | None, real: SetStatistics | None, env: DistributedEnv
-) -> dict[str, float]:
+) -> Comparison:
     """On rank 0, which has the statistics."""
     assert made is not None
     assert real is not None
-    return figures(args, made, real, env.device).figures
+    return figures(args, made, real, env.device)
 
 
 def _drawing(args: argparse.Namespace, source: str, folder: str) -> argparse.Namespace:

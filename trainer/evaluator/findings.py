@@ -28,6 +28,8 @@ FOLDER = "evaluation"
 """Of an evaluator, in that of the run, unless another is named."""
 PREFIX = "eval/"
 """Of figures, as W&B groups them."""
+MEASURED_BY = "measured_by"
+"""Key of what figures have to share to be compared."""
 _HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "clip_score")
 _RUNS_OWN = "WANDB_RUN_ID"
 """Where a launcher says the id of the run: two processes must not write to one."""
@@ -75,6 +77,19 @@ class EvaluatorFindings:
     def reached_the_end(self) -> bool:
         """Whether the last step of the run is among them."""
         return any(record["step"] >= record.get("run_steps", math.inf) for record in self._records)
+
+    def require_same(self, measured_by: Mapping[str, Any]) -> None:
+        """Raises ConfigError: the newest line is measured by something else; the best would be no best."""
+        former = self._records[-1].get(MEASURED_BY) if self._records else None  # earlier versions did not say
+        if former is None:
+            return
+        wanted = json.loads(json.dumps(measured_by))
+        differing = sorted(n for n in former.keys() | wanted.keys() if former.get(n) != wanted.get(n))
+        if differing:
+            raise ConfigError(
+                f"{self.url} holds figures by other {', '.join(differing)}, which do not compare with those "
+                "to come; choose another --out, or the options of before."
+            )
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Store a line; once it returns, the checkpoint counts as measured."""

@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.errors import NotFound, RetryableFault, RunTaken, StorageOutage, Unreachable, UserError
@@ -38,7 +38,8 @@ from trainer.checkpoint.marks import mark
 from trainer.config.io import config_from_dict
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
-from trainer.evaluator.findings import PREFIX, EvaluatorFindings, Teller
+from trainer.evaluation.fidelity import Comparison
+from trainer.evaluator.findings import MEASURED_BY, PREFIX, EvaluatorFindings, Teller
 from trainer.evaluator.lookout import Lookout, Rule, Sighting
 from trainer.generation.store import PICTURES
 from trainer.reliability.lease import Lease, acquire
@@ -72,6 +73,8 @@ class WatchOptions:
     poll_s: float = 60.0
     once: bool = False
     """End when nothing is left to measure, instead of at the run's last step."""
+    measured_by: Mapping[str, Any] = field(default_factory=dict)
+    """What figures have to share to be compared, networks by name and hash among it; JSON-able."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,14 @@ class Watcher:
         self,
         options: WatchOptions,
         draw: Callable[[Sighting, str], None],
-        measure: Callable[[str], dict[str, float] | None],
+        measure: Callable[[str], Comparison | None],
     ) -> None:
         """An evaluator that has not begun.
 
         Args:
             draw: makes the set of pictures of a checkpoint in a folder, or what is missing of it. Collective.
-            measure: figures by name of the pictures in a folder, on rank 0. Collective.
+            measure: of the pictures in a folder figures by name, and what is to be said of them, on rank 0.
+                Collective.
         """
         self._options = options
         self._out = options.out.rstrip("/")
@@ -109,6 +113,7 @@ class Watcher:
         self._passed_over: set[tuple[int, str]] = set()
         self._kept: set[int] | None = None
         self._reported = -_REPORT_S
+        self._said: set[str] = set()
 
     def run(self) -> None:
         """Until the run's last step is measured. Collective.
@@ -149,6 +154,7 @@ class Watcher:
         except RunTaken as taken:
             raise RunTaken(f"{taken} The folder of an evaluator is --out.") from taken
         self._findings = EvaluatorFindings(self._out)
+        self._findings.require_same(self._options.measured_by)
 
     def _end(self) -> None:
         if self._teller is not None:
@@ -187,7 +193,7 @@ class Watcher:
             began = time.monotonic()
             self._draw(sighting, folder)
             drawn = time.monotonic()
-            figures = self._measure(join(folder, PICTURES))
+            found = self._measure(join(folder, PICTURES))
         except UserError as error:
             told = str(error)
             reason = collectives.from_main_rank(lambda: self._excuse(sighting, told))
@@ -196,7 +202,7 @@ class Watcher:
             collectives.from_main_rank(lambda: self._pass_over(sighting, reason))
             return
         times = {"draw_s": drawn - began, "measure_s": time.monotonic() - drawn}
-        collectives.from_main_rank(lambda: self._tell(sighting, committed, figures or {}, times, folder))
+        collectives.from_main_rank(lambda: self._tell(sighting, committed, found, times, folder))
 
     def _excuse(self, sighting: Sighting, error: str) -> str | None:
         """Why a checkpoint cannot be measured where that is its own fault; None where it is the command's."""
@@ -213,17 +219,23 @@ class Watcher:
         self,
         sighting: Sighting,
         committed: Committed,
-        figures: dict[str, float],
+        found: Comparison | None,
         times: dict[str, float],
         folder: str,
     ) -> None:
         """On rank 0: the line first, with which the checkpoint counts as measured."""
-        findings = self._held()
+        assert found is not None
+        findings, figures = self._held(), found.figures
         named = {PREFIX + name: value for name, value in figures.items()}
         named |= {f"evaluator/{name}": value for name, value in times.items()}
         place = {"step": sighting.step, "samples_seen": committed.samples_seen, "time": time.time()}
         about = {"checkpoint": sighting.checksum, "snapshot": sighting.snapshot}
-        findings.add({**place, **about, "run_steps": committed.config.steps, **named})
+        by = {MEASURED_BY: dict(self._options.measured_by), "notes": found.notes}
+        findings.add({**place, **about, "run_steps": committed.config.steps, **named, **by})
+        for note in found.notes:
+            if note not in self._said:  # most are of the command, and the same each time
+                self._said.add(note)
+                logger.warning("step %d: %s.", sighting.step, note)
         shown = "  ".join(f"{name} {value:.6g}" for name, value in figures.items())
         logger.info("step %d, %d samples: %s", sighting.step, committed.samples_seen, shown)
         self._mark(set(), metric=self._options.best_metric or next(iter(figures), None))

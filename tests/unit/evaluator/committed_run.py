@@ -46,11 +46,16 @@ class CommittedRun:
         self.ema = EMA(self.config.ema, self.engine.fragments())
         self.manager = CheckpointManager(self.config, DistributedEnv.detect({}))
 
-    def commit(self, step: int, *, weights: int | None = None, snapshot: bool = False) -> None:
-        """Step `step`, with weights that follow from it, or from `weights`; with a snapshot, that alone."""
+    def commit(
+        self, step: int, *, weights: int | None = None, snapshot: bool = False, scale: float = 0.2
+    ) -> None:
+        """Step `step`, with weights that follow from it, or from `weights`; with a snapshot, that alone.
+
+        scale: deviation of the weights.
+        """
         generator = torch.Generator().manual_seed(step if weights is None else weights)
         for fragment in self.engine.fragments():
-            fragment.master.copy_(0.2 * torch.randn(fragment.master.shape, generator=generator))
+            fragment.master.copy_(scale * torch.randn(fragment.master.shape, generator=generator))
         for profile in self.ema.profiles:
             for value, fragment in zip(self.ema.values(profile), self.engine.fragments(), strict=True):
                 value.copy_(fragment.master)

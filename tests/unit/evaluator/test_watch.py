@@ -265,6 +265,40 @@ def test_mistakes_are_one_sentence(
         assert len([line for line in error.splitlines() if line.startswith("ldm: ")]) == 1
 
 
+def test_lines_say_what_measured_them_and_others_are_not_mixed_with_them(
+    tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run()
+    run.commit(100)
+    assert watch(tmp_path, "--once") == 0
+    (line,) = lines(tmp_path)
+    name, digest, sees = line["measured_by"]["networks"]["random"]
+    assert name.startswith("random-64")
+    assert len(digest) == 64
+    assert sees
+    assert {"reference": 24, "sample": "--count 20 --batch-size 4"}.items() <= line["measured_by"].items()
+    assert any("holds 20 pictures, not more than the 64 dimensions" in note for note in line["notes"])
+    assert any("not more than the 64 dimensions" in record.message for record in caplog.records)
+    run.commit(200)
+    capsys.readouterr()
+    assert watch(tmp_path, "--once", "--sample", "--count 8 --batch-size 4") == 2
+    assert "holds figures by other sample, which do not compare" in capsys.readouterr().err
+    assert watch(tmp_path, "--once", "--image-size", "4") == 2
+    assert "holds figures by other image_size" in capsys.readouterr().err
+    assert watch(tmp_path, "--once") == 0
+    assert [line["step"] for line in lines(tmp_path)] == [100, 200]
+
+
+def test_a_network_that_draws_no_numbers_is_said(
+    tmp_path: Path, make_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NaN becomes pictures of a single colour, whose figures are numbers like others."""
+    make_run().commit(100, scale=float("nan"))
+    assert watch(tmp_path, "--once") == 0
+    assert any("what NaN becomes" in note for note in lines(tmp_path)[0]["notes"])
+    assert any("what NaN becomes" in record.message for record in caplog.records)
+
+
 def test_wandb_has_it_in_the_group_of_the_run(tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run("logging.wandb=offline")
     run.commit(100)
