@@ -262,4 +262,7 @@ def _open_features(config: Config, env: DistributedEnv) -> Callable[[], Distance
         inception_weights=weights,
         dinov2_weights=weights,
     )
-    return partial(ReconstructionDistance, build_networks(options, env.device), env.device)
+    networks = build_networks(options, env.device)
+    for name, network in networks.items() if env.is_main else ():
+        logger.info("R-FID by %s: %s, weights %s, %s", name, network.name, network.digest[:16], network.sees)
+    return partial(ReconstructionDistance, networks, env.device)

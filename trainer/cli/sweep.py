@@ -85,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
             found["settings"] = settings | {"metrics": args.metrics}
             write_bytes(place, json.dumps(found, indent=1).encode())
         rows.append({"guidance": str(point[0]), "steps": str(point[1]), **_numbers(found["figures"])})
-        write_bytes(join(out, "curve.csv"), _table(rows).encode())
-        missing = _draw(rows, out)
+        networks = _networks(found)
+        write_bytes(join(out, "curve.csv"), _table([{**row, "networks": networks} for row in rows]).encode())
+        missing = _draw(rows, networks, out)
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
     print(f"{len(rows)} points in {join(out, 'curve.csv')}, drawn in curve.png{missing}")
     return 0
@@ -165,17 +166,23 @@ def _former(url: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(found)
 
 
-def _draw(rows: Sequence[Mapping[str, str]], out: str) -> str:
+def _networks(found: Mapping[str, Any]) -> str:
+    """Which networks saw the pictures, the same at every point, with the beginning of their hashes."""
+    seen = found["pictures"]["networks"].values()
+    return "; ".join(f"{network['name']}, weights {network['sha256'][:16]}" for network in seen)
+
+
+def _draw(rows: Sequence[Mapping[str, str]], networks: str, out: str) -> str:
     """The curve as picture and page; what to say where there is nothing to draw the page with."""
     points = [{name: float(value) for name, value in row.items()} for row in rows]
-    write_bytes(join(out, "curve.png"), to_png(fidelity_chart(points)))
+    write_bytes(join(out, "curve.png"), to_png(fidelity_chart(points, networks)))
     try:
         from trainer.report.figures import fidelity_curve
     except ModuleNotFoundError as error:
         if error.name != "plotly":
             raise
         return "; to have curve.html as well, install plotly (pip install plotly) and repeat the command"
-    write_bytes(join(out, "curve.html"), fidelity_curve(points))
+    write_bytes(join(out, "curve.html"), fidelity_curve(points, networks))
     return ""
 
 

@@ -126,7 +126,8 @@ def read_statistics(url: str) -> SetStatistics:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{url} holds no statistics of pictures ({error!r}); make them with `ldm evaluate statistics`."
+            f"{url} holds no statistics of pictures ({error!r}); make them with `ldm evaluate statistics`, "
+            "or give `ldm evaluate fidelity` --sample '--count N' to draw from them, if they are a model's."
         ) from error
 
 

@@ -86,7 +86,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Beside:
+class EvaluatorJob:
     """An evaluator to be submitted with a run."""
 
     words: tuple[str, ...]
@@ -100,7 +100,7 @@ def submit(
     overrides: Sequence[str],
     options: Sequence[str],
     spare: int = 0,
-    evaluator: Beside | None = None,
+    evaluator: EvaluatorJob | None = None,
 ) -> list[str]:
     """Submit slurm/train_ldm.sh from a snapshot of the code as it is now.
 
@@ -136,7 +136,7 @@ def submit(
     return [job, _submit_beside(folder, job, config, evaluator, array)]
 
 
-def _submit_beside(folder: Path, job: str, config: Config, evaluator: Beside, array: str | None) -> str:
+def _submit_beside(folder: Path, job: str, config: Config, evaluator: EvaluatorJob, array: str | None) -> str:
     """The number of the evaluator's job, which starts when the run's has; of an array, a task for each."""
     # The last task of an array may start in weeks: there, evaluators wait for their run's first checkpoint.
     when = f"--dependency=after:{job}" if array is None else f"--array={array}"
@@ -262,7 +262,7 @@ def _understood(options: Sequence[str], what: str) -> argparse.Namespace:
         raise ConfigError(f"{what} is not understood: {error}.") from error
 
 
-def _check_export(evaluator: Beside) -> None:
+def _check_export(evaluator: EvaluatorJob) -> None:
     """Raises ConfigError: the evaluator would not hear whose it is."""
     export = _understood(evaluator.options, "--evaluate-sbatch").export
     named = set(export.split(","))
@@ -276,7 +276,7 @@ def _check_export(evaluator: Beside) -> None:
 def _submit(args: argparse.Namespace) -> int:
     beside = None
     if args.evaluate is not None:
-        beside = Beside(tuple(shlex.split(args.evaluate)), tuple(shlex.split(args.evaluate_sbatch)))
+        beside = EvaluatorJob(tuple(shlex.split(args.evaluate)), tuple(shlex.split(args.evaluate_sbatch)))
     elif args.evaluate_sbatch:
         raise ConfigError("--evaluate-sbatch is of an evaluator; give --evaluate, too.")
     job, *others = submit(args.config, args.overrides, shlex.split(args.sbatch), args.spare, beside)

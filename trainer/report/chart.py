@@ -32,13 +32,15 @@ class Chart:
     across: str
     up: str
     lines: Mapping[str, Sequence[Point]]
+    title: str = ""
 
 
-def fidelity_chart(points: Sequence[Mapping[str, float]]) -> Chart:
+def fidelity_chart(points: Sequence[Mapping[str, float]], networks: str) -> Chart:
     """The first distance over CLIP score, or over guidance where there is none.
 
     Args:
         points: `guidance`, `steps` and figures by name; a line for each number of steps.
+        networks: what has measured them.
     """
     names = [
         name for name in dict.fromkeys(n for p in points for n in p) if name not in ("guidance", "steps")
@@ -50,7 +52,7 @@ def fidelity_chart(points: Sequence[Mapping[str, float]]) -> Chart:
         label = f"guidance {point['guidance']:g}" if across != "guidance" else ""
         place = (point.get(across, math.nan), point.get(up, math.nan), label)
         lines.setdefault(f"{point['steps']:g} steps", []).append(place)
-    return Chart(across, up, lines)
+    return Chart(across, up, lines, networks)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -74,6 +76,7 @@ def to_png(chart: Chart) -> bytes:
     }
     axes = _Axes(pen, [point for points in lines.values() for point in points])
     axes.grid(chart.across, chart.up)
+    pen.text((SIZE[0] - MARGINS[2], 12), chart.title, fill=INK, font=_font(12), anchor="ra")
     x = float(MARGINS[0])
     for number, (name, points) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]

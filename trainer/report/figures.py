@@ -84,9 +84,9 @@ def figures(records: Sequence[Record]) -> dict[str, go.Figure]:
     return {title: figure for title, figure in drawn.items() if figure is not None}
 
 
-def fidelity_curve(points: Sequence[Mapping[str, float]]) -> bytes:
+def fidelity_curve(points: Sequence[Mapping[str, float]], networks: str) -> bytes:
     """A page of its own with `fidelity_chart`."""
-    chart, figure = fidelity_chart(points), _figure()
+    chart, figure = fidelity_chart(points, networks), _figure()
     for name, line in chart.lines.items():
         figure.add_scatter(
             x=[x for x, _, _ in line],
@@ -96,7 +96,7 @@ def fidelity_curve(points: Sequence[Mapping[str, float]]) -> bytes:
             mode="lines+markers+text" if chart.across != "guidance" else "lines+markers",
             textposition="top center",
         )
-    figure.update_layout(hovermode="closest", height=600)
+    figure.update_layout(hovermode="closest", height=600, title=chart.title)
     figure.update_xaxes(title=chart.across)
     figure.update_yaxes(title=chart.up)
     page: str = figure.to_html(full_html=True, include_plotlyjs=True)

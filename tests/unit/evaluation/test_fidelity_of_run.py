@@ -118,6 +118,22 @@ def test_mistakes_are_one_sentence(
     assert list(scratch.glob("ldm-*")) == []
 
 
+def test_weights_in_a_file_are_drawn_from_as_well(
+    tmp_path: Path, run_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "model.safetensors")
+    assert main(["export", run_dir, file]) == 0
+    assert main(command(tmp_path, file, *DRAWN)) == 0
+    assert found(tmp_path)["pictures"]["source"] == f"{file}, step 200, decay"
+    of_file = found(tmp_path)["figures"]
+    assert main(command(tmp_path, run_dir, *DRAWN)) == 0
+    assert found(tmp_path)["figures"] == of_file
+    capsys.readouterr()
+    assert main(command(tmp_path, file)) == 2
+    assert "holds no statistics of pictures" in (told := capsys.readouterr().err)
+    assert "--sample '--count N' to draw from them" in told
+
+
 def test_pictures_are_no_run_and_other_launchers_ranks_need_a_folder(
     tmp_path: Path, run_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

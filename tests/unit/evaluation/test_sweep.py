@@ -56,7 +56,12 @@ def test_every_point_is_sampled_measured_and_kept(tmp_path: Path, command: list[
     found = rows(tmp_path)
     assert [(row["guidance"], row["steps"]) for row in found] == [("1", "2"), ("2", "2")]
     drawn = (tmp_path / "curve" / "curve.html").read_text()
-    assert all(text in drawn for text in ("guidance 2", "2 steps", "fd_random", found[0]["fd_random"]))
+    network = json.loads((tmp_path / "curve/guidance_1_steps_2/figures.json").read_text())["pictures"][
+        "networks"
+    ]
+    named = f"{network['random']['name']}, weights {network['random']['sha256'][:16]}"
+    assert {row["networks"] for row in found} == {named}
+    assert all(text in drawn for text in (named, "guidance 2", "2 steps", "fd_random", found[0]["fd_random"]))
     assert found[0]["fd_random"] != found[1]["fd_random"]
     with Image.open(tmp_path / "curve" / "curve.png") as png:
         colours = {colour for _, colour in png.convert("RGB").getcolors(100_000) or []}

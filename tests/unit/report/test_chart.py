@@ -54,10 +54,10 @@ def test_distance_over_clip_score_where_there_is_one() -> None:
         for s in (50.0, 10.0)
         for g in (2.0, 1.0)
     ]
-    chart = fidelity_chart(rows)
-    assert (chart.across, chart.up) == ("clip_score", "fid")
+    chart = fidelity_chart(rows, "of a network")
+    assert (chart.across, chart.up, chart.title) == ("clip_score", "fid", "of a network")
     assert list(chart.lines) == ["10 steps", "50 steps"]
     assert chart.lines["10 steps"] == [(0.1, 9.0, "guidance 1"), (0.2, 8.0, "guidance 2")]
-    without = fidelity_chart([{k: v for k, v in row.items() if k != "clip_score"} for row in rows])
+    without = fidelity_chart([{k: v for k, v in row.items() if k != "clip_score"} for row in rows], "")
     assert without.across == "guidance"
     assert without.lines["50 steps"] == [(1.0, 9.0, ""), (2.0, 8.0, "")]
