@@ -115,6 +115,23 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(
     assert train(again, its_ema, 3, 6) == pytest.approx(unbroken, rel=1e-2)
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("engine_name", ["deepspeed", "torch"])
+def test_kernels_kept_channels_last_keep_losses(
+    engine_name: str, graphs: bool, env: DistributedEnv, tmp_path: Path
+) -> None:
+    """Their gradients reach the flat vector in its own order, whichever way they lie."""
+    settings = {"engine": engine_name, "cuda_graphs": graphs}
+    flat = make_engine(make_config(tmp_path, **settings, channels_last_kernels=False), env)
+    kept = make_engine(make_config(tmp_path, **settings), env)
+    losses = train(flat, None, 0, 4)
+    assert losses[-1] < losses[0]
+    assert train(kept, None, 0, 4) == pytest.approx(losses, rel=1e-2)
+    for mine, other in zip(kept.fragments(), flat.fragments(), strict=True):
+        moved = other.moments["exp_avg"].norm()
+        assert float((mine.moments["exp_avg"] - other.moments["exp_avg"]).norm()) < 5e-2 * float(moved) + 1e-6
+
+
 def test_compiled_regions_keep_losses_under_deepspeed(env: DistributedEnv, tmp_path: Path) -> None:
     plain = train(make_engine(make_config(tmp_path, zero_stage=1), env), None, 0, 3)
     compiled = train(make_engine(make_config(tmp_path, zero_stage=1, compile=True), env), None, 0, 3)
