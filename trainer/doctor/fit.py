@@ -31,8 +31,11 @@ from trainer.weights import write_weights
 STEPS = 2
 """The second has all that the first one left: moments, gradients that wait, captured graphs."""
 PASSES = 2
-_SIGNS = ("out of memory", "allocate memory", "ALLOC_FAILED", "bad_alloc", "OUT_OF_MEMORY")
-"""Of memory, in the words of libraries that raise RuntimeError: CUDA, cuBLAS, NCCL, torch on a CPU."""
+_SIGNS = (
+    *("out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED", "allocate memory", "bad_alloc"),
+    *("could not create a primitive", "Resource temporarily unavailable"),
+)
+"""Of memory, in the words of what raises RuntimeError: CUDA, cuBLAS, NCCL, torch, oneDNN, threads."""
 
 
 def as_tried(config: Config, micro_batch: int, ranks: int, folder: Path) -> Config:

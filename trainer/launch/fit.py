@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class NoAnswer(Exception):
-    """A try ended otherwise than by memory: `code` is the exit code, and its log says why."""
+    """A try ended otherwise than by memory, as far as one sees: `code` is the exit code, its log says why."""
 
     def __init__(self, code: ExitCode, log: str) -> None:
         super().__init__(log)
@@ -110,9 +110,16 @@ def search(config: Config, ranks: int, attempt: Callable[[int], Tried]) -> int:
     limit, low, high, stride = 0, 0, most + 1, 0
     size, why = min(sharing.rows, most), ", as configured"
     while low + 1 < high:
-        tried = attempt(size)
+        reason = ""
+        try:
+            tried = attempt(size)
+        except NoAnswer as error:
+            if not low:
+                raise
+            # A smaller one has trained, and nothing but what it takes is different.
+            tried, reason = Tried(False, 0, limit, ""), f": {str(error).splitlines()[-1]}"
         peak = f", {tried.peak / GIB:.2f} GiB" if tried.fits else ""
-        say(f"{size:6d}  {'fits' if tried.fits else 'does not fit'}{peak}{why}")
+        say(f"{size:6d}  {'fits' if tried.fits else 'does not fit'}{peak}{why}{reason}")
         low, high = (size, high) if tried.fits else (low, size)
         if tried.limit and not limit:
             limit = tried.limit

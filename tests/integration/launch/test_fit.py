@@ -11,7 +11,8 @@ import pytest
 from trainer.__main__ import main
 from trainer.config.io import load_config
 from trainer.config.run import Config, ConfigError
-from trainer.launch.fit import Tried, find_largest, search
+from trainer.exit_codes import ExitCode
+from trainer.launch.fit import NoAnswer, Tried, find_largest, search
 
 SMALL = (
     "data={shards: none.tar, image_size: 192}",
@@ -44,6 +45,20 @@ def test_the_largest_is_found_and_no_size_is_tried_twice(configured: int, room: 
     assert tried[0] == configured
     assert len(set(tried)) == len(tried) < 14
     assert max(tried) <= 64
+
+
+def test_what_a_larger_size_dies_of_is_taken_for_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """A library has its own words for want of memory; what a run's first size dies of is its own mistake."""
+
+    def attempt(size: int) -> Tried:
+        if size > 3:
+            raise NoAnswer(ExitCode.RETRYABLE, "Traceback\nRuntimeError: could not create a thing")
+        return Tried(True, size << 20, 1 << 30, "cpu")
+
+    assert search(small(), 1, attempt) == 3
+    assert "4  does not fit: RuntimeError: could not create a thing" in capsys.readouterr().out
+    with pytest.raises(NoAnswer):
+        search(small("micro_batch_size=4"), 1, attempt)
 
 
 def test_a_cpu_with_little_memory_takes_fewer_samples(
