@@ -5,7 +5,8 @@
     python benchmarks/scale.py --ranks 2,4 distributed.reduce_precision=bf16 micro_batch_size=1
 
 The real `trainer.train.run` with DeepSpeed, gloo and S3, on a tiny network, in ranks that are forked from
-this process (it has imported everything, so 128 of them fit into memory). Each run trains, saves three times
+this process, which has imported what ranks import: each takes some 100 MB of its own, and 30 for its
+writer, so that 128 want 17 GB. Each run trains, saves three times
 and is resumed. Counted are calls of torch.distributed, from inside the ranks, and requests, by a proxy in
 front of a real S3 server that waits `--delay-ms` before it answers. The last column is the exponent of N that
 a row grows with, from its last two sizes: 0 constant, 1 proportional to the number of ranks.
@@ -14,6 +15,9 @@ a row grows with, from its last two sizes: 0 constant, 1 proportional to the num
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import importlib
 import json
 import math
 import os
@@ -38,7 +42,6 @@ from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer import train
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.io import load_config
-from trainer.distributed import deepspeed_engine  # noqa: F401 - so that the ranks need not import it
 from trainer.distributed.env import DistributedEnv
 from trainer.first_stage.build import build_first_stage, first_stage_tensors
 from trainer.metrics.sinks import Sinks
@@ -146,7 +149,13 @@ def rank_main(rank: int, ranks: int, port: int, overrides: list[str], out: Path,
     me, port = psutil.Process(), storage.server_address[1]
     files = me.num_fds() - sum(c.raddr.port == port for c in me.net_connections("tcp") if c.raddr)
     maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    result = {"code": int(code), "steps": steps, "descriptors": files, "peak_mib": maximum}
+    result = {
+        "code": int(code),
+        "steps": steps,
+        "descriptors": files,
+        "peak_mib": maximum,
+        "modules": [*sys.modules],
+    }
     (out / f"{rank}.json").write_text(json.dumps(result))
 
 
@@ -156,6 +165,8 @@ def launch(ranks: int, overrides: list[str], folder: Path, storage: Storage) -> 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder.mkdir(parents=True)
+    gc.collect()
+    gc.freeze()  # a collection in a rank would write to the pages that all of them share
     children = []
     for rank in range(ranks):
         child = os.fork()
@@ -178,6 +189,17 @@ def launch(ranks: int, overrides: list[str], folder: Path, storage: Storage) -> 
             f"rank {failed[0]} of {ranks} ({ends}):\n{(folder / f'{failed[0]}.log').read_text()[-3000:]}"
         )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def import_as_ranks_do(shards: str, work: Path, overrides: list[str]) -> None:
+    """Import here what two ranks of a run import, so that later ranks share it instead of each its own."""
+    with LocalS3(work / "s3", buckets=("runs", "weights")) as server, Storage(server.port, 0.0) as storage:
+        write_networks(work / "s3/weights")
+        os.environ.update(storage.environment(server.env))
+        told = launch(2, settings(2, shards, 1, overrides), work / "first", storage)
+    for name in told[1]["modules"]:
+        with contextlib.suppress(Exception):  # what was made while it ran, and is no file
+            importlib.import_module(name)
 
 
 def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list[str]) -> dict[str, float]:
@@ -277,6 +299,7 @@ def rows(sizes: list[int], delay_s: float, samples: int, overrides: list[str]) -
         )
         list(synthesize(str(work / "shards"), options))
         shards = f"{work}/shards/*.tar"
+        import_as_ranks_do(shards, work / "imports", overrides)
         measured: dict[int, dict[str, float]] = {}
         for size in sizes:
             measured[size] = measure(size, delay_s, shards, work, overrides)
