@@ -7,8 +7,9 @@ Every arm runs in its own process, the arms take turns, medians are reported. Im
 need a quiet machine; images per second of CPU time (all processes of the arm, not the S3 server and the proxy
 that adds latency and faults, which run on the same cores) hardly do. An arm "N asked" consumes N images per
 second, as a training step would, and shows how many it got. In the arms "a core apart" the last core is left
-to the server and the proxy, and the loader has the others: S3 against local disk on equal terms. The peers
-that are no dependencies are found in --peers, a folder filled with
+to the server and the proxy, and the loader has the others: S3 against local disk on equal terms. "Moments
+cached": samples that come from a full `first_stage.cache` instead of the shards (`benchmarks/cache.py` has
+the steps of training with it). The peers that are no dependencies are found in --peers, a folder filled with
 
     pip install --no-deps --target DIR mosaicml-streaming megatron-energon multi-storage-client rapidyaml \\
         xattr lark wcmatch bracex deprecation filetype boto3 botocore s3transfer jmespath zstd \\
@@ -160,6 +161,8 @@ def cases(
         Case("ours, local, a core apart", "ours", local, apart=True),
         Case("ours, S3, a core apart", "ours", remote, s3.env, apart=True),
         Case("ours, S3 150 ms, a core apart", "ours", remote, latency, apart=True),
+        Case("ours, moments cached, local", "cached", local),
+        Case("ours, moments cached, S3", "cached", remote, s3.env),
         Case("ours, resume mid-epoch, local", "ours", local, skip=samples // 2),
         Case("ours, resume mid-epoch, S3", "ours", remote, s3.env, skip=samples // 2),
     ]

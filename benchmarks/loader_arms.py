@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 EDGE = 256
@@ -38,6 +39,36 @@ def ours(url: str, skip: int = 0) -> Iterator[int]:
     with build_loader(config, seed=1, global_batch_size=BATCH, position=position) as loader:
         for batch in loader:
             yield len(batch)
+
+
+def cached(url: str, skip: int = 0) -> Iterator[int]:
+    """The same where a full `first_stage.cache` beside the shards has everything: moments instead of pixels.
+
+    A stand-in for SD's first stage (f = 8, z = 4, bf16) fills it, with zeros, which are as many bytes.
+    """
+    from data_pipeline.config import DataConfig
+    from data_pipeline.loader import build_loader, open_dataset
+    from data_pipeline.moments.entry import Moments, MomentsCache
+    from data_pipeline.moments.writer import MomentsWriter
+
+    del skip
+    config = DataConfig(shards=url, image_size=EDGE, workers=WORKERS)
+    folder = f"{url.rpartition('/')[0]}/moments"
+    moments = Moments(cache=MomentsCache(folder, "stand-in", "bf16", channels=8, downsampling=8))
+    assert moments.cache is not None
+    writer = MomentsWriter(moments.cache, patient=True)
+    steps = -(-int(open_dataset(config).counts.sum()) // BATCH)
+    with build_loader(config, seed=1, global_batch_size=BATCH, moments=moments) as loader:
+        for batch in (next(loader) for _ in range(2 * steps)):  # lanes end their epochs one by one
+            assert batch.cached is not None
+            blank = np.zeros((BATCH, *moments.cache.shape(EDGE, EDGE)), np.int16)
+            writer.put(batch.cached.labels, lambda blank=blank: blank, blank.nbytes)
+    writer.close()
+    yield 0
+    with build_loader(config, seed=1, global_batch_size=BATCH, moments=moments) as loader:
+        for batch in loader:
+            assert batch.cached is not None
+            yield int(batch.cached.found.sum())
 
 
 def torchvision_transform() -> Any:
@@ -163,6 +194,7 @@ def prepare(folder: Path) -> None:
 
 ARMS: dict[str, Callable[..., Iterator[int]]] = {
     "ours": ours,
+    "cached": cached,
     "webdataset": webdataset,
     "streaming": streaming,
     "energon": energon,

@@ -221,6 +221,14 @@ def test_a_cache_of_moments_takes_the_encoder_away() -> None:
     saved = planned.step.seconds - planned.cached.seconds
     assert saved == pytest.approx(2048 * planned.work.encoder_flops / (989e12 * Reached().frozen))
     assert "once cached" in describe(planned)
+    # mean and log variance of 4 x 64 x 64 latents in bf16
+    hours = saved / 2048 * 1e6 / 3600
+    assert planned.figures()["cached_bytes_per_sample"] == 65_536
+    assert planned.figures()["gpu_hours_spared_per_million"] == pytest.approx(hours)
+    assert f"take 65.5 GB and spare {hours:.3g} GPU-hours" in describe(planned)
+    assert f"costs less than {hours / 65.536:.2g} GPU-hours" in describe(planned)
+    wide = make_plan(sd2("first_stage.cache=/somewhere", "first_stage.cache_dtype=fp32"), place)
+    assert wide.cached_bytes == 131_072
 
 
 def test_goodput_is_the_documented_formula() -> None:
