@@ -137,8 +137,9 @@ def test_a_step_of_the_unet_stays_in_one_layout_and_fuses_what_surrounds_product
     assert fused.launches["aten.add.Tensor"] < 0.5 * before.launches["aten.add.Tensor"]
     # Products, convolutions and attention are 683 of them, which nothing fuses away, and sums of parameters'
     # gradients, small operations of their own, make backward longer than plain torch's. What takes launches
-    # away is `distributed.cuda_graphs`.
-    assert fused.forward < 520 < before.forward
+    # away is `distributed.cuda_graphs`. After DeepSpeed's engine has run in this process, 16 linear layers
+    # are a product and a sum (527), else one operation (511).
+    assert fused.forward < 530 < before.forward
     assert fused.launches.total() - fused.forward < 1150
 
 
