@@ -251,8 +251,7 @@ def blank_batch(config: DataConfig, size: int, caption: str) -> Batch:
         for name, (dtype, shape) in condition_arrays(config, edge, edge).items()
     }
     pixels = torch.zeros((size, edge, edge, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    keys = tuple(f"blank/{number}" for number in range(size))
-    return Batch(pixels, (caption,) * size, conditions, keys, numbers, numbers, position={})
+    return Batch(pixels, (caption,) * size, conditions, ("blank",) * size, numbers, numbers, position={})
 
 
 class Loader(Iterator[Batch]):

@@ -12,8 +12,7 @@
 # faults, and goes on with the pictures that it has. A mistake in the command (exit code 2) ends it.
 #
 # Arguments are those of `ldm evaluate watch`. LDM_PYTHON, LDM_REPOSITORY and LDM_MAX_RESTARTS are as in
-# train_ldm.sh. With LDM_RUN_SEED, the run's seed, each task of an array has the run of its number in one of
-# train_ldm.sh.
+# train_ldm.sh. With LDM_RUN_SEED, the seed of an array of runs, each task of this array has the run of its number.
 #SBATCH --job-name=ldm-evaluate
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1

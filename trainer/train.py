@@ -25,6 +25,7 @@ from trainer.distributed.collectives import Agreed
 from trainer.distributed.env import DistributedEnv, initialise, shutdown
 from trainer.distributed.evidence import leave_collectives, leave_memory
 from trainer.exit_codes import ExitCode, StopRequest
+from trainer.metrics.meters import Delayed, LateValues, Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.timer import START_VARIABLE, StartTimer, Throughput
 from trainer.reliability.doubt import Progress, mark
@@ -36,7 +37,7 @@ from trainer.reliability.requests import profile_url, stop_url
 from trainer.reliability.slow_ranks import SlowRanks
 from trainer.reliability.watchdog import Watchdog, silence_s
 from trainer.run import Run
-from trainer.telling import Delayed, LateValues, Meters, ServedShare, layer_norms, report, tell_phase
+from trainer.telling import ServedShare, layer_norms, report, tell_phase
 from trainer.validation import cost, validate
 
 logger = logging.getLogger(__name__)

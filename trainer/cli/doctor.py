@@ -4,8 +4,8 @@ Gradient parity of this DeepSpeed, torch and ZeRO stage on a tiny twin, all-redu
 memory and disk against the plan, clocks and versions. Exit code 0 when every check passes.
 
 With --fit it looks for the largest micro-batch instead, by training with it until memory is full: networks
-with random weights, black pictures, the ranks of this machine. Exit code 0 when the
-configured one fits, 2 when it does not.
+with random weights, black pictures, the ranks of this machine. Exit code 0 when the configured one fits, 2
+when it does not.
 """
 
 from __future__ import annotations

@@ -22,9 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Hand over to the sub-command; an evaluator that cannot work is refused before anything is submitted."""
     if getattr(args, "evaluate", None) is not None:
-        from trainer.cli.watch import (
-            check_words,
-        )  # not at the top: it imports torch, and status is asked often
+        # Not at the top: it imports torch, and status is asked often.
+        from trainer.cli.watch import check_words
 
         check_words("RUN", shlex.split(args.evaluate))
     return int(args.handler(args))

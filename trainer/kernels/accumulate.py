@@ -48,11 +48,12 @@ class FlatGradients:
                     part.view(gradient.shape).add_(gradient)
             return
         for dtype in {gradient.dtype for gradient in gradients if gradient is not None}:
-            self._add(dtype, [None if g is None or g.dtype != dtype else _dense(g) for g in gradients])
+            self._add(dtype, [None if g is None or g.dtype != dtype else g for g in gradients])
 
     def _add(self, dtype: torch.dtype, gradients: Sequence[Tensor | None]) -> None:
+        dense = [_dense(gradient) for gradient in gradients]
         # [3, parameters]: address, and of a channels-last kernel its width and cells
-        rows = [(0, 0, 0) if g is None else (g.data_ptr(), *_crossed(g)) for g in gradients]
+        rows = [(0 if g is None else g.data_ptr(), *crossed) for g, crossed in dense]
         sources = torch.tensor(rows, dtype=torch.int64).T.contiguous()
         if self._flat.is_cuda:
             sources = sources.pin_memory().to(self._flat.device, non_blocking=True)
@@ -62,18 +63,14 @@ class FlatGradients:
         )  # fmt: skip
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    """As it is where the kernel can read it, or else contiguous."""
-    return gradient if _crossed(gradient) != (0, 0) else gradient.contiguous()
-
-
-def _crossed(gradient: Tensor) -> tuple[int, int]:
-    """(channels, cells) of a kernel [o, i, y, x] that lies as o y x i; zeros where it lies as written."""
-    if gradient.dim() != 4 or gradient.is_contiguous():
-        return 0, 0
-    if not gradient.is_contiguous(memory_format=torch.channels_last):
-        return 0, 0
-    return gradient.shape[1], gradient.shape[2] * gradient.shape[3]
+def _dense(gradient: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
+    """A gradient as the kernel reads it, and (channels, cells) where it is of a kernel [o, i, y, x] that lies
+    as o y x i; zeros where it lies as written, copied if it must be."""
+    if gradient is None or gradient.is_contiguous():
+        return gradient, (0, 0)
+    if gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last):
+        return gradient, (gradient.shape[1], gradient.shape[2] * gradient.shape[3])
+    return gradient.contiguous(), (0, 0)
 
 
 @triton.jit

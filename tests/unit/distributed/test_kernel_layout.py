@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from trainer.config.training import DistributedConfig, EMAConfig
 from trainer.distributed.acceleration import is_channels_last
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
-from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.distributed.env import DistributedEnv
 from trainer.ema import EMA
 from trainer.models.unet import UNet
 
@@ -32,17 +31,6 @@ SMALL = UNetConfig(
 KERNELS = 20
 """Of 3 x 3 in this network."""
 ACCUMULATION = 2
-
-
-@pytest.fixture(scope="module")
-def env() -> Iterator[DistributedEnv]:
-    facts = DistributedEnv.detect({})
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")  # restored after the module
-        initialise(facts, timeout_s=60.0)
-        yield facts
-        shutdown()
 
 
 class Conversions(TorchDispatchMode):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,22 +15,11 @@ from trainer.config.training import DistributedConfig, OptimizerConfig
 from trainer.distributed import adamw
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
-from trainer.distributed.env import DistributedEnv, initialise, shutdown
+from trainer.distributed.env import DistributedEnv
 from trainer.first_stage.networks import ResidualBlock
 
 ENGINES = [*(("deepspeed", stage) for stage in (0, 1, 2, 3)), ("fsdp", 1)]
 LAYOUTS = [(*engine, precision) for engine in ENGINES for precision in ("fp32", "bf16")]
-
-
-@pytest.fixture(scope="module")
-def env() -> Iterator[DistributedEnv]:
-    facts = DistributedEnv.detect({})
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")  # restored after the module
-        initialise(facts, timeout_s=60.0)
-        yield facts
-        shutdown()
 
 
 def make_engine(

@@ -21,11 +21,11 @@ from trainer.metrics import jsonl
 from trainer.metrics import sinks as sinks_module
 from trainer.metrics.alerts import Trends
 from trainer.metrics.jsonl import JSONLWriter
+from trainer.metrics.meters import Meters
 from trainer.metrics.pictures import grid
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.timer import StepTimer, Throughput
 from trainer.metrics.wandb_sink import WandbSink
-from trainer.telling import Meters
 
 BLOCK = 32768
 
