@@ -1,4 +1,4 @@
-"""This process and its children: what it imports, a child that ends with it, memory that both can map."""
+"""This process: its rank, what it imports, a child that ends with it, memory that both can map."""
 
 from __future__ import annotations
 
@@ -69,6 +69,17 @@ def process_status(pid: int) -> tuple[str, int] | None:
     except OSError:
         return None
     return fields[0], int(fields[19])
+
+
+def told_rank() -> tuple[int, int]:
+    """Rank and ranks of the job as the environment tells them; 0 and 1 of a process that is no rank's."""
+
+    def number(*names: str) -> int:
+        return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
+
+    told = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    ranks = number("WORLD_SIZE", "SLURM_NTASKS") if told else 1
+    return number("RANK", "SLURM_PROCID"), max(1, ranks)
 
 
 @contextmanager

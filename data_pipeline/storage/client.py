@@ -19,7 +19,8 @@ import fsspec
 from fsspec.asyn import sync, sync_wrapper
 
 from data_pipeline.errors import DataError
-from data_pipeline.storage.urls import is_local, is_s3, local_path
+from data_pipeline.storage.urls import is_http, is_local, is_s3, local_path
+from data_pipeline.storage.waits import unanswered
 
 _CONNECT_TIMEOUT_S = 5.0
 _CONNECTIONS = 64
@@ -77,7 +78,8 @@ def filesystem(url: str, *, timeout_s: float = 30.0) -> tuple[Any, str]:
             f"pip install 'latent-diffusion-trainer[{extra}]'"
         )
     try:
-        return fsspec.core.url_to_fs(f"{scheme.lower()}://{rest}")
+        settings = {"client_kwargs": {"timeout": _silence(timeout_s)}} if is_http(url) else {}
+        return fsspec.core.url_to_fs(f"{scheme.lower()}://{rest}", **settings)
     except Exception as error:  # their configuration, which has no common base of errors
         raise DataError(f"{url} cannot be opened ({type(error).__name__}: {error}).") from error
 
@@ -174,12 +176,29 @@ def _bound_requests(fs: Any, timeout_s: float) -> None:
     async def bounded(method: str, *parts: Any, **named: Any) -> Any:
         body = named.get("Body")
         size = len(body) if isinstance(body, bytes | bytearray | memoryview) else 0
-        deadline_s = timeout_s + size / _SLOWEST_UPLOAD
+        slack_s = size / _SLOWEST_UPLOAD
+        deadline_s = timeout_s + slack_s
         try:
-            return await asyncio.wait_for(request(method, *parts, **named), deadline_s)
+            with unanswered(lambda: _asked(method, named), deadline_s=deadline_s, slack_s=slack_s):
+                return await asyncio.wait_for(request(method, *parts, **named), deadline_s)
         except TimeoutError as error:
             # Not a TimeoutError: fsspec would put one of its own, without words, in its place.
             raise ConnectionAbortedError(f"{method} was not answered for {deadline_s:.0f} s") from error
 
     fs._call_s3 = bounded
     fs.call_s3 = sync_wrapper(bounded, obj=fs)
+
+
+def _silence(timeout_s: float) -> Any:
+    """What a web server may take to answer and between bytes; aiohttp's own limit is five minutes for all."""
+    import aiohttp  # with a client only
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=timeout_s)
+
+
+def _asked(method: str, named: dict[str, Any]) -> str:
+    """A request of S3 for people: `delete_objects of s3://bucket/a and 9 more`."""
+    keys = [each["Key"] for each in named.get("Delete", {}).get("Objects", [])]
+    key = keys[0] if keys else named.get("Key", named.get("Prefix", ""))
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"{method} of s3://{named.get('Bucket', '')}/{key}{more}"

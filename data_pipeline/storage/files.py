@@ -9,7 +9,9 @@ import re
 import shutil
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,12 +25,19 @@ from data_pipeline.storage.retry import (
     guarded,
     guarded_change,
     require_range,
+    with_retries,
 )
 from data_pipeline.storage.urls import is_local, is_s3, join, name_of
 
 _CHECK_TRIES = 4
 _OBJECTS_PER_REQUEST = 1000  # S3's limit
-_ONE_BY_ONE = re.compile(r"NotImplemented|not implemented|MethodNotAllowed|\b501\b|\b405\b", re.IGNORECASE)
+_ONE_BY_ONE = re.compile(
+    r"NotImplemented|not implemented|MethodNotAllowed|\b501\b|\b405\b|not answered|time(d |-)?out",
+    re.IGNORECASE,
+)
+"""Google's and some older servers know no bulk; others never answer one."""
+_REMOVALS = 16
+"""Requests at a time where files are removed one by one."""
 _BLOCK_BYTES = 65_536
 
 
@@ -226,7 +235,7 @@ def _tree(fs: Any, url: str, path: str) -> list[str]:
 
 
 def _remove_each(fs: Any, url: str, paths: list[str]) -> None:
-    """In bulk on S3, and with what the server refused, about which s3fs says nothing."""
+    """In bulk on S3 where it answers that, and with what it refused, about which s3fs says nothing."""
     if not is_s3(url):
         for path in paths:
             with suppress(FileNotFoundError):
@@ -240,14 +249,26 @@ def _remove_each(fs: Any, url: str, paths: list[str]) -> None:
             several = {"Objects": [{"Key": key} for key in wanted], "Quiet": True}
             answer = fs.call_s3("delete_objects", Bucket=bucket, Delete=several)
         except Exception as error:
-            if not _ONE_BY_ONE.search(f"{error} {error.__cause__}"):
+            if not _ONE_BY_ONE.search(f"{type(error).__name__} {error} {error.__cause__}"):
                 raise
-            for key in wanted:  # Google's and some older servers know no bulk
-                fs.call_s3("delete_object", Bucket=bucket, Key=key)
-            continue
+            _remove_one_by_one(fs, bucket, keys[first:])  # more in bulk would cost a deadline each
+            return
         for refused in answer.get("Errors", []):
             if refused.get("Code") != "NoSuchKey":
                 raise OSError(f"{refused.get('Code')}: {refused.get('Message')} ({refused.get('Key')})")
+
+
+def _remove_one_by_one(fs: Any, bucket: str, keys: list[str]) -> None:
+    """The same by a request each; a hiccup of one does not begin all of them anew."""
+
+    def one(key: str) -> None:
+        with suppress(FileNotFoundError):
+            url = f"s3://{bucket}/{key}"
+            delete = partial(fs.call_s3, "delete_object", Bucket=bucket, Key=key)
+            with_retries(delete, url, done="removed", tries=QUICK_TRIES)
+
+    with ThreadPoolExecutor(_REMOVALS) as pool:
+        list(pool.map(one, keys))
 
 
 def check_writable(folder: str) -> None:
@@ -258,7 +279,7 @@ def check_writable(folder: str) -> None:
     """
     probe = join(folder, f".writable.{os.getpid()}")
     write_bytes(probe, b"ok", tries=_CHECK_TRIES)
-    remove_file(probe)
+    remove_file(probe, tries=_CHECK_TRIES)
 
 
 def cut_torn_line(path: Path) -> None:

@@ -25,6 +25,7 @@ from data_pipeline.storage.client import filesystem, read_within
 from data_pipeline.storage.editions import Edition, EditionReader
 from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before, require_range
+from data_pipeline.storage.waits import tell, tell_end
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -103,7 +104,7 @@ class RangeReader:
 
     def _patiently(self, url: str, action: Callable[[int], T]) -> T:
         """What `action` returns in the end; it is given the number of the try."""
-        began = time.monotonic()
+        began, told = time.monotonic(), False
         alone = 0  # tries in a row that failed while others were answered, once the first `tries` are over
         for attempt in itertools.count(1):
             if self._closed.is_set():
@@ -118,8 +119,16 @@ class RangeReader:
                 if attempt >= self.tries:
                     alone = alone + 1 if self._last_success > tried or self._others_answer(url) else 0
                     self._judge(error, url, attempt, alone, time.monotonic() - began)
+                waited = time.monotonic() - began
+                told |= tell(
+                    waited,
+                    f"{url} is not read after {waited:.0f} s ({error}); tried again, at least {self.tries} "
+                    f"times ({attempt} so far), and while nothing answers for {self.patience_s:.0f} s",
+                )
             else:
                 self._last_success = time.monotonic()
+                if told:
+                    tell_end(f"{url} is read, after {self._last_success - began:.0f} s")
                 return result
             self.counts["retries"] += 1
             self._closed.wait(pause_before(min(attempt, 9)))
@@ -169,7 +178,6 @@ class RangeReader:
             raise ReadFailed(f"{url}: {attempt} tries failed, the last with {error}") from error
         if alone:
             return
-        logger.warning("storage does not answer since %.0f s: %s (%s)", waited, url, error)
         if waited > self.patience_s:
             raise StorageOutage(
                 f"Storage did not answer for {waited:.0f} s (data.patience_s={self.patience_s:.0f}), last "

@@ -21,6 +21,7 @@ from data_pipeline.errors import (
     UserError,
 )
 from data_pipeline.storage.urls import is_http, is_local, is_s3
+from data_pipeline.storage.waits import tell, tell_end
 
 T = TypeVar("T")
 
@@ -107,29 +108,41 @@ def pause_before(attempt: int) -> float:
 
 def with_retries(
     action: Callable[[], T],
+    url: str,
     *,
+    done: str,
     tries: int,
-    sleep: Callable[[float], object] = time.sleep,
 ) -> T:
-    """Call `action` until it succeeds or `tries` transient failures; others are raised at once."""
-    began = time.monotonic()
+    """Call `action` until it succeeds or `tries` transient failures; others are raised at once.
+
+    What lasts is told, by `url` and the participle of what is done: read, written, removed.
+    """
+    began, told = time.monotonic(), False
     for attempt in range(1, tries + 1):
         try:
-            return action()
+            result = action()
         except Exception as error:
-            late = (
-                time.monotonic() - began > _LONGEST_S
-            )  # tries that are not answered take their timeout each
-            if attempt == tries or late or not is_transient(error):
+            waited = time.monotonic() - began
+            # tries that are not answered take their timeout each
+            if attempt == tries or waited > _LONGEST_S or not is_transient(error):
                 raise
-        sleep(pause_before(attempt))
+            told |= tell(
+                waited,
+                f"{url} is not {done} after {waited:.0f} s ({_short(str(error))}); tried again, until "
+                f"{tries} tries ({attempt} so far) or {_LONGEST_S:.0f} s are over",
+            )
+        else:
+            if told:
+                tell_end(f"{url} is {done}, after {time.monotonic() - began:.0f} s")
+            return result
+        time.sleep(pause_before(attempt))
     raise AssertionError("tries must be at least 1")
 
 
 def guarded(action: Callable[[], T], url: str, *, tries: int = QUICK_TRIES) -> T:
     """Run a call that reads storage; what it raises in the end is a Failure."""
     try:
-        return with_retries(action, tries=tries)
+        return with_retries(action, url, done="read", tries=tries)
     except Failure:
         raise
     except Exception as error:
@@ -141,7 +154,7 @@ def guarded_change(action: Callable[[], T], url: str, *, done: str, tries: int =
     if is_http(url):
         raise _read_only(url, done)
     try:
-        return with_retries(action, tries=tries)
+        return with_retries(action, url, done=done, tries=tries)
     except Failure:
         raise  # from reading what is written
     except Exception as error:

@@ -135,3 +135,27 @@ def test_storage_that_goes_away_and_what_each_checkpoint_costs(
         assert len(read) <= 16
         assert len(heads) <= 200, "at each look the beginning of the newest two manifests"
         assert not [path for method, path, _ in of_step if method not in ("GET", "HEAD")], "it writes nothing"
+
+
+class RefusesRemovals(FaultProxy):
+    """Fails at every removal once a line of figures is stored."""
+
+    def passed_on(self, method: str, path: str, num_bytes: int) -> None:
+        super().passed_on(method, path, num_bytes)
+        if method == "PUT" and path.endswith("/metrics.jsonl"):
+            self.deletes = 503
+
+
+def test_pictures_that_cannot_be_removed_hold_nothing_up(
+    tmp_path: Path, real: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with LocalS3(tmp_path / "s3", buckets=("bucket",)) as server, RefusesRemovals(server.port) as proxy:
+        for name, value in proxy.environment(server.env).items():
+            monkeypatch.setenv(name, value)
+        run = CommittedRun("s3://bucket/run", "steps=100")
+        run.commit(100)
+        run.close()
+        assert main(["evaluate", "watch", "s3://bucket/run", *real, *SHORT]) == 0
+        assert [line["step"] for line in lines(tmp_path / "s3/bucket/run/evaluation")] == [100]
+        left = "pictures in s3://bucket/run/evaluation/pictures stay until the next are measured"
+        assert left in caplog.text

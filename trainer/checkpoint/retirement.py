@@ -5,7 +5,8 @@ they usually take, and no training step ever does. What fails is tried again in 
 says when it begins; what is left in the end is found again by the next commit.
 
 Only files that were listed with the commit are removed, manifests first. A later attempt at a step has other
-names, but for the manifest: so whoever writes one calls `cancel` before.
+names, but for the manifest: so whoever writes one calls `spare` before, and waits only where a removal under
+way is of the same step. A request that storage never answers holds no other commit up.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Retirement:
     """The removals of one run, one set of them at a time."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._under_way: list[tuple[threading.Thread, frozenset[str]]] = []
+        """Threads, and the folders that each removes; one that was stopped may still wait for an answer."""
         self._stop = threading.Event()
 
     def begin(self, folder: str, newest: int, retention: Retention, token: int = 0) -> None:
@@ -61,7 +63,7 @@ class Retirement:
 
         token: of this start of the run; what later starts have written is not its to remove.
         """
-        self.cancel()
+        self._stop.set()
         try:
             doomed = _doomed(folder, newest, retention, token)
         except (OSError, ValueError, Failure) as error:
@@ -71,18 +73,24 @@ class Retirement:
         if not doomed:
             return
         self._stop = threading.Event()
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=_remove, args=(folder, doomed, self._stop), name="old checkpoints", daemon=True
         )
-        self._thread.start()
-        self._thread.join(_GRACE_S)
+        self._under_way = [each for each in self._under_way if each[0].is_alive()]
+        self._under_way.append((thread, frozenset(each.url for each in doomed)))
+        thread.start()
+        thread.join(_GRACE_S)
 
-    def cancel(self) -> None:
-        """Remove nothing more; returns when the request under way has ended."""
+    def spare(self, url: str) -> None:
+        """Remove nothing more; of this checkpoint's folder nothing is under way, either, once it returns."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        for thread, folders in self._under_way:
+            if url in folders:
+                thread.join()
+
+    def close(self) -> None:
+        """Remove nothing more, and leave what is under way to itself."""
+        self._stop.set()
 
 
 def abort_dead_uploads(run_dir: str, token: int) -> None:

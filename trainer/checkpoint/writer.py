@@ -115,7 +115,7 @@ def write_commit(job: Job, own: StoredFile, retirement: Retirement) -> None:
         state=StoredFile(state_name, *state),
         tensors=StoredFile(tensors_name, *tensors),
     )
-    retirement.cancel()
+    retirement.spare(job.url)
     if commit.claim is not None:
         commit.claim.verify(tries=PATIENT_TRIES)  # as patient as the shards were
     write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())

@@ -101,7 +101,7 @@ class InlineWriter:
 
     def close(self) -> None:
         """Leave old checkpoints that cannot be removed where they are."""
-        self._retirement.cancel()
+        self._retirement.close()
 
 
 class BackgroundWriter:

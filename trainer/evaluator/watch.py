@@ -19,7 +19,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.errors import NotFound, RetryableFault, RunTaken, StorageOutage, Unreachable, UserError
+from data_pipeline.errors import (
+    Failure,
+    NotFound,
+    RetryableFault,
+    RunTaken,
+    StorageOutage,
+    Unreachable,
+    UserError,
+)
 from data_pipeline.storage.files import (
     check_writable,
     list_names,
@@ -247,9 +255,16 @@ class Watcher:
             self._teller = Teller(committed.config, self._out, group, self._name)
         self._teller.tell(committed.samples_seen, {"step": sighting.step, **named}, sheet)
         if not self._options.keep_pictures:
-            for name in list_names(join(self._out, PICTURES)):
-                made = join(self._out, PICTURES, name)
-                remove_names(made, list_tree(made))
+            self._remove_pictures()
+
+    def _remove_pictures(self) -> None:
+        """Those of all checkpoints, tried once: what is left costs space alone, and goes with the next."""
+        pictures = join(self._out, PICTURES)
+        try:
+            for name in list_names(pictures):
+                remove_names(join(pictures, name), list_tree(join(pictures, name)), tries=1)
+        except Failure as error:
+            logger.warning("pictures in %s stay until the next are measured: %s", pictures, error)
 
     def _mark(self, current: set[int], metric: str | None = None) -> None:
         """Keep the best and the one at hand; a request only where that changes."""

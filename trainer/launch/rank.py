@@ -30,7 +30,7 @@ from typing import Literal, NoReturn
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, RetryableFault, Unreachable
-from data_pipeline.processes import die_with_parent
+from data_pipeline.processes import die_with_parent, told_rank
 from data_pipeline.storage.urls import folder_before_patterns, is_local
 from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
@@ -74,7 +74,7 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
             return diagnose(config, DistributedEnv.detect())
         if is_restart():
             wait_for_storage(config.run_dir, config.data)
-        config.sharing(_told()[1])  # a mistake that needs neither peers nor a doctor to be seen
+        config.sharing(told_rank()[1])  # a mistake that needs neither peers nor a doctor to be seen
         if config.distributed.doctor and not is_restart():
             code = _examine(config)
             if code is not ExitCode.DONE:
@@ -85,7 +85,7 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
         return run(config, env)
     except (Exception, KeyboardInterrupt) as error:
         code = classify(error, restarted=is_restart())
-        rank, ranks = _told()
+        rank, ranks = told_rank()
         code = weighed(error, code, rank=rank, world_size=ranks)
         if code is ExitCode.USER_ERROR:
             logger.error("%s", error)
@@ -130,21 +130,10 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _told() -> tuple[int, int]:
-    """Rank and ranks of the job as `DistributedEnv.detect` will find them, without a look at any device."""
-
-    def number(*names: str) -> int:
-        return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
-
-    told = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    ranks = number("WORLD_SIZE", "SLURM_NTASKS") if told else 1
-    return number("RANK", "SLURM_PROCID"), max(1, ranks)
-
-
 def main(arguments: list[str]) -> int:
     """Entry point of a spawned rank."""
     die_with_launcher()
-    rank, _ = _told()
+    rank, _ = told_rank()
     configure_logging(f"[rank {rank}] " if rank else "")
     path, task = arguments
     config = config_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

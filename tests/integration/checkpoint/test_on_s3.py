@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import AccessDenied, UserError
-from data_pipeline.storage import files, large
+from data_pipeline.storage import client, files, large, waits
 from data_pipeline.storage.local_s3 import LocalS3
 from tests.integration.data.fault_proxy import FaultProxy
 from tests.integration.ranks import ROOT
@@ -203,6 +203,37 @@ def test_a_removal_under_way_spares_what_is_saved_again_at_the_same_step(
     run.manager.close()
     assert 1 in [row.step for row in list_checkpoints(url) if row.complete]
     assert not any(found.problems for found in verify(url))
+
+
+def test_removals_in_bulk_that_are_never_answered_go_one_by_one(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = client._s3_filesystem
+    monkeypatch.setattr(client, "_s3_filesystem", lambda given, timeout_s, pid: made(given, 3.0, pid))
+    proxy.silent_bulk = True
+    monkeypatch.setattr(waits, "_QUIET_S", 0.5)
+    monkeypatch.setattr(files, "_OBJECTS_PER_REQUEST", 3)
+    for name in "abcdefg":
+        files.write_bytes(f"s3://bucket/hung/{name}", b"a")
+    files.remove_names("s3://bucket/hung", "abcdef", tries=1)
+    assert files.list_tree("s3://bucket/hung") == ["g"]
+    files.remove("s3://bucket/hung", tries=1)
+    assert files.list_tree("s3://bucket/hung") == []
+    assert proxy.counts["silent"] == 2, "the second three were not asked for in bulk"
+    assert "storage has not answered delete_objects of s3://bucket/hung/a and 2 more for" in caplog.text
+
+
+def test_a_removal_that_hangs_holds_no_commit_up(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retirement, "_GRACE_S", 0.1)
+    run = build_small_run("s3://bucket/hanging", keep_last=1)
+    proxy.silent_bulk = True
+    for _ in range(3):
+        run.train(1)
+        run.save()
+    run.manager.close()
+    assert proxy.counts["silent"] > 0
+    assert proxy.counts["given up"] == 0, "nothing has waited for a removal to end"
+    assert [row.step for row in list_checkpoints("s3://bucket/hanging") if row.complete] == [3, 2, 1]
 
 
 @pytest.mark.parametrize("no_bulk", [False, True])

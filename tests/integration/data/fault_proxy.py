@@ -40,6 +40,8 @@ class FaultProxy(ThreadingHTTPServer):
         """Status with which deletes are answered instead of being passed on; 0: they are passed on."""
         self.no_bulk = False
         """Whether deletes of several objects in one request are unknown, as at Google."""
+        self.silent_bulk = False
+        """Whether they are never answered, until whoever asked gives up."""
         self.deleted: list[str] = []
         """What was asked to be deleted: paths, and the keys of bulk requests."""
         self.counts: Counter[str] = Counter()
@@ -98,9 +100,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self.server.deletes, "AccessDenied" if self.server.deletes == 403 else "SlowDown"
         return None
 
+    def _wait_until_given_up(self) -> None:
+        self.server.counts["silent"] += 1
+        self.connection.settimeout(None)
+        self.connection.recv(1, socket.MSG_PEEK)
+        self.server.counts["given up"] += 1
+        self.close_connection = True
+
     def _forward(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
+        if self.server.silent_bulk and self.command == "POST" and "?delete" in self.path:
+            self._wait_until_given_up()
+            return
         if (refusal := self._refusal(body)) is not None:
             status, code = refusal
             answer_body = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()

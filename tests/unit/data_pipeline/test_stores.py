@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import threading
@@ -18,12 +19,15 @@ from data_pipeline.errors import (
     DataError,
     Failure,
     RetryableFault,
+    StorageOutage,
     Unreachable,
 )
-from data_pipeline.storage import client, files, large, retry
+from data_pipeline.storage import client, files, large, retry, waits
 from data_pipeline.storage.client import filesystem
 from data_pipeline.storage.listing import list_files
 from data_pipeline.storage.local_s3 import LocalS3
+from data_pipeline.storage.ranges import RangeReader
+from tests.integration.data.fault_proxy import FaultProxy
 from trainer.__main__ import main
 
 
@@ -98,6 +102,83 @@ def test_silence_is_not_waited_for_as_often_as_a_refusal(monkeypatch: pytest.Mon
     with pytest.raises(RetryableFault):
         retry.guarded_change(silence, "s3://bucket/a", done="written")
     assert len(asked) == 1
+
+
+@pytest.fixture
+def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits are told after a fifth of a second."""
+    monkeypatch.setattr(waits, "_QUIET_S", 0.2)
+    monkeypatch.setattr(waits, "_BETWEEN_S", 0.0)
+
+
+@pytest.fixture
+def impatient(talkative: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, and requests of S3 are given up after half a second."""
+    made = client._s3_filesystem
+    monkeypatch.setattr(client, "_s3_filesystem", lambda given, timeout_s, pid: made(given, 0.5, pid))
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_who_waits_is_told_for_what_and_until_when(
+    silent: None, impatient: None, caplog: pytest.LogCaptureFixture, command: str
+) -> None:
+    assert main([command, "s3://bucket/run"]) != 0
+    unanswered, again = caplog.messages[:2]
+    assert re.fullmatch(
+        r"storage has not answered \w+ of s3://bucket/run\S* for \d s; the request is given up after \d s",
+        unanswered,
+    )
+    assert re.fullmatch(
+        r"s3://bucket/run\S* is not read after \d s \(\w+ was not answered for \d s\); tried again, until \d "
+        r"tries \(1 so far\) or 600 s are over",
+        again,
+    )
+
+
+def test_a_loader_that_waits_says_so(silent: None, impatient: None, caplog: pytest.LogCaptureFixture) -> None:
+    reader = RangeReader(timeout_s=0.5, tries=2, patience_s=0.1)
+    with pytest.raises(StorageOutage):
+        reader.read("s3://bucket/a.tar", 0, 4)
+    assert "storage has not answered get_object of s3://bucket/a.tar" in caplog.messages[0]
+    assert "s3://bucket/a.tar is not read after 1 s" in caplog.messages[1]
+
+
+def test_a_web_server_that_says_nothing_is_asked_again_and_its_password_not_told(
+    silent: None, talkative: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+    with pytest.raises(Unreachable):
+        files.read_bytes(f"http://me:hidden@{host}/a?X-Amz-Signature=hidden", tries=2, timeout_s=0.5)
+    assert f"http://***@{host}/a?X-Amz-Signature=*** is not read" in caplog.text
+    assert "hidden" not in "".join(caplog.messages)
+
+
+def test_what_is_answered_late_is_told_to_be_there(
+    server: LocalS3, talkative: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultProxy(server.port) as proxy:
+        for name, value in proxy.environment(server.env).items():
+            monkeypatch.setenv(name, value)
+        files.write_bytes("s3://bucket/late/a", b"a")
+        proxy.delay_s = 0.4
+        assert files.read_bytes("s3://bucket/late/a") == b"a"
+    assert "storage has answered get_object of s3://bucket/late/a, after" in caplog.messages[-1]
+
+
+def test_of_many_ranks_each_speaks_later_and_seldom(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waits, "_SPEAKER", waits._Speaker())
+    monkeypatch.setenv("WORLD_SIZE", "512")
+    monkeypatch.setenv("RANK", "511")
+    assert not waits.tell(500.0, "a wait that rank 0 has told")
+    assert waits.tell(530.0, "first")
+    assert not waits.tell(530.0, "second")
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(waits, "_BETWEEN_S", 0.0)
+    assert not waits.tell(14.0, "a hiccup")
+    assert waits.tell(16.0, "third")
+    assert caplog.messages == ["first", "third [like lines left out since the last: 1]"]
 
 
 WRONG = (
