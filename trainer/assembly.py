@@ -36,6 +36,7 @@ from trainer.distributed.process import (
 from trainer.distributed.shared_reads import read_together
 from trainer.ema import EMA
 from trainer.evaluation.held_out import Distance, hold_out
+from trainer.metrics.jsonl import MEASURED_BY
 from trainer.metrics.long_work import LongWork
 from trainer.metrics.sinks import Sinks
 from trainer.metrics.step_profile import StepProfiler
@@ -92,14 +93,14 @@ def _build(
     timer = StepTimer(env.device)
     torch.manual_seed(config.seed)
     with read_together(env.device, alive):
-        distance = _open_features(config, env)
+        distance, networks = _open_features(config, env)
         stage, buffer, frozen, contents, facts = build_stage(shared, env, timer, start, resumes)
     start.mark("engines")
     ema = EMA(config.ema, stage.engines[stage.averaged].fragments())
     state, healer = TrainState(), Healer(config.healing)
-    sinks = Sinks(
-        whole, main_rank=env.is_main, resolved=_resolved(config, shared, env, {**facts, CONTENTS: contents})
-    )
+    by = {MEASURED_BY: {"networks": networks}} if networks else {}
+    resolved = _resolved(config, shared, env, {**facts, CONTENTS: contents, **by})
+    sinks = Sinks(whole, main_rank=env.is_main, resolved=resolved)
     lease = _hold_folder(config.run_dir)
     try:
         checkpoints = CheckpointManager(config, env, buffer, lease)
@@ -113,6 +114,7 @@ def _build(
             frozen=frozen,
             held_out=held_out,
             distance=distance,
+            networks=networks,
             encode_once=stage.encode_once if isinstance(stage, DiffusionStage) else None,
             workers=workers,
             contents=contents,
@@ -244,17 +246,19 @@ def _hold_folder(run_dir: str) -> Lease | None:
     return held[0] if held else None
 
 
-def _open_features(config: Config, env: DistributedEnv) -> Callable[[], Distance] | None:
-    """What begins R-FID, where the configuration names features. Collective.
+def _open_features(
+    config: Config, env: DistributedEnv
+) -> tuple[Callable[[], Distance] | None, dict[str, list[str]]]:
+    """What begins R-FID, where the configuration names features, and what those are of. Collective.
 
     Raises:
         ConfigError: weights that are not at hand; says which file to bring.
     """
     family, weights = config.validation.features, config.validation.features_weights
     if family is None:
-        return None
+        return None, {}
     # Not at the top: few runs need what it imports.
-    from trainer.evaluation.networks import FeatureOptions, build_networks
+    from trainer.evaluation.networks import FeatureOptions, build_networks, identities
     from trainer.evaluation.survey import ReconstructionDistance
 
     options = FeatureOptions(
@@ -263,6 +267,7 @@ def _open_features(config: Config, env: DistributedEnv) -> Callable[[], Distance
         dinov2_weights=weights,
     )
     networks = build_networks(options, env.device)
-    for name, network in networks.items() if env.is_main else ():
-        logger.info("R-FID by %s: %s, weights %s, %s", name, network.name, network.digest[:16], network.sees)
-    return partial(ReconstructionDistance, networks, env.device)
+    known = identities(networks)
+    for each, (name, digest, sees) in known.items() if env.is_main else ():
+        logger.info("R-FID by %s: %s, weights %s, %s", each, name, digest[:16], sees)
+    return partial(ReconstructionDistance, networks, env.device), known

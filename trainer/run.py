@@ -79,6 +79,8 @@ class Run:
     """The samples that validation measures; None where there is none."""
     distance: Callable[[], Distance] | None = None
     """Begins a distance of held-out pictures from what the first stage makes of them."""
+    networks: dict[str, list[str]] = field(default_factory=dict)
+    """Those whose features it is of, see `evaluation.networks.identities`."""
     measured: tuple[int, dict[str, float]] = (-1, {})
     """Step and figures of the last validation."""
     encode_once: EncodeOnce | None = None

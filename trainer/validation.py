@@ -22,6 +22,7 @@ from functools import partial
 from trainer.config.checks_validation import PREFIX, RAW, RECONSTRUCTION_DISTANCES
 from trainer.config.run import Config
 from trainer.evaluation.held_out import Unmeasured, measure_held_out
+from trainer.metrics.jsonl import MEASURED_BY
 from trainer.reliability.watchdog import Watchdog
 from trainer.run import Run
 
@@ -43,7 +44,8 @@ def validate(run: Run, watchdog: Watchdog) -> None:
         return
     seconds = time.perf_counter() - began
     run.measured = (step, {f"{PREFIX}{name}": value for name, value in figures.items()})
-    run.sinks.log(step, samples, {**run.measured[1], f"{PREFIX}seconds": seconds})
+    about = {MEASURED_BY: {"networks": run.networks}} if run.networks else {}
+    run.sinks.log(step, samples, {**run.measured[1], f"{PREFIX}seconds": seconds}, about)
     odd = sorted(name for name, value in figures.items() if not math.isfinite(value))
     if odd and len(run.held_out) > 1:
         run.sinks.event(step, samples, "validation not finite", figures=odd)

@@ -33,8 +33,11 @@ from trainer.doctor.inputs import check_samples
 from trainer.evaluation.networks import FeatureOptions, build_networks
 from trainer.evaluation.survey import ReconstructionDistance
 from trainer.exit_codes import ExitCode
+from trainer.metrics.jsonl import read_records
 from trainer.pixels import to_unit_range
 from trainer.reliability.watchdog import Watchdog
+from trainer.report.figures import figures as report_figures
+from trainer.report.figures import to_html
 from trainer.rng import Purpose, normal, uniform
 from trainer.run import Run
 from trainer.train import run as train
@@ -359,6 +362,8 @@ def test_the_distance_of_reconstructions_is_that_of_the_command(
     records = run_it(settings(*measured, *AUTOENCODER, "optimizer.learning_rate=0.05"))
     figures = validations(records)[4]
     assert figures["validation/samples"] == 21
+    assert figures["measured_by"]["networks"].keys() == {"random"}
+    assert "measured_by" not in records[0], "a record of the training loss, which no network measures"
     weights, out = str(tmp_path / "first_stage.safetensors"), tmp_path / "figures.json"
     assert main(["export", str(tmp_path / "run"), weights]) == 0
     words = ["--shards", f"{own}/*.tar", "--image-size", "16", "--perceptual-weights", "none"]
@@ -366,6 +371,12 @@ def test_the_distance_of_reconstructions_is_that_of_the_command(
     assert main(["evaluate", "reconstruction", weights, *words]) == 0
     found = json.loads(out.read_text())
     assert found["pictures"] == 21
+    assert found["feature_networks"] == figures["measured_by"]["networks"]
+    name, digest, _ = found["feature_networks"]["random"]
+    drawn = report_figures(read_records(str(tmp_path / "run")))
+    assert len(drawn["Validation: rfd_random"].data) == 2, "by the averages and by the trained weights"
+    assert f"<p>measured by {name}, weights {digest[:16]}, " in to_html(drawn["Validation: rfd_random"])
+    assert "measured by" not in to_html(drawn["Validation: psnr"])
     for name in ("rfd_random", "psnr"):
         assert figures[f"validation/{name}"] == pytest.approx(found[name], rel=1e-4)
     assert figures["validation/raw_rfd_random"] != pytest.approx(found["rfd_random"], rel=1e-3)

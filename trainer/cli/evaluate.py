@@ -28,7 +28,7 @@ from trainer.cli import fidelity, fidelity_of_run, sweep, watch
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
-from trainer.evaluation.networks import build_networks
+from trainer.evaluation.networks import build_networks, identities
 from trainer.evaluation.pictures import pictures_once
 from trainer.evaluation.reconstruction import reconstruction_metrics
 from trainer.evaluation.survey import ReconstructionDistance
@@ -120,8 +120,8 @@ def _reconstruction(args: argparse.Namespace) -> int:
         print(f"{family}: {each.name}, weights {each.digest[:16]}, {each.sees}")
     if args.out is not None:
         source = {"weights": args.weights, "shards": args.shards, "image_size": args.image_size}
-        seen = {family: [each.name, each.digest, each.sees] for family, each in networks.items()}
-        told = figures | {"perceptual_network": network, "feature_networks": seen} | source
+        by = {"perceptual_network": network, "feature_networks": identities(networks)}
+        told = figures | by | source
         write_bytes(args.out, json.dumps(told).encode())
     return 0
 

@@ -27,7 +27,7 @@ from trainer.evaluation.fidelity import (
     figure_names,
     outputs_needed,
 )
-from trainer.evaluation.networks import FAMILIES, FeatureOptions, build_networks
+from trainer.evaluation.networks import FAMILIES, FeatureOptions, build_networks, identities
 from trainer.evaluation.statistics import (
     ENDINGS,
     UNKNOWN,
@@ -195,8 +195,8 @@ class Measuring:
 
     @property
     def networks(self) -> dict[str, list[str]]:
-        """Of each family the network's name, its weights' SHA-256, and what it sees; as JSON gives it."""
-        return {family: [each.name, each.digest, each.sees] for family, each in self._networks.items()}
+        """See `identities`."""
+        return identities(self._networks)
 
     def statistics(self, url: str, *, reference: bool = False) -> SetStatistics | None:
         """Of the pictures behind a URL, on rank 0; None on others. See `survey`."""

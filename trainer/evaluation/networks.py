@@ -29,6 +29,11 @@ RANDOM_EDGE = 64
 RANDOM_SEED = 0
 
 
+def identities(networks: Mapping[str, FeatureNetwork]) -> dict[str, list[str]]:
+    """Of each family the network's name, its weights' SHA-256, and what it sees; as JSON gives it."""
+    return {family: [each.name, each.digest, each.sees] for family, each in networks.items()}
+
+
 @dataclass(frozen=True)
 class FeatureOptions:
     """Which networks, with which weights."""

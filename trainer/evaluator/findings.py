@@ -21,15 +21,13 @@ from data_pipeline.storage.files import read_text, write_bytes
 from data_pipeline.storage.urls import join
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config, ConfigError
-from trainer.metrics.jsonl import RECORDS, line_of
+from trainer.metrics.jsonl import MEASURED_BY, RECORDS, line_of
 from trainer.metrics.wandb_sink import WandbSink
 
 FOLDER = "evaluation"
 """Of an evaluator, in that of the run, unless another is named."""
 PREFIX = "eval/"
 """Of figures, as W&B groups them."""
-MEASURED_BY = "measured_by"
-"""Key of what figures have to share to be compared."""
 _HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "clip_score")
 _RUNS_OWN = "WANDB_RUN_ID"
 """Where a launcher says the id of the run: two processes must not write to one."""
@@ -129,12 +127,15 @@ def higher_is_better(metric: str) -> bool:
 class Teller:
     """Figures and grids against samples_seen, as the run logs its own; nothing where the run has no W&B."""
 
-    def __init__(self, config: Config, out: str, group: str | None, name: str) -> None:
+    def __init__(
+        self, config: Config, out: str, measured_by: Mapping[str, Any], group: str | None, name: str
+    ) -> None:
         """Begin to tell.
 
         Args:
             config: of the run; its `logging` says whether and where to.
             out: folder of the evaluator.
+            measured_by: what all its figures share.
             group: id of the run, by which W&B shows the two together.
             name: of the evaluator, the same after a restart.
         """
@@ -143,7 +144,7 @@ class Teller:
             return
         os.environ.pop(_RUNS_OWN, None)
         run_id = f"{group}-{name}" if group else None
-        resolved = config_to_dict(config) | {"evaluator": out}
+        resolved = config_to_dict(config) | {"evaluator": out, MEASURED_BY: dict(measured_by)}
         self._sink = WandbSink(config.logging, out, resolved, run_id, group)
 
     def tell(self, samples_seen: int, record: Mapping[str, Any], sheet: bytes | None) -> None:

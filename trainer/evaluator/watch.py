@@ -47,9 +47,10 @@ from trainer.config.io import config_from_dict
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
 from trainer.evaluation.fidelity import Comparison
-from trainer.evaluator.findings import MEASURED_BY, PREFIX, EvaluatorFindings, Teller
+from trainer.evaluator.findings import PREFIX, EvaluatorFindings, Teller
 from trainer.evaluator.lookout import Lookout, Rule, Sighting
 from trainer.generation.store import PICTURES
+from trainer.metrics.jsonl import MEASURED_BY
 from trainer.reliability.lease import Lease, acquire
 
 logger = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ class Watcher:
             write_bytes(join(self._out, SAMPLES, f"{folder_name(sighting.step)}.png"), sheet)
         if self._teller is None:
             group = committed.wandb_group or _group_of(self._options.run_dir)
-            self._teller = Teller(committed.config, self._out, group, self._name)
+            self._teller = Teller(committed.config, self._out, self._options.measured_by, group, self._name)
         self._teller.tell(committed.samples_seen, {"step": sighting.step, **named}, sheet)
         if not self._options.keep_pictures:
             self._remove_pictures()

@@ -21,6 +21,8 @@ from data_pipeline.storage.urls import is_local, join, local_path
 logger = logging.getLogger(__name__)
 
 RECORDS = "metrics.jsonl"
+MEASURED_BY = "measured_by"
+"""Key of what figures have to share to be compared; its `networks` are those of `evaluation.networks`."""
 SEND_EVERY_S = 60.0
 """Seconds between uploads."""
 SEGMENT_BYTES = 1_000_000

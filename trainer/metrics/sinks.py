@@ -71,11 +71,14 @@ class Sinks:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def log(self, step: int, samples_seen: int, record: dict[str, float]) -> None:
-        """Scalars of one log interval."""
+    def log(
+        self, step: int, samples_seen: int, record: dict[str, float], about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Scalars of one log interval; `about`: what else JSONL says of them."""
         if self._jsonl is None:
             return
-        self._jsonl.write({"step": step, "samples_seen": samples_seen, "time": time.time(), **record})
+        place = {"step": step, "samples_seen": samples_seen, "time": time.time()}
+        self._jsonl.write({**place, **record, **(about or {})})
         if self._wandb:
             self._wandb.log(samples_seen, {"step": step, **record})
         if self._bar is not None and "loss" in record:

@@ -6,6 +6,8 @@ column's curve may go back: it is broken there instead of being joined across.
 
 from __future__ import annotations
 
+import html
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -16,6 +18,8 @@ import plotly.io
 import plotly.offline
 from plotly.subplots import make_subplots
 
+from trainer.config.checks_validation import RECONSTRUCTION_DISTANCES
+from trainer.metrics.jsonl import MEASURED_BY
 from trainer.report.chart import fidelity_chart
 
 Record = dict[str, Any]
@@ -28,6 +32,8 @@ MOST_TOLD = 8
 """Settings that an event on the time axis names; the table of changes has all."""
 VALIDATION = "validation/"
 """Before the names of what is measured on held-out samples."""
+_OF_NONE = re.compile("_stderr$|^validation/(samples|seconds)$")
+"""Of what validation records, what is no figure."""
 EVENT_COLOURS = {
     "rewind": "#d62728",
     "save failed": "#d62728",
@@ -54,7 +60,7 @@ def figures(records: Sequence[Record]) -> dict[str, go.Figure]:
     drawn: dict[str, go.Figure | None] = {
         "Loss": _loss(rows, events),
         **_validation(rows, events),
-        "Fidelity": _group(rows, events, "eval/"),
+        "Fidelity": _measured(_group(rows, events, "eval/"), rows, "eval/"),
         "Learning rate and gradient norm": _lines(
             rows, events, {"learning_rate": "learning rate", "grad_norm": "gradient norm"}, rows_apart=True
         ),
@@ -104,11 +110,11 @@ def fidelity_curve(points: Sequence[Mapping[str, float]], networks: str) -> byte
 
 
 def to_html(figure: go.Figure) -> str:
-    """A <div> for a page that has plotly's script already."""
-    html: str = plotly.io.to_html(
+    """A <div> for a page that has plotly's script already, and the figure's note."""
+    drawn: str = plotly.io.to_html(
         figure, full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
     )
-    return html
+    return drawn + (f"<p>{html.escape(figure.layout.meta)}</p>" if figure.layout.meta else "")
 
 
 def script() -> str:
@@ -183,11 +189,9 @@ def _loss(rows: Sequence[Record], events: Sequence[Record]) -> go.Figure | None:
 
 
 def _validation(rows: Sequence[Record], events: Sequence[Record]) -> dict[str, go.Figure | None]:
-    """Each figure of the averages beside that of the trained weights, with standard errors; then the loss by
-    noise level."""
-    names = [
-        name for name in _names(rows) if name.startswith(VALIDATION) and f"{name}_stderr" in _names(rows)
-    ]
+    """Each figure of the averages beside that of the trained weights, with its standard errors if it has any;
+    then the loss by noise level."""
+    names = [name for name in _names(rows) if name.startswith(VALIDATION) and not _OF_NONE.search(name)]
     bins = [name for name in names if name.startswith(f"{VALIDATION}bin_")]
     kinds = dict.fromkeys(
         name.removeprefix(VALIDATION).removeprefix("raw_") for name in names if name not in bins
@@ -195,11 +199,26 @@ def _validation(rows: Sequence[Record], events: Sequence[Record]) -> dict[str, g
     drawn: dict[str, go.Figure | None] = {}
     for kind in kinds:
         pair = [name for name in (f"{VALIDATION}{kind}", f"{VALIDATION}raw_{kind}") if name in names]
-        drawn[f"Validation: {kind}"] = _with_errors(rows, events, pair)
+        figure = _with_errors(rows, events, pair)
+        by_features = kind in RECONSTRUCTION_DISTANCES.values()
+        drawn[f"Validation: {kind}"] = _measured(figure, rows, pair[0]) if by_features else figure
     if bins:
         by_place = sorted(bins, key=lambda name: int(name.rpartition("_")[2]))
         drawn["Validation by noise level, from little to much"] = _with_errors(rows, events, by_place)
     return drawn
+
+
+def _measured(figure: go.Figure | None, rows: Sequence[Record], prefix: str) -> go.Figure | None:
+    """With a note of the networks by which figures of names that begin so are measured, as rows tell."""
+    told = dict.fromkeys(
+        f"{name}, weights {digest[:16]}, {sees}"
+        for row in rows
+        if any(key.startswith(prefix) for key in row)
+        for name, digest, sees in row.get(MEASURED_BY, {}).get("networks", {}).values()
+    )
+    if figure is not None and told:
+        figure.update_layout(meta=f"measured by {'; '.join(told)}")
+    return figure
 
 
 def _with_errors(rows: Sequence[Record], events: Sequence[Record], names: Sequence[str]) -> go.Figure:

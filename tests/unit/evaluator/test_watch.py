@@ -312,6 +312,11 @@ def test_wandb_has_it_in_the_group_of_the_run(tmp_path: Path, make_run: MakeRun)
     assert run_id.startswith("abc123-evaluator-")
     (path,) = (tmp_path / "run/evaluation").glob("wandb/offline-run-*/*.wandb")
     history = [record.history.item for record in wandb_records(path) if record.HasField("history")]
+    configured = [
+        item for record in wandb_records(path) if record.HasField("run") for item in record.run.config.update
+    ]
+    (by,) = (json.loads(item.value_json) for item in configured if item.key == "measured_by")
+    assert by == lines(tmp_path)[0]["measured_by"]
     rows = [{item.key or "/".join(item.nested_key): item.value_json for item in row} for row in history]
     told = [row for row in rows if "eval/fd_random" in row]
     assert [int(row["samples_seen"]) for row in told] == [line["samples_seen"] for line in lines(tmp_path)]
@@ -349,3 +354,5 @@ def test_the_report_draws_what_it_has_found(tmp_path: Path, make_run: MakeRun) -
     page = (tmp_path / "report.html").read_text()
     assert "Fidelity" in page
     assert "fd_random" in page
+    name, digest, _ = lines(tmp_path)[0]["measured_by"]["networks"]["random"]
+    assert f"<p>measured by {name}, weights {digest[:16]}, " in page
