@@ -102,7 +102,8 @@ def test_a_run_asks_no_more_of_storage_and_peers_than_its_ranks_explain(tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     table = {name: (values["2"], values["4"]) for name, values in json.loads(out.read_text()).items()}
     assert table["requests saves: PUT shard"] == (2, 4)
-    assert table["requests saves: PUT manifest"] == table["requests saves: GET manifest"] == (1, 1)
+    assert table["requests saves: PUT manifest"] == (1, 1)
+    assert "requests saves: GET manifest" not in table  # megabytes under ZeRO-3, which rank 0 knows already
     assert table["requests resume: GET state"][0] == table["requests resume: GET state"][1]
     assert table["requests resume: HEAD journal"] == (1, 1)
     # The first stage and a network to start from; where the run goes on, that one is not asked for.

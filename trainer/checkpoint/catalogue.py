@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from data_pipeline.storage.files import exists, list_names, read_bytes
+from data_pipeline.errors import NotFound
+from data_pipeline.storage.files import exists, list_names, modified_at, read_bytes
 from data_pipeline.storage.large import measure
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest, Manifest, StoredFile
@@ -85,6 +86,10 @@ def problems(handle: CheckpointHandle, files: tuple[StoredFile, ...]) -> list[st
     return found
 
 
+Merits = dict[tuple[str, float], float | None]
+"""Value of the metric that the best are kept by, by URL of a checkpoint and when its manifest was written."""
+
+
 def steps_to_keep(merits: Mapping[int, float | None], retention: Retention) -> set[int]:
     """The newest `keep_last` (at least one), for ever the multiples of `keep_every`, the `keep_best` best.
 
@@ -106,33 +111,40 @@ def token_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def steps_to_retire(folder: str, newest: int, retention: Retention) -> list[int]:
+def steps_to_retire(folder: str, newest: Manifest, retention: Retention, merits: Merits) -> list[int]:
     """Steps whose checkpoints are not kept, and those that older attempts left half-written; newest first.
 
     Args:
-        newest: step that has just been committed; folders of later steps are left alone.
+        newest: what has just been committed; folders of later steps are left alone.
+        merits: what is known by now; added is what is learned here.
 
     Raises ValueError: what others want to keep is not understood (see `marks`).
     """
-    steps = [step for step in steps_found(folder) if step <= newest]
-    committed = [step for step in steps if is_committed(folder, step)]
-    # Each manifest is a request to storage and may be large: they are opened only if merits matter.
-    metric = retention.best_metric
-    merits = {step: _merit(folder, step, metric) if retention.keep_best else None for step in committed}
-    kept = steps_to_keep(merits, retention)
-    marked = marked_steps(folder) if len(committed) > 1 else set()
+    steps = [step for step in steps_found(folder) if step <= newest.step]
+    urls = {step: join(folder, folder_name(step)) for step in steps}
+    written = {step: at for step in steps if (at := _committed_at(urls[step])) is not None}
+    by_step: dict[int, float | None] = dict.fromkeys(written)
+    if retention.keep_best:
+        # Each manifest is a request to storage and may be large: opened once, and only if it matters.
+        for step, at in written.items():
+            if (urls[step], at) not in merits:
+                manifest = newest if step == newest.step else None
+                merits[urls[step], at] = _merit(urls[step], manifest, retention.best_metric)
+            by_step[step] = merits[urls[step], at]
+    kept = steps_to_keep(by_step, retention)
+    marked = marked_steps(folder) if len(written) > 1 else set()
     return [step for step in steps if step not in kept and step not in marked]
 
 
-def leftovers(url: str) -> list[str]:
-    """Names of files of earlier attempts at the same step, which the manifest in `url` does not name."""
-    manifest = open_checkpoint(url).manifest
-    named = {MANIFEST_NAME, *(file.name for file in manifest.files)}
-    return [name for name in list_names(url) if name not in named]
-
-
-def _merit(folder: str, step: int, metric: str) -> float | None:
+def _committed_at(url: str) -> float | None:
     try:
-        return open_checkpoint(join(folder, folder_name(step))).manifest.value(metric)
+        return modified_at(join(url, MANIFEST_NAME))
+    except NotFound:
+        return None
+
+
+def _merit(url: str, manifest: Manifest | None, metric: str) -> float | None:
+    try:
+        return (manifest or open_checkpoint(url).manifest).value(metric)
     except BadManifest:
         return None  # damaged: nothing to keep it for

@@ -93,6 +93,11 @@ class ShardPlan:
         text += b" " * (-len(text) % 8)  # the format wants the data 8-byte aligned
         return len(text).to_bytes(8, "little") + text
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header()) + self.data_bytes
+
     def offset_of(self, engine: str, kind: str) -> int:
         """Byte in the data section at which a flat tensor begins."""
         offset = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
@@ -29,8 +28,8 @@ from trainer.checkpoint.catalogue import (
 from trainer.checkpoint.contents import Contents, Stored, load_averages, load_engine, spans_of
 from trainer.checkpoint.export import CONTENTS, read_state
 from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan, tables_to_json
-from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile
+from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan
+from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile, tables_text
 from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.writer import Commit, Job
 from trainer.checkpoint.writer_client import BackgroundWriter, InlineWriter, Writer
@@ -107,7 +106,7 @@ class CheckpointManager:
         self._pending = False
         self._waited_s = 0.0  # since the last save
         self._buffer = buffer
-        self._tables: dict[tuple[str, ...], bytes] = {}
+        self._shards: dict[tuple[tuple[str, tuple[str, ...]], ...], tuple[bytes, tuple[int, ...]] | None] = {}
         self._writer: Writer = BackgroundWriter() if config.checkpoint.asynchronous else InlineWriter()
         self.last_save: SaveReport | None = None
         self.committed = False
@@ -160,10 +159,10 @@ class CheckpointManager:
         waited, self._waited_s = self._waited_s, 0.0
         begun = time.perf_counter()
         plan = contents.plan()
-        all_tables = self._tables_of_all_ranks(plan)
+        shards = self._shards_of_all_ranks(plan)
         buffer = self._buffer_for(plan.data_bytes)
         buffer.fill(contents.vectors(plan))
-        commit = self._commit(contents, all_tables, retention) if self._env.is_main else None
+        commit = self._commit(contents, *shards, retention) if shards else None
         self._attempts += 1
         attempt = f"{self._session}{self._attempts:04x}"
         self._writer.submit(Job(folder, contents.step, attempt, self._env.rank, plan, commit), buffer)
@@ -274,13 +273,21 @@ class CheckpointManager:
             self._buffer.close()
             self._buffer = None
 
-    def _tables_of_all_ranks(self, plan: ShardPlan) -> bytes:
-        """As JSON; exchanged once per set of engines, since the layout of a run does not change."""
-        key = tuple(plan.tables)
-        if key not in self._tables:
-            everywhere = collectives.all_gather_object(tables_to_json(plan.tables))
-            self._tables[key] = json.dumps(everywhere, separators=(",", ":")).encode()
-        return self._tables[key]
+    def _shards_of_all_ranks(self, plan: ShardPlan) -> tuple[bytes, tuple[int, ...]] | None:
+        """On rank 0, their tables as JSON and the bytes of their files; None on the others.
+
+        Told once per set of flat tensors, since the layout of a run does not change; as text, so that rank 0
+        has nothing to do for each of the 270,000 spans of SD2 under ZeRO-3 on 512 ranks.
+        """
+        key = tuple(plan.kinds.items())
+        if key not in self._shards:
+            everywhere = collectives.gather_object((tables_text(plan.tables), plan.file_bytes))
+            if everywhere is None:
+                self._shards[key] = None
+            else:
+                tables, sizes = zip(*everywhere, strict=True)
+                self._shards[key] = b"[%s]" % b",".join(tables), sizes
+        return self._shards[key]
 
     def _buffer_for(self, num_bytes: int) -> HostBuffer:
         """Memory for the copy, kept between saves. The writer attaches to the first: it is the largest."""
@@ -292,7 +299,9 @@ class CheckpointManager:
             self._buffer = HostBuffer(num_bytes, self._env.device)
         return self._buffer
 
-    def _commit(self, contents: Contents, tables: bytes, retention: Retention) -> Commit:
+    def _commit(
+        self, contents: Contents, tables: bytes, sizes: tuple[int, ...], retention: Retention
+    ) -> Commit:
         unknown = StoredFile("", 0, "")
         return Commit(
             manifest=Manifest(
@@ -308,6 +317,7 @@ class CheckpointManager:
                 metrics=contents.metrics,
             ),
             tables=tables,
+            sizes=sizes,
             state=contents.state_file(self._config, self._env.world_size),
             tensors=contents.tensors_file(),
             retention=retention,

@@ -73,15 +73,20 @@ class Manifest:
         """Layout of one shard file."""
         return ShardPlan(self.tables[shard], self.kinds)
 
-    def to_bytes(self) -> bytes:
-        """JSON with a checksum over itself."""
+    def to_bytes(self, tables: bytes | None = None) -> bytes:
+        """JSON with a checksum over itself.
+
+        tables: those of all ranks, which `self` then lacks, as `tables_text` has each, in a JSON list. Under
+            ZeRO-3 on hundreds of ranks they are nearly all of the manifest, and are copied as they are.
+        """
+        if tables is None:
+            tables = _canonical([tables_to_json(of_rank) for of_rank in self.tables])
         body = {
             "format": FORMAT,
             "step": self.step,
             "shards": [vars(file) for file in self.shards],
             "state": vars(self.state),
             "tensors": vars(self.tensors),
-            "tables": [tables_to_json(tables) for tables in self.tables],
             "kinds": self.kinds,
             "shapes": self.shapes,
             # JSON has no NaN and no infinity.
@@ -89,17 +94,19 @@ class Manifest:
             "best_metric": self.best_metric,
             "metrics": {name: value for name, value in self.metrics.items() if math.isfinite(value)},
         }
-        return json.dumps({"checksum": _checksum(body), **body}, separators=(",", ":")).encode()
+        # Without sorting: engines lie in a shard in the order of `kinds`.
+        text = json.dumps({"checksum": _checksum(body, tables), **body}, separators=(",", ":")).encode()
+        return b'%s,"tables":%s}' % (text[:-1], tables)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Raises BadManifest."""
         try:
             body: dict[str, Any] = json.loads(data)
-            checksum = body.pop("checksum")
+            checksum, tables = body.pop("checksum"), body.pop("tables")
         except (ValueError, KeyError, AttributeError) as error:
             raise BadManifest("the manifest is torn") from error
-        if checksum != _checksum(body):
+        if checksum != _checksum(body, _canonical(tables)):
             raise BadManifest("the manifest does not match its checksum")
         if body["format"] != FORMAT:
             raise BadManifest(f"the manifest has format {body['format']}, this version reads {FORMAT}")
@@ -108,7 +115,7 @@ class Manifest:
             shards=tuple(StoredFile(**file) for file in body["shards"]),
             state=StoredFile(**body["state"]),
             tensors=StoredFile(**body["tensors"]),
-            tables=tuple(tables_from_json(tables) for tables in body["tables"]),
+            tables=tuple(tables_from_json(of_rank) for of_rank in tables),
             kinds={engine: tuple(kinds) for engine, kinds in body["kinds"].items()},
             shapes={
                 engine: {name: tuple(shape) for name, shape in shapes.items()}
@@ -120,5 +127,17 @@ class Manifest:
         )
 
 
-def _checksum(body: dict[str, Any]) -> str:
-    return checksum_bytes(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+def tables_text(tables: dict[str, Table]) -> bytes:
+    """One rank's tables as they are in a manifest."""
+    return _canonical(tables_to_json(tables))
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _checksum(body: dict[str, Any], tables: bytes) -> str:
+    """Of the canonical JSON of body and tables together."""
+    texts = {key: _canonical(value) for key, value in body.items()} | {"tables": tables}
+    fields = (b'"%s":%s' % (key.encode(), text) for key, text in sorted(texts.items()))
+    return checksum_bytes(b"{%s}" % b",".join(fields))

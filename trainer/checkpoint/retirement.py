@@ -18,20 +18,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_pipeline.errors import Failure, UserError
-from data_pipeline.storage.files import list_tree, remove_names
+from data_pipeline.storage.files import list_names, list_tree, remove_names
 from data_pipeline.storage.large import abort_uploads
 from data_pipeline.storage.retry import pause_before
 from data_pipeline.storage.urls import join, name_of
 from trainer.checkpoint.catalogue import (
+    Merits,
     Retention,
     checkpoints_url,
     folder_name,
-    leftovers,
     snapshots_url,
     steps_to_retire,
     token_of,
 )
-from trainer.checkpoint.manifest import MANIFEST_NAME
+from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +57,16 @@ class Retirement:
         self._under_way: list[tuple[threading.Thread, frozenset[str]]] = []
         """Threads, and the folders that each removes; one that was stopped may still wait for an answer."""
         self._stop = threading.Event()
+        self._merits: Merits = {}
 
-    def begin(self, folder: str, newest: int, retention: Retention, token: int = 0) -> None:
-        """Remove what step `newest`, just committed, leaves over; returns within seconds. Never raises.
+    def begin(self, folder: str, newest: Manifest, retention: Retention, token: int = 0) -> None:
+        """Remove what `newest`, just committed, leaves over; returns within seconds. Never raises.
 
         token: of this start of the run; what later starts have written is not its to remove.
         """
         self._stop.set()
         try:
-            doomed = _doomed(folder, newest, retention, token)
+            doomed = _doomed(folder, newest, retention, token, self._merits)
         except (OSError, ValueError, Failure) as error:
             # The new checkpoint counts; old ones that stay cost only space.
             logger.warning("old checkpoints in %s cannot be listed: %s", folder, error)
@@ -108,12 +109,15 @@ def abort_dead_uploads(run_dir: str, token: int) -> None:
             logger.info("%d uploads that were killed with an earlier start are ended in %s", ended, folder)
 
 
-def _doomed(folder: str, newest: int, retention: Retention, token: int) -> list[Doomed]:
-    urls = [join(folder, folder_name(step)) for step in steps_to_retire(folder, newest, retention)]
+def _doomed(folder: str, newest: Manifest, retention: Retention, token: int, merits: Merits) -> list[Doomed]:
+    steps = steps_to_retire(folder, newest, retention, merits)
+    urls = [join(folder, folder_name(step)) for step in steps]
     listed = [Doomed(url, tuple(list_tree(url, tries=1))) for url in urls]
     found = [each for each in listed if max(map(token_of, each.names), default=0) <= token]
-    newest_url = join(folder, folder_name(newest))
-    left = [name for name in leftovers(newest_url) if token_of(name) <= token]
+    newest_url = join(folder, folder_name(newest.step))
+    named = {MANIFEST_NAME, *(file.name for file in newest.files)}
+    of_earlier_attempts = (name for name in list_names(newest_url) if name not in named)
+    left = [name for name in of_earlier_attempts if token_of(name) <= token]
     return [*found, *([Doomed(newest_url, tuple(left))] if left else [])]
 
 

@@ -19,10 +19,8 @@ a killed attempt at the same step must not be taken for one of this.
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data_pipeline.errors import RetryableFault
@@ -31,7 +29,7 @@ from data_pipeline.storage.large import checksum_bytes, write_whole
 from data_pipeline.storage.retry import PATIENT_TRIES
 from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import Retention, folder_name
-from trainer.checkpoint.layout import ShardPlan, Table, tables_from_json, tables_to_json
+from trainer.checkpoint.layout import ShardPlan, tables_from_json, tables_to_json
 from trainer.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredFile
 from trainer.checkpoint.retirement import Retirement
 from trainer.reliability.lease import Claim
@@ -44,9 +42,11 @@ class Commit:
     """What rank 0 writes besides its shard."""
 
     manifest: Manifest
-    """Complete but for tables, checksums and sizes."""
+    """Complete but for its tables and files."""
     tables: bytes
-    """JSON: the tables of all ranks, megabytes of them under ZeRO-3 on hundreds."""
+    """JSON: the tables of all ranks, megabytes of them under ZeRO-3 on hundreds, which nobody parses here."""
+    sizes: tuple[int, ...]
+    """Bytes of each rank's shard."""
     state: bytes
     """JSON."""
     tensors: bytes
@@ -107,32 +107,28 @@ def write_commit(job: Job, own: StoredFile, retirement: Retirement) -> None:
     state_name, tensors_name = f"state.{job.attempt}.json", f"state.{job.attempt}.safetensors"
     state = write_whole(join(job.url, state_name), commit.state)
     tensors = write_whole(join(job.url, tensors_name), commit.tensors)
-    tables = tuple(tables_from_json(of_rank) for of_rank in json.loads(commit.tables))
     manifest = replace(
         commit.manifest,
-        tables=tables,
-        shards=(own, *_shards_of_others(job, tables)),
+        shards=(own, *_shards_of_others(job, commit)),
         state=StoredFile(state_name, *state),
         tensors=StoredFile(tensors_name, *tensors),
     )
     retirement.spare(job.url)
     if commit.claim is not None:
         commit.claim.verify(tries=PATIENT_TRIES)  # as patient as the shards were
-    write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes())
+    write_whole(join(job.url, MANIFEST_NAME), manifest.to_bytes(commit.tables))
     token = 0 if commit.claim is None else commit.claim.token
-    retirement.begin(job.folder, job.step, commit.retention, token)
+    retirement.begin(job.folder, manifest, commit.retention, token)
 
 
-def _shards_of_others(job: Job, tables: Sequence[dict[str, Table]]) -> list[StoredFile]:
+def _shards_of_others(job: Job, commit: Commit) -> list[StoredFile]:
     """What the ranks but 0 wrote, as their files' names tell; waits until all are there."""
-    commit = job.commit
-    assert commit is not None
     pattern = re.compile(rf"rank_(?P<rank>\d+)\.{job.attempt}\.(?P<checksum>[0-9a-f]{{32}})\.safetensors")
     deadline, pause = time.monotonic() + commit.patience_s, _FIRST_POLL_S
     while True:
         matches = map(pattern.fullmatch, list_names(job.url, tries=PATIENT_TRIES))
         found = {int(match["rank"]): match for match in matches if match}
-        missing = [rank for rank in range(1, len(tables)) if rank not in found]
+        missing = [rank for rank in range(1, len(commit.sizes)) if rank not in found]
         if not missing:
             break
         if time.monotonic() > deadline:
@@ -140,10 +136,10 @@ def _shards_of_others(job: Job, tables: Sequence[dict[str, Table]]) -> list[Stor
             raise RetryableFault(f"the checkpoint of step {job.step} was given up: no shard of ranks {late}.")
         time.sleep(pause)
         pause = min(_LONGEST_POLL_S, 1.5 * pause)
-    plans = [ShardPlan(table, job.plan.kinds) for table in tables]
-    sizes = [len(plan.header()) + plan.data_bytes for plan in plans]
     return [
-        StoredFile(found[rank][0], sizes[rank], found[rank]["checksum"]) for rank in range(1, len(tables))
+        StoredFile(found[rank][0], size, found[rank]["checksum"])
+        for rank, size in enumerate(commit.sizes)
+        if rank
     ]
 
 
@@ -161,6 +157,7 @@ def job_to_header(job: Job) -> tuple[dict[str, object], list[bytes]]:
         return header, []
     commit = job.commit
     header["commit"] = {
+        "sizes": commit.sizes,
         "retention": vars(commit.retention),
         "patience_s": commit.patience_s,
         "claim": vars(commit.claim) if commit.claim is not None else None,
@@ -179,8 +176,10 @@ def job_from_header(header: dict[str, object], blobs: list[bytes]) -> Job:
         manifest, tables_of_all, state, tensors = blobs
         retention = Retention(**commit["retention"])
         claim = Claim(**commit["claim"]) if commit["claim"] is not None else None
-        files = Manifest.from_bytes(manifest), tables_of_all, state, tensors
-        parts = Commit(*files, retention, commit["patience_s"], claim)
+        parts = Commit(
+            Manifest.from_bytes(manifest), tables_of_all, tuple(commit["sizes"]), state, tensors,
+            retention, commit["patience_s"], claim,
+        )  # fmt: skip
     return Job(
         folder=str(header["folder"]),
         step=int(str(header["step"])),

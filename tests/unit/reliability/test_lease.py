@@ -21,7 +21,7 @@ from data_pipeline.storage.client import filesystem
 from data_pipeline.storage.local_s3 import LocalS3
 from data_pipeline.storage.urls import join
 from tests.unit.checkpoint.small_run import SmallRun, build_small_run
-from trainer.checkpoint.catalogue import Retention, checkpoints_url, folder_name
+from trainer.checkpoint.catalogue import Retention, checkpoints_url, folder_name, open_checkpoint
 from trainer.checkpoint.commands import verify
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.retirement import Retirement, abort_dead_uploads
@@ -184,7 +184,8 @@ def test_only_its_own_leftovers_and_older_ones_are_removed(run_dir: str) -> None
     assert "rank_00001.9-bbbb0001.safetensors" in names
     assert "rank_00001.0-aaaa0001.safetensors" not in names
     assert len(files.list_names(below)) == 2  # somebody with a later token is at work there
-    Retirement().begin(checkpoints_url(run_dir), 4, Retention(1, 0, 0), token=9)
+    committed = open_checkpoint(here).manifest
+    Retirement().begin(checkpoints_url(run_dir), committed, Retention(1, 0, 0), token=9)
     assert files.list_names(below) == []
 
 
