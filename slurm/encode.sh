@@ -13,7 +13,7 @@
 # at a time (--array=0-15%4), in any order. A task is requeued by itself, before its time limit and after faults;
 # what is in the cache is passed over, so nothing is encoded twice but what was not yet stored when it was killed.
 # A mistake in the command (exit code 2) ends it. LDM_ENCODE_PARTS=16 with --array=3,7 does these two of 16 again.
-# LDM_PYTHON, LDM_REPOSITORY and LDM_MAX_RESTARTS are as in train_ldm.sh.
+# LDM_PYTHON, LDM_REPOSITORY, LDM_CONTAINER, LDM_MOUNTS and LDM_MAX_RESTARTS are as in train_ldm.sh.
 #
 # USR1 goes to the encoders (not to this script) 120 s before the time limit: they store what they have.
 #SBATCH --job-name=ldm-encode
@@ -56,11 +56,9 @@ fi
 # SLURM runs a spooled copy of this file; where the original lies, and with it the code, it remembers.
 submitted=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | head -n 1)
 repository=${LDM_REPOSITORY:-$(dirname "$(dirname "${submitted# Command=}")")}
-if [[ -z ${LDM_PYTHON:-} ]]; then
-  LDM_PYTHON=$repository/.venv/bin/python
-  [[ -x $LDM_PYTHON ]] || LDM_PYTHON=python3
-fi
-export LDM_PYTHON PYTHONPATH=$repository PYTHONSAFEPATH=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# shellcheck source=slurm/container.sh
+source "$repository/slurm/container.sh"
+export PYTHONPATH=$repository PYTHONSAFEPATH=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Several tasks of a node share the part; each takes the GPU of its place.
 tasks=$((${SLURM_NNODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
@@ -73,7 +71,7 @@ encoder='IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
 trap 'say "SIGTERM: the encoders have it too; waiting for them to store what they have"' TERM
 say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: part $part of $parts, $tasks rank(s)"
 srun --ntasks="$tasks" --ntasks-per-node="${SLURM_NTASKS_PER_NODE:-1}" --kill-on-bad-exit=0 \
-  bash -c "$encoder" encode "$@" &
+  "${srun_container[@]}" "${in_container[@]}" bash -c "$encoder" encode "$@" &
 encoders=$!
 status=0
 # A trapped signal ends `wait` early; only a vanished srun ends the loop.

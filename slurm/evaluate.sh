@@ -11,8 +11,9 @@
 # failed: it measures what is left, and does not wait for more. It is requeued itself, before its time limit and after
 # faults, and goes on with the pictures that it has. A mistake in the command (exit code 2) ends it.
 #
-# Arguments are those of `ldm evaluate watch`. LDM_PYTHON, LDM_REPOSITORY and LDM_MAX_RESTARTS are as in
-# train_ldm.sh. With LDM_RUN_SEED, the seed of an array of runs, each task of this array has the run of its number.
+# Arguments are those of `ldm evaluate watch`. LDM_PYTHON, LDM_REPOSITORY, LDM_CONTAINER, LDM_MOUNTS and
+# LDM_MAX_RESTARTS are as in train_ldm.sh. With LDM_RUN_SEED, the seed of an array of runs, each task of this array
+# has the run of its number.
 #SBATCH --job-name=ldm-evaluate
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1
@@ -38,10 +39,8 @@ if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job_key=${SLURM_ARRAY_JOB_ID}_${SLURM_
 # SLURM runs a spooled copy of this file; where the original lies, and with it the code, it remembers.
 submitted=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | head -n 1)
 repository=${LDM_REPOSITORY:-$(dirname "$(dirname "${submitted# Command=}")")}
-if [[ -z ${LDM_PYTHON:-} ]]; then
-  LDM_PYTHON=$repository/.venv/bin/python
-  [[ -x $LDM_PYTHON ]] || LDM_PYTHON=python3
-fi
+# shellcheck source=slurm/container.sh
+source "$repository/slurm/container.sh"
 export PYTHONPATH=$repository PYTHONSAFEPATH=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # In a subshell that ignores SIGTERM, by which the requeue ends this very script.
@@ -86,7 +85,7 @@ tasks=${SLURM_NTASKS_PER_NODE:-1}
 # Evaluate until it ends or is ended: sets status.
 evaluate() {
   srun --ntasks="$((${SLURM_NNODES:-1} * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=1 \
-    "$LDM_PYTHON" -m trainer evaluate watch "$@" &
+    "${srun_container[@]}" "${in_container[@]}" "$LDM_PYTHON" -m trainer evaluate watch "$@" &
   evaluator=$!
   status=0
   # A trapped signal ends `wait` early; only a vanished srun ends the loop.

@@ -51,26 +51,16 @@ done
 # SLURM runs a spooled copy of this file; where the original lies, and with it the code, it remembers.
 submitted=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | head -n 1)
 repository=${LDM_REPOSITORY:-$(dirname "$(dirname "${submitted# Command=}")")}
-if [[ -z ${LDM_PYTHON:-} ]]; then
-  LDM_PYTHON=$repository/.venv/bin/python
-  # One that was made inside a container is a link to nothing out here.
-  [[ -x $LDM_PYTHON || (-n ${LDM_CONTAINER:-} && -L $LDM_PYTHON) ]] || LDM_PYTHON=python3
-fi
-export LDM_PYTHON LDM_JOB_DIR=$job_dir LDM_FAULTS=$job_dir/faults.jsonl
+code=$job_dir/code # the copy, once it is there
+[[ -e $code/slurm/container.sh ]] || code=$repository
+# shellcheck source=slurm/container.sh
+source "$code/slurm/container.sh"
+export LDM_JOB_DIR=$job_dir LDM_FAULTS=$job_dir/faults.jsonl
 say "job $job_key on $SLURM_JOB_NODELIST; logs and snapshot in $job_dir"
 # Of the site, and the one notice here that nobody could lengthen for this job.
 grace=$(scontrol show config | sed -nE 's/^KillWait *= *([0-9]+).*/\1/p') || true
 say "scancel and preemption leave ${grace:-an unknown number of} s to save (KillWait); ldm stop leaves all it takes"
 
-# Optional container: a .sif runs under apptainer, anything else is an image for enroot/pyxis.
-srun_container=() in_container=()
-if [[ ${LDM_CONTAINER:-} == *.sif ]]; then
-  in_container=(apptainer exec --nv --bind "$SLURM_SUBMIT_DIR,$job_dir${LDM_MOUNTS:+,$LDM_MOUNTS}" "$LDM_CONTAINER")
-elif [[ -n ${LDM_CONTAINER:-} ]]; then
-  srun_container=(--container-image="$LDM_CONTAINER"
-    --container-mounts="$SLURM_SUBMIT_DIR:$SLURM_SUBMIT_DIR,$job_dir:$job_dir,$repository:$repository${LDM_MOUNTS:+,$LDM_MOUNTS}"
-    --no-container-mount-home)
-fi
 # Python on this node, for the decisions below; under pyxis only a step can enter the image.
 if ((${#srun_container[@]})); then
   python() {

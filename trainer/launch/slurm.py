@@ -150,10 +150,12 @@ def _submit_beside(folder: Path, job: str, config: Config, evaluator: EvaluatorJ
 
 
 def _sbatch(words: Sequence[str], variables: Mapping[str, str]) -> str:
-    """The number of a new job, which is handed `variables` beside the environment."""
+    """The number of a new job, which is handed `variables` beside the environment, and this interpreter."""
+    # A container has one of its own, which slurm/container.sh finds.
+    ours = {} if os.environ.get("LDM_CONTAINER") else {"LDM_PYTHON": sys.executable}
     done = subprocess.run(
         ["sbatch", "--parsable", *words],
-        env={**os.environ, "LDM_PYTHON": os.environ.get("LDM_PYTHON", sys.executable), **variables},
+        env={**ours, **os.environ, **variables},
         capture_output=True,
         text=True,
         check=False,

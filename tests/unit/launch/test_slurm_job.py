@@ -385,6 +385,31 @@ def test_submit_says_so_where_there_is_no_slurm(config_file: Path, monkeypatch: 
         submit(str(config_file), ["stepz=1"], [])
 
 
+@pytest.mark.parametrize(
+    ("given", "handed_on"),
+    [
+        ({}, sys.executable),
+        ({"LDM_CONTAINER": "ldm.sif"}, ""),
+        ({"LDM_PYTHON": "/opt/python"}, "/opt/python"),
+    ],
+)
+def test_a_job_has_the_interpreter_of_who_submits_it_or_that_of_its_container(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], handed_on: str
+) -> None:
+    """By a program that stands in for sbatch and says what it was handed."""
+    program = tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "${LDM_PYTHON-}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LDM_JOBS_DIR", str(tmp_path / "jobs"))
+    for name in ("LDM_CONTAINER", "LDM_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert submit(str(config_file), [], []) == [handed_on]
+
+
 def test_scripts_pass_shellcheck() -> None:
     folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     shellcheck = shutil.which("shellcheck", path=folders)
