@@ -118,7 +118,10 @@ class FaultyRun:
         self.log = folder / "console.log"
         self.config_path = folder / "config.yaml"
         self.config_path.write_text(yaml.safe_dump(values))
-        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self._hold = folder / "hold"
+        self._environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "FAULT_HOLD": str(self._hold), **environment
+        }  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
         self._seen: LocalRun | None = None
 
@@ -135,8 +138,18 @@ class FaultyRun:
         self._seen = LocalRun(self.process.pid)
         return self
 
+    def hold(self, step: int | None) -> None:
+        """Let no step be begun once this many are made, whoever starts it; None: let it go."""
+        if step is None:
+            self._hold.unlink(missing_ok=True)
+            return
+        beside = self._hold.with_suffix(".new")
+        beside.write_text(str(step))
+        beside.replace(self._hold)
+
     def wait(self, limit_s: float = LIMIT_S) -> int:
-        """Exit code."""
+        """Let it go; its exit code."""
+        self.hold(None)
         assert self.process is not None
         try:
             return self.process.wait(limit_s)
@@ -170,8 +183,11 @@ class FaultyRun:
         assert self._seen is not None, "not started"
         return self._seen
 
-    def until(self, condition: Callable[[], bool], what: str, limit_s: float = 400.0) -> float:
-        """Poll until a condition holds; the monotonic time at which it did."""
+    def until(
+        self, condition: Callable[[], bool], what: str, *, hold: int | None = None, limit_s: float = 400.0
+    ) -> float:
+        """Poll until a condition holds, and hold the run at this step; the monotonic time at which it did."""
+        self.hold(hold)
         limit = time.monotonic() + limit_s
         while not condition():
             assert self.process is not None
@@ -181,7 +197,10 @@ class FaultyRun:
         return time.monotonic()
 
     def until_step(self, step: int, rank: int = 0, phase: str = "step") -> float:
-        """Wait until a rank is at this phase of this optimizer step, or past it (phases are short)."""
+        """Wait until a rank is at this phase of this optimizer step, or past it (phases are short).
+
+        The run is held there, or at the next step, until the test lets it go.
+        """
 
         def there() -> bool:
             pulse = self.pulse(rank)
@@ -189,7 +208,8 @@ class FaultyRun:
                 return False
             return pulse.step > step or (pulse.step == step and pulse.phase == phase)
 
-        return self.until(there, f"rank {rank} in phase {phase} of step {step}")
+        what = f"rank {rank} in phase {phase} of step {step}"
+        return self.until(there, what, hold=step if phase == "step" else step + 1)
 
     def signal(self, number: int, *targets: int) -> float:
         """Send a signal to ranks (all of them if none is named); the monotonic time."""
@@ -205,7 +225,7 @@ class FaultyRun:
             ranks = self.ranks()
             return len(ranks) == len(old) and not set(ranks.values()) & set(old.values())
 
-        noticed = self.until(replaced, "new ranks")
+        noticed = self.until(replaced, "new ranks", hold=step + 2)  # others are inside a step when it strikes
         back = self.until_step(step)
         (resumed,) = [event["step"] for event in self.events("resume")[-1:]] or [0]
         lost = max(0, step - resumed)

@@ -2,11 +2,13 @@
 
 Faults that come from inside a process (a NaN, a spike, a clock that jumps) cannot be sent as signals.
 This script starts the real command and makes the real ranks run through `become_rank` below. Every step is
-stretched, so that a test on a crowded machine still finds the tiny run at the step it wants to hurt.
+stretched, and none is begun beyond the one that the test holds the run at (`FaultyRun.hold`): however crowded
+the machine, a test finds the tiny run where it wants to hurt it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -15,19 +17,38 @@ from pathlib import Path
 from typing import Any
 
 PACE_S = 0.1
+HELD_S = 0.02
 
 
 def pace() -> None:
-    """Stretch every step."""
+    """Stretch every step, and begin none where the run is held; a rank that is held does not hang."""
+    from trainer.reliability.watchdog import Watchdog
     from trainer.stages.diffusion import DiffusionStage
 
-    train_step = DiffusionStage.train_step
+    train_step, enter = DiffusionStage.train_step, Watchdog.__enter__
+    watching: list[Watchdog] = []
+
+    def entered(self: Watchdog) -> Watchdog:
+        watching[:] = [self]
+        return enter(self)
 
     def train(self: Any, *rest: Any) -> Any:
         time.sleep(PACE_S)
+        while (dog := watching[0])._step >= held_at():
+            dog.beat(dog._step, dog._phase)
+            time.sleep(HELD_S)
         return train_step(self, *rest)
 
+    Watchdog.__enter__ = entered  # type: ignore[method-assign]
     DiffusionStage.train_step = train  # type: ignore[method-assign]
+
+
+def held_at() -> float:
+    """Steps after which no more is begun."""
+    try:
+        return int(Path(os.environ["FAULT_HOLD"]).read_text())
+    except FileNotFoundError:
+        return math.inf
 
 
 def poison(factor: float) -> Callable[[], None]:

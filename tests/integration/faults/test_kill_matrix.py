@@ -40,7 +40,7 @@ def seeded_points(seed: int, count: int) -> list[KillPoint]:
     draw.shuffle(victims)
     points = []
     for i in range(count):
-        # Stay clear of the end, so that the last kill still finds something to kill.
+        # Clear of the end: a run is held two steps further, and has more to do then.
         step = 1 + (STEPS - 3) * i // count
         where = places[i % len(places)]
         if where in ("save", "upload"):
@@ -59,13 +59,15 @@ class Killer:
 
     def strike(self, point: KillPoint) -> None:
         run = self._run
-        run.until(self._fresh_ranks, "ranks of a new attempt")
+        beyond = point.step + 2  # the run waits there to be killed, and is inside a step before
+        run.until(self._fresh_ranks, "ranks of a new attempt", hold=beyond)
         if point.where in ("step", "data", "finish"):
             run.until_step(point.step, phase=point.where)
         elif point.where == "save":
             run.until_step(point.step, phase="checkpoint")
         elif point.where == "upload":
             self._until_half_written(point.step)
+        run.hold(beyond)
         time.sleep(point.delay_s)
         ranks = run.ranks()
         pulse = run.pulse(0)
@@ -95,7 +97,7 @@ class Killer:
             return pulse is not None and pulse.phase != "start" and pulse.step > step
 
         # The window is milliseconds wide; once the next step begins it may be over.
-        self._run.until(lambda: torn() or past(), f"a half-written step {step}")
+        self._run.until(lambda: torn() or past(), f"a half-written step {step}", hold=step + 1)
 
 
 def check_kills(

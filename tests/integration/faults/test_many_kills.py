@@ -59,12 +59,14 @@ class Tormentor:
     def strike(self, number: int) -> None:
         """Kill number `number` (from 1): once its share of the steps is made, or while ranks start up."""
         run, draw = self._run, self._draw
-        run.until(self._fresh_ranks, "ranks of a new attempt")
+        share = STEPS_PER_KILL * number  # of the steps: it waits there to be killed
+        run.until(self._fresh_ranks, "ranks of a new attempt", hold=share)
         at_start = draw.random() < 0.15
         if at_start:
             time.sleep(draw.uniform(0.0, 6.0))
         else:
-            run.until_step(STEPS_PER_KILL * (number - 1) + draw.randrange(STEPS_PER_KILL))
+            run.until_step(share - STEPS_PER_KILL + draw.randrange(STEPS_PER_KILL))
+            run.hold(share)
             time.sleep(draw.uniform(0.0, 0.3))
         outage = draw.uniform(1.0, 6.0) if draw.random() < 0.15 else 0.0
         if outage:

@@ -27,6 +27,7 @@ def test_an_outage_within_patience_is_waited_out(
     run = on_s3(SETTINGS).start()
     run.until_step(10)
     s3.stop()
+    run.hold(None)
     gone = time.monotonic()
     while time.monotonic() < gone + seconds:
         assert run.process.poll() is None, run.console[-4000:]

@@ -206,7 +206,7 @@ def test_a_full_disk_stops_with_a_sentence_and_loses_nothing(
 ) -> None:
     wanted = unbroken()
     run = make_run({"run_dir": str(small_disk / "out")}).start()
-    run.until(lambda: len(run.committed()) >= 1, "a first checkpoint")
+    run.until(lambda: len(run.committed()) >= 1, "a first checkpoint", hold=6)
     ballast = small_disk / "ballast"
     with ballast.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
         while stream.write(b"x" * 4096):
@@ -225,7 +225,7 @@ def test_storage_that_turns_read_only_stops_with_a_sentence(
 ) -> None:
     wanted = unbroken()
     run = make_run({"run_dir": str(small_disk / "out")}).start()
-    run.until(lambda: len(run.committed()) >= 1, "a first checkpoint")
+    run.until(lambda: len(run.committed()) >= 1, "a first checkpoint", hold=6)
     # A second mount over the first: it can turn read-only although the run has files open below it.
     out = str(run.folder_of_run)
     subprocess.run(["mount", "--bind", out, out], check=True)
@@ -245,6 +245,7 @@ def test_a_rank_that_slows_down_is_not_killed(make_run: Any, unbroken: Unbroken)
     run = make_run().start()
     run.until_step(6, rank=1)
     victim = run.ranks()[1]
+    run.hold(None)
     for _ in range(4):
         os.kill(victim, signal.SIGSTOP)
         time.sleep(1.0)
