@@ -13,10 +13,12 @@ With --count or --prompts-from it makes sets of any size over ranks, and goes on
 from __future__ import annotations
 
 import argparse
+import io
 import shlex
 import sys
 import typing
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -189,6 +191,20 @@ def arguments(
     parsed = parser.parse_args(words)
     parsed.command_line = ["sample", *words]
     return parsed
+
+
+def same_pictures(options: str, others: str) -> bool:
+    """Whether two such texts ask for the same pictures: in any order and spelling, by any batch size."""
+    if options == others:
+        return True
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    try:
+        with redirect_stderr(io.StringIO()):
+            asked = [vars(parser.parse_args(["", *shlex.split(text)])) for text in (options, others)]
+    except (SystemExit, ValueError):  # one is of another version
+        return False
+    return asked[0] | {"batch_size": None} == asked[1] | {"batch_size": None}
 
 
 def check_series(args: argparse.Namespace) -> None:

@@ -161,6 +161,8 @@ def _former(url: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError):
         theirs = None
+    if isinstance(theirs, dict) and sample.same_pictures(str(theirs.get("sample")), str(settings["sample"])):
+        theirs = theirs | {"sample": settings["sample"]}
     if theirs != settings:
         raise ConfigError(f"{url} is of another sweep ({theirs}); choose another folder with --out.")
     return dict(found)

@@ -22,6 +22,7 @@ from trainer.evaluation.statistics import SetStatistics
 from trainer.evaluator.findings import FOLDER
 from trainer.evaluator.lookout import Rule, Sighting
 from trainer.evaluator.watch import Watcher, WatchOptions
+from trainer.generation.store import former_record
 from trainer.launch.command import run_on_ranks
 from trainer.launch.rank import die_with_launcher
 
@@ -102,7 +103,9 @@ def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
     real = real or measuring.statistics(args.reference, reference=True)
 
     def draw(sighting: Sighting, folder: str) -> None:
-        sample_series.make(_drawing(args, sighting.url, folder), env)
+        drawing = _drawing(args, sighting.url, folder)
+        drawing.overwrite = collectives.from_main_rank(lambda: _in_other_batches(drawing, folder))
+        sample_series.make(drawing, env)
 
     def measure(folder: str) -> Comparison | None:
         made = measuring.statistics(folder)
@@ -125,6 +128,7 @@ def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
             "reference": real.record.pictures if real is not None else None,
             "sample": args.sample,
         },
+        same_pictures=sample.same_pictures,
     )
     Watcher(options, draw, measure).run()
 
@@ -141,6 +145,12 @@ def _figures(
 def _drawing(args: argparse.Namespace, source: str, folder: str) -> argparse.Namespace:
     """What `ldm sample` is to do for one checkpoint."""
     return sample.arguments(source, args.sample, ["--out", folder], _OURS, "ldm evaluate watch")
+
+
+def _in_other_batches(drawing: argparse.Namespace, folder: str) -> bool:
+    """Whether an earlier start has begun this set in batches of another size, whose parts are others."""
+    begun = former_record(folder) if drawing.batch_size is not None else None
+    return begun is not None and begun.get("batch_size") != drawing.batch_size
 
 
 def _check(args: argparse.Namespace) -> None:

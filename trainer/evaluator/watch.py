@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,8 @@ class WatchOptions:
     """End when nothing is left to measure, instead of at the run's last step."""
     measured_by: Mapping[str, Any] = field(default_factory=dict)
     """What figures have to share to be compared, networks by name and hash among it; JSON-able."""
+    same_pictures: Callable[[str, str], bool] = operator.eq
+    """Whether two texts of its `sample` come to the same."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class Watcher:
         except RunTaken as taken:
             raise RunTaken(f"{taken} The folder of an evaluator is --out.") from taken
         self._findings = EvaluatorFindings(self._out)
-        self._findings.require_same(self._options.measured_by)
+        self._findings.require_same(self._options.measured_by, self._options.same_pictures)
 
     def _end(self) -> None:
         if self._teller is not None:

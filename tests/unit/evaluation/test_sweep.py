@@ -87,6 +87,7 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_sweeps(
     assert main(more) == 0
     assert rows(tmp_path)[:2] == first
     assert len(rows(tmp_path)) == 3
+    assert main([word.replace("--class", "--batch-size 2 --class") for word in command]) == 0, "the same"
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "made once"
     capsys.readouterr()
     assert main([word.replace("--class-label 1", "--class-label 2") for word in command]) == 2

@@ -287,8 +287,20 @@ def test_lines_say_what_measured_them_and_others_are_not_mixed_with_them(
     assert "holds figures by other sample, which do not compare" in capsys.readouterr().err
     assert watch(tmp_path, "--once", "--image-size", "4") == 2
     assert "holds figures by other image_size" in capsys.readouterr().err
-    assert watch(tmp_path, "--once") == 0
+    assert watch(tmp_path, "--once", "--sample", "--batch-size 5 --seed 0 --count=20") == 0
     assert [line["step"] for line in lines(tmp_path)] == [100, 200]
+
+
+def test_a_set_that_was_begun_in_other_batches_is_begun_anew(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run()
+    run.commit(100)
+    assert watch(tmp_path, "--once", "--keep-pictures") == 0
+    (line,) = lines(tmp_path)
+    (tmp_path / "run/evaluation/metrics.jsonl").unlink()  # as if it had been killed before it measured
+    (tmp_path / "run/evaluation").glob("pictures/*/parts/*").__next__().unlink()
+    assert watch(tmp_path, "--once", "--sample", "--count 20 --batch-size 10", "--keep-pictures") == 0
+    assert lines(tmp_path)[0]["eval/fd_random"] == pytest.approx(line["eval/fd_random"], rel=1e-6)
+    assert len(list((tmp_path / "run/evaluation").glob("pictures/*/parts/*"))) == 2
 
 
 def test_a_network_that_draws_no_numbers_is_said(
