@@ -1,4 +1,4 @@
-"""This process: its rank, what it imports, a child that ends with it, memory that both can map."""
+"""This process: its rank, what it imports and leaves, a child that ends with it, memory that both can map."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -39,6 +40,25 @@ def children_deaf_to_stops() -> Generator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Generator[str]:
+    """A temporary folder that is gone afterwards, also where a stop signal ends this process unhandled."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)  # as a shell has it
+
+    here = threading.current_thread() is threading.main_thread()
+    ours = [number for number in STOP_SIGNALS if here and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+            yield folder
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def unnamed_file(name: str) -> int:

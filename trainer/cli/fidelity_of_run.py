@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from data_pipeline.processes import scratch_folder
 from data_pipeline.storage.urls import join
 from trainer.cli import sample, sample_series
 from trainer.cli.fidelity import Measuring, check, check_places, report, stored
@@ -74,7 +74,7 @@ def _folder(args: argparse.Namespace) -> Iterator[str]:
     if args.pictures_out is not None:
         yield args.pictures_out
         return
-    with tempfile.TemporaryDirectory(prefix="ldm-fidelity-") as scratch:
+    with scratch_folder("ldm-fidelity-") as scratch:
         yield scratch
 
 

@@ -17,13 +17,13 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.processes import scratch_folder
 from trainer.config.io import config_from_dict
 from trainer.config.run import Config, ConfigError
 from trainer.console import configure_logging, say
@@ -151,7 +151,7 @@ def _guess(config: Config, peak: int, size: int, ranks: int, limit: int) -> int 
 @contextmanager
 def _tries(config: Config, ranks: int, memory_bytes: int) -> Iterator[Callable[[int], Tried]]:
     """What tries a micro-batch, in a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="ldm-fit-") as name:
+    with scratch_folder("ldm-fit-") as name:
         folder = Path(name)
         write_first_stage(config, folder)
         yield lambda size: _try(as_tried(config, size, ranks, folder), ranks, memory_bytes, folder)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ import pytest
 from tests.unit.evaluator.committed_run import CommittedRun, reference
 from trainer.__main__ import main
 
+ROOT = Path(__file__).resolve().parents[3]
 Measure = Callable[..., dict[str, Any]]
 DRAWN = ("--sample", "--count 10 --batch-size 4 --guidance 3 --steps 3 --seed 5")
 
@@ -62,6 +68,18 @@ def test_it_draws_what_sample_draws_and_leaves_nothing_behind(
     assert main(["sample", run_dir, "--out", out, *DRAWN[1].split()]) == 0
     assert main(command(tmp_path, f"{out}/pictures")) == 0
     assert found(tmp_path)["figures"] == told["figures"]
+
+
+def test_a_plain_sigterm_leaves_nothing_behind(tmp_path: Path, run_dir: str, scratch: Path) -> None:
+    words = command(tmp_path, run_dir, "--sample", "--count 4000 --batch-size 4 --steps 9")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-m", "trainer", *words], env=environment) as process:
+        while not list(scratch.glob("ldm-fidelity-*/pictures/*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert list(scratch.glob("ldm-*")) == []
 
 
 def test_pictures_are_kept_and_gone_on_with_where_one_says(tmp_path: Path, run_dir: str) -> None:
