@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import platform
 import statistics
@@ -23,9 +24,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lab.plot import Curve, Panel, draw
 from lab.workshop import FULL, SMALL, Refused, Scale, Workshop
 from trainer.provenance import git_commit
+from trainer.report.chart import Chart, Point, to_png
 
 COLUMNS = (
     "experiment",
@@ -41,6 +42,8 @@ COLUMNS = (
 )
 """seconds: of the setting that the row belongs to, training included where nobody had trained its model."""
 
+_PANEL = (620, 400)
+"""Pixels of each figure of the plot."""
 Figures = Mapping[str, float]
 
 
@@ -178,7 +181,7 @@ def plot(
     """All panels of an experiment, from the rows of its table."""
     commits = ", ".join(sorted({row["commit"][:10] + row["commit"][40:] for row in rows}))
     seeds = sorted({int(row["seed"]) for row in rows})
-    panels = []
+    charts = []
     for figure in experiment.figures:
         if figure.by == "setting":
             axis, places = experiment.axis, [s for s in settings if s in (figure.settings or settings)]
@@ -186,34 +189,34 @@ def plot(
         else:
             axis, places = "optimizer steps", sorted({row["step"] for row in rows}, key=int)
             curves = {name: ("setting", name, "step") for name in settings}
-        panels.append(
-            Panel(
-                figure.title,
+        charts.append(
+            Chart(
                 axis,
-                places,
-                [
-                    Curve(name, [_spread(rows, figure, {key: value, along: place}) for place in places])
+                figure.title,
+                {
+                    name: [
+                        _mean(rows, figure, {key: value, along: place}, number)
+                        for number, place in enumerate(places)
+                    ]
                     for name, (key, value, along) in curves.items()
-                ],
+                },
+                places,
                 figure.joined,
             )
         )
     about = f"{experiment.name}: seeds {', '.join(map(str, seeds))}; bars: 1 standard deviation; {commits}"
-    draw(path, about, panels)
+    path.write_bytes(to_png(*charts, header=about, size=_PANEL))
 
 
-def _spread(
-    rows: Sequence[Mapping[str, str]], figure: Figure, where: Mapping[str, str]
-) -> tuple[float, float] | None:
-    """Mean and standard deviation over seeds; None where nothing was measured."""
+def _mean(rows: Sequence[Mapping[str, str]], figure: Figure, where: Mapping[str, str], number: int) -> Point:
+    """Mean and standard deviation over seeds, at a place by number; NaN where nothing was measured."""
     last: dict[str, float] = {}
     for row in rows:
         if row["measure"] in figure.measures and all(row[key] == value for key, value in where.items()):
             last[row["seed"]] = float(row["value"])
     values = list(last.values())
-    if not values:
-        return None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    mean = statistics.fmean(values) if values else math.nan
+    return Point(number, mean, deviation=statistics.stdev(values) if len(values) > 1 else 0.0)
 
 
 def origin() -> dict[str, str]:

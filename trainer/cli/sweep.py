@@ -177,7 +177,7 @@ def _networks(found: Mapping[str, Any]) -> str:
 def _draw(rows: Sequence[Mapping[str, str]], networks: str, out: str) -> str:
     """The curve as picture and page; what to say where there is nothing to draw the page with."""
     points = [{name: float(value) for name, value in row.items()} for row in rows]
-    write_bytes(join(out, "curve.png"), to_png(fidelity_chart(points, networks)))
+    write_bytes(join(out, "curve.png"), to_png(fidelity_chart(points), header=networks))
     try:
         from trainer.report.figures import fidelity_curve
     except ModuleNotFoundError as error:

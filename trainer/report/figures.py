@@ -92,17 +92,17 @@ def figures(records: Sequence[Record]) -> dict[str, go.Figure]:
 
 def fidelity_curve(points: Sequence[Mapping[str, float]], networks: str) -> bytes:
     """A page of its own with `fidelity_chart`."""
-    chart, figure = fidelity_chart(points, networks), _figure()
+    chart, figure = fidelity_chart(points), _figure()
     for name, line in chart.lines.items():
         figure.add_scatter(
-            x=[x for x, _, _ in line],
-            y=[y for _, y, _ in line],
-            text=[label or f"{chart.across} {x:g}" for x, _, label in line],
+            x=[point.x for point in line],
+            y=[point.y for point in line],
+            text=[point.label or f"{chart.across} {point.x:g}" for point in line],
             name=name,
             mode="lines+markers+text" if chart.across != "guidance" else "lines+markers",
             textposition="top center",
         )
-    figure.update_layout(hovermode="closest", height=600, title=chart.title)
+    figure.update_layout(hovermode="closest", height=600, title=networks)
     figure.update_xaxes(title=chart.across)
     figure.update_yaxes(title=chart.up)
     page: str = figure.to_html(full_html=True, include_plotlyjs=True)

@@ -13,7 +13,6 @@ from conditioning import shuffled
 from lab.experiment import COLUMNS, Experiment, Figure, run
 from lab.maps import Drawn, map_agreement
 from lab.oracle import accuracy
-from lab.plot import Curve, Panel, draw, ticks
 from lab.tasks import TASKS, DrawnScene, enlarged, hole, psnr, read_all, shrunk, truth, with_low_frequencies
 from lab.workshop import Workshop
 from PIL import Image
@@ -165,29 +164,6 @@ def test_a_failed_command_ends_the_experiment_with_its_code(
     assert "ldm export ended with exit code 2" in said
     log = said.split("its words are in ")[1].strip().removesuffix(".")
     assert "nothing" in Path(log).read_text()
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.13, 0.61, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
-        (2.0, 2.0, [1.0, 1.5, 2.0, 2.5, 3.0]),
-        (-3.0, 40.0, [-10.0, 0.0, 10.0, 20.0, 30.0, 40.0]),
-    ],
-)
-def test_ticks_are_round_and_hold_what_is_drawn(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high) == pytest.approx(expected)
-
-
-def test_bars_are_as_long_as_deviations(tmp_path: Path) -> None:
-    panel = Panel("", "", ["a", "b"], [Curve("x", [(0.5, 0.5), (0.0, 0.0)]), Curve("y", [None, None])])
-    draw(tmp_path / "plot.png", "", [panel])
-    pixels = np.asarray(Image.open(tmp_path / "plot.png")).astype(int)
-    blue = (np.abs(pixels - (0x1F, 0x77, 0xB4)).sum(axis=2) == 0)[76:]  # below the legend
-    column = blue[:, blue.sum(axis=0).argmax()]
-    height = 400 - 46 - 60
-    assert column.sum() == pytest.approx(height, abs=3)  # from 0 to 1, the whole of the axis
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

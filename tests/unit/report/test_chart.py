@@ -11,12 +11,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.report.chart import COLOURS, MARGINS, SIZE, Chart, Point, fidelity_chart, to_png
+from trainer.report.chart import COLOURS, HEADER, MARGINS, SIZE, Chart, Point, fidelity_chart, ticks, to_png
 
 
 def places(png: bytes, colour: str) -> NDArray[np.int64]:
-    """[N, 2] (x, y) of the pixels of a colour inside the axes."""
-    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    """[N, 2] (x, y) of the pixels of a colour inside the axes, counted from below the header."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))[HEADER:]
     assert pixels.shape == (SIZE[1], SIZE[0], 3)
     wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     found = np.argwhere((pixels == wanted).all(axis=2))[:, ::-1]
@@ -24,8 +24,8 @@ def places(png: bytes, colour: str) -> NDArray[np.int64]:
 
 
 def test_a_line_goes_where_its_numbers_go() -> None:
-    chart = Chart("clip_score", "fid", {"a": [(0.0, 0.0, ""), (1.0, 10.0, "")], "b": [(0.0, 10.0, "")]})
-    png = to_png(chart)
+    lines = {"a": [Point(0.0, 0.0), Point(1.0, 10.0)], "b": [Point(0.0, 10.0)]}
+    png = to_png(Chart("clip_score", "fid", lines), header="of a network")
     line = places(png, COLOURS[0])
     first, last = line[line[:, 0].argmin()], line[line[:, 0].argmax()]
     left, top, right, bottom = MARGINS
@@ -38,14 +38,44 @@ def test_a_line_goes_where_its_numbers_go() -> None:
     ("points", "drawn"),
     [
         ([], False),
-        ([(math.nan, 1.0, "nothing"), (1.0, math.inf, "nothing")], False),
-        ([(2.0, 5.0, "alone")], True),
-        ([(2.0, 5.0, "one"), (math.nan, math.nan, ""), (2.0, 5.0, "the same")], True),
-        ([(float(i), float(i * i), f"{i}") for i in range(200)], True),
+        ([Point(math.nan, 1.0, "nothing"), Point(1.0, math.inf, "nothing")], False),
+        ([Point(2.0, 5.0, "alone")], True),
+        ([Point(2.0, 5.0, "one"), Point(math.nan, math.nan), Point(2.0, 5.0, "the same")], True),
+        ([Point(float(i), float(i * i), f"{i}") for i in range(200)], True),
     ],
 )
 def test_nothing_that_may_be_measured_ends_it(points: Sequence[Point], drawn: bool) -> None:
-    assert bool(len(places(to_png(Chart("guidance", "fid", {"2 steps": points})), COLOURS[0]))) == drawn
+    png = to_png(Chart("guidance", "fid", {"2 steps": points}), header="")
+    assert bool(len(places(png, COLOURS[0]))) == drawn
+
+
+def test_bars_are_as_long_as_deviations_and_charts_stand_side_by_side() -> None:
+    lines = {"x": [Point(0, 0.5, deviation=0.5), Point(1, 0.0)], "y": [Point(0, math.nan)]}
+    first, second = Chart("", "", lines, ["a", "b"]), Chart("", "", lines, ["a", "b"], joined=False)
+    width = SIZE[0]
+    png = to_png(first, second, header="", size=(width // 2, SIZE[1]))
+    for chart, joined in ((0, True), (1, False)):
+        found = places(png, COLOURS[0])
+        found = found[found[:, 0] // (width // 2) == chart]
+        _, heights = np.unique(found[:, 0], return_counts=True)
+        assert heights.max() == pytest.approx(SIZE[1] - MARGINS[1] - MARGINS[3], abs=3), (
+            "0 to 1, the whole axis"
+        )
+        columns = np.diff(np.unique(found[:, 0]))
+        assert (columns.max() == 1) == joined
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.13, 0.61, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
+        (2.0, 2.0, [1.0, 1.5, 2.0, 2.5, 3.0]),
+        (-3.0, 40.0, [-10.0, 0.0, 10.0, 20.0, 30.0, 40.0]),
+    ],
+)
+def test_ticks_are_round_and_hold_what_is_drawn(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
 
 
 def test_distance_over_clip_score_where_there_is_one() -> None:
@@ -54,10 +84,10 @@ def test_distance_over_clip_score_where_there_is_one() -> None:
         for s in (50.0, 10.0)
         for g in (2.0, 1.0)
     ]
-    chart = fidelity_chart(rows, "of a network")
-    assert (chart.across, chart.up, chart.title) == ("clip_score", "fid", "of a network")
+    chart = fidelity_chart(rows)
+    assert (chart.across, chart.up) == ("clip_score", "fid")
     assert list(chart.lines) == ["10 steps", "50 steps"]
-    assert chart.lines["10 steps"] == [(0.1, 9.0, "guidance 1"), (0.2, 8.0, "guidance 2")]
-    without = fidelity_chart([{k: v for k, v in row.items() if k != "clip_score"} for row in rows], "")
+    assert chart.lines["10 steps"] == [Point(0.1, 9.0, "guidance 1"), Point(0.2, 8.0, "guidance 2")]
+    without = fidelity_chart([{k: v for k, v in row.items() if k != "clip_score"} for row in rows])
     assert without.across == "guidance"
-    assert without.lines["50 steps"] == [(1.0, 9.0, ""), (2.0, 8.0, "")]
+    assert without.lines["50 steps"] == [Point(1.0, 9.0), Point(2.0, 8.0)]
