@@ -4,7 +4,8 @@
 
 A reduced model (KL encoder at f = 8, a small UNet) trains on synthetic JPEGs from a local S3 server, three
 ways, one after the other in every repeat: encoding live, filling a new cache, and reading the full one. All
-see the same samples in the same order, and their losses must be equal, bit for bit (fp32 is stored).
+see the same samples in the same order, and their losses must be equal, bit for bit (fp32 is stored). With
+`--order streamed` nobody has indexed them: the passes before the last leave what is known of them then.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def configuration(args: argparse.Namespace, weights: str, *settings: str) -> Con
         None,
         [
             *("data.shards=s3://shards/*.tar", f"data.image_size={args.edge}", "data.workers=1"),
+            f"data.order={args.order}",
             *(
                 "data.lanes=1",
                 "data.shuffle_window=16",
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--edge", type=int, default=128, help="pixels")
     parser.add_argument("--width", type=int, default=16, help="channels of encoder and UNet")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--order", choices=["indexed", "streamed"], default="indexed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     steps = args.samples // BATCH

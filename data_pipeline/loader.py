@@ -33,6 +33,7 @@ from data_pipeline.order.lanes import Order, Part, deal, lanes_of
 from data_pipeline.order.position import (
     Position,
     beginning,
+    earliest_epoch,
     first_epoch_of,
     later,
     merge_positions,
@@ -67,6 +68,7 @@ __all__ = [
     "blank_batch",
     "build_loader",
     "check_layout",
+    "epoch_steps",
     "held_out_batches",
     "merge_positions",
     "open_dataset",
@@ -129,7 +131,7 @@ def build_loader(
             first_epoch=first_epoch or 0,
         )
         if moments is not None:
-            tasks = [task.encoding_once(moments) for task in tasks]
+            tasks = [dataclasses.replace(task, moments=moments) for task in tasks]
         used = len(tasks) if tasks[0].lanes else 0
         for idle in workers[used:]:
             idle.close()
@@ -195,6 +197,15 @@ def check_layout(config: DataConfig, dataset: Dataset, *, seed: int, global_batc
     return order
 
 
+def epoch_steps(
+    config: DataConfig, dataset: Dataset, *, seed: int, global_batch_size: int, position: Position = None
+) -> int | None:
+    """Steps until each sample has come, also those of the rarest source; None where the order of a run that
+    is at `position` has no index, which would tell. Raises DataError when the data do not fill its lanes."""
+    order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
+    return None if isinstance(order, Turns) else -(-dataset.epoch_samples // global_batch_size)
+
+
 def position_near(
     config: DataConfig,
     dataset: Dataset,
@@ -205,7 +216,8 @@ def position_near(
     known: Position = None,
     served: float = 1.0,
 ) -> Position:
-    """About the position of a run at a step, from one that is `known` and earlier, the beginning if need be.
+    """About the position of a run at a step, from one that is `known` and earlier, the beginning if need be;
+    without an index the known one.
 
     For those who need not read what the run has read, only what it will: where samples are rejected that the
     index could not tell, lanes stand as if it were the share `1 - served` everywhere. Raises DataError when
@@ -266,6 +278,7 @@ class Loader(Iterator[Batch]):
         self._step = task.step
         self._shards = task.dataset.shards
         self._size = sum(t.size for t in tasks)
+        self._moved([state.as_json() for task in tasks for state in task.states])
         self._first_slot = tasks[0].lanes.start * task.per_lane
         self.tally = Tally()
         """Samples served and rejected, of this rank, since the loader was opened."""
@@ -277,6 +290,11 @@ class Loader(Iterator[Batch]):
         for worker, each in zip(workers, tasks, strict=bool(workers)):
             worker.begin(each)
         self._sources: Sequence[WorkerProcess | _Inline] = workers or [_Inline(task)]
+
+    @property
+    def epoch(self) -> int | None:
+        """The earliest that a lane of this rank is in, by the batches that were taken; None without lanes."""
+        return earliest_epoch(self._position, self._buckets)
 
     @property
     def rejected(self) -> Counter[str]:
@@ -319,15 +337,14 @@ class Loader(Iterator[Batch]):
             conditions=tensors,
             keys=tuple(itertools.chain.from_iterable(share.keys for share in shares)),
             slots=torch.arange(self._first_slot, self._first_slot + self._size),
-            position=pack(
-                self._order,
-                self._shards,
-                self._buckets,
-                self._step,
-                self._tasks[0].lanes.start,
-                [state for share in shares for state in share.states],
-            ),
+            position=self._moved([state for share in shares for state in share.states]),
         )
+
+    def _moved(self, states: Sequence[list[Any]]) -> dict[str, Any]:
+        """The position with these states of this rank's lanes."""
+        first = self._tasks[0].lanes.start
+        self._position = pack(self._order, self._shards, self._buckets, self._step, first, states)
+        return self._position
 
     def _account(self, shares: Sequence[FilledShare]) -> None:
         lines = []

@@ -179,8 +179,7 @@ class Walker(ReadAhead[LaneWalk]):
         reads: MemberReads,
         moments: MomentsReads | None = None,
     ) -> None:
-        super().__init__(task)
-        self._moments = moments
+        super().__init__(task, moments)
         self.buckets = task.buckets
         self.background = reads.background
         self._skip_ordinals = task.skip_ordinals
@@ -259,14 +258,10 @@ class Walker(ReadAhead[LaneWalk]):
             if self._moments is not None:
                 target = self.buckets.shapes[walk.bucket]
                 planned = self._moments.plan(shard, view, row, target, ordinal + slot)
-                visit.planned = planned
-            visit.want(view, row, planned.unread if planned is not None else ())
-            if planned is not None and planned.place is not None:
-                visit.num_bytes += planned.place.size
+            visit.want(view, row, planned)
         return visits
 
     def _start(self, visits: list[Visit], near: int) -> None:
-        """Begin to read visits of one plan."""
         by_slot = {visit.slot: visit for visit in visits}
         wanted: dict[int, list[Extent]] = {}
         for visit in visits:
@@ -274,6 +269,3 @@ class Walker(ReadAhead[LaneWalk]):
                 wanted.setdefault(visit.shard, []).extend(visit.wanted)
         for (slot, extension), future in self._reads.start(wanted, visits[0].due, near).items():
             by_slot[slot].members[extension] = future
-        if self._moments is not None:
-            planned = {slot: visit.planned for slot, visit in by_slot.items() if visit.planned is not None}
-            self._moments.start(planned, visits[0].due)

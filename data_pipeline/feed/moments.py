@@ -64,6 +64,8 @@ class PlannedMoments:
     extents: dict[str, Extent]
     """Where each member of the sample lies in its shard, by extension."""
     target: tuple[int, int]
+    met: bool = False
+    """Whether the lane, which has no index, has just read of the shard: nothing else tells the edition."""
     place: EntryPlace | None = None
     """Where its moments lie; None: they are not there."""
     future: Future[Contents] | None = None
@@ -79,14 +81,14 @@ class PlannedMoments:
 class MomentsReads:
     """Finds, reads and checks the moments of a worker's samples."""
 
-    def __init__(self, task: ShareTask, reads: MemberReads, reader: RangeReader, capacity: int) -> None:
-        """`capacity`: shards in use; `reader`: of the shards, asked whether they are still the same."""
+    def __init__(self, task: ShareTask, reads: MemberReads, capacity: int) -> None:
+        """`capacity`: shards in use; `reads`: of the shards, asked whether they are still the same."""
         assert task.moments.cache is not None
         config = task.config
         self._task, self._cache = task, task.moments.cache
         self._pictures = frozenset(picture_members(config))
         self._configs = configs_of(config)
-        self._reads, self._shards = reads, reader
+        self._reads = reads
         self._parts = RangeReader(
             timeout_s=config.request_timeout_s,
             tries=min(3, config.max_retries),
@@ -106,13 +108,22 @@ class MomentsReads:
         return self._counts + Counter(read)
 
     def plan(
-        self, shard: int, view: ShardView, row: int, target: tuple[int, int], ordinal: int
+        self,
+        shard: int,
+        view: ShardView,
+        row: int,
+        target: tuple[int, int],
+        ordinal: int,
+        met: Edition | None = None,
     ) -> PlannedMoments | None:
-        """What the cache has of a row; None where it can neither have nor get anything."""
+        """What the cache has of a row; None where it can neither have nor get anything.
+
+        met: the edition of the shard that a lane without an index has just read of
+        """
         places = zip(view.members, view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
         extents = {name: Extent(start, start + size, 0, name) for name, start, size in places if start >= 0}
         picture = next((name for name in extents if name in self._pictures), None)
-        edition = self._edition(shard)
+        edition = self._edition(shard, met)
         if picture is None or edition is None:
             return None
         first, stop = extents[picture].start, extents[picture].stop
@@ -125,12 +136,12 @@ class MomentsReads:
             (*target, *crop, RESAMPLING),
         )
         place = self._catalogue.find(url, key) if self._catalogue.answers else None
-        if place is not None:
+        if place is not None and met is None:
             edition_now = self._asked_again(shard, edition)
             if edition_now != edition:
                 return self.plan(shard, view, row, target, ordinal) if edition_now is not None else None
         label = Label(key.hex(), url, sample, first, view.identities_of(row))
-        return PlannedMoments(label, shard, edition, picture, extents, target, place)
+        return PlannedMoments(label, shard, edition, picture, extents, target, met is not None, place)
 
     def start(self, planned: Mapping[int, PlannedMoments], due: float) -> None:
         """Begin to read what was found, by slot of the plan."""
@@ -172,7 +183,7 @@ class MomentsReads:
         if digest(data) != planned.place.check:
             self._damaged(planned.place, "a checksum differs")
             return None
-        if self._reads.editions.expected(planned.shard) != planned.edition:
+        if self._expected(planned) != planned.edition:
             return None
         try:
             shape = self._cache.shape(*planned.target)
@@ -194,15 +205,14 @@ class MomentsReads:
         """
         held = reused.members if reused is not None else {}
         lacking = planned.unread - held.keys() - ({planned.picture} if reused is not None else set())
-        read = {name: self._reads.read_now(planned.shard, planned.extents[name]) for name in sorted(lacking)}
-        return {**held, **read}
+        return {**held, **{name: self._read(planned, planned.extents[name]) for name in sorted(lacking)}}
 
     def label(
         self, planned: PlannedMoments, members: Mapping[str, bytes], geometry: Geometry
     ) -> Label | None:
         """Under what, and beside what, the moments are stored; None where the shard changed on the way."""
         try:
-            same = self._reads.editions.expected(planned.shard) == planned.edition
+            same = self._expected(planned) == planned.edition
         except Replaced:
             same = False
         if not same:
@@ -226,10 +236,19 @@ class MomentsReads:
         self._counts["cache_damaged"] += 1
         self._catalogue.broken(place, why)
 
-    def _edition(self, shard: int) -> Edition | None:
+    def _expected(self, planned: PlannedMoments) -> Edition:
+        """The edition of its shard by now. Raises Replaced."""
+        return planned.edition if planned.met else self._reads.editions.expected(planned.shard)
+
+    def _read(self, planned: PlannedMoments, extent: Extent) -> bytes:
+        if planned.met:
+            return self._reads.read_met((planned.shard, planned.edition), extent.start, extent.stop)
+        return self._reads.read_now(planned.shard, extent)
+
+    def _edition(self, shard: int, met: Edition | None) -> Edition | None:
         """None: the shard was replaced, or its storage tells neither ETag nor time."""
         try:
-            edition = self._reads.editions.expected(shard)
+            edition = met or self._reads.editions.expected(shard)
         except Replaced:
             return None
         if edition.version not in ("", "None"):
@@ -251,7 +270,7 @@ class MomentsReads:
             if asked is not None and asked[1] == edition and time.monotonic() - asked[0] < REFRESH_S:
                 return edition
         try:
-            self._shards.read(self._task.dataset.urls[shard], 0, 1, expected=edition)
+            self._reads.reader.read(self._task.dataset.urls[shard], 0, 1, expected=edition)
         except Replaced as error:
             try:
                 edition = self._reads.editions.renew(shard, edition, error)

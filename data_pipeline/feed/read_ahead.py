@@ -19,14 +19,15 @@ import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from data_pipeline.feed.moments import PlannedMoments
+from data_pipeline.feed.moments import MomentsReads, PlannedMoments
 from data_pipeline.feed.reads import GAP, Contents, Extent
 from data_pipeline.feed.task import ShareTask
+from data_pipeline.moments.catalogue import EntryPlace
 from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.view import ShardView
@@ -110,13 +111,22 @@ class Visit:
     budget: Budget | None = None
     """What it counts in while it is held, from when it was asked for."""
 
-    def want(self, view: ShardView, row: int, without: Container[str] = ()) -> None:
-        """Note where its members lie in the shard, without those extensions."""
+    def want(self, view: ShardView, row: int, planned: PlannedMoments | None) -> None:
+        """Note where its members lie in the shard, but those that `planned` has in the cache of moments."""
+        self.planned = planned
+        without = planned.unread if planned is not None else ()
+        if self.place is not None:
+            self.num_bytes += self.place.size
         places = zip(view.offsets[:, row].tolist(), view.sizes[:, row].tolist(), strict=True)
         for extension, (start, size) in zip(view.members, places, strict=True):
             if start >= 0 and extension not in without:
                 self.wanted.append(Extent(start, start + size, self.slot, extension))
                 self.num_bytes += size
+
+    @property
+    def place(self) -> EntryPlace | None:
+        """Where the cache of moments has it."""
+        return self.planned.place if self.planned is not None else None
 
     def hold(self, contents: Contents) -> None:
         """Some of its members are there already."""
@@ -252,7 +262,8 @@ W = TypeVar("W", bound=AheadWalk)
 class ReadAhead(ABC, Generic[W]):
     """All lanes of one worker, with the budget that they share."""
 
-    def __init__(self, task: ShareTask) -> None:
+    def __init__(self, task: ShareTask, moments: MomentsReads | None) -> None:
+        self._moments = moments
         self.budget = Budget(task.config.buffer_bytes)
         self.enough = max(MIN_PLAN, _STEPS_AHEAD * task.per_lane)
         """Visits that the walks of a lane have ahead, all together, before no more are planned."""
@@ -269,11 +280,18 @@ class ReadAhead(ABC, Generic[W]):
 
     def unread_of(self, share: float) -> Unread:
         """What a walk with this share of its lane has not asked for, with its part of the budget."""
-        return Unread(self.budget, self.budget.limit * share / self._lanes, self._start)
+        return Unread(self.budget, self.budget.limit * share / self._lanes, self._begin)
+
+    def _begin(self, visits: list[Visit], near: int) -> None:
+        """Begin to read visits of one plan, as `Unread` asks for them."""
+        self._start(visits, near)
+        if self._moments is not None:
+            planned = {visit.slot: visit.planned for visit in visits if visit.planned is not None}
+            self._moments.start(planned, visits[0].due)
 
     @abstractmethod
     def _start(self, visits: list[Visit], near: int) -> None:
-        """Begin to read visits of one plan, as `Unread` asks for them."""
+        """The same from their shards."""
 
     def read_ahead(self) -> None:
         """Plan and read further windows, the most urgent lanes first, while the budget lasts."""

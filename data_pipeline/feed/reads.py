@@ -58,7 +58,8 @@ class MemberReads:
     ) -> None:
         self.background = background
         self.editions = ShardEditions(dataset)
-        self._dataset, self._reader, self._cache = dataset, reader, cache
+        self.reader = reader
+        self._dataset, self._cache = dataset, cache
         self._range_bytes = max(1, range_bytes)
 
     def start(
@@ -95,6 +96,11 @@ class MemberReads:
         """One member that nothing was asked for ahead. Raises ReadFailed, Replaced."""
         return self._bytes(shard, extent.start, extent.stop)
 
+    def read_met(self, met: tuple[int, Edition], start: int, stop: int) -> bytes:
+        """Bytes of a shard, in the edition that a lane has met. Raises ReadFailed, Replaced."""
+        shard, edition = met
+        return self.reader.read(self._dataset.urls[shard], start, stop, expected=edition)
+
     def _bytes(self, shard: int, start: int, stop: int) -> bytes:
         url = self._dataset.urls[shard]
         edition = self.editions.expected(shard)
@@ -104,7 +110,7 @@ class MemberReads:
             return self._of_edition(url, self.editions.renew(shard, edition, error), start, stop)
 
     def _of_edition(self, url: str, edition: Edition, start: int, stop: int) -> bytes:
-        fetch = partial(self._reader.read, url, expected=edition)
+        fetch = partial(self.reader.read, url, expected=edition)
         if self._cache is None:
             return fetch(start, stop)
         return self._cache.read(f"{url} {edition.version}", edition.size, start, stop, fetch)

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError, ReadFailed, Rejected, Replaced
 from data_pipeline.feed.editions import REINDEX
 from data_pipeline.feed.lane_walk import LaneWalk, Walker
+from data_pipeline.feed.learned import LearnedShards
 from data_pipeline.feed.moments import MomentsReads
 from data_pipeline.feed.read_ahead import Budget, Visit
 from data_pipeline.feed.reads import MemberReads
@@ -99,15 +100,18 @@ class ShareStream:
         views = ShardViews(
             task.dataset, selections, task.buckets, self._reader, capacity, with_identities=encoded
         )
-        self._moments: MomentsReads | None = None
+        # A request's bytes are there twice while they are cut into members.
+        range_bytes = min(config.read_ahead_bytes, config.buffer_bytes // (2 * _THREADS))
+        reads = MemberReads(task.dataset, self._reader, self._background, cache, range_bytes)
+        self._moments = MomentsReads(task, reads, capacity) if encoded else None
+        self._learned: LearnedShards | None = None
         self._walker: Walker | TurnWalker
         if isinstance(task.order, Turns):
-            self._walker = TurnWalker(task, views, self._reader, self._background)
+            self._learned = LearnedShards(
+                task.dataset, self._reader, self._background, selections if encoded else ()
+            )
+            self._walker = TurnWalker(task, views, reads, self._learned, self._moments)
         else:
-            # A request's bytes are there twice while they are cut into members.
-            range_bytes = min(config.read_ahead_bytes, config.buffer_bytes // (2 * _THREADS))
-            reads = MemberReads(task.dataset, self._reader, self._background, cache, range_bytes)
-            self._moments = MomentsReads(task, reads, self._reader, capacity) if encoded else None
             self._walker = Walker(task, views, reads, self._moments)
         self._labels: list[Label | None] = []
         self._step = task.step
@@ -144,9 +148,9 @@ class ShareStream:
         if self._moments is not None:  # a row is one or the other, and nothing is left from earlier steps
             out["pixels"][out["found"]] = 0
             out["moments"][~out["found"]] = 0
-        if isinstance(self._walker, TurnWalker):
-            while self._walker.differences:
-                self._rejects.append(self._walker.differences.popleft())
+        if self._learned is not None:
+            while self._learned.differences:
+                self._rejects.append(self._learned.differences.popleft())
         counts = self._counts()
         share = FilledShare(
             height=height,
@@ -260,8 +264,8 @@ class ShareStream:
 
     def close(self) -> None:
         """Stop the threads."""
-        if isinstance(self._walker, TurnWalker):
-            self._walker.recorder.flush()
+        if self._learned is not None:
+            self._learned.close()
         self._reader.close()
         if self._moments is not None:
             self._moments.close()

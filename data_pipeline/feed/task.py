@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError
 from data_pipeline.feed.conditions import condition_arrays
 from data_pipeline.feed.sample import sample_arrays
 from data_pipeline.moments.entry import NOTHING_ONCE, Moments, MomentsCache
@@ -49,15 +48,6 @@ class ShareTask:
     def size(self) -> int:
         """Samples per step."""
         return len(self.lanes) * self.per_lane
-
-    def encoding_once(self, moments: Moments) -> ShareTask:
-        """The same with these moments. Raises DataError where they are cached and the order has no index."""
-        if moments.cache is not None and isinstance(self.order, Turns):
-            raise DataError(
-                "first_stage.cache needs an index, which says which picture is which before it is read; "
-                "run `ldm data index` once and begin a new run, or remove first_stage.cache."
-            )
-        return replace(self, moments=moments)
 
     def layout(self, height: int = 0, width: int = 0) -> ShareLayout:
         """Layout of a share of this picture size; 0: the largest that occurs."""

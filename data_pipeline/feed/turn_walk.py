@@ -8,6 +8,7 @@ together:
       TurnWalk.next_visit            the lane's next sample, usable or not; the only place that waits
         TurnWalker.plan              in a thread: the lane's next windows -> visits, their bytes in memory
           Turns.shard                turn -> shard                                      (order/turns.py)
+          LearnedShards.open         shard -> its windows                               (learned.py)
           TarPieces.next             bytes -> samples and their index                   (shards/pieces.py)
           ShardViews.of              index -> reasons against samples                   (shards/view.py)
 
@@ -16,7 +17,8 @@ visit begins and how many samples of the shard come before it. So whoever goes o
 reads one window again and knows the rest. What a shard holds, and how many, matters to its own lane alone.
 
 Where data.buffer_bytes has no room for a window (`read_ahead.py`), its headers and small members are read,
-and its pictures when their turn comes. The order is the same: a window's.
+and its pictures when their turn comes. Of a window that is planned from the index of an earlier visit nothing
+is read before that, and of what the cache of moments has neither then. The order is the same: a window's.
 
 A shard that is no tar, is not there, was replaced under the lane's feet or does not answer while others do is
 left with one visit that says so (`shard/*` in the reject file), and the lane takes its next turn.
@@ -36,35 +38,29 @@ import numpy as np
 
 from data_pipeline.errors import DataError, Gone, NotATar, ReadFailed, Rejected, Replaced
 from data_pipeline.feed.lane_walk import PlannedVisits
+from data_pipeline.feed.learned import REST, LearnedShards, Pieces
+from data_pipeline.feed.moments import MomentsReads
 from data_pipeline.feed.read_ahead import MIN_PLAN, ReadAhead, Visit
-from data_pipeline.feed.reads import Contents, MemberReads
+from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards.beside import check_json_suffices
-from data_pipeline.shards.pieces import HEADERS, TarPiece, TarPieces
-from data_pipeline.shards.recorder import Recorder
+from data_pipeline.shards.pieces import HEADERS, IndexedPieces, TarPiece
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.editions import Edition
-from data_pipeline.storage.listing import ListedFile
-from data_pipeline.storage.ranges import Background, RangeReader
 
 logger = logging.getLogger(__name__)
 
 _MAX_EMPTY = 1000
 """Shards without a sample that a lane passes in a row, or two epochs of all."""
 _MAX_TOLD = 20
-_LAST = 1e18
 _LEAST_CHUNK = 65_536
 _ROUGHLY = 1.1
 """What windows differ by."""
 _DROP = 1_000_000
 _SMALL = 4096
 """Members that are kept of a window without room: texts, which no request is to be made for."""
-_REST = "*"
-"""Key of the visit that stands for what is left of a shard."""
-_OTHER_COUNT = "shard_other_count"
-"""Reason that stands for a shard which is served, but does not hold what files beside it promise."""
 _HOPELESS = 20_000
 """Rejections in a row that a lane may have: two of img2dataset's shards."""
 
@@ -77,7 +73,7 @@ class TurnWalk:
         turns = walker.buckets.orders[number]
         assert isinstance(turns, Turns)
         self.turns = turns
-        self.source, self.share = walker.buckets.walks[number][1:]
+        self.bucket, self.source, self.share = walker.buckets.walks[number]
         self.lane = lane
         self.state = state
         self.patience = _HOPELESS
@@ -85,7 +81,7 @@ class TurnWalk:
         """Where the next plan begins: the turn, its window, and the visits of it that are done."""
         if self.mark is not None and self.mark.first < 0:
             self.next_turn()
-        self.pieces: TarPieces | None = None
+        self.pieces: Pieces | None = None
         self.indexed: Future[bool] | None = None
         """Whether the index of the shard is there, if this is a question."""
         self.planned = 0
@@ -187,40 +183,40 @@ class TurnWalker(ReadAhead[TurnWalk]):
     """All lanes of one worker, with the reads, the views and the memory that they share."""
 
     def __init__(
-        self, task: ShareTask, views: ShardViews, reader: RangeReader, background: Background
+        self,
+        task: ShareTask,
+        views: ShardViews,
+        reads: MemberReads,
+        shards: LearnedShards,
+        moments: MomentsReads | None,
     ) -> None:
-        super().__init__(task)
+        super().__init__(task, moments)
         self.buckets = task.buckets
-        self.background = background
+        self.background = reads.background
         self._config = task.config
         self._dataset = task.dataset
         self._skip_ordinals = task.skip_ordinals
-        self._views, self._reader = views, reader
-        self._reads = MemberReads(task.dataset, reader, background, None, task.config.read_ahead_bytes)
+        self._views, self._reads, self._shards = views, reads, shards
+        self._read_beside = reads.reader.read_if_there
         self.sample_bytes = task.dataset.mean_bytes
-        self._wanted = [each.filter.columns | set(each.captions) for each in views.selections]
         self._removing = any(each.removals for each in views.selections)
         self._least = max(MIN_PLAN, task.per_lane)
         self.few = 2 * task.per_lane
         self._left_out: dict[int, str] = {}
-        self.recorder = Recorder(task.dataset.folders, task.dataset.record_in)
-        self.differences: deque[tuple[str, str, str, int]] = deque()
-        """For the reject file: shards that hold other than what files beside them promise."""
         self._noting = threading.Lock()
         self._set_out(task, partial(TurnWalk, walker=self))
 
     def _start(self, visits: list[Visit], near: int) -> None:
-        """Begin to read what was jumped over of visits of one window."""
-        by_slot = {visit.slot: visit for visit in visits if visit.wanted}
-        for visit in by_slot.values():
+        """Begin to read what is not in memory of visits of one window."""
+        by_slot = {visit.slot: visit for visit in visits}
+        wanted: dict[tuple[int, Edition], list[Extent]] = {}
+        for visit in visits:
             assert visit.mark is not None
-            source = visit.shard, Edition(visit.mark.size, visit.mark.version)
-            found = self._reads.start_from({source: visit.wanted}, visit.due, self._read, near)
-            visit.members |= {extension: future for (_, extension), future in found.items()}
-
-    def _read(self, source: tuple[int, Edition], start: int, stop: int) -> bytes:
-        shard, edition = source
-        return self._reader.read(self._dataset.urls[shard], start, stop, expected=edition)
+            met = visit.shard, Edition(visit.mark.size, visit.mark.version)
+            wanted.setdefault(met, []).extend(visit.wanted)
+        found = self._reads.start_from(wanted, visits[0].due, self._reads.read_met, near)
+        for (slot, extension), future in found.items():
+            by_slot[slot].members[extension] = future
 
     def plan(self, walk: TurnWalk, *, needy: bool) -> PlannedVisits:
         """The lane's next visits, window by window; none where there is no room and it is not `needy`."""
@@ -234,17 +230,16 @@ class TurnWalker(ReadAhead[TurnWalk]):
             turn, shard = walk.turn, walk.turns.shard(walk.lane, walk.turn)
             try:
                 size = walk.turns.window_size(walk.lane, walk.first)
-                room = self._room(walk, size)
-                if not room and (visits or not needy):
+                by_index = isinstance(walk.pieces, IndexedPieces)
+                room = 0 if by_index else self._room(walk, size)
+                if not (room or by_index) and (visits or not needy):
                     self._hold(walk, 0, [])
                     break
                 some = self._window(walk, turn, shard, size, room)
                 if some is None:
-                    # After all reading that somebody waits for.
                     assert walk.pieces is not None
                     ordinal = walk.turns.ordinal(turn, walk.lane, walk.first)
-                    task = partial(self._learn, shard, walk.pieces, walk.indexed, ordinal)
-                    self.background.submit(_LAST, task)
+                    self._shards.learn(shard, walk.pieces, walk.indexed, ordinal)
                     walk.next_turn()
                     empty += 1
                     continue
@@ -269,16 +264,14 @@ class TurnWalker(ReadAhead[TurnWalk]):
         chunk, begins = self._chunk(size), walk.pieces is None
         try:
             if walk.pieces is None:
-                walk.pieces = self._open(shard, walk.mark, min(chunk, max(HEADERS, room - HEADERS)))
-                if walk.pieces.keeps:
-                    task = partial(self._is_indexed, shard, walk.pieces)
-                    walk.indexed = self.background.submit(_LAST, task)
+                first_bytes = min(chunk, max(HEADERS, room - HEADERS))
+                walk.pieces, walk.indexed = self._shards.open(shard, walk.mark, first_bytes)
             piece = walk.pieces.next(size, chunk, max(0, room - HEADERS))
             if piece is None:
                 return None
-            if begins:
-                wanted = self._wanted[self._dataset.source_of[shard]]
-                check_json_suffices(piece.index, wanted, self._removing, self._read_beside)
+            if begins and not isinstance(walk.pieces, IndexedPieces):
+                columns = self._views.selections[self._dataset.source_of[shard]].columns
+                check_json_suffices(piece.index, columns, self._removing, self._read_beside)
             visits = self._visits(walk, turn, shard, piece)
             _take_over(piece, visits, sys.maxsize if room else _SMALL)
             walk.pieces.release(everything=not room)
@@ -298,7 +291,7 @@ class TurnWalker(ReadAhead[TurnWalk]):
         """Count what a window holds instead of the room that it was given."""
         walk.beyond = walk.pieces.held_bytes if walk.pieces is not None else 0
         for visit in visits:
-            if visit.reason is None and not visit.wanted:
+            if visit.reason is None and not visit.wanted and visit.place is None:
                 visit.budget = self.budget
         held = sum(visit.num_bytes for visit in visits if visit.budget is not None)
         self.budget.give(room)
@@ -309,48 +302,6 @@ class TurnWalker(ReadAhead[TurnWalk]):
         usual = int(samples * self._dataset.mean_bytes * _ROUGHLY)
         return min(self._config.read_ahead_bytes, max(_LEAST_CHUNK, usual))
 
-    def _open(self, shard: int, mark: Mark | None, num_bytes: int) -> TarPieces:
-        """Windows of a shard, from a mark on (the first read tells whether it is as it was then), or with its
-        first bytes, so many, whose answer says what it is.
-
-        Raises:
-            Gone: it is not there.
-            ReadFailed: it does not answer while others do.
-            StorageOutage: nothing has answered for data.patience_s.
-        """
-        url, head = self._dataset.urls[shard], b""
-        if mark is None:
-            found, head = self._reader.begin(url, num_bytes)
-        else:
-            found = ListedFile(url, mark.size, mark.version)
-        read = partial(self._reader.read, url, expected=Edition(found.size, found.version))
-        first, byte = (mark.first, mark.byte) if mark is not None else (0, 0)
-        keep = byte == 0 and not self.recorder.refused
-        return TarPieces(read, found, first=first, byte=byte, head=head, keep=keep)
-
-    def _is_indexed(self, shard: int, pieces: TarPieces) -> bool:
-        """Whether the index of a shard is there, so that nothing need be kept of it."""
-        known = self.recorder.has(shard, self._dataset.urls[shard])
-        if known or self.recorder.refused:
-            pieces.keep_nothing()
-        return known
-
-    def _learn(self, shard: int, pieces: TarPieces, indexed: Future[bool] | None, ordinal: int) -> None:
-        """Keep what a shard holds that was read to its end, and compare it with what files beside it say."""
-        if indexed is not None and indexed.result():
-            return  # somebody has done so before
-        self.recorder.keep(shard, pieces)
-        url = self._dataset.urls[shard]
-        if told := self.recorder.difference(url, pieces.first, self._read_beside):
-            self.differences.append((_OTHER_COUNT, self._dataset.sample_key(shard, _REST), told, ordinal))
-
-    def _read_beside(self, url: str) -> bytes | None:
-        """A whole small file; None where there is none."""
-        try:
-            return self._reader.read_all(url)
-        except Gone:
-            return None
-
     def _visits(self, walk: TurnWalk, turn: int, shard: int, piece: TarPiece) -> list[Visit]:
         view = self._views.of(piece.index, int(self._dataset.source_of[shard]))
         if piece.first + len(view.keys) > MAX_SAMPLES:
@@ -358,6 +309,7 @@ class TurnWalker(ReadAhead[TurnWalk]):
                 f"{self._dataset.urls[shard]} has more than {MAX_SAMPLES:,} samples; cut it into several."
             )
         mark = Mark(piece.first, piece.byte, piece.index.size, piece.index.version)
+        edition, target = Edition(mark.size, mark.version), self.buckets.shapes[walk.bucket]
         rows = walk.turns.shuffled(walk.lane, turn, piece.first, len(view.keys)).tolist()
         visits = []
         for slot, row in enumerate(rows):
@@ -377,10 +329,13 @@ class TurnWalker(ReadAhead[TurnWalk]):
                 mark=mark,
                 due=float(walk.planned),
             )
-            if visit.reason is None and walk.ordinal(visit) in self._skip_ordinals:
+            ordinal, planned = walk.ordinal(visit), None
+            if visit.reason is None and ordinal in self._skip_ordinals:
                 visit.reason = "skipped"
             if visit.reason is None:
-                visit.want(view, row)
+                if self._moments is not None:
+                    planned = self._moments.plan(shard, view, row, target, ordinal, edition)
+                visit.want(view, row, planned)
             visits.append(visit)
         walk.sample_bytes = float(piece.index.sizes.sum(dtype=np.int64)) / len(view.keys)
         return visits
@@ -401,6 +356,6 @@ class TurnWalker(ReadAhead[TurnWalk]):
                 f"{why} {bad} of the {len(self._dataset.urls)} shards cannot be used so far; correct "
                 "data.shards, or raise data.max_bad_shards."
             ) from why
-        visit = Visit(walk.turn, offset, shard, _REST, reason, mark=Mark(-1, 0, 0, ""))
+        visit = Visit(walk.turn, offset, shard, REST, reason, mark=Mark(-1, 0, 0, ""))
         walk.next_turn()
         return visit

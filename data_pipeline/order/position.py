@@ -22,7 +22,7 @@ are in end as they began, and the next ones have all. `grown` remembers from whi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -240,11 +240,26 @@ def last_epochs(position: Position, buckets: Buckets) -> tuple[int, ...]:
     assert position
     whole = position if isinstance(position, dict) else merge_positions(position)
     epochs = [0] * (1 + max(walk.source for walk in buckets.walks))
-    for number, (epoch, *_) in enumerate(whole["states"]):
-        lane, place = divmod(number, len(buckets.orders))
-        each, source = buckets.orders[place], buckets.walks[place].source
-        epochs[source] = max(epochs[source], each.epoch(lane, epoch) if isinstance(each, Turns) else epoch)
+    for source, epoch in _epochs(whole, buckets):
+        epochs[source] = max(epochs[source], epoch)
     return tuple(epochs)
+
+
+def earliest_epoch(part: dict[str, Any], buckets: Buckets) -> int | None:
+    """That which one of the lanes of a part of a position is in; None where it has no lanes.
+
+    buckets: those that the position was made with
+    """
+    return min((epoch for _, epoch in _epochs(part, buckets)), default=None)
+
+
+def _epochs(part: dict[str, Any], buckets: Buckets) -> Iterator[tuple[int, int]]:
+    """Source, and epoch in it, of each state of a position."""
+    for number, (epoch, *_) in enumerate(part["states"]):
+        lane, place = divmod(number, len(buckets.orders))
+        each = buckets.orders[place]
+        in_epoch = each.epoch(part["first"] + lane, epoch) if isinstance(each, Turns) else epoch
+        yield buckets.walks[place].source, in_epoch
 
 
 def with_windows(position: Position, buckets: Buckets) -> Buckets:

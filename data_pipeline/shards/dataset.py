@@ -23,7 +23,7 @@ from data_pipeline.order.position import (
     takes_turns,
     window_of,
 )
-from data_pipeline.order.turns import Turns, choose_turn_lanes
+from data_pipeline.order.turns import MAX_SAMPLES, Turns, choose_turn_lanes
 from data_pipeline.shards.accepted import Accepted
 from data_pipeline.shards.selection import target_shapes
 from data_pipeline.storage.urls import name_of, shard_name
@@ -114,6 +114,11 @@ class Dataset:
             return int(self.counts.sum())
         own = np.bincount(self.source_of, self.counts, minlength=len(self.shares))
         return int(np.ceil(own / self.shares).max())
+
+    @property
+    def epoch_ordinals(self) -> int:
+        """Where sources have no weights, the ordinal from which on samples come again."""
+        return len(self.shard_of) * MAX_SAMPLES if self.unindexed else int(self.counts.sum())
 
     def walk(
         self, config: DataConfig, *, seed: int, global_batch_size: int, position: Position = None

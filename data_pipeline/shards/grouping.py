@@ -129,6 +129,45 @@ def _close(block: Sample | None, first: dict[str, Sample], found: Grouping, apar
         found.problems.append(f"duplicate key {block.key[:80]!r}")
 
 
+class Beginnings:
+    """Which members begin a sample, by the names up to theirs; asked in their order.
+
+    What is still to come is not known: a new one begins where what precedes the first dot changes, or where
+    an extension comes again behind it (`img.v2.jpg`, `img.v3.jpg`).
+    """
+
+    def __init__(self) -> None:
+        self._stem: str | None = None
+        self._key = ""
+        self._extensions: set[str] = set()
+
+    def __call__(self, name: str) -> bool:
+        """Whether the member of this tidy name does."""
+        key, extension = split_name(name)
+        if stem_of(name) == self._stem:
+            within = key == self._key or key.startswith(f"{self._key}.")
+            if within or extension not in self._extensions:
+                self._extensions.add(extension)
+                return False
+        self._stem, self._key, self._extensions = stem_of(name), key, {extension}
+        return True
+
+
+def come_one_by_one(members: Sequence[TarMember], samples: Sequence[Sample]) -> bool:
+    """Whether the samples are what `Beginnings` finds, wherever among them one begins to look.
+
+    members: all of the tar, in its order
+    """
+    begins, found = Beginnings(), list[list[TarMember]]()
+    for member in members:
+        if name := tidy(member.name):
+            if begins(name):
+                found.append([])
+            found[-1].append(member)
+    stems = {stem_of(tidy(some[0].name)) for some in found}
+    return len(stems) == len(found) and found == [list(sample.members.values()) for sample in samples]
+
+
 class Keys:
     """Where the keys end in the names of one tar."""
 

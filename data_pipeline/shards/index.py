@@ -30,8 +30,8 @@ import threading
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,9 @@ class ShardIndex:
     """Rows of the parquet without tar members (failed downloads)."""
     apart: int = 0
     """Samples whose members lie apart in the tar."""
+    as_streamed: bool | None = None
+    """Whether its samples, one after the other, are what is found by who reads the tar in windows without an
+    index (`pieces.py`), and no parquet tells more of them; None: the index is of an earlier version."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -110,6 +113,40 @@ class ShardIndex:
         offsets = self.offsets[row].astype(np.int64) * BLOCK
         offsets[self.offsets[row] == ABSENT] = -1
         return offsets, self.sizes[row].astype(np.int64)
+
+    def with_columns(self, names: Collection[str]) -> ShardIndex:
+        """The same without other filter columns; what tells sizes and identities stays."""
+        names = {*names, *ORIGINAL}
+        return replace(
+            self,
+            numbers={name: column for name, column in self.numbers.items() if name in names},
+            codes={name: column for name, column in self.codes.items() if name in names},
+            words={name: words for name, words in self.words.items() if name in names},
+        )
+
+    def rows(self, start: int, stop: int) -> ShardIndex:
+        """Index of the samples [start, stop) alone."""
+        at = slice(start, stop)
+        return replace(
+            self,
+            keys=self.keys[at],
+            offsets=self.offsets[:, at],
+            sizes=self.sizes[:, at],
+            defects=self.defects[at].copy(),  # which `choose_picture` writes to
+            numbers={name: column[at] for name, column in self.numbers.items()},
+            codes={name: column[at] for name, column in self.codes.items()},
+            hashes={name: column[at] for name, column in self.hashes.items()},
+            pictures={name: sizes[:, at] for name, sizes in self.pictures.items()},
+            blank=None if self.blank is None else self.blank[at],
+        )
+
+    def end_of(self, row: int) -> int:
+        """Byte of the tar behind the members of a sample; 0 of the row before the first."""
+        if row < 0:
+            return 0
+        there = self.offsets[:, row] != ABSENT
+        offsets, sizes = (part[there, row].astype(np.int64) for part in (self.offsets, self.sizes))
+        return int((offsets + -(-sizes // BLOCK)).max()) * BLOCK
 
     def without_text(self) -> NDArray[np.bool_]:
         """[n] Samples without a txt that holds a caption."""
@@ -193,7 +230,7 @@ class ShardIndex:
     def encode(self) -> bytes:
         """Compact bytes: a zip of .npy arrays, no pickle."""
         narrowed = {k: _narrow(self._numbers(k)) for k in self.numbers}
-        header = {
+        header: dict[str, Any] = {
             "decimal": [k for k, (_, decimal) in narrowed.items() if decimal],
             "format": VERSION,
             "shard": self.shard,
@@ -209,6 +246,8 @@ class ShardIndex:
             "problems": self.problems,
             "missing_rows": self.missing_rows,
         }
+        if self.as_streamed is not None:
+            header["as_streamed"] = self.as_streamed
         arrays: dict[str, NDArray[Any]] = {
             "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
             "keys": self.keys,
@@ -259,6 +298,7 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
                 apart=header["apart"],
                 problems=tuple(header["problems"]),
                 missing_rows=header["missing_rows"],
+                as_streamed=header.get("as_streamed"),
             )
     except DAMAGE as error:
         raise DataError(

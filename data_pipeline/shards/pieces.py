@@ -9,21 +9,25 @@ what is decided of its samples (filters, removal lists, sizes, the held-out shar
 as with an index of the whole. Every byte is read once, in order. To begin at b, nothing before b is needed.
 
 A window ends before a member of another sample. Which members are one sample is seen by names alone, without
-those that are still to come: a new one begins where what precedes the first dot changes, or where an
-extension comes again behind it (`img.v2.jpg`, `img.v3.jpg`). Members of one sample that lie in different
-windows cannot be joined; they are refused, with the remedy.
+those that are still to come (`grouping.Beginnings`). Members of one sample that lie in different windows
+cannot be joined; they are refused, with the remedy.
+
+Once the shard has been read to its end its index is there, and says whether it tells the same of every
+window (`ShardIndex.as_streamed`). Then `IndexedPieces` gives the same windows, for which no member is read.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import sys
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.errors import DataError, NotATar
-from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Sample, group, split_name, stem_of, tidy
+from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Beginnings, Sample, group, tidy
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.read_index import assemble, index_of, look, not_a_tar
 from data_pipeline.shards.tars import TarScan, scan_part
@@ -35,6 +39,7 @@ HEADERS = 65_536
 """Bytes to ask for at a time where there is room for headers and small members alone."""
 _HEAD = 512
 _LEVEL = 1
+_ASK_AGAIN_S = 60.0
 _INDEX_IT = "run `ldm data index` once"
 
 
@@ -152,6 +157,7 @@ class TarPieces:
             found.members += part.members
             found.problems += part.problems
             found.seen |= part.seen
+            found.others += part.others
         return index_of(self.shard, found)
 
     def _check_whole(self, samples: Sequence[Sample]) -> None:
@@ -172,30 +178,57 @@ class TarPieces:
         self._known |= pictured
 
 
+class IndexedPieces:
+    """The windows of a shard whose index tells what `TarPieces` would find; used as these are."""
+
+    held_bytes = 0
+    keeps = False
+
+    def __init__(self, read: Callable[[int, int], bytes], index: ShardIndex, *, first: int = 0) -> None:
+        """`read`: as of `TarPieces`; raises Replaced where the tar is not the one that was indexed."""
+        assert index.as_streamed
+        self.first = first
+        self._read, self._index = read, index
+        self._asked_s = -math.inf
+
+    def next(self, samples: int, chunk: int, room: int = sys.maxsize) -> TarPiece | None:
+        """The next window, of so many samples; None at the end.
+
+        A byte is read once a minute, to see that it is the tar. Raises Replaced, ReadFailed.
+        """
+        if self.first >= len(self._index):
+            return None
+        if time.monotonic() - self._asked_s > _ASK_AGAIN_S:
+            self._read(0, 1)
+            self._asked_s = time.monotonic()
+        first, self.first = self.first, min(self.first + samples, len(self._index))
+        index = self._index.rows(first, self.first)
+        return TarPiece(first, self._index.end_of(first - 1), index, self._read, _holds_none, _drop_none)
+
+    def release(self, *, everything: bool) -> None:
+        """Nothing: no byte is held."""
+
+
+def _holds_none(start: int, stop: int) -> bool:
+    return False
+
+
+def _drop_none(before: int) -> None:
+    pass
+
+
 class _Ends:
     """Whether a member is the first that a window of so many samples does not hold; asked in their order."""
 
     def __init__(self, samples: int) -> None:
         self._left = samples
-        self._stem: str | None = None
-        self._key = ""
-        self._extensions: set[str] = set()
+        self._begins = Beginnings()
 
     def __call__(self, name: str) -> bool:
         name = tidy(name)
-        if not name:
-            return False
-        key, extension = split_name(name)
-        if stem_of(name) == self._stem:
-            within = key == self._key or key.startswith(f"{self._key}.")
-            if within or extension not in self._extensions:
-                self._extensions.add(extension)
-                return False
-        if self._left == 0:
-            return True
-        self._left -= 1
-        self._stem, self._key, self._extensions = stem_of(name), key, {extension}
-        return False
+        if name and self._begins(name):
+            self._left -= 1
+        return self._left < 0
 
 
 class _Held:

@@ -20,9 +20,16 @@ from data_pipeline.errors import AccessDenied, DataError, NotATar, NotFound
 from data_pipeline.pictures.headers import size_of
 from data_pipeline.shards.beside import KEY, parquet_of, read_table, rows_by_key
 from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
-from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Grouping, Sample, group, split_name
+from data_pipeline.shards.grouping import (
+    IMAGE_EXTENSIONS,
+    Grouping,
+    Sample,
+    come_one_by_one,
+    group,
+    split_name,
+)
 from data_pipeline.shards.identities import hash_identity, identity_text, is_identity
-from data_pipeline.shards.index import ABSENT, DEFECTS, ShardIndex
+from data_pipeline.shards.index import ABSENT, DEFECTS, ORIGINAL, ShardIndex
 from data_pipeline.shards.records import MAX_JSON, TEXT_BYTES, is_blank, is_damaged, parse_record
 from data_pipeline.shards.tars import BLOCK, MemberBytes, TarScan, scan
 from data_pipeline.storage.files import read_bytes, read_range
@@ -83,10 +90,25 @@ def index_of(shard: ListedFile, found: TarScan, counts: Counter[str] | None = No
     except NotATar as error:
         raise NotATar(f"{shard.url}: {error}.") from error
     index = assemble(shard, found, grouping)
-    _add_parquet(index, shard, Counter() if counts is None else counts)
+    streamed = _is_as_streamed(index, found, grouping)
+    told_more = _add_parquet(index, shard, Counter() if counts is None else counts)
+    index.as_streamed = streamed and not told_more
     # Last, for these columns are ours whatever the json and the parquet have.
     index.choose_picture(IMAGE_EXTENSIONS)
     return index
+
+
+def _is_as_streamed(index: ShardIndex, found: TarScan, grouping: Grouping) -> bool:
+    """Whether who reads the tar in windows finds the same (`ShardIndex.as_streamed`), the parquet left aside.
+
+    Columns that are not kept are read from each json either way, but the sizes before pictures were stored.
+    """
+    return (
+        found.others == 0
+        and DEFECTS.index("too_large") not in index.defects
+        and not set(ORIGINAL) & set(index.omitted)
+        and come_one_by_one(found.members, grouping.samples)
+    )
 
 
 def not_a_tar(url: str, head: bytes, found: TarScan) -> str:
@@ -224,14 +246,17 @@ def _keepable(name: str, values: list[Any]) -> list[Any]:
     return [OTHER if s is None and v is not None else s for s, v in zip(spelled, values, strict=True)]
 
 
-def _add_parquet(index: ShardIndex, shard: ListedFile, counts: Counter[str]) -> None:
-    """Use the parquet beside the tar: columns the json lacks, and rows without members."""
+def _add_parquet(index: ShardIndex, shard: ListedFile, counts: Counter[str]) -> bool:
+    """Use the parquet beside the tar: columns that the json lacks, and rows without members.
+
+    Returns whether it has a value that no json has.
+    """
     url = parquet_of(shard.url)
     counts["requests"] += 1
     try:
         raw = read_bytes(url)
     except (NotFound, AccessDenied):
-        return  # plain webdataset shards have none, which S3 may tell by refusing
+        return False  # plain webdataset shards have none, which S3 may tell by refusing
     counts["bytes"] += len(raw)
     try:
         table = read_table(raw)
@@ -239,10 +264,10 @@ def _add_parquet(index: ShardIndex, shard: ListedFile, counts: Counter[str]) -> 
         rows = rows_by_key(table[KEY], keys)
     except DataError as error:
         index.problems += (f"parquet {name_of(url)} {error}",)
-        return
+        return False
     except Exception as error:  # noqa: BLE001 - pyarrow raises many types for damaged files
         index.problems += (f"parquet {name_of(url)} is not readable: {str(error)[:120]}",)
-        return
+        return False
     index.missing_rows = len(rows.keys() - set(keys))
     if len(rows) < len(table[KEY]):
         again = len(table[KEY]) - len(rows)
@@ -254,6 +279,7 @@ def _add_parquet(index: ShardIndex, shard: ListedFile, counts: Counter[str]) -> 
     have = {*index.numbers, *index.codes, *index.hashes, *index.omitted} - empty
     extra = [name for name in table if name not in have]
     if not extra or not keys:
-        return
+        return False
     records = [{n: table[n][rows[k]] for n in extra} if k in rows else {} for k in keys]
     _add_columns(index, records, parquet=True)
+    return any(plain(value) is not None for record in records for value in record.values())

@@ -64,11 +64,17 @@ class Recorder:
         if self.refused:
             return False
         try:
-            folders = dict.fromkeys(filter(None, (self._folder(shard), self._instead)))
-            return any(exists(join(folder, index_name(url))) for folder in folders)
+            return any(exists(place) for place in self.places(shard, url))
         except Failure as error:
             self._refuse(error)
             return False
+
+    def places(self, shard: int, url: str) -> list[str]:
+        """Where the index of a shard may lie."""
+        if not self._folders:
+            return []
+        folders = dict.fromkeys(filter(None, (self._folder(shard), self._instead)))
+        return [join(folder, index_name(url)) for folder in folders]
 
     def keep(self, shard: int, pieces: TarPieces) -> None:
         """Write the index of a shard that has been read to its end, if it was from its beginning."""

@@ -65,6 +65,11 @@ class Selection:
     part: Part = "training"
     """Whether the others are read, or those."""
 
+    @property
+    def columns(self) -> set[str]:
+        """What samples are chosen by, or have their captions in."""
+        return {*self.filter.columns, *self.captions}
+
     def decide(self, index: ShardIndex) -> Decision:
         """All that the index can decide about its samples."""
         removed = [f"removed: {removal.name}" for removal in self.removals]

@@ -67,6 +67,8 @@ class TarScan:
     """What `look` made of a member, by its offset."""
     lost: int = 0
     """Links that lead to no member."""
+    others: int = 0
+    """Entries that are neither folders nor members with data of their own: links, devices, sparse files."""
     rest: int | None = None
     """Where the header of the member lies before which the walk was ended; None: it came to the end."""
 
@@ -217,6 +219,8 @@ def _walk(
                 kind = b"0"
             if kind in _WITHOUT_DATA:
                 length = 0
+            is_file = kind in (b"0", b"\0", b"7") and not said.sparse()
+            found.others += not is_file and not name.endswith("/")
             if kind in (b"1", b"2"):
                 entries.append(_TarLink(name, _target(name, said.link(header), kind)))
             if data + length > window.size:

@@ -81,6 +81,14 @@ class RangeReader:
         """A whole small file, with the same patience."""
         return self.read(url, 0, -1)
 
+    def read_if_there(self, url: str) -> bytes | None:
+        """The same of a file that may be there; None where it is not, which is no failure."""
+        try:
+            return self.read_all(url)
+        except Gone:
+            self.counts["failures"] -= 1
+            return None
+
     def begin(self, url: str, num_bytes: int) -> tuple[ListedFile, bytes]:
         """Size and version of an object that nobody has looked up, and its first bytes, at most so many.
 

@@ -19,16 +19,18 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.errors import DataError, Failure
 from data_pipeline.loader import (
-    AnyLoader,
+    Loader,
     Part,
     Position,
     build_loader,
     check_layout,
+    epoch_steps,
     open_dataset,
     position_near,
 )
 from data_pipeline.moments.entry import Moments
 from data_pipeline.moments.writer import MomentsWriter
+from data_pipeline.storage.urls import join
 from trainer.checkpoint.catalogue import open_checkpoint
 from trainer.checkpoint.export import read_state
 from trainer.checkpoint.manifest import BadManifest
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     _check(config, args)
     with torch.no_grad(), Preemption() as asked:
         pool = _Pace(config, args.ahead, asked)
-        encoder = _CacheFiller(config, Part(args.rank, args.ranks))
+        encoder = _CacheFiller(config, Part(args.rank, args.ranks), pool)
         with closing(encoder.once):
             encoder.walk(pool, args.steps)
     say(f"samples           {encoder.counts['served']:,} ({encoder.counts['rejected']:,} rejected)")
@@ -121,12 +123,16 @@ class _Pace:
         0 .. ahead steps ahead  goes on
         further ahead           waits
 
-    The past is in the cache by then, or not needed before the next epoch. Without `ahead` it looks at no run.
+    The past is in the cache by then, or not needed before the next epoch. Without an index nobody knows where
+    the middle is: behind the run it goes on at the newest checkpoint, or where it is, past what is cached.
+    Without `ahead` it looks at no run.
     """
 
     def __init__(self, config: Config, ahead: int | None, asked: Preemption) -> None:
         self._config, self._ahead, self._asked = config, ahead, asked
-        self._run, self._next = 0, 0.0
+        self.at_checkpoints = False
+        """Whether no positions are known but those of checkpoints."""
+        self._run, self._saved, self._next = 0, 0, 0.0
         self._told: int | None = None
 
     @property
@@ -134,19 +140,23 @@ class _Pace:
         """Whether somebody wants the encoder to end."""
         return self._asked.request is not StopRequest.NONE
 
-    def bounds(self, epoch: int, steps: int | None) -> tuple[int, int]:
-        """First step to encode, and past the last."""
+    def bounds(self, epoch: int | None, steps: int | None) -> tuple[int, int | None]:
+        """First step to encode, and past the last; None where the end of the epoch has to show.
+
+        epoch: steps of one, None where nobody knows
+        """
         if self._ahead is None:
             return 0, steps or epoch
         self._look()
-        return self._run, min(self._run + epoch, self._config.steps, steps or self._config.steps)
+        last = min(self._config.steps, steps or self._config.steps)
+        return self._run, last if epoch is None else min(self._run + epoch, last)
 
     def place(self, step: int) -> int:
         """The step to encode instead of this one, or this one, once it is near enough to the run."""
         while self._ahead is not None and not self.is_over:
             self._look()
-            if self._run > step:
-                target = self._run + self._ahead // 2
+            target = max(step, self._saved) if self.at_checkpoints else self._run + self._ahead // 2
+            if self._run > step and target > step:
                 say(f"step {step:,}: the run is at step {self._run:,}; going on at step {target:,}")
                 return target
             if step < self._run + self._ahead:
@@ -158,13 +168,14 @@ class _Pace:
         return step
 
     def known(self) -> Position:
-        """The position of the newest checkpoint of the run."""
-        newest = newest_checkpoint(self._config.run_dir)
+        """The position of the newest checkpoint of the run that is looked at."""
+        newest = newest_checkpoint(self._config.run_dir) if self._ahead is not None else None
         if newest is None:
             return None
         try:
             state = read_state(open_checkpoint(newest[1]))
         except (Failure, BadManifest):  # removed meanwhile, or storage is away: then less exactly
+            self._saved = 0
             return None
         position: Position = state["state"]["train"]["position"]
         return position
@@ -175,24 +186,28 @@ class _Pace:
         record, newest = latest_record(self._config.run_dir), newest_checkpoint(self._config.run_dir)
         # After a rewind, or where the newest records were lost, the two say different things: the run will
         # pass both.
-        self._run = max(0 if record is None else record["step"], 0 if newest is None else newest[0])
+        self._saved = 0 if newest is None else newest[0]
+        self._run = max(0 if record is None else record["step"], self._saved)
         self._next = time.monotonic() + _LOOK_S
 
 
 class _CacheFiller:
     """One rank's share of the samples through the first stage; close `once` to commit what was encoded."""
 
-    def __init__(self, config: Config, part: Part) -> None:
+    def __init__(self, config: Config, part: Part, pace: _Pace) -> None:
         self._config, self._part = config, part
         self.counts: Counter[str] = Counter()
         """served, rejected, cache_found, cache_missed; again: missed, but another visit's to encode."""
         configure_process(config.distributed)
         self._device = choose_device(0, 1, bound=False)
-        self._dataset = open_dataset(config.data)
+        dataset = open_dataset(config.data, at_once=True)
+        self._dataset = dataclasses.replace(dataset, record_in=join(config.run_dir, "index"))
         seed, size = config.seed, config.global_batch_size
-        check_layout(config.data, self._dataset, seed=seed, global_batch_size=size)
-        self._epoch = -(-self._dataset.epoch_samples // size)
-        self._once = not (self._dataset.unindexed or self._dataset.shares or config.data.buckets)
+        check_layout(config.data, dataset, seed=seed, global_batch_size=size)
+        known = pace.known()
+        self._epoch = epoch_steps(config.data, dataset, seed=seed, global_batch_size=size, position=known)
+        pace.at_checkpoints = self._epoch is None
+        self._once = not (dataset.shares or config.data.buckets)
         first_stage = load_first_stage(config.first_stage, self._device)
         place_first_stage(first_stage, config.distributed, self._device)
         cache = moments_cache(config.first_stage, first_stage)
@@ -204,22 +219,25 @@ class _CacheFiller:
     def walk(self, pace: _Pace, steps: int | None) -> None:
         """Encode from where the pace says to the last step."""
         step, last = pace.bounds(self._epoch, steps)
-        within = self._dataset.epoch_samples if self._once and (step, last) == (0, self._epoch) else None
-        while step < last and not pace.is_over:
-            with closing(self._loader(step, pace)) as loader:
+        within = self._dataset.epoch_ordinals if self._once and (step, last) == (0, self._epoch) else None
+        while (last is None or step < last) and not pace.is_over:
+            loader, step = self._loader(step, pace)
+            with closing(loader):
                 try:
                     step = self._steps(loader, step, last, pace, within)
+                    if last is None:
+                        break
                 finally:
                     tally = loader.tally
                     self.counts.update(served=tally.served, rejected=tally.rejected.total())
                     self.counts.update(loader.counts)
 
-    def _steps(self, loader: AnyLoader, step: int, last: int, pace: _Pace, within: int | None) -> int:
+    def _steps(self, loader: Loader, step: int, last: int | None, pace: _Pace, within: int | None) -> int:
         """The step to go on at, with another loader unless it is the last one.
 
         within: ordinals from which on samples come again; another part may have one of them under way.
         """
-        while step < last and not pace.is_over:
+        while (loader.epoch == 0 if last is None else step < last) and not pace.is_over:
             place = pace.place(step)
             if place > step:
                 return place
@@ -230,7 +248,7 @@ class _CacheFiller:
             if step % 100 == 0:
                 counts = self.counts + Counter(loader.counts)
                 done = f"{counts['cache_found']:,} found, {counts['cache_missed']:,} encoded"
-                say(f"step {step:,} of {last:,}: {done}")
+                say(f"step {step:,}{'' if last is None else f' of {last:,}'}: {done}")
             step += 1
         return step
 
@@ -243,7 +261,8 @@ class _CacheFiller:
         cached = dataclasses.replace(batch.cached, found=found | again, labels=tuple(labels))
         return dataclasses.replace(batch, cached=cached)
 
-    def _loader(self, step: int, pace: _Pace) -> AnyLoader:
+    def _loader(self, step: int, pace: _Pace) -> tuple[Loader, int]:
+        """From a step on, or the next before it that is known, which is returned too."""
         config, served = self._config, self.counts["served"]
         position = None
         if step:
@@ -256,7 +275,7 @@ class _CacheFiller:
                 known=pace.known(),
                 served=served / (served + self.counts["rejected"]) if served else 1.0,
             )
-        return build_loader(
+        loader = build_loader(
             config.data,
             seed=config.seed,
             global_batch_size=config.global_batch_size,
@@ -265,3 +284,5 @@ class _CacheFiller:
             dataset=self._dataset,
             moments=self._moments,
         )
+        assert isinstance(loader, Loader), "a resampled order has no cache"
+        return loader, position["step"] if isinstance(position, dict) else 0

@@ -233,9 +233,9 @@ def _check_cache(config: Config) -> None:
         "first_stage.cache has nothing to keep where first_stage.name=identity encodes nothing; remove it.",
     )
     _require(
-        config.data.order == "indexed",
-        "first_stage.cache needs data.order=indexed, whose index says which picture is which before it is "
-        "read; remove first_stage.cache or set data.order=indexed.",
+        config.data.order != "resampled",
+        "first_stage.cache needs to know where in a shard a picture lies, and a resampled stream does not; "
+        "remove first_stage.cache or set data.order=indexed.",
     )
     pixels = [name for name in FROM_PIXELS if getattr(conditioning, name) is not None]
     _require(

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.moments.parts import taken_bytes
+from data_pipeline.storage.local_s3 import LocalS3
 from data_pipeline.tools.purge import purge
 from data_pipeline.tools.scenes.scene import SceneOptions
 from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
@@ -32,17 +34,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_faults_of_storage_change_nothing(folder: Path, server: FaultProxy) -> None:
+@pytest.mark.parametrize("order", ["indexed", "streamed"])
+def test_faults_of_storage_change_nothing(folder: Path, server: FaultProxy, order: str) -> None:
     """Filling and reading through resets, short and stalled bodies and 503s, with processes and without."""
-    off, _ = train(config_for(str(folder / "scenes" / "*.tar")), None)
+    off, _ = train(config_for(str(folder / "scenes" / "*.tar"), order=order), None)
     server.faults = {"short": 0.03, "storm": 0.05, "reset": 0.03}
-    filling, counts = train(config_for("s3://scenes/*.tar", workers=2), cache_at("s3://kept/a"))
+    config, cache = config_for("s3://scenes/*.tar", order=order), cache_at(f"s3://kept/{order}")
+    filling, counts = train(replace(config, workers=2), cache)
     assert same(filling, off)
     assert counts["written"] > 0
-    full, counts = train(config_for("s3://scenes/*.tar"), cache_at("s3://kept/a"))
+    full, counts = train(config, cache)
     assert same(full, off)
     assert counts["cache_found"] > 0
     assert sum(server.counts[fault] for fault in server.faults) > 5
+
+
+def test_orders_share_a_cache_by_the_etags_of_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run without an index has stored is found by one with it, and by one that has learned."""
+    with LocalS3(folder, etags=True) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        streamed = config_for("s3://scenes/*.tar", order="streamed", lanes=1)
+        cache = cache_at("s3://kept/shared")
+        first, counts = train(streamed, cache)
+        distinct = {key for keys, _ in first for key in keys}
+        assert (len(distinct), counts["written"]) == (SAMPLES, SAMPLES)
+        for config in (config_for("s3://scenes/*.tar"), streamed):  # the first leaves a whole index
+            _, counts = train(config, cache)
+            assert (counts["cache_found"], counts["cache_missed"]) == (SAMPLES, 0)
+            assert counts["bytes"] < 0.5 * sum(f.stat().st_size for f in (folder / "scenes").glob("*.tar"))
 
 
 def test_purging_and_measuring_on_s3(folder: Path, server: FaultProxy, tmp_path: Path) -> None:

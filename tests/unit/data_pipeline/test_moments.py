@@ -1,6 +1,8 @@
 """The cache of moments: what the loader serves with it off, filling, full, half lost; never out of date.
 
 A stand-in for the encoder, so that every number can be told: moments are 4 x 4 means of the pixels.
+
+Orders: that of an index, that of shards which nobody has indexed, and the same once they were learned.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.loader import Part, build_loader, merge_positions, open_dataset
 from data_pipeline.moments.entry import Moments, MomentsCache
@@ -33,6 +35,8 @@ from data_pipeline.moments.parts import commit_part
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.pictures.crops import RESAMPLING, crop_pixels, plan_crop
 from data_pipeline.pictures.decoding import DecodedPicture
+from data_pipeline.shards.build_index import build_index
+from data_pipeline.storage.listing import list_files
 from data_pipeline.tools.purge import purge
 from data_pipeline.tools.scenes.scene import SceneOptions
 from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
@@ -50,6 +54,22 @@ def encode(pixels: Tensor) -> Tensor:
 def config_for(folder: Path, **changes: Any) -> DataConfig:
     given = {"shards": str(folder / "*.tar"), "image_size": EDGE, "workers": 0, "shuffle_window": 5}
     return DataConfig(**{**given, **changes})
+
+
+ORDERS = ("indexed", "streamed", "learned")
+
+
+def in_order(config: DataConfig, order: str) -> DataConfig:
+    """The configuration in one of the orders, with its shards as they are now."""
+    beside = Path(config.shards).parent
+    if order == "indexed":
+        return config
+    if order == "learned":
+        build_index(list_files(config.shards), str(beside / "_index"))
+        return replace(config, order="streamed")
+    # Beneath a file nothing can be kept, so that no shard is ever known.
+    (beside / "nowhere").write_text("no folder")
+    return replace(config, order="streamed", index=str(beside / "nowhere" / "index"))
 
 
 def cache_at(folder: Path, **changes: Any) -> MomentsCache:
@@ -133,9 +153,10 @@ def parts_of(cache: MomentsCache) -> list[Path]:
     lost=st.sampled_from(["nothing", "parts", "tables", "bytes", "rows", "ends"]),
     variants=st.sampled_from([0, 3]),
     filtered=st.booleans(),
+    order=st.sampled_from(ORDERS),
 )
 def test_off_filling_full_and_half_lost_are_the_same(
-    tmp_path_factory, write_shards, counts, ranks, again, lost, variants, filtered
+    tmp_path_factory, write_shards, counts, ranks, again, lost, variants, filtered, order
 ) -> None:
     """Keys, draws, captions, sizes and fp32 moments, bit for bit, at any number of ranks."""
     folder, cache = tmp_path_factory.mktemp("shards"), cache_at(tmp_path_factory.mktemp("cache"))
@@ -143,7 +164,7 @@ def test_off_filling_full_and_half_lost_are_the_same(
     changes: dict[str, Any] = {"filter": "score < 0.85"} if filtered else {}
     if variants:
         changes |= {"crop": "random", "horizontal_flip": True}
-    config = config_for(folder, **changes)
+    config = in_order(config_for(folder, **changes), order)
     off, _, _ = train(config, 8, Moments(variants) if variants else None)
     filling, _, _ = train(config, 8, Moments(variants, cache), ranks=ranks)
     assert same(filling, off)
@@ -171,9 +192,14 @@ def test_off_filling_full_and_half_lost_are_the_same(
     assert found["cache_found"] > 0 or lost != "nothing"
 
 
-def test_pictures_that_are_cached_are_neither_read_nor_decoded(tmp_path: Path, write_shards) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_pictures_that_are_cached_are_neither_read_nor_decoded(
+    tmp_path: Path, write_shards, order: str
+) -> None:
+    """Where a shard is read for the first time, they are read in passing."""
     write_shards(tmp_path / "shards", [24])
-    config, moments = config_for(tmp_path / "shards"), Moments(0, cache_at(tmp_path / "cache"))
+    config = in_order(config_for(tmp_path / "shards"), order)
+    moments = Moments(0, cache_at(tmp_path / "cache"))
     first, _, filling = train(config, 2, moments)
     shard = tmp_path / "shards" / "00000.tar"
     status = shard.stat()
@@ -190,9 +216,15 @@ def test_pictures_that_are_cached_are_neither_read_nor_decoded(tmp_path: Path, w
     assert full["cache_found"] == 24
     assert full["written"] == 0
     index = sum(file.stat().st_size for file in (tmp_path / "shards" / "_index").glob("*.npz"))
-    assert (
-        full["bytes"] - full["written"] <= index + 24
-    )  # and a byte now and then, to see whether it is the same
+    if order == "indexed":
+        # And a byte now and then, to see whether it is the same.
+        assert full["bytes"] - full["written"] <= index + 24
+    elif order == "learned":
+        visits = full["bytes"] // index  # a lane reads ahead, in the same shard again
+        assert 1 <= visits < 9
+        assert full["bytes"] - full["written"] <= visits * (index + 24)
+    else:
+        assert full["bytes"] > len(data)
 
 
 @pytest.mark.parametrize("buckets", [False, True])
@@ -231,10 +263,12 @@ def test_boxes_maps_and_sizes_follow_the_crop_that_was_encoded(tmp_path: Path, b
                 assert same_value, name
 
 
-def test_members_that_were_not_kept_come_from_the_shard(tmp_path: Path, write_shards) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_members_that_were_not_kept_come_from_the_shard(tmp_path: Path, write_shards, order: str) -> None:
     """Captions from another member than when the cache was filled, and a filter that needs each json."""
     write_shards(tmp_path / "shards", [24])
-    config, moments = config_for(tmp_path / "shards"), Moments(0, cache_at(tmp_path / "cache"))
+    config = in_order(config_for(tmp_path / "shards"), order)
+    moments = Moments(0, cache_at(tmp_path / "cache"))
     train(config, 2, moments)
     for changes in ({"captions": ("url",)}, {"captions": ("url", "txt"), "filter": "score < 0.75"}):
         off, _, _ = train(replace(config, **changes), 1, None)
@@ -278,12 +312,13 @@ def change_shard(kind: str, folder: Path) -> None:
 @given(
     changed=st.lists(st.sampled_from([*CHANGES, *MENDED]), min_size=1, max_size=3, unique=True),
     variants=st.sampled_from([1, 2]),
+    order=st.sampled_from(ORDERS),
 )
-def test_nothing_out_of_date_is_ever_served(tmp_path_factory, write_shards, changed, variants) -> None:
+def test_nothing_out_of_date_is_ever_served(tmp_path_factory, write_shards, changed, variants, order) -> None:
     """After any change the moments are those of encoding without a cache; only what stayed is found."""
     folder, place = tmp_path_factory.mktemp("shards"), tmp_path_factory.mktemp("cache")
     write_shards(folder, [24])
-    config, cache = config_for(folder), cache_at(place)
+    config, cache = in_order(config_for(folder), order), cache_at(place)
     train(config, 2, Moments(variants, cache))
     for change in changed:
         if change in CHANGES:
@@ -321,9 +356,11 @@ def test_a_shard_replaced_while_it_is_cached_is_noticed(tmp_path: Path, write_sh
     loader.close()
 
 
-def test_an_opted_out_sample_is_not_served(tmp_path: Path, write_shards) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_opted_out_sample_is_not_served(tmp_path: Path, write_shards, order: str) -> None:
     write_shards(tmp_path / "shards", [36])
-    config, moments = config_for(tmp_path / "shards"), Moments(0, cache_at(tmp_path / "cache"))
+    config = in_order(config_for(tmp_path / "shards"), order)
+    moments = Moments(0, cache_at(tmp_path / "cache"))
     first, _, _ = train(config, 3, moments)
     gone = first[0][0][:2]
     (tmp_path / "removed.txt").write_text("\n".join(gone))
@@ -332,10 +369,12 @@ def test_an_opted_out_sample_is_not_served(tmp_path: Path, write_shards) -> None
     assert counts["removed: removed.txt"] > 0
 
 
-def test_purging_reaches_what_the_loader_stored(tmp_path: Path, write_shards) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_purging_reaches_what_the_loader_stored(tmp_path: Path, write_shards, order: str) -> None:
     """By the URL of a sample, which the cache knows by its hash alone, and by the key as `trace` has it."""
     write_shards(tmp_path / "shards", [24])
-    config, moments = config_for(tmp_path / "shards"), Moments(0, cache_at(tmp_path / "cache" / "stage"))
+    config = in_order(config_for(tmp_path / "shards"), order)
+    moments = Moments(0, cache_at(tmp_path / "cache" / "stage"))
     served, _, _ = train(config, 2, moments)
     by_url, by_key = served[0][0][0].split("/")[1], served[1][0][5]
     (tmp_path / "removed.txt").write_text(f"http://x.invalid/{by_url}\n{by_key}\n")
@@ -375,9 +414,11 @@ def test_parts_are_ordinary_tars_of_safetensors(tmp_path: Path, write_shards) ->
     assert found == expected
 
 
-def test_damage_is_said_once_and_mended(tmp_path: Path, write_shards, caplog) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_damage_is_said_once_and_mended(tmp_path: Path, write_shards, caplog, order: str) -> None:
     write_shards(tmp_path / "shards", [48])
-    config, cache = config_for(tmp_path / "shards"), cache_at(tmp_path / "cache")
+    config = in_order(config_for(tmp_path / "shards"), order)
+    cache = cache_at(tmp_path / "cache")
     off, _, _ = train(config, 4, Moments(0, cache), part_bytes=10**6)
     (part,) = parts_of(cache)
     part.write_bytes(part.read_bytes().replace(b"moments", b"momentz"))
@@ -464,6 +505,119 @@ def test_what_resampling_makes_of_a_picture_is_pinned() -> None:
         crop_pixels(DecodedPicture(pixels, 90, 130), plan, out)
         digests.update(out.tobytes())
     assert (RESAMPLING, digests.hexdigest()[:16]) == (1, "6b54e75effb773e0")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_orders_share_a_cache(tmp_path: Path, write_shards, order: str) -> None:
+    """What a run without an index has stored is served to one with it, and the other way round."""
+    write_shards(tmp_path / "shards", [24, 24])
+    moments = Moments(0, cache_at(tmp_path / "cache"))
+    served, _, _ = train(in_order(config_for(tmp_path / "shards"), order), 4, moments)
+    assert len({key for keys, *_ in served for key in keys}) == 48
+    for other in ORDERS:
+        _, _, counts = train(in_order(config_for(tmp_path / "shards"), other), 4, moments)
+        assert (counts["cache_found"], counts["cache_missed"]) == (48, 0)
+
+
+def test_what_a_first_visit_has_learned_spares_reading_at_the_next(tmp_path: Path, write_shards) -> None:
+    """In the run that goes on, and in another, at other numbers of ranks; the order stays."""
+    write_shards(tmp_path / "shards", [24, 30, 18, 27, 21, 24])
+    config = replace(config_for(tmp_path / "shards"), order="streamed")
+    moments, index = Moments(0, cache_at(tmp_path / "cache")), tmp_path / "shards" / "_index"
+    whole, _, live = train(in_order(config, "streamed"), 40, None)
+    assert not index.exists()
+    taken: list[Any] = []
+    position = None
+    while len(taken) < 24:  # two epochs; stopped after every eighth step
+        some, position, _ = train(config, 8, moments, ranks=1 + len(taken) // 8, position=position)
+        taken += some
+    assert len([*index.glob("*.npz")]) > 0
+    assert same(taken, whole[:24])
+    build_index(list_files(config.shards), str(index))  # what no process has read to its end
+    rest, _, later = train(config, 16, moments, ranks=2, position=position)
+    assert same(rest, whole[24:])
+    again, _, full = train(config, 40, moments)
+    assert same(again, whole)
+    assert (later["cache_missed"], full["cache_missed"]) == (0, 0)
+    assert full["bytes"] < 0.3 * live["bytes"]  # indexes, which are large where pictures are tiny
+
+
+@pytest.mark.parametrize("order", ["streamed", "learned"])
+def test_a_shard_replaced_under_a_lane_is_left(tmp_path: Path, write_shards, order: str) -> None:
+    """At the next window, as without the cache; then it is served as it is by now."""
+    write_shards(tmp_path / "shards", [24, 24])
+    config = in_order(replace(config_for(tmp_path / "shards"), lanes=1), order)
+    moments = Moments(0, cache_at(tmp_path / "cache"))
+    train(config, 4, moments)
+    _, position, _ = train(config, 1, moments)
+    first = train(config, 1, None)[0][0][0][0].partition("/")[0]
+    (tmp_path / "first").mkdir()
+    shard = tmp_path / "shards" / f"{first}.tar"
+    shard.rename(tmp_path / "first" / "00000.tar")
+    change_shard("other picture", tmp_path / "first")
+    (tmp_path / "first" / "00000.tar").rename(shard)
+    off, _, expected = train(config, 9, None, position=position)
+    on, _, counts = train(config, 9, moments, position=position)
+    assert same(on, off)
+    assert counts["shard_replaced"] == expected["shard_replaced"] == 1
+    assert {key.partition("/")[0] for key in on[0][0]} != {first}
+    assert 0 < counts["cache_missed"] < 48  # of the shard that it is by now
+
+
+def test_sources_of_which_one_was_indexed(tmp_path: Path, write_shards) -> None:
+    """By weights: all take turns, and what is known of the indexed ones spares reading from the first on."""
+    write_shards(tmp_path / "a" / "shards", [24, 24])
+    write_shards(tmp_path / "b" / "shards", [30, 20])
+    sources = tuple(
+        SourceConfig(str(tmp_path / name / "shards" / "*.tar"), weight=weight)
+        for name, weight in (("a", 2.0), ("b", 1.0))
+    )
+    config = replace(config_for(tmp_path), shards="", sources=sources, order="streamed")
+    moments = Moments(0, cache_at(tmp_path / "cache"))
+    off, _, _ = train(config, 8, None)
+    build_index(list_files(sources[0].shards), str(tmp_path / "a" / "shards" / "_index"))
+    filling, position, _ = train(config, 5, moments, ranks=2)
+    rest, _, _ = train(config, 3, moments, position=position)
+    assert same(filling + rest, off)
+    full, _, counts = train(config, 8, moments)
+    assert same(full, off)
+    assert counts["cache_missed"] == 0
+
+
+@pytest.mark.parametrize("order", ["streamed", "learned"])
+def test_fields_that_an_index_keeps_otherwise_than_windows_change_nothing(
+    tmp_path: Path, write_tar, tiny_picture, order: str
+) -> None:
+    """Texts of which few come in a window and many in a shard, sizes before storing, and no json at all."""
+    members = []
+    for i in range(40):
+        record = {"note": f"note {i}", "original_width": 40 + i, "original_height": 32}
+        members += [(f"{i:03d}.jpg", tiny_picture(i)), (f"{i:03d}.txt", b"text")]
+        members += [(f"{i:03d}.json", json.dumps(record).encode())] if i % 5 else []
+    write_tar(tmp_path / "shards" / "00000.tar", members)
+    chosen = "missing(note) or not (note in ('note 3', 'note 7', 'note 21'))"
+    config = in_order(config_for(tmp_path / "shards", filter=chosen, captions=("note", "txt")), order)
+    moments = Moments(0, cache_at(tmp_path / "cache"))
+    off, _, _ = train(config, 4, None)
+    assert len({tuple(size) for *_, sizes, _ in off for size in sizes}) > 20
+    for missed in (True, False):
+        on, _, counts = train(config, 4, moments)
+        assert same(on, off)
+        assert bool(counts["cache_missed"]) is missed
+
+
+@pytest.mark.parametrize("order", ["streamed", "learned"])
+def test_little_room_changes_nothing_of_what_is_served(tmp_path: Path, write_shards, order: str) -> None:
+    """Windows for which data.buffer_bytes has no room, of which some samples are in the cache."""
+    write_shards(tmp_path / "shards", [24, 30])
+    config = in_order(replace(config_for(tmp_path / "shards"), filter="score < 0.85"), order)
+    moments = Moments(0, cache_at(tmp_path / "cache"))
+    off, _, _ = train(config, 8, None)
+    train(config, 2, moments)
+    for buffer_bytes in (1, 3_000, 20_000):
+        on, _, counts = train(replace(config, buffer_bytes=buffer_bytes), 8, moments)
+        assert same(on, off)
+        assert counts["cache_found"] > 0
 
 
 def test_storage_that_fails_does_not_end_anything(tmp_path: Path, write_shards, caplog) -> None:

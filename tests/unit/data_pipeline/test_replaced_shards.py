@@ -15,6 +15,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, NoShards
 from data_pipeline.loader import Dataset, Loader, build_loader, open_dataset
 from data_pipeline.shards import opening
+from data_pipeline.shards.index import decode_index
+from data_pipeline.shards.manifest import store_index
 from data_pipeline.storage import editions
 from data_pipeline.storage.client import filesystem
 from data_pipeline.storage.editions import edition_of
@@ -128,11 +130,18 @@ def test_replaced_in_the_middle_of_an_epoch_by_one_of_the_same_size(place: Place
     assert {b.keys[0].partition("/")[0] for b in batches[-100:]} == {kept}
 
 
+@pytest.mark.parametrize("earlier_version", [False, True])
 def test_stored_again_with_the_same_samples_it_is_served_on(
-    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture, earlier_version: bool
 ) -> None:
     place.put([4, 4, 4])
     config, dataset = opened(place, tmp_path)
+    if earlier_version:  # whose indexes do not say whether windows are as they tell
+        rows = []
+        for url in dataset.index_urls:
+            index = decode_index(Path(url).read_bytes(), url)
+            rows.append(store_index(str(tmp_path / "index"), dataclasses.replace(index, as_streamed=None)))
+        dataset = dataclasses.replace(dataset, checksums=tuple(row.checksum for row in rows))
     place.touch(1, 60)
     with loader_of(config, dataset) as loader, caplog.at_level(logging.WARNING):
         served = captions(loader, 12)

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig
 from data_pipeline.errors import DataError, NoShards, NotATar
 from data_pipeline.loader import build_loader, check_layout, open_dataset
-from data_pipeline.moments.entry import Moments, MomentsCache
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards import recorder
 from data_pipeline.shards.build_index import build_index
@@ -371,15 +370,6 @@ def test_what_needs_an_index_says_so(
     config = config_for(shards_with(tmp_path, write_shards, [3] * 6), **changes)
     with pytest.raises(DataError, match=sentence):
         check_layout(config, open_dataset(config, at_once=True), seed=1, global_batch_size=BATCH)
-
-
-def test_cached_moments_need_an_index(tmp_path: Path, write_shards: Callable[..., Any]) -> None:
-    config = config_for(shards_with(tmp_path, write_shards, [3] * 6), lanes=6, workers=0)
-    cached = Moments(0, MomentsCache(str(tmp_path / "cache"), "stage", "fp32", channels=3, downsampling=8))
-    with pytest.raises(DataError, match=r"first_stage.cache needs an index.*run `ldm data index` once"):
-        build_loader(config, seed=1, global_batch_size=BATCH, moments=cached)
-    # Crops and flips that are drawn once for each picture need no cache, and so no index.
-    build_loader(config, seed=1, global_batch_size=BATCH, moments=Moments(2)).close()
 
 
 def test_an_index_that_is_there_is_used(tmp_path: Path, write_shards, monkeypatch) -> None:

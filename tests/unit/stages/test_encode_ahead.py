@@ -138,6 +138,47 @@ def test_it_begins_where_the_run_is_and_ends_with_it(config: Config, tmp_path: P
     assert len(stored(tmp_path)) == 2 * N
 
 
+def test_without_an_index_parts_encode_each_sample_once(config: Config, tmp_path: Path) -> None:
+    """Lanes end the epoch at different steps; what is of the next is not encoded, whoever comes to it."""
+    scene = SceneOptions(min_objects=1, max_objects=1, min_edge=16, max_edge=24)
+    several = SynthesisOptions(SAMPLES, samples_per_shard=7, failed_share=0.0, scene=scene)
+    list(synthesize(str(tmp_path / "several"), several))
+    found: Counter[str] = Counter()
+    for rank in range(2):
+        data = [f"data.shards={tmp_path}/several/*.tar", "data.order=streamed"]
+        cache = f"first_stage.cache={tmp_path}/{rank}/cache"
+        words = [str(tmp_path / "run.yaml"), *data, cache, "--ranks", "2", "--rank", str(rank)]
+        assert main(["encode", *words]) == 0
+        found += stored(tmp_path / str(rank))
+    assert (len(found), found.total()) == (SAMPLES, SAMPLES)
+
+
+def test_without_an_index_it_begins_at_the_checkpoint_and_ends_with_the_run(
+    config: Config, tmp_path: Path
+) -> None:
+    run = [f"run_dir={tmp_path / 'run'}", "conditioning={}", "sampling.every=0", "logging.wandb=disabled"]
+    small = "unet={model_channels: 8, channel_multipliers: [1], num_res_blocks: 1, attention_factors: [], "
+    small += "head_dim: 8, num_groups: 4, attention: plain}"
+    settings = [*run, small, "checkpoint.every=6", "steps=6", "distributed.doctor=false"]
+    streamed = "data.order=streamed"
+    assert main(["train", str(tmp_path / "run.yaml"), *settings, streamed, "first_stage.cache=null"]) == 0
+    assert main(["encode", str(tmp_path / "run.yaml"), "--ahead", "100", "steps=8", streamed]) == 0
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, order="streamed"))
+    walked = keys(config, 8)
+    assert stored(tmp_path) == Counter(itertools.chain.from_iterable(walked[6:]))
+
+
+def test_without_an_index_it_walks_on_when_the_run_has_passed_it(config: Config, tmp_path: Path) -> None:
+    """Where the run is nobody knows but by what lies before; the run's checkpoints are none so far."""
+    encoder = Encoder(tmp_path, "--ahead", "4", "data.order=streamed", "steps=12")
+    encoder.until("step 4: waiting, as the run is at step 0")
+    record = {"step": 9, "samples_seen": 9 * N, "time": 1.0, "loss": 0.5}
+    JSONLWriter(config.run_dir).write(record)
+    assert encoder.process.wait(600) == 0
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, order="streamed"))
+    assert stored(tmp_path) == Counter(itertools.chain.from_iterable(keys(config, 12)))
+
+
 @pytest.mark.parametrize("words", [["--ahead", "0"], ["--ahead", "-3"]])
 def test_no_distance_is_one_sentence(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]

@@ -111,10 +111,14 @@ class Training:
         return losses, counts
 
 
+@pytest.mark.parametrize("order", ["indexed", "streamed"])
 @pytest.mark.parametrize("drawn", [(), ("data.crop=random", "data.horizontal_flip=true")])
-def test_losses_are_those_of_encoding_live(shards: str, weights: str, tmp_path: Path, drawn) -> None:
+def test_losses_are_those_of_encoding_live(
+    shards: str, weights: str, tmp_path: Path, drawn: tuple[str, ...], order: str
+) -> None:
     """Off, filling, full, half lost; stored in fp32."""
     variants = ("first_stage.cache_variants=2",) if drawn else ()
+    drawn = (*drawn, f"data.order={order}")
     cached = (*drawn, *variants, f"first_stage.cache={tmp_path}", "first_stage.cache_dtype=fp32")
     off, _ = Training(configuration(shards, weights, *drawn, *variants)).run()
     assert len(set(off)) == STEPS
