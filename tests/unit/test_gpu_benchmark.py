@@ -126,6 +126,23 @@ def test_sections_keep_their_order_and_variants_change_the_recipe(monkeypatch: p
     assert gpu.overrides_of("train512@tuned", args) == tuned
 
 
+def test_the_budget_reaches_every_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, report = import_module("gpu"), import_module("gpu_sections.report")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", "x"])
+
+    class Asked(dict[str, Any]):
+        def __missing__(self, name: str) -> None:
+            needed.add(name)
+            raise KeyError(name)
+
+    needed: set[str] = set()
+    assert all(report._read(row, Asked()) is None for row in report.ROWS)
+    order = list(gpu.SECTIONS)
+    last = max(order.index(name) for name in needed)
+    before = sum(gpu.SECTIONS[name].expected_s for name in order[: last + 1])
+    assert before <= gpu.parse_arguments().budget_s <= 9 * 60
+
+
 def test_operations_are_counted_as_the_recipe_has_them(tmp_path: Path) -> None:
     recipe, networks = (import_module(f"gpu_sections.{name}") for name in ("recipe", "networks"))
     setup = recipe.Setup(tmp_path, tmp_path / "unet.json", small=False, train_steps=1)

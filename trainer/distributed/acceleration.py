@@ -2,9 +2,10 @@
 
 None changes what is computed, and gradients still arrive through the parameters' own hooks, so engines
 hardly notice. Compilation takes the blocks that repeat, one by one: a UNet has a few kinds of them, each
-compiled once and found again on disk by the next start and by the other ranks of a node, where the whole
-network would take minutes. Graphs replay all kernels of forward and of backward with one call each: for
-micro-batches so small that the processor cannot launch kernels as fast as the GPU ends them.
+compiled once per shape and found again on disk by the next start, where the whole network would take minutes.
+Ranks of a node compile side by side: seven that waited for one would begin no sooner. Graphs replay all
+kernels of forward and of backward with one call each: for micro-batches so small that the processor cannot
+launch kernels as fast as the GPU ends them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from trainer.models.layers import ResBlock
 
 REGIONS = (ResBlock, SpatialTransformer, PlainAttention, ResidualBlock, SpatialAttention)
 """Blocks that repeat."""
-VARIANTS = 64
-"""Compiled forms of one block: its widths and skip connections, times the shapes of a run's buckets."""
+FORMS = 1024
+"""Most compiled forms of one kind of block. SD2's residual blocks have 14 per shape of a batch, by widths,
+skips and levels; with gradients and, for previews, without: 140 for the five shapes of its buckets."""
 
 
 class ChannelsLastKernels:
@@ -69,8 +71,9 @@ def is_channels_last(x: Tensor) -> bool:
 
 def compile_regions(network: nn.Module) -> int:
     """Compile every repeating block in place, for fixed shapes; returns how many there are."""
-    # Every width is a variant of the same code; beyond the default of 8 torch would go on uncompiled.
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    # Every width is a form of the same code; beyond its limits torch would go on uncompiled, with a warning.
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(FORMS, getattr(torch._dynamo.config, limit)))
     regions = [module for module in network.modules() if isinstance(module, REGIONS)]
     for region in regions:
         region.compile(dynamic=False)

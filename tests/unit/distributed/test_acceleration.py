@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from trainer.config.checks import check
@@ -14,8 +15,11 @@ from trainer.config.models import UNetConfig
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig
 from trainer.distributed.acceleration import GraphedForward, compile_regions
+from trainer.distributed.build import build_engine
+from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.torch_engine import TorchEngine
+from trainer.models.layers import ResBlock
 from trainer.models.unet import UNet
 
 SMALL = UNetConfig(
@@ -63,19 +67,75 @@ def test_regions_compute_the_same_and_are_compiled_once_per_form() -> None:
     assert not counters["graph_break"]
 
 
-def test_regions_beyond_torchs_default_are_compiled_all_the_same() -> None:
-    """Eight variants per piece of code is torch's limit; a UNet with buckets has more."""
-    torch._dynamo.reset()
-    unet = small_unet()
-    compile_regions(unet)
-    counter = CompileCounterWithBackend("eager")
-    for block in unet.modules():
+def compiled_by(backend: CompileCounterWithBackend, network: nn.Module) -> None:
+    """Compile the regions again, by a backend that counts and runs what it is given as it is."""
+    for block in network.modules():
         if block._compiled_call_impl is not None:
-            block.compile(dynamic=False, backend=counter)
+            block.compile(dynamic=False, backend=backend)
+
+
+def test_regions_beyond_torchs_limit_are_compiled_all_the_same() -> None:
+    """Eight forms of a piece of code is torch's limit; SD2's buckets make 70, and again without gradients."""
+    torch._dynamo.reset()
+    block = ResBlock(2, 2, 2, groups=1)
+    assert compile_regions(block) == 1
+    counter = CompileCounterWithBackend("eager")
+    compiled_by(counter, block)
     with torch.no_grad():
-        for size in (4, 6, 8, 10, 12):
-            unet(*inputs(1, size))
-    assert counter.frame_count == 5 * (7 + 2)
+        for width in range(1, 71):
+            block(torch.zeros(1, 2, 1, width), torch.zeros(1, 2))
+    assert counter.frame_count == 70
+
+
+def test_an_engine_compiles_once_per_shape_over_accumulation_buckets_and_resume(env: DistributedEnv) -> None:
+    """Whatever is compiled again has another shape, and a run that goes on compiles nothing it had."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.clear_compilation_metrics()
+    counter = CompileCounterWithBackend("eager")
+    run = compiled_run(env, counter)
+    shapes = [(8, 4), (4, 8), (8, 4), (4, 8)]
+    counts = []
+    for size in shapes:
+        take_step(run, size)
+        counts.append(counter.frame_count)
+    assert counts == [9, 18, 18, 18]
+
+    resumed = compiled_run(env, counter)
+    for mine, stored in zip(resumed.fragments(), run.fragments(), strict=True):
+        mine.master.copy_(stored.master)
+        for name, moment in mine.moments.items():
+            moment.copy_(stored.moments[name])
+    resumed.refresh(moments=True)
+    resumed.optimizer_steps = run.optimizer_steps
+    assert [take_step(resumed, size) for size in shapes] == [take_step(run, size) for size in shapes]
+    assert counter.frame_count == 18
+
+    reasons = [m.recompile_reason for m in torch._dynamo.utils.get_compilation_metrics()]
+    again = [reason for reason in reasons if reason]
+    assert len(again) == 18 - 2, "but for the first form of each kind"
+    assert all("tensor 'x' size mismatch" in reason for reason in again), again
+
+
+def compiled_run(env: DistributedEnv, counter: CompileCounterWithBackend) -> Engine:
+    distributed = DistributedConfig(precision="bf16", compile=True)
+    config = Config(global_batch_size=4, micro_batch_size=2, distributed=distributed)
+    engine = build_engine(small_unet(), config, env)
+    compiled_by(counter, engine.module)
+    return engine
+
+
+def take_step(engine: Engine, size: tuple[int, int]) -> list[float]:
+    """Losses of a step of two micro-batches of one bucket."""
+    losses = []
+    for micro in range(2):
+        drawn = torch.Generator().manual_seed(micro)
+        x = torch.randn(2, 4, *size, generator=drawn).bfloat16().contiguous(memory_format=torch.channels_last)
+        context = torch.randn(2, 3, 6, generator=drawn).bfloat16()
+        loss = engine(x, torch.tensor([micro, 500]), context).float().square().mean()
+        engine.backward(loss)
+        engine.step(1e-3)
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,10 @@ def group_norms() -> None:
     # Channels per group that are no power of two, odd sizes, one sample, one cell, a mean far from zero.
     shapes = [(3, 40, 4, 7, 8, 0.0), (1, 320, 32, 5, 3, 2.0), (2, 96, 8, 9, 9, 30.0), (2, 64, 1, 4, 4, 0.0)]
     shapes += [(1, 120, 2, 1, 1, 1.0), (2, 240, 6, 3, 11, 0.0), (1, 160, 2, 33, 31, 0.0)]
+    shapes += [(1, 40, 2, 5, 2, 1.0), (2, 60, 2, 2, 7, 0.0)]
+    if not INTERPRETED:  # SD2's first, deepest and widest maps, and its first stage's
+        shapes += [(4, 320, 32, 64, 64, 0.5), (4, 1280, 32, 8, 8, 0.0), (2, 2560, 32, 16, 16, 0.0)]
+        shapes += [(1, 128, 32, 512, 512, 1.0)]
     for batch, channels, groups, height, width, mean in shapes:
         x = random(batch, channels, height, width, mean=mean)
         shift, weight, bias = (
@@ -82,7 +86,8 @@ def group_norms() -> None:
 
 
 def layer_norms() -> None:
-    for rows, channels in ((7, 40), (130, 320), (1, 96)):
+    shapes = [(7, 40), (130, 320), (1, 96)]
+    for rows, channels in shapes if INTERPRETED else [*shapes, (4096, 320), (1024, 1280)]:
         x, branch = random(1, rows, channels, mean=1.0), random(1, rows, channels, seed=4)
         weight, bias, pending = (random(channels, seed=s) for s in (5, 6, 7))
         norm = LayerNorm(channels).to(DEVICE)
@@ -101,7 +106,8 @@ def layer_norms() -> None:
 
 def others() -> None:
     for dtype in TOLERANCE:
-        for rows, width in ((5, 40), (67, 320)):
+        shapes = [(5, 40), (67, 320)]
+        for rows, width in shapes if INTERPRETED else [*shapes, (4096, 1280), (256, 5120)]:
             compare("geglu", dtype, geglu, [random(2, rows, 2 * width), random(2 * width, seed=1)])
             compare(
                 "add",
@@ -109,9 +115,10 @@ def others() -> None:
                 add_residual,
                 [random(2, rows, width), random(2, rows, width, seed=1), random(width, seed=2)],
             )
-        maps = [random(2, 40, 5, 7), random(2, 40, 5, 7, seed=1), random(40, seed=2)]
-        compare("add maps", dtype, add_residual, maps)
-        compare("concatenate", dtype, concatenate, [random(2, 40, 5, 7), random(2, 96, 5, 7, seed=1)])
+        shape = (2, 40, 5, 7) if INTERPRETED else (4, 640, 32, 32)
+        compare("add maps", dtype, add_residual, [random(*shape), random(*shape, seed=1), random(shape[1])])
+        wide = (shape[0], 96, *shape[2:])
+        compare("concatenate", dtype, concatenate, [random(*shape), random(*wide, seed=1)])
 
 
 def random_numbers() -> None:

@@ -8,8 +8,13 @@ half of the step.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from trainer.config.io import load_config
 from trainer.first_stage.build import build_first_stage
+from trainer.first_stage.losses import PatchDiscriminator
+from trainer.first_stage.perceptual import LAYERS, PerceptualDistance, VGG16Features
 from trainer.kernels import language
 from trainer.kernels.language import plain
 from trainer.models.unet import UNet
@@ -143,6 +150,37 @@ def test_a_step_of_the_unet_stays_in_one_layout_and_fuses_what_surrounds_product
     assert fused.launches.total() - fused.forward < 1150
 
 
+def first_stage_step() -> Recorder:
+    """Training of the first stage: encoder, decoder, LPIPS, discriminator, and all gradients."""
+    with torch.device("meta"):
+        stage = build_first_stage(CONFIG.first_stage).bfloat16().to(memory_format=torch.channels_last)
+        judge = PatchDiscriminator(channels=64, num_layers=3).bfloat16().to(memory_format=torch.channels_last)
+        weights = [torch.empty(widths[-1]) for widths in LAYERS]
+        distance = PerceptualDistance(VGG16Features(), weights, "LPIPS", is_lpips=True)
+        pixels = torch.empty(BATCH, 3, 8 * HEIGHT, 8 * WIDTH, dtype=torch.bfloat16)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        noise = torch.empty(BATCH, 4, HEIGHT, WIDTH)
+
+    def run() -> None:
+        made = stage(pixels, noise)
+        picture = made["reconstruction"]
+        error = (picture - pixels).abs().mean() + distance(picture, pixels).mean()
+        (error + made["kl"].mean() - judge(picture).mean()).backward()
+
+    return record(run)
+
+
+def test_training_of_a_first_stage_stays_in_one_layout() -> None:
+    fused = first_stage_step()
+    with plain():
+        before = first_stage_step()
+    assert not fused.channels_first, fused.channels_first[:5]
+    assert not fused.layout_copies, fused.layout_copies[:5]
+    assert fused.launches["aten._local_scalar_dense.default"] == 0
+    assert before.channels_first, "the plain form has what this test looks for"
+    assert fused.launches.total() < 1000
+
+
 def test_encoding_stays_in_one_layout_without_padded_copies() -> None:
     fused = vae_encode()
     assert not fused.channels_first, fused.channels_first[:5]
@@ -150,3 +188,33 @@ def test_encoding_stays_in_one_layout_without_padded_copies() -> None:
     assert fused.launches["aten._local_scalar_dense.default"] == 0
     assert fused.launches["aten.constant_pad_nd.default"] == 3, "kernels of the strided convolutions alone"
     assert fused.launches.total() < 110
+
+
+def test_nothing_of_a_whole_step_waits_for_the_device_or_leaves_the_layout(tmp_path: Path) -> None:
+    """Encoders, draws, noise, UNet, loss, sums of gradients, clipping, AdamW, averages: the parts of
+    `ldm train`, on a CPU, with the kernels in Triton's interpreter."""
+    pytest.importorskip("triton")
+    script, root = Path(__file__).with_name("whole_step.py"), str(Path(__file__).parents[3])
+    variables = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["maps"] > 300
+    assert found["channels_first"] == found["layout_copies"] == []
+    launches = {phase: launched(Counter(names)) for phase, names in found["found"].items()}
+    every = sum(launches.values(), Counter[str]())
+    assert not [name for name in every if "_local_scalar_dense" in name or "nonzero" in name]
+    # Posterior, timestep, noise and what is dropped, of each of two micro-batches; 802 operations once.
+    assert every["ldm.draw.default"] == 4 * 2
+    assert launches["optimizer"].total() < 25, launches["optimizer"]
+    assert launches["optimizer"]["aten._fused_adamw_.default"] == 1
+    assert launches["average"] == {"aten._foreach_lerp_.Scalar": 1}
+    assert launches["rest"].total() < 10, launches["rest"]
+
+
+def launched(names: Counter[str]) -> Counter[str]:
+    """Without views and the profiler's marks."""
+    silent = (*VIEWS, "lift")
+    kept = {n: c for n, c in names.items() if not n.removeprefix("aten.").startswith(silent)}
+    return Counter({name: count for name, count in kept.items() if not name.startswith("profiler")})
