@@ -2,7 +2,9 @@
 
 Set here, once, and told in the log of the start; nothing else in training touches these switches.
 
-- TF32 and cuDNN's choice of algorithms are switches of libraries, whose defaults moved between versions.
+- TF32 and cuDNN's choice of algorithms are switches of libraries, whose defaults moved between versions. The
+  allocator's are PyTorch's own variables, which must be there before a process first uses its GPU: told here,
+  set by whoever starts the run.
 - A GPU hangs on one of a machine's memory nodes. A process on the other one sends every launch and every
   batch through the link between the two.
 - Python collects garbage when enough objects have been made, which is at another step on each rank, and all
@@ -49,8 +51,15 @@ def describe_process(config: DistributedConfig, device: torch.device) -> str:
         f"{'times' if torch.backends.cudnn.benchmark else 'chooses'} its algorithms",
         f"deterministic {'on' if torch.are_deterministic_algorithms_enabled() else 'off'}",
         f"fused kernels {'on' if config.fused_kernels and config.channels_last else 'off'}",
+        f"allocator {allocator_settings() or 'as PyTorch has it'}",
     ]
     return ", ".join(about)
+
+
+def allocator_settings() -> str | None:
+    """What the environment asks of PyTorch's caching allocator: its newer variable, or else the older one."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return next((value for name in names if (value := os.environ.get(name))), None)
 
 
 def bind_to_node(device: torch.device, sysfs: Path = SYSFS) -> str:

@@ -90,8 +90,7 @@ class PerceptualDistance(nn.Module):
         total = first.new_zeros(first.shape[0], dtype=self.shift.dtype)
         pairs = zip(self.features(first), self.features(second), strict=True)
         for i, (a, b) in enumerate(pairs):
-            # Channels last by name as well as in memory, or the sum's gradient would lie channels-first, and
-            # every convolution before it convert.
+            # Channels last by name as well as in memory, or the feature's gradient would lie channels-first.
             weighted = (a - b).square().movedim(1, -1) * getattr(self, f"weights_{i}").flatten()
             total = total + weighted.sum(dim=-1).mean(dim=(1, 2))
         return total

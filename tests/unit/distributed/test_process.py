@@ -94,7 +94,9 @@ def test_the_default_rounds_as_torch_does_by_itself() -> None:
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
 
 
-def test_the_log_tells_how_a_process_computes() -> None:
+def test_the_log_tells_how_a_process_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     configure_process(DistributedConfig(tf32="off"))
     told = describe_process(DistributedConfig(tf32="off"), CPU)
     assert torch.__version__ in told
@@ -102,6 +104,10 @@ def test_the_log_tells_how_a_process_computes() -> None:
     on_gpu = describe_process(DistributedConfig(tf32="off"), torch.device("cuda"))
     assert "TF32 for nothing" in on_gpu
     assert "which chooses its algorithms" in on_gpu
+    assert "allocator as PyTorch has it" in on_gpu
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    on_gpu = describe_process(DistributedConfig(), torch.device("cuda"))
+    assert "allocator expandable_segments:True" in on_gpu
 
 
 class Knot:
