@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.config.models import UNetConfig
 from trainer.config.run import Config
 from trainer.config.training import DistributedConfig, EMAConfig
+from trainer.distributed import adamw
 from trainer.distributed.acceleration import is_channels_last
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
@@ -77,6 +78,10 @@ def is_kernel(x: Tensor) -> bool:
     return tuple(x.shape[2:]) == (3, 3)
 
 
+READ_BACK = "aten._local_scalar_dense.default"
+"""What `.item()`, `float` and `if` of a tensor come to: the host waits for the device."""
+
+
 def make_engine(env: DistributedEnv, frozen: str = "-", **distributed: Any) -> Engine:
     config = Config(
         global_batch_size=2 * ACCUMULATION,
@@ -92,13 +97,13 @@ def make_engine(env: DistributedEnv, frozen: str = "-", **distributed: Any) -> E
     return build_engine(unet, config, env)
 
 
-def micro_batch(engine: Engine, seed: int) -> float:
+def micro_batch(engine: Engine, seed: int) -> Tensor:
     drawn = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 4, 8, 8, generator=drawn).bfloat16().contiguous(memory_format=torch.channels_last)
     context = torch.randn(2, 3, 6, generator=drawn).bfloat16()
     loss = (engine(x, torch.tensor([seed, 500]), context).float() - x.float()).square().mean()
     engine.backward(loss)
-    return float(loss.detach())
+    return loss.detach()
 
 
 def count(engine: Engine) -> Counter[str]:
@@ -136,7 +141,7 @@ def test_losses_masters_and_moments_are_the_same(env: DistributedEnv, layout: di
         engine = make_engine(env, channels_last_kernels=kept, **layout)
         losses = []
         for step in range(6):
-            losses.append(micro_batch(engine, step))
+            losses.append(float(micro_batch(engine, step)))
             engine.step(1e-2)
         state = {
             f.name: [f.master.clone(), *(m.clone() for m in f.moments.values())] for f in engine.fragments()
@@ -165,6 +170,32 @@ def test_a_step_and_the_averages_take_a_few_operations_for_all_parameters(env: D
     with Operations() as average:
         ema.update(1)
     assert average.found.total() == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "reads"),
+    [
+        ({}, 0),
+        ({"engine": "fsdp"}, 0),
+        ({"zero_stage": 2}, 3),
+        ({"zero_stage": 3}, 1),
+        ({"engine": "torch"}, 1),
+    ],
+)
+def test_a_step_reads_no_more_from_the_device_than_its_engine_must(
+    env: DistributedEnv, layout: dict[str, Any], reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the optimizer that a GPU has, and which torch has for CPUs as well."""
+    build, gpu = adamw.build_adamw, torch.device("cuda")
+    monkeypatch.setattr(adamw, "build_adamw", lambda groups, config, _: build(groups, config, gpu))
+    engine = make_engine(env, **layout)
+    for step in range(2):  # what the first one makes, it makes once
+        with Operations() as found:
+            for micro in range(ACCUMULATION):
+                micro_batch(engine, step + micro)
+                engine.step(1e-3)
+    assert found.found["aten._fused_adamw_.default"] >= 1
+    assert found.found[READ_BACK] == reads
 
 
 def test_weights_follow_masters_that_were_written(env: DistributedEnv) -> None:
