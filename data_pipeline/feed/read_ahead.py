@@ -107,7 +107,9 @@ class Visit:
     wanted: list[Extent] = field(default_factory=list)
     """Members that are to be read."""
     num_bytes: int = 0
-    """What it holds in memory once it has been asked for."""
+    """What it holds in memory once it has been asked for, without `early`."""
+    early: int = 0
+    """What came with its window before the rest is asked for, and counts since then."""
     budget: Budget | None = None
     """What it counts in while it is held, from when it was asked for."""
 
@@ -128,8 +130,11 @@ class Visit:
         """Where the cache of moments has it."""
         return self.planned.place if self.planned is not None else None
 
-    def hold(self, contents: Contents) -> None:
-        """Some of its members are there already."""
+    def hold(self, contents: Contents, *, early: bool) -> None:
+        """Some of its members are there already; `early`: they count before the others are asked for."""
+        if early and (self.wanted or self.place is not None):
+            self.early = sum(len(content) for content in contents.values())
+            self.num_bytes -= self.early
         there: Future[Contents] = Future()
         there.set_result(contents)
         self.members = {extension: there for _, extension in contents}
@@ -141,7 +146,7 @@ class Visit:
             return {e: future.result().pop((self.slot, e)) for e, future in self.members.items()}
         finally:
             if self.budget is not None:
-                self.budget.give(self.num_bytes)
+                self.budget.give(self.num_bytes + self.early)
                 self.budget = None
 
 

@@ -176,7 +176,7 @@ def _take_over(piece: TarPiece, visits: Sequence[Visit], largest: int) -> None:
         if extent.start - dropped > _DROP:
             piece.drop(dropped := extent.start)
     for visit in visits:
-        visit.hold(contents[visit.slot])
+        visit.hold(contents[visit.slot], early=largest > _SMALL)
 
 
 class TurnWalker(ReadAhead[TurnWalk]):
@@ -293,7 +293,7 @@ class TurnWalker(ReadAhead[TurnWalk]):
         for visit in visits:
             if visit.reason is None and not visit.wanted and visit.place is None:
                 visit.budget = self.budget
-        held = sum(visit.num_bytes for visit in visits if visit.budget is not None)
+        held = sum(v.early if v.budget is None else v.num_bytes for v in visits)
         self.budget.give(room)
         self.budget.take(held + walk.beyond, anyway=True)
 

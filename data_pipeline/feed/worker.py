@@ -39,6 +39,9 @@ _ENDED = (EOFError, BrokenPipeError, ConnectionResetError)
 """The parent has closed the pipe, or is gone."""
 _SILENCE_S = 120.0
 """Patience with a worker on top of data.patience_s, after which it tells of an outage by itself."""
+_ARENAS = "1"
+"""Of glibc's malloc, unless the environment says otherwise. By default each thread has one, in which what is
+freed stays: a worker whose threads take turns at windows would hold data.buffer_bytes twice."""
 
 
 class WorkerProcess:
@@ -70,6 +73,7 @@ class WorkerProcess:
                 pass_fds=(theirs.fileno(), self._memory_file),
                 stdin=subprocess.DEVNULL,
                 env={
+                    "MALLOC_ARENA_MAX": _ARENAS,
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
                     "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
