@@ -1,4 +1,4 @@
-"""Fills a cache of moments without end: SHARDS CACHE. Run and imported by test_moments_storage.py."""
+"""Fills a cache of moments without end: SHARDS CACHE ORDER. Run and imported by test_moments_storage.py."""
 
 from __future__ import annotations
 
@@ -52,4 +52,4 @@ def same(a: list[tuple[tuple[str, ...], Tensor]], b: list[tuple[tuple[str, ...],
 
 
 if __name__ == "__main__":
-    train(config_for(sys.argv[1]), cache_at(sys.argv[2]), steps=10**9, part_bytes=12_000)
+    train(config_for(sys.argv[1], order=sys.argv[3]), cache_at(sys.argv[2]), steps=10**9, part_bytes=12_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -81,11 +82,18 @@ def test_purging_and_measuring_on_s3(folder: Path, server: FaultProxy, tmp_path:
     assert counts["cache_missed"] == counts["written"] == 3
 
 
-def test_a_process_that_is_killed_leaves_whole_parts(folder: Path, tmp_path: Path) -> None:
-    config, cache = config_for(str(folder / "scenes" / "*.tar")), cache_at(str(tmp_path / "cache"))
-    off, _ = train(config, None)
-    script = [sys.executable, str(Path(__file__).with_name("moments_filler.py")), config.shards, cache.folder]
-    filler = subprocess.Popen(script, env={**os.environ, "PYTHONPATH": os.getcwd()})
+@pytest.mark.parametrize("order", ["indexed", "streamed"])
+def test_a_process_that_is_killed_leaves_whole_parts(folder: Path, tmp_path: Path, order: str) -> None:
+    """Without an index it is in the midst of shards that nobody knows yet, and has left what it learned."""
+    shutil.copytree(folder / "scenes", tmp_path / "scenes", ignore=shutil.ignore_patterns("_index"))
+    config = config_for(str(tmp_path / "scenes" / "*.tar"), order=order)
+    cache = cache_at(str(tmp_path / "cache"))
+    off, _ = train(replace(config, index=str(tmp_path / "index")), None)
+    script = Path(__file__).with_name("moments_filler.py")
+    filler = subprocess.Popen(
+        [sys.executable, str(script), config.shards, cache.folder, order],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
     deadline = time.monotonic() + 90
     while len(list(Path(cache.folder).glob("shards/*/*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -147,14 +147,28 @@ def windows(pieces: TarPieces | IndexedPieces, size: int) -> Iterator[Any]:
     in_order=st.booleans(),
     kind=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT]),
     window=st.integers(1, 4),
+    joined=st.booleans(),
+    cut=st.sampled_from([0, 0, 700, 9000, 12000]),
 )
 def test_an_index_that_says_so_has_the_windows_of_the_tar(
-    tmp_path_factory: pytest.TempPathFactory, names: list[str], in_order: bool, kind: int, window: int
+    tmp_path_factory: pytest.TempPathFactory,
+    names: list[str],
+    in_order: bool,
+    kind: int,
+    window: int,
+    joined: bool,
+    cut: int,
 ) -> None:
-    """Each sample in the same window and place; a walk by one goes on by the other, from any window."""
+    """Each sample in the same window and place; a walk by one goes on by the other, from any window. Joined
+    archives and such as end too early among them."""
     path = tmp_path_factory.mktemp("tar") / "a.tar"
     write_entries(path, sorted(names) if in_order else names, kind)
     body = path.read_bytes()
+    if joined:
+        write_entries(path, ["z/a.jpg", "z/a.txt", "z/b.jpg"], tarfile.GNU_FORMAT)
+        body += path.read_bytes()
+    body = body[: max(2048, len(body) - cut)]
+    path.write_bytes(body)
     shard = ListedFile(str(path), len(body), "v")
     index = decode_index(read_index(shard).encode(), "kept")
     if not index.as_streamed:
