@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline.tools.picture_sets import open_pictures
 from trainer.evaluation import metrics
 from trainer.evaluation.networks import FeatureOptions, build_networks
 from trainer.evaluation.survey import FeatureMoments, SurveyOptions, survey
@@ -100,7 +101,9 @@ def one_pass(count: int) -> None:
             options = SurveyOptions(
                 frozenset({"random.pool", "random.spatial"}), frozenset({"random.pool"}), threads=threads
             )
-            seconds, _ = timed(lambda o=options: survey(folder, network, o, torch.device("cpu")))  # type: ignore[misc]
+            seconds, _ = timed(
+                lambda o=options: survey(open_pictures(folder), network, o, torch.device("cpu"))
+            )  # type: ignore[misc]
             print(f"| a pass over PNGs of 256 px, {threads} threads | {count / seconds:.0f} pictures/s | - |")
 
 

@@ -72,7 +72,9 @@ def list_files(url: str, *, timeout_s: float = 30.0) -> list[ListedFile]:
                 "them (gunzip, unxz, unzstd): places in a compressed archive cannot be read alone."
             )
         brackets = " A [ that belongs to a name is written [[]." if re.search(r"\[[^\]]{2,}\]", url) else ""
-        raise NoShards(f"No shard matches {url}; list the folder, or correct data.shards.{brackets}")
+        raise NoShards(
+            f"No shard matches {url}; list the folder, or correct the name (of a run: data.shards).{brackets}"
+        )
     return sorted(found, key=lambda f: f.url)
 
 

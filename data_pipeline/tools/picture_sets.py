@@ -47,6 +47,10 @@ GRID = "grid.png"
 _TEXTS = ("txt", "caption")
 """Members of a tar that are captions."""
 
+_UNREAD = ("avif", "heic", "heif", "jxl", "jp2", "j2k", "jfif", "jpe", "ppm", "pgm", "tga", "psd")
+_PACKED = ("gz", "tgz", "xz", "zst", "bz2", "zip")
+"""Endings of pictures and archives that are no part of a set, and whose absence is to be said."""
+
 Prepare = Callable[[NDArray[np.uint8]], Any]
 """What is made of a decoded picture, uint8 [h, w, 3], in the thread that decoded it."""
 
@@ -62,6 +66,8 @@ class PictureSet:
     tars: bool
     texts: frozenset[str] = frozenset()
     """URLs of the `NAME.txt` beside the pictures of a folder."""
+    unread: tuple[str, ...] = ()
+    """URLs of pictures and archives of other formats: no part of it, which a person may not know."""
 
     def chunks(self, block: int) -> int:
         """Parts that ranks can share."""
@@ -98,11 +104,13 @@ def open_pictures(url: str) -> PictureSet:
     Raises:
         DataError: nothing there, neither pictures nor tars, or both.
     """
+    if not url.strip():
+        raise DataError("The name of a set of pictures is empty; name a folder, tars or pictures.")
     patterns = expand_braces(url)
     if all(pattern.endswith(".tar") for pattern in patterns):
         return PictureSet(url, tuple(list_files(url)), tars=True)
     # what stands for several things, or bears the ending of a file, is one; all else is a folder
-    single = [literal(p) is None or _extension(p) in IMAGE_EXTENSIONS for p in patterns]
+    single = [literal(p) is None or ending_of(p) in IMAGE_EXTENSIONS for p in patterns]
     listed = [
         f
         for pattern, is_file in zip(patterns, single, strict=True)
@@ -112,19 +120,25 @@ def open_pictures(url: str) -> PictureSet:
     tars = [f for f in files.values() if f.url.endswith(".tar")]
     prompts = [name for name in files if name_of(name) == PROMPTS]
     sheets = {join(parent(name), GRID) for name in prompts}
-    pictures = [f for f in files.values() if _extension(f.url) in IMAGE_EXTENSIONS and f.url not in sheets]
+    pictures = [f for f in files.values() if ending_of(f.url) in IMAGE_EXTENSIONS and f.url not in sheets]
     if tars and pictures:
         raise DataError(
             f"{url} holds both pictures and tars; name the tars ({join(url, '*.tar')}) or move them."
         )
+    unread = tuple(sorted(name for name in files if ending_of(name) in (*_UNREAD, *_PACKED)))
     if tars:
-        return PictureSet(url, tuple(sorted(tars, key=lambda f: f.url)), tars=True)
+        return PictureSet(url, tuple(sorted(tars, key=lambda f: f.url)), tars=True, unread=unread)
     if not pictures:
+        others = (
+            f", but {len(unread)} of other formats; convert or unpack {name_of(unread[0])}" if unread else ""
+        )
         raise NoShards(
-            f"There are no pictures ({', '.join(IMAGE_EXTENSIONS[:4])}, ...) and no tars in {url}."
+            f"There are no pictures ({', '.join(IMAGE_EXTENSIONS[:4])}, ...) and no tars in {url}{others}."
         )
     texts = frozenset(name for name in files if name.endswith(".txt"))
-    return PictureSet(url, tuple(sorted(pictures, key=lambda f: f.url)), tars=False, texts=texts)
+    return PictureSet(
+        url, tuple(sorted(pictures, key=lambda f: f.url)), tars=False, texts=texts, unread=unread
+    )
 
 
 def read_blocks(
@@ -255,7 +269,8 @@ def _format(data: bytes) -> str:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "other"
 
 
-def _extension(url: str) -> str:
+def ending_of(url: str) -> str:
+    """What stands behind the last dot of a file's name, in small letters; empty without one."""
     _, dot, extension = name_of(url).rpartition(".")
     return extension.lower() if dot else ""
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from data_pipeline.storage.files import check_writable, write_bytes
-from data_pipeline.storage.urls import parent
+from data_pipeline.storage.urls import is_local, local_path, parent
+from data_pipeline.tools.picture_sets import PictureSet
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.shared_reads import read_together
@@ -36,7 +37,7 @@ from trainer.evaluation.statistics import (
     read_statistics,
     write_statistics,
 )
-from trainer.evaluation.survey import SurveyOptions, survey
+from trainer.evaluation.survey import SurveyOptions, pictures_to_measure, survey
 from trainer.launch.command import as_rank
 
 logger = logging.getLogger(__name__)
@@ -129,6 +130,11 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """What can be wrong without a look at any picture. Raises ConfigError."""
+    for place in ("source", "pictures", "reference", "out", "save_reference", "features", "metrics"):
+        given = getattr(args, place, None)
+        if given is not None and not names(given):
+            told = place.upper() if place in ("source", "pictures") else f"--{place.replace('_', '-')}"
+            raise ConfigError(f"{told} is empty (a variable that is not set?); name what is meant.")
     for option, value in (("--image-size", args.image_size), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value} is too small; give at least 1.")
@@ -142,7 +148,8 @@ def check(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace, device: torch.device) -> None:
     collectives.from_main_rank(lambda: check_places(args))
     if args.command == "statistics":
-        made = Measuring(args, (), device).statistics(args.pictures)
+        pictures = pictures_to_measure(args.pictures)
+        made = Measuring(args, (), device).statistics(pictures)
         if made is not None:
             write_statistics(args.out, made)
             print(_described("pictures", made.record) + f"\nstatistics in {args.out}")
@@ -153,16 +160,21 @@ def _measure(args: argparse.Namespace, device: torch.device) -> None:
         check_metrics(names(args.metrics), known[1].outputs())
     else:
         measuring = Measuring(args, known, device)
-        real = real or measuring.statistics(args.reference, reference=True)
-        made = made or measuring.statistics(args.pictures)
+        sides = ((real, args.reference), (made, args.pictures))
+        unread = {url: pictures_to_measure(url) for each, url in sides if each is None}
+        real = real or measuring.statistics(unread[args.reference], reference=True)
+        made = made or measuring.statistics(unread[args.pictures])
     collectives.from_main_rank(lambda: report(args, made, real, device))
 
 
 def check_places(args: argparse.Namespace) -> None:
     """What is written comes after all that is measured; whether it can be is better known before."""
-    for url in (args.out, getattr(args, "save_reference", None)):
-        if url:
-            check_writable(parent(url))
+    for option, url in (("--out", args.out), ("--save-reference", getattr(args, "save_reference", None))):
+        if not url:
+            continue
+        if url.endswith("/") or (is_local(url) and os.path.isdir(local_path(url))):
+            raise ConfigError(f"{option} {url} is a folder; name a file in it.")
+        check_writable(parent(url))
 
 
 class Measuring:
@@ -198,8 +210,8 @@ class Measuring:
         """See `identities`."""
         return identities(self._networks)
 
-    def statistics(self, url: str, *, reference: bool = False) -> SetStatistics | None:
-        """Of the pictures behind a URL, on rank 0; None on others. See `survey`."""
+    def statistics(self, pictures: PictureSet, *, reference: bool = False) -> SetStatistics | None:
+        """Of the pictures of a set, on rank 0; None on others. See `survey`."""
         args = self._args
         moments, kept = outputs_needed(self._wanted, self._widths, reference=reference)
         options = SurveyOptions(
@@ -211,7 +223,7 @@ class Measuring:
             threads=min(MOST_THREADS, len(os.sched_getaffinity(0))),
             skip_broken=args.skip_broken,
         )
-        return survey(url, self._networks, options, self._device)
+        return survey(pictures, self._networks, options, self._device)
 
 
 def report(

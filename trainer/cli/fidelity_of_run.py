@@ -20,6 +20,7 @@ from trainer.cli.fidelity import Measuring, check, check_places, report, stored
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
+from trainer.evaluation.survey import pictures_to_measure
 from trainer.generation.store import PICTURES, former_record
 from trainer.launch.command import run_on_ranks
 from trainer.launch.local import ranks_are_given
@@ -79,13 +80,14 @@ def _folder(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _draw_and_measure(args: argparse.Namespace, folder: str, env: DistributedEnv) -> None:
-    """Collective. Networks and reference come first: what is wrong with them is known before any drawing."""
+    """Collective. Drawing comes last, before it the reference: what else can be wrong is known by then."""
     collectives.from_main_rank(lambda: check_places(args))
+    collectives.from_main_rank(lambda: sample_series.check_set(_drawing(args, folder), env.device))
     real = stored(args.reference)
     measuring = Measuring(args, [real] if real else [], env.device)
-    real = real or measuring.statistics(args.reference, reference=True)
+    real = real or measuring.statistics(pictures_to_measure(args.reference), reference=True)
     sample_series.make(_drawing(args, folder), env)
-    made = measuring.statistics(join(folder, PICTURES))
+    made = measuring.statistics(pictures_to_measure(join(folder, PICTURES)))
 
     def tell() -> None:
         assert made is not None

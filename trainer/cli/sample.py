@@ -25,8 +25,8 @@ import torch
 
 from trainer.cli import sample_series
 from trainer.cli.conditions_from_files import SamplingInputs
-from trainer.cli.sample_asked import BATCH, ask, find_asked, load_asked, long_prompts, wishes_of
-from trainer.config.run import ConfigError
+from trainer.cli.sample_asked import BATCH, ask, find_asked, load_asked, long_prompts, wishes_of, with_choices
+from trainer.config.run import ConfigError, option_words
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.console import progress_bar
 from trainer.generation.store import SmallSet
@@ -179,9 +179,9 @@ def arguments(
         program: the command, for messages.
 
     Raises:
-        ConfigError: one of the reserved is there.
+        ConfigError: one of the reserved is there, or a quotation mark is not closed.
     """
-    given = shlex.split(options)
+    given = option_words("--sample", options)
     taken = [option for option in given if option.partition("=")[0] in reserved]
     if taken:
         raise ConfigError(f"--sample may not hold {taken[0]}, which is given by {program} itself.")
@@ -205,6 +205,24 @@ def same_pictures(options: str, others: str) -> bool:
     except (SystemExit, ValueError):  # one is of another version
         return False
     return asked[0] | {"batch_size": None} == asked[1] | {"batch_size": None}
+
+
+def check_all(commands: Sequence[argparse.Namespace], device: torch.device) -> None:
+    """What can be wrong before weights are read with commands that differ in how they draw alone.
+
+    Raises:
+        ConfigError: as `run`, or no sampler can do what one of them says.
+    """
+    first = commands[0]
+    _check_numbers(first)
+    if sample_series.is_series(first):
+        sample_series.check(first)
+        found = sample_series.check_model(first, device)
+    else:
+        found = find_asked(first)
+        ask(first, found, wishes_of(first), device)
+    for other in commands[1:]:
+        with_choices(found.config, other)
 
 
 def check_series(args: argparse.Namespace) -> None:

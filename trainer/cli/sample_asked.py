@@ -100,7 +100,7 @@ def find_asked(args: argparse.Namespace) -> ModelFound:
         first_stage_weights=args.first_stage,
         latent_scale=args.latent_scale,
     )
-    return dataclasses.replace(found, config=_with_choices(found.config, args))
+    return dataclasses.replace(found, config=with_choices(found.config, args))
 
 
 def ask(args: argparse.Namespace, found: ModelFound, wishes: Wishes, device: torch.device) -> Asked:
@@ -126,7 +126,8 @@ def load_asked(args: argparse.Namespace, asked: Asked, device: torch.device) -> 
     return dataclasses.replace(trained, config=found.config)
 
 
-def _with_choices(config: Config, args: argparse.Namespace) -> Config:
+def with_choices(config: Config, args: argparse.Namespace) -> Config:
+    """The configuration told to draw as the arguments say. Raises ConfigError where no sampler can."""
     chosen = {
         "sampler": args.sampler,
         "steps": args.steps,

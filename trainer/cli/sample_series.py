@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -136,7 +137,7 @@ def make(args: argparse.Namespace, env: DistributedEnv) -> None:
     """
     share = _share(args.share)
     plan = collectives.from_main_rank(lambda: _plan(args, env.device))
-    store = SetStore(args.out, plan.record, Form(args.format, _quality(args), tars=args.tars is not None))
+    store = _store(args, plan)
     with read_together(env.device):
         trained = collectives.on_every_rank(lambda: _load(args, plan, env.device))
     if env.is_main:
@@ -153,6 +154,26 @@ def make(args: argparse.Namespace, env: DistributedEnv) -> None:
         before = f", {there} of them from before" if there else ""
         which = "" if args.share is None else f"share {args.share} of "
         print(f"{which}{plan.series.count} pictures{before} in {store.pictures_url}, {join(store.url, GRID)}")
+
+
+def check_set(args: argparse.Namespace, device: torch.device) -> None:
+    """All that can be wrong before weights are read, for commands that have other work until then.
+
+    On one rank.
+
+    Raises:
+        ConfigError: as `make`.
+    """
+    _store(args, _plan(args, device)).former(overwrite=args.overwrite)
+
+
+def check_model(args: argparse.Namespace, device: torch.device) -> ModelFound:
+    """The same without a look at the folder: the model that all is right with."""
+    return _plan(copy.copy(args), device).one.found
+
+
+def _store(args: argparse.Namespace, plan: SeriesPlan) -> SetStore:
+    return SetStore(args.out, plan.record, Form(args.format, _quality(args), tars=args.tars is not None))
 
 
 def _plan(args: argparse.Namespace, device: torch.device) -> SeriesPlan:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 
+from trainer.config.run import option_words
 from trainer.launch.slurm import add_commands
 
 EXAMPLE = (
@@ -25,5 +25,5 @@ def run(args: argparse.Namespace) -> int:
         # Not at the top: it imports torch, and status is asked often.
         from trainer.cli.watch import check_words
 
-        check_words("RUN", shlex.split(args.evaluate))
+        check_words("RUN", option_words("--evaluate", args.evaluate))
     return int(args.handler(args))

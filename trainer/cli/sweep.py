@@ -25,6 +25,7 @@ from trainer.cli import sample
 from trainer.cli.fidelity import Measuring, add_measuring_arguments, as_json, check, figures, stored
 from trainer.config.run import ConfigError
 from trainer.distributed.env import DistributedEnv
+from trainer.evaluation.survey import pictures_to_measure
 from trainer.report.chart import fidelity_chart, to_png
 
 SWEEP_EXAMPLE = (
@@ -56,33 +57,40 @@ def run(args: argparse.Namespace) -> int:
     points = [(g, s) for s in _values(args.steps, "--steps") for g in _values(args.guidance, "--guidance")]
     _check(args, points)
     commands = {point: _command(args, point, join(out, _name(point))) for point in points}
+    env = DistributedEnv.detect()
+    if env.world_size > 1:
+        raise ConfigError("a sweep is made by one process; start it without torchrun or srun.")
     check_writable(out)
     step = _step_of_all(args, out, next(iter(commands.values())))
     for command in commands.values():
         command.checkpoint = step
         if step is not None:
             command.command_line += ["--checkpoint", str(step)]
-    env = DistributedEnv.detect()
-    if env.world_size > 1:
-        raise ConfigError("a sweep is made by one process; start it without torchrun or srun.")
+    sample.check_all(list(commands.values()), env.device)
     real = stored(args.reference)
     measuring = Measuring(args, [real] if real else [], env.device)
-    real = real or measuring.statistics(args.reference, reference=True)
+    real = real or measuring.statistics(pictures_to_measure(args.reference), reference=True)
     assert real is not None
-    settings = {"source": args.source, "sample": args.sample, "reference": args.reference}
+    settings = {
+        "source": args.source,
+        "sample": args.sample,
+        "reference": args.reference,
+        "metrics": args.metrics,
+        **_measured_by(measuring.networks, args.image_size, args.fit),
+    }
     rows: list[dict[str, Any]] = []
     missing = ""
     for point, command in commands.items():
         place = join(out, _name(point), "figures.json")
-        found = _former(place, settings | {"metrics": args.metrics})
+        found = _former(place, settings)
         if found is None:
             status = sample.run(command)
             if status != 0:  # of the ranks that have drawn; they have said why
                 return status
-            made = measuring.statistics(join(out, _name(point)))
+            made = measuring.statistics(pictures_to_measure(join(out, _name(point))))
             assert made is not None
             found = as_json(made, real, figures(args, made, real, env.device))
-            found["settings"] = settings | {"metrics": args.metrics}
+            found["settings"] = settings
             write_bytes(place, json.dumps(found, indent=1).encode())
         rows.append({"guidance": str(point[0]), "steps": str(point[1]), **_numbers(found["figures"])})
         networks = _networks(found)
@@ -95,9 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, points: Sequence[tuple[Decimal, Decimal]]) -> None:
     args.save_reference = None
-    folder, args.out = args.out, None
     check(args)
-    args.out = folder
     if len(points) > MOST_POINTS:
         raise ConfigError(f"{len(points)} points are more than {MOST_POINTS}; sweep fewer values.")
     whole = [steps for _, steps in points if steps != int(steps) or steps < 1]
@@ -109,7 +115,10 @@ def _values(text: str, option: str) -> list[Decimal]:
     """Exact decimals: a step of 0.1 reaches its end."""
     try:
         if ":" not in text:
-            return [Decimal(part) for part in text.split(",")]
+            listed = [Decimal(part) for part in text.split(",")]
+            if not all(value.is_finite() for value in listed):
+                raise ValueError
+            return listed
         first, last, step = (Decimal(part) for part in text.split(":"))
         if step <= 0 or last < first or not (first + last + step).is_finite():
             raise ValueError
@@ -156,16 +165,34 @@ def _former(url: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a sweep before has found of a point. Raises ConfigError where it was another sweep."""
     try:
         found = json.loads(read_text(url))
-        theirs = found["settings"]
+        seen = found["pictures"]
+        networks = {family: [n["name"], n["sha256"], n["sees"]] for family, n in seen["networks"].items()}
+        # sets of earlier versions do not say it in their settings
+        theirs = _measured_by(networks, seen["image_size"], seen["fit"]) | found["settings"]
     except NotFound:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         theirs = None
     if isinstance(theirs, dict) and sample.same_pictures(str(theirs.get("sample")), str(settings["sample"])):
         theirs = theirs | {"sample": settings["sample"]}
     if theirs != settings:
-        raise ConfigError(f"{url} is of another sweep ({theirs}); choose another folder with --out.")
+        told = "not written by one" if theirs is None else _differences(theirs, settings)
+        raise ConfigError(f"{url} is of another sweep ({told}); choose another folder with --out.")
     return dict(found)
+
+
+def _measured_by(
+    networks: Mapping[str, Sequence[str]], image_size: int | None, fit: str | None
+) -> dict[str, Any]:
+    """What the figures of all points have to share besides the pictures; as JSON gives it."""
+    size = None if image_size is None else f"{image_size}, {fit or 'crop'}"
+    return {"networks": dict(networks), "image_size": size}
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What another sweep was told otherwise, for people."""
+    names = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
+    return "; ".join(f"{name} {theirs.get(name)} instead of {ours.get(name)}" for name in sorted(names))
 
 
 def _networks(found: Mapping[str, Any]) -> str:

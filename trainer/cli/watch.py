@@ -19,6 +19,7 @@ from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.evaluation.fidelity import Comparison
 from trainer.evaluation.statistics import SetStatistics
+from trainer.evaluation.survey import pictures_to_measure
 from trainer.evaluator.findings import FOLDER
 from trainer.evaluator.lookout import Rule, Sighting
 from trainer.evaluator.watch import Watcher, WatchOptions
@@ -100,7 +101,7 @@ def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
     measuring = Measuring(args, [real] if real else [], env.device)
     if args.best_metric is not None:
         measuring.check_figure(args.best_metric)
-    real = real or measuring.statistics(args.reference, reference=True)
+    real = real or measuring.statistics(pictures_to_measure(args.reference), reference=True)
 
     def draw(sighting: Sighting, folder: str) -> None:
         drawing = _drawing(args, sighting.url, folder)
@@ -108,7 +109,7 @@ def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
         sample_series.make(drawing, env)
 
     def measure(folder: str) -> Comparison | None:
-        made = measuring.statistics(folder)
+        made = measuring.statistics(pictures_to_measure(folder))
         return collectives.from_main_rank(lambda: _figures(args, made, real, env))
 
     options = WatchOptions(

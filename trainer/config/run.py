@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -30,6 +31,18 @@ _EPOCHS_OF_A_PHASE = 2**14
 
 class ConfigError(UserError):
     """A user's mistake in a configuration: one sentence with the key and the remedy."""
+
+
+def option_words(option: str, text: str) -> list[str]:
+    """The words of an option whose value is a command line, as a shell reads it.
+
+    Raises:
+        ConfigError: a quotation mark that is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text} cannot be read ({error}); correct its quotes.") from error
 
 
 @dataclass(frozen=True)

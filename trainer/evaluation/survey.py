@@ -17,7 +17,14 @@ from torch import Tensor
 from data_pipeline.errors import DataError
 from data_pipeline.storage.files import exists
 from data_pipeline.storage.urls import join, literal
-from data_pipeline.tools.picture_sets import PictureBlock, PictureSet, Prepare, open_pictures, read_blocks
+from data_pipeline.tools.picture_sets import (
+    PictureBlock,
+    PictureSet,
+    Prepare,
+    ending_of,
+    open_pictures,
+    read_blocks,
+)
 from trainer.config.identity import SETTINGS
 from trainer.config.run import ConfigError
 from trainer.console import progress_bar
@@ -69,28 +76,40 @@ class _Survey:
 
 
 def survey(
-    url: str, networks: Mapping[str, FeatureNetwork], options: SurveyOptions, device: torch.device
+    pictures: PictureSet,
+    networks: Mapping[str, FeatureNetwork],
+    options: SurveyOptions,
+    device: torch.device,
 ) -> SetStatistics | None:
-    """Statistics of all pictures behind a URL, on rank 0; None on other ranks. Collective.
+    """Statistics of all pictures of a set, on rank 0; None on other ranks. Collective.
 
     They are the same at any number of ranks.
 
     Raises:
-        ConfigError: a run's folder.
-        DataError: no pictures, pictures that cannot be used, a damaged tar, features that are not finite.
+        DataError: pictures that cannot be used, a damaged tar, features that are not finite.
     """
-    pictures = collectives.from_main_rank(lambda: _opened(url))
     tally = collectives.on_every_rank(lambda: _tally(pictures, networks, options, device))
     for moments in tally.moments.values():
         collectives.fold_to_main(moments.tensors, moments.merge)
     gathered = collectives.gather_object(tally.without_moments())
     if gathered is None:
         return None
-    return _together(url, networks, options, tally.moments, gathered)
+    return _together(pictures, networks, options, tally.moments, gathered)
+
+
+def pictures_to_measure(url: str) -> PictureSet:
+    """What is behind a URL, listed by rank 0 for all. Collective.
+
+    Cheap beside a survey: a set that is not there is told before another one is read.
+
+    Raises:
+        ConfigError: the folder of a run, which holds the contact sheets of training.
+        DataError: neither pictures nor tars, or both.
+    """
+    return collectives.from_main_rank(lambda: _opened(url))
 
 
 def _opened(url: str) -> PictureSet:
-    """A set; not the contact sheets that training leaves in the folder of a run."""
     if literal(url) is not None and not url.endswith(".tar") and exists(join(url, SETTINGS)):
         raise ConfigError(
             f"{url} is a run, and holds previews at most; draw a set from it by `ldm sample {url} --count N "
@@ -270,7 +289,7 @@ def _take(
 
 
 def _together(
-    url: str,
+    pictures: PictureSet,
     networks: Mapping[str, FeatureNetwork],
     options: SurveyOptions,
     moments: Mapping[str, FeatureMoments],
@@ -278,7 +297,10 @@ def _together(
 ) -> SetStatistics:
     digests = _in_order([pair for t in tallies for pair in t.digests])
     count = sum(len(each) for each in digests)
+    url = pictures.url
     broken = sum((t.broken for t in tallies), Counter[str]())
+    for ending, unread in sorted(Counter(map(ending_of, pictures.unread)).items()):
+        broken[f"of .{ending}, which is not read"] = unread
     if count == 0:
         raise DataError(f"none of the pictures in {url} can be measured ({dict(broken)}).")
     known = np.concatenate(digests)

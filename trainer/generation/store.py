@@ -133,6 +133,17 @@ class SetStore:
         """What `ldm evaluate` is to read."""
         return join(self.url, PICTURES)
 
+    def former(self, *, overwrite: bool) -> dict[str, Any] | None:
+        """The record of what is there and may be gone on with; None where the set is to be begun.
+
+        Raises:
+            ConfigError: the folder holds another set, which may not go.
+        """
+        former = None if overwrite else what_is_there(self.url)
+        if former is not None:
+            require_same(self.url, former, self._record)
+        return former
+
     def begin(self, *, overwrite: bool) -> set[int]:
         """Write the record of a new set; parts that an earlier start has left whole.
 
@@ -140,9 +151,8 @@ class SetStore:
             ConfigError: the folder holds another set, which may not go.
             UserError, RetryableFault: it cannot be written to.
         """
-        former = None if overwrite else what_is_there(self.url)
+        former = self.former(overwrite=overwrite)
         if former is not None:
-            require_same(self.url, former, self._record)
             self._warn_of_versions(former)
             return self._whole_parts()
         check_writable(self.url)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple, TypedDict
 import ray
 import ray.exceptions
 
-from trainer.config.run import Config, ConfigError
+from trainer.config.run import Config, ConfigError, option_words
 from trainer.distributed.place import Place, free_port
 from trainer.exit_codes import ExitCode, normalize, should_restart
 from trainer.launch.rank import LAUNCHER_VARIABLE, write_config
@@ -219,10 +218,7 @@ def watch_words(options: str) -> list[str]:
     Raises:
         ConfigError: they are no command line, or lack what `ldm evaluate watch` cannot do without.
     """
-    try:
-        words = shlex.split(options)
-    except ValueError as error:
-        raise ConfigError(f"--watch {options} cannot be read ({error}); correct its quotes.") from error
+    words = option_words("--watch", options)
     for needed in ("--reference", "--sample"):
         if words and not any(word.partition("=")[0] == needed for word in words):
             raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import trainer
 from trainer.config.io import load_run
-from trainer.config.run import Config, ConfigError
+from trainer.config.run import Config, ConfigError, option_words
 from trainer.exit_codes import ExitCode
 from trainer.launch.observe import latest_record, newest_checkpoint
 from trainer.launch.slurm_job import SPARE_VARIABLE, snapshot
@@ -278,10 +277,15 @@ def _check_export(evaluator: EvaluatorJob) -> None:
 def _submit(args: argparse.Namespace) -> int:
     beside = None
     if args.evaluate is not None:
-        beside = EvaluatorJob(tuple(shlex.split(args.evaluate)), tuple(shlex.split(args.evaluate_sbatch)))
+        words, options = args.evaluate, args.evaluate_sbatch
+        beside = EvaluatorJob(
+            tuple(option_words("--evaluate", words)), tuple(option_words("--evaluate-sbatch", options))
+        )
     elif args.evaluate_sbatch:
         raise ConfigError("--evaluate-sbatch is of an evaluator; give --evaluate, too.")
-    job, *others = submit(args.config, args.overrides, shlex.split(args.sbatch), args.spare, beside)
+    job, *others = submit(
+        args.config, args.overrides, option_words("--sbatch", args.sbatch), args.spare, beside
+    )
     sys.stdout.write(f"submitted job {job}; ldm slurm status {job}; ldm slurm logs {job} -f\n")
     for other in others:
         sys.stdout.write(f"its evaluator is job {other}, which writes ldm-evaluate-{other}.log\n")

@@ -300,9 +300,44 @@ def test_mistakes(tmp_path: Path, refusal: Callable[..., str]) -> None:
         *fidelity, tmp_path / "x.safetensors", "--features", "random"
     )
     assert "There are no pictures" in refusal(*fidelity, tmp_path / "absent", "--features", "random")
+    for words, told in (
+        ((made, "--reference", " "), "--reference is empty"),
+        (("", "--reference", made), "PICTURES is empty"),
+        ((made, "--reference", made, "--features", ","), "--features is empty"),
+        ((made, "--reference", made, "--features", "random", "--metrics", ""), "--metrics is empty"),
+        ((made, "--reference", made, "--features", "random", "--out", tmp_path), "is a folder; name a file"),
+    ):
+        assert told in refusal("fidelity", *words)
     (tmp_path / "some.safetensors").write_bytes(_foreign())
     sentence = refusal(*fidelity, tmp_path / "some.safetensors", "--features", "random")
     assert "holds no statistics of pictures" in sentence
+
+
+def test_a_set_that_is_not_there_is_told_before_another_is_read(
+    tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """A reference may take hours."""
+    real = folder_of(tmp_path / "real", range(3))
+    (real / "0000.png").write_bytes(b"whoever reads this is told so")
+    random = ("--features", "random")
+    assert "0000.png cannot be measured" in refusal("fidelity", real, "--reference", real, *random)
+    absent = tmp_path / "absent"
+    assert f"no tars in {absent}." in refusal("fidelity", absent, "--reference", real, *random)
+
+
+def test_pictures_and_archives_that_are_not_read_are_said(
+    tmp_path: Path, measure: Measure, refusal: Callable[..., str]
+) -> None:
+    made = folder_of(tmp_path / "made", range(3))
+    folder_of(tmp_path / "others", range(2), ending="ppm")
+    for path in (tmp_path / "others").iterdir():
+        shutil.copy(path, made / path.name)
+    (made / "labels.csv").write_text("of no format that one would look for pictures in")
+    told = measure(made, made)
+    assert told["pictures"]["pictures"] == 3
+    assert any("left out: 2 of .ppm, which is not read" in note for note in told["notes"])
+    sentence = refusal("fidelity", tmp_path / "others", "--reference", made, "--features", "random")
+    assert "but 2 of other formats; convert or unpack 0000.ppm" in sentence
 
 
 def _foreign() -> bytes:

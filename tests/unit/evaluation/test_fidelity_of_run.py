@@ -115,6 +115,7 @@ def test_local_ranks_share_one_temporary_folder(tmp_path: Path, run_dir: str, sc
         (("--ranks", "2"), "--ranks is for pictures that are drawn first; give --sample"),
         (("--sample", "--steps 3"), "say how many pictures are to be drawn, with --count"),
         (("--sample", "--count 3 --out x"), "--sample may not hold --out"),
+        (("--sample", "--count 3 --prompt 'x"), "correct its quotes"),
         ((*DRAWN, "--pictures-out", " "), "--pictures-out is empty"),
         ((*DRAWN, "--ranks", "-1"), "--ranks -1 must be at least 0"),
         ((*DRAWN, "--metrics", "fidd"), "there is no metric 'fidd'"),
@@ -134,6 +135,23 @@ def test_mistakes_are_one_sentence(
     assert len(told) == 1
     assert sentence in told[0]
     assert list(scratch.glob("ldm-*")) == []
+
+
+def test_what_the_model_cannot_draw_is_told_before_the_reference_is_read(
+    tmp_path: Path, run_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So are pictures of another set where the new ones are to go. A reference may take hours."""
+    kept = ("--pictures-out", str(tmp_path / "kept"))
+    assert main(command(tmp_path, run_dir, *DRAWN, *kept)) == 0
+    (tmp_path / "real" / "broken.png").write_bytes(b"whoever reads this is told so")
+    for words, sentence in (
+        (DRAWN, "broken.png cannot be measured"),
+        (("--sample", f"{DRAWN[1]} --steps 5000"), "sampling.steps=5000 must be at most"),
+        (("--sample", f"{DRAWN[1]} --seed 9", *kept), "holds another set of pictures (seed"),
+    ):
+        capsys.readouterr()
+        assert main(command(tmp_path, run_dir, *words)) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_weights_in_a_file_are_drawn_from_as_well(

@@ -91,7 +91,17 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_sweeps(
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "made once"
     capsys.readouterr()
     assert main([word.replace("--class-label 1", "--class-label 2") for word in command]) == 2
-    assert "is of another sweep" in capsys.readouterr().err
+    assert "is of another sweep (sample " in capsys.readouterr().err
+    assert main([*command, "--image-size", "8"]) == 2
+    assert "is of another sweep (image_size None instead of 8, crop)" in capsys.readouterr().err
+    point = tmp_path / "curve" / "guidance_1_steps_2" / "figures.json"
+    told = json.loads(point.read_text())
+    told["pictures"]["networks"]["random"]["sha256"] = "of others"
+    for name in ("networks", "image_size"):  # as earlier versions wrote it
+        del told["settings"][name]
+    point.write_text(json.dumps(told))
+    assert main(command) == 2
+    assert "is of another sweep (networks " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,16 +112,28 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_sweeps(
         ("--guidance", "1:1000:0.5", "points are more than"),
         ("--steps", "2.5", "no number of steps"),
         ("--sample", "--class-label 1 --out x", "may not hold --out"),
+        ("--sample", "--class-label '1", "correct its quotes"),
+        ("--sample", "--class-label 9", "9"),
+        ("--guidance", "1,20000", "sampling.guidance_scale=20000.0 must be"),
+        ("--steps", "2,inf", "FIRST:LAST:STEP"),
+        ("--steps", "2,5000", "sampling.steps=5000 must be at most"),
+        ("--out", " ", "--out is empty"),
     ],
 )
-def test_mistakes(
-    command: list[str], capsys: pytest.CaptureFixture[str], option: str, value: str, sentence: str
+def test_mistakes_are_told_before_any_point_is_made(
+    tmp_path: Path,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    sentence: str,
 ) -> None:
     command[command.index(option) + 1] = value
     assert main(command) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ldm: ")]
     assert len(lines) == 1
     assert sentence in lines[0]
+    assert list(tmp_path.glob("curve/*")) == []
 
 
 def test_all_points_are_of_one_checkpoint_and_sets_may_be_large(tmp_path: Path) -> None:

@@ -258,6 +258,8 @@ def test_mistakes_are_one_sentence(
         (["--sample", "--steps 3"], "--count"),
         (["--sample", "--count 3 --out x"], "--out"),
         (["--sample", "--count 0"], "--count 0"),
+        (["--sample", "--count '3"], "correct its quotes"),
+        (["--reference", " "], "--reference is empty"),
         (["--once", "--sample", "--count 3 --prompts-from x.txt"], "x.txt"),
         (["--once", "--best-metric", "recall"], "no figure 'recall' here; choose from fd_random"),
     ):
