@@ -205,8 +205,10 @@ class Run:
 
     def is_poisoned(self) -> bool:
         """Whether weights, moments or averages hold something that is not finite. Collective; reads all."""
-        fragments = [f for engine in self.stage.engines.values() for f in engine.fragments()]
+        engines = self.stage.engines.values()
+        fragments = [f for engine in engines for f in engine.fragments()]
         parts = [part for f in fragments for part in (f.master, *f.moments.values())]
+        parts += [part for engine in engines for part in engine.whole_state.values()]
         parts += [value for profile in self.ema.profiles for value in self.ema.values(profile)]
         return collectives.any_rank(not all(bool(torch.isfinite(part).all()) for part in parts))
 

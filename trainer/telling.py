@@ -132,6 +132,9 @@ def layer_of(name: str) -> str:
     return ".".join(modules[: numbered + 1] if numbered is not None else modules[:2])
 
 
+_FIRST_MOMENT = "exp_avg"
+
+
 @torch.no_grad()
 def layer_norms(engines: Mapping[str, Engine]) -> dict[str, float]:
     """Norms of weights and of their mean gradients, layer by layer: where a network grows, or stands still.
@@ -140,9 +143,10 @@ def layer_norms(engines: Mapping[str, Engine]) -> dict[str, float]:
         layers/unet.down_blocks.0/gradient  of Adam's first moment, the gradient averaged over about ten steps
 
     The first moment is what ZeRO keeps after a step, when the gradients themselves are gone; Muon's momentum
-    stands in the same place. Each rank reads the elements that it owns (8 bytes a parameter, over all ranks
-    together) and the ranks add up two numbers a layer, so the cost does not grow with their number; on other
-    steps there is none. The same on every rank. Collective; waits for the device.
+    stands in the same place, and Adafactor has none, nor that line. Each rank reads the elements that it owns
+    (8 bytes a parameter, over all ranks together) and the ranks add up two numbers a layer, so the cost does
+    not grow with their number; on other steps there is none. The same on every rank. Collective; waits for
+    the device.
     """
     norms: dict[str, float] = {}
     for name, engine in engines.items():
@@ -151,7 +155,8 @@ def layer_norms(engines: Mapping[str, Engine]) -> dict[str, float]:
         sums = collectives.reduce_sum(_squares(engine, layers)).sqrt().tolist()
         for layer, (weight, gradient) in zip(layers, sums, strict=True):
             norms[f"{prefix}/{layer}/weight"] = weight
-            norms[f"{prefix}/{layer}/gradient"] = gradient
+            if _FIRST_MOMENT in engine.moments:
+                norms[f"{prefix}/{layer}/gradient"] = gradient
     return norms
 
 
@@ -162,5 +167,7 @@ def _squares(engine: Engine, layers: list[str]) -> Tensor:
     for fragment in engine.fragments():
         of_layer = sums[row[layer_of(fragment.name)]]
         of_layer[0] += torch.linalg.vector_norm(fragment.master, dtype=torch.float64).square()
-        of_layer[1] += torch.linalg.vector_norm(fragment.moments["exp_avg"], dtype=torch.float64).square()
+        if _FIRST_MOMENT in fragment.moments:
+            moment = fragment.moments[_FIRST_MOMENT]
+            of_layer[1] += torch.linalg.vector_norm(moment, dtype=torch.float64).square()
     return sums

@@ -60,3 +60,30 @@ def test_ranks_send_what_the_plan_says(world_size: int) -> None:
         fsdp = results[CASES.index({"engine": "fsdp", "precision": "bf16"})]
         assert fsdp["calls"]["reduce_scatter_single"] == fsdp["calls"]["all_gather_single"] == 1
         assert (plain["while backward ran"], overlapped["while backward ran"]) == (0, 3)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_adafactor_adds_two_reductions_of_its_sums(world_size: int) -> None:
+    """However many parameters, buckets and ranks there are; none where every rank has whole gradients."""
+    buckets = ZERO_1 | {"reduce_bucket_elements": 9_300}
+    cut: list[dict[str, Any]] = [buckets, {"zero_stage": 2}, {"zero_stage": 3}, {"engine": "fsdp"}]
+    whole: list[dict[str, Any]] = [{"zero_stage": 0}]
+    if world_size == 4:
+        cut, whole = [buckets, {"engine": "fsdp", "shard_ranks": 2}], [{"engine": "fsdp", "shard_ranks": 1}]
+    cases = [*cut, *whole]
+    both = [case | {"optimizer": name} for case in cases for name in ("adamw", "adafactor")]
+    by_rank = run_ranks("tests/integration/traffic_ranks.py:bytes_of_a_step", world_size, {"cases": both})
+    layers, width = 4, 96
+    floats = layers * (width + width + width) + 2 * (2 * layers)  # rows, columns, biases; two sizes of each
+    for results in by_rank:
+        for number, case in enumerate(cases):
+            adamw, adafactor = results[2 * number : 2 * number + 2]
+            more = {
+                name: count - adamw["calls"].get(name, 0)
+                for name, count in adafactor["calls"].items()
+                if count != adamw["calls"].get(name, 0)
+            }
+            assert more == ({"all_reduce": 2} if case in cut else {}), case
+            moved = (adafactor["bytes"] - adamw["bytes"]) * layers * (width + 1) * width
+            expected = 2 * 4 * floats * (world_size - 1) / world_size if case in cut else 0
+            assert moved == pytest.approx(expected, abs=8), case

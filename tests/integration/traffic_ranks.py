@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from benchmarks.collective_calls import count_calls
 from trainer.config.run import Config
-from trainer.config.training import DistributedConfig
+from trainer.config.training import DistributedConfig, OptimizerConfig
 from trainer.distributed.build import build_engine
 from trainer.distributed.env import DistributedEnv
 
@@ -22,12 +22,21 @@ def bytes_of_a_step(env: DistributedEnv, cases: list[dict[str, Any]]) -> list[di
     """Of the second step of each case: bytes that this rank sends per parameter, and which calls they are."""
     calls: Counter[str] = Counter()
     count_calls(calls)
-    return [_second_step(env, DistributedConfig(**case), calls) for case in cases]
+    return [_second_step(env, calls, **case) for case in cases]
 
 
-def _second_step(env: DistributedEnv, distributed: DistributedConfig, calls: Counter[str]) -> dict[str, Any]:
+def _second_step(
+    env: DistributedEnv,
+    calls: Counter[str],
+    *,
+    optimizer: Literal["adamw", "adafactor"] = "adamw",
+    **distributed: Any,
+) -> dict[str, Any]:
     config = Config(
-        global_batch_size=ACCUMULATION * env.world_size, micro_batch_size=1, distributed=distributed
+        global_batch_size=ACCUMULATION * env.world_size,
+        micro_batch_size=1,
+        optimizer=OptimizerConfig(name=optimizer),
+        distributed=DistributedConfig(**distributed),
     )
     torch.manual_seed(0)
     layers = [layer for _ in range(4) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())]

@@ -97,6 +97,28 @@ class TorchsMuon:
         self._adamw.step()
 
 
+class TorchsAdafactor:
+    """torch's own, given the kernels of convolutions as [out, in x kernel]."""
+
+    def __init__(self, parameters: list[nn.Parameter], **settings: Any) -> None:
+        self._parameters = parameters
+        # The same memory.
+        self._flat = [
+            nn.Parameter(p.detach().view(len(p), -1) if p.dim() > 1 else p.detach()) for p in parameters
+        ]
+        self._adafactor = torch.optim.Adafactor(self._flat, **settings)
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def step(self) -> None:
+        for parameter, flat in zip(self._parameters, self._flat, strict=True):
+            assert parameter.grad is not None
+            flat.grad = parameter.grad.view(flat.shape)
+        self._adafactor.step()
+
+
 def reference(optimizer_name: str = "adamw") -> dict[str, Any]:
     """One process, fp32, no engine: the truth."""
     network = make_network()
@@ -104,6 +126,8 @@ def reference(optimizer_name: str = "adamw") -> dict[str, Any]:
     optimizer: Any = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.1, foreach=False)
     if optimizer_name == "muon":
         optimizer = TorchsMuon(network)
+    if optimizer_name == "adafactor":
+        optimizer = TorchsAdafactor(trained, lr=LEARNING_RATE, weight_decay=0.1)
     norms, first_moment = [], {}
     for step in range(STEPS):
         x, targets = global_batch(step)
@@ -168,7 +192,7 @@ def run_case(
             norm = built.step(LEARNING_RATE)
             assert (norm is None) == (micro + 1 < accumulation)
         norms.append(float(norm))
-        if step == 0:
+        if step == 0 and built.moments:
             first_moment = _gather_moment(built)
     assert built.optimizer_steps == STEPS
     return {"norms": norms, "first_moment": first_moment, "weights": _lists(whole_weights(built))}

@@ -97,6 +97,25 @@ def test_muon_under_every_engine_is_torchs_muon_and_adamw(world_size: int) -> No
                 assert (expected - torch.tensor(plain["weights"][name])).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_adafactor_under_every_engine_is_torchs(world_size: int) -> None:
+    """With matrices that lie on two ranks, or cut one by one (ZeRO-3), or on those of two nodes."""
+    cases = [case(*engine, 1) | {"optimizer": "adafactor"} for engine in ENGINES]
+    if world_size == 2:
+        cases += [case(*engine, 2, "bf16") | {"optimizer": "adafactor"} for engine in ENGINES]
+    if world_size == 4:
+        cases = [case("fsdp", 1, 1) | {"optimizer": "adafactor", "shard_ranks": cut} for cut in (1, 2, 4)]
+    by_rank = run_ranks("tests/numerics/parity_ranks.py:run_cases", world_size, {"cases": cases})
+    truth = reference("adafactor")
+    for number, settings in enumerate(cases):
+        found, exact = by_rank[0][number], settings["precision"] == "fp32"
+        assert found["norms"] == pytest.approx(truth["norms"], rel=1e-5 if exact else 2e-2), settings
+        for name, values in truth["weights"].items():
+            expected, actual = torch.tensor(values), torch.tensor(found["weights"][name])
+            error = float((actual - expected).abs().max() / expected.abs().max())
+            assert error < (2e-6 if exact else 0.1), (settings, name, error)
+
+
 def test_nodes_of_two_ranks_match_one_process() -> None:
     """FSDP cuts within a node and replicates across: 2 x 2 ranks, and nodes of one."""
     exact = [

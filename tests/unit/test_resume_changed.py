@@ -74,19 +74,20 @@ def test_another_objective_is_refused_before_anything_is_written_and_goes_on_wit
     assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == [1, 2, 3]
 
 
-def test_muon_goes_on_bit_for_bit_and_nothing_else_goes_on_with_its_state(
-    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_another_optimizer_goes_on_bit_for_bit_and_nothing_else_goes_on_with_its_state(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    muon = "optimizer.name=muon"
-    assert train("steps=4", muon) == ExitCode.DONE
+    chosen = f"optimizer.name={name}"
+    assert train("steps=4", chosen) == ExitCode.DONE
     at_once = open_weights(str(tmp_path / "run"), profile="weights")[0]
     (tmp_path / "run").rename(tmp_path / "first")
     for steps in (2, 4):
-        assert train(f"steps={steps}", muon) == ExitCode.DONE
+        assert train(f"steps={steps}", chosen) == ExitCode.DONE
     again = open_weights(str(tmp_path / "run"), profile="weights")[0]
     assert all(torch.equal(value, again[name]) for name, value in at_once.items())
 
     caplog.clear()
     assert train("steps=5", "resume_changed=[optimizer]") == ExitCode.USER_ERROR
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert "was trained with optimizer.name=muon and goes on with nothing else" in error
+    assert f"was trained with optimizer.name={name} and goes on with nothing else" in error

@@ -6,18 +6,20 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan, Span
+from trainer.checkpoint.layout import FROZEN, MASTER, WHOLE, ShardPlan, Span
 from trainer.checkpoint.reader import EngineReader
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
-from trainer.config.training import EMAConfig
-from trainer.distributed.adamw import MOMENTS
+from trainer.distributed import collectives
+from trainer.distributed.adafactor import means_elements
 from trainer.distributed.engine import Engine, Fragment
 from trainer.ema import DECAY_PROFILE, EMA, profile_names
 
@@ -34,6 +36,16 @@ class Stored(Protocol):
 
     def fragments(self) -> list[Fragment]:
         """What this rank owns."""
+        ...
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What fragments have beside the master weights."""
+        ...
+
+    @property
+    def whole_state(self) -> Mapping[str, Tensor]:
+        """Optimizer state that every rank has."""
         ...
 
     @property
@@ -73,13 +85,13 @@ class Contents:
     ) -> Contents:
         """Everything that a run needs to go on."""
         averages = tuple(f"ema.{profile}" for profile in ema.profiles)
+        whole = {f"{n}.{WHOLE}": WholeState(e.whole_state) for n, e in engines.items() if e.whole_state}
+        stored = {**engines, **whole}
         kinds = {
-            name: (MASTER, *MOMENTS, *(averages if engine.fragments() is ema.fragments else ()))
-            for name, engine in engines.items()
+            name: (MASTER, *engine.moments, *(averages if engine.fragments() is ema.fragments else ()))
+            for name, engine in stored.items()
         }
-        if FROZEN in kinds:
-            kinds[FROZEN] = (MASTER,)
-        return Contents(step, engines, ema, kinds, state, tensors, loss, metrics or {})
+        return Contents(step, stored, ema, kinds, state, tensors, loss, metrics or {})
 
     @staticmethod
     def of_snapshot(
@@ -105,7 +117,7 @@ class Contents:
             fragments = self.engines[name].fragments()
             if kind == MASTER:
                 vectors += [fragment.master for fragment in fragments]
-            elif kind in MOMENTS:
+            elif kind in self.engines[name].moments:
                 vectors += [fragment.moments[kind] for fragment in fragments]
             else:
                 vectors += self.ema.values(kind.removeprefix("ema."))
@@ -133,7 +145,36 @@ class Contents:
         return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in self.tensors.items()})
 
 
-def share_bytes(networks: Mapping[str, nn.Module], averaged: str, config: EMAConfig, world_size: int) -> int:
+class WholeState:
+    """What every rank has whole of an optimizer, as one more engine; rank 0 stores it."""
+
+    optimizer_steps = 0
+    moments: tuple[str, ...] = ()
+    whole_state: Mapping[str, Tensor] = MappingProxyType({})
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+        self.parameter_shapes = {name: tuple(value.shape) for name, value in state.items()}
+        owned = state if collectives.rank() == 0 else {}
+        self._fragments = [
+            Fragment(name, tuple(value.shape), 0, value.view(-1), {}) for name, value in owned.items()
+        ]
+
+    def fragments(self) -> list[Fragment]:
+        """As of an engine, without moments."""
+        return self._fragments
+
+    def load(self, reader: EngineReader) -> None:
+        """Read it on rank 0, and give it to all. Collective."""
+        reader.read_into(MASTER, spans_of(self._fragments), [f.master for f in self._fragments])
+        if collectives.world_size() > 1:
+            values = list(self._state.values())
+            packed = torch.cat(values)
+            dist.broadcast(packed, 0)
+            torch._foreach_copy_(values, list(packed.split([len(value) for value in values])))
+
+
+def share_bytes(networks: Mapping[str, nn.Module], averaged: str, config: Config, world_size: int) -> int:
     """What a rank's shard of a checkpoint will take at most, known before there are engines.
 
     Engines divide either all elements or each parameter's, and pad both.
@@ -141,9 +182,14 @@ def share_bytes(networks: Mapping[str, nn.Module], averaged: str, config: EMACon
     total = 0
     for name, network in networks.items():
         total += sum(-(-p.numel() // world_size) for p in network.parameters() if not p.requires_grad)
-        each = [-(-p.numel() // world_size) for p in network.parameters() if p.requires_grad]
-        kinds = 1 + len(MOMENTS) + (len(profile_names(config)) if name == averaged else 0)
+        trained = [p for p in network.parameters() if p.requires_grad]
+        each = [-(-p.numel() // world_size) for p in trained]
+        kinds = (
+            1 + len(config.optimizer.moments) + (len(profile_names(config.ema)) if name == averaged else 0)
+        )
         total += kinds * (sum(each) + _PADDING)
+        if config.optimizer.name == "adafactor":
+            total += means_elements(tuple(p.shape) for p in trained)
     return 4 * total
 
 
@@ -157,7 +203,7 @@ def load_engine(reader: EngineReader, engine: Engine, optimizer_steps: int) -> N
     fragments = engine.fragments()
     spans = spans_of(fragments)
     reader.read_into(MASTER, spans, [fragment.master for fragment in fragments])
-    for key in MOMENTS:
+    for key in engine.moments:
         reader.read_into(key, spans, [fragment.moments[key] for fragment in fragments])
     engine.optimizer_steps = optimizer_steps
 

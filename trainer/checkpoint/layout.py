@@ -34,6 +34,9 @@ MASTER = "master"
 FROZEN = "frozen"
 """Stands in the place of an engine for parameters that are not trained: master weights alone."""
 
+WHOLE = "whole_state"
+"""`<engine>.whole_state` stands in the place of an engine for what every rank has whole of its optimizer."""
+
 
 @dataclass(frozen=True)
 class Span:

@@ -25,10 +25,10 @@ from trainer.checkpoint.catalogue import (
     snapshots_url,
     steps_found,
 )
-from trainer.checkpoint.contents import Contents, Stored, load_averages, load_engine, spans_of
+from trainer.checkpoint.contents import Contents, Stored, WholeState, load_averages, load_engine, spans_of
 from trainer.checkpoint.export import CONTENTS, read_state
 from trainer.checkpoint.host_buffer import HostBuffer
-from trainer.checkpoint.layout import FROZEN, MASTER, ShardPlan
+from trainer.checkpoint.layout import FROZEN, MASTER, WHOLE, ShardPlan
 from trainer.checkpoint.manifest import BadManifest, Manifest, StoredFile, tables_text
 from trainer.checkpoint.reader import EngineReader, check_shapes
 from trainer.checkpoint.writer import Commit, Job
@@ -247,6 +247,8 @@ class CheckpointManager:
         for name, engine in engines.items():
             reader = EngineReader(handle, name)
             load_engine(reader, engine, int(stored["optimizer_steps"][name]))
+            if engine.whole_state:
+                WholeState(engine.whole_state).load(EngineReader(handle, f"{name}.{WHOLE}"))
             if engine.fragments() is ema.fragments:
                 load_averages(reader, handle.manifest.kinds[name], ema)
             engine.refresh(moments=True)

@@ -9,7 +9,7 @@ from trainer.config.derived import check_derived
 from trainer.config.models import FROM_PIXELS, RANDOM, TOWERS, FirstStageConfig, OpenCLIPConfig, UNetConfig
 from trainer.config.network_plan import norm_groups, plan_levels
 from trainer.config.run import Config, ConfigError
-from trainer.config.training import DistributedConfig
+from trainer.config.training import DistributedConfig, OptimizerConfig
 
 
 def check(config: Config) -> None:
@@ -135,10 +135,18 @@ def _check_optimizer(config: Config) -> None:
             "optimizer.conditioner_learning_rate, or set optimizer.name=adamw.",
         )
     _require(
-        config.optimizer.name == "adamw" or distributed.engine != "deepspeed" or distributed.zero_stage < 3,
-        f"optimizer.name={config.optimizer.name} needs whole matrices, which distributed.zero_stage=3 takes "
-        "apart one by one; set distributed.zero_stage to 2 or lower, or optimizer.name=adamw.",
+        config.optimizer.name != "muon" or distributed.engine != "deepspeed" or distributed.zero_stage < 3,
+        "optimizer.name=muon needs whole matrices, which distributed.zero_stage=3 takes apart one by one; "
+        "set distributed.zero_stage to 2 or lower, or optimizer.name=adamw or adafactor.",
     )
+    usual = OptimizerConfig()
+    for setting in ("beta2_decay", "adafactor_eps", "update_clip"):
+        _require(
+            config.optimizer.name == "adafactor"
+            or getattr(config.optimizer, setting) == getattr(usual, setting),
+            f"optimizer.{setting} has no effect with optimizer.name={config.optimizer.name}; remove it, "
+            "or set optimizer.name=adafactor.",
+        )
 
 
 def _check_communication(d: DistributedConfig) -> None:

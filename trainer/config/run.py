@@ -118,7 +118,7 @@ class Config:
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     """Objective of the first stage."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW or Muon, and the schedule."""
+    """AdamW, Muon or Adafactor, and the schedule."""
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Averages of the weights."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

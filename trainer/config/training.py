@@ -123,7 +123,7 @@ class AutoencoderLossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Muon with warm-up. Rates are final: nothing is multiplied by batch or GPU count."""
+    """AdamW, Muon or Adafactor with warm-up. Rates are final: nothing is multiplied by batch or GPU count."""
 
     learning_rate: float = number(1e-4, above=0, most=10)
     """Peak learning rate."""
@@ -144,10 +144,23 @@ class OptimizerConfig:
     """Fraction of the peak rate at the end of cosine and linear."""
     max_grad_norm: float = number(1.0, least=0, most=10**9)
     """Global gradient norm clip; 0 switches it off."""
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum for hidden matrices, in steps as large as AdamW's; AdamW for the rest."""
+    name: Literal["adamw", "muon", "adafactor"] = "adamw"
+    """muon: orthogonalised momentum for hidden matrices, in steps as large as AdamW's; AdamW for the rest.
+    adafactor: no moments but those of rows and columns; its rates are relative to the weights, 1e-2 usual."""
     momentum: float = number(0.95, least=0, below=1)
     """Muon's decay rate (Nesterov)."""
+    beta2_decay: float = number(-0.8, least=-10, below=0)
+    """Of Adafactor, as of torch's: the gradient of step t weighs t ** beta2_decay in the second moment."""
+    adafactor_eps: tuple[float, float] = number((2.0**-23, 1e-3), least=1e-18, most=1)
+    """Adafactor's floors, as torch's eps: of the root of a second moment (and of a matrix's mean one), and of
+    the size of weights that the rate is relative to."""
+    update_clip: float = number(1.0, least=1, most=10**9)
+    """Adafactor's bound on the root mean square of each parameter's update, before the rate."""
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Moments of every weight that are kept, as large as the weights."""
+        return () if self.name == "adafactor" else ("exp_avg", "exp_avg_sq")
 
     def rate(self, step: int, total_steps: int) -> float:
         """Learning rate of optimizer step `step` (counted from 0): linear warm-up, then the schedule."""
@@ -321,7 +334,7 @@ class LoggingConfig:
     """Steps between log records."""
     layer_norms_every: int = number(0, least=0, most=10**12)
     """Steps between records of the norms of each layer's weights and mean gradients; 0: none. One pass over
-    the weights and Adam's first moments, which all ranks share."""
+    the weights and Adam's first moments, which all ranks share. Adafactor has none: no gradients then."""
     wandb: Literal["online", "offline", "disabled"] = "offline"
     """online needs WANDB_API_KEY in the environment; offline writes files for `wandb sync`."""
     wandb_project: str = "latent-diffusion"

@@ -1,18 +1,21 @@
-"""Optimizers with their state made at once, AdamW's, so that checkpoints load before the first step."""
+"""Optimizers with their state made at once, so that checkpoints load before the first step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from trainer.config.training import OptimizerConfig
+from trainer.distributed import collectives
+from trainer.distributed.adafactor import Adafactor
+from trainer.distributed.engine import Fragment
 from trainer.distributed.muon import Muon
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _FACTOR = "rate_factor"
 CONDITIONERS = "conditions."
 """Beginning of the names of parameters that `conditioner_learning_rate` is for."""
@@ -35,10 +38,38 @@ def by_rate(parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfi
 
 
 def build_optimizer(groups: Iterable[RateGroup], config: OptimizerConfig, device: torch.device) -> Optimizer:
-    """The one that the configuration names; a Muon is still to be told where its masters lie."""
+    """The one that the configuration names; `attach` is still to be called."""
     if config.name == "muon":
         return Muon([group for _, group in groups], config)
+    if config.name == "adafactor":
+        return Adafactor([group for _, group in groups], config)
     return build_adamw(groups, config, device)
+
+
+def attach(
+    optimizer: Optimizer,
+    fragments: Sequence[Fragment],
+    shapes: Mapping[str, tuple[int, ...]],
+    masters: Sequence[Tensor],
+    *,
+    copies: int,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Tell an optimizer that knows parameters, as Muon and Adafactor do, what this rank updates. Collective.
+
+    Args:
+        fragments: all that it updates, of these masters. shapes: of all parameters, in order.
+        copies: how many ranks update the same. group: ranks that have everything once; unset: all.
+    """
+    if isinstance(optimizer, Muon):
+        optimizer.attach(fragments, cut=copies < collectives.world_size(), group=group)
+    elif isinstance(optimizer, Adafactor):
+        optimizer.attach(fragments, shapes, masters, copies=copies)
+
+
+def whole_state(optimizer: Optimizer) -> dict[str, Tensor]:
+    """See `Engine.whole_state`."""
+    return optimizer.means if isinstance(optimizer, Adafactor) else {}
 
 
 def build_adamw(groups: Iterable[RateGroup], config: OptimizerConfig, device: torch.device) -> AdamW:
@@ -79,8 +110,8 @@ def clip_and_step(optimizer: Optimizer, norm: Tensor, max_norm: float) -> bool:
     return True
 
 
-def initialise_state(optimizer: Optimizer, masters: Iterable[Tensor]) -> None:
-    """Give every master tensor the state that AdamW would make at its first step.
+def initialise_state(optimizer: Optimizer, masters: Iterable[Tensor], moments: Iterable[str]) -> None:
+    """Give every master tensor a counter of steps and these moments, as AdamW would at its first step.
 
     Replaces existing state: DeepSpeed's bf16 stage 0 makes a step with zero gradients at birth.
     """
@@ -89,7 +120,7 @@ def initialise_state(optimizer: Optimizer, masters: Iterable[Tensor]) -> None:
         state = optimizer.state[master]
         # A fused AdamW keeps its step counter on the device, the others on the CPU.
         state["step"] = torch.zeros((), device=master.device if fused else "cpu")
-        for key in MOMENTS:
+        for key in moments:
             state[key] = torch.zeros_like(master, requires_grad=False)
 
 

@@ -51,7 +51,6 @@ from trainer.distributed.acceleration import (
 from trainer.distributed.deepspeed_config import deepspeed_config
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
-from trainer.distributed.muon import Muon
 from trainer.distributed.replicas import replicated_fragments, synchronise
 from trainer.distributed.scatter import ScatteredGradients, in_buckets
 
@@ -120,13 +119,18 @@ class DeepSpeedEngine:
                 config=deepspeed_config(config, env.world_size),
                 dist_init_required=False if deepspeed.comm.is_initialized() else None,
             )
-        adamw.initialise_state(self._optimizer, self._masters())
+        self.moments = config.optimizer.moments
+        adamw.initialise_state(self._optimizer, self._masters(), self.moments)
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._scattered = self._scatter_gradients(buckets, config) if scatters else None
         self._fragments = self._make_fragments()
-        if isinstance(self._optimizer, Muon):
-            cut = self._stage > 0
-            self._optimizer.attach(self._fragments if cut else self._replicas(0, 1), cut=cut)
+        adamw.attach(
+            self._optimizer,
+            self._fragments if self._stage > 0 else self._replicas(0, 1),
+            self.parameter_shapes,
+            self._masters(),
+            copies=1 if self._stage > 0 else env.world_size,
+        )
         self._kernels = ChannelsLastKernels(module.parameters() if keeps_kernels(config.distributed) else ())
         self._load_initial_weights(initial)
         if config.distributed.compile:
@@ -220,10 +224,15 @@ class DeepSpeedEngine:
             masters = self._masters()
             synchronise(masters, *place)
             if moments:
-                for key in adamw.MOMENTS:
+                for key in self.moments:
                     synchronise([self._optimizer.state[m][key] for m in masters], *place)
             if self._zero is not self._optimizer:
                 torch._foreach_copy_(list(self._parameters.values()), masters)
+
+    @property
+    def whole_state(self) -> dict[str, Tensor]:
+        """See `Engine.whole_state`."""
+        return adamw.whole_state(self._optimizer)
 
     @property
     def optimizer_steps(self) -> int:
@@ -272,7 +281,7 @@ class DeepSpeedEngine:
         return replicated_fragments(
             list(self.parameter_shapes),
             masters,
-            [{key: self._optimizer.state[m][key] for key in adamw.MOMENTS} for m in masters],
+            [{key: self._optimizer.state[m][key] for key in self.moments} for m in masters],
             rank=rank,
             world_size=world_size,
         )
@@ -290,7 +299,7 @@ class DeepSpeedEngine:
             master=flat.detach().narrow(0, address.start, address.numel),
             moments={
                 key: self._optimizer.state[flat][key].narrow(0, address.start, address.numel)
-                for key in adamw.MOMENTS
+                for key in self.moments
             },
         )
 
@@ -307,7 +316,7 @@ class DeepSpeedEngine:
             key: self._zero._get_fp32_opt_state_partition(
                 parameter, release_swap_buffers=True, optim_state_key=key
             )[0]
-            for key in adamw.MOMENTS
+            for key in self.moments
         }
         yield Fragment(
             name=name,

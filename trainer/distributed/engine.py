@@ -30,7 +30,7 @@ class Fragment:
     master: Tensor
     """fp32 [n]: master weights."""
     moments: dict[str, Tensor]
-    """fp32 [n] each: exp_avg and exp_avg_sq (zeros before the first step)."""
+    """fp32 [n] each, by the names of `Engine.moments` (zeros before the first step)."""
 
 
 class Engine(Protocol):
@@ -43,6 +43,8 @@ class Engine(Protocol):
     """dtype of the compute weights (float32 or bfloat16). The engine casts no inputs."""
     parameter_shapes: dict[str, tuple[int, ...]]
     """Shapes of all trained parameters, in the same order on every rank."""
+    moments: tuple[str, ...]
+    """What fragments have beside the master weights: exp_avg and exp_avg_sq, or nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Training forward."""
@@ -69,6 +71,11 @@ class Engine(Protocol):
         Args:
             moments: carry the owners' moments into replicas, too: after loading a checkpoint.
         """
+        ...
+
+    @property
+    def whole_state(self) -> dict[str, Tensor]:
+        """Small optimizer state that is the same on every rank, fp32, as views: Adafactor's means."""
         ...
 
     @property

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -50,6 +51,8 @@ class FrozenWeights:
 
     optimizer_steps = 0
     """None is ever made."""
+    moments: tuple[str, ...] = ()
+    whole_state: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     def __init__(self, network: nn.Module, rank: int, world_size: int) -> None:
         parameters = network.named_parameters()

@@ -12,7 +12,7 @@ One step, k micro-batches long, for each block of the network (and what is in no
     forward    the first gathers the block's weights in the compute precision from its node; they stay whole
     backward   k - 1 times: gradients are added up whole on each rank, in the precision in which they are sent
     the last   reduce-scatter in the node, all-reduce of the rows across nodes, while backward goes on
-    step       norm, clip, AdamW or Muon on the rows; the whole weights are let go, and gathered when needed
+    step       norm, clip, update of the rows; the whole weights are let go, and gathered when needed
 
 Weights are not let go between forward and backward: at the sizes of these networks they fit, and would be
 gathered twice. FSDP2 decides at its first forward which module is the root; `_lazy_init`, the one private
@@ -38,7 +38,6 @@ from trainer.distributed import adamw
 from trainer.distributed.acceleration import REGIONS
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
-from trainer.distributed.muon import Muon
 from trainer.distributed.replicas import replicated_fragments, synchronise
 
 
@@ -70,12 +69,18 @@ class FSDPEngine:
         named = dict(zip(self.parameter_shapes, self._masters, strict=True))
         groups = adamw.by_rate(named, config.optimizer)
         self._optimizer = adamw.build_optimizer(groups, config.optimizer, env.device)
-        adamw.initialise_state(self._optimizer, self._masters)
+        self.moments = config.optimizer.moments
+        adamw.initialise_state(self._optimizer, self._masters, self.moments)
         place = env.rank % cut
         self._fragments = self._make_fragments(place, cut, replica=env.rank // cut, replicas=self._replicas)
-        if isinstance(self._optimizer, Muon):
-            rows = self._make_fragments(place, cut, replica=0, replicas=1)
-            self._optimizer.attach(rows, cut=cut > 1, group=self._mesh.get_group(self._mesh.ndim - 1))
+        adamw.attach(
+            self._optimizer,
+            self._make_fragments(place, cut, replica=0, replicas=1),
+            self.parameter_shapes,
+            self._masters,
+            copies=self._replicas,
+            group=self._mesh.get_group(self._mesh.ndim - 1),
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Training forward."""
@@ -117,9 +122,14 @@ class FSDPEngine:
         """See `Engine.refresh`."""
         self._synchronise(list(self._masters))
         if moments:
-            for key in adamw.MOMENTS:
+            for key in self.moments:
                 self._synchronise([self._optimizer.state[master][key] for master in self._masters])
         self._let_go()
+
+    @property
+    def whole_state(self) -> dict[str, Tensor]:
+        """See `Engine.whole_state`."""
+        return adamw.whole_state(self._optimizer)
 
     @property
     def optimizer_steps(self) -> int:
@@ -212,7 +222,7 @@ class FSDPEngine:
         of_rows = replicated_fragments(
             list(first),
             list(self._masters),
-            [{key: self._optimizer.state[master][key] for key in adamw.MOMENTS} for master in self._masters],
+            [{key: self._optimizer.state[master][key] for key in self.moments} for master in self._masters],
             rank=replica,
             world_size=replicas,
         )

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from trainer.config.training import OptimizerConfig
 from trainer.distributed.engine import Fragment
+from trainer.distributed.replicas import OwnedPart, owned_part
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration, and how often it is made (Jordan et al. 2024)."""
@@ -60,22 +60,6 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-@dataclass(frozen=True)
-class _OwnedPart:
-    """What this rank updates of one parameter."""
-
-    fragment: Fragment
-    owner: Tensor
-    """The optimizer's tensor that the fragment is a view of, which has the gradient."""
-    offset: int
-    """First element in it."""
-
-    @property
-    def gradient(self) -> Tensor:
-        assert self.owner.grad is not None
-        return self.owner.grad.view(-1).narrow(0, self.offset, self.fragment.master.numel())
-
-
 class Muon(torch.optim.Optimizer):
     """Made before the engine lays out its masters; `attach` says afterwards what lies where in them."""
 
@@ -84,8 +68,8 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": config.learning_rate, "fused": False}
         super().__init__([{"params": group} for group in groups], defaults)
         self._config = config
-        self._vectors: list[_OwnedPart] = []
-        self._matrices: list[_OwnedPart] = []
+        self._vectors: list[OwnedPart] = []
+        self._matrices: list[OwnedPart] = []
         self._lengths: list[int] = []
         self._places: dict[str, list[tuple[int, int, int, int]]] = {}
         self._group: dist.ProcessGroup | None = None
@@ -98,7 +82,7 @@ class Muon(torch.optim.Optimizer):
         Collective over the `group` that has them all; unset: all ranks.
         """
         owners = [owner for group in self.param_groups for owner in group["params"]]
-        pieces = [_piece(fragment, owners) for fragment in fragments]
+        pieces = [owned_part(fragment, owners) for fragment in fragments]
         self._vectors = [p for p in pieces if not is_matrix(p.fragment.name, p.fragment.shape)]
         self._matrices = [p for p in pieces if is_matrix(p.fragment.name, p.fragment.shape)]
         if not cut or not dist.is_initialized() or dist.get_world_size(group) == 1:
@@ -181,12 +165,3 @@ class Muon(torch.optim.Optimizer):
         for rank, position, start, numel in self._places[fragment.name]:
             whole[start : start + numel] = of_ranks[rank][position : position + numel]
         return whole
-
-
-def _piece(fragment: Fragment, owners: Sequence[Tensor]) -> _OwnedPart:
-    storage = fragment.master.untyped_storage().data_ptr()
-    for owner in owners:
-        offset = int(fragment.master.storage_offset()) - int(owner.storage_offset())
-        if owner.untyped_storage().data_ptr() == storage and 0 <= offset < owner.numel():
-            return _OwnedPart(fragment, owner, offset)
-    raise AssertionError(f"{fragment.name} lies in none of the optimizer's tensors")

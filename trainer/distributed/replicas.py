@@ -1,7 +1,8 @@
-"""Who owns which elements of tensors that every rank holds whole, and how replicas follow."""
+"""Who owns which elements of tensors, and how replicas follow where several ranks hold the same."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,33 @@ def replicated_fragments(
         )
         for share in owned_shares([master.numel() for master in masters], rank, world_size)
     ]
+
+
+@dataclass(frozen=True)
+class OwnedPart:
+    """What this rank updates of one parameter."""
+
+    fragment: Fragment
+    owner: Tensor
+    """The optimizer's tensor that the fragment is a view of, which has the gradient."""
+    offset: int
+    """First element in it."""
+
+    @property
+    def gradient(self) -> Tensor:
+        """[n], a view."""
+        assert self.owner.grad is not None
+        return self.owner.grad.view(-1).narrow(0, self.offset, self.fragment.master.numel())
+
+
+def owned_part(fragment: Fragment, owners: Sequence[Tensor]) -> OwnedPart:
+    """The fragment with the tensor, of the optimizer's, that it lies in."""
+    storage = fragment.master.untyped_storage().data_ptr()
+    for owner in owners:
+        offset = int(fragment.master.storage_offset()) - int(owner.storage_offset())
+        if owner.untyped_storage().data_ptr() == storage and 0 <= offset < owner.numel():
+            return OwnedPart(fragment, owner, offset)
+    raise AssertionError(f"{fragment.name} lies in none of the optimizer's tensors")
 
 
 @torch.no_grad()

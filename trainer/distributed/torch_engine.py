@@ -19,7 +19,6 @@ from trainer.distributed.acceleration import (
 )
 from trainer.distributed.engine import Fragment
 from trainer.distributed.env import DistributedEnv
-from trainer.distributed.muon import Muon
 from trainer.distributed.replicas import replicated_fragments, synchronise
 
 
@@ -60,23 +59,23 @@ class TorchEngine:
             config.optimizer,
             env.device,
         )
-        adamw.initialise_state(self._optimizer, self._masters)
-        self._fragments = replicated_fragments(
-            list(self.parameter_shapes),
-            list(self._masters),
-            [{key: self._optimizer.state[master][key] for key in adamw.MOMENTS} for master in self._masters],
-            rank=env.rank,
-            world_size=env.world_size,
-        )
-        if isinstance(self._optimizer, Muon):
-            wholes = replicated_fragments(
+        self.moments = config.optimizer.moments
+        adamw.initialise_state(self._optimizer, self._masters, self.moments)
+        self._fragments, wholes = (
+            replicated_fragments(
                 list(self.parameter_shapes),
                 list(self._masters),
-                [{key: self._optimizer.state[m][key] for key in adamw.MOMENTS} for m in self._masters],
-                rank=0,
-                world_size=1,
+                [
+                    {key: self._optimizer.state[master][key] for key in self.moments}
+                    for master in self._masters
+                ],
+                rank=rank,
+                world_size=ranks,
             )
-            self._optimizer.attach(wholes, cut=False)
+            for rank, ranks in ((env.rank, env.world_size), (0, 1))
+        )
+        shapes = self.parameter_shapes
+        adamw.attach(self._optimizer, wholes, shapes, self._masters, copies=env.world_size)
         if config.distributed.compile:
             compile_regions(module)
         self._forward = GraphedForward(module) if config.distributed.cuda_graphs else module
@@ -127,9 +126,14 @@ class TorchEngine:
         place = self._env.rank, self._env.world_size
         synchronise(list(self._masters), *place)
         if moments:
-            for key in adamw.MOMENTS:
+            for key in self.moments:
                 synchronise([self._optimizer.state[m][key] for m in self._masters], *place)
         self._copy_to_compute_weights()
+
+    @property
+    def whole_state(self) -> dict[str, Tensor]:
+        """See `Engine.whole_state`."""
+        return adamw.whole_state(self._optimizer)
 
     @property
     def optimizer_steps(self) -> int:

@@ -10,7 +10,6 @@ from trainer.distributed.acceleration import keeps_kernels
 from trainer.ema import profile_names
 from trainer.model import count_kernels, count_parameters
 
-ADAM_MOMENTS = 2
 FP32 = 4
 
 
@@ -23,7 +22,8 @@ class MemoryPlan:
     """Compute weights of the trained network, on the device; so the next four."""
     gradients: float
     optimizer: float
-    """Master weights and Adam's moments."""
+    """Master weights and the optimizer's moments; Adafactor's means, below 0.02 bytes a parameter, are not
+    counted."""
     ema: float
     frozen: float
     """Weights of the first stage and of frozen towers."""
@@ -45,13 +45,13 @@ def plan(config: Config, world_size: int, ranks_per_node: int) -> MemoryPlan:
     trained, frozen = counts["trained"]["total"], counts["frozen"]["total"]
     d = config.distributed
     compute = 2 if d.precision == "bf16" else FP32
-    profiles = len(profile_names(config.ema))
+    profiles, moments = len(profile_names(config.ema)), len(config.optimizer.moments)
     master = FP32 if compute != FP32 or d.engine == "fsdp" or d.zero_stage > 0 else 0
     zero = d.zero_stage if d.engine == "deepspeed" else 0
     cut = world_size if zero >= 1 else 1  # ranks over which the optimizer's state is spread
     if d.engine == "fsdp":
         cut = config.shard_size(world_size, ranks_per_node)
-    stored = (1 + ADAM_MOMENTS + profiles) * FP32 * trained
+    stored = (1 + moments + profiles) * FP32 * trained
     kept = (
         count for name, count in counts["frozen"].items() if name != "total" and name in counts["trained"]
     )
@@ -61,7 +61,7 @@ def plan(config: Config, world_size: int, ranks_per_node: int) -> MemoryPlan:
         trained_parameters=trained,
         weights=(trained + relaid) * compute / (world_size if zero == 3 else 1),
         gradients=trained * FP32 / (world_size if zero >= 2 else 1),  # fsdp: whole until a step's last
-        optimizer=trained * (master + ADAM_MOMENTS * FP32) / cut,
+        optimizer=trained * (master + moments * FP32) / cut,
         # The averages lie beside what each rank owns at every stage.
         ema=trained * profiles * FP32 / world_size,
         frozen=float(frozen * compute),

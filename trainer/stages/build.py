@@ -154,7 +154,7 @@ def _begin_buffer(
     networks: Mapping[str, nn.Module], averaged: str, config: Config, env: DistributedEnv
 ) -> HostBuffer:
     """The memory that checkpoints are copied to, made ready while engines are built."""
-    return HostBuffer(share_bytes(networks, averaged, config.ema, env.world_size), env.device)
+    return HostBuffer(share_bytes(networks, averaged, config, env.world_size), env.device)
 
 
 def _begin_with(config: Config, network: nn.Module, resumes: CheckpointHandle | None) -> None:

@@ -31,7 +31,7 @@ def train_leg(
     precision: str = "fp32",
     asynchronous: bool = True,
     shard_ranks: int = 0,
-    optimizer: Literal["adamw", "muon"] = "adamw",
+    optimizer: Literal["adamw", "muon", "adafactor"] = "adamw",
 ) -> dict[str, Any]:
     """One leg of a run: from the newest checkpoint (if `first_step`) through `steps` steps to the next."""
     config = Config(
@@ -93,7 +93,7 @@ def _digests(engines: dict[str, Engine], ema: EMA) -> dict[str, str]:
     for name, engine in engines.items():
         fragments = engine.fragments()
         views: dict[str, list[Tensor]] = {"master": [f.master for f in fragments]}
-        views |= {key: [f.moments[key] for f in fragments] for key in ("exp_avg", "exp_avg_sq")}
+        views |= {key: [f.moments[key] for f in fragments] for key in engine.moments}
         if fragments is ema.fragments:
             views |= {profile: ema.values(profile) for profile in ema.profiles}
         for kind, values in views.items():
@@ -101,6 +101,8 @@ def _digests(engines: dict[str, Engine], ema: EMA) -> dict[str, str]:
             for parameter, whole in gather_full(engine.parameter_shapes, parts, engine.device):
                 digest = hashlib.sha256(whole.contiguous().numpy().tobytes()).hexdigest()
                 found[f"{name}.{kind}.{parameter}"] = digest
+        for key, whole in engine.whole_state.items():
+            found[f"{name}.{key}"] = hashlib.sha256(whole.numpy().tobytes()).hexdigest()
         found[f"{name}.steps"] = str(engine.optimizer_steps)
     return found
 

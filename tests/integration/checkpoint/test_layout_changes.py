@@ -77,6 +77,13 @@ def test_muon_goes_on_with_its_momentum_where_ranks_and_engine_change(tmp_path: 
     assert max(abs(a - b) / b for a, b in zip(unbroken, plain, strict=True)) > 2e-2  # it is another optimizer
 
 
+def test_adafactor_goes_on_with_its_means_where_ranks_and_engine_change(tmp_path: Path) -> None:
+    legs = [(2, "deepspeed", 1), (4, "fsdp", 1), (3, "deepspeed", 3)]
+    losses = check_chain(legs, tmp_path / "changing", optimizer="adafactor")
+    unbroken = unbroken_losses(tmp_path / "unbroken", len(legs) * STEPS, optimizer="adafactor")
+    assert losses == pytest.approx(unbroken, rel=5e-6)
+
+
 @pytest.mark.slow
 def test_ranks_stage_and_engine_change_at_every_restart(tmp_path: Path) -> None:
     losses = check_chain(LEGS, tmp_path / "changing")
@@ -88,7 +95,10 @@ def test_ranks_stage_and_engine_change_at_every_restart(tmp_path: Path) -> None:
     ("ranks", "engine"),
     [(2, ("deepspeed", 0)), *((2, ("deepspeed", s)) for s in (1, 2, 3)), (4, ("fsdp", 1))],
 )
-@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "muon")])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "muon"), ("bf16", "adafactor")],
+)
 def test_the_same_layout_resumes_bit_for_bit(
     tmp_path: Path, ranks: int, engine: tuple[str, int], precision: str, optimizer: str
 ) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.run import Config
-from trainer.config.training import CheckpointConfig, DistributedConfig, EMAConfig
+from trainer.config.training import CheckpointConfig, DistributedConfig, EMAConfig, OptimizerConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.torch_engine import TorchEngine
 from trainer.ema import EMA
@@ -73,6 +73,7 @@ def build_small_run(
     keep_best: int = 0,
     width: int = 4,
     ema: EMAConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
     seed: int = 0,
 ) -> SmallRun:
     """A run with everything new."""
@@ -80,6 +81,7 @@ def build_small_run(
         run_dir=run_dir,
         global_batch_size=2,
         micro_batch_size=2,
+        optimizer=optimizer or OptimizerConfig(),
         distributed=DistributedConfig(engine="torch", precision="fp32"),
         checkpoint=CheckpointConfig(
             asynchronous=asynchronous, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from trainer.checkpoint import host_buffer
 from trainer.checkpoint.contents import Contents, share_bytes
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.config.training import OptimizerConfig
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.replicas import owned_shares
 
@@ -79,17 +80,23 @@ def test_closing_before_the_first_save_waits_for_the_threads(monkeypatch: pytest
         os.fstat(buffer.descriptor)
 
 
-def test_a_buffer_begun_early_is_the_one_that_is_used(make_run: MakeRun, tmp_path: Path) -> None:
-    run = make_run(asynchronous=True)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_buffer_begun_early_is_the_one_that_is_used(
+    make_run: MakeRun, optimizer: Literal["adamw", "adafactor"]
+) -> None:
+    run = make_run(asynchronous=True, optimizer=OptimizerConfig(name=optimizer))
     network = small_network()
-    wanted = share_bytes({"unet": network}, "unet", run.config.ema, 1)
+    wanted = share_bytes({"unet": network}, "unet", run.config, 1)
     buffer = HostBuffer(wanted, CPU)
     run.manager = CheckpointManager(run.config, DistributedEnv.detect({}), buffer)
     run.train(1)
     run.save()
     assert run.manager._buffer is buffer
     contents = Contents.of_checkpoint(1, {"unet": run.engine}, run.ema, state={}, tensors={}, loss=None)
-    assert contents.plan().data_bytes <= wanted
+    # Beside masters and averages, and not more than a rank's partition is padded.
+    kept = {"adamw": 2 * 26, "adafactor": (3 + 4) + (4 + 2) + 6}[optimizer]
+    assert contents.plan().data_bytes == 4 * (3 * 26 + kept)
+    assert 0 <= wanted - contents.plan().data_bytes <= 5 * 4 * 1024
     handle = run.manager.latest_good()
     assert handle is not None
     assert handle.step == 1
@@ -101,7 +108,7 @@ def test_a_share_is_never_larger(make_run: MakeRun, world_size: int) -> None:
     sizes = [p.numel() for p in network.parameters()]
     run = make_run()
     stored = 1 + 2 + len(run.ema.profiles)
-    bound = share_bytes({"unet": network}, "unet", run.config.ema, world_size)
+    bound = share_bytes({"unet": network}, "unet", run.config, world_size)
     largest = max(
         sum(share.stop - share.start for share in owned_shares(sizes, rank, world_size))
         for rank in range(world_size)

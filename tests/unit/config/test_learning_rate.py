@@ -36,6 +36,7 @@ def test_inverse_sqrt() -> None:
     ("settings", "said"),
     [
         (["optimizer.name=muon", "distributed.zero_stage=1"], "has one rate for everything"),
+        (["optimizer.name=adafactor"], "has one rate for everything"),
         (["stage=autoencoder", "first_stage.name=kl"], "stage=autoencoder does not have"),
     ],
 )
