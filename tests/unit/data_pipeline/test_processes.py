@@ -35,7 +35,8 @@ def test_this_process_hears_as_before_and_a_deaf_child_can_be_killed() -> None:
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_scratch_folder_goes_with_its_process(number: signal.Signals) -> None:
     program = (
-        "import time\n"
+        "import signal, time\n"
+        f"signal.signal({int(number)}, signal.SIG_DFL)  # nohup, say, hands on that it is ignored\n"
         "from data_pipeline.processes import scratch_folder\n"
         "with scratch_folder('ldm-test-') as folder:\n"
         "    print(folder, flush=True)\n"
