@@ -68,7 +68,6 @@ __all__ = [
     "blank_batch",
     "build_loader",
     "check_layout",
-    "epoch_steps",
     "held_out_batches",
     "merge_positions",
     "open_dataset",
@@ -190,20 +189,14 @@ def _tasks(
     ]
 
 
-def check_layout(config: DataConfig, dataset: Dataset, *, seed: int, global_batch_size: int) -> Order | Turns:
-    """The order of a run; raises DataError when the data do not fill its lanes or buckets."""
-    order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size)
+def check_layout(
+    config: DataConfig, dataset: Dataset, *, seed: int, global_batch_size: int, position: Position = None
+) -> Order | Turns:
+    """The order of a run, which is at a position; raises DataError when the data do not fill its lanes or
+    buckets."""
+    order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
     dataset.buckets(config, order)
     return order
-
-
-def epoch_steps(
-    config: DataConfig, dataset: Dataset, *, seed: int, global_batch_size: int, position: Position = None
-) -> int | None:
-    """Steps until each sample has come, also those of the rarest source; None where the order of a run that
-    is at `position` has no index, which would tell. Raises DataError when the data do not fill its lanes."""
-    order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
-    return None if isinstance(order, Turns) else -(-dataset.epoch_samples // global_batch_size)
 
 
 def position_near(

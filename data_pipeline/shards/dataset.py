@@ -120,6 +120,10 @@ class Dataset:
         """Where sources have no weights, the ordinal from which on samples come again."""
         return len(self.shard_of) * MAX_SAMPLES if self.unindexed else int(self.counts.sum())
 
+    def epoch_steps(self, order: Order | Turns, global_batch_size: int) -> int | None:
+        """Steps until each sample has come; None without an index, which would tell."""
+        return None if isinstance(order, Turns) else -(-self.epoch_samples // global_batch_size)
+
     def walk(
         self, config: DataConfig, *, seed: int, global_batch_size: int, position: Position = None
     ) -> Order | Turns:

@@ -122,17 +122,15 @@ def steps_to_retire(folder: str, newest: Manifest, retention: Retention, merits:
     """
     steps = [step for step in steps_found(folder) if step <= newest.step]
     urls = {step: join(folder, folder_name(step)) for step in steps}
-    written = {step: at for step in steps if (at := _committed_at(urls[step])) is not None}
-    by_step: dict[int, float | None] = dict.fromkeys(written)
+    committed = {step: (urls[step], at) for step in steps if (at := _committed_at(urls[step])) is not None}
     if retention.keep_best:
         # Each manifest is a request to storage and may be large: opened once, and only if it matters.
-        for step, at in written.items():
-            if (urls[step], at) not in merits:
-                manifest = newest if step == newest.step else None
-                merits[urls[step], at] = _merit(urls[step], manifest, retention.best_metric)
-            by_step[step] = merits[urls[step], at]
-    kept = steps_to_keep(by_step, retention)
-    marked = marked_steps(folder) if len(written) > 1 else set()
+        if newest.step in committed:
+            merits[committed[newest.step]] = newest.value(retention.best_metric)
+        unknown = [key for key in committed.values() if key not in merits]
+        merits |= {(url, at): _merit(url, retention.best_metric) for url, at in unknown}
+    kept = steps_to_keep({step: merits.get(key) for step, key in committed.items()}, retention)
+    marked = marked_steps(folder) if len(committed) > 1 else set()
     return [step for step in steps if step not in kept and step not in marked]
 
 
@@ -143,8 +141,8 @@ def _committed_at(url: str) -> float | None:
         return None
 
 
-def _merit(url: str, manifest: Manifest | None, metric: str) -> float | None:
+def _merit(url: str, metric: str) -> float | None:
     try:
-        return (manifest or open_checkpoint(url).manifest).value(metric)
+        return open_checkpoint(url).manifest.value(metric)
     except BadManifest:
         return None  # damaged: nothing to keep it for

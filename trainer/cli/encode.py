@@ -24,7 +24,6 @@ from data_pipeline.loader import (
     Position,
     build_loader,
     check_layout,
-    epoch_steps,
     open_dataset,
     position_near,
 )
@@ -203,9 +202,9 @@ class _CacheFiller:
         dataset = open_dataset(config.data, at_once=True)
         self._dataset = dataclasses.replace(dataset, record_in=join(config.run_dir, "index"))
         seed, size = config.seed, config.global_batch_size
-        check_layout(config.data, dataset, seed=seed, global_batch_size=size)
-        known = pace.known()
-        self._epoch = epoch_steps(config.data, dataset, seed=seed, global_batch_size=size, position=known)
+        position = pace.known()
+        order = check_layout(config.data, dataset, seed=seed, global_batch_size=size, position=position)
+        self._epoch = dataset.epoch_steps(order, size)
         pace.at_checkpoints = self._epoch is None
         self._once = not (dataset.shares or config.data.buckets)
         first_stage = load_first_stage(config.first_stage, self._device)

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from trainer.config.training import OptimizerConfig
 from trainer.distributed.engine import Fragment
-from trainer.distributed.replicas import owned_part
+from trainer.distributed.replicas import owned_parts
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ class Adafactor(torch.optim.Optimizer):
             copies: on how many ranks each element is updated.
         """
         self._shapes, self._masters = dict(shapes), list(masters)
-        self._parts = [owned_part(fragment, masters) for fragment in fragments]
+        self._parts = owned_parts(fragments, masters)
         self._exchanges = dist.is_initialized() and dist.get_world_size() > copies
         self._copies = copies if self._exchanges else 1
         device = masters[0].device
-        self._vector = torch.zeros(means_elements(shapes.values()), device=device)
-        self._means = self._views(self._vector)
+        self._vector, self._sums = torch.zeros(2, means_elements(shapes.values()), device=device).unbind()
+        self._means, self._added = self._views(self._vector), self._views(self._sums)
         place = {name: number for number, name in enumerate(shapes)}
         self._places = torch.tensor([place[f.name] for f in fragments], dtype=torch.int64, device=device)
         counts = [float(self._copies * math.prod(shape)) for shape in shapes.values()]
@@ -138,7 +138,8 @@ class Adafactor(torch.optim.Optimizer):
         steps = [self.state[master]["step"] for master in self._masters]
         torch._foreach_add_(steps, [goes] * len(steps))
         made = steps[0].clamp(min=1.0)
-        self._vector.lerp_(self._sums(), made.pow(config.beta2_decay) * goes)
+        self._add_up()
+        self._vector.lerp_(self._sums, made.pow(config.beta2_decay) * goes)
         for part in self._parts:
             fragment = part.fragment
             self._means[fragment.name].normalise(part.gradient, fragment.start, config.adafactor_eps[0])
@@ -159,19 +160,18 @@ class Adafactor(torch.optim.Optimizer):
             torch._foreach_div_(gradients, scale)
         if found_inf is None:
             return torch.ones((), device=self._vector.device)
+        left_out = found_inf.bool()
         for gradient in gradients:
-            gradient.masked_fill_(found_inf.bool(), 0.0)  # nothing times NaN is NaN
+            gradient.masked_fill_(left_out, 0.0)  # nothing times NaN is NaN
         return 1.0 - found_inf
 
-    def _sums(self) -> Tensor:
+    def _add_up(self) -> None:
         """Means of this step's squared gradients, as those of before lie."""
-        sums = torch.zeros_like(self._vector)
-        views = self._views(sums)
+        self._sums.zero_()
         for part in self._parts:
-            views[part.fragment.name].add(part.gradient, part.fragment.start, self._copies)
+            self._added[part.fragment.name].add(part.gradient, part.fragment.start, self._copies)
         if self._exchanges:
-            dist.all_reduce(sums)
-        return sums
+            dist.all_reduce(self._sums)
 
     def _sizes(self) -> Tensor:
         """Root mean squares of weights and updates, fp32 [2, parameters]."""

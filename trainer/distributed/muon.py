@@ -27,7 +27,7 @@ from torch import Tensor
 
 from trainer.config.training import OptimizerConfig
 from trainer.distributed.engine import Fragment
-from trainer.distributed.replicas import OwnedPart, owned_part
+from trainer.distributed.replicas import OwnedPart, owned_parts
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration, and how often it is made (Jordan et al. 2024)."""
@@ -82,7 +82,7 @@ class Muon(torch.optim.Optimizer):
         Collective over the `group` that has them all; unset: all ranks.
         """
         owners = [owner for group in self.param_groups for owner in group["params"]]
-        pieces = [owned_part(fragment, owners) for fragment in fragments]
+        pieces = owned_parts(fragments, owners)
         self._vectors = [p for p in pieces if not is_matrix(p.fragment.name, p.fragment.shape)]
         self._matrices = [p for p in pieces if is_matrix(p.fragment.name, p.fragment.shape)]
         if not cut or not dist.is_initialized() or dist.get_world_size(group) == 1:

@@ -78,14 +78,22 @@ class OwnedPart:
         return self.owner.grad.view(-1).narrow(0, self.offset, self.fragment.master.numel())
 
 
-def owned_part(fragment: Fragment, owners: Sequence[Tensor]) -> OwnedPart:
-    """The fragment with the tensor, of the optimizer's, that it lies in."""
-    storage = fragment.master.untyped_storage().data_ptr()
+def owned_parts(fragments: Sequence[Fragment], owners: Sequence[Tensor]) -> list[OwnedPart]:
+    """The fragments, each with the tensor, of the optimizer's, that it lies in."""
+    by_storage: dict[int, list[Tensor]] = {}
     for owner in owners:
-        offset = int(fragment.master.storage_offset()) - int(owner.storage_offset())
-        if owner.untyped_storage().data_ptr() == storage and 0 <= offset < owner.numel():
-            return OwnedPart(fragment, owner, offset)
-    raise AssertionError(f"{fragment.name} lies in none of the optimizer's tensors")
+        by_storage.setdefault(owner.untyped_storage().data_ptr(), []).append(owner)
+    parts = []
+    for fragment in fragments:
+        begin = int(fragment.master.storage_offset())
+        for owner in by_storage.get(fragment.master.untyped_storage().data_ptr(), []):
+            offset = begin - int(owner.storage_offset())
+            if 0 <= offset < owner.numel():
+                parts.append(OwnedPart(fragment, owner, offset))
+                break
+        else:
+            raise AssertionError(f"{fragment.name} lies in none of the optimizer's tensors")
+    return parts
 
 
 @torch.no_grad()

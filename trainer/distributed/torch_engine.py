@@ -61,21 +61,14 @@ class TorchEngine:
         )
         self.moments = config.optimizer.moments
         adamw.initialise_state(self._optimizer, self._masters, self.moments)
-        self._fragments, wholes = (
-            replicated_fragments(
-                list(self.parameter_shapes),
-                list(self._masters),
-                [
-                    {key: self._optimizer.state[master][key] for key in self.moments}
-                    for master in self._masters
-                ],
-                rank=rank,
-                world_size=ranks,
-            )
-            for rank, ranks in ((env.rank, env.world_size), (0, 1))
+        self._fragments = self._replicas(env.rank, env.world_size)
+        adamw.attach(
+            self._optimizer,
+            self._replicas(0, 1),
+            self.parameter_shapes,
+            self._masters,
+            copies=env.world_size,
         )
-        shapes = self.parameter_shapes
-        adamw.attach(self._optimizer, wholes, shapes, self._masters, copies=env.world_size)
         if config.distributed.compile:
             compile_regions(module)
         self._forward = GraphedForward(module) if config.distributed.cuda_graphs else module
@@ -151,6 +144,16 @@ class TorchEngine:
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """See `Engine.gathered`."""
         return nullcontext(self.module)
+
+    def _replicas(self, rank: int, world_size: int) -> list[Fragment]:
+        """One rank's share of what all hold."""
+        return replicated_fragments(
+            list(self.parameter_shapes),
+            list(self._masters),
+            [{key: self._optimizer.state[master][key] for key in self.moments} for master in self._masters],
+            rank=rank,
+            world_size=world_size,
+        )
 
     @torch.no_grad()
     def _copy_to_compute_weights(self) -> None:

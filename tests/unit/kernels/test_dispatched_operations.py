@@ -15,14 +15,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from trainer.config.io import load_config
 from trainer.first_stage.build import build_first_stage
@@ -32,41 +30,34 @@ from trainer.kernels import language
 from trainer.kernels.language import plain
 from trainer.models.unet import UNet
 
+from .whole_step import LayoutWatch, lies_channels_last
+
 CONFIG = load_config("configs/sd/sd2_base_512.yaml", [])
 BATCH, HEIGHT, WIDTH = 2, 40, 24  # no level has the size of a kernel, no head that of a level
 VIEWS = ("view", "reshape", "permute", "transpose", "t.", "expand", "slice", "split", "unsqueeze", "detach")
 VIEWS += ("prim", "alias", "as_strided", "select", "squeeze", "unbind", "empty", "chunk", "_unsafe_view")
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(LayoutWatch):
     """Counts what is dispatched, and notes what must not be."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(is_feature_map)
         self.launches: Counter[str] = Counter()
         self.forward = 0
         """Of them, those until the loss was there."""
-        self.channels_first: list[str] = []
-        self.layout_copies: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result, name = func(*args, **(kwargs or {})), str(func)
-        if name == "aten.convolution.default" and layout(args[0]):
+        if name == "aten.convolution.default" and lies_channels_last(args[0]):
             result = channels_last(result)
-        if name == "aten.convolution_backward.default" and layout(args[1]):
+        if name == "aten.convolution_backward.default" and lies_channels_last(args[1]):
             result = (channels_last(result[0]), *result[1:])
         if not any(name.removeprefix("aten.").startswith(view) for view in VIEWS):
             self.launches[name] += 1
-        for value in tree_leaves(result):
-            # Slices of a channels-last map are no maps in memory, and neither contiguous nor channels-last.
-            if is_feature_map(value) and value.is_contiguous() and not layout(value):
-                self.channels_first.append(f"{name} {tuple(value.shape)}")
-        if "clone" in name or "_to_copy" in name or "copy_" in name:
-            source = args[1] if "copy_" in name else args[0]
-            if is_feature_map(source) and layout(source) != layout(result):
-                self.layout_copies.append(f"{name} {tuple(source.shape)}")
+        self.look(name, args, result)
         return result
 
 
@@ -75,7 +66,7 @@ def channels_last(value: Tensor | None) -> Tensor | None:
     return None if value is None else torch.empty_like(value, memory_format=torch.channels_last)
 
 
-def is_feature_map(value: object) -> bool:
+def is_feature_map(value: object) -> TypeGuard[Tensor]:
     """Not a weight (a kernel of 3 x 3 or 1 x 1), and large enough to have a layout."""
     return (
         isinstance(value, Tensor)
@@ -85,10 +76,6 @@ def is_feature_map(value: object) -> bool:
         and tuple(value.shape[2:]) not in ((3, 3), (1, 1), (4, 4))
         and value.shape[2] * WIDTH == value.shape[3] * HEIGHT
     )
-
-
-def layout(value: Tensor) -> bool:
-    return value.is_contiguous(memory_format=torch.channels_last)
 
 
 def record(run: Callable[[], object]) -> Recorder:

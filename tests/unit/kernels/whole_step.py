@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -53,31 +53,44 @@ SMALL = (
 )
 
 
-class Seen(TorchDispatchMode):
-    """What is dispatched in each phase of a step, and where feature maps lie."""
+class LayoutWatch(TorchDispatchMode):
+    """Notes feature maps that do not lie channels-last, and copies from one layout into another."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_map: Callable[[object], TypeGuard[Tensor]]) -> None:
         super().__init__()
-        self.phase = "rest"
-        self.found: dict[str, Counter[str]] = {}
+        self._is_map = is_map
         self.maps = 0
         """Feature maps met, however they lie."""
         self.channels_first: list[str] = []
         self.layout_copies: list[str] = []
+
+    def look(self, name: str, args: Sequence[Any], result: Any, *, where: str = "") -> None:
+        """At one operation."""
+        for value in filter(self._is_map, tree_leaves(result)):
+            self.maps += 1
+            # Slices of a channels-last map are no maps in memory, and neither contiguous nor channels-last.
+            if value.is_contiguous() and not lies_channels_last(value):
+                self.channels_first.append(f"{where}{name} {tuple(value.shape)}")
+        if "clone" in name or "_to_copy" in name or "copy_" in name:
+            source = args[1] if "copy_" in name else args[0]
+            if self._is_map(source) and lies_channels_last(source) != lies_channels_last(result):
+                self.layout_copies.append(f"{where}{name} {tuple(source.shape)}")
+
+
+class Seen(LayoutWatch):
+    """What is dispatched in each phase of a step, too."""
+
+    def __init__(self) -> None:
+        super().__init__(is_feature_map)
+        self.phase = "rest"
+        self.found: dict[str, Counter[str]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result, name = func(*args, **(kwargs or {})), str(func)
         self.found.setdefault(self.phase, Counter())[name] += 1
-        for value in filter(is_feature_map, tree_leaves(result)):
-            self.maps += 1
-            if value.is_contiguous() and not lies_channels_last(value):
-                self.channels_first.append(f"{self.phase} {name} {tuple(value.shape)}")
-        if "clone" in name or "_to_copy" in name or "copy_" in name:
-            source = args[1] if "copy_" in name else args[0]
-            if is_feature_map(source) and lies_channels_last(source) != lies_channels_last(result):
-                self.layout_copies.append(f"{self.phase} {name} {tuple(source.shape)}")
+        self.look(name, args, result, where=f"{self.phase} ")
         return result
 
 
