@@ -139,6 +139,17 @@ def consequence_of(error: BaseException) -> type[Failure]:
     return RetryableFault
 
 
+def in_a_line(error: BaseException) -> str:
+    """What it says, or what it is (a bare TimeoutError), for the middle of a sentence."""
+    return shortened(str(error)) or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """The text in one line of at most 160 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
 def as_failure(error: BaseException, where: str) -> Failure:
     """The same if it is one of ours, else one of its consequence that says where it came from.
 

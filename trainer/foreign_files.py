@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import in_a_line
 from trainer.config.run import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def read_torch(source: str | io.BytesIO, url: str, *, mapped: bool) -> dict[str,
             "convert it to safetensors on a machine that trusts it."
         ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{url} is no torch file of weights, or cut short ({_line(error)}).") from error
+        raise ConfigError(f"{url} is no torch file of weights, or cut short ({in_a_line(error)}).") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{url} holds no dictionary of tensors but a {type(content).__name__}.")
     chosen = _chosen(dict(_dictionaries(content)), content, url)
@@ -164,8 +165,3 @@ def _named(paths: Sequence[tuple[str, ...]], found: Mapping[tuple[str, ...], dic
     names = [f"{'.'.join(path) or 'the file itself'} ({len(found[path])} tensors)" for path in paths]
     more = [f"{len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
     return ", ".join([*names[:_MAX_NAMED], *more])
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

@@ -99,7 +99,10 @@ def read_within(deadline_s: float, fs: Any, path: str, **span: int) -> bytes:
 
 def await_within(deadline_s: float, fs: Any, coroutine: Callable[..., Any], *parts: Any, **named: Any) -> Any:
     """What a coroutine of an asynchronous file system gives, run in its loop; TimeoutError when late."""
-    return sync(fs.loop, coroutine, *parts, timeout=deadline_s, **named)
+    try:
+        return sync(fs.loop, coroutine, *parts, timeout=deadline_s, **named)
+    except TimeoutError as error:  # fsspec's says nothing
+        raise TimeoutError(str(error) or f"no answer within {deadline_s:.1f} s") from error
 
 
 @lru_cache(maxsize=8)

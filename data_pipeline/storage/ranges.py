@@ -20,6 +20,7 @@ from data_pipeline.errors import (
     ReadFailed,
     Replaced,
     StorageOutage,
+    in_a_line,
 )
 from data_pipeline.storage.client import filesystem, read_within
 from data_pipeline.storage.editions import Edition, EditionReader
@@ -130,8 +131,9 @@ class RangeReader:
                 waited = time.monotonic() - began
                 told |= tell(
                     waited,
-                    f"{url} is not read after {waited:.0f} s ({error}); tried again, at least {self.tries} "
-                    f"times ({attempt} so far), and while nothing answers for {self.patience_s:.0f} s",
+                    f"{url} is not read after {waited:.0f} s ({in_a_line(error)}); tried again, at least "
+                    f"{self.tries} times ({attempt} so far), and while nothing answers "
+                    f"for {self.patience_s:.0f} s",
                 )
             else:
                 self._last_success = time.monotonic()
@@ -183,13 +185,13 @@ class RangeReader:
         """
         if alone >= _ALONE:
             self.counts["failures"] += 1
-            raise ReadFailed(f"{url}: {attempt} tries failed, the last with {error}") from error
+            raise ReadFailed(f"{url}: {attempt} tries failed, the last with {in_a_line(error)}") from error
         if alone:
             return
         if waited > self.patience_s:
             raise StorageOutage(
                 f"Storage did not answer for {waited:.0f} s (data.patience_s={self.patience_s:.0f}), last "
-                f"{url}: {error}; run the same command again when it does."
+                f"{url}: {in_a_line(error)}; run the same command again when it does."
             ) from error
 
     def _others_answer(self, url: str) -> bool:

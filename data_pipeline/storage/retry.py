@@ -19,6 +19,8 @@ from data_pipeline.errors import (
     StorageOutage,
     Unreachable,
     UserError,
+    in_a_line,
+    shortened,
 )
 from data_pipeline.storage.urls import is_http, is_local, is_s3
 from data_pipeline.storage.waits import tell, tell_end
@@ -128,7 +130,7 @@ def with_retries(
                 raise
             told |= tell(
                 waited,
-                f"{url} is not {done} after {waited:.0f} s ({_short(str(error))}); tried again, until "
+                f"{url} is not {done} after {waited:.0f} s ({in_a_line(error)}); tried again, until "
                 f"{tries} tries ({attempt} so far) or {_LONGEST_S:.0f} s are over",
             )
         else:
@@ -174,21 +176,21 @@ def explain(error: BaseException, url: str) -> Failure:
     text = f"{type(error).__name__}: {error}"
     for words, remedy in _MISTAKES:
         if re.search(words, text) and not is_local(url):
-            return AccessDenied(f"{url} cannot be reached: {remedy} ({_short(text)}).")
+            return AccessDenied(f"{url} cannot be reached: {remedy} ({shortened(text)}).")
     if "NoSuchBucket" in text or "bucket does not exist" in text:
         return missing_bucket(url.partition("://")[2].split("/", 1)[0])
     if isinstance(error, PermissionError) or _DENIED.search(text):
         remedy = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if is_s3(url) else "its permissions"
-        return AccessDenied(f"Access to {url} is denied; check {remedy} ({_short(text)}).")
+        return AccessDenied(f"Access to {url} is denied; check {remedy} ({shortened(text)}).")
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return NotFound(f"{url} does not exist; check the URL.")
     if isinstance(error, IsADirectoryError):
         return DataError(f"{url} is a folder, and a file is wanted; name the file in it.")
     if is_transient(error):
         return Unreachable(
-            f"{url} cannot be reached; check the network and AWS_ENDPOINT_URL ({_short(text)})."
+            f"{url} cannot be reached; check the network and AWS_ENDPOINT_URL ({shortened(text)})."
         )
-    return DataError(f"{url} cannot be read ({_short(text)}); check the URL and its permissions.")
+    return DataError(f"{url} cannot be read ({shortened(text)}); check the URL and its permissions.")
 
 
 def explain_change(error: BaseException, url: str, done: str) -> Failure:
@@ -211,7 +213,7 @@ def explain_change(error: BaseException, url: str, done: str) -> Failure:
         return _read_only(url, done)
     explained = explain(error, url)
     if done == "removed" and isinstance(explained, AccessDenied) and not is_local(url):
-        text = _short(f"{type(error).__name__}: {error}")
+        text = shortened(f"{type(error).__name__}: {error}")
         return AccessDenied(
             f"{url} cannot be removed: access is denied; grant the permission to delete (s3:DeleteObject), "
             f"or check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({text})."
@@ -234,8 +236,3 @@ def missing_bucket(bucket: str) -> MissingBucket:
         f"The bucket {bucket!r} does not exist at this endpoint; create it or correct the URL "
         "(AWS_ENDPOINT_URL chooses the endpoint)."
     )
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 160 else line[:157] + "..."
