@@ -43,7 +43,7 @@ def planned(case: dict[str, Any], ranks: int) -> float:
     return moved / parameters
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_send_what_the_plan_says(world_size: int) -> None:
     by_rank = run_ranks("tests/integration/traffic_ranks.py:bytes_of_a_step", world_size, {"cases": CASES})
     for results in by_rank:
@@ -62,7 +62,7 @@ def test_ranks_send_what_the_plan_says(world_size: int) -> None:
         assert (plain["while backward ran"], overlapped["while backward ran"]) == (0, 3)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_adafactor_adds_two_reductions_of_its_sums(world_size: int) -> None:
     """However many parameters, buckets and ranks there are; none where every rank has whole gradients."""
     buckets = ZERO_1 | {"reduce_bucket_elements": 9_300}

@@ -76,7 +76,7 @@ def test_three_ranks_match_one_process() -> None:
     check(exact + [case(*engine, 3, "bf16") for engine in ENGINES], world_size=3)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_muon_under_every_engine_is_torchs_muon_and_adamw(world_size: int) -> None:
     """With matrices that lie on two ranks, or on those of two nodes; weights agree to its bf16."""
     engines = [engine for engine in ENGINES if engine[1] < 3]
@@ -97,7 +97,7 @@ def test_muon_under_every_engine_is_torchs_muon_and_adamw(world_size: int) -> No
                 assert (expected - torch.tensor(plain["weights"][name])).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_adafactor_under_every_engine_is_torchs(world_size: int) -> None:
     """With matrices that lie on two ranks, or cut one by one (ZeRO-3), or on those of two nodes."""
     cases = [case(*engine, 1) | {"optimizer": "adafactor"} for engine in ENGINES]

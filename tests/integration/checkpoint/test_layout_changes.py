@@ -67,6 +67,7 @@ def test_ranks_and_stage_change_at_a_restart(tmp_path: Path) -> None:
     assert losses == pytest.approx(unbroken_losses(tmp_path / "unbroken", 3 * STEPS), rel=2e-6)
 
 
+@pytest.mark.slow
 def test_muon_goes_on_with_its_momentum_where_ranks_and_engine_change(tmp_path: Path) -> None:
     """Its iteration is in bf16, so other sums of the same gradients show in the losses."""
     legs = [(2, "deepspeed", 1), (4, "fsdp", 1), (2, "deepspeed", 2)]
@@ -77,6 +78,7 @@ def test_muon_goes_on_with_its_momentum_where_ranks_and_engine_change(tmp_path: 
     assert max(abs(a - b) / b for a, b in zip(unbroken, plain, strict=True)) > 2e-2  # it is another optimizer
 
 
+@pytest.mark.slow
 def test_adafactor_goes_on_with_its_means_where_ranks_and_engine_change(tmp_path: Path) -> None:
     legs = [(2, "deepspeed", 1), (4, "fsdp", 1), (3, "deepspeed", 3)]
     losses = check_chain(legs, tmp_path / "changing", optimizer="adafactor")

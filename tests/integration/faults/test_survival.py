@@ -98,7 +98,7 @@ def check_healing(injected: Any, make_run: Any, fault: str, changes: dict[str, A
     assert run.last_losses() == knowing.last_losses()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_nan_batch_is_rewound_and_skipped(injected: Any, make_run: Any, ranks: int) -> None:
     """Eight samples on three ranks are 3, 3 and 2 with padding, which is skipped by nobody."""
     changes = {"steps": STEPS, "healing": {"max_skips": 0}, "distributed": {"ranks": ranks}}

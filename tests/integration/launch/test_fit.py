@@ -61,6 +61,7 @@ def test_what_a_larger_size_dies_of_is_taken_for_its_size(capsys: pytest.Capture
         search(small("micro_batch_size=4"), 1, attempt)
 
 
+@pytest.mark.slow
 def test_a_cpu_with_little_memory_takes_fewer_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,7 @@ def test_twenty_steps_are_torchs(ours: dict[str, Any], theirs: dict[str, Any], s
         optimizer.step()
     for (name, expected), actual in zip(network.named_parameters(), engine.module.parameters(), strict=True):
         error = (actual - expected).abs().max() / expected.abs().max()
-        assert error < 1e-6, (name, error)
+        assert error < 1e-5, (name, error)  # twenty sums, in another order for each number of threads
     assert engine.optimizer_steps == 20
 
 
