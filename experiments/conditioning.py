@@ -65,7 +65,8 @@ def _of_task(workshop: Workshop, seed: int, kind: str, shift: int) -> Mapping[in
     name = kind if kind in TASKS else "super-resolution"
     task = TASKS[name]
     steps = round(workshop.scale.steps * task.share)
-    model = workshop.second_stage(name.replace("-", "_"), seed, (*CONSTANT, *task.model), steps)
+    shards = (f"data.shards={workshop.shards(task.radius)}/*.tar",)
+    model = workshop.second_stage(name.replace("-", "_"), seed, (*CONSTANT, *task.model, *shards), steps)
     guided = ("--guidance", GUIDANCE) if name == "layout" else ()
     folder = workshop.folder / "conditioning" / f"seed_{seed}_{name.replace('-', '_')}"
     drawn = draw_scenes(workshop, task, model, folder, "--seed", str(seed), *guided)

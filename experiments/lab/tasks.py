@@ -25,14 +25,13 @@ from data_pipeline.tools.scenes.scene import (
 )
 from lab.maps import nearest_colour
 from lab.oracle import pixels_of
-from lab.workshop import Workshop
+from lab.workshop import RADIUS, Workshop
 
 EDGE = 32
 FACTOR = 4
 """Of super-resolution: the small picture has the size of the latents."""
 SCENES = 36
 PROJECTIONS = 4
-OPTIONS = SceneOptions(1, 1, EDGE, EDGE, 0.3, 0.44)
 
 Pixels = NDArray[np.uint8]
 
@@ -49,6 +48,8 @@ class Task:
     """(number, scene, picture [H, W, 3]) -> how well the one shows the other."""
     share: float = 0.5
     """Of the scale's steps: what is concatenated is learned in fewer than what is attended to."""
+    radius: tuple[float, float] = RADIUS
+    """Of the objects of its scenes, a share of the picture's edge."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def draw_scenes(workshop: Workshop, task: Task, model: Path, out: Path, *options
     count = min(SCENES, workshop.scale.pictures // 3)
     drawn = []
     for number in range(count):
-        scene = make_scene(OPTIONS, random.Random(number))
+        scene = make_scene(SceneOptions(1, 1, EDGE, EDGE, *task.radius), random.Random(number))
         indexed = ("--first-index", str(number * 1000), "--count", str(workshop.scale.pictures // count))
         given = task.give(number, scene, out)
         folder = workshop.draw(model, out / f"of_{number}", *given, *indexed, *options)
@@ -198,7 +199,8 @@ TASKS = {
         ),
         _give_layout,
         _read_layout,
-        share=1.0,
+        share=4.0,
+        radius=(0.18, 0.28),  # the demo's objects leave little to choose: boxes of any two overlap by 0.6
     ),
     "depth": Task(("conditioning={openclip: null, depth: {}}", _UNGUIDED), _give_depth, _read_depth),
     "super-resolution": Task(

@@ -26,6 +26,8 @@ QUIET = ("logging.wandb=disabled", "logging.progress_bar=false", "sampling.every
 
 CONSTANT = ("optimizer.schedule=constant",)
 SNAPSHOTS = 16
+RADIUS = (0.3, 0.44)
+"""Of the demo's objects, a share of the picture's shorter edge."""
 
 
 class Refused(RuntimeError):
@@ -72,12 +74,17 @@ class Workshop:
             elif json.loads(path.read_text()) != asdict(scale):
                 raise Refused(f"{path} is of experiments of another size; choose another folder with --out.")
 
-    def shards(self) -> Path:
-        """The demo's scenes with their maps, as shards: 00000.tar is the reference of fidelity."""
-        folder = self.folder / "shards"
-        with self._alone("shards"):
+    def shards(self, radius: tuple[float, float] = RADIUS) -> Path:
+        """The demo's scenes with their maps, as shards: 00000.tar is the reference of fidelity.
+
+        Or scenes with objects of another size.
+        """
+        smallest, largest = radius
+        folder = self.folder / ("shards" if radius == RADIUS else f"shards_{smallest}_{largest}")
+        with self._alone(folder.name):
             if not (folder / "done").exists():
-                self.command(["data", "synthesize", str(folder), "--maps", *self._scenes()])
+                sized = ("--radius", f"{smallest}:{largest}")
+                self.command(["data", "synthesize", str(folder), "--maps", *self._scenes(), *sized])
                 (folder / "done").touch()
         return folder
 
