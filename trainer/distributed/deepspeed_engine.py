@@ -66,9 +66,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     # It calls two collectives by names that torch has renamed.
     warnings.filterwarnings("ignore", r"`torch.distributed.\w+_tensor` is deprecated")
     if device.type == "cpu":
-        # Its shared-memory collectives would take a compiler and most of a minute at the first
-        # run, and add in another order than gloo.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Its shared-memory collectives would take a compiler and most of a minute at the first run, and add
+        # in another order than gloo. The whole table is replaced: to ask for it calls a compiler as well.
+        deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from typing import Any, Literal
 
+import deepspeed
 import pytest
 import torch
 from torch import Tensor, nn
@@ -245,3 +247,17 @@ def test_a_part_of_the_network_may_run_before_the_network(env: DistributedEnv) -
     assert float(engine.step(0.1)) > 0  # type: ignore[arg-type]
     with engine.gathered() as module, torch.no_grad():
         assert not torch.equal(alone, module[1](x))  # type: ignore[index]
+
+
+def test_no_compiler_is_called_to_make_one(env: DistributedEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's first look at its table of operations compiles a test program on every rank."""
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    started: list[Any] = []
+
+    def refuse(_: object, words: Any, *args: Any, **named: Any) -> None:
+        started.append(words)
+        raise OSError("no processes here")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    make_engine(env, "deepspeed", 1, "bf16")
+    assert started == []
