@@ -3,10 +3,10 @@
     python experiments/conditioning.py --out /tmp/experiments
 
 Prompts, class labels, layouts, semantic maps, depths, small pictures and pictures with a hole, one model each
-per seed; layouts take three times as many steps, the last three half as many. The same pictures are judged twice: against their own
-condition, and against that of another picture ("shuffled"), which is what chance gives. Enlarged pictures are
-compared with bicubic interpolation, and once more after the low frequencies of what was given are put into
-them ("constrained").
+per seed; layouts take three times as many steps, the last three half as many. The same pictures are judged
+twice: against their own condition, and against that of another picture ("shuffled"), which is what chance
+gives. Enlarged pictures are compared with bicubic interpolation, and once more after the low frequencies of
+what was given are put into them ("constrained").
 """
 
 from __future__ import annotations
