@@ -83,7 +83,10 @@ def test_conditioning(out: Path) -> None:
     assert values["inpainting shuffled", "untouched"] < 1
     assert values["super-resolution constrained", "small psnr"] > values["super-resolution", "small psnr"]
     steps = {row["setting"]: row["step"] for row in csv.DictReader((out / "conditioning.csv").open())}
-    assert (steps["layout"], steps["depth"]) == ("6", "3")
+    assert (steps["layout"], steps["depth"]) == (
+        "18",
+        "3",
+    )  # of the shared model 6
     boxes = json.loads((out / "conditioning" / "seed_0_layout" / "layout_0.json").read_text())
     assert len(boxes) == 1
     assert len(list((out / "conditioning" / "seed_0_layout" / "of_0" / "pictures").iterdir())) == 3
