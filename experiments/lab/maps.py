@@ -21,7 +21,7 @@ from data_pipeline.tools.scenes.scene import (
     render,
 )
 from lab.oracle import pixels_of
-from lab.workshop import Workshop
+from lab.workshop import RADIUS, Workshop
 
 MAP_MODEL = (
     f"conditioning={{openclip: null, semantic_map: {{num_labels: {NUM_CLASSES + 1}, channels: 3}}}}",
@@ -42,7 +42,7 @@ class Drawn:
 def draw_maps(workshop: Workshop, model: Path, out: Path, size: int, seed: int) -> list[Drawn]:
     """The same scenes at any size, `scale.pictures` pictures of all maps together."""
     out.mkdir(parents=True, exist_ok=True)
-    options = SceneOptions(1, 1, size, size, 0.3, 0.44)
+    options = SceneOptions(1, 1, size, size, *RADIUS)
     maps = min(MAPS, workshop.scale.pictures // 3)
     drawn = []
     for number in range(maps):

@@ -26,7 +26,8 @@ QUIET = ("logging.wandb=disabled", "logging.progress_bar=false", "sampling.every
 
 CONSTANT = ("optimizer.schedule=constant",)
 SNAPSHOTS = 16
-RADIUS = (0.3, 0.44)
+_SMALLEST, _LARGEST = map(float, SCENES[SCENES.index("--radius") + 1].split(":"))
+RADIUS = (_SMALLEST, _LARGEST)
 """Of the demo's objects, a share of the picture's shorter edge."""
 
 

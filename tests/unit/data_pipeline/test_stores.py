@@ -107,9 +107,8 @@ def test_silence_is_not_waited_for_as_often_as_a_refusal(monkeypatch: pytest.Mon
 @pytest.fixture
 def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits are told after a fifth of a second."""
-    monkeypatch.setattr(
-        waits, "_SPEAKER", waits._Speaker()
-    )  # the process has one, which counts what other tests left out
+    # The process has one, which counts what other tests left out.
+    monkeypatch.setattr(waits, "_SPEAKER", waits._Speaker())
     monkeypatch.setattr(waits, "_QUIET_S", 0.2)
     monkeypatch.setattr(waits, "_BETWEEN_S", 0.0)
 
