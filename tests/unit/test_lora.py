@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.unit.one_rank import Train
-from tests.unit.test_trainable import TINY, from_weights
+from tests.unit.test_trainable import TINY, from_weights, is_idle
 from trainer.__main__ import main
 from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.export import open_adapters, open_weights
@@ -69,7 +69,7 @@ def test_only_adapters_move_and_whoever_reads_the_network_has_them_merged(
             down, up = (stored[name.replace(".weight", f".lora_{side}.default.weight")] for side in "AB")
             assert down.shape[0] == up.shape[1] == 3
             expected = value + 2.0 * up @ down
-            assert not torch.equal(averaged[name], value), name
+            assert is_idle(name) or not torch.equal(averaged[name], value), name
         torch.testing.assert_close(averaged[name], expected, rtol=1e-6, atol=1e-7)
     reconstruct(run, str(tmp_path / "ema.safetensors"), std=0.07)
     assert main(["export", run, str(tmp_path / "export.safetensors")]) == 0
@@ -80,7 +80,7 @@ def test_only_adapters_move_and_whoever_reads_the_network_has_them_merged(
         open_weights(run, profile="weights")[0],
     ):
         for name, value in started.items():
-            assert torch.equal(tensors[name], value) != is_adapted(name), name
+            assert is_idle(name) or torch.equal(tensors[name], value) != is_adapted(name), name
     assert main(["sample", run, "--class-label", "1", "--steps", "2", "--out", str(tmp_path / "out")]) == 0
 
 

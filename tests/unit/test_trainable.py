@@ -44,6 +44,11 @@ def is_trained(name: str) -> bool:
     return name.startswith("conditions.") or ".attn2." in name
 
 
+def is_idle(name: str) -> bool:
+    """Attention to one token, the class, gives it the weight 1 whatever is asked: rounding alone moves these."""
+    return ".attn2.to_q." in name or ".attn2.to_k." in name
+
+
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     return from_weights(tmp_path, monkeypatch)
@@ -91,7 +96,7 @@ def test_only_the_part_moves_and_weights_are_whole_everywhere(
         read_weights(str(tmp_path / "export.safetensors"))[0],
     ):
         for name, value in started.items():
-            assert torch.equal(tensors[name], value) != is_trained(name), name
+            assert is_idle(name) or torch.equal(tensors[name], value) != is_trained(name), name
     assert main(["sample", run, "--class-label", "1", "--steps", "2", "--out", str(tmp_path / "out")]) == 0
 
 
