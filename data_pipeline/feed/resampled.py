@@ -21,7 +21,15 @@ import webdataset as wds
 
 from data_pipeline.batch import FIRST, Batch, Tally, remedy
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import AccessDenied, DataError, Failure, NotATar, Rejected, StorageOutage
+from data_pipeline.errors import (
+    AccessDenied,
+    DataError,
+    Failure,
+    NotATar,
+    Rejected,
+    StorageOutage,
+    in_a_line,
+)
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
 from data_pipeline.feed.sample import Known, draw_crop, fill_sample, sample_arrays
 from data_pipeline.feed.tar_stream import samples_of
@@ -334,7 +342,7 @@ class StreamFindings:
 
     def broken(self, url: str, samples: int, error: Exception) -> None:
         """Reading a shard failed after so many samples."""
-        told = " ".join(str(error).split())[:200]
+        told = in_a_line(error)
         with self._lock:
             if samples:
                 self.tally.rejected["shard_cut_short"] += 1

@@ -1,8 +1,15 @@
-"""Start ranks as processes with gloo between them, run one function in each, collect the results."""
+"""Ranks as processes with gloo between them: run one function in each, collect the results.
+
+the tests' process
+  template         imports once what ranks import, seconds of work; waits for calls of `run_ranks`
+    rank 0 ...     forks of it, each with the environment of a rank and a log of its own
+"""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import gc
 import importlib.util
 import json
 import os
@@ -12,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,55 +49,72 @@ def run_ranks(
     Returns:
         What the ranks returned, by rank.
     """
-    port = _free_port()
+    global _template
+    if _template is None or not _template.alive():
+        _template = _Template()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            _start(function, rank, world_size, kwargs or {}, Path(folder), environ or {}, port)
+        variables = {
+            **os.environ,
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            **_OF_TEMPLATE,
+        }
+        by_rank = [
+            {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environ or {})}
             for rank in range(world_size)
         ]
-        try:
-            in_time = _wait(ranks, timeout_s)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        if not in_time or any(process.returncode for process in ranks):
-            codes = [process.returncode for process in ranks]
+        codes, in_time = _template.ask([function, kwargs or {}, by_rank, folder, timeout_s])
+        if not in_time or any(codes):
             logs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
             shown = "\n".join(f"--- rank {rank}\n{log[-6000:]}" for rank, log in enumerate(logs))
             raise RanksFailed(f"{function} ended with {codes}{'' if in_time else ', late'}\n{shown}")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _start(
-    function: str,
-    rank: int,
-    world_size: int,
-    kwargs: dict[str, Any],
-    folder: Path,
-    environ: dict[str, str],
-    port: int,
-) -> subprocess.Popen[bytes]:
-    variables = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        **environ,
-    }
-    with (folder / f"{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, __file__, function, json.dumps(kwargs), str(folder / f"{rank}.json")],
+_SHARED = {"torch", "deepspeed", "peft", "transformers", "trainer", "data_pipeline"}
+_OF_TEMPLATE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+class _Template:
+    """The process whose forks are ranks; it ends with this one."""
+
+    def __init__(self) -> None:
+        self._ours, theirs = socket.socketpair()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the template
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())],
             cwd=ROOT,
-            env=variables,
-            stdout=log,
+            env={**os.environ, **_OF_TEMPLATE},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
             stderr=subprocess.STDOUT,
+            pass_fds=[theirs.fileno()],
         )
+        theirs.close()
+        self._answers = self._ours.makefile()
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, call: list[Any]) -> tuple[list[int], bool]:
+        """Exit codes of the ranks, and whether they ended in time."""
+        try:
+            self._ours.sendall(json.dumps(call).encode() + b"\n")
+            answer = self._answers.readline()
+        except BaseException:
+            self._process.kill()  # its ranks end with it
+            self._process.wait()
+            raise
+        if not answer:
+            self._log.seek(0)
+            raise RanksFailed(f"the ranks' template ended:\n{self._log.read().decode(errors='replace')}")
+        codes, in_time = json.loads(answer)
+        return codes, in_time
+
+
+_template: _Template | None = None
 
 
 def _free_port() -> int:
@@ -98,48 +123,102 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout_s: float) -> bool:
-    """Until all have ended or one has failed; False, with all stacks in the logs, when time is over."""
-    deadline = time.monotonic() + timeout_s
-    while any(process.poll() is None for process in ranks):
-        if any(process.poll() for process in ranks):
-            time.sleep(1.0)  # let the others say what they saw
-            return True
-        if time.monotonic() > deadline:
-            for process in ranks:
-                process.send_signal(signal.SIGABRT)
-            time.sleep(1.0)
-            return False
+def _serve(connection: socket.socket) -> None:
+    """As the template: start the ranks of one call after another, until nobody asks any more."""
+    importlib.import_module("trainer.train")
+    gc.collect()
+    gc.freeze()  # a collection in a rank would copy the pages that all of them share
+    for line in connection.makefile():
+        function, kwargs, by_rank, folder, timeout_s = json.loads(line)
+        ranks: dict[int, int] = {}
+        for rank, variables in enumerate(by_rank):
+            sys.stdout.flush()
+            child = os.fork()
+            if child == 0:
+                os.environ.clear()
+                os.environ.update(variables)
+                _be_rank(function, kwargs, Path(folder), rank)
+            ranks[child] = rank
+        codes, in_time = _wait(ranks, timeout_s)
+        answer = [[codes[rank] for rank in range(len(by_rank))], in_time]
+        learned = Path(folder) / "modules.json"
+        names = json.loads(learned.read_text()) if learned.exists() else []
+        connection.sendall(json.dumps(answer).encode() + b"\n")
+        for name in names:
+            with contextlib.suppress(Exception):  # what was made while it ran, and is no file
+                importlib.import_module(name)
+        gc.freeze()
+
+
+def _wait(ranks: dict[int, int], timeout_s: float) -> tuple[dict[int, int], bool]:
+    """Until all have ended or one has failed: their exit codes; late, False and stacks in the logs."""
+    codes: dict[int, int] = {}
+    deadline, in_time = time.monotonic() + timeout_s, True
+
+    def reap(options: int) -> None:
+        for process, rank in ranks.items():
+            if rank not in codes and (ended := os.waitpid(process, options))[0]:
+                codes[rank] = os.waitstatus_to_exitcode(ended[1])
+
+    def send(number: signal.Signals) -> None:
+        for process, rank in ranks.items():
+            if rank not in codes:
+                os.kill(process, number)
+
+    while len(codes) < len(ranks) and not any(codes.values()) and in_time:
         time.sleep(0.02)
-    return True
+        reap(os.WNOHANG)
+        in_time = time.monotonic() < deadline
+    if len(codes) < len(ranks):
+        if not in_time:
+            send(signal.SIGABRT)
+        time.sleep(1.0)  # let the others say what they saw
+        reap(os.WNOHANG)
+        send(signal.SIGKILL)
+        reap(0)
+    return codes, in_time
 
 
-def _main(function: str, kwargs: str, result: str) -> None:
+def _be_rank(function: str, kwargs: dict[str, Any], folder: Path, rank: int) -> NoReturn:
+    """As a fork of the template."""
+    from data_pipeline.processes import die_with_parent
     from trainer.distributed.env import DistributedEnv, initialise, shutdown
 
-    faulthandler.enable()  # stacks at SIGABRT
-
-    ours = ModuleType("tests")  # not the package of that name which torch-fidelity installs
-    ours.__path__ = [str(ROOT / "tests")]
-    sys.modules["tests"] = ours
-    path, _, name = function.partition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    env = DistributedEnv.detect()
-    initialise(env, timeout_s=120.0)
-    returned = getattr(module, name)(env, **json.loads(kwargs))
-    Path(result).write_text(json.dumps(returned))
-    shutdown()
+    status = 1
+    try:
+        die_with_parent()
+        with (folder / f"{rank}.log").open("wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        faulthandler.enable()  # stacks at SIGABRT
+        ours = ModuleType("tests")  # not the package of that name which torch-fidelity installs
+        ours.__path__ = [str(ROOT / "tests")]
+        sys.modules["tests"] = ours
+        path, _, name = function.partition(":")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        env = DistributedEnv.detect()
+        initialise(env, timeout_s=120.0)
+        returned = getattr(module, name)(env, **kwargs)
+        (folder / f"{rank}.json").write_text(json.dumps(returned))
+        if rank == 0:
+            names = [name for name in [*sys.modules] if name.partition(".")[0] in _SHARED]
+            (folder / "modules.json").write_text(json.dumps(names))
+        shutdown()
+        status = 0
+    except BaseException:  # noqa: BLE001 - a rank must not go on as the template
+        traceback.print_exc()
+    finally:
+        # As the real ranks end (trainer/launch/rank.py): the result is written and the group left, and a
+        # thread of a process group that DeepSpeed still holds would abort in Python's tear-down now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
-    # As the real ranks end (trainer/launch/rank.py): the result is written and the group left, and a thread
-    # of a process group that DeepSpeed still holds would abort in Python's tear-down now and then.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -45,7 +45,7 @@ def is_trained(name: str) -> bool:
 
 
 def is_idle(name: str) -> bool:
-    """Attention to one token, the class, gives it the weight 1 whatever is asked: rounding alone moves these."""
+    """Attention to one token, the class, weighs it 1 whatever is asked: rounding alone moves these."""
     return ".attn2.to_q." in name or ".attn2.to_k." in name
 
 

@@ -137,11 +137,18 @@ class _Axes:
         for place, name in self._across.items():
             x = self._x(place)
             self._pen.line([(x, top), (x, bottom)], fill=GRID)
-            self._pen.text((x, bottom + 8), name, fill=INK, font=small, anchor="ma")
+            self._pen.multiline_text(
+                (x, bottom + 6), self._wrapped(name, small), INK, small, "ma", 2, "center"
+            )
         self._pen.line([(left, top), (left, bottom), (right, bottom)], fill=INK)
         middle = (left + right) / 2
-        self._pen.text((middle, bottom + 34), self._chart.across, fill=INK, font=_font(15), anchor="ma")
+        self._pen.text((middle, bottom + 38), self._chart.across, fill=INK, font=_font(15), anchor="ma")
         self._pen.text((left, top - 50), self._chart.up, fill=INK, font=_font(15))
+
+    def _wrapped(self, name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+        """The name, its last word in a line of its own where it would reach into its neighbours'."""
+        room = (self._box[2] - self._box[0]) / len(self._across) - 8
+        return name if font.getlength(name) <= room else "\n".join(name.rsplit(maxsplit=1))
 
     def _line(self, points: Sequence[Point], colour: str, shift: float) -> None:
         """One line, its points, their bars and labels."""

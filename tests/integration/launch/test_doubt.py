@@ -37,6 +37,8 @@ BODY
     return ExitCode.DONE
 
 sys.modules["trainer.train"] = SimpleNamespace(run=run)
+# Which imports torch, three seconds of a processor that nothing here needs.
+sys.modules["trainer.distributed.env"] = SimpleNamespace(DistributedEnv=SimpleNamespace(detect=lambda: None))
 process.wait_for_storage = lambda run_dir, data: None
 sys.exit(process.run_rank(Config(distributed=DistributedConfig(doctor=False))))
 """

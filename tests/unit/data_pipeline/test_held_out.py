@@ -104,7 +104,7 @@ def held(config: DataConfig, samples: int = ALL) -> HeldOut:
     return open_held_out(config, samples, seed=0, global_batch_size=12, dataset=open_dataset(config))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     mixed=st.booleans(),
     bucketed=st.booleans(),

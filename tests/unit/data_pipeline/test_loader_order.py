@@ -60,7 +60,7 @@ def same(a, b) -> bool:
     return all(x[0] == y[0] and x[1] == y[1] and torch.equal(x[2], y[2]) for x, y in zip(a, b, strict=True))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     counts=st.lists(st.integers(1, 25), min_size=1, max_size=5).filter(lambda c: sum(c) >= 24),
     ranks=st.integers(1, 14),

@@ -145,7 +145,7 @@ def parts_of(cache: MomentsCache) -> list[Path]:
     return sorted(Path(cache.folder).glob("parts/*.tar"))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
 @given(
     counts=st.lists(st.integers(6, 25), min_size=1, max_size=4).filter(lambda c: sum(c) >= 24),
     ranks=st.sampled_from([1, 2, 3]),
@@ -308,7 +308,7 @@ def change_shard(kind: str, folder: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
 @given(
     changed=st.lists(st.sampled_from([*CHANGES, *MENDED]), min_size=1, max_size=3, unique=True),
     variants=st.sampled_from([1, 2]),

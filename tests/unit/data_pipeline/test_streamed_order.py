@@ -35,7 +35,7 @@ def config_for(url: str, **changes: Any) -> DataConfig:
     return DataConfig(**{"shards": url, **given, **changes})
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     counts=st.lists(st.integers(0, 15), min_size=6, max_size=9).filter(lambda c: sum(c) >= 24),
     layouts=st.lists(st.integers(1, 8), min_size=1, max_size=4),
