@@ -36,16 +36,24 @@ def environment_as_found() -> Iterator[None]:
 
 
 _modules = 0
+_thaws = 0
 
 
 def pytest_runtest_setup() -> None:
-    """Take six thousand tests and what they import out of reach of the garbage collector, which needs half a
-    second to look at them, and which DeepSpeed calls a dozen times for an engine."""
-    global _modules
-    if len(sys.modules) > _modules + 200:
+    """Take six thousand tests and what they import out of reach of the garbage collector.
+
+    It needs a second to look at them, and a run in the tests' process calls it once or twice, each engine of
+    DeepSpeed a dozen times. At its end a run gives back all that is out of reach.
+    """
+    global _modules, _thaws
+    grown = len(sys.modules) > _modules + 200
+    if not grown and gc.get_freeze_count():
+        return
+    _thaws += 1
+    if grown or _thaws % 20 == 0:  # else the garbage of a test waits for the next time
         gc.collect()
-        gc.freeze()
-        _modules = len(sys.modules)
+    gc.freeze()
+    _modules = len(sys.modules)
 
 
 CLUSTERS = {"slurm": slurm_cluster, "ray": ray_cluster, "hosts": network}

@@ -23,6 +23,7 @@ from data_pipeline.storage.urls import join, without_secrets
 from trainer.config.io import config_to_dict, section_of
 from trainer.config.models import RANDOM, TOWERS, FirstStageConfig
 from trainer.config.network_plan import norm_groups
+from trainer.config.ranges import types_of
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import LoRAConfig
 
@@ -246,7 +247,7 @@ def _cut(text: str | None) -> str | None:
 
 def _completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a section, with the defaults of those that are missing."""
-    hints, completed = typing.get_type_hints(cls), config_to_dict(cls())
+    hints, completed = types_of(cls), config_to_dict(cls())
     for name in completed:
         section, value = section_of(hints[name]), values.get(name, completed[name])
         inside = section is not None and isinstance(value, Mapping)

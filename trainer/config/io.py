@@ -15,7 +15,7 @@ from data_pipeline.storage.urls import local_path
 from trainer.config import yaml_values
 from trainer.config.checks import check, check_networks
 from trainer.config.derived import derive
-from trainer.config.ranges import check_names, check_ranges
+from trainer.config.ranges import check_names, check_ranges, types_of
 from trainer.config.run import Config, ConfigError
 from trainer.config.yaml_values import Written, bare, shown, why_a_text
 
@@ -180,7 +180,7 @@ def _merge(tree: _Tree, over: _Tree) -> None:
 
 
 def _build(cls: type, tree: _Tree, prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = types_of(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     arguments = {}
     for key, given in tree.items():
@@ -212,7 +212,7 @@ def _unknown_key(dotted: str, key: str, names: list[str], origin: str, prefix: s
 
 def _all_keys(cls: type, prefix: str) -> list[str]:
     keys: list[str] = []
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in types_of(cls).items():
         section = section_of(hint)
         keys.append(prefix + name)
         if section is not None:
@@ -319,7 +319,7 @@ def _words(hint: Any) -> str:
             return f"a list, each item {_words(items[0])}"
         return "a list of " + " and ".join(_words(item) for item in items)
     if (section := section_of(hint)) is not None:
-        keys = list(typing.get_type_hints(section))
+        keys = list(types_of(section))
         return f"{{{', '.join(keys[:_NAMED_KEYS])}{', ...' if len(keys) > _NAMED_KEYS else ''}}}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return names.get(hint, "null" if hint is type(None) else str(getattr(hint, "__name__", hint)))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.config import RANGE, Range
 from trainer.config.run import ConfigError
+
+types_of = functools.cache(typing.get_type_hints)
+"""{field: type} of a section's class. They are texts that Python compiles anew whenever it is asked."""
 
 
 def check_ranges(section: Any, prefix: str = "") -> None:
@@ -32,7 +36,7 @@ def check_names(section: Any, prefix: str = "") -> None:
 
     Those are the texts that may be null, which says that there is none, and `_NAMES`.
     """
-    hints = typing.get_type_hints(type(section))
+    hints = types_of(section.__class__)
     for field in dataclasses.fields(section):
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
