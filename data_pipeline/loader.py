@@ -25,7 +25,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
 from data_pipeline.feed.held_out import HELD_OUT_SEED, HeldOutBatch, held_out_batches
-from data_pipeline.feed.share import FilledShare, ShareStream
+from data_pipeline.feed.share import FilledShare, InlineShare
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.feed.worker import WorkerProcess
 from data_pipeline.moments.entry import Moments, MomentsCache
@@ -282,7 +282,7 @@ class Loader(Iterator[Batch]):
         self._reject_file = _reject_file(task.config, rank)
         for worker, each in zip(workers, tasks, strict=bool(workers)):
             worker.begin(each)
-        self._sources: Sequence[WorkerProcess | _Inline] = workers or [_Inline(task)]
+        self._sources: Sequence[WorkerProcess | InlineShare] = workers or [InlineShare(task)]
 
     @property
     def epoch(self) -> int | None:
@@ -391,20 +391,3 @@ def _cached(
         tensors.pop("found"),
         tuple(itertools.chain.from_iterable(share.labels for share in shares)),
     )
-
-
-class _Inline:
-    """The same stream in this process (workers=0): reads ahead in threads, decodes when asked."""
-
-    def __init__(self, task: ShareTask) -> None:
-        self._stream = ShareStream(task)
-        self._memory = memoryview(bytearray(task.layout().bytes))
-
-    def take(self) -> tuple[FilledShare, memoryview, int]:
-        return self._stream.fill(self._memory), self._memory, 0
-
-    def release(self, slot: int) -> None:
-        """Nothing: the copy is made before the next `take`."""
-
-    def close(self) -> None:
-        self._stream.close()

@@ -270,3 +270,22 @@ class ShareStream:
         if self._moments is not None:
             self._moments.close()
         self._background.close()
+
+
+class InlineShare:
+    """What a WorkerProcess is, in this process (workers=0): reads ahead in threads, decodes when asked."""
+
+    def __init__(self, task: ShareTask) -> None:
+        self._stream = ShareStream(task)
+        self._memory = memoryview(bytearray(task.layout().bytes))
+
+    def take(self) -> tuple[FilledShare, memoryview, int]:
+        """The next share, the memory that it lies in, and the number to release that with."""
+        return self._stream.fill(self._memory), self._memory, 0
+
+    def release(self, slot: int) -> None:
+        """Nothing: the copy is made before the next `take`."""
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._stream.close()

@@ -2,7 +2,8 @@
 
 the tests' process
   template         imports once what ranks import, seconds of work; waits for calls of `run_ranks`
-    rank 0 ...     forks of it, each with the environment of a rank and a log of its own
+    rank 0 ...     forks of it, each with the environment of a rank and a log of its own; what rank 0 has
+                   imported beyond that, the template imports after it
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
+
+from trainer.distributed.place import Place, free_port
+from trainer.launch.rank import leave
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,18 +57,9 @@ def run_ranks(
     if _template is None or not _template.alive():
         _template = _Template()
     with tempfile.TemporaryDirectory() as folder:
-        variables = {
-            **os.environ,
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            **_OF_TEMPLATE,
-        }
-        by_rank = [
-            {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environ or {})}
-            for rank in range(world_size)
-        ]
+        port = free_port()
+        places = [Place(rank, rank, world_size, world_size, "127.0.0.1", port) for rank in range(world_size)]
+        by_rank = [{**os.environ, **_OF_TEMPLATE, **place.variables(), **(environ or {})} for place in places]
         codes, in_time = _template.ask([function, kwargs or {}, by_rank, folder, timeout_s])
         if not in_time or any(codes):
             logs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
@@ -117,18 +112,12 @@ class _Template:
 _template: _Template | None = None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _serve(connection: socket.socket) -> None:
     """As the template: start the ranks of one call after another, until nobody asks any more."""
     importlib.import_module("trainer.train")
-    gc.collect()
-    gc.freeze()  # a collection in a rank would copy the pages that all of them share
     for line in connection.makefile():
+        gc.collect()
+        gc.freeze()  # a collection in a rank would copy the pages that all of them share
         function, kwargs, by_rank, folder, timeout_s = json.loads(line)
         ranks: dict[int, int] = {}
         for rank, variables in enumerate(by_rank):
@@ -147,7 +136,6 @@ def _serve(connection: socket.socket) -> None:
         for name in names:
             with contextlib.suppress(Exception):  # what was made while it ran, and is no file
                 importlib.import_module(name)
-        gc.freeze()
 
 
 def _wait(ranks: dict[int, int], timeout_s: float) -> tuple[dict[int, int], bool]:
@@ -213,11 +201,7 @@ def _be_rank(function: str, kwargs: dict[str, Any], folder: Path, rank: int) -> 
     except BaseException:  # noqa: BLE001 - a rank must not go on as the template
         traceback.print_exc()
     finally:
-        # As the real ranks end (trainer/launch/rank.py): the result is written and the group left, and a
-        # thread of a process group that DeepSpeed still holds would abort in Python's tear-down now and then.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        leave(status)
 
 
 if __name__ == "__main__":

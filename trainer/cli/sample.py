@@ -26,6 +26,7 @@ import torch
 from trainer.cli import sample_series
 from trainer.cli.conditions_from_files import SamplingInputs
 from trainer.cli.sample_asked import BATCH, ask, find_asked, load_asked, long_prompts, wishes_of, with_choices
+from trainer.config.ranges import types_of
 from trainer.config.run import ConfigError, option_words
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.console import progress_bar
@@ -97,7 +98,7 @@ def _add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="sampler steps (default: the run's own)")
     parser.add_argument(
         "--spacing",
-        choices=typing.get_args(typing.get_type_hints(SamplingConfig)["spacing"]),
+        choices=typing.get_args(types_of(SamplingConfig)["spacing"]),
         help="which noise levels the steps visit (default: the run's own)",
     )
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the run's own)")

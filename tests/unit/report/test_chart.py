@@ -91,3 +91,18 @@ def test_distance_over_clip_score_where_there_is_one() -> None:
     without = fidelity_chart([{k: v for k, v in row.items() if k != "clip_score"} for row in rows])
     assert without.across == "guidance"
     assert without.lines["50 steps"] == [Point(1.0, 9.0), Point(2.0, 8.0)]
+
+
+def test_names_of_places_stay_apart() -> None:
+    """Three that are wider than their room; between two of them nothing is drawn below the axis."""
+    names = ["super-resolution", "super-resolution constrained", "super-resolution shuffled"]
+    lines = {"x": [Point(float(i), 1.0) for i in range(3)]}
+    width = 500
+    png = to_png(Chart("", "", lines, names, joined=False), header="", size=(width, SIZE[1]))
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+    left, _, right, bottom = MARGINS
+    room = (width - left - right) / 3
+    below = pixels[HEADER + SIZE[1] - bottom + 3 :]
+    assert (below < 128).any()
+    for edge in (left + room, left + 2 * room):
+        assert (below[:, int(edge) - 2 : int(edge) + 3] == 255).all()
