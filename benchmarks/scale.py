@@ -82,6 +82,8 @@ class Storage(FaultProxy):
         self.requests: Counter[str] = Counter()
         self.weights_bytes: Counter[str] = Counter()
         """Of the files that a run begins with, by phase."""
+        self.written: set[str] = set()
+        """Shards and manifests; what a client writes once more had no answer in time."""
         self.committed: dict[str, float] = {}
         """Seconds from the last shard of a checkpoint to its manifest, by key of the manifest."""
         self.last_shard_s = 0.0
@@ -92,7 +94,10 @@ class Storage(FaultProxy):
         with self.lock:
             if kind == "GET weights":
                 self.weights_bytes[phase] += num_bytes
-            self.requests[f"{phase}: {kind}"] += 1
+            again = " again" if method == "PUT" and path in self.written else ""
+            self.requests[f"{phase}: {kind}{again}"] += 1
+            if kind in ("PUT shard", "PUT manifest"):
+                self.written.add(path)
             if kind == "PUT shard":
                 self.last_shard_s = time.monotonic()
             if kind == "PUT manifest":
@@ -218,6 +223,8 @@ def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list
         storage.phase.value = PHASES.index("resume")
         launch(ranks, settings(ranks, shards, STEPS + 1, overrides), folder / "second", storage)
         all_seconds = time.monotonic() - begun
+    for method, path, status in storage.failures:
+        print(f"not counted: the server answered {method} {path} with {status}", file=sys.stderr)
     resumed = {name: n for name, n in storage.requests.items() if name.startswith("resume")}
     requests = {
         name: n / (SAVES if name.startswith("saves") else 1) for name, n in requests.items()

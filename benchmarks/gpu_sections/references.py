@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from trainer.config.run import Config
 from trainer.diffusion.denoiser import ClassifierFreeGuidance
 from trainer.diffusion.samplers import sample
 from trainer.diffusion.schedule import make_schedule
+from trainer.distributed.acceleration import GraphedNetwork
 from trainer.distributed.process import configure_process
 from trainer.first_stage.base import FirstStage
 from trainer.interop.diffusers_stage import first_stage_to_diffusers, scheduler_to_diffusers
@@ -154,7 +156,8 @@ def encoder(setup: Setup) -> None:
 
 
 def sampling(setup: Setup) -> None:
-    """Latents of 8 pictures by DPM-Solver++ with guidance: our sampler and network, and diffusers' own."""
+    """Latents of 8 pictures by DPM-Solver++ with guidance: our sampler and network, the same with its network
+    replayed as a CUDA graph (`ldm sample --cuda-graphs`), and diffusers' own."""
     config = setup.config()
     configure_process(config.distributed)
     ours = random_network(config, setup.device, setup.dtype).eval()
@@ -165,17 +168,15 @@ def sampling(setup: Setup) -> None:
     start = inputs["noisy"][:batch]
     unconditional = {"openclip": torch.arange(2 * batch, device=setup.device) >= batch}
     schedule = make_schedule(config.diffusion).to(setup.device)
-    denoiser = ConditionedDenoiser(
-        ours, schedule, config.diffusion.prediction, inputs["inputs"], unconditional
-    )
-    guided = ClassifierFreeGuidance(denoiser, GUIDANCE_SCALE)
+    conditions = (schedule, config.diffusion.prediction, inputs["inputs"], unconditional)
     described = scheduler_to_diffusers(config.diffusion)
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
         {k: v for k, v in described.items() if not k.startswith("_")}, algorithm_type="dpmsolver++"
     )
 
-    def mine() -> None:
-        sample("dpmpp_2m", guided, start, num_steps=steps)
+    def mine(network: nn.Module) -> Callable[[], object]:
+        guided = ClassifierFreeGuidance(ConditionedDenoiser(network, *conditions), GUIDANCE_SCALE)
+        return lambda: sample("dpmpp_2m", guided, start, num_steps=steps)
 
     @torch.no_grad()
     def stock() -> None:
@@ -186,5 +187,7 @@ def sampling(setup: Setup) -> None:
             conditional, null = both.float().chunk(2)
             x = scheduler.step(null + GUIDANCE_SCALE * (conditional - null), timestep, x).prev_sample
 
-    arms = {"ours": mine, "diffusers": stock}
+    arms = {"ours": mine(ours), "diffusers": stock}
+    if setup.device.type == "cuda":
+        arms["graphs"] = mine(GraphedNetwork(ours.requires_grad_(False)))
     setup.report(**_rates(in_turns(arms, setup.device, repeats=1), batch))

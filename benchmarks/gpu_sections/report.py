@@ -77,6 +77,7 @@ ROWS = (
     Row("VAE encoder 512 px, img/s", 171, 450, False, lambda f: f["vae"]["batch_16"]["images_per_s"]),
     Row("text and random numbers of 32, ms", 55, 6, True, lambda f: f["text"]["both"]["ms"]),
     Row("sampling against diffusers, batch 8, x", None, 1.5, False, _ratio("sampling", "ours", "diffusers")),
+    Row("the same, CUDA graphs, x", None, 1.5, False, _ratio("sampling", "graphs", "diffusers")),
     Row("first step after process start, s", 75, 30, True, lambda f: f["startup"]["first_step_s"]),
     Row("compiled, cold caches, s", None, 60, True, lambda f: f["startup_compiled"]["cold_first_step_s"]),
     Row("compiled, warm caches, s", None, 30, True, lambda f: f["startup_compiled"]["first_step_s"]),

@@ -21,6 +21,7 @@ from trainer.__main__ import main
 from trainer.config.io import load_config
 from trainer.exit_codes import ExitCode
 from trainer.first_stage.build import build_first_stage, first_stage_tensors
+from trainer.model import load_model
 from trainer.weights import write_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,7 @@ TINY = (
     "logging.wandb=disabled",
     "logging.progress_bar=false",
     "distributed.doctor=false",
+    "distributed.max_restarts=0",
     "distributed.ranks=1",
 )
 
@@ -65,18 +67,26 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(material: Path, run_dir: Path, steps: int) -> None:
-    """`ldm train` in a process of its own, since DeepSpeed keeps a process's first group for ever."""
-    command = [sys.executable, "-m", "trainer", "train", "configs/sd/sd2_base_512.yaml", *TINY]
-    files = [
-        f"run_dir={run_dir}",
+def ldm(*words: str) -> str:
+    """`ldm` in a process of its own, since DeepSpeed keeps a process's first group for ever; what it says."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "trainer", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == ExitCode.DONE, f"{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def settings(material: Path) -> list[str]:
+    """The tiny recipe on what was made for it."""
+    files = (
         f"data.shards={material}/shards/*.tar",
         f"first_stage.weights={material}/first_stage.safetensors",
-        f"steps={steps}",
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == ExitCode.DONE, done.stderr[-3000:]
+    )
+    return ["configs/sd/sd2_base_512.yaml", *TINY, *files]
+
+
+def train(material: Path, run_dir: Path, steps: int, *changes: str) -> None:
+    ldm("train", *settings(material), f"run_dir={run_dir}", f"steps={steps}", *changes)
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -94,6 +104,70 @@ def test_training_resumes_where_it_stopped(material: Path, tmp_path: Path) -> No
     assert max(losses.values()) < 2  # of noise with variance 1, predicted by zero or better
     assert found[-1]["samples_seen"] == 48
     assert found[-1]["memory_gib"] > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["optimizer.name=muon"],
+        ["optimizer.name=adafactor", "optimizer.learning_rate=1e-2"],
+        ["distributed.cuda_graphs=true"],
+        ["distributed.compile=true"],
+        ["distributed.engine=fsdp"],
+        ["unet.activation_checkpointing=true"],
+    ],
+    ids=lambda changes: changes[0],
+)
+def test_training_learns_in_every_way(material: Path, tmp_path: Path, changes: list[str]) -> None:
+    """All weights and averages are finite at the end, and the loss is below that of predicting nothing."""
+    train(material, tmp_path, 12, "optimizer.learning_rate=1e-3", *changes)
+    losses = [r["loss"] for r in records(tmp_path) if "loss" in r]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])
+    for profile in ("weights", "decay"):
+        network = load_model(str(tmp_path), profile=profile, device=torch.device("cpu")).model.network
+        assert all(torch.isfinite(value).all() for value in network.parameters())
+
+
+def test_adapters_train_and_are_drawn_with(material: Path, tmp_path: Path) -> None:
+    """On the layers of a run that is there: the base stays, and pictures differ from the base's."""
+    base, adapted = tmp_path / "base", tmp_path / "adapted"
+    train(material, base, 3, "optimizer.learning_rate=1e-3")
+    train(material, adapted, 6, f"init_from={base}", "lora={rank: 4}", "optimizer.learning_rate=1e-2")
+    before, after = (
+        load_model(str(run), profile=profile, device=torch.device("cpu")).model.network.state_dict()
+        for run, profile in ((base, "decay"), (adapted, "weights"))
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(".attn" in name for name in moved)
+
+
+def test_a_first_stage_trains_against_its_discriminator(material: Path, tmp_path: Path) -> None:
+    """The second half of the steps with the adversary, in bf16."""
+    ldm(
+        *("train", "configs/demo_first_stage.yaml", f"run_dir={tmp_path}", "steps=12"),
+        *(
+            f"data.shards={material}/shards/*.tar",
+            "data.image_size=64",
+            "autoencoder_loss.discriminator_start=6",
+        ),
+        *("distributed.ranks=1", "distributed.precision=bf16", "distributed.channels_last=true"),
+        *("logging={every: 1, wandb: disabled, progress_bar: false}", "optimizer.warmup_steps=0"),
+    )
+    found = [r for r in records(tmp_path) if "loss" in r]
+    assert len(found) == 12
+    assert found[5]["loss"] < found[0]["loss"]
+    assert any("discriminator" in name for name in found[-1])
+
+
+def test_the_doctor_finds_the_largest_micro_batch(material: Path, tmp_path: Path) -> None:
+    """With a tenth of the card, so that a size is refused."""
+    said = ldm(
+        *("doctor", *settings(material), f"run_dir={tmp_path}", "--fit", "--memory", "6"),
+        *("data.image_size=512", "global_batch_size=512"),
+    )
+    assert "fits" in said
 
 
 def test_graphs_and_compiled_blocks_draw_the_same_pictures(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ class FaultProxy(ThreadingHTTPServer):
         """What was asked to be deleted: paths, and the keys of bulk requests."""
         self.counts: Counter[str] = Counter()
         self.traffic: list[tuple[str, str, int]] = []
-        """(method, path, bytes of the answer) of all that is passed on."""
+        """(method, path, bytes of the answer) of all that is passed on and done."""
+        self.failures: list[tuple[str, str, int]] = []
+        """(method, path, status) of what the server behind failed to do by itself, and is asked for again."""
         self.lock = threading.Lock()
 
     def __enter__(self) -> FaultProxy:
@@ -62,7 +64,7 @@ class FaultProxy(ThreadingHTTPServer):
         return {**direct, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.server_address[1]}"}
 
     def passed_on(self, method: str, path: str, num_bytes: int) -> None:
-        """Take note of a request that was passed on, and of the size of its answer."""
+        """Take note of a request that was passed on and done, and of the size of its answer."""
         self.traffic.append((method, path, num_bytes))
 
     def choose(self, path: str) -> str:
@@ -130,7 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
         answer = upstream.getresponse()
         data = answer.read()
         upstream.close()
-        self.server.passed_on(self.command, self.path, len(data))
+        if answer.status >= 500:
+            self.server.failures.append((self.command, self.path, answer.status))
+        else:
+            self.server.passed_on(self.command, self.path, len(data))
         reads = self.command == "GET" and "list-type" not in self.path
         fault = self.server.choose(self.path) if reads else ""
         if reads:
