@@ -91,7 +91,9 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
     started = time.monotonic()
     with LocalS3(folder / "s3", buckets=(BUCKET,)) as server:
         print(f"S3 server at {server.endpoint}, files under {folder / 's3'}", flush=True)
-        environment = {**os.environ, **server.env, "WANDB_DIR": str(folder / "wandb")}
+        # Two ranks on CPU cores, also where there is a GPU, which one alone could have.
+        masked = {"CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, **server.env, **masked, "WANDB_DIR": str(folder / "wandb")}
         os.environ.update(server.env)
         (folder / "wandb").mkdir(exist_ok=True)
         _stage("1/7", "captioned scenes as img2dataset shards", started)

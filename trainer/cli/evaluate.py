@@ -19,8 +19,6 @@ import json
 import sys
 from contextlib import closing
 
-import torch
-
 from data_pipeline.config import DataConfig
 from data_pipeline.storage.files import check_writable, write_bytes
 from data_pipeline.storage.urls import parent
@@ -28,6 +26,7 @@ from trainer.cli import fidelity, fidelity_of_run, sweep, watch
 from trainer.config.io import config_from_dict
 from trainer.config.models import FirstStageConfig
 from trainer.config.run import ConfigError
+from trainer.distributed.env import choose_device
 from trainer.evaluation.networks import build_networks, identities
 from trainer.evaluation.pictures import pictures_once
 from trainer.evaluation.reconstruction import reconstruction_metrics
@@ -94,7 +93,7 @@ def _reconstruction(args: argparse.Namespace) -> int:
     _check_numbers(args, config)
     if args.out is not None:
         check_writable(parent(args.out))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(0, 1, bound=False)
     stage = load_first_stage(dataclasses.replace(config, weights=args.weights), device)
     perceptual = None
     if args.perceptual_weights != "none":

@@ -40,6 +40,7 @@ from trainer.config.models import TOWERS as TOWER_SECTIONS
 from trainer.config.models import OpenCLIPConfig
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
+from trainer.distributed.env import choose_device
 from trainer.evaluation.pictures import pictures_once
 from trainer.first_stage.base import LATENT_BUFFERS, FirstStage
 from trainer.first_stage.build import FIRST_STAGES, first_stage_of, first_stage_tensors, load_first_stage
@@ -187,7 +188,7 @@ def _open(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, str], 
             config,
             args.measure,
             samples=SAMPLES if args.samples is None else args.samples,
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            device=choose_device(0, 1, bound=False),
             source=args.source,
         )
     if args.measure or scale is not None:  # goes before what the run was configured with

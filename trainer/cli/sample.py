@@ -30,6 +30,7 @@ from trainer.config.ranges import types_of
 from trainer.config.run import ConfigError, option_words
 from trainer.config.training import SamplerName, SamplingConfig
 from trainer.console import progress_bar
+from trainer.distributed.env import choose_device
 from trainer.generation.store import SmallSet
 from trainer.sample import draw_all
 
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     if sample_series.is_series(args):
         return sample_series.run(args)
     wishes = wishes_of(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(0, 1, bound=False)
     asked = ask(args, find_asked(args), wishes, device)
     inputs = asked.inputs
     pictures = SmallSet(args.out, asked.record, _items(args, inputs), overwrite=args.overwrite)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from trainer.config.run import Config
+from trainer.config.run import Config, ConfigError
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
 
@@ -14,7 +14,12 @@ def build_engine(module: nn.Module, config: Config, env: DistributedEnv) -> Engi
 
     Every parameter with requires_grad is trained. Rank 0's initial weights count. The process
     group must be initialised.
+
+    Raises:
+        ConfigError: distributed.cuda_graphs without a GPU.
     """
+    if config.distributed.cuda_graphs and env.device.type != "cuda":
+        raise ConfigError("distributed.cuda_graphs needs a GPU, and this rank has none; leave it out.")
     if config.distributed.engine == "torch":
         from trainer.distributed.torch_engine import TorchEngine
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.evidence import recorder_variables
-from trainer.distributed.place import Place, interface_to, raise_descriptor_limit
+from trainer.distributed.place import NVIDIA_DRIVER, Place, interface_to, raise_descriptor_limit
 
 Launcher = Literal["torchrun", "slurm", "single"]
 
@@ -109,8 +110,12 @@ def choose_device(local_rank: int, local_world_size: int, *, bound: bool) -> tor
     Args:
         bound: whether the launcher may have bound each rank to one GPU. Then one that is visible is taken
             for this rank's own, and `initialise` looks whether that is true.
+
+    Raises:
+        ConfigError: more ranks than GPUs, or GPUs that this torch cannot use.
     """
     if not torch.cuda.is_available():
+        refuse_unusable_gpus(os.environ)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 1 and bound:
@@ -118,9 +123,25 @@ def choose_device(local_rank: int, local_world_size: int, *, bound: bool) -> tor
     if local_world_size > count:
         raise ConfigError(
             f"{local_world_size} ranks on a node with {count} visible GPUs; start one per GPU, "
-            'or set CUDA_VISIBLE_DEVICES="" to train on the CPU.'
+            'or set CUDA_VISIBLE_DEVICES="" to use the CPU.'
         )
     return torch.device(f"cuda:{local_rank}")
+
+
+def refuse_unusable_gpus(environ: Mapping[str, str], driver: Path = NVIDIA_DRIVER) -> None:
+    """Raises ConfigError where GPUs are not masked and torch sees none: training would crawl on the CPU."""
+    masked = environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if masked or not driver.exists():
+        return
+    try:
+        torch.cuda.init()
+        reason = "it finds no device"
+    except (RuntimeError, AssertionError) as error:  # driver too old, torch built without CUDA, a lost GPU
+        reason = str(error).strip().splitlines()[0]
+    raise ConfigError(
+        f"{socket.gethostname()} has NVIDIA GPUs, and torch {torch.__version__} cannot use them: "
+        f'{reason.rstrip(".")}; mend that, or set CUDA_VISIBLE_DEVICES="" to use the CPU.'
+    )
 
 
 def _names_one(environ: Mapping[str, str]) -> bool:
@@ -136,6 +157,9 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
 
     GPU tensors go through NCCL and CPU tensors through gloo, so flags can be agreed on without
     waiting for the GPU.
+
+    Raises:
+        ConfigError: two ranks have one GPU, or some ranks have none.
     """
     assert not dist.is_initialized()
     raise_descriptor_limit()
@@ -161,9 +185,12 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
         timeout=timedelta(seconds=timeout_s),
     )
 
-    if env.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(env.device)
-        refuse_shared_devices(collectives.all_gather_object((socket.gethostname(), str(properties.uuid))))
+    on_gpu = env.device.type == "cuda"
+    uuid = str(torch.cuda.get_device_properties(env.device).uuid) if on_gpu else ""
+    devices = collectives.all_gather_object((socket.gethostname(), uuid))
+    refuse_mixed_devices(devices)
+    if on_gpu:
+        refuse_shared_devices(devices)
 
 
 def deepspeed_variables(env: DistributedEnv) -> dict[str, str]:
@@ -185,6 +212,21 @@ def gloo_variables(env: DistributedEnv, environ: Mapping[str, str] = os.environ)
     return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
 
 
+def refuse_mixed_devices(devices: Sequence[tuple[str, str]]) -> None:
+    """Raises ConfigError where some ranks have a GPU and others none: those would wait for each other for
+    ever. `devices`: (host, GPU or "") of each rank."""
+    without = [rank for rank, (_, gpu) in enumerate(devices) if not gpu]
+    if not without or len(without) == len(devices):
+        return
+    host = devices[without[0]][0]
+    error = ConfigError(
+        f"{len(without)} of {len(devices)} ranks have no GPU and the others do, the first of them rank "
+        f"{without[0]} on {host}; leave that node out, or mend its driver or container."
+    )
+    error.share = len(without) / len(devices)
+    raise error
+
+
 def refuse_shared_devices(devices: Sequence[Hashable]) -> None:
     """Raises ConfigError when two ranks compute on one GPU; `devices` identifies each rank's."""
     owner: dict[Hashable, int] = {}
@@ -193,7 +235,7 @@ def refuse_shared_devices(devices: Sequence[Hashable]) -> None:
         if first != rank:
             raise ConfigError(
                 f"ranks {first} and {rank} see the same single GPU; start one rank per GPU, "
-                'or set CUDA_VISIBLE_DEVICES="" to train on the CPU.'
+                'or set CUDA_VISIBLE_DEVICES="" to use the CPU.'
             )
 
 

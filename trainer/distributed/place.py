@@ -16,6 +16,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
+"""There where the kernel has NVIDIA's driver, and in containers that were given GPUs."""
 _ELSEWHERE = "192.0.2.1"  # for documentation, RFC 5737: no packet is sent, only its route is asked for
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR
 _DESCRIPTORS = 65_536

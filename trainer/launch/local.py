@@ -29,7 +29,7 @@ from types import FrameType
 
 from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.run import Config
-from trainer.distributed.place import Place, free_port
+from trainer.distributed.place import NVIDIA_DRIVER, Place, free_port
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
 from trainer.launch.rank import Task, rank_command, run_rank, write_config
 from trainer.launch.rank_process import RankProcess, collect_stacks, describe
@@ -268,7 +268,7 @@ def visible_devices(environment: Mapping[str, str]) -> int:
     masked = environment.get("CUDA_VISIBLE_DEVICES")
     if masked is not None:
         return len([name for name in masked.split(",") if name.strip() not in ("", "-1")])
-    if not Path("/dev/nvidiactl").exists():
+    if not NVIDIA_DRIVER.exists():
         return 0
     count = _devices_by_driver()
     if count is None:

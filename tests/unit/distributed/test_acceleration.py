@@ -172,6 +172,12 @@ def test_graphs_refuse_what_they_cannot_carry(setting: str, named: str) -> None:
         check(load_config(None, ["distributed.cuda_graphs=true", setting]))
 
 
+def test_graphs_are_refused_without_a_gpu(env: DistributedEnv) -> None:
+    config = Config(distributed=DistributedConfig(cuda_graphs=True))
+    with pytest.raises(ConfigError, match="cuda_graphs needs a GPU"):
+        build_engine(nn.Linear(1, 1), config, env)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_change_no_bit_of_losses_and_weights() -> None:

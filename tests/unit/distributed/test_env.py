@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from trainer.distributed.env import (
     choose_device,
     deepspeed_variables,
     first_host,
+    refuse_mixed_devices,
     refuse_shared_devices,
+    refuse_unusable_gpus,
 )
 
 
@@ -124,6 +127,34 @@ def test_a_node_of_one_gpu_does_not_take_four_ranks(gpus: Callable[[int], None])
     gpus(1)
     with pytest.raises(ConfigError, match="4 ranks on a node with 1 visible GPUs"):
         DistributedEnv.detect(TORCHRUN)
+
+
+def test_gpus_that_torch_cannot_use_are_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(env_module.torch.cuda, "is_available", lambda: False)
+    driver = tmp_path / "nvidiactl"
+    refuse_unusable_gpus({}, driver)
+    driver.touch()
+    monkeypatch.setattr(env_module.torch.cuda, "init", _too_old)
+    with pytest.raises(ConfigError, match=r"cannot use them: The NVIDIA driver .* too old; mend that"):
+        refuse_unusable_gpus({}, driver)
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        refuse_unusable_gpus({"CUDA_VISIBLE_DEVICES": "0"}, driver)
+    for mask in ("", "-1"):
+        refuse_unusable_gpus({"CUDA_VISIBLE_DEVICES": mask}, driver)
+
+
+def _too_old() -> None:
+    raise RuntimeError("The NVIDIA driver on your system is too old.\nPlease update it")
+
+
+def test_a_node_without_gpus_among_others_is_named_on_every_rank() -> None:
+    refuse_mixed_devices([("a", ""), ("b", "")])
+    refuse_mixed_devices([("a", "GPU-0"), ("b", "GPU-0")])
+    with pytest.raises(ConfigError, match=r"1 of 4 ranks have no GPU .* rank 3 on b;") as told:
+        refuse_mixed_devices([("a", "GPU-0"), ("a", "GPU-1"), ("b", "GPU-2"), ("b", "")])
+    assert told.value.share == 0.25  # so that a run that has worked looks for another node
 
 
 def test_ranks_that_share_a_gpu_are_refused() -> None:
