@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -100,6 +101,21 @@ def told_rank() -> tuple[int, int]:
     told = "RANK" in os.environ or "SLURM_PROCID" in os.environ
     ranks = number("WORLD_SIZE", "SLURM_NTASKS") if told else 1
     return number("RANK", "SLURM_PROCID"), max(1, ranks)
+
+
+@contextmanager
+def importing() -> Generator[None]:
+    """Imports inside are not interrupted by searches for garbage, which of a network's libraries there is none.
+
+    Python would look at all their hundred thousands of objects again and again, a fifth of the time that they
+    take. What is there at the end is not looked at later either.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

@@ -28,6 +28,7 @@ after backward; we sum, send and clip gradients ourselves, and it keeps masters 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -62,6 +63,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     with _quiet():
         import deepspeed
+        _import_its_muon()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls two collectives by names that torch has renamed.
     warnings.filterwarnings("ignore", r"`torch.distributed.\w+_tensor` is deprecated")
@@ -70,6 +72,22 @@ def _import_deepspeed(device: torch.device) -> Any:
         # in another order than gloo. The whole table is replaced: to ask for it calls a compiler as well.
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
+
+
+def _import_its_muon() -> None:
+    """Import the optimizer of that name before DeepSpeed does, which asks every optimizer whether it is one.
+
+    It would have three functions compiled to say no, for which torch imports all of its compiler: 3 seconds of
+    a processor on every rank at every start. Ours is another Muon.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_it = compiler.compile
+    compiler.compile = lambda *args, **kwargs: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_it
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from typing import Literal, NoReturn
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import Failure, RetryableFault, Unreachable
-from data_pipeline.processes import die_with_parent, told_rank
+from data_pipeline.processes import die_with_parent, importing, told_rank
 from data_pipeline.storage.urls import folder_before_patterns, is_local
 from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
@@ -64,25 +64,24 @@ def write_config(folder: str, config: Config) -> Path:
 
 def run_rank(config: Config, task: Task = "train") -> ExitCode:
     """Do the task in this process, as the rank that the environment says it is."""
-    # Here, not at the top: the launcher imports this module and must stay small and quick.
-    from trainer.distributed.env import DistributedEnv
-
     try:
+        if is_restart():
+            wait_for_storage(config.run_dir, config.data)
+        config.sharing(told_rank()[1])  # a mistake that needs neither peers nor a doctor to be seen
+        _import_ahead(config)
+        # Here, not at the top: the launcher imports this module and must stay small and quick.
+        from trainer.distributed.env import DistributedEnv
+        from trainer.train import run
+
         if task == "doctor":
             from trainer.doctor.examination import diagnose
 
             return diagnose(config, DistributedEnv.detect())
-        if is_restart():
-            wait_for_storage(config.run_dir, config.data)
-        config.sharing(told_rank()[1])  # a mistake that needs neither peers nor a doctor to be seen
         if config.distributed.doctor and not is_restart():
             code = _examine(config)
             if code is not ExitCode.DONE:
                 return code
-        env = DistributedEnv.detect()
-        from trainer.train import run
-
-        return run(config, env)
+        return run(config, DistributedEnv.detect())
     except (Exception, KeyboardInterrupt) as error:
         code = classify(error, restarted=is_restart())
         rank, ranks = told_rank()
@@ -160,7 +159,6 @@ def _examine(config: Config) -> ExitCode:
     imported: a hundred thousand questions to the file system that hundreds of ranks would else ask twice. A
     process that has spoken to a GPU's driver, or has threads, cannot be forked; then it is started anew.
     """
-    _import_ahead(config)
     if threading.active_count() == 1 and not _driver_is_open():
         return _forked(config)
     with tempfile.TemporaryDirectory(prefix="ldm-doctor-") as scratch:
@@ -211,15 +209,18 @@ def _driver_is_open() -> bool:
 
 def _import_ahead(config: Config) -> None:
     """Seconds of imports that no device notices; torch wants its compiler for the first optimizer."""
-    from data_pipeline.storage.client import import_client  # no launcher asks storage for anything
-
-    for url in _remote_folders(config.run_dir, config.data):
-        import_client(url)
+    if "trainer.train" in sys.modules:  # of an earlier run of this process
+        return
     names = ["trainer.train", "torch._dynamo"]
     if config.conditioning.openclip is not None:
         names.append("trainer.conditioning.openclip")
-    for name in names:
-        importlib.import_module(name)
+    with importing():
+        from data_pipeline.storage.client import import_client  # no launcher asks storage for anything
+
+        for url in _remote_folders(config.run_dir, config.data):
+            import_client(url)
+        for name in names:
+            importlib.import_module(name)
 
 
 def die_with_launcher() -> None:
