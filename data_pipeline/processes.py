@@ -105,10 +105,10 @@ def told_rank() -> tuple[int, int]:
 
 @contextmanager
 def importing() -> Generator[None]:
-    """Imports inside are not interrupted by searches for garbage, which of a network's libraries there is none.
+    """Imports inside are not interrupted by searches for garbage, of which they make none.
 
-    Python would look at all their hundred thousands of objects again and again, a fifth of the time that they
-    take. What is there at the end is not looked at later either.
+    Python would look at all of their hundred thousands of objects again and again, a fifth of the time that
+    they take. What is there at the end is not looked at later either.
     """
     gc.disable()
     try:

@@ -63,6 +63,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     with _quiet():
         import deepspeed
+
         _import_its_muon()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls two collectives by names that torch has renamed.
@@ -77,15 +78,16 @@ def _import_deepspeed(device: torch.device) -> Any:
 def _import_its_muon() -> None:
     """Import the optimizer of that name before DeepSpeed does, which asks every optimizer whether it is one.
 
-    It would have three functions compiled to say no, for which torch imports all of its compiler: 3 seconds of
-    a processor on every rank at every start. Ours is another Muon.
+    It would have three functions compiled to say no, for which torch imports its whole compiler: 3 seconds of a
+    processor on every rank at every start. Ours is another Muon.
     """
     from deepspeed.runtime import compiler
 
     compile_it = compiler.compile
     compiler.compile = lambda *args, **kwargs: lambda function: function
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        with contextlib.suppress(ImportError):  # it moves between versions
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_it
 
