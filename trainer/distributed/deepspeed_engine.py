@@ -78,8 +78,8 @@ def _import_deepspeed(device: torch.device) -> Any:
 def _import_its_muon() -> None:
     """Import the optimizer of that name before DeepSpeed does, which asks every optimizer whether it is one.
 
-    It would have three functions compiled to say no, for which torch imports its whole compiler: 3 seconds of a
-    processor on every rank at every start. Ours is another Muon.
+    It would have three functions compiled to say no, for which torch imports its whole compiler: 3 seconds of
+    processing on every rank at every start. Ours is another Muon.
     """
     from deepspeed.runtime import compiler
 
