@@ -202,6 +202,7 @@ def test_the_dry_run_fills_every_row(tmp_path: Path) -> None:
     missing = [name for name, value in rows.items() if value is None or not math.isfinite(value)]
     assert missing == [
         "the same, CUDA graphs at batch 2",
+        "the same, CUDA graphs, x",
         "compiled, cold caches, s",
         "compiled, warm caches, s",
     ]
