@@ -17,11 +17,11 @@ demo-clean: $(STAMP)
 # Steps, images and seconds until the demo's second stage draws what it is asked for. SPEEDRUN='optimizer.name=muon'
 # is a recipe of your own; a folder holds one race.
 SPEEDRUN_OUT ?= .speedrun
-# Made for CPU cores, also where there is a GPU; `pytest -m gpu` is what is made for that one.
-speedrun test test-slow: export CUDA_VISIBLE_DEVICES =
 speedrun: $(STAMP)
 	$(BIN)/python experiments/speedrun.py --out $(SPEEDRUN_OUT) $(SPEEDRUN)
 
+# Made for CPU cores, also where there is a GPU; `pytest -m gpu` is what is made for that one.
+speedrun test test-slow: export CUDA_VISIBLE_DEVICES =
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

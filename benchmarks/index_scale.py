@@ -62,6 +62,7 @@ from data_pipeline.tools.scenes.scene import SceneOptions
 from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.metrics.timer import START_VARIABLE
 
+ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 TINY = """
 steps: 1
@@ -264,28 +265,38 @@ def at_once(args: argparse.Namespace, shards: str) -> None:
 def train(args: argparse.Namespace, shards: str) -> None:
     """A first start, doctor included, and one that goes without it, as restarts do."""
     for ranks, doctor in ((1, True), (1, False), (2, True), (2, False), (4, True), (4, False)):
-        with tempfile.TemporaryDirectory() as folder:
-            config, report = Path(folder) / "config.yaml", Path(folder) / "start.json"
-            config.write_text(TINY)
-            given = [
-                f"run_dir={folder}/run",
-                f"data.shards={shards}",
-                f"distributed.ranks={ranks}",
-                f"distributed.doctor={str(doctor).lower()}",
-            ]
-            StandIn.asked.clear()
-            command = [sys.executable, "-m", "trainer", "train", str(config), *given]
-            ended = subprocess.run(
-                command, env={**os.environ, START_VARIABLE: str(report)}, capture_output=True, text=True
-            )
-            if ended.returncode:
-                raise SystemExit(ended.stderr)
-            parts = json.loads(report.read_text())["parts"]
+        StandIn.asked.clear()
+        parts = start(shards, ranks, doctor)
         before = dict(itertools.takewhile(lambda part: part[0] != "first step", parts.items()))
         told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in before.items())
-        start = f"{ranks} ranks, {'with' if doctor else 'no'} doctor"
-        print(f"{start}   first batch after {sum(before.values()):.1f} s: {told}", flush=True)
-        print(f"{'':{len(start)}}   in all {_asked()}", flush=True)
+        how = f"{ranks} ranks, {'with' if doctor else 'no'} doctor"
+        print(f"{how}   first batch after {sum(before.values()):.1f} s: {told}", flush=True)
+        print(f"{'':{len(how)}}   in all {_asked()}", flush=True)
+
+
+def start(shards: str, ranks: int, doctor: bool, *settings: str, tree: Path = ROOT) -> dict[str, float]:
+    """Run one step of `ldm train` of a checkout: seconds of each part of its start, in their order."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, report = Path(folder) / "config.yaml", Path(folder) / "start.json"
+        config.write_text(TINY)
+        given = [
+            f"run_dir={folder}/run",
+            f"data.shards={shards}",
+            f"distributed.ranks={ranks}",
+            f"distributed.doctor={str(doctor).lower()}",
+            *settings,
+        ]
+        ended = subprocess.run(
+            [sys.executable, "-m", "trainer", "train", str(config), *given],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), START_VARIABLE: str(report)},
+            capture_output=True,
+            text=True,
+        )
+        if ended.returncode:
+            raise SystemExit(ended.stderr)
+        parts: dict[str, float] = json.loads(report.read_text())["parts"]
+        return parts
 
 
 def _asked() -> str:

@@ -198,7 +198,7 @@ class _CacheFiller:
         self.counts: Counter[str] = Counter()
         """served, rejected, cache_found, cache_missed; again: missed, but another visit's to encode."""
         configure_process(config.distributed)
-        self._device = choose_device(0, 1, bound=False)
+        self._device = choose_device()
         dataset = open_dataset(config.data, at_once=True)
         self._dataset = dataclasses.replace(dataset, record_in=join(config.run_dir, "index"))
         seed, size = config.seed, config.global_batch_size

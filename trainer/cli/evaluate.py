@@ -93,7 +93,7 @@ def _reconstruction(args: argparse.Namespace) -> int:
     _check_numbers(args, config)
     if args.out is not None:
         check_writable(parent(args.out))
-    device = choose_device(0, 1, bound=False)
+    device = choose_device()
     stage = load_first_stage(dataclasses.replace(config, weights=args.weights), device)
     perceptual = None
     if args.perceptual_weights != "none":

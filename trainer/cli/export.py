@@ -188,7 +188,7 @@ def _open(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, str], 
             config,
             args.measure,
             samples=SAMPLES if args.samples is None else args.samples,
-            device=choose_device(0, 1, bound=False),
+            device=choose_device(),
             source=args.source,
         )
     if args.measure or scale is not None:  # goes before what the run was configured with

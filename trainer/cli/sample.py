@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     if sample_series.is_series(args):
         return sample_series.run(args)
     wishes = wishes_of(args)
-    device = choose_device(0, 1, bound=False)
+    device = choose_device()
     asked = ask(args, find_asked(args), wishes, device)
     inputs = asked.inputs
     pictures = SmallSet(args.out, asked.record, _items(args, inputs), overwrite=args.overwrite)

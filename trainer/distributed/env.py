@@ -18,7 +18,13 @@ import torch.distributed as dist
 from trainer.config.run import ConfigError
 from trainer.distributed import collectives
 from trainer.distributed.evidence import recorder_variables
-from trainer.distributed.place import NVIDIA_DRIVER, Place, interface_to, raise_descriptor_limit
+from trainer.distributed.place import (
+    NVIDIA_DRIVER,
+    Place,
+    interface_to,
+    named_devices,
+    raise_descriptor_limit,
+)
 
 Launcher = Literal["torchrun", "slurm", "single"]
 
@@ -44,7 +50,7 @@ class DistributedEnv(Place):
             return _from_torchrun(environ)
         if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
             return _from_slurm(environ)
-        return cls(0, 0, 1, 1, "127.0.0.1", 29500, "single", choose_device(0, 1, bound=False))
+        return cls(0, 0, 1, 1, "127.0.0.1", 29500, "single", choose_device())
 
     @property
     def is_main(self) -> bool:
@@ -70,7 +76,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> DistributedEnv:
         master_port=int(environ.get("MASTER_PORT", "29500")),
         launcher="torchrun",
         # Ray and wrappers of torchrun may give each rank a mask of its own.
-        device=choose_device(local_rank, local_world_size, bound=_names_one(environ)),
+        device=choose_device(local_rank, local_world_size, bound=len(named_devices(environ) or ()) == 1),
     )
 
 
@@ -104,7 +110,7 @@ def first_host(nodelist: str) -> str:
     return prefix + re.split(r"[-,]", ranges)[0] + (suffix or "")
 
 
-def choose_device(local_rank: int, local_world_size: int, *, bound: bool) -> torch.device:
+def choose_device(local_rank: int = 0, local_world_size: int = 1, *, bound: bool = False) -> torch.device:
     """cuda:local_rank where the ranks of a node see all its GPUs, cuda:0 where each sees its own, else cpu.
 
     Args:
@@ -130,8 +136,7 @@ def choose_device(local_rank: int, local_world_size: int, *, bound: bool) -> tor
 
 def refuse_unusable_gpus(environ: Mapping[str, str], driver: Path = NVIDIA_DRIVER) -> None:
     """Raises ConfigError where GPUs are not masked and torch sees none: training would crawl on the CPU."""
-    masked = environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if masked or not driver.exists():
+    if named_devices(environ) == [] or not driver.exists():
         return
     try:
         torch.cuda.init()
@@ -142,11 +147,6 @@ def refuse_unusable_gpus(environ: Mapping[str, str], driver: Path = NVIDIA_DRIVE
         f"{socket.gethostname()} has NVIDIA GPUs, and torch {torch.__version__} cannot use them: "
         f'{reason.rstrip(".")}; mend that, or set CUDA_VISIBLE_DEVICES="" to use the CPU.'
     )
-
-
-def _names_one(environ: Mapping[str, str]) -> bool:
-    names = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return len(names) == 1
 
 
 _environment_before: dict[str, str | None] = {}

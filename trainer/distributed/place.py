@@ -13,6 +13,7 @@ import random
 import resource
 import socket
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,14 @@ class Place:
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
+
+
+def named_devices(environ: Mapping[str, str]) -> list[str] | None:
+    """GPUs that CUDA_VISIBLE_DEVICES lets a process see, as it names them; None where it is not set."""
+    mask = environ.get("CUDA_VISIBLE_DEVICES")
+    if mask is None:
+        return None
+    return [name.strip() for name in mask.split(",") if name.strip() not in ("", "-1")]
 
 
 def free_port() -> int:

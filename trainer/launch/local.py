@@ -29,7 +29,7 @@ from types import FrameType
 
 from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.run import Config
-from trainer.distributed.place import NVIDIA_DRIVER, Place, free_port
+from trainer.distributed.place import NVIDIA_DRIVER, Place, free_port, named_devices
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
 from trainer.launch.rank import Task, rank_command, run_rank, write_config
 from trainer.launch.rank_process import RankProcess, collect_stacks, describe
@@ -265,9 +265,9 @@ def ranks_are_given(environment: Mapping[str, str]) -> bool:
 
 def visible_devices(environment: Mapping[str, str]) -> int:
     """CUDA devices this process may use, without creating a context on any of them."""
-    masked = environment.get("CUDA_VISIBLE_DEVICES")
-    if masked is not None:
-        return len([name for name in masked.split(",") if name.strip() not in ("", "-1")])
+    named = named_devices(environment)
+    if named is not None:
+        return len(named)
     if not NVIDIA_DRIVER.exists():
         return 0
     count = _devices_by_driver()

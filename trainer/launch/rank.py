@@ -65,7 +65,7 @@ def write_config(folder: str, config: Config) -> Path:
 def run_rank(config: Config, task: Task = "train") -> ExitCode:
     """Do the task in this process, as the rank that the environment says it is."""
     try:
-        if is_restart():
+        if task == "train" and is_restart():
             wait_for_storage(config.run_dir, config.data)
         config.sharing(told_rank()[1])  # a mistake that needs neither peers nor a doctor to be seen
         _import_ahead(config)
