@@ -131,6 +131,7 @@ def test_training_learns_in_every_way(material: Path, tmp_path: Path, changes: l
 
 def test_adapters_train_and_nothing_else(material: Path, tmp_path: Path) -> None:
     """Of a run's averages, which they begin with, the attentions move and the rest stays to the bit."""
+    pytest.importorskip("peft")
     base, adapted = tmp_path / "base", tmp_path / "adapted"
     train(material, base, 3, "optimizer.learning_rate=1e-3")
     train(material, adapted, 6, f"init_from={base}", "lora={rank: 4}", "optimizer.learning_rate=1e-2")

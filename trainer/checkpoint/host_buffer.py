@@ -91,8 +91,8 @@ class HostBuffer:
             # Through ctypes, for mmap's own madvise keeps every other thread from running.
             _madvise()(address, size, _POPULATE_WRITE)
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # of this thread, which would make a context on the first GPU
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, size, 0)))
+            with torch.cuda.device(self._device):  # or this thread would make a context on the first GPU
+                torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, size, 0)))
             self._pinned.append(address)
 
 

@@ -21,6 +21,8 @@ SCORE_BYTES = 1 << 29
 """Scores in memory at a time."""
 ROW = 1 << 15
 """Longest row that one program holds."""
+WARP = 1 << 10
+"""Elements of a row that one warp holds."""
 
 
 def wide_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -44,7 +46,9 @@ def softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """softmax(scale * scores) over the last axis of contiguous fp32 scores, in `dtype`."""
     result = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     length = scores.shape[-1]
-    _softmax[(scores.numel() // length,)](scores, result, scale, length, COLS=power_of_two(length))
+    columns = power_of_two(length)
+    warps = min(32, max(4, columns // WARP))
+    _softmax[(scores.numel() // length,)](scores, result, scale, length, COLS=columns, num_warps=warps)
     return result
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from trainer.checkpoint.catalogue import folder_name
 from trainer.exit_codes import ExitCode
 
 # Every start of ranks imports torch and DeepSpeed, which takes long on a crowded machine.
@@ -157,10 +158,9 @@ def test_a_clock_that_jumps_changes_nothing(injected: Any, unbroken: Unbroken) -
     assert_as_unbroken(run, unbroken())
 
 
-def damage(folder: Path, how: str) -> None:
-    """Harm the newest checkpoint in one of the ways storage and crashes do."""
-    newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
-    shard = sorted(newest.glob("rank_00001*.safetensors"))[0]
+def damage(checkpoint: Path, how: str) -> None:
+    """Harm it in one of the ways storage and crashes do."""
+    shard = sorted(checkpoint.glob("rank_00001*.safetensors"))[0]
     content = bytearray(shard.read_bytes())
     if how == "truncated":
         shard.write_bytes(content[: len(content) // 2])
@@ -170,7 +170,7 @@ def damage(folder: Path, how: str) -> None:
     elif how == "file missing":
         shard.unlink()
     else:
-        (newest / "manifest.json").unlink()
+        (checkpoint / "manifest.json").unlink()
 
 
 @pytest.mark.slow
@@ -180,8 +180,8 @@ def test_a_damaged_checkpoint_is_passed_over(make_run: Any, unbroken: Unbroken, 
     run = make_run().start()
     run.until_step(14)
     run.kill()
-    newest, previous = run.committed()[:2]
-    damage(run.folder_of_run, how)
+    newest, previous = run.committed()[:2]  # a newer one may have begun
+    damage(run.folder_of_run / "checkpoints" / folder_name(newest), how)
     assert run.run() == 0, run.console[-4000:]
     assert run.events("resume")[-1]["step"] == previous
     assert f"step_{newest:09d} is not used" in run.console

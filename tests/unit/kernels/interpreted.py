@@ -11,7 +11,7 @@ from torch import Tensor
 from trainer import rng
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.first_stage.autoencoders import AutoencoderKL
-from trainer.kernels.accumulate import CHUNK, FlatGradients
+from trainer.kernels.accumulate import CHUNK, TILE, FlatGradients
 from trainer.kernels.geglu import geglu
 from trainer.kernels.group_norm import GroupNorm
 from trainer.kernels.language import INTERPRETED, fused, plain
@@ -151,19 +151,19 @@ def softmaxes() -> None:
 
 def flat_gradients() -> None:
     """Parameters larger than a chunk, smaller ones, one without a gradient, and padding left alone."""
-    sizes = [5, CHUNK + 3, 1, 2 * CHUNK, 40]
-    flat = torch.arange(sum(sizes) + 9, dtype=torch.float32, device=DEVICE)
-    for dtype in (torch.bfloat16, torch.float32):
-        gradients = [random(size, seed=i).to(dtype) for i, size in enumerate(sizes)]
-        gradients[2] = None
-        want = flat.clone()
-        with plain():
-            FlatGradients(want, sizes).add(gradients)
-        got = flat.clone()
-        FlatGradients(got, sizes).add(gradients)
-        assert torch.equal(got, want)
-        assert not torch.equal(got, flat)
-        assert torch.equal(got[-9:], flat[-9:])
+    for sizes in ([5, CHUNK + 3, 1, 2 * CHUNK, 40], [8, CHUNK + TILE + 20, 4, 2 * CHUNK, 3 * TILE]):
+        flat = torch.arange(sum(sizes) + 9, dtype=torch.float32, device=DEVICE)
+        for dtype in (torch.bfloat16, torch.float32):
+            gradients = [random(size, seed=i).to(dtype) for i, size in enumerate(sizes)]
+            gradients[2] = None
+            want = flat.clone()
+            with plain():
+                FlatGradients(want, sizes).add(gradients)
+            got = flat.clone()
+            FlatGradients(got, sizes).add(gradients)
+            assert torch.equal(got, want)
+            assert not torch.equal(got, flat)
+            assert torch.equal(got[-9:], flat[-9:])
 
 
 def flat_gradients_of_kernels() -> None:
