@@ -67,11 +67,15 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ldm(*words: str) -> str:
+def ldm(*words: str, **variables: str) -> str:
     """`ldm` in a process of its own, since DeepSpeed keeps a process's first group for ever; what it says."""
+    return python("-m", "trainer", *words, **variables)
+
+
+def python(*words: str, **variables: str) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "trainer", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
     assert done.returncode == ExitCode.DONE, f"{done.stdout}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
@@ -127,6 +131,22 @@ def test_training_learns_in_every_way(material: Path, tmp_path: Path, changes: l
     for profile in ("weights", "decay"):
         network = load_model(str(tmp_path), profile=profile, device=torch.device("cpu")).model.network
         assert all(torch.isfinite(value).all() for value in network.parameters())
+
+
+def test_kernels_are_compiled_before_they_are_launched(material: Path, tmp_path: Path) -> None:
+    """By the file that Triton names after each kernel: training adds none but the first stage's softmax."""
+    words = [*settings(material), f"run_dir={tmp_path / 'run'}", "steps=2"]
+    ahead = (
+        "import sys; from trainer.config.io import load_config; from trainer.launch.rank import *;"
+        "sys.exit(compile_for_this_node(load_config(sys.argv[1], sys.argv[2:])))"
+    )
+    cache = tmp_path / "cache"
+    python("-c", ahead, *words, TRITON_CACHE_DIR=str(cache))
+    before = set(cache.glob("*/*.cubin"))
+    ldm("train", *words, TRITON_CACHE_DIR=str(cache))
+    added = {path.stem for path in set(cache.glob("*/*.cubin")) - before}
+    assert len(before) > 30
+    assert added <= {"_softmax"}
 
 
 def test_adapters_train_and_nothing_else(material: Path, tmp_path: Path) -> None:

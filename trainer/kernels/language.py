@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "INTERPRETED",
+    "LAUNCHES",
     "cdiv",
     "channel_block",
     "counted_on_meta",
@@ -42,6 +43,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 OPERATORS = torch.library.Library("ldm", "DEF")
 """Namespace of our operators: torch.compile sees each as one node and does not look inside."""
+
+LAUNCHES: dict[str, Callable[..., Any]] = {}
+"""Of these operators, by their full names."""
 
 _RUNS_ON = {"cuda", "cpu"} if INTERPRETED else {"cuda"}
 _switched_on = tl is not None
@@ -87,6 +91,7 @@ def register(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]
     for device in ("CUDA", "CPU"):
         OPERATORS.impl(name, kernel, device)
     torch.library.register_fake(f"ldm::{name}", shapes, lib=OPERATORS)
+    LAUNCHES[f"ldm::{name}"] = kernel
     operator: Callable[..., Any] = getattr(torch.ops.ldm, name).default
     return operator
 

@@ -3,8 +3,9 @@
 Who is whose child; whatever ends a process ends those below it, too:
 
     launcher        `ldm train`, or a worker of Ray
-      rank          on a restart it waits for storage; at a first start it has the doctor look; then it trains
+      rank          on a restart it waits for storage; at a first start it has the doctor look; it trains
         doctor      a copy of it that has imported all of that already, over before training begins
+        compiler    another, of a node's first rank: kernels of the first step, for which nobody waits
         loader      data_pipeline/feed/worker.py, data.workers of them
         writer      checkpoint/writer_process.py
 
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -35,6 +36,7 @@ from data_pipeline.storage.urls import folder_before_patterns, is_local
 from trainer.config.io import config_from_dict, config_to_dict
 from trainer.config.run import Config
 from trainer.console import configure_logging
+from trainer.distributed.place import NVIDIA_DRIVER, named_devices
 from trainer.exit_codes import ExitCode, classify, normalize
 from trainer.reliability.doubt import weighed
 from trainer.reliability.job import is_restart
@@ -46,6 +48,7 @@ Task = Literal["train", "doctor"]
 
 _LONGEST_WAIT_S = 600.0  # a rank that says nothing for 900 s while it starts counts as stuck
 _PAUSE_S = 5.0
+_COMPILER_THREADS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ def run_rank(config: Config, task: Task = "train") -> ExitCode:
             from trainer.doctor.examination import diagnose
 
             return diagnose(config, DistributedEnv.detect())
+        _compile_ahead(config)
         if config.distributed.doctor and not is_restart():
             code = _examine(config)
             if code is not ExitCode.DONE:
@@ -172,28 +176,64 @@ def _examine(config: Config) -> ExitCode:
             doctor.wait()
 
 
+def _compile_ahead(config: Config) -> None:
+    """Kernels of the first step, by a copy of this process beside all that comes before that step.
+
+    On a node that has not trained this before they take half a minute, and of a job with one such node all
+    ranks would wait for it. Nothing waits for the copy, and nothing is lost with it.
+    """
+    first_of_node = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    if not first_of_node or not NVIDIA_DRIVER.exists() or named_devices(os.environ) == []:
+        return
+    if threading.active_count() == 1 and not _driver_is_open():
+        _fork(lambda: compile_for_this_node(config))
+
+
+def compile_for_this_node(config: Config) -> ExitCode:
+    """What `_compile_ahead` has its copy do."""
+    os.nice(5)
+    try:
+        from trainer.planning.kernels import compile_kernels
+
+        begun = time.monotonic()
+        kernels = compile_kernels(
+            config, told_rank()[1], min(_COMPILER_THREADS, len(os.sched_getaffinity(0)))
+        )
+        logger.debug("%d kernels are compiled, after %.1f s", len(kernels), time.monotonic() - begun)
+    except Exception:  # the first step compiles what is missing
+        logger.debug("kernels could not be compiled ahead", exc_info=True)
+        return ExitCode.RETRYABLE
+    return ExitCode.DONE
+
+
 def _forked(config: Config) -> ExitCode:
-    parent = os.getpid()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        code = ExitCode.RETRYABLE
-        try:
-            die_with_parent()
-            if os.getppid() == parent:
-                code = run_rank(config, "doctor")
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
+    child = _fork(lambda: run_rank(config, "doctor"))
     try:
         return normalize(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     except BaseException:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         raise
+
+
+def _fork(work: Callable[[], ExitCode]) -> int:
+    """Process id of a copy of this one that does the work, and ends with its code or with this process."""
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child != 0:
+        return child
+    code = ExitCode.RETRYABLE
+    try:
+        die_with_parent()
+        if os.getppid() == parent:
+            code = work()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _driver_is_open() -> bool:

@@ -103,6 +103,26 @@ def _train(
 ) -> tuple[float, float, float, int]:
     """(forward FLOPs, all FLOPs, bytes kept) of a sample, and launches."""
     unet = network.unet
+    x, timesteps, named = network_inputs(config, network, conditioner, batch)
+    kept = _Kept(unet)
+    attention, launches, flops = AttentionCounter(), _Launches(), FlopCounterMode(display=False)
+    with ExitStack() as modes:
+        for mode in (flops, launches, attention):
+            modes.enter_context(mode)
+        with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda value: value):
+            loss = unet(x, timesteps, **named).float().square().mean()
+        forward = flops.get_total_flops() + attention.flops
+        bytes_kept = kept.total
+        loss.backward()
+    total = flops.get_total_flops() + attention.flops
+    return forward / batch, total / batch, bytes_kept / batch, launches.count
+
+
+def network_inputs(
+    config: Config, network: ConditionedUNet, conditioner: Conditioner, batch: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Noisy latents, timesteps and conditions as the network is given them, on torch's default device."""
+    unet = network.unet
     dtype, size = unet.conv_in.weight.dtype, config.data.image_size // config.first_stage.downsampling
     x = torch.empty(batch, unet.in_channels, size, size, dtype=dtype)
     if config.distributed.channels_last:
@@ -116,19 +136,7 @@ def _train(
         named["vector"] = torch.empty(batch, conditioner.vector_dim, dtype=dtype)
     if conditioner.num_classes:
         named["class_labels"] = torch.empty(batch, dtype=torch.int64)
-    timesteps = torch.empty(batch, dtype=torch.int64)
-    kept = _Kept(unet)
-    attention, launches, flops = _AttentionCounter(), _Launches(), FlopCounterMode(display=False)
-    with ExitStack() as modes:
-        for mode in (flops, launches, attention):
-            modes.enter_context(mode)
-        with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda value: value):
-            loss = unet(x, timesteps, **named).float().square().mean()
-        forward = flops.get_total_flops() + attention.flops
-        bytes_kept = kept.total
-        loss.backward()
-    total = flops.get_total_flops() + attention.flops
-    return forward / batch, total / batch, bytes_kept / batch, launches.count
+    return x, torch.empty(batch, dtype=torch.int64), named
 
 
 def _encode(config: Config, dtype: torch.dtype) -> float:
@@ -136,7 +144,7 @@ def _encode(config: Config, dtype: torch.dtype) -> float:
     stage = build_first_stage(config.first_stage).to(dtype).eval().requires_grad_(False)
     size = config.data.image_size
     pixels = torch.empty(1, 3, size, size, dtype=dtype)
-    attention, flops = _AttentionCounter(), FlopCounterMode(display=False)
+    attention, flops = AttentionCounter(), FlopCounterMode(display=False)
     with torch.no_grad(), flops, attention:
         stage.encode(pixels)
     times = 2 if config.conditioning.masked_image is not None else 1
@@ -202,7 +210,7 @@ class _Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _AttentionCounter:
+class AttentionCounter:
     """Attention as a GPU does it, which keeps no matrix of weights; on the meta device torch would keep one.
 
     In the place of torch's own while used as a context manager: a mode would not be in force in what
@@ -222,7 +230,7 @@ class _AttentionCounter:
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counter: _AttentionCounter) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counter: AttentionCounter) -> Tensor:
         out = torch.empty_like(query)  # [B, heads, N, D]
         line = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, out, line)
