@@ -65,7 +65,7 @@ SECTIONS = {
     "unet_compile": Section("networks:unet_compiled", 120, 40),
     "unet_graphs": Section("networks:unet_graphs", 60, 20),
     "diffusers": Section("references:eager", 60, 20),
-    "startup": Section("training:startup", 120, 40),
+    "startup": Section("training:startup", 150, 65),
     "train256": Section("training:train_256", 120, 40),
     "sampling": Section("references:sampling", 60, 20),
     "diffusers_compile": Section("references:compiled", 200, 60),

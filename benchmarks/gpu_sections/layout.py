@@ -60,7 +60,7 @@ def kernels(setup: Setup) -> None:
 
 def _gradients(setup: Setup, networks: dict[str, nn.Module]) -> None:
     """Milliseconds until the gradients of a micro-batch are in the flat vector: as they lie in memory when
-    kernels are flat, channels-last by the kernel that adds them, and channels-last by copies of their own."""
+    kernels are flat, and when they are channels-last."""
     parameters = list(networks["flat"].parameters())
     sizes = [parameter.numel() for parameter in parameters]
     sums = FlatGradients(torch.zeros(sum(sizes), device=setup.device), sizes)
@@ -68,8 +68,7 @@ def _gradients(setup: Setup, networks: dict[str, nn.Module]) -> None:
     kept = [torch.zeros_like(parameter) for parameter in networks["kept"].parameters()]
     arms: dict[str, Callable[[], object]] = {
         "flat": lambda: sums.add(flat),
-        "across": lambda: sums.add(kept),
-        "copied": lambda: sums.add([gradient.contiguous() for gradient in kept]),
+        "kept": lambda: sums.add(kept),
     }
     setup.report(gradients=in_turns(arms, setup.device, repeats=setup.repeats))
 

@@ -16,7 +16,7 @@ from trainer.config.run import Config
 from trainer.diffusion.denoiser import ClassifierFreeGuidance
 from trainer.diffusion.samplers import sample
 from trainer.diffusion.schedule import make_schedule
-from trainer.distributed.acceleration import GraphedNetwork
+from trainer.distributed.acceleration import GraphedForward, GraphedNetwork
 from trainer.distributed.process import configure_process
 from trainer.first_stage.base import FirstStage
 from trainer.interop.diffusers_stage import first_stage_to_diffusers, scheduler_to_diffusers
@@ -82,7 +82,8 @@ def _stock(name: str, described: dict[str, Any], tensors: dict[str, Tensor], set
 
 
 def eager(setup: Setup) -> None:
-    """Training step at batch 16 and 32 of ours and of stock diffusers, in turns, and its kernels."""
+    """Training step at batch 16 and 32 of ours, eager and (at 16) by CUDA graphs, and of stock diffusers, in
+    turns, and its kernels."""
     config = setup.config()
     configure_process(config.distributed)
     ours = random_network(config, setup.device, setup.dtype).train()
@@ -96,6 +97,8 @@ def eager(setup: Setup) -> None:
                 mine, stock = ours(**inputs).float(), theirs(**inputs).float()
             setup.report(difference=float((mine - stock).norm() / stock.norm()))
         arms = {"ours": training_step(ours, inputs), "diffusers": training_step(theirs, inputs)}
+        if size == 16 and setup.device.type == "cuda":
+            arms["graphs"] = training_step(ours, inputs, GraphedForward(ours))
         setup.report(
             **{f"batch_{size}": _rates(in_turns(arms, setup.device, repeats=setup.repeats // 2), batch)}
         )

@@ -60,6 +60,13 @@ ROWS = (
         lambda f: f["diffusers"]["batch_16"]["diffusers"]["ms"] / f["diffusers"]["batch_16"]["ours"]["ms"],
     ),
     Row(
+        "ours by CUDA graphs, batch 16, x",
+        None,
+        1.7,
+        False,
+        lambda f: f["diffusers"]["batch_16"]["diffusers"]["ms"] / f["diffusers"]["batch_16"]["graphs"]["ms"],
+    ),
+    Row(
         "against diffusers compiled, batch 16, x",
         None,
         1.2,
@@ -79,6 +86,7 @@ ROWS = (
     Row("sampling against diffusers, batch 8, x", None, 1.5, False, _ratio("sampling", "ours", "diffusers")),
     Row("the same, CUDA graphs, x", None, 1.5, False, _ratio("sampling", "graphs", "diffusers")),
     Row("first step after process start, s", 75, 30, True, lambda f: f["startup"]["first_step_s"]),
+    Row("no kernel on disk, s", None, 30, True, lambda f: f["startup"]["cold_first_step_s"]),
     Row("compiled, cold caches, s", None, 60, True, lambda f: f["startup_compiled"]["cold_first_step_s"]),
     Row("compiled, warm caches, s", None, 30, True, lambda f: f["startup_compiled"]["first_step_s"]),
     Row("blocked by the first save, s", 8.2, 0.3, True, lambda f: f["train512"]["first_save_blocked_s"]),

@@ -35,16 +35,21 @@ def train_256(setup: Setup) -> None:
 
 
 def startup(setup: Setup) -> None:
-    """Seconds to the first optimizer step with the defaults, the doctor's checks included."""
-    first_step(setup, [])
+    """Seconds to the first optimizer step with the defaults, the doctor's checks included: with no kernel on
+    disk, then with those that that start left."""
+    _cold_and_warm(setup, [])
 
 
 def startup_compiled(setup: Setup) -> None:
-    """The same with `distributed.compile`: with nothing on disk, then with what that start left."""
+    """The same with `distributed.compile`."""
+    _cold_and_warm(setup, ["distributed.compile=true"])
+
+
+def _cold_and_warm(setup: Setup, overrides: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as cache:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
         for name in ("cold_first_step_s", "first_step_s"):
-            first_step(setup, ["distributed.compile=true"], name, caches)
+            first_step(setup, overrides, name, caches)
 
 
 def run_training(setup: Setup, edge: int, *, global_batch: int, micro_batch: int) -> None:
@@ -69,8 +74,8 @@ def run_training(setup: Setup, edge: int, *, global_batch: int, micro_batch: int
 def first_step(
     setup: Setup,
     overrides: Sequence[str],
-    name: str = "first_step_s",
-    variables: Mapping[str, str] | None = None,
+    name: str,
+    variables: Mapping[str, str],
 ) -> None:
     """Report as `name` when the first step is done, seen from the start of the process."""
     settings = [
