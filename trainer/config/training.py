@@ -231,7 +231,7 @@ class DistributedConfig:
     """Keep activations in channels-last memory layout."""
     channels_last_kernels: bool = True
     """With channels_last in bf16, keep kernels of convolutions so, too, under zero_stage 1 and the plain
-    engine: costs a second copy of them, saves three conversions of each per micro-batch."""
+    engine: costs a second copy of them, saves two of three conversions of each per micro-batch."""
     fused_kernels: bool = True
     """On a GPU with channels_last, run norms, activations and residuals as our own fused kernels."""
     compile: bool = False
@@ -268,6 +268,11 @@ class DistributedConfig:
     themselves, NCCL after 20 s and more."""
     doctor: bool = True
     """Run the checks of `ldm doctor` before training; not again when its ranks are restarted."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a GPU runs our own fused kernels, which take channels-last feature maps."""
+        return self.fused_kernels and self.channels_last
 
 
 @dataclass(frozen=True)

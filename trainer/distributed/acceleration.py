@@ -36,8 +36,8 @@ class ChannelsLastKernels:
         flat     o i y x   slices of ZeRO's partition: masters, moments, checkpoints, what ranks exchange
         weight   o y x i   what the network computes with, made from the flat one once per optimizer step
 
-    cuDNN would otherwise convert each kernel in forward and again in backward, and autograd would convert its
-    gradient back, three copies per kernel and micro-batch. Takes another copy of trained kernels in memory.
+    cuDNN would otherwise convert each kernel in forward and again in backward; only its gradient is still
+    converted, once per micro-batch (`FlatGradients`). Takes another copy of trained kernels in memory.
     Logical shapes stay as they were; a kernel of 1 x 1 lies the same way in both and is left alone.
     """
 

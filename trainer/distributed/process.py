@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def configure_process(config: DistributedConfig) -> None:
     """The switches that decide speed and rounding: kernels, TF32, and cuDNN's algorithms."""
-    use_kernels(config.fused_kernels and config.channels_last)
+    use_kernels(config.fuses)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = config.tf32 != "off"
     torch.backends.cuda.matmul.allow_tf32 = config.tf32 == "all"
@@ -50,7 +50,7 @@ def describe_process(config: DistributedConfig, device: torch.device) -> str:
         f"cuDNN {torch.backends.cudnn.version()}, which "
         f"{'times' if torch.backends.cudnn.benchmark else 'chooses'} its algorithms",
         f"deterministic {'on' if torch.are_deterministic_algorithms_enabled() else 'off'}",
-        f"fused kernels {'on' if config.fused_kernels and config.channels_last else 'off'}",
+        f"fused kernels {'on' if config.fuses else 'off'}",
         f"allocator {allocator_settings() or 'as PyTorch has it'}",
     ]
     return ", ".join(about)

@@ -7,7 +7,7 @@
 Per parameter it would be a cast, an addition and two launches; together they read and write each byte once.
 A chunk goes by in tiles: held whole, it takes more registers than a thread has, and most of the time with it.
 Gradients that are not contiguous (channels-last kernels of convolutions) are copied first, which an H200 does
-faster than this kernel reads them across.
+faster than one kernel that reads them across.
 """
 
 from __future__ import annotations

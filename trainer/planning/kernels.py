@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainer.config.run import Config
-from trainer.first_stage.build import build_first_stage
+from trainer.first_stage.build import build_first_stage, frozen_dtype
 from trainer.kernels import philox
 from trainer.kernels.accumulate import FlatGradients
 from trainer.kernels.ahead import compile_launches
@@ -25,11 +25,9 @@ def compile_kernels(config: Config, ranks: int, threads: int) -> list[tuple[str,
     Returns:
         See `compile_launches`; nothing where the configuration takes no fused kernels.
     """
-    if config.stage != "diffusion" or not (
-        config.distributed.fused_kernels and config.distributed.channels_last
-    ):
+    if config.stage != "diffusion" or not config.distributed.fuses:
         return []
-    dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
+    dtype = frozen_dtype(config.distributed)  # which the trained network computes in, too
     rows = config.sharing(ranks).rows
 
     def micro_batch() -> None:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.conditioning.build import Conditioner
 from trainer.config.models import ConditioningConfig
 from trainer.config.run import Config, ConfigError
-from trainer.first_stage.build import build_first_stage
+from trainer.first_stage.build import build_first_stage, frozen_dtype
 from trainer.kernels.language import counted_on_meta, plain
 from trainer.model import ConditionedUNet, build_trainable
 
@@ -69,9 +69,8 @@ def count_work(config: Config) -> Work:
     """
     if config.stage != "diffusion":
         raise ConfigError("a plan is made of the diffusion stage; stage=autoencoder cannot be planned.")
-    dtype = torch.bfloat16 if config.distributed.precision == "bf16" else torch.float32
-    fused = config.distributed.fused_kernels and config.distributed.channels_last
-    with torch.device("meta"), counted_on_meta() if fused else plain():
+    dtype = frozen_dtype(config.distributed)  # which the trained network computes in, too
+    with torch.device("meta"), counted_on_meta() if config.distributed.fuses else plain():
         network, conditioner = build_trainable(config)
         network.to(dtype)
         forward, total, kept, launches = _train(config, network, conditioner)

@@ -19,7 +19,7 @@ SMALL = {"_forward_lines", "_backward_lines", "_draw"}
 
 @pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.slow)], ids=["A100", "H100"])
 def test_no_kernel_takes_more_registers_than_a_thread_has(capability: int, tmp_path: Path) -> None:
-    """Once a branch more made the sums of gradients spill 8 KB a thread, and training 4 % slower."""
+    """Once a branch more made the sums of gradients spill 8 KB a thread."""
     pytest.importorskip("triton")
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     variables |= {"TRITON_INTERPRET": "0"}
