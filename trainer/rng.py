@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,18 @@ class Purpose(IntEnum):
     """SAMPLER + step index: noise that a stochastic sampler adds, 65536 values."""
     VALIDATION = 0x20000
     """VALIDATION + index of the level: noise at which a held-out sample is measured, 65536 values."""
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """For torch's generator, which dropout draws from: a step made again has its masks again.
+
+    Masks differ between ranks, and with their number, as no other draw does: torch counts elements of a
+    tensor, not samples.
+    """
+    words = [
+        part for value in (seed, step, rank) for part in (value & MASK, value >> 32)
+    ]  # or places would meet
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
 def philox(counter: tuple[Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor]:

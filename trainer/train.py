@@ -36,6 +36,7 @@ from trainer.reliability.preemption import Preemption
 from trainer.reliability.requests import profile_url, stop_url
 from trainer.reliability.slow_ranks import SlowRanks
 from trainer.reliability.watchdog import Watchdog, silence_s
+from trainer.rng import step_seed
 from trainer.run import Run
 from trainer.telling import ServedShare, layer_norms, report, tell_phase
 from trainer.validation import cost, validate
@@ -175,6 +176,7 @@ def begin(run: Run) -> None:
 def take_step(run: Run, batch: Batch, rate: float) -> dict[str, Tensor]:
     """One optimizer step, its place in the run, and the averages; metrics that are still on the device."""
     state, device = run.state, run.env.device
+    torch.manual_seed(step_seed(run.config.seed, state.step, run.env.rank))
     metrics = run.stage.train_step(batch.to(device), state.step, rate)
     state.advance(run.config.global_batch_size, batch.position)
     with run.timer("optimizer"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections import OrderedDict
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from trainer.config.training import DistributedConfig, LoRAConfig, OptimizerConf
 from trainer.distributed.build import build_engine
 from trainer.distributed.engine import Engine
 from trainer.distributed.env import DistributedEnv
+from trainer.distributed.fsdp_engine import FSDPEngine
 from trainer.distributed.lora import add_adapters
 from trainer.models.unet import UNet
 from trainer.stages.stage import share_of_mean
@@ -179,6 +181,9 @@ def run_case(
     sharing = config.sharing(env.world_size)
     own = lanes_of(Part(env.rank, env.world_size), GLOBAL_BATCH, GLOBAL_BATCH)
     built = build_engine(make_network(), config, env)
+    if isinstance(built, FSDPEngine) and built._replicas > 1:
+        waits = [group._get_backend(env.device).options._timeout for group in built._mesh.get_all_groups()]
+        assert waits == [timedelta(seconds=config.distributed.timeout_s)] * 2
     norms, first_moment = [], {}
     for step in range(STEPS):
         x, targets = global_batch(step)

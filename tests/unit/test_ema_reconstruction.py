@@ -11,6 +11,7 @@ from torch import nn
 
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.cli.ema import reconstruct
+from trainer.config.io import load_config
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig, EMAConfig
 from trainer.distributed.env import DistributedEnv
@@ -96,6 +97,12 @@ def test_reconstruction_matches_the_kept_average(run: tuple[str, EMA], std: floa
     # Over the whole path the weight moves by 0.5: the tolerance is 0.2 % of that.
     assert tensors["weight"].flatten().tolist() == pytest.approx([expected] * 2, abs=1e-3)
     assert made.num_averages == 1 if std == 0.05 else made.num_averages > 1
+
+
+def test_snapshots_of_no_average_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ema\.power_stds names none; set it"):
+        load_config(None, ["ema.snapshot_every=100"])
+    load_config(None, ["ema.snapshot_every=100", "ema.power_stds=[0.1]"])
 
 
 def test_mistakes_are_explained(run: tuple[str, EMA], tmp_path: Path) -> None:

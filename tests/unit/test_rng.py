@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import rng
 from trainer.rng import Purpose
+from trainer.train import take_step
 
 LIMIT = 5.5
 
@@ -263,6 +267,26 @@ def test_permutation():
     for place in range(8):
         counts = torch.bincount(firsts[:, place], minlength=8).double()
         assert abs(chi_square_z(counts, torch.full((8,), 1500 / 8))) < LIMIT
+
+
+def test_dropout_has_masks_of_its_own_in_each_step_on_each_rank():
+    places = [(seed, step, rank) for seed in (0, 1) for step in (0, 1, 2**33) for rank in range(64)]
+    seeds = [rng.step_seed(*place) for place in places]
+    assert len(set(seeds)) == len(places)
+    assert seeds == [rng.step_seed(*place) for place in places]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    run = SimpleNamespace(
+        config=SimpleNamespace(seed=1, global_batch_size=4),
+        state=SimpleNamespace(step=2, advance=lambda *_: None),
+        env=SimpleNamespace(rank=3, device=torch.device("cpu")),
+        stage=SimpleNamespace(train_step=lambda *_: {"mask": F.dropout(torch.ones(64))}),
+        ema=SimpleNamespace(update=lambda _: None),
+        timer=lambda _: nullcontext(),
+        start=SimpleNamespace(first_step=lambda _: None),
+    )
+    mask = take_step(run, SimpleNamespace(to=lambda _: None, position={}), 0.0)["mask"]
+    torch.manual_seed(rng.step_seed(1, 2, 3))
+    assert torch.equal(mask, F.dropout(torch.ones(64)))
 
 
 # Devices and compilers ------------------------------------------------------------------------------

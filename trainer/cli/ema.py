@@ -123,9 +123,11 @@ def _snapshots(run_dir: str) -> list[CheckpointHandle]:
     found = []
     for step in steps_found(folder):
         try:
-            found.append(open_checkpoint(join(folder, folder_name(step))))
+            snapshot = open_checkpoint(join(folder, folder_name(step)))
         except BadManifest:
             continue
+        if _profiles(snapshot):  # earlier versions stored snapshots of nothing
+            found.append(snapshot)
     if not found:
         raise ConfigError(
             f"{run_dir} has no snapshots; train with ema.power_stds=[0.05,0.1] and ema.snapshot_every set."

@@ -23,6 +23,11 @@ def check(config: Config) -> None:
     check_derived(config)
     _check_conditioning(config)
     _check_optimizer(config)
+    _require(
+        not config.ema.snapshot_every or bool(config.ema.power_stds),
+        "ema.snapshot_every stores power-function averages, and ema.power_stds names none; set it, e.g. to "
+        "[0.05,0.1], or snapshot_every to 0.",
+    )
     _check_communication(config.distributed)
     _check_cache(config)
     _check_graphs(config)
@@ -140,12 +145,14 @@ def _check_optimizer(config: Config) -> None:
         "set distributed.zero_stage to 2 or lower, or optimizer.name=adamw or adafactor.",
     )
     usual = OptimizerConfig()
-    for setting in ("beta2_decay", "adafactor_eps", "update_clip"):
+    of = {"betas": ("adamw", "muon"), "eps": ("adamw", "muon"), "momentum": ("muon",)}
+    of |= dict.fromkeys(("beta2_decay", "adafactor_eps", "update_clip"), ("adafactor",))
+    for setting, names in of.items():
+        common = getattr(usual, setting)
         _require(
-            config.optimizer.name == "adafactor"
-            or getattr(config.optimizer, setting) == getattr(usual, setting),
-            f"optimizer.{setting} has no effect with optimizer.name={config.optimizer.name}; remove it, "
-            "or set optimizer.name=adafactor.",
+            config.optimizer.name in names or getattr(config.optimizer, setting) == common,
+            f"optimizer.{setting} has no effect with optimizer.name={config.optimizer.name}; leave it at "
+            f"{common}, or set optimizer.name={' or '.join(names)}.",
         )
 
 
@@ -271,14 +278,19 @@ def _check_cache(config: Config) -> None:
 def _check_graphs(config: Config) -> None:
     if not config.distributed.cuda_graphs:
         return
+    layout = config.conditioning.layout
     obstacles = {
         "stage=autoencoder": config.stage == "autoencoder",
-        # The gradients of a graph lie where the next replay writes; only bf16 engines take them away at once.
+        # The gradients of a graph lie where the next replay writes; engines that add up elsewhere than in
+        # `grad` take them away at once. At zero_stage=0 a sum in place would grow from what was overwritten.
         "distributed.precision=fp32": config.distributed.precision == "fp32",
+        "distributed.zero_stage=0": config.distributed.engine == "deepspeed"
+        and config.distributed.zero_stage == 0,
         "distributed.zero_stage=3": config.distributed.zero_stage == 3,
         "diffusion.learned_uncertainty": config.diffusion.learned_uncertainty,  # a second output
         "unet.activation_checkpointing": config.unet.activation_checkpointing,
         "unet.dropout": config.unet.dropout > 0,
+        "conditioning.layout.dropout": layout is not None and layout.dropout > 0,
         "lora.dropout": config.lora is not None and config.lora.dropout > 0,
     }
     present = [name for name, there in obstacles.items() if there]

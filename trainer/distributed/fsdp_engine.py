@@ -15,8 +15,8 @@ One step, k micro-batches long, for each block of the network (and what is in no
     step       norm, clip, update of the rows; the whole weights are let go, and gathered when needed
 
 Weights are not let go between forward and backward: at the sizes of these networks they fit, and would be
-gathered twice. FSDP2 decides at its first forward which module is the root; `_lazy_init`, the one private
-name here, decides it at once, because previews and validation may call parts of the network before.
+gathered twice. FSDP2 decides at its first forward which module is the root; `_lazy_init`, a private name,
+decides it at once, because previews and validation may call parts of the network before.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -55,7 +56,8 @@ class FSDPEngine:
         self._micro_step = 0
         cut = config.shard_size(env.world_size, env.local_world_size)
         self._replicas = env.world_size // cut
-        self._mesh = _mesh(dist.group.WORLD, env.device.type, self._replicas, cut)
+        timeout = timedelta(seconds=config.distributed.timeout_s)
+        self._mesh = _mesh(dist.group.WORLD, env.device.type, self._replicas, cut, timeout)
         module.to(env.device)
         self.parameter_shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
         for parameter in module.parameters():
@@ -238,8 +240,13 @@ class FSDPEngine:
 
 
 @functools.lru_cache(maxsize=4)
-def _mesh(world: Any, device_type: str, replicas: int, cut: int) -> DeviceMesh:
+def _mesh(world: Any, device_type: str, replicas: int, cut: int, timeout: timedelta) -> DeviceMesh:
     """Of all ranks; the engines of a process share its groups. Collective when it is made."""
     if replicas == 1:
         return DeviceMesh.from_group(world, device_type)
-    return init_device_mesh(device_type, (replicas, cut), mesh_dim_names=("replica", "shard"))
+    mesh = init_device_mesh(device_type, (replicas, cut), mesh_dim_names=("replica", "shard"))
+    # Its groups have torch's patience, not that of `world`. Before torch 2.14 the function was a private one.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in mesh.get_all_groups():
+        set_timeout(timeout, group)
+    return mesh

@@ -249,12 +249,10 @@ class AutoencoderStage:
         count -= count % columns
         originals = batch.pixels[:count]
         made = []
-        with self._autoencoder.gathered() as module:
+        with self._autoencoder.gathered() as module, evaluating(module):
             assert isinstance(module, FirstStage)
-            module.eval()
             for part in to_unit_range(originals).split(self._config.micro_batch_size):
                 made.append(to_bytes(module.decode(module.latents(part, None))))
-            module.train()
         rows = zip(originals.split(columns), torch.cat(made).split(columns), strict=True)
         pixels = torch.cat([picture for row in rows for picture in row]).cpu()
         starts = range(0, count, columns)
@@ -263,9 +261,8 @@ class AutoencoderStage:
 
     def finish(self, batches: Iterator[Batch]) -> None:
         """Measure shift and scale of the latents over all ranks, for the second stage. Collective."""
-        with self._autoencoder.gathered() as module:
+        with self._autoencoder.gathered() as module, evaluating(module):
             assert isinstance(module, FirstStage)
-            module.eval()
             statistics = measure_latent_statistics(
                 module,
                 self._pictures(module, itertools.islice(batches, STATISTICS_BATCHES)),
@@ -273,7 +270,6 @@ class AutoencoderStage:
                 per_channel=self._loss.latent_statistics == "channel",
             )
             module.set_latent_statistics(*statistics)
-            module.train()
 
     def _pictures(self, module: FirstStage, batches: Iterator[Batch]) -> Iterator[Tensor]:
         """Micro-batches in -1 .. 1. Padding is encoded, too: other ranks gather weights for theirs."""

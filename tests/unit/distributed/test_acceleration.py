@@ -162,8 +162,10 @@ def take_step(engine: Engine, size: tuple[int, int]) -> list[float]:
     ("setting", "named"),
     [
         ("distributed.precision=fp32", "precision=fp32"),
+        ("distributed.zero_stage=0", "zero_stage=0"),
         ("distributed.zero_stage=3", "zero_stage=3"),
         ("unet.dropout=0.1", "unet.dropout"),
+        ("conditioning.layout.dropout=0.1", "layout.dropout"),
         ("unet.activation_checkpointing=true", "activation_checkpointing"),
     ],
 )

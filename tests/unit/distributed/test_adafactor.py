@@ -147,9 +147,18 @@ def test_layers_have_norms_of_weights_alone() -> None:
 
 def test_settings_of_adafactor_are_refused_elsewhere() -> None:
     for setting in ("beta2_decay=-0.5", "adafactor_eps=[1e-9,1e-3]", "update_clip=2"):
-        with pytest.raises(ConfigError, match=r"has no effect with optimizer.name=adamw; remove it, or set"):
+        with pytest.raises(
+            ConfigError, match=r"has no effect with optimizer.name=adamw; leave it at .*, or set"
+        ):
             load_config(None, [f"optimizer.{setting}"])
         load_config(None, [f"optimizer.{setting}", "optimizer.name=adafactor"])
+
+
+def test_settings_of_others_are_refused_with_adafactor() -> None:
+    for setting in ("betas=[0.5,0.9]", "eps=0.1", "momentum=0.5"):
+        with pytest.raises(ConfigError, match=r"has no effect with optimizer.name=adafactor; leave it at"):
+            load_config(None, [f"optimizer.{setting}", "optimizer.name=adafactor"])
+        load_config(None, [f"optimizer.{setting}", "optimizer.name=muon"])
 
 
 def test_under_zero_3_a_step_is_one_whatever_the_size() -> None:

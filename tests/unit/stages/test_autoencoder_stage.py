@@ -261,6 +261,15 @@ def test_same_seed_same_networks_and_the_global_generator_is_left_alone() -> Non
         )
 
 
+def test_a_preview_that_fails_leaves_the_network_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on after one that ran out of memory."""
+    stage = make_stage(make_config())
+    monkeypatch.setattr(stage.engines["autoencoder"].module, "decode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stage.preview(make_batch())
+    assert stage.engines["autoencoder"].module.training
+
+
 def test_preview_shows_reconstructions_under_originals() -> None:
     stage = make_stage(make_config())
     batch = make_batch(4)
