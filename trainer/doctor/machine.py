@@ -121,7 +121,7 @@ def check_all_reduce(config: Config, env: DistributedEnv) -> list[Check]:
 
 def check_memory(config: Config, env: DistributedEnv) -> list[Check]:
     """Device and host memory on every rank. Collective."""
-    needed = plan(config, env.world_size, env.local_world_size)
+    needed = plan(config, env.world_size, env.ranks_per_node)
     parameters = f"{needed.trained_parameters / 1e6:.1f} M trained"
 
     def examine() -> str:
@@ -148,7 +148,7 @@ def check_memory(config: Config, env: DistributedEnv) -> list[Check]:
 
 def check_disk(config: Config, env: DistributedEnv) -> list[Check]:
     """Room for the checkpoints that retention keeps, plus the one being written. Collective."""
-    size = plan(config, env.world_size, env.local_world_size).checkpoint_bytes
+    size = plan(config, env.world_size, env.ranks_per_node).checkpoint_bytes
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     if config.checkpoint.keep_every:
         kept += config.steps // config.checkpoint.keep_every

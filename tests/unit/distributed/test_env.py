@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.config.run import ConfigError
+from trainer.config.run import Config, ConfigError
+from trainer.config.training import DistributedConfig
 from trainer.distributed import env as env_module
 from trainer.distributed.env import (
     DistributedEnv,
     choose_device,
     deepspeed_variables,
     first_host,
+    meet,
     refuse_mixed_devices,
     refuse_shared_devices,
     refuse_unusable_gpus,
@@ -61,6 +63,34 @@ def test_slurm() -> None:
     )
     assert (env.rank, env.local_rank, env.world_size, env.local_world_size) == (9, 1, 16, 8)
     assert (env.master_addr, env.master_port, env.launcher) == ("gpu011", 24711, "slurm")
+
+
+@pytest.mark.parametrize(("node", "ranks"), [("0", 8), ("50", 8), ("51", 2)])
+def test_slurm_tells_how_many_tasks_each_node_has(node: str, ranks: int) -> None:
+    step = {"SLURM_NTASKS": "410", "SLURM_STEP_NUM_NODES": "52", "SLURM_STEP_TASKS_PER_NODE": "8(x51),2"}
+    env = DistributedEnv.detect({**step, "SLURM_PROCID": "409", "SLURM_LOCALID": "1", "SLURM_NODEID": node})
+    assert env.local_world_size == ranks
+
+
+@pytest.mark.parametrize("sizes", [(8,) * 51 + (2,), (8, 4, 4), (4, 8), (1, 1)])
+def test_ranks_of_nodes_that_are_not_equally_full_decide_alike(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = sum(sizes)
+    places = [
+        {"RANK": "0", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(size), "WORLD_SIZE": str(ranks)}
+        for size in sizes
+        for local in range(size)
+    ]
+    before = [DistributedEnv.detect(place) for place in places]
+    assert all(env.num_nodes > 1 for env in before)  # else gloo would meet on the loopback
+    told = [("host", "", env.local_rank, env.local_world_size) for env in before]
+    monkeypatch.setattr(env_module.collectives, "all_gather_object", lambda value: told)
+    met = [meet(env) for env in before]
+    assert {env.num_nodes for env in met} == {len(sizes)}
+    config = Config(distributed=DistributedConfig(engine="fsdp"))
+    cuts = {config.shard_size(ranks, env.ranks_per_node) for env in met}
+    assert cuts == {max(sizes) if ranks % max(sizes) == 0 else ranks}
 
 
 def test_one_slurm_task_is_one_process() -> None:
