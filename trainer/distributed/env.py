@@ -25,6 +25,7 @@ from trainer.distributed.place import (
     interface_to,
     named_devices,
     raise_descriptor_limit,
+    tasks_of_step,
 )
 
 Launcher = Literal["torchrun", "slurm", "single"]
@@ -51,7 +52,7 @@ class DistributedEnv(Place):
         environ = os.environ if environ is None else environ
         if "RANK" in environ and "WORLD_SIZE" in environ:
             return _from_torchrun(environ)
-        if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        if tasks_of_step(environ) > 1:
             return _from_slurm(environ)
         return cls(0, 0, 1, 1, "127.0.0.1", 29500, "single", choose_device())
 
@@ -89,7 +90,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> DistributedEnv:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> DistributedEnv:
-    world_size = _integer(environ, "SLURM_NTASKS", "srun")
+    world_size = tasks_of_step(environ)
     local_rank = _integer(environ, "SLURM_LOCALID", "srun")
     nodelist = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
     local_world_size = _tasks_of_node(environ, world_size)

@@ -10,6 +10,8 @@ from data_pipeline.processes import process_status
 
 JOB_VARIABLE = "LDM_JOB"
 """Environment variable that names a job across its restarts; set by launchers, or by a person's scheduler."""
+JOB_FOLDER_VARIABLE = "LDM_JOB_DIR"
+"""Environment variable that names the folder of a job of slurm/train_ldm.sh."""
 RESTARTS_VARIABLE = "LDM_RESTARTS"
 """Environment variable that tells a rank how often its launcher has restarted the run."""
 RESTART_COUNTERS = (RESTARTS_VARIABLE, "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")

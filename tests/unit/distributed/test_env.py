@@ -45,7 +45,7 @@ def test_torchrun() -> None:
 
 
 def test_torchrun_wins_over_the_slurm_job_around_it() -> None:
-    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_NTASKS": "4"}
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
     env = DistributedEnv.detect({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **slurm})
     assert (env.rank, env.world_size, env.launcher) == (0, 2, "torchrun")
 
@@ -55,7 +55,9 @@ def test_slurm() -> None:
         {
             "SLURM_PROCID": "9",
             "SLURM_LOCALID": "1",
-            "SLURM_NTASKS": "16",
+            "SLURM_NTASKS": "32",  # the job's: the step may be smaller
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": "16",
             "SLURM_NNODES": "2",
             "SLURM_JOB_NODELIST": "gpu[011-012]",
             "SLURM_JOB_ID": "4711",
@@ -67,7 +69,7 @@ def test_slurm() -> None:
 
 @pytest.mark.parametrize(("node", "ranks"), [("0", 8), ("50", 8), ("51", 2)])
 def test_slurm_tells_how_many_tasks_each_node_has(node: str, ranks: int) -> None:
-    step = {"SLURM_NTASKS": "410", "SLURM_STEP_NUM_NODES": "52", "SLURM_STEP_TASKS_PER_NODE": "8(x51),2"}
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "410", "SLURM_STEP_TASKS_PER_NODE": "8(x51),2"}
     env = DistributedEnv.detect({**step, "SLURM_PROCID": "409", "SLURM_LOCALID": "1", "SLURM_NODEID": node})
     assert env.local_world_size == ranks
 
@@ -94,7 +96,7 @@ def test_ranks_of_nodes_that_are_not_equally_full_decide_alike(
 
 
 def test_one_slurm_task_is_one_process() -> None:
-    assert DistributedEnv.detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}).launcher == "single"
+    assert DistributedEnv.detect({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}).launcher == "single"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,13 @@ def test_devices(gpus: Callable[[int], None]) -> None:
 
 
 TORCHRUN = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-SRUN = {"SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
+SRUN = {
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "2",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+}
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, SRUN])
