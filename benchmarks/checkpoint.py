@@ -60,8 +60,7 @@ def main() -> None:
     parser.add_argument("--arms", default="ours_async,ours_sync,torch_save,deepspeed,dcp_thread,dcp_process")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
-    env = DistributedEnv.detect()
-    initialise(env, timeout_s=600.0)
+    env = initialise(DistributedEnv.detect(), timeout_s=600.0)
     folder = Path(tempfile.mkdtemp(prefix="ldm-checkpoint-"))
     try:
         arms = build_arms(env, folder, args.megabytes, args.arms.split(","))

@@ -44,8 +44,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    env = DistributedEnv.detect()
-    initialise(env, timeout_s=600.0)
+    env = initialise(DistributedEnv.detect(), timeout_s=600.0)
     shape = load_config(args.config).unet if args.config else SMALL
     config = Config(
         global_batch_size=1,

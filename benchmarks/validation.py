@@ -49,8 +49,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     args = parser.parse_args()
-    env = DistributedEnv.detect()
-    initialise(env, timeout_s=600.0)
+    env = initialise(DistributedEnv.detect(), timeout_s=600.0)
     with tempfile.TemporaryDirectory() as folder:
         settings = [*MEASURED, *args.overrides]
         if args.config is None:

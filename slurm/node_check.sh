@@ -28,11 +28,16 @@ gpus=${SLURM_GPUS_ON_NODE:-0}
 if ((gpus)); then
   seen=$(timeout 60 nvidia-smi --list-gpus | grep -c '^GPU') || true
   ((seen >= gpus)) || unfit "nvidia-smi sees $seen of $gpus GPUs"
-  # An uncorrected error or a pending row remap means wrong results or a crash within hours.
+  # An uncorrected error, or a page or row to be replaced at the next reset, means wrong results or a crash within
+  # hours. Pages are retired before Ampere, rows remapped since: a GPU answers N/A for what it does not have.
   errors=$(timeout 60 nvidia-smi --format=csv,noheader,nounits \
     --query-gpu=index,ecc.errors.uncorrected.volatile.total,retired_pages.pending |
     awk -F', ' '($2 + 0) > 0 || $3 == "Yes" { printf "%sGPU %s", sep, $1; sep = ", " }')
   [[ -z $errors ]] || unfit "uncorrected memory errors on $errors"
+  rows=$(timeout 60 nvidia-smi --format=csv,noheader \
+    --query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure |
+    awk -F', ' '$2 == "Yes" || $3 == "Yes" || $2 + $3 > 0 { printf "%sGPU %s", sep, $1; sep = ", " }')
+  [[ -z $rows ]] || unfit "rows of memory wait to be remapped, or cannot be, on $rows"
   strangers=$(timeout 60 nvidia-smi --query-compute-apps=pid --format=csv,noheader | wc -l)
   ((strangers == 0)) || unfit "$strangers foreign processes on the GPUs"
 fi

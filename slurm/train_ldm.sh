@@ -43,9 +43,11 @@ if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job_key=${SLURM_ARRAY_JOB_ID}_${SLURM_
 job_dir=${LDM_JOBS_DIR:-$SLURM_SUBMIT_DIR/runs/slurm}/$job_key
 mkdir -p "$job_dir"
 attempt=0 # the newest that there was, before a requeue
+starts=0  # of ranks, in all of them: an attempt without enough fit nodes has none
 for folder in "$job_dir"/attempt-*/; do
   number=${folder%/} number=${number##*-}
   if [[ $number =~ ^[0-9]+$ ]] && ((number > attempt)); then attempt=$number; fi
+  if [[ -e ${folder}launched.json ]]; then starts=$((starts + 1)); fi
 done
 
 # SLURM runs a spooled copy of this file; where the original lies, and with it the code, it remembers.
@@ -227,6 +229,8 @@ run_ranks() {
   export MASTER_PORT=${LDM_MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 7 + attempt) % 10000))}
   export LDM_START_REPORT=$attempt_dir/start.json
   say "attempt $attempt: starting $tasks ranks on $used, rendezvous at $MASTER_ADDR:$MASTER_PORT"
+  export LDM_STARTS=$starts
+  starts=$((starts + 1))
   printf '{"time": %s}\n' "$(now)" >"$attempt_dir/launched.json"
   # --wait, not --kill-on-bad-exit: a rank that is still uploading its last checkpoint finishes it. --overlap: a
   # step of the attempt before whose node is lost keeps its place in SLURM's books.

@@ -199,7 +199,7 @@ def _prepare_process(config: Config, env: DistributedEnv) -> None:
     if env.is_main:
         logger.info("computing: %s; %s", describe_process(config.distributed, env.device), bound)
     config.sharing(env.world_size)
-    config.shard_size(env.world_size, env.local_world_size)
+    config.shard_size(env.world_size, env.ranks_per_node)
 
 
 def _open_dataset(config: Config, alive: Callable[[], object]) -> Dataset | None:

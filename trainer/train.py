@@ -64,7 +64,7 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
     )
     files = (stop_url(config.run_dir), profile_url(config.run_dir)) if env.is_main else ()
     with watchdog, Preemption(*files) as preemption:
-        initialise(env, config.distributed.timeout_s)
+        env = initialise(env, config.distributed.timeout_s)
         start.mark("process group")
         try:
             while (code := _train_phase(config, env, start, preemption, watchdog)) is None:

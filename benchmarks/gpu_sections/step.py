@@ -49,7 +49,7 @@ def whole_step(setup: Setup, overrides: Sequence[str]) -> None:
     env = DistributedEnv.detect()
     if setup.small:
         env = dataclasses.replace(env, device=setup.device)
-    initialise(env, timeout_s=600.0)
+    env = initialise(env, timeout_s=600.0)
     run = build_run(config, env)
     batches = run.open_loader()
     batch = next(batches).to(env.device)

@@ -39,7 +39,7 @@ from trainer.model import build_autoencoder
 from trainer.models.unet import ATTENTIONS, UNet
 from trainer.reliability.doubt import FAULTS_VARIABLE
 from trainer.reliability.heartbeat import BOARD_VARIABLE
-from trainer.reliability.job import JOB_VARIABLE, RESTARTS_VARIABLE
+from trainer.reliability.job import JOB_VARIABLE, RESTARTS_VARIABLE, STARTS_VARIABLE
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.weights import write_weights
 
@@ -209,6 +209,7 @@ def test_a_launcher_s_variables_are_all_in_the_document() -> None:
         BOARD_VARIABLE,
         LAUNCHER_VARIABLE,
         RESTARTS_VARIABLE,
+        STARTS_VARIABLE,
         JOB_VARIABLE,
         FAULTS_VARIABLE,
     ):

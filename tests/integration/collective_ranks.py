@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from datetime import timedelta
@@ -13,9 +14,11 @@ from torch import nn
 
 from data_pipeline.errors import FatalFault, NoShards
 from trainer.config.io import load_config
+from trainer.config.run import Config
+from trainer.config.training import DistributedConfig
 from trainer.distributed import collectives
 from trainer.distributed.build import build_engine
-from trainer.distributed.env import DistributedEnv
+from trainer.distributed.env import DistributedEnv, meet
 from trainer.exit_codes import StopRequest
 from trainer.telling import layer_norms
 
@@ -64,6 +67,25 @@ def long_work(env: DistributedEnv, fails: bool) -> list[object]:
         ("indexing", words)
     }
     return [found, len(heard) >= 5, ascending, collectives.all_gather_object(env.rank)]
+
+
+def cut_unevenly(env: DistributedEnv) -> list[object]:
+    """FSDP on a node of two ranks and one of a single rank: how this rank has cut, and a step's norm."""
+    second = env.rank == 2
+    place = {"local_rank": 0 if second else env.rank, "local_world_size": 1 if second else 2}
+    env = meet(dataclasses.replace(env, **place))
+    config = Config(
+        global_batch_size=3,
+        micro_batch_size=1,
+        distributed=DistributedConfig(engine="fsdp", precision="fp32"),
+    )
+    torch.manual_seed(0)
+    engine = build_engine(nn.Linear(5, 7), config, env)
+    engine.backward(engine(torch.ones(1, 5)).square().mean())
+    norm = engine.step(1e-2)
+    assert norm is not None
+    held = sum(fragment.master.numel() for fragment in engine.fragments())
+    return [env.num_nodes, round(float(norm), 5), int(collectives.reduce_sum(torch.tensor(held)))]
 
 
 def agree(env: DistributedEnv) -> list[list[object]]:

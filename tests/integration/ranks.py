@@ -189,8 +189,7 @@ def _be_rank(function: str, kwargs: dict[str, Any], folder: Path, rank: int) -> 
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        env = DistributedEnv.detect()
-        initialise(env, timeout_s=120.0)
+        env = initialise(DistributedEnv.detect(), timeout_s=120.0)
         returned = getattr(module, name)(env, **kwargs)
         (folder / f"{rank}.json").write_text(json.dumps(returned))
         if rank == 0:

@@ -54,6 +54,12 @@ def test_norms_by_layer_are_those_of_whole_tensors_whoever_owns_them(engine: str
         assert alone[f"layers/{layer}/gradient"] > 0
 
 
+def test_fsdp_cuts_alike_on_nodes_that_are_not_equally_full() -> None:
+    """Two ranks and one: each would cut for its own node, and wait for ranks that do not."""
+    told = run_ranks(f"{RANKS}:cut_unevenly", 3)
+    assert told == [[2, told[0][1], 5 * 7 + 7]] * 3
+
+
 def test_one_rank_agrees_with_itself() -> None:
     agreed = collectives.agree(StopRequest.STOPPED, data_lost=True, save_failed=False, losses=[0.5])
     assert agreed == collectives.Agreed(StopRequest.STOPPED, True, False, (0.5,))

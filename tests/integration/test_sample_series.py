@@ -42,7 +42,7 @@ def given(words: list[str], ranks: int) -> list[subprocess.Popen[bytes]]:
 def srun(words: list[str], ranks: int) -> list[subprocess.Popen[bytes]]:
     """As srun starts them."""
     shared = {
-        "SLURM_NTASKS": str(ranks),
+        "SLURM_STEP_NUM_TASKS": str(ranks),
         "SLURM_STEP_ID": "0",
         "SLURM_NNODES": "1",
         "SLURM_JOB_ID": str(os.getpid()),

@@ -234,6 +234,32 @@ def test_too_little_memory_or_disk_fails(
     assert "6 checkpoints" in disk.detail
 
 
+def test_checkpoints_that_are_stored_need_no_room(
+    tmp_path: Path, env: DistributedEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on, whose disk has room for the two that it has yet to write."""
+    run = config(tmp_path)
+    size = plan(run, 1, 1).checkpoint_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2.5 * size))
+    (disk,) = check_disk(run, env)
+    assert not disk.passed
+    for step in (1, 2):
+        folder = tmp_path / "run" / "checkpoints" / f"step_{step:09d}"
+        folder.mkdir(parents=True)
+        if step == 1:
+            (folder / "manifest.json").touch()
+    (disk,) = check_disk(run, env)
+    assert disk.passed
+    assert "3 checkpoints (1 there)" in disk.detail
+    for step in range(3, 9):
+        folder = tmp_path / "run" / "checkpoints" / f"step_{step:09d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0.5 * size))
+    (disk,) = check_disk(run, env)
+    assert not disk.passed  # the next is written before an old one goes
+
+
 def test_the_table_shows_remedies_only_for_failures() -> None:
     table = format_table([Check("one", True, "fine", "never shown"), Check("two", False, "bad", "mend it")])
     assert "never shown" not in table

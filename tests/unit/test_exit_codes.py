@@ -128,7 +128,7 @@ def test_a_command_that_is_started_again_does_not_blame_its_urls_for_an_outage(
     keys = {"AWS_ACCESS_KEY_ID": "a" * 20, "AWS_SECRET_ACCESS_KEY": "b" * 40}
     for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_REGION": "us-east-1", **keys}.items():
         monkeypatch.setenv(name, value)
-    for name in ("SLURM_RESTART_COUNT", "LDM_RESTARTS", "TORCHELASTIC_RESTART_COUNT"):
+    for name in ("SLURM_RESTART_COUNT", "LDM_RESTARTS", "LDM_STARTS", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     if variable is not None:
         monkeypatch.setenv(variable, "1")

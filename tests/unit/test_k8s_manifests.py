@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shlex
 import shutil
@@ -104,6 +105,12 @@ def plain_files() -> list[Path]:
     """Manifests that stand as they are, without kustomize."""
     skip = ("kustomization.yaml", "run.yaml", "node-pools.yaml")
     return [path for path in sorted(K8S.rglob("*.yaml")) if path.name not in skip]
+
+
+def driver_of(job: dict[str, Any]) -> str:
+    """The driver's command line, without what the entry point makes of its exit code."""
+    command: str = job["spec"]["entrypoint"].partition(" || ")[0]
+    return command
 
 
 def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +245,7 @@ def test_the_heads_hook_finds_the_driver_and_not_the_shells_around_it() -> None:
     (ray,) = (document for document in rendered("base") if document["kind"] == "RayJob")
     head = dict(groups(ray))["head"]["template"]["spec"]
     (pattern,) = re.findall(r"driver='([^']+)'", hook_of(head))
-    command = ray["spec"]["entrypoint"]
+    command = driver_of(ray)
     for driver in (command, f"/usr/local/bin/{command}", command.replace("python", "python3.11")):
         assert re.search(pattern, driver), driver
     for other in (
@@ -364,7 +371,7 @@ def test_the_entry_point_is_a_command_that_exists(name: str) -> None:
 
     found = rendered(name)
     (job,) = (document for document in found if document["kind"] == "RayJob")
-    words = shlex.split(job["spec"]["entrypoint"])
+    words = shlex.split(driver_of(job))
     assert words[:3] == ["python", "-m", "trainer.launch.ray"]
     args = _parser().parse_intermixed_args(words[3:])
     path = str(K8S / "base" / "run.yaml") if args.config.startswith("/etc/ldm/") else args.config
@@ -375,6 +382,18 @@ def test_the_entry_point_is_a_command_that_exists(name: str) -> None:
     places = [group.get("maxReplicas", 0) for _, group in groups(job)]
     gpus = 8 if name.endswith("a100") else 1
     assert sum(places) * gpus >= most
+
+
+@pytest.mark.parametrize("name", ["base", "overlays/a100", "overlays/kind-cpu"])
+@pytest.mark.parametrize(("code", "told"), [(0, 0), (2, 2), (75, 75), (76, 76), (77, 0), (78, 78)])
+def test_a_run_that_was_stopped_is_not_started_again(name: str, code: int, told: int, tmp_path: Path) -> None:
+    """KubeRay starts a new cluster for any command that fails; Ray has a shell run it."""
+    driver = tmp_path / "python"
+    driver.write_text(f"#!/bin/sh\nexit {code}\n", encoding="utf-8")
+    driver.chmod(0o700)
+    (job,) = (document for document in rendered(name) if document["kind"] == "RayJob")
+    found = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(job["spec"]["entrypoint"], shell=True, env=found).returncode == told
 
 
 def test_ray_version_is_the_pinned_one() -> None:

@@ -210,9 +210,9 @@ class Config:
         return self.sharing(ranks).micro_batches
 
     def shard_size(self, world_size: int, ranks_per_node: int) -> int:
-        """Ranks over which fsdp cuts the state: as configured, or those of a node.
+        """Ranks over which fsdp cuts the state: as configured, or those of the fullest node.
 
-        Nodes that are not equally full have no groups of their own; then all ranks are one.
+        Where such groups do not come out even over nodes that are not equally full, all ranks are one.
         """
         asked = self.distributed.shard_ranks
         if asked and world_size % asked:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from trainer.distributed.place import (
     interface_to,
     named_devices,
     raise_descriptor_limit,
+    tasks_of_step,
 )
 
 Launcher = Literal["torchrun", "slurm", "single"]
@@ -37,6 +39,8 @@ class DistributedEnv(Place):
     """Where the facts come from."""
     device: torch.device
     """cuda:N or cpu."""
+    node_sizes: tuple[int, ...] = ()
+    """Ranks of each node, as all ranks have told each other in `initialise`; empty before."""
 
     @classmethod
     def detect(cls, environ: Mapping[str, str] | None = None) -> DistributedEnv:
@@ -48,7 +52,7 @@ class DistributedEnv(Place):
         environ = os.environ if environ is None else environ
         if "RANK" in environ and "WORLD_SIZE" in environ:
             return _from_torchrun(environ)
-        if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        if tasks_of_step(environ) > 1:
             return _from_slurm(environ)
         return cls(0, 0, 1, 1, "127.0.0.1", 29500, "single", choose_device())
 
@@ -59,8 +63,13 @@ class DistributedEnv(Place):
 
     @property
     def num_nodes(self) -> int:
-        """Nodes of the job, taken as equally filled."""
-        return max(1, self.world_size // self.local_world_size)
+        """Nodes of the job. Before `initialise` only whether there are several is certain."""
+        return len(self.node_sizes) or math.ceil(self.world_size / self.local_world_size)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Those of the fullest node: what all ranks may decide by, where nodes are not equally full."""
+        return max(self.node_sizes, default=self.local_world_size)
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> DistributedEnv:
@@ -81,11 +90,10 @@ def _from_torchrun(environ: Mapping[str, str]) -> DistributedEnv:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> DistributedEnv:
-    world_size = _integer(environ, "SLURM_NTASKS", "srun")
+    world_size = tasks_of_step(environ)
     local_rank = _integer(environ, "SLURM_LOCALID", "srun")
-    num_nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
     nodelist = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    local_world_size = -(-world_size // num_nodes)
+    local_world_size = _tasks_of_node(environ, world_size)
     return DistributedEnv(
         rank=_integer(environ, "SLURM_PROCID", "srun"),
         local_rank=local_rank,
@@ -97,6 +105,17 @@ def _from_slurm(environ: Mapping[str, str]) -> DistributedEnv:
         launcher="slurm",
         device=choose_device(local_rank, local_world_size, bound=True),  # srun may bind by cgroups
     )
+
+
+def _tasks_of_node(environ: Mapping[str, str], tasks: int) -> int:
+    """Tasks of this step on this node; where SLURM does not say, as if all nodes had equally many."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)  # 8(x51),2
+    node = environ.get("SLURM_NODEID", "")
+    if node.isdigit() and int(node) < len(counts):
+        return counts[int(node)]
+    return math.ceil(tasks / int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1"))))
 
 
 def first_host(nodelist: str) -> str:
@@ -152,8 +171,10 @@ def refuse_unusable_gpus(environ: Mapping[str, str], driver: Path = NVIDIA_DRIVE
 _environment_before: dict[str, str | None] = {}
 
 
-def initialise(env: DistributedEnv, timeout_s: float) -> None:
+def initialise(env: DistributedEnv, timeout_s: float) -> DistributedEnv:
     """Join the process group (also with one rank: DeepSpeed wants one) and set up the device.
+
+    Returns `env` with what only the peers know.
 
     GPU tensors go through NCCL and CPU tensors through gloo, so flags can be agreed on without
     waiting for the GPU.
@@ -184,13 +205,23 @@ def initialise(env: DistributedEnv, timeout_s: float) -> None:
         world_size=env.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+    return meet(env)
 
+
+def meet(env: DistributedEnv) -> DistributedEnv:
+    """`env` with what only the peers know. Collective.
+
+    Raises:
+        ConfigError: two ranks have one GPU, or some ranks have none.
+    """
     on_gpu = env.device.type == "cuda"
     uuid = str(torch.cuda.get_device_properties(env.device).uuid) if on_gpu else ""
-    devices = collectives.all_gather_object((socket.gethostname(), uuid))
+    told = collectives.all_gather_object((socket.gethostname(), uuid, env.local_rank, env.local_world_size))
+    devices = [(host, gpu) for host, gpu, _, _ in told]
     refuse_mixed_devices(devices)
     if on_gpu:
         refuse_shared_devices(devices)
+    return replace(env, node_sizes=tuple(size for _, _, local_rank, size in told if local_rank == 0))
 
 
 def deepspeed_variables(env: DistributedEnv) -> dict[str, str]:

@@ -54,7 +54,7 @@ class FSDPEngine:
         self._accumulation = config.accumulation(env.world_size)
         self._max_grad_norm = config.optimizer.max_grad_norm
         self._micro_step = 0
-        cut = config.shard_size(env.world_size, env.local_world_size)
+        cut = config.shard_size(env.world_size, env.ranks_per_node)
         self._replicas = env.world_size // cut
         timeout = timedelta(seconds=config.distributed.timeout_s)
         self._mesh = _mesh(dist.group.WORLD, env.device.type, self._replicas, cut, timeout)

@@ -53,6 +53,18 @@ class Place:
         }
 
 
+def tasks_of_step(environ: Mapping[str, str]) -> int:
+    """Tasks that srun has started, of which this process is one; 0 where it is none.
+
+    A batch script is none, though it finds the job's SLURM_NTASKS and the number 0 of a task. A shell of `salloc`
+    or `srun --pty` is a step of a single task, whatever SLURM_NTASKS may say of the job.
+    """
+    if not {"SLURM_PROCID", "SLURM_STEP_ID"} <= environ.keys():
+        return 0
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(tasks) if tasks.isdigit() else 0
+
+
 def named_devices(environ: Mapping[str, str]) -> list[str] | None:
     """GPUs that CUDA_VISIBLE_DEVICES lets a process see, as it names them; None where it is not set."""
     mask = environ.get("CUDA_VISIBLE_DEVICES")

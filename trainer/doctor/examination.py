@@ -37,7 +37,7 @@ def run_doctor(config: Config, env: DistributedEnv) -> list[Check]:
 
 def diagnose(config: Config, env: DistributedEnv) -> ExitCode:
     """Run the checks as a whole process, and show the table: what `ldm doctor` starts on each rank."""
-    initialise(env, config.distributed.timeout_s)
+    env = initialise(env, config.distributed.timeout_s)
     try:
         checks = run_doctor(config, env)
     finally:

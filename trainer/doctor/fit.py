@@ -81,7 +81,7 @@ def try_micro_batch(config: Config, memory_bytes: int, report: Path) -> ExitCode
     told = {"limit": _limit(env, memory_bytes), "device": _name(env), "full": False, "peak": 0}
     try:
         configure_process(config.distributed)
-        initialise(env, config.distributed.timeout_s)
+        env = initialise(env, config.distributed.timeout_s)
         _train(config, env)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not is_of_memory(str(error)):

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data_pipeline.errors import Failure
 from data_pipeline.storage.urls import is_local, local_path
+from trainer.checkpoint.catalogue import checkpoints_url, is_committed, steps_found
 from trainer.config.io import config_to_dict
 from trainer.config.run import Config
 from trainer.distributed import collectives
@@ -121,7 +123,7 @@ def check_all_reduce(config: Config, env: DistributedEnv) -> list[Check]:
 
 def check_memory(config: Config, env: DistributedEnv) -> list[Check]:
     """Device and host memory on every rank. Collective."""
-    needed = plan(config, env.world_size, env.local_world_size)
+    needed = plan(config, env.world_size, env.ranks_per_node)
     parameters = f"{needed.trained_parameters / 1e6:.1f} M trained"
 
     def examine() -> str:
@@ -147,16 +149,20 @@ def check_memory(config: Config, env: DistributedEnv) -> list[Check]:
 
 
 def check_disk(config: Config, env: DistributedEnv) -> list[Check]:
-    """Room for the checkpoints that retention keeps, plus the one being written. Collective."""
-    size = plan(config, env.world_size, env.local_world_size).checkpoint_bytes
+    """Room for the checkpoints that retention keeps, plus the one being written, beyond those that are stored.
+    Collective."""
+    size = plan(config, env.world_size, env.ranks_per_node).checkpoint_bytes
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     if config.checkpoint.keep_every:
         kept += config.steps // config.checkpoint.keep_every
-    wanted = size * kept
-    detail = f"{kept} checkpoints of {size / 2**30:.2f} GiB"
+    local = is_local(config.run_dir)
+    stored = collectives.from_main_rank(lambda: _stored_checkpoints(config.run_dir)) if local else 0
+    wanted = size * max(1, kept - stored)
+    there = f" ({stored} there)" if stored else ""
+    detail = f"{kept} checkpoints{there} of {size / 2**30:.2f} GiB"
 
     def examine() -> str:
-        if not is_local(config.run_dir):
+        if not local:
             return f"{detail} in object storage"
         free = shutil.disk_usage(_existing_parent(Path(local_path(config.run_dir)))).free
         if free < wanted:
@@ -165,6 +171,15 @@ def check_disk(config: Config, env: DistributedEnv) -> list[Check]:
 
     remedy = "free space, choose another run_dir, or lower checkpoint.keep_last, keep_every or keep_best."
     return [on_every_rank("disk", remedy, examine)]
+
+
+def _stored_checkpoints(run_dir: str) -> int:
+    """How many are committed; 0 where the folder does not say, which is for another check to tell."""
+    folder = checkpoints_url(run_dir)
+    try:
+        return sum(is_committed(folder, step) for step in steps_found(folder))
+    except Failure:
+        return 0
 
 
 def _device_name(env: DistributedEnv) -> str:

@@ -65,7 +65,7 @@ def as_rank(work: Callable[[DistributedEnv], None]) -> ExitCode:
     if env.world_size == 1:
         work(env)
         return ExitCode.DONE
-    initialise(env, _RANKS_WAIT_S)
+    env = initialise(env, _RANKS_WAIT_S)
     try:
         work(env)
     finally:

@@ -197,8 +197,7 @@ def _try(config: Config, ranks: int, memory_bytes: int, folder: Path) -> Tried:
 
 def _require_alone(environment: Mapping[str, str]) -> None:
     """Raise ConfigError where this process is one of several ranks."""
-    given = environment.get("WORLD_SIZE", environment.get("SLURM_NTASKS", "1"))
-    if ranks_are_given(environment) and given != "1":
+    if ranks_are_given(environment) and environment.get("WORLD_SIZE") != "1":
         raise ConfigError(
             "--fit starts the ranks of one machine itself, and torchrun or srun has started some already; "
             "run it as one process that sees all GPUs of a node: srun --nodes=1 --ntasks=1 --gpus-per-node=8."

@@ -29,11 +29,12 @@ from types import FrameType
 
 from data_pipeline.storage.urls import is_local, local_path
 from trainer.config.run import Config
-from trainer.distributed.place import NVIDIA_DRIVER, Place, free_port, named_devices
+from trainer.distributed.place import NVIDIA_DRIVER, Place, free_port, named_devices, tasks_of_step
 from trainer.exit_codes import ExitCode, combine, normalize, should_restart
 from trainer.launch.rank import Task, rank_command, run_rank, write_config
 from trainer.launch.rank_process import RankProcess, collect_stacks, describe
 from trainer.reliability.heartbeat import Board
+from trainer.reliability.job import JOB_FOLDER_VARIABLE
 
 # Why not torch.distributed.elastic: its agent restarts after any failure, a mistake in the
 # configuration included, knows no heartbeat (a SIGSTOPped rank lives on until the collective's
@@ -255,12 +256,10 @@ class _StopSignals:
 def ranks_are_given(environment: Mapping[str, str]) -> bool:
     """Whether torchrun, srun or Ray already decided who and where the ranks are.
 
-    A shell inside a SLURM allocation (salloc, or a batch script before srun) is not a rank: only
-    srun sets SLURM_STEP_ID.
+    A single task of srun may be a shell, or have a node's GPUs: it is a rank in our own jobs alone.
     """
-    return {"RANK", "WORLD_SIZE"} <= environment.keys() or (
-        {"SLURM_PROCID", "SLURM_STEP_ID", "SLURM_NTASKS"} <= environment.keys()
-    )
+    fewest = 1 if JOB_FOLDER_VARIABLE in environment else 2
+    return {"RANK", "WORLD_SIZE"} <= environment.keys() or tasks_of_step(environment) >= fewest
 
 
 def visible_devices(environment: Mapping[str, str]) -> int:

@@ -51,7 +51,7 @@ from trainer.launch.slurm_verdict import (
     parse_srun,
 )
 from trainer.metrics.jsonl import read_records
-from trainer.provenance import git_commit
+from trainer.provenance import COMMIT_FILE, git_commit
 from trainer.reliability.doubt import named_nodes
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "arguments": list(arguments),
         "working_directory": str(Path.cwd()),
-        "commit": git_commit(repository, mark_changes=True),
+        "commit": git_commit(job_dir / "code"),
         "run_dir": config.run_dir,
         "committed": (newest_checkpoint(config.run_dir) or (0, ""))[0],
         "config": config_to_dict(config),
@@ -113,7 +113,8 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
 
 
 def snapshot(repository: Path, target: Path) -> None:
-    """Copy what a run needs of `repository` to `target`, replacing an unfinished copy."""
+    """Copy what a run needs of `repository` to `target`, with its commit, replacing an unfinished copy."""
+    commit = git_commit(repository, mark_changes=True)  # before the copy, itself a change where it is not ignored
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name in _SNAPSHOT:
@@ -123,6 +124,7 @@ def snapshot(repository: Path, target: Path) -> None:
         elif source.exists():
             partial.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, partial / name)
+    (partial / COMMIT_FILE).write_text(f"{commit or ''}\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 

@@ -10,8 +10,13 @@ from data_pipeline.processes import process_status
 
 JOB_VARIABLE = "LDM_JOB"
 """Environment variable that names a job across its restarts; set by launchers, or by a person's scheduler."""
+JOB_FOLDER_VARIABLE = "LDM_JOB_DIR"
+"""Environment variable that names the folder of a job of slurm/train_ldm.sh."""
 RESTARTS_VARIABLE = "LDM_RESTARTS"
 """Environment variable that tells a rank how often its launcher has restarted the run."""
+STARTS_VARIABLE = "LDM_STARTS"
+"""Environment variable that says how often the ranks of a job have been started before: an attempt may have ended
+before any was, when a node was unfit. Where it is set, no other counter is asked."""
 RESTART_COUNTERS = (RESTARTS_VARIABLE, "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """Environment variables that say how often the same command has been started again."""
 
@@ -34,6 +39,9 @@ def job_identity(environ: Mapping[str, str] = os.environ, *, launcher: int | Non
 
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the same command has run before, so that its URLs are known to be right."""
+    starts = environ.get(STARTS_VARIABLE, "")
+    if starts:
+        return starts != "0"
     return any(environ.get(name, "0") not in ("", "0") for name in RESTART_COUNTERS)
 
 

@@ -90,7 +90,7 @@ def test_what_fails_for_another_reason_is_no_matter_of_memory(
 
 
 def test_ranks_that_a_launcher_gave_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0"), ("SLURM_NTASKS", "8")):
+    for name, value in (("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0"), ("SLURM_STEP_NUM_TASKS", "8")):
         monkeypatch.setitem(os.environ, name, value)
     with pytest.raises(ConfigError, match=r"srun --nodes=1 --ntasks=1"):
         find_largest(small(), 0.0)

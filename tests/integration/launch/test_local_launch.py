@@ -17,6 +17,7 @@ import pytest
 from data_pipeline.errors import FatalFault
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig
+from trainer.distributed.env import DistributedEnv
 from trainer.distributed.place import free_port
 from trainer.exit_codes import ExitCode
 from trainer.launch import local, rank
@@ -360,9 +361,33 @@ def test_imports_that_fail_end_the_rank_before_a_doctor_begins(monkeypatch: pyte
 
 def test_given_ranks_are_recognised() -> None:
     assert ranks_are_given({"RANK": "0", "WORLD_SIZE": "8"})
-    assert ranks_are_given({"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"})
-    assert not ranks_are_given({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"})
     assert not ranks_are_given({})
+
+
+def in_slurm(tasks_of_step: int | None, **more: str) -> dict[str, str]:
+    """Variables of a job of two nodes with eight tasks each, in a step of so many tasks or in none."""
+    job = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", **more}
+    if tasks_of_step is None:
+        return job
+    return {**job, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(tasks_of_step)}
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "ranks"),
+    [
+        (in_slurm(16), True, 16),
+        (in_slurm(None), False, 1),  # a batch script before srun
+        (in_slurm(1), False, 1),  # a shell: srun --pty, or salloc with use_interactive_step
+        (in_slurm(1, SLURM_NTASKS="1"), False, 1),
+        (in_slurm(1, LDM_JOB_DIR="/job"), True, 1),  # slurm/train_ldm.sh on one GPU
+        (in_slurm(None, LDM_JOB_DIR="/job"), False, 1),
+    ],
+)
+def test_srun_gives_ranks_where_it_has_started_several(
+    environment: dict[str, str], given: bool, ranks: int
+) -> None:
+    assert ranks_are_given(environment) == given
+    assert DistributedEnv.detect(environment).world_size == ranks
 
 
 def test_masked_devices_are_counted() -> None:

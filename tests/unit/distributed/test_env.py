@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.config.run import ConfigError
+from trainer.config.run import Config, ConfigError
+from trainer.config.training import DistributedConfig
 from trainer.distributed import env as env_module
 from trainer.distributed.env import (
     DistributedEnv,
     choose_device,
     deepspeed_variables,
     first_host,
+    meet,
     refuse_mixed_devices,
     refuse_shared_devices,
     refuse_unusable_gpus,
@@ -43,7 +45,7 @@ def test_torchrun() -> None:
 
 
 def test_torchrun_wins_over_the_slurm_job_around_it() -> None:
-    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_NTASKS": "4"}
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
     env = DistributedEnv.detect({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **slurm})
     assert (env.rank, env.world_size, env.launcher) == (0, 2, "torchrun")
 
@@ -53,7 +55,9 @@ def test_slurm() -> None:
         {
             "SLURM_PROCID": "9",
             "SLURM_LOCALID": "1",
-            "SLURM_NTASKS": "16",
+            "SLURM_NTASKS": "32",  # the job's: the step may be smaller
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": "16",
             "SLURM_NNODES": "2",
             "SLURM_JOB_NODELIST": "gpu[011-012]",
             "SLURM_JOB_ID": "4711",
@@ -63,8 +67,41 @@ def test_slurm() -> None:
     assert (env.master_addr, env.master_port, env.launcher) == ("gpu011", 24711, "slurm")
 
 
+@pytest.mark.parametrize(("node", "ranks"), [("0", 8), ("50", 8), ("51", 2)])
+def test_slurm_tells_how_many_tasks_each_node_has(node: str, ranks: int) -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "410", "SLURM_STEP_TASKS_PER_NODE": "8(x51),2"}
+    env = DistributedEnv.detect({**step, "SLURM_PROCID": "409", "SLURM_LOCALID": "1", "SLURM_NODEID": node})
+    assert env.local_world_size == ranks
+
+
+@pytest.mark.parametrize("sizes", [(8,) * 51 + (2,), (8, 4, 4), (4, 8), (1, 1)])
+def test_ranks_of_nodes_that_are_not_equally_full_decide_alike(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = sum(sizes)
+    places = [
+        {"RANK": "0", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(size), "WORLD_SIZE": str(ranks)}
+        for size in sizes
+        for local in range(size)
+    ]
+    before = [DistributedEnv.detect(place) for place in places]
+    assert all(env.num_nodes > 1 for env in before)  # else gloo would meet on the loopback
+    told = [("host", "", env.local_rank, env.local_world_size) for env in before]
+    monkeypatch.setattr(env_module.collectives, "all_gather_object", lambda value: told)
+    met = [meet(env) for env in before]
+    assert {env.num_nodes for env in met} == {len(sizes)}
+    config = Config(distributed=DistributedConfig(engine="fsdp"))
+    cuts = {config.shard_size(ranks, env.ranks_per_node) for env in met}
+    assert cuts == {max(sizes) if ranks % max(sizes) == 0 else ranks}
+
+
 def test_one_slurm_task_is_one_process() -> None:
-    assert DistributedEnv.detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}).launcher == "single"
+    assert (
+        DistributedEnv.detect(
+            {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+        ).launcher
+        == "single"
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +143,13 @@ def test_devices(gpus: Callable[[int], None]) -> None:
 
 
 TORCHRUN = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-SRUN = {"SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
+SRUN = {
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "2",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+}
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, SRUN])

@@ -19,7 +19,7 @@ from trainer.config.run import Config
 from trainer.exit_codes import ExitCode
 from trainer.launch import rank
 from trainer.reliability.healing import read_journal, write_journal
-from trainer.reliability.job import RESTARTS_VARIABLE, is_restart
+from trainer.reliability.job import RESTARTS_VARIABLE, STARTS_VARIABLE, is_restart
 
 
 def free_port() -> int:
@@ -48,6 +48,9 @@ def test_restarts_are_known_from_any_launcher() -> None:
     assert not is_restart({RESTARTS_VARIABLE: "0", "SLURM_RESTART_COUNT": ""})
     assert is_restart({RESTARTS_VARIABLE: "2"})
     assert is_restart({RESTARTS_VARIABLE: "0", "SLURM_RESTART_COUNT": "1"})
+    # Requeued for an unfit node before any rank was started: the doctor is still to look.
+    assert not is_restart({STARTS_VARIABLE: "0", RESTARTS_VARIABLE: "1", "SLURM_RESTART_COUNT": "1"})
+    assert is_restart({STARTS_VARIABLE: "1", RESTARTS_VARIABLE: "0"})
 
 
 def test_waits_until_storage_is_back(
