@@ -77,6 +77,12 @@ fi
 # which is why the working directory stays and must not be searched for modules.
 export PYTHONSAFEPATH=1
 cd "$SLURM_SUBMIT_DIR"
+# Of a cluster that shares this file system, or from before its numbers began again; that job may still run.
+if ((allocation == 0)) && [[ -e $job_dir/submission.json ]]; then
+  say "$job_dir belongs to another job of this number: remove it, or submit with LDM_JOBS_DIR=FOLDER of this cluster"
+  say "not started, and not requeued (exit 2)"
+  exit 2
+fi
 if [[ ! -e $job_dir/submission.json ]]; then
   if (($# == 0)); then
     say "no configuration given: sbatch slurm/train_ldm.sh CONFIG [a.b=c ...]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ VERBS = {
     "evaluate": "measure what a model can do, against data",
 }
 
+# A file where a folder should be or the other way round: of a command's own words, so a person's mistake.
+_MISPLACED = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG})
+
 
 class _CommandParser(argparse.ArgumentParser):
     """Shows texts as they are written, its sub-commands' too: an example broken over lines would not run."""
@@ -60,10 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, Failure):
             print(f"ldm: {error}", file=sys.stderr)
         elif isinstance(error, OSError):
-            if code is not ExitCode.USER_ERROR:
+            misplaced = error.errno in _MISPLACED
+            if misplaced:
+                code = ExitCode.USER_ERROR
+            elif code is not ExitCode.USER_ERROR:
                 raise
-            place = error.filename or "while writing"
-            print(f"ldm: {error.strerror}: {place}; free space or choose another.", file=sys.stderr)
+            remedy = "choose another" if misplaced else "free space or choose another"
+            print(f"ldm: {error.strerror}: {error.filename or 'while writing'}; {remedy}.", file=sys.stderr)
         return code
 
 

@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 COMMIT_FILE = "COMMIT"
-"""In a copy of the code, which may lie in another checkout or a later one: the commit that was copied, if any."""
+"""In a copy of the code, which may lie in another checkout or a later one: the commit, if any, of what was
+copied."""
 _TIMEOUT_S = 30.0
 
 

@@ -33,7 +33,7 @@ def commands(text: str) -> list[str]:
     text = re.sub(
         r"(configs/\S+\.yaml)((?:\n {10}[^\n]+)+)", lambda m: m[1] + m[2].replace("\n", " "), text
     )  # of YAML's >-
-    return [found.split("`")[0] for found in START.findall(text)]
+    return [re.split(r"`| \|\| ", found)[0] for found in START.findall(text)]
 
 
 def written() -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import errno
 import pickle
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +115,22 @@ def test_a_failure_keeps_its_consequence_in_another_process(failure: Failure) ->
     again = CONSEQUENCES[name](message)
     assert consequence_of(again) is consequence_of(failure)
     assert str(pickle.loads(pickle.dumps(failure))) == message == str(again)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "logs_is_a_file", "n" * 300])
+def test_a_run_folder_that_cannot_be_one_is_a_sentence(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "logs_is_a_file").mkdir()
+    (tmp_path / "logs_is_a_file" / "logs").touch()
+    config = tmp_path / "config.yaml"
+    config.write_text("first_stage: {name: identity}\n", encoding="utf-8")
+    assert main(["train", str(config), f"run_dir={tmp_path / place}", "data.shards=a.tar"]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / place) in said
+    assert "choose another" in said
+    assert said.count("\n") == 1
 
 
 def test_unknown_status_is_a_retryable_fault() -> None:

@@ -56,8 +56,8 @@ class Place:
 def tasks_of_step(environ: Mapping[str, str]) -> int:
     """Tasks that srun has started, of which this process is one; 0 where it is none.
 
-    A batch script is none, though it finds the job's SLURM_NTASKS and the number 0 of a task. A shell of `salloc`
-    or `srun --pty` is a step of a single task, whatever SLURM_NTASKS may say of the job.
+    A batch script is none, though it finds the job's SLURM_NTASKS and the number 0 of a task. A shell of
+    `salloc` or `srun --pty` is a step of a single task, whatever SLURM_NTASKS may say of the job.
     """
     if not {"SLURM_PROCID", "SLURM_STEP_ID"} <= environ.keys():
         return 0

@@ -149,7 +149,7 @@ def check_memory(config: Config, env: DistributedEnv) -> list[Check]:
 
 
 def check_disk(config: Config, env: DistributedEnv) -> list[Check]:
-    """Room for the checkpoints that retention keeps, plus the one being written, beyond those that are stored.
+    """Room for the checkpoints that retention keeps and are not stored yet, plus the one being written.
     Collective."""
     size = plan(config, env.world_size, env.ranks_per_node).checkpoint_bytes
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1

@@ -14,6 +14,7 @@ that brought nothing end the job, however long they took; any number that each g
 from __future__ import annotations
 
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -161,8 +162,16 @@ def exit_code(status: int, ends: Sequence[TaskEnd], lost: Sequence[str]) -> Exit
         return ExitCode.RETRYABLE
     if not own:
         return normalize(status)
-    # A rank that dies of such a signal was still importing, and had nothing to save yet.
-    return combine(ExitCode.PREEMPTED if code in _PREEMPTING else code for code in own)
+    return combine(_as_process_status(code) for code in own)
+
+
+def _as_process_status(code: int) -> int:
+    """With a signal as `combine` knows it: negative."""
+    if (
+        code in _PREEMPTING
+    ):  # a rank that dies of such a signal was still importing, and had nothing to save yet
+        return ExitCode.PREEMPTED
+    return 128 - code if 128 < code <= 128 + signal.SIGRTMAX else code
 
 
 def fruitless(attempts: Sequence[dict[str, Any]], baseline: int = 0) -> int:

@@ -15,8 +15,8 @@ JOB_FOLDER_VARIABLE = "LDM_JOB_DIR"
 RESTARTS_VARIABLE = "LDM_RESTARTS"
 """Environment variable that tells a rank how often its launcher has restarted the run."""
 STARTS_VARIABLE = "LDM_STARTS"
-"""Environment variable that says how often the ranks of a job have been started before: an attempt may have ended
-before any was, when a node was unfit. Where it is set, no other counter is asked."""
+"""Environment variable that says how often the ranks of a job have been started before: for an unfit node an
+attempt may end before any is. Where it is set, no other counter is asked."""
 RESTART_COUNTERS = (RESTARTS_VARIABLE, "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """Environment variables that say how often the same command has been started again."""
 

@@ -87,6 +87,15 @@ def test_host_lists(text: str, nodes: list[str]) -> None:
         (1, UNREACHABLE, ExitCode.RETRYABLE),
         (1, "srun: error: Unable to create step for job 5: Memory required by task is not available",
          ExitCode.RETRYABLE),
+        # What its peers end with follows from the death of a rank; Ctrl-C is nobody's death.
+        (137, "srun: error: n1: task 0: Killed\nsrun: error: n2: task 1: Exited with exit code 78",
+         ExitCode.RETRYABLE),
+        (135, "srun: error: n2: task 1: Exited with exit code 2\n"
+         "srun: error: n1: task 0: Exited with exit code 135", ExitCode.RETRYABLE),
+        (130, "srun: error: n1: task 0: Interrupt\nsrun: error: n2: task 1: Exited with exit code 78",
+         ExitCode.ABORTED),
+        (255, "srun: error: n1: task 0: Exited with exit code 255\n"
+         "srun: error: n2: task 1: Exited with exit code 78", ExitCode.FATAL),
         (77, "srun: error: n[1-2]: tasks 0-1: Exited with exit code 77", ExitCode.STOPPED),
     ],
 )  # fmt: skip
