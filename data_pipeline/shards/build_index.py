@@ -38,8 +38,9 @@ from data_pipeline.shards.manifest import (
     ManifestRow,
     append_rows,
     bad_row,
+    has_many,
     merge_parts,
-    read_manifest,
+    read_parts,
     store_index,
     without_file,
 )
@@ -128,7 +129,7 @@ def build_index(
         announce: called once, before most of many shards are read, with what they will take.
         restore: read shards, too, whose index file is gone (a damaged one is deleted to be made anew).
     """
-    known = read_manifest(folder)
+    known, parts = read_parts(folder)
     gone = without_file(folder, known) if restore else set()
     stale = [s for s in shards if not is_current(s, known.get(s.url)) or known[s.url].is_bad or s.url in gone]
     failed: dict[str, str] = {}
@@ -146,8 +147,11 @@ def build_index(
         if unsaved and time.monotonic() - saved > _SAVE_EVERY_S:
             append_rows(folder, unsaved.values())
             unsaved, saved = {}, time.monotonic()
-    if stale:
-        merge_parts(folder, unsaved)
+    if unsaved:
+        append_rows(folder, unsaved.values())
+    if stale or has_many(parts):
+        whole, parts = read_parts(folder)  # others have written meanwhile
+        merge_parts(folder, whole | unsaved, parts)
     rows = {s.url: known[s.url] for s in shards if not known[s.url].is_bad}
     return IndexReport(rows, len(stale), failed)
 

@@ -199,7 +199,9 @@ def list_tree(folder: str, *, tries: int = QUICK_TRIES) -> list[str]:
     return sorted(guarded(lambda: _tree(fs, folder, path), folder, tries=tries))
 
 
-def remove_names(folder: str, names: Sequence[str], *, tries: int = PATIENT_TRIES) -> None:
+def remove_names(
+    folder: str, names: Sequence[str], *, keep_folder: bool = False, tries: int = PATIENT_TRIES
+) -> None:
     """Remove these files of a folder, and the folder when nothing else is in it; quiet about absent ones."""
     fs, path = filesystem(folder)
 
@@ -210,7 +212,7 @@ def remove_names(folder: str, names: Sequence[str], *, tries: int = PATIENT_TRIE
         for name in names:
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(path, name))
-        for inner, _, _ in list(os.walk(path, topdown=False)):
+        for inner, _, _ in [] if keep_folder else list(os.walk(path, topdown=False)):
             if not os.listdir(inner):
                 os.rmdir(inner)
 
