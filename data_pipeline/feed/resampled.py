@@ -40,7 +40,7 @@ from data_pipeline.shards.filter_columns import unknown_column
 from data_pipeline.shards.filter_values import as_column, to_numbers
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.identities import hash_text
-from data_pipeline.shards.index import ORIGINAL
+from data_pipeline.shards.index import ORIGINAL, PICTURE
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import read_removals
 from data_pipeline.shards.selection import identities_in, picture_members, removed_by
@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 _TAKE_S = 1.0
 _FRUITLESS_ROUNDS = 3
 """Times that as many shards as there are may be opened in a row without a single sample in them."""
-_PICTURE = ("picture_height", "picture_width")
 
 
 class _ShardProgress:
@@ -204,10 +203,10 @@ class ResampledLoader(Iterator[Batch]):
         """
         if not self._filter.clauses:
             return None
-        picture: dict[str, int | None] = dict.fromkeys(_PICTURE)
+        picture: dict[str, int | None] = dict.fromkeys(PICTURE)
         if self._filter.columns & picture.keys():
             head = next((members[e] for e in picture_members(self._config) if e in members), b"")
-            picture = dict(zip(_PICTURE, picture_size(head) or (None, None), strict=True))
+            picture = dict(zip(PICTURE, picture_size(head) or (None, None), strict=True))
         self._findings.columns({*record, *picture})
         return self._filter.given(picture)
 

@@ -47,6 +47,8 @@ DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
 ORIGINAL = ("original_height", "original_width")
 """Fields that tell the size of a picture before it was stored."""
+PICTURE = ("picture_height", "picture_width")
+"""Columns of the picture's size, read from its header; fields of these names do not count."""
 DAMAGE = (
     *(ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, SyntaxError, RuntimeError),
     *(ArithmeticError, MemoryError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile),
@@ -168,8 +170,8 @@ class ShardIndex:
                 sizes = self.pictures[extension].astype(np.float64)
                 sizes[sizes == 0] = np.nan
                 heights[chosen], widths[chosen] = sizes[:, chosen]
-        self.numbers |= {"picture_height": heights, "picture_width": widths}
-        for name in ("picture_height", "picture_width"):  # fields of the json do not count under these names
+        self.numbers |= dict(zip(PICTURE, (heights, widths), strict=True))
+        for name in PICTURE:
             self.codes.pop(name, None)
         self.omitted = tuple(n for n in self.omitted if n not in self.numbers)
         without = DEFECTS.index("no_image")
@@ -213,10 +215,8 @@ class ShardIndex:
     def picture_sizes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Heights and widths [n] of the pictures as read from their headers; NaN where unknown."""
         unknown = np.full(len(self), np.nan)
-        return (
-            self.numbers.get("picture_height", unknown).astype(np.float64),
-            self.numbers.get("picture_width", unknown).astype(np.float64),
-        )
+        heights, widths = (self.numbers.get(name, unknown).astype(np.float64) for name in PICTURE)
+        return heights, widths
 
     def original_sizes(self) -> NDArray[np.int32]:
         """[2, n] heights and widths before pictures were stored, as img2dataset notes them; 0 is unknown."""
