@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import tarfile
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +29,10 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.errors import DataError, Unreachable, UserError
 from data_pipeline.loader import Part, build_loader, merge_positions, open_dataset
-from data_pipeline.moments.entry import Moments, MomentsCache
+from data_pipeline.moments import writer as moments_writer
+from data_pipeline.moments.entry import Label, Moments, MomentsCache
 from data_pipeline.moments.parts import commit_part
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.pictures.crops import RESAMPLING, crop_pixels, plan_crop
@@ -636,3 +638,28 @@ def test_a_part_that_cannot_be_written_is_not_half_there(tmp_path: Path) -> None
     (tmp_path / "parts").write_text("no folder")
     with pytest.raises(UserError, match="cannot be written"):
         commit_part(str(tmp_path), [])
+
+
+@pytest.mark.parametrize("patient", [True, False], ids=["encoder", "training"])
+def test_what_is_not_stored_at_the_end_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patient: bool
+) -> None:
+    """An encoder waits until storage has been tried; training, which does not, counts what is under way."""
+    begun, answered = threading.Event(), threading.Event()
+
+    def slow(folder: str, entries: object) -> None:
+        begun.set()
+        answered.wait(0.5 if patient else 30.0)
+        raise Unreachable("storage is away.")
+
+    monkeypatch.setattr(moments_writer, "commit_part", slow)
+    monkeypatch.setattr(moments_writer, "_END_S", 0.1)
+    writer = MomentsWriter(cache_at(tmp_path), part_bytes=1, patient=patient)
+    for sample in range(3):
+        label = Label(f"{sample:032x}", "s", str(sample), 0, ())
+        writer.put([label], lambda: np.zeros((1, 8, 4, 4), np.int16), 256)
+        begun.wait(10.0)  # the first is under way, the others wait
+    writer.close()
+    assert (writer.counts["failed"], writer.counts["written"]) == (3, 0)
+    assert caplog.text.count("3 samples are not stored at its end") == (not patient)
+    answered.set()
