@@ -43,7 +43,7 @@ from data_pipeline.shards.identities import hash_text
 from data_pipeline.shards.index import ORIGINAL, PICTURE
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import read_removals
-from data_pipeline.shards.selection import identities_in, picture_members, removed_by
+from data_pipeline.shards.selection import identities_in, make_selection, picture_members, removed_by
 from data_pipeline.shards.sources import configs_of, shares_of, sources_of
 from data_pipeline.shards.split import REASONS, is_held_out
 from data_pipeline.storage.files import open_stream
@@ -126,6 +126,7 @@ class ResampledLoader(Iterator[Batch]):
         self._filter = Filter(config.filter)
         self._findings = StreamFindings(config, self._urls, self._filter.columns)
         self._removals = read_removals(config.removal_lists)
+        self._selection = make_selection(config, self._removals)
         self.tally = self._findings.tally
         """Samples served and rejected, of this rank, since the loader was opened."""
         self.counts: Counter[str] = Counter()
@@ -154,6 +155,7 @@ class ResampledLoader(Iterator[Batch]):
             reading = _ShardProgress()
             samples = samples_of(
                 self._opened(shards, reading),
+                self._selection,
                 broken=partial(self._skip, reading),
                 reject=self._findings.rejected,
             )

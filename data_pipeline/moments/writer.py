@@ -48,8 +48,10 @@ class MomentsWriter:
         part_age_s: float = _PART_AGE_S,
         patient: bool = False,
     ) -> None:
-        """`allowance`: bytes that this writer may add, None for no bound; `patient`: `put` waits for room, `close`
-        for the last part."""
+        """`allowance`: bytes that this writer may add, None for no bound.
+
+        patient: `put` waits for room, and `close` for the last part
+        """
         self.counts: Counter[str] = Counter()
         """written, bytes, parts, dropped, failed"""
         self._cache, self._allowance = cache, allowance
