@@ -280,13 +280,18 @@ class TurnWalker(ReadAhead[TurnWalk]):
         finally:
             self._hold(walk, room, visits or [])
 
-    def _check_of(self, shard: int, pieces: Pieces) -> JsonCheck | None:
-        """What makes sure that no window lacks what the parquet has; None where the index has seen to it."""
-        if isinstance(pieces, IndexedPieces):
-            return None
+    def _check_of(self, shard: int, pieces: Pieces) -> JsonCheck:
+        """What makes sure that no window lacks what the parquet has, as an index does that has seen it."""
+        reader, noted = self._reads.reader, pieces.beside if isinstance(pieces, IndexedPieces) else ""
         columns = self._views.selections[self._dataset.source_of[shard]].columns
         return JsonCheck(
-            self._dataset.urls[shard], columns, self._removing, self._reads.reader.read_if_there, self._tell
+            self._dataset.urls[shard],
+            columns,
+            self._removing,
+            reader.read_if_there,
+            self._tell,
+            noted,
+            reader.edition_if_there,
         )
 
     def _tell(self, what: str) -> None:

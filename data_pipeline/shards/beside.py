@@ -22,11 +22,36 @@ from data_pipeline.shards.filter_values import OTHER, plain
 from data_pipeline.shards.identities import is_identity
 from data_pipeline.shards.index import PICTURE, ShardIndex
 from data_pipeline.shards.records import parse_record, text_of
+from data_pipeline.storage.editions import Edition, is_other
+from data_pipeline.storage.listing import ListedFile
 
 
 def parquet_of(shard: str) -> str:
     """URL of the parquet beside a tar."""
     return shard.removesuffix(".tar") + ".parquet"
+
+
+NO_PARQUET = "none"
+
+
+def edition_text(found: Edition | ListedFile | None) -> str:
+    """What an index notes of the parquet that is beside its tar."""
+    return NO_PARQUET if found is None else f"{found.size} {found.version}"
+
+
+def has_changed(noted: str, now: str) -> bool:
+    """Whether the parquet is another one than was noted; both as `edition_text`, "" where nobody knows.
+
+    What was removed since is none: the index has what it told.
+    """
+    if "" in (noted, now) or now in (noted, NO_PARQUET):
+        return False
+    return noted == NO_PARQUET or is_other(_edition(noted), _edition(now))
+
+
+def _edition(text: str) -> Edition:
+    size, _, version = text.partition(" ")
+    return Edition(int(size), version)
 
 
 def stats_of(shard: str) -> str:
@@ -68,6 +93,11 @@ KEY = "key"
 """Column of the samples' keys; `Key` and webdataset's `__key__` are it too where there is none."""
 
 
+def is_key(name: str) -> bool:
+    """Whether a column may have the keys."""
+    return name.lower() in (KEY, f"__{KEY}__")
+
+
 def read_table(raw: bytes, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Columns of a parquet by name, that of the keys as KEY; `columns` beside it, None: all.
 
@@ -102,7 +132,7 @@ def _opened(raw: bytes) -> tuple[Any, list[str], str]:
 
     file = pq.ParquetFile(io.BytesIO(raw))
     names = file.schema_arrow.names
-    keys = [KEY] if KEY in names else [n for n in names if n.lower() in (KEY, f"__{KEY}__")]
+    keys = [KEY] if KEY in names else [name for name in names if is_key(name)]
     if not keys:
         raise DataError(f"has no column {KEY} that names the samples (there are {', '.join(names[:20])})")
     if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -155,9 +185,9 @@ def texts_beside(index: ShardIndex, names: Sequence[str], raw: bytes | None) -> 
 class JsonCheck:
     """Whether the json members of a shard have what is needed of it, window by window.
 
-    While shards are read for the first time, only what is in the tar counts: an opt-out that stands beside it
-    must not be passed over. The parquet is read once, for the names of its columns, and again where a window
-    has no value of one that is needed.
+    Without an index, or with one that is older than the parquet, only what is in the tar counts: an opt-out
+    that stands beside it must not be passed over. The parquet is read once, for the names of its columns, and
+    again where a window has no value of one that is needed.
     """
 
     def __init__(
@@ -167,6 +197,8 @@ class JsonCheck:
         removing: bool,
         read: Callable[[str], bytes | None],
         tell: Callable[[str], object],
+        noted: str = "",
+        look: Callable[[str], Edition | None] = lambda url: None,
     ) -> None:
         """What is asked of a shard.
 
@@ -176,9 +208,12 @@ class JsonCheck:
             removing: whether identifying columns are wanted, too.
             read: gives the file at a URL, None where there is none.
             tell: takes the sentence about a parquet that is of no use.
+            noted: the parquet that an index knows, which is read where it is another one by now.
+            look: says which edition the file at a URL is of, None where there is none.
         """
         self._shard, self._wanted, self._removing = shard, frozenset(wanted), removing
         self._read, self._tell = read, tell
+        self._noted, self._look = noted, look
         self._names: frozenset[str] | None = None
         """Columns of the parquet; none where there is no such file, None before anybody has looked."""
 
@@ -186,7 +221,7 @@ class JsonCheck:
         """Raise DataError where the parquet has a value that no json member of these samples has, of a column
         that is needed.
 
-        index: of a window, from the tar alone.
+        index: of a window, with what is in the tar alone.
         """
         known = _with_values(index)
         missing = self._wanted - known
@@ -194,7 +229,7 @@ class JsonCheck:
         if not missing and not self._removing:
             return
         if self._names is None:
-            raw = self._read_it()
+            raw = self._read_it() if self._is_news() else None
             self._names = frozenset(self._of_use(raw, lambda raw: _opened(raw)[1]) or ())
         others = self._names - known - {KEY}
         only = [n for n in sorted(others) if n in missing or (self._removing and is_identity(n))]
@@ -205,6 +240,16 @@ class JsonCheck:
                     f"{', '.join(only)} of {self._shard} stand in the parquet beside it alone, which is read "
                     "with an index: run `ldm data index` once, then train with data.order=indexed."
                 )
+
+    def _is_news(self) -> bool:
+        """Whether there may be a parquet that no index has seen."""
+        if not self._noted:
+            return True
+        try:
+            found = self._look(parquet_of(self._shard))
+        except AccessDenied:
+            return False
+        return has_changed(self._noted, edition_text(found))
 
     def _read_it(self) -> bytes | None:
         try:

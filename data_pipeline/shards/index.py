@@ -105,6 +105,8 @@ class ShardIndex:
     as_streamed: bool | None = None
     """Whether its samples, one after the other, are what is found by who reads the tar in windows without an
     index (`pieces.py`), and no parquet tells more of them; None: the index is of an earlier version."""
+    beside: str = ""
+    """The parquet that was beside the tar (`beside.edition_text`); "": the index is of an earlier version."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -248,6 +250,8 @@ class ShardIndex:
         }
         if self.as_streamed is not None:
             header["as_streamed"] = self.as_streamed
+        if self.beside:
+            header["beside"] = self.beside
         arrays: dict[str, NDArray[Any]] = {
             "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
             "keys": self.keys,
@@ -299,6 +303,7 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
                 problems=tuple(header["problems"]),
                 missing_rows=header["missing_rows"],
                 as_streamed=header.get("as_streamed"),
+                beside=header.get("beside", ""),
             )
     except DAMAGE as error:
         raise DataError(

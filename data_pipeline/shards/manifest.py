@@ -84,6 +84,8 @@ class ManifestRow:
     """Extensions that occur, the most frequent first."""
     apart: int = 0
     """Samples whose members lie apart."""
+    beside: str = ""
+    """The parquet that was beside the tar (`ShardIndex.beside`); "": nobody has noted it."""
 
     @property
     def is_bad(self) -> bool:
@@ -123,6 +125,7 @@ def _row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
         columns=index.column_kinds(),
         members=tuple(frequent[:_MAX_MEMBERS]),
         apart=index.apart,
+        beside=index.beside,
     )
 
 

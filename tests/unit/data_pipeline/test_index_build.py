@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -391,3 +393,43 @@ def test_large_pictures_are_jumped_over_and_small_ones_read_through(
     assert counts["bytes"] <= most_of_all * len(body)
     # One request for each picture that is jumped over, and its text; else one for each 4 MB.
     assert counts["requests"] <= (21 if picture_bytes > 1_000_000 else 1)
+
+
+def write_parquet(folder: Path, **columns: list[Any]) -> None:
+    table = {"key": [f"00000{i:04d}" for i in range(3)], **columns}
+    pq.write_table(pa.table(table), folder / "00000.parquet")
+
+
+def test_a_parquet_that_comes_or_changes_later_is_read(tmp_path: Path, write_shards) -> None:
+    write_shards(tmp_path, [3, 2])
+
+    def built() -> tuple[int, dict[str, str]]:
+        report = build_index(list_files(str(tmp_path)), str(tmp_path / "_index"), restore=True)
+        return report.read, report.rows[f"{tmp_path}/00000.tar"].columns
+
+    assert built()[0] == 2
+    write_parquet(tmp_path, aesthetic=[5.0, 6.0, 7.0])
+    assert (built()[0], built()[0], built()[1]["aesthetic"]) == (1, 0, "number")
+    write_parquet(tmp_path, aesthetic=["good", "bad", "good"])
+    assert (built()[0], built()[0], built()[1]["aesthetic"]) == (1, 0, "text")
+    (tmp_path / "00000.parquet").unlink()  # what the index knows by it stays
+    assert (built()[0], built()[1]["aesthetic"]) == (0, "text")
+
+
+def test_rows_of_earlier_versions_are_read_anew_where_they_lack_a_column(
+    tmp_path: Path, write_shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which no note tells of; the others get one, for what changes later."""
+    index = str(tmp_path / "_index")
+    write_shards(tmp_path, [3])
+    write_parquet(tmp_path, aesthetic=[5.0, 6.0, 7.0])
+    shards = list_files(str(tmp_path))
+    (row,) = build_index(shards, index).rows.values()
+    assert row.beside
+    append_rows(index, [replace(row, beside="")])
+    assert (build_index(shards, index).read, read_manifest(index)) == (0, {row.shard: row})
+    append_rows(index, [replace(row, beside="", columns={"url": "mixed"})])
+    assert (build_index(shards, index).read, read_manifest(index)) == (1, {row.shard: row})
+    monkeypatch.setattr(manifest, "_FIELDS", [name for name in manifest._FIELDS if name != "beside"])
+    append_rows(index, [row])  # as an earlier version wrote it
+    assert read_manifest(index)[row.shard] == replace(row, beside="")

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -542,6 +544,23 @@ def test_what_a_first_visit_has_learned_spares_reading_at_the_next(tmp_path: Pat
     assert same(again, whole)
     assert (later["cache_missed"], full["cache_missed"]) == (0, 0)
     assert full["bytes"] < 0.3 * live["bytes"]  # indexes, which are large where pictures are tiny
+
+
+def test_an_opt_out_that_came_after_the_index_is_not_passed_over(tmp_path: Path, write_shards) -> None:
+    """Also where windows are planned from the index, so that the tar is not read."""
+    write_shards(tmp_path / "shards", [24] * 6)
+    (tmp_path / "gone.txt").write_text("0" * 64)
+    config = replace(
+        config_for(tmp_path / "shards"), order="streamed", removal_lists=(str(tmp_path / "gone.txt"),)
+    )
+    build_index(list_files(config.shards), str(tmp_path / "shards" / "_index"))
+    moments = Moments(0, cache_at(tmp_path / "cache"))
+    train(config, 6, moments)
+    for shard in range(6):
+        table = {"key": [f"{shard:05d}{i:04d}" for i in range(24)], "sha256": ["1" * 64] * 24}
+        pq.write_table(pa.table(table), tmp_path / "shards" / f"{shard:05d}.parquet")
+    with pytest.raises(DataError, match=r"sha256 of .* stand in the parquet .*run `ldm data index`"):
+        train(config, 1, moments)
 
 
 @pytest.mark.parametrize("order", ["streamed", "learned"])

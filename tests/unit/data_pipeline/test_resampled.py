@@ -100,7 +100,8 @@ def test_streams_have_the_samples_of_an_index(tmp_path: Path, write_tar, tiny_pi
 def test_streams_read_what_is_wanted_and_not_too_large(tmp_path: Path, write_tar, tiny_picture) -> None:
     """Little in a compressed tar may be much in memory."""
     write_tar(tmp_path / "a", [
-        ("k.jpg", tiny_picture(1)), ("k.npy", bytes(90_000)), ("k.json", b"{}".ljust(90_000)), ("k.txt", b"k"),
+        ("k.jpg", tiny_picture(1)), ("k.npy", bytes(90_000)), ("k.txt", b"k"),
+        ("k.json", b"{}".ljust(90_000)),
         ("l.jpg", tiny_picture(2).ljust(90_000, b"\1")), ("l.txt", b"l"),
         ("m.jpg", tiny_picture(3)), ("m.png", bytes(90_000)), ("m.txt", b"m"),
         ("n.jpg", tiny_picture(4)), ("n.txt", bytes(90_000)),

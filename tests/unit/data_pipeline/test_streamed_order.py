@@ -28,6 +28,7 @@ from data_pipeline.shards.build_index import build_index
 from data_pipeline.shards.identities import hash_identity
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import read_manifest
+from data_pipeline.storage.editions import Edition
 from data_pipeline.storage.listing import list_files
 
 BATCH = 12
@@ -421,6 +422,26 @@ def test_only_what_a_sample_has_in_the_parquet_alone_is_missed() -> None:
     assert asked == ["s3://b/00000.parquet"] * 2  # not for a window whose json tells
     with pytest.raises(DataError, match=r"md5 of s3://b/00000.tar stand in the parquet beside it alone"):
         check(window_of(["3"], url=["d"]))
+
+
+def test_a_parquet_that_the_index_has_seen_is_not_read_again() -> None:
+    """A look at its edition is enough, and of none there is nothing to read."""
+    now: list[Edition | None] = [Edition(9, "abc")]
+
+    def check(noted: str) -> None:
+        read = JsonCheck("s3://b/00000.tar", (), True, refuse, refuse, noted, lambda url: now[0])
+        read(window_of(["0"], url=["a"]))
+
+    def refuse(what: str) -> bytes:
+        raise AssertionError(what)
+
+    check("9 abc")
+    for noted in ("9 abd", "8 abc", "none"):
+        with pytest.raises(AssertionError, match=r"00000\.parquet"):
+            check(noted)
+    now[0] = None
+    check("none")
+    check("9 abc")  # what the index has read of it stays
 
 
 @pytest.mark.parametrize(
