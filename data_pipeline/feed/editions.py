@@ -81,6 +81,9 @@ class ShardEditions:
         if listed.size != self._dataset.sizes[shard]:
             return None
         index = dataclasses.replace(read_index(listed), version=self._dataset.versions[shard])
-        written = (index, dataclasses.replace(index, as_streamed=None))  # by this version, or an earlier one
+        # Whatever lies beside it by now; and by this version, or an earlier one.
+        noted = dict.fromkeys((self._dataset.beside[shard], ""))
+        told = [(streamed, beside) for streamed in (index.as_streamed, None) for beside in noted]
+        written = (dataclasses.replace(index, as_streamed=s, beside=b) for s, b in told)
         digests = (hashlib.sha256(each.encode()).hexdigest() for each in written)
         return Edition(listed.size, listed.version) if self._dataset.checksums[shard] in digests else None

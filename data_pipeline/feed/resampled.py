@@ -40,10 +40,10 @@ from data_pipeline.shards.filter_columns import unknown_column
 from data_pipeline.shards.filter_values import as_column, to_numbers
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.identities import hash_text
-from data_pipeline.shards.index import ORIGINAL
+from data_pipeline.shards.index import ORIGINAL, PICTURE
 from data_pipeline.shards.records import parse_record
 from data_pipeline.shards.removals import read_removals
-from data_pipeline.shards.selection import identities_in, picture_members, removed_by
+from data_pipeline.shards.selection import identities_in, make_selection, picture_members, removed_by
 from data_pipeline.shards.sources import configs_of, shares_of, sources_of
 from data_pipeline.shards.split import REASONS, is_held_out
 from data_pipeline.storage.files import open_stream
@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 _TAKE_S = 1.0
 _FRUITLESS_ROUNDS = 3
 """Times that as many shards as there are may be opened in a row without a single sample in them."""
-_PICTURE = ("picture_height", "picture_width")
 
 
 class _ShardProgress:
@@ -127,6 +126,7 @@ class ResampledLoader(Iterator[Batch]):
         self._filter = Filter(config.filter)
         self._findings = StreamFindings(config, self._urls, self._filter.columns)
         self._removals = read_removals(config.removal_lists)
+        self._selection = make_selection(config, self._removals)
         self.tally = self._findings.tally
         """Samples served and rejected, of this rank, since the loader was opened."""
         self.counts: Counter[str] = Counter()
@@ -155,6 +155,7 @@ class ResampledLoader(Iterator[Batch]):
             reading = _ShardProgress()
             samples = samples_of(
                 self._opened(shards, reading),
+                self._selection,
                 broken=partial(self._skip, reading),
                 reject=self._findings.rejected,
             )
@@ -204,10 +205,10 @@ class ResampledLoader(Iterator[Batch]):
         """
         if not self._filter.clauses:
             return None
-        picture: dict[str, int | None] = dict.fromkeys(_PICTURE)
+        picture: dict[str, int | None] = dict.fromkeys(PICTURE)
         if self._filter.columns & picture.keys():
             head = next((members[e] for e in picture_members(self._config) if e in members), b"")
-            picture = dict(zip(_PICTURE, picture_size(head) or (None, None), strict=True))
+            picture = dict(zip(PICTURE, picture_size(head) or (None, None), strict=True))
         self._findings.columns({*record, *picture})
         return self._filter.given(picture)
 

@@ -45,7 +45,7 @@ from data_pipeline.feed.reads import Contents, Extent, MemberReads
 from data_pipeline.feed.task import ShareTask
 from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
-from data_pipeline.shards.beside import check_json_suffices
+from data_pipeline.shards.beside import JsonCheck
 from data_pipeline.shards.pieces import HEADERS, IndexedPieces, TarPiece
 from data_pipeline.shards.view import ShardViews
 from data_pipeline.storage.editions import Edition
@@ -82,6 +82,7 @@ class TurnWalk:
         if self.mark is not None and self.mark.first < 0:
             self.next_turn()
         self.pieces: Pieces | None = None
+        self.check: JsonCheck | None = None
         self.indexed: Future[bool] | None = None
         """Whether the index of the shard is there, if this is a question."""
         self.planned = 0
@@ -108,7 +109,7 @@ class TurnWalk:
     def next_turn(self) -> None:
         """Begin the next plan with another shard."""
         self.turn, self.mark, self.skip_to = self.turn + 1, None, 0
-        self.pieces, self.indexed = None, None
+        self.pieces, self.check, self.indexed = None, None, None
 
     def ready(self) -> int:
         """Visits ahead; enough while a plan is on its way, for the next one begins where it ends."""
@@ -197,12 +198,12 @@ class TurnWalker(ReadAhead[TurnWalk]):
         self._dataset = task.dataset
         self._skip_ordinals = task.skip_ordinals
         self._views, self._reads, self._shards = views, reads, shards
-        self._read_beside = reads.reader.read_if_there
         self.sample_bytes = task.dataset.mean_bytes
         self._removing = any(each.removals for each in views.selections)
         self._least = max(MIN_PLAN, task.per_lane)
         self.few = 2 * task.per_lane
         self._left_out: dict[int, str] = {}
+        self._told: set[str] = set()
         self._noting = threading.Lock()
         self._set_out(task, partial(TurnWalk, walker=self))
 
@@ -261,23 +262,46 @@ class TurnWalker(ReadAhead[TurnWalk]):
     def _window(self, walk: TurnWalk, turn: int, shard: int, size: int, room: int) -> list[Visit] | None:
         """Visits of the next window, which has a `room`; None at the end of the shard."""
         visits: list[Visit] | None = None
-        chunk, begins = self._chunk(size), walk.pieces is None
+        chunk = self._chunk(size)
         try:
             if walk.pieces is None:
                 first_bytes = min(chunk, max(HEADERS, room - HEADERS))
                 walk.pieces, walk.indexed = self._shards.open(shard, walk.mark, first_bytes)
+                walk.check = self._check_of(shard, walk.pieces)
             piece = walk.pieces.next(size, chunk, max(0, room - HEADERS))
             if piece is None:
                 return None
-            if begins and not isinstance(walk.pieces, IndexedPieces):
-                columns = self._views.selections[self._dataset.source_of[shard]].columns
-                check_json_suffices(piece.index, columns, self._removing, self._read_beside)
+            if walk.check is not None:
+                walk.check(piece.index)
             visits = self._visits(walk, turn, shard, piece)
             _take_over(piece, visits, sys.maxsize if room else _SMALL)
             walk.pieces.release(everything=not room)
             return visits
         finally:
             self._hold(walk, room, visits or [])
+
+    def _check_of(self, shard: int, pieces: Pieces) -> JsonCheck:
+        """What makes sure that no window lacks what the parquet has, as an index does that has seen it."""
+        reader, noted = self._reads.reader, pieces.beside if isinstance(pieces, IndexedPieces) else ""
+        columns = self._views.selections[self._dataset.source_of[shard]].columns
+        return JsonCheck(
+            self._dataset.urls[shard],
+            columns,
+            self._removing,
+            reader.read_if_there,
+            self._tell,
+            noted,
+            reader.edition_if_there,
+        )
+
+    def _tell(self, what: str) -> None:
+        """Say it once, until it is clear that there are many."""
+        with self._noting:
+            if what in self._told or len(self._told) >= _MAX_TOLD:
+                return
+            self._told.add(what)
+            told = len(self._told)
+        logger.warning("%s%s", what, " (further ones are not told)" if told == _MAX_TOLD else "")
 
     def _room(self, walk: TurnWalk, samples: int) -> int:
         """Bytes that the next window may hold, which are held from now on; 0: it has to do with headers."""

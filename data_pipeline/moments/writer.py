@@ -48,7 +48,10 @@ class MomentsWriter:
         part_age_s: float = _PART_AGE_S,
         patient: bool = False,
     ) -> None:
-        """`allowance`: bytes that this writer may add, None for no bound; `patient`: `put` waits for room."""
+        """`allowance`: bytes that this writer may add, None for no bound.
+
+        patient: `put` waits for room, and `close` for the last part
+        """
         self.counts: Counter[str] = Counter()
         """written, bytes, parts, dropped, failed"""
         self._cache, self._allowance = cache, allowance
@@ -60,6 +63,7 @@ class MomentsWriter:
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._pending: list[tuple[Label, bytes]] = []
         self._pending_bytes, self._oldest_s = 0, 0.0
+        self._taken, self._done = 0, 0  # entries that were put, and those of which it is known what became
         self._told: set[str] = set()
         self._full = allowance is not None and allowance <= 0
         if self._full:
@@ -91,6 +95,7 @@ class MomentsWriter:
                 )
                 return
             self._queued_bytes += num_bytes
+        self._taken += len(rows)
         for _, label in rows:
             self._recent[label.key] = None
         while len(self._recent) > _REMEMBERED:
@@ -98,9 +103,17 @@ class MomentsWriter:
         self._queue.put((rows, fetch, num_bytes))
 
     def close(self) -> None:
-        """Commit what was put, in bounded time; safe to call twice."""
+        """Commit what was put; safe to call twice.
+
+        In bounded time: within a minute, or, if patient, as long as storage is tried. What is not stored by
+        then has failed.
+        """
         self._queue.put(None)
-        self._thread.join(_END_S)
+        self._thread.join(None if self._patient else _END_S)
+        if left := self._taken - self._done:
+            self._done += left
+            self.counts["failed"] += left
+            self._tell("unfinished", f"{left} samples are not stored at its end; a later visit stores them")
 
     def _has_room(self, num_bytes: int) -> bool:
         return self._queued_bytes == 0 or self._queued_bytes + num_bytes <= _QUEUED_BYTES
@@ -126,6 +139,7 @@ class MomentsWriter:
             values = fetch()
         except RuntimeError as error:  # of the device, which the step meets as well
             logger.debug("%s", error)
+            self._done += len(rows)
             return
         if not self._pending:
             self._oldest_s = time.monotonic()
@@ -137,20 +151,24 @@ class MomentsWriter:
     def _commit(self) -> None:
         entries, size = self._pending, self._pending_bytes
         self._pending, self._pending_bytes = [], 0
-        if not entries or self._full:
+        if not entries:
             return
-        if self._allowance is not None and size > self._allowance - self.counts["bytes"]:
-            self._full = True
+        if not self._full and self._allowance is not None:
+            self._full = size > self._allowance - self.counts["bytes"]
+        if self._full:
+            self._done += len(entries)
             self._tell_full()
             return
         try:
             table = commit_part(self._cache.folder, entries)
         except Failure as error:
+            self._done += len(entries)
             self.counts["failed"] += len(entries)
             self._tell("failed", f"{error} Training goes on; the samples are stored at a later visit")
             for label, _ in entries:
                 self._recent.pop(label.key, None)
             return
+        self._done += len(entries)
         self.counts.update(written=len(entries), bytes=table.size, parts=1)
 
     def _tell_full(self) -> None:

@@ -12,18 +12,46 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from data_pipeline.errors import DataError
+import numpy as np
+
+from data_pipeline.errors import AccessDenied, DataError, in_a_line
 from data_pipeline.shards.filter_values import OTHER, plain
 from data_pipeline.shards.identities import is_identity
-from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.index import PICTURE, ShardIndex
 from data_pipeline.shards.records import parse_record, text_of
+from data_pipeline.storage.editions import Edition, is_other
+from data_pipeline.storage.listing import ListedFile
 
 
 def parquet_of(shard: str) -> str:
     """URL of the parquet beside a tar."""
     return shard.removesuffix(".tar") + ".parquet"
+
+
+NO_PARQUET = "none"
+
+
+def edition_text(found: Edition | ListedFile | None) -> str:
+    """What an index notes of the parquet that is beside its tar."""
+    return NO_PARQUET if found is None else f"{found.size} {found.version}"
+
+
+def has_changed(noted: str, now: str) -> bool:
+    """Whether the parquet is another one than was noted; both as `edition_text`, "" where nobody knows.
+
+    What was removed since is none: the index has what it told.
+    """
+    if "" in (noted, now) or now in (noted, NO_PARQUET):
+        return False
+    return noted == NO_PARQUET or is_other(_edition(noted), _edition(now))
+
+
+def _edition(text: str) -> Edition:
+    size, _, version = text.partition(" ")
+    return Edition(int(size), version)
 
 
 def stats_of(shard: str) -> str:
@@ -65,6 +93,11 @@ KEY = "key"
 """Column of the samples' keys; `Key` and webdataset's `__key__` are it too where there is none."""
 
 
+def is_key(name: str) -> bool:
+    """Whether a column may have the keys."""
+    return name.lower() in (KEY, f"__{KEY}__")
+
+
 def read_table(raw: bytes, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Columns of a parquet by name, that of the keys as KEY; `columns` beside it, None: all.
 
@@ -99,7 +132,7 @@ def _opened(raw: bytes) -> tuple[Any, list[str], str]:
 
     file = pq.ParquetFile(io.BytesIO(raw))
     names = file.schema_arrow.names
-    keys = [KEY] if KEY in names else [n for n in names if n.lower() in (KEY, f"__{KEY}__")]
+    keys = [KEY] if KEY in names else [name for name in names if is_key(name)]
     if not keys:
         raise DataError(f"has no column {KEY} that names the samples (there are {', '.join(names[:20])})")
     if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -149,33 +182,114 @@ def texts_beside(index: ShardIndex, names: Sequence[str], raw: bytes | None) -> 
     return found
 
 
-def check_json_suffices(
-    index: ShardIndex, wanted: Iterable[str], removing: bool, read: Callable[[str], bytes | None]
-) -> None:
-    """Raise DataError where the parquet has what json members of these samples lack, and it is needed.
+class JsonCheck:
+    """Whether the json members of a shard have what is needed of it, window by window.
 
-    While shards are read for the first time, only what is in the tar counts: an opt-out that stands beside it
-    must not be passed over.
-
-    Args:
-        index: of some samples of a shard, from the tar alone.
-        wanted: columns of filters and captions.
-        removing: whether identifying columns are wanted, too.
-        read: gives the file at a URL, None where there is none.
+    Without an index, or with one that is older than the parquet, only what is in the tar counts: an opt-out
+    that stands beside it must not be passed over. The parquet is read once, for the names of its columns, and
+    again where a window has no value of one that is needed.
     """
-    known = {*index.numbers, *index.codes, *index.hashes, *index.omitted, *index.extensions}
-    missing = set(wanted) - known
-    if not missing and not removing:
-        return
-    raw = read(parquet_of(index.shard))
-    if raw is None:
-        return
-    names = set(_opened(raw)[1]) - known - {KEY}
-    if only := sorted(name for name in names if name in missing or (removing and is_identity(name))):
-        raise DataError(
-            f"{', '.join(only)} of {index.shard} stand in the parquet beside it alone, which is read with an "
-            "index: run `ldm data index` once, then train with data.order=indexed."
-        )
+
+    def __init__(
+        self,
+        shard: str,
+        wanted: Iterable[str],
+        removing: bool,
+        read: Callable[[str], bytes | None],
+        tell: Callable[[str], object],
+        noted: str = "",
+        look: Callable[[str], Edition | None] = lambda url: None,
+    ) -> None:
+        """What is asked of a shard.
+
+        Args:
+            shard: URL of the tar.
+            wanted: columns of filters and captions.
+            removing: whether identifying columns are wanted, too.
+            read: gives the file at a URL, None where there is none.
+            tell: takes the sentence about a parquet that is of no use.
+            noted: the parquet that an index knows, which is read where it is another one by now.
+            look: says which edition the file at a URL is of, None where there is none.
+        """
+        self._shard, self._wanted, self._removing = shard, frozenset(wanted), removing
+        self._read, self._tell = read, tell
+        self._noted, self._look = noted, look
+        self._names: frozenset[str] | None = None
+        """Columns of the parquet; none where there is no such file, None before anybody has looked."""
+
+    def __call__(self, index: ShardIndex) -> None:
+        """Raise DataError where the parquet has a value that no json member of these samples has, of a column
+        that is needed.
+
+        index: of a window, with what is in the tar alone.
+        """
+        known = _with_values(index)
+        missing = self._wanted - known
+        raw: bytes | None = None
+        if not missing and not self._removing:
+            return
+        if self._names is None:
+            raw = self._read_it() if self._is_news() else None
+            self._names = frozenset(self._of_use(raw, lambda raw: _opened(raw)[1]) or ())
+        others = self._names - known - {KEY}
+        only = [n for n in sorted(others) if n in missing or (self._removing and is_identity(n))]
+        if only and (raw := raw or self._read_it()) is not None:
+            only = self._of_use(raw, partial(_having_values, names=only, index=index)) or []
+            if only:
+                raise DataError(
+                    f"{', '.join(only)} of {self._shard} stand in the parquet beside it alone, which is read "
+                    "with an index: run `ldm data index` once, then train with data.order=indexed."
+                )
+
+    def _is_news(self) -> bool:
+        """Whether there may be a parquet that no index has seen."""
+        if not self._noted:
+            return True
+        try:
+            found = self._look(parquet_of(self._shard))
+        except AccessDenied:
+            return False
+        return has_changed(self._noted, edition_text(found))
+
+    def _read_it(self) -> bytes | None:
+        try:
+            return self._read(parquet_of(self._shard))
+        except AccessDenied:  # which S3 may say of what is not there
+            return None
+
+    def _of_use(self, raw: bytes | None, use: Callable[[bytes], list[str]]) -> list[str] | None:
+        """What `use` gives; None where there is no parquet, or one of no use, which is told."""
+        if raw is None:
+            return None
+        try:
+            return use(raw)
+        except DataError as error:
+            why = str(error)
+        except Exception as error:  # noqa: BLE001 - pyarrow raises many types for damaged files
+            why = f"is not readable ({in_a_line(error)})"
+        self._names = frozenset()
+        self._tell(f"{parquet_of(self._shard)} {why}: filters and removal lists see nothing of it")
+        return None
+
+
+def _with_values(index: ShardIndex) -> set[str]:
+    """Columns and members that some of these samples have, as far as the index knows."""
+    return {
+        *(name for name, numbers in index.numbers.items() if name in PICTURE or not np.isnan(numbers).all()),
+        *(name for name, codes in index.codes.items() if (codes != -1).any()),
+        *(name for name, hashes in index.hashes.items() if hashes.any()),
+        *index.omitted,
+        *index.extensions,
+    }
+
+
+def _having_values(raw: bytes, names: Sequence[str], index: ShardIndex) -> list[str]:
+    """Which of these columns of a parquet have a value for one of these samples; raises as `read_table`."""
+    table = read_table(raw, names)
+    keys = [key.decode() for key in index.keys]
+    rows = rows_by_key(table[KEY], keys)
+    mine = [rows[key] for key in keys if key in rows]
+    return [name for name in names if any(plain(table[name][row]) is not None for row in mine)]
 
 
 def _member_keys(column: Sequence[Any], keys: Sequence[str]) -> Iterator[str]:

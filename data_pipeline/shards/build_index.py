@@ -1,6 +1,6 @@
 """Builds the index of a shard set: in parallel, resumable, only what is new or changed.
 
-    list of shards --- size and ETag as in the manifest? ---> its row is kept
+    list of shards --- size and ETag as in the manifest, the parquet's too? ---> its row is kept
           |  no
           v                          (one task per shard, in processes or threads)
     index_one     read_index         the shard (read_index.py)
@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     Executor,
@@ -29,26 +29,31 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context
 
-from data_pipeline.errors import NotATar
+from data_pipeline.errors import AccessDenied, NotATar
+from data_pipeline.shards.beside import NO_PARQUET, edition_text, has_changed, is_key, parquet_of
 from data_pipeline.shards.manifest import (
     ManifestRow,
     append_rows,
     bad_row,
+    has_many,
     merge_parts,
-    read_manifest,
+    read_parts,
     store_index,
     without_file,
 )
 from data_pipeline.shards.read_index import read_index
-from data_pipeline.storage.listing import ListedFile
+from data_pipeline.storage.files import open_stream
+from data_pipeline.storage.listing import ListedFile, list_folder
+from data_pipeline.storage.urls import is_http, name_of, parent
 
 _SAVE_EVERY_S = 30.0
 _SPEAK_EVERY_S = 1.0
 _THREADS = 4
+_READERS = 16
 _QUEUED = 4
 """Shards that are handed to each worker ahead."""
 _PROBED = 3
@@ -128,11 +133,15 @@ def build_index(
         announce: called once, before most of many shards are read, with what they will take.
         restore: read shards, too, whose index file is gone (a damaged one is deleted to be made anew).
     """
-    known = read_manifest(folder)
+    known, parts = read_parts(folder)
     gone = without_file(folder, known) if restore else set()
     stale = [s for s in shards if not is_current(s, known.get(s.url)) or known[s.url].is_bad or s.url in gone]
+    changed, unsaved = _beside(shards, known, timeout_s)
+    known |= unsaved
+    if changed:
+        changed |= {s.url for s in stale}
+        stale = [s for s in shards if s.url in changed]
     failed: dict[str, str] = {}
-    unsaved: dict[str, ManifestRow] = {}
     done, saved = len(shards) - len(stale), time.monotonic()
     progress(done, len(shards))
     for outcome in _index_all(stale, _ScanSettings(folder, timeout_s, tries), workers, announce):
@@ -146,8 +155,11 @@ def build_index(
         if unsaved and time.monotonic() - saved > _SAVE_EVERY_S:
             append_rows(folder, unsaved.values())
             unsaved, saved = {}, time.monotonic()
-    if stale:
-        merge_parts(folder, unsaved)
+    if unsaved:
+        append_rows(folder, unsaved.values())
+    if stale or unsaved or has_many(parts):
+        whole, parts = read_parts(folder)  # others have written meanwhile
+        merge_parts(folder, whole | unsaved, parts)
     rows = {s.url: known[s.url] for s in shards if not known[s.url].is_bad}
     return IndexReport(rows, len(stale), failed)
 
@@ -155,6 +167,58 @@ def build_index(
 def is_current(shard: ListedFile, row: ManifestRow | None) -> bool:
     """Whether a row is of the shard as it is listed now."""
     return row is not None and row.size == shard.size and row.version == shard.version
+
+
+def _beside(
+    shards: Sequence[ListedFile], known: Mapping[str, ManifestRow], timeout_s: float
+) -> tuple[set[str], dict[str, ManifestRow]]:
+    """Shards beside which is another parquet than their rows are of; and rows that lack a note of theirs but
+    have all of its columns, with the note.
+
+    One listing of each folder, where that is possible.
+    """
+    rows = [known[s.url] for s in shards if s.url in known and not known[s.url].is_bad]
+    folders = {folder: _parquets_in(folder, timeout_s) for folder in {parent(row.shard) for row in rows}}
+    now = {row.shard: _edition_in(folders[parent(row.shard)], row.shard) for row in rows}
+    changed = {row.shard for row in rows if has_changed(row.beside, now[row.shard])}
+    unknown = [row for row in rows if not row.beside and now[row.shard] not in ("", NO_PARQUET)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        shown = list(pool.map(_shows_parquet, unknown))
+    noted = {}
+    for row, shows in zip(unknown, shown, strict=True):
+        if shows:
+            noted[row.shard] = replace(row, beside=now[row.shard])
+        else:
+            changed.add(row.shard)
+    return changed, noted
+
+
+def _parquets_in(folder: str, timeout_s: float) -> dict[str, ListedFile] | None:
+    """The parquets of a folder by name; None where nobody can list it."""
+    if is_http(folder):
+        return None
+    try:
+        listed = list_folder(folder, timeout_s=timeout_s)
+    except AccessDenied:  # who may read may not always list
+        return None
+    return {name: file for name, file in listed.items() if name.endswith(".parquet")}
+
+
+def _edition_in(folder: Mapping[str, ListedFile] | None, shard: str) -> str:
+    """`edition_text` of the parquet beside a shard; "" where that is not known."""
+    return "" if folder is None else edition_text(folder.get(name_of(parquet_of(shard))))
+
+
+def _shows_parquet(row: ManifestRow) -> bool:
+    """Whether a row has the columns of the parquet beside its shard, so that it has been read."""
+    import pyarrow.parquet as pq  # half a second, for those who need it
+
+    try:
+        with open_stream(parquet_of(row.shard)) as file:
+            names = {str(name) for name in pq.read_schema(file).names}
+    except Exception:  # noqa: BLE001 - pyarrow raises many types; whoever indexes the shard tells which
+        return False
+    return {name for name in names if not is_key(name)} <= row.columns.keys()
 
 
 @dataclass(frozen=True)

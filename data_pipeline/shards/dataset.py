@@ -43,6 +43,8 @@ class Dataset:
     """[U] ETags or modification times."""
     checksums: tuple[str, ...]
     """[U] SHA-256 of the index files."""
+    beside: tuple[str, ...]
+    """[U] What was noted of the parquets beside the shards (`ShardIndex.beside`)."""
     shard_of: NDArray[np.int64]
     """[S] distinct shard of every entry of the epoch."""
     source_of: NDArray[np.int64]

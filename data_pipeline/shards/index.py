@@ -47,6 +47,8 @@ DEFECTS = ("", "duplicate_key", "no_image", "too_large")
 """Reasons an index row is rejected for without being read; the array holds positions in here."""
 ORIGINAL = ("original_height", "original_width")
 """Fields that tell the size of a picture before it was stored."""
+PICTURE = ("picture_height", "picture_width")
+"""Columns of the picture's size, read from its header; fields of these names do not count."""
 DAMAGE = (
     *(ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, SyntaxError, RuntimeError),
     *(ArithmeticError, MemoryError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile),
@@ -103,6 +105,8 @@ class ShardIndex:
     as_streamed: bool | None = None
     """Whether its samples, one after the other, are what is found by who reads the tar in windows without an
     index (`pieces.py`), and no parquet tells more of them; None: the index is of an earlier version."""
+    beside: str = ""
+    """The parquet that was beside the tar (`beside.edition_text`); "": the index is of an earlier version."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -168,8 +172,8 @@ class ShardIndex:
                 sizes = self.pictures[extension].astype(np.float64)
                 sizes[sizes == 0] = np.nan
                 heights[chosen], widths[chosen] = sizes[:, chosen]
-        self.numbers |= {"picture_height": heights, "picture_width": widths}
-        for name in ("picture_height", "picture_width"):  # fields of the json do not count under these names
+        self.numbers |= dict(zip(PICTURE, (heights, widths), strict=True))
+        for name in PICTURE:
             self.codes.pop(name, None)
         self.omitted = tuple(n for n in self.omitted if n not in self.numbers)
         without = DEFECTS.index("no_image")
@@ -213,10 +217,8 @@ class ShardIndex:
     def picture_sizes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Heights and widths [n] of the pictures as read from their headers; NaN where unknown."""
         unknown = np.full(len(self), np.nan)
-        return (
-            self.numbers.get("picture_height", unknown).astype(np.float64),
-            self.numbers.get("picture_width", unknown).astype(np.float64),
-        )
+        heights, widths = (self.numbers.get(name, unknown).astype(np.float64) for name in PICTURE)
+        return heights, widths
 
     def original_sizes(self) -> NDArray[np.int32]:
         """[2, n] heights and widths before pictures were stored, as img2dataset notes them; 0 is unknown."""
@@ -248,6 +250,8 @@ class ShardIndex:
         }
         if self.as_streamed is not None:
             header["as_streamed"] = self.as_streamed
+        if self.beside:
+            header["beside"] = self.beside
         arrays: dict[str, NDArray[Any]] = {
             "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
             "keys": self.keys,
@@ -299,6 +303,7 @@ def decode_index(data: bytes, where: str) -> ShardIndex:
                 problems=tuple(header["problems"]),
                 missing_rows=header["missing_rows"],
                 as_streamed=header.get("as_streamed"),
+                beside=header.get("beside", ""),
             )
     except DAMAGE as error:
         raise DataError(

@@ -4,11 +4,18 @@ How many samples (the order), their aspects (the buckets), and name and checksum
 of 200,000 shards is opened by reading one file, and the index of a shard is read when a lane comes to it.
 
     _index/manifest.jsonl.gz                     all rows of the last build that came to its end
-    _index/parts/<time>-<random>.jsonl.gz        rows since then, a part every 30 s; the newest row counts
+    _index/parts/<time>-<time>-<random>.jsonl.gz rows since then, a part every 30 s; the newest row counts
     _index/00000-<digest>.npz                    the index of one shard
 
 Whoever reads takes all of them together, so nothing is lost when a build is killed, several may write at a
-time, and what a build has to save does not grow with what is there. Its end makes one file of them again.
+time, and what a build has to save does not grow with what is there. Its end makes one file of them again:
+
+    reader, merger     lists parts     reads them          reads the manifest
+    merger                                                                     writes it     removes old parts
+
+What a reader finds gone from the parts is in the manifest by the time it reads that. A merger may write over
+what another one has just written, without the parts that it had not listed yet; these are there still, for
+only those are removed that were written long before.
 """
 
 from __future__ import annotations
@@ -17,24 +24,34 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from data_pipeline.errors import AccessDenied, DataError, NotFound
+from data_pipeline.errors import AccessDenied, DataError, Failure, NotFound
 from data_pipeline.order.buckets import aspect_histogram
 from data_pipeline.shards.index import DAMAGE, VERSION, ShardIndex, decode_index
-from data_pipeline.storage.files import list_names, read_bytes, remove_file, write_bytes
+from data_pipeline.storage.files import list_names, read_bytes, remove_file, remove_names, write_bytes
+from data_pipeline.storage.retry import QUICK_TRIES
 from data_pipeline.storage.urls import is_http, join, name_of
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.jsonl.gz"
 PARTS = "parts"
 _READ_BYTES = 1 << 20
 _READERS = 16
+_ROUNDS = 5
+"""Listings of the parts, as long as some are gone before they are read."""
+_SETTLED_S = 3600.0
+"""Age at which a part may be removed: who merges without having seen it has long written its manifest."""
+_MANY_PARTS = 64
+_REMOVED_AT_ONCE = 1000
 _LEVEL = 3
 """Of compression: level 9 takes ten times as long for a tenth less."""
 _MAX_MEMBERS = 64
@@ -67,6 +84,8 @@ class ManifestRow:
     """Extensions that occur, the most frequent first."""
     apart: int = 0
     """Samples whose members lie apart."""
+    beside: str = ""
+    """The parquet that was beside the tar (`ShardIndex.beside`); "": nobody has noted it."""
 
     @property
     def is_bad(self) -> bool:
@@ -106,6 +125,7 @@ def _row_of(index: ShardIndex, encoded: bytes) -> ManifestRow:
         columns=index.column_kinds(),
         members=tuple(frequent[:_MAX_MEMBERS]),
         apart=index.apart,
+        beside=index.beside,
     )
 
 
@@ -128,14 +148,30 @@ def read_manifest(folder: str) -> dict[str, ManifestRow]:
     return read_parts(folder)[0]
 
 
-def read_parts(folder: str) -> tuple[dict[str, ManifestRow], list[str]]:
-    """The same, and the names of the parts in PARTS among whose rows they are."""
-    rows = _read_rows(join(folder, MANIFEST)) or {}
-    names = _names_in(join(folder, PARTS))
-    with ThreadPoolExecutor(_READERS) as pool:
-        for part in pool.map(lambda name: _read_rows(join(join(folder, PARTS), name)), names):
-            rows.update(part or {})
-    return rows, names
+def read_parts(
+    folder: str, progress: Callable[[int, int], object] = lambda done, total: None
+) -> tuple[dict[str, ManifestRow], list[str]]:
+    """The same, and the names of the parts in PARTS among whose rows they are.
+
+    progress: called with the parts that are read and their number
+    """
+    place, parts = join(folder, PARTS), dict[str, dict[str, ManifestRow]]()
+    for _ in range(_ROUNDS):
+        names = [name for name in _names_in(place) if name not in parts]
+        known = len(parts)
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = pool.map(lambda name: _read_rows(join(place, name)), names)
+            for done, (name, rows) in enumerate(zip(names, found, strict=True), 1):
+                if rows is not None:
+                    parts[name] = rows
+                progress(known + done, known + len(names))
+        if parts.keys() >= set(names):
+            break
+        # What is gone is in the manifest by now, or in a newer part of its writer's.
+    whole = _read_rows(join(folder, MANIFEST)) or {}
+    for name in sorted(parts):
+        whole.update(parts[name])
+    return whole, sorted(parts)
 
 
 def without_file(folder: str, rows: Mapping[str, ManifestRow]) -> set[str]:
@@ -144,20 +180,56 @@ def without_file(folder: str, rows: Mapping[str, ManifestRow]) -> set[str]:
     return {url for url, row in rows.items() if not row.is_bad and row.index not in names} if names else set()
 
 
-def append_rows(folder: str, rows: Iterable[ManifestRow]) -> None:
-    """Write rows that the manifest does not have yet, or has otherwise, as one part beside it."""
-    # By time, for the newest part wins; the rest of the name, for others may write at the same time.
-    name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl.gz"
-    write_bytes(join(join(folder, PARTS), name), _encode_rows(rows))
+def append_rows(folder: str, rows: Iterable[ManifestRow], *, instead_of: str = "") -> str:
+    """Write rows that the manifest does not have yet, or has otherwise, as one part; returns its name.
+
+    instead_of: an earlier part of this writer's, whose rows these are as well; it is removed
+    """
+    now = f"{time.time_ns():020d}"
+    # The newest part wins, by when its first row was written: another writer may have come since. The second
+    # time says how old the part is, the rest of the name is for others that write at the same time.
+    name = f"{instead_of.partition('-')[0] or now}-{now}-{uuid.uuid4().hex[:8]}.jsonl.gz"
+    write_bytes(join(folder, PARTS, name), _encode_rows(rows))
+    if instead_of:
+        try:
+            remove_file(join(folder, PARTS, instead_of), tries=QUICK_TRIES)
+        except Failure as error:  # a merger removes it in the end
+            logger.debug("%s", error)
+    return name
 
 
-def merge_parts(folder: str, rows: Mapping[str, ManifestRow]) -> None:
-    """Make one manifest of what is in `folder` by now and of `rows`, which win; its parts are removed."""
-    whole, names = read_parts(folder)
-    whole.update(rows)
-    write_manifest(folder, whole)
-    for name in names:
-        remove_file(join(join(folder, PARTS), name))
+def has_many(parts: Sequence[str]) -> bool:
+    """Whether so many parts may be removed that whoever has read them should `merge_parts`."""
+    return len(_settled(parts)) > _MANY_PARTS
+
+
+def merge_parts(
+    folder: str,
+    rows: Mapping[str, ManifestRow],
+    parts: Sequence[str],
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> None:
+    """Make `rows` the manifest and remove the old ones of `parts`, both as `read_parts` has just given them.
+
+    progress: called with the parts that are removed and their number
+    """
+    write_manifest(folder, rows)
+    old = _settled(parts)
+    for first in range(0, len(old), _REMOVED_AT_ONCE):
+        some = old[first : first + _REMOVED_AT_ONCE]
+        remove_names(join(folder, PARTS), some, keep_folder=True)  # others write there
+        progress(first + len(some), len(old))
+
+
+def _settled(parts: Sequence[str]) -> list[str]:
+    """Those of the parts that are old enough to be removed."""
+    return [name for name in parts if time.time() - _written_s(name) > _SETTLED_S]
+
+
+def _written_s(part: str) -> float:
+    """When a part was written, in seconds since 1970; 0 of other names."""
+    time_ns = part.rpartition("-")[0].rpartition("-")[2]
+    return int(time_ns) / 1e9 if time_ns.isdecimal() else 0.0
 
 
 def write_manifest(folder: str, rows: Mapping[str, ManifestRow]) -> None:
@@ -175,7 +247,7 @@ def _names_in(folder: str) -> list[str]:
 
 
 def _read_rows(url: str) -> dict[str, ManifestRow] | None:
-    """Rows of a manifest or a part of it; None when it is not there, or an older version's.
+    """Rows of a manifest or a part of it, none of an older version's; None when it is not there.
 
     Some lines at a time: the rows of 200,000 shards are hundreds of megabytes as text.
     """
@@ -187,7 +259,7 @@ def _read_rows(url: str) -> dict[str, ManifestRow] | None:
         with gzip.GzipFile(fileobj=io.BytesIO(raw)) as lines:
             head = json.loads(lines.readline())
             if head["format"] != VERSION:
-                return None  # an older index is read anew
+                return {}  # an older index is read anew
             # Rows name their set of columns by its place in the head: a million shards share a few objects.
             sets = [{str(k): str(v) for k, v in c.items()} for c in head["columns"]]
             members = [tuple(str(e) for e in extensions) for extensions in head["members"]]

@@ -21,7 +21,7 @@ from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.filter_columns import check_captions, check_columns
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, group
-from data_pipeline.shards.manifest import ManifestRow, bad_row, merge_parts, read_parts
+from data_pipeline.shards.manifest import ManifestRow, bad_row, has_many, merge_parts, read_parts
 from data_pipeline.shards.selection import picture_members
 from data_pipeline.shards.sources import configs_of, shares_of, sources_of
 from data_pipeline.shards.tars import scan
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 Progress: TypeAlias = Callable[[str, int, int], object]
 """Called with what is done, for how many shards, of how many; again about once a second, news or not."""
 
-_MANY_PARTS = 64
 _TRIED = 8
 _NOTED = 8
 """Shards whose `_stats.json` is read for an estimate of the samples of all."""
@@ -118,6 +117,7 @@ def _indexed(config: DataConfig, progress: Progress) -> Dataset:
             sizes=tuple(row.size for row in rows),
             versions=tuple(row.version for row in rows),
             checksums=tuple(row.checksum for row in rows),
+            beside=tuple(row.beside for row in rows),
             shard_of=shard_of,
             counts=samples[shard_of],
             mean_bytes=sum(r.bytes for r in rows) / max(1, int(samples.sum())),
@@ -187,6 +187,7 @@ def _listed(config: DataConfig, why: str) -> Dataset:
             sizes=(),
             versions=(),
             checksums=(),
+            beside=(),
             shard_of=np.asarray(entries, np.int64),
             source_of=np.asarray(source_of, np.int64),
             counts=np.zeros(0, np.int64),
@@ -289,7 +290,7 @@ def _open_source(
     named = spelled_out(source.shards)  # a large set is then opened without a single listing
     if named is not None and len(named) > _SMALL:
         folder = index_folder(config, named[0])
-        known = _manifest(folder)
+        known = _manifest(folder, progress)
         missing = [name for name in named if name not in known]
         if missing:
             raise NoIndex(
@@ -300,7 +301,7 @@ def _open_source(
     shards = list_files(source.shards, timeout_s=config.request_timeout_s)
     folder = index_folder(config, shards[0].url)
     if len(shards) > _SMALL:
-        return folder, _usable(config, source, _known_rows(source, folder, shards))
+        return folder, _usable(config, source, _known_rows(source, folder, shards, progress))
     indexing = partial(progress, f"indexing {source.shards}"[:60])
     report = build_index(
         shards,
@@ -328,19 +329,21 @@ def _usable(config: DataConfig, source: SourceConfig, rows: Sequence[ManifestRow
     return [row for row in rows if not row.is_bad]
 
 
-def _manifest(folder: str) -> dict[str, ManifestRow]:
+def _manifest(folder: str, progress: Progress) -> dict[str, ManifestRow]:
     """Rows by shard; what many processes have written while training becomes one file again."""
-    rows, parts = read_parts(folder)
-    if len(parts) > _MANY_PARTS:
+    rows, parts = read_parts(folder, partial(progress, "reading the index"))
+    if has_many(parts):
         try:
-            merge_parts(folder, {})
+            merge_parts(folder, rows, parts, partial(progress, "merging the index"))
         except Failure as error:
             logger.warning("%d parts of the manifest stay: %s", len(parts), error)
     return rows
 
 
-def _known_rows(source: SourceConfig, folder: str, shards: Sequence[ListedFile]) -> list[ManifestRow]:
-    known = _manifest(folder)
+def _known_rows(
+    source: SourceConfig, folder: str, shards: Sequence[ListedFile], progress: Progress
+) -> list[ManifestRow]:
+    known = _manifest(folder, progress)
     stale = [s for s in shards if not is_current(s, known.get(s.url))]
     if stale:
         raise NoIndex(

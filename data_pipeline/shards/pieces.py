@@ -190,6 +190,8 @@ class IndexedPieces:
         self.first = first
         self._read, self._index = read, index
         self._asked_s = -math.inf
+        self.beside = index.beside
+        """The parquet that the index knows (`ShardIndex.beside`)."""
 
     def next(self, samples: int, chunk: int, room: int = sys.maxsize) -> TarPiece | None:
         """The next window, of so many samples; None at the end.

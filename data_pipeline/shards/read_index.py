@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import AccessDenied, DataError, NotATar, NotFound
 from data_pipeline.pictures.headers import size_of
-from data_pipeline.shards.beside import KEY, parquet_of, read_table, rows_by_key
+from data_pipeline.shards.beside import (
+    KEY,
+    NO_PARQUET,
+    edition_text,
+    parquet_of,
+    read_table,
+    rows_by_key,
+)
 from data_pipeline.shards.filter_values import OTHER, plain, spelled_number
 from data_pipeline.shards.grouping import (
     IMAGE_EXTENSIONS,
@@ -32,7 +39,7 @@ from data_pipeline.shards.identities import hash_identity, identity_text, is_ide
 from data_pipeline.shards.index import ABSENT, DEFECTS, ORIGINAL, ShardIndex
 from data_pipeline.shards.records import MAX_JSON, TEXT_BYTES, is_blank, is_damaged, parse_record
 from data_pipeline.shards.tars import BLOCK, MemberBytes, TarScan, scan
-from data_pipeline.storage.files import read_bytes, read_range
+from data_pipeline.storage.files import read_range, read_with_edition
 from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.urls import name_of
 
@@ -254,10 +261,12 @@ def _add_parquet(index: ShardIndex, shard: ListedFile, counts: Counter[str]) -> 
     url = parquet_of(shard.url)
     counts["requests"] += 1
     try:
-        raw = read_bytes(url)
+        raw, edition = read_with_edition(url)
     except (NotFound, AccessDenied):
+        index.beside = NO_PARQUET
         return False  # plain webdataset shards have none, which S3 may tell by refusing
     counts["bytes"] += len(raw)
+    index.beside = edition_text(edition)
     try:
         table = read_table(raw)
         keys = [key.decode() for key in index.keys]

@@ -21,6 +21,8 @@ from typing import Any, Protocol, TypeAlias
 
 BLOCK = tarfile.BLOCKSIZE
 _MAX_META = 1_000_000
+_MAX_NAME = 4096
+"""Bytes of a member's name, as Linux has it for paths. Keys are kept at the length of the longest."""
 _JUMP = 1_000_000
 """Usual size of members, in bytes, from which on they are jumped over."""
 _GLANCE = 65_536
@@ -212,7 +214,10 @@ def _walk(
             said.add(kind, window.get(data, data + length))
         else:
             length, name = said.size(length), said.name(header)
-            if until(name):
+            too_long = is_too_long(name)
+            if too_long:
+                found.problems.append(f"name of more than {_MAX_NAME:,} bytes is left out: {name[:80]!r}")
+            elif until(name):
                 found.rest = begin
                 return None
             if kind == b"1" and _has_data(window, data, length):
@@ -221,12 +226,14 @@ def _walk(
                 length = 0
             is_file = kind in (b"0", b"\0", b"7") and not said.sparse()
             found.others += not is_file and not name.endswith("/")
-            if kind in (b"1", b"2"):
+            if kind in (b"1", b"2") and not too_long:
                 entries.append(_TarLink(name, _target(name, said.link(header), kind)))
             if data + length > window.size:
                 found.problems.append(_truncated(name, data + length - window.size))
                 return None
-            if kind == b"S" or said.sparse():
+            if too_long:
+                pass
+            elif kind == b"S" or said.sparse():
                 found.problems.append(
                     f"sparse member {name[:80]!r} is not supported; write it again without `tar --sparse`"
                 )
@@ -244,6 +251,11 @@ def _walk(
 def _bad_header(position: int, size: int, *, after_end: bool) -> str:
     after = " after the end of the archive" if after_end else ""
     return f"bad header at byte {position}{after}, {size - position} bytes are left out"
+
+
+def is_too_long(name: str) -> bool:
+    """Whether a member is left out for its name."""
+    return len(name.encode()) > _MAX_NAME
 
 
 def _truncated(name: str, missing: int) -> str:

@@ -55,6 +55,38 @@ def _time_in(info: Mapping[str, Any]) -> str:
     return str(next((info[name] for name in _TIMES if info.get(name)), None))
 
 
+def is_other(before: Edition, now: Edition) -> bool:
+    """Whether these are two contents, as far as one can tell."""
+    try:
+        _require_same(before, now)
+    except Replaced:
+        return True
+    return False
+
+
+def look_at(fs: Any, path: str, *, deadline_s: float) -> Edition:
+    """Which edition an object is of by now."""
+    if "file" in fs.protocol:
+        status = os.stat(path)
+        return edition_of({"mtime": status.st_mtime}, status.st_size)
+    info = _info(fs, path, deadline_s)
+    return edition_of(info, int(info["size"] or 0))
+
+
+def read_whole(fs: Any, path: str, *, deadline_s: float) -> tuple[bytes, Edition]:
+    """A small object, and which edition it is of; one request to S3."""
+    if hasattr(fs, "call_s3"):
+        read: tuple[bytes, Edition] = await_within(deadline_s, fs, _whole_on_s3, fs, path)
+        return read
+    if "file" in fs.protocol:
+        with open(path, "rb") as file:
+            data = file.read()
+            status = os.fstat(file.fileno())
+        return data, edition_of({"mtime": status.st_mtime}, status.st_size)
+    found = look_at(fs, path, deadline_s=deadline_s)
+    return read_within(deadline_s, fs, path), found
+
+
 class EditionReader:
     """Reads ranges of objects of an expected edition; one per process, for many threads."""
 
@@ -121,6 +153,16 @@ def _from_disk(path: str, start: int, stop: int, expected: Edition) -> bytes:
     return data
 
 
+async def _whole_on_s3(fs: Any, path: str) -> tuple[bytes, Edition]:
+    bucket, key, _ = fs.split_path(path)
+    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
+    try:
+        data = bytes(await answer["Body"].read())
+    finally:
+        answer["Body"].close()
+    return data, edition_of(answer, len(data))
+
+
 async def _begun_on_s3(fs: Any, path: str, num_bytes: int) -> tuple[bytes, Edition]:
     bucket, key, _ = fs.split_path(path)
     data = b""
@@ -161,6 +203,10 @@ def _compare(expected: Edition, info: Mapping[str, Any], size: int) -> None:
     found = edition_of(info, size)
     if _moment(expected.version) is not None:  # of a listing that gave no ETag
         found = Edition(size, _time_in(info))
+    _require_same(expected, found)
+
+
+def _require_same(expected: Edition, found: Edition) -> None:
     if -1 not in (expected.size, found.size) and expected.size != found.size:
         raise Replaced(f"it has {found.size} bytes, {expected.size} when it was indexed")
     if found.version == expected.version:

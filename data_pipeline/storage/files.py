@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from data_pipeline.errors import DataError, NotFound
 from data_pipeline.storage.client import filesystem
+from data_pipeline.storage.editions import Edition, read_whole
 from data_pipeline.storage.retry import (
     PATIENT_TRIES,
     QUICK_TRIES,
@@ -30,6 +31,8 @@ from data_pipeline.storage.retry import (
 from data_pipeline.storage.urls import is_local, is_s3, join, name_of
 
 _CHECK_TRIES = 4
+_WHOLE_S = 300.0
+"""What a small file may take to come; what does not answer is given up by the client."""
 _OBJECTS_PER_REQUEST = 1000  # S3's limit
 _ONE_BY_ONE = re.compile(
     r"NotImplemented|not implemented|MethodNotAllowed|\b501\b|\b405\b|not answered|time(d |-)?out",
@@ -49,6 +52,12 @@ def read_bytes(url: str, *, timeout_s: float = 30.0, tries: int = TRIES) -> byte
     """
     fs, path = filesystem(url, timeout_s=timeout_s)
     return bytes(guarded(lambda: fs.cat_file(path), url, tries=tries))
+
+
+def read_with_edition(url: str, *, timeout_s: float = 30.0, tries: int = TRIES) -> tuple[bytes, Edition]:
+    """The same, and which edition it is of."""
+    fs, path = filesystem(url, timeout_s=timeout_s)
+    return guarded(lambda: read_whole(fs, path, deadline_s=max(timeout_s, _WHOLE_S)), url, tries=tries)
 
 
 def read_text(url: str) -> str:
@@ -199,7 +208,9 @@ def list_tree(folder: str, *, tries: int = QUICK_TRIES) -> list[str]:
     return sorted(guarded(lambda: _tree(fs, folder, path), folder, tries=tries))
 
 
-def remove_names(folder: str, names: Sequence[str], *, tries: int = PATIENT_TRIES) -> None:
+def remove_names(
+    folder: str, names: Sequence[str], *, keep_folder: bool = False, tries: int = PATIENT_TRIES
+) -> None:
     """Remove these files of a folder, and the folder when nothing else is in it; quiet about absent ones."""
     fs, path = filesystem(folder)
 
@@ -210,7 +221,7 @@ def remove_names(folder: str, names: Sequence[str], *, tries: int = PATIENT_TRIE
         for name in names:
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(path, name))
-        for inner, _, _ in list(os.walk(path, topdown=False)):
+        for inner, _, _ in [] if keep_folder else list(os.walk(path, topdown=False)):
             if not os.listdir(inner):
                 os.rmdir(inner)
 

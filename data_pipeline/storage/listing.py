@@ -151,20 +151,23 @@ def _some_missing(url: str, missing: Sequence[str], names: Sequence[str]) -> NoS
 def _from_listings(url: str, names: Sequence[str], timeout_s: float) -> list[ListedFile]:
     folders: dict[str, dict[str, ListedFile]] = {}
     for folder in sorted({parent(name) for name in names}):
-        fs, path = filesystem(folder, timeout_s=timeout_s)
-        try:
-            listing = guarded(lambda fs=fs, path=path: fs.ls(path, detail=True), folder)  # type: ignore[misc]
-        except NotFound:
-            listing = []
-        folders[folder] = {}
-        for info in listing:
-            listed = _listed(folder, info)
-            folders[folder][name_of(listed.url)] = listed
+        folders[folder] = list_folder(folder, timeout_s=timeout_s)
     missing = [name for name in names if name_of(name) not in folders[parent(name)]]
     if missing:
         _check_bucket(url, timeout_s)
         raise _some_missing(url, missing, names)
     return sorted((folders[parent(n)][name_of(n)] for n in names), key=lambda f: f.url)
+
+
+def list_folder(folder: str, *, timeout_s: float = 30.0) -> dict[str, ListedFile]:
+    """What lies directly in a folder, by name; none where there is no folder."""
+    fs, path = filesystem(folder, timeout_s=timeout_s)
+    try:
+        listing = guarded(lambda: fs.ls(path, detail=True), folder)
+    except NotFound:
+        return {}
+    listed = [_listed(folder, info) for info in listing]
+    return {name_of(file.url): file for file in listed}
 
 
 def spans(some: Sequence[str], names: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from data_pipeline.errors import (
     in_a_line,
 )
 from data_pipeline.storage.client import filesystem, read_within
-from data_pipeline.storage.editions import Edition, EditionReader
+from data_pipeline.storage.editions import Edition, EditionReader, look_at
 from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.retry import ShortBody, explain, is_transient, pause_before, require_range
 from data_pipeline.storage.waits import tell, tell_end
@@ -86,6 +86,21 @@ class RangeReader:
         """The same of a file that may be there; None where it is not, which is no failure."""
         try:
             return self.read_all(url)
+        except Gone:
+            self.counts["failures"] -= 1
+            return None
+
+    def edition_if_there(self, url: str) -> Edition | None:
+        """Which edition a file is of that may be there; None where it is not."""
+
+        def once(attempt: int) -> Edition:
+            fs, path = filesystem(url, timeout_s=self.timeout_s)
+            found = look_at(fs, path, deadline_s=self._deadline(attempt))
+            self.counts["requests"] += 1
+            return found
+
+        try:
+            return self._patiently(url, once)
         except Gone:
             self.counts["failures"] -= 1
             return None

@@ -25,6 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, Failure, NoShards, NotATar, Rejected
 from data_pipeline.feed.captions import choose_caption
 from data_pipeline.feed.tar_stream import samples_of
@@ -33,6 +34,7 @@ from data_pipeline.pictures.headers import DECODE_ERRORS
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS
 from data_pipeline.shards.read_index import not_a_tar
 from data_pipeline.shards.records import TEXT_BYTES, clean, is_damaged, parse_record, text_of
+from data_pipeline.shards.selection import Selection, make_selection
 from data_pipeline.shards.tars import BLOCK, scan
 from data_pipeline.storage.files import read_bytes, read_head, read_range
 from data_pipeline.storage.listing import ListedFile, find, list_files
@@ -314,7 +316,8 @@ def _tar_sources(file: ListedFile, *, captions: bool) -> Iterator[_PictureSource
         raise NotATar(not_a_tar(file.url, head, found))
     left_out: list[str] = []
     shards = [{"url": file.url, "stream": _Stream(file)}]
-    for sample in samples_of(shards, broken=partial(_refuse_tar, file.url), reject=left_out.append):
+    broken = partial(_refuse_tar, file.url)
+    for sample in samples_of(shards, _selection(), broken=broken, reject=left_out.append):
         name = f"{file.url}: {sample['__key__']}"
         picture = next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), None)
         if picture is not None:
@@ -335,6 +338,11 @@ def _tar_sources(file: ListedFile, *, captions: bool) -> Iterator[_PictureSource
             )
     if file.size % BLOCK:  # tarfile takes what is left of a header for the end
         _refuse_tar(file.url, EOFError("it ends inside a block"))
+
+
+def _selection() -> Selection:
+    """Of each sample its pictures and texts, however large: whoever measures a set names it."""
+    return make_selection(DataConfig(picture=IMAGE_EXTENSIONS, captions=_TEXTS, max_member_bytes=10**13))
 
 
 def _found(picture: bytes, caption: str) -> tuple[bytes, str]:

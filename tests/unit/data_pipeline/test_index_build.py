@@ -9,23 +9,37 @@ import json
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import AccessDenied, DataError, Unreachable
 from data_pipeline.loader import build_loader
 from data_pipeline.shards import build_index as build
+from data_pipeline.shards import manifest, recorder
 from data_pipeline.shards.build_index import Estimate, build_index
-from data_pipeline.shards.manifest import MANIFEST, PARTS, append_rows, read_manifest, write_manifest
+from data_pipeline.shards.manifest import (
+    MANIFEST,
+    PARTS,
+    ManifestRow,
+    append_rows,
+    merge_parts,
+    read_manifest,
+    read_parts,
+    write_manifest,
+)
 from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.tars import scan
-from data_pipeline.storage.listing import list_files
+from data_pipeline.storage.listing import ListedFile, list_files
 from trainer.__main__ import main
 
 
@@ -119,10 +133,154 @@ def test_what_a_killed_build_has_saved_is_not_read_again(
     report = build_index(list_files(str(tmp_path / "shards")), index)
     assert report.read == 2
     assert [row.samples for row in report.rows.values()] == [2, 3, 1, 4, 2]
+    whole = {f"{tmp_path}/shards/{i:05d}.tar": samples for i, samples in enumerate([2, 3, 1, 4, 2])}
+    assert {url: row.samples for url, row in read_manifest(index).items()} == whole
+    # The manifest has them all by now; what others may not have read yet is removed later.
+    assert len(part_rows(index)) == 5
+    monkeypatch.setattr(manifest, "_SETTLED_S", -1.0)
+    monkeypatch.setattr(manifest, "_MANY_PARTS", 4)
+    assert build_index(list_files(str(tmp_path / "shards")), index).read == 0
     assert part_rows(index) == []
-    assert {url: row.samples for url, row in read_manifest(index).items()} == {
-        f"{tmp_path}/shards/{i:05d}.tar": samples for i, samples in enumerate([2, 3, 1, 4, 2])
-    }
+    assert {url: row.samples for url, row in read_manifest(index).items()} == whole
+
+
+def row_of(shard: int, **changes: Any) -> ManifestRow:
+    """A row as the manifest has it, of a shard that nobody opens."""
+    row = ManifestRow(f"s3://b/{shard:05d}.tar", 1, "e", 1, 1, f"{shard:05d}.npz", "c")
+    return replace(row, **changes)
+
+
+def test_who_reads_while_another_merges_misses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are listed, merged and removed by another, and only then read."""
+    index = str(tmp_path)
+    for shard in range(100):
+        append_rows(index, [row_of(shard)])
+    monkeypatch.setattr(manifest, "_SETTLED_S", -1.0)
+    list_names, others = manifest.list_names, [lambda: merge_parts(index, *read_parts(index))]
+
+    def listed(folder: str) -> list[str]:
+        names = list_names(folder)
+        while others:
+            others.pop()()
+        return names
+
+    monkeypatch.setattr(manifest, "list_names", listed)
+    rows, parts = read_parts(index)
+    assert (len(rows), parts, part_rows(index)) == (100, [], [])
+
+
+def test_who_merges_beside_another_loses_no_row(tmp_path: Path) -> None:
+    index = str(tmp_path)
+    append_rows(index, [row_of(0)])
+    slow = read_parts(index)
+    append_rows(index, [row_of(1), row_of(0, samples=7)])
+    merge_parts(index, *read_parts(index))
+    merge_parts(index, *slow)  # over what the other has written
+    assert {row.samples for row in read_manifest(index).values()} == {7, 1}
+
+
+def test_many_parts_are_read_once_and_removed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start among the parts that a large run has left takes a request for each, and tells of every one."""
+    number, counts = 150, Counter[str]()
+    shards = [f"s3://b/{shard:05d}.tar" for shard in range(number)]
+    for shard in range(number):
+        append_rows(str(tmp_path), [row_of(shard)])
+    monkeypatch.setattr(manifest, "_SETTLED_S", -1.0)
+    monkeypatch.setattr(manifest, "_REMOVED_AT_ONCE", 60)
+    monkeypatch.setattr("data_pipeline.shards.opening._SMALL", 2)
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any, **named: Any) -> Any:
+            counts[call.__name__] += 1
+            return call(*given, **named)
+
+        return wrapped
+
+    for name in ("read_bytes", "list_names", "remove_names", "remove_file", "write_bytes"):
+        monkeypatch.setattr(manifest, name, counted(getattr(manifest, name)))
+    told: list[tuple[Any, ...]] = []
+    config = DataConfig(shards=f"s3://b/{{00000..{number - 1:05d}}}.tar", index=str(tmp_path))
+    open_dataset(config, progress=lambda *said: told.append(said))
+    assert counts == {"read_bytes": number + 1, "list_names": 1, "remove_names": 3, "write_bytes": 1}
+    assert [said for said in told if said[0] == "reading the index"][-1][1:] == (number, number)
+    assert len(told) >= number + 3
+    assert (part_rows(str(tmp_path)), sorted(read_manifest(str(tmp_path)))) == ([], shards)
+
+
+def test_a_process_leaves_one_part_however_often_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until that is a large one; what others have written later counts all the same."""
+    index = str(tmp_path)
+    monkeypatch.setattr(recorder, "_PART_ROWS", 12)
+    monkeypatch.setattr(recorder, "store_index", lambda folder, shard: row_of(shard))
+    kept = recorder.Recorder([(0, index)])
+    for shard in range(10):
+        kept.keep(shard, pieces_of(shard))
+        kept.flush()
+        if shard == 4:
+            append_rows(index, [row_of(3, samples=9)])
+    assert sorted(len(part) for part in part_rows(index)) == [1, 10]
+    rows = read_manifest(index)
+    assert (len(rows), rows[row_of(3).shard].samples) == (10, 9)
+    for shard in range(10, 20):
+        kept.keep(shard, pieces_of(shard))
+        kept.flush()
+    assert sorted(len(part) for part in part_rows(index)) == [1, 8, 12]
+    assert len(read_manifest(index)) == 20
+
+
+def pieces_of(shard: int) -> Any:
+    """Of a shard that has been read to its end; its index is its number."""
+    return SimpleNamespace(whole=lambda: shard, shard=ListedFile(row_of(shard).shard, 1, "e"))
+
+
+@pytest.mark.parametrize("instead", ["", "s3://b/run/index"])
+def test_a_short_fault_of_storage_costs_one_visit(monkeypatch: pytest.MonkeyPatch, instead: str) -> None:
+    """It says nothing of whether one may write there, so that the next shard goes to the same place."""
+    fails = [Unreachable("503 SlowDown")]
+    stored: list[str] = []
+
+    def store(folder: str, index: int) -> ManifestRow:
+        if fails:
+            raise fails.pop()
+        stored.append(folder)
+        return row_of(index)
+
+    monkeypatch.setattr(recorder, "store_index", store)
+    kept = recorder.Recorder([(0, "s3://b/_index")], instead)
+    for shard in (0, 1, 0, 0):  # the first one is kept when it comes again
+        kept.keep(shard, pieces_of(shard))
+    assert (stored, kept.refused) == (["s3://b/_index"] * 2, False)
+
+    written: list[list[str]] = []
+
+    def append(folder: str, rows: Sequence[ManifestRow], *, instead_of: str) -> str:
+        if not written:
+            written.append([])
+            raise Unreachable("503 SlowDown")
+        written.append([row.shard for row in rows])
+        return "part"
+
+    monkeypatch.setattr(recorder, "append_rows", append)
+    kept.flush()
+    kept.flush()
+    assert (written, kept.refused) == ([[], [row_of(1).shard, row_of(0).shard]], False)
+
+
+def test_a_bucket_that_may_not_be_listed_holds_no_index_yet(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(url: str) -> bool:
+        raise AccessDenied(f"Access to {url} is denied.")
+
+    monkeypatch.setattr(recorder, "exists", refused)
+    kept = recorder.Recorder([(0, "s3://b/_index")])
+    assert (kept.has(0, row_of(0).shard), kept.refused, caplog.text) == (False, False, "")
 
 
 def test_a_damaged_index_file_is_made_anew_as_the_error_says(tmp_path: Path, write_shards, capsys) -> None:
@@ -235,3 +393,43 @@ def test_large_pictures_are_jumped_over_and_small_ones_read_through(
     assert counts["bytes"] <= most_of_all * len(body)
     # One request for each picture that is jumped over, and its text; else one for each 4 MB.
     assert counts["requests"] <= (21 if picture_bytes > 1_000_000 else 1)
+
+
+def write_parquet(folder: Path, **columns: list[Any]) -> None:
+    table = {"key": [f"00000{i:04d}" for i in range(3)], **columns}
+    pq.write_table(pa.table(table), folder / "00000.parquet")
+
+
+def test_a_parquet_that_comes_or_changes_later_is_read(tmp_path: Path, write_shards) -> None:
+    write_shards(tmp_path, [3, 2])
+
+    def built() -> tuple[int, dict[str, str]]:
+        report = build_index(list_files(str(tmp_path)), str(tmp_path / "_index"), restore=True)
+        return report.read, report.rows[f"{tmp_path}/00000.tar"].columns
+
+    assert built()[0] == 2
+    write_parquet(tmp_path, aesthetic=[5.0, 6.0, 7.0])
+    assert (built()[0], built()[0], built()[1]["aesthetic"]) == (1, 0, "number")
+    write_parquet(tmp_path, aesthetic=["good", "bad", "good"])
+    assert (built()[0], built()[0], built()[1]["aesthetic"]) == (1, 0, "text")
+    (tmp_path / "00000.parquet").unlink()  # what the index knows by it stays
+    assert (built()[0], built()[1]["aesthetic"]) == (0, "text")
+
+
+def test_rows_of_earlier_versions_are_read_anew_where_they_lack_a_column(
+    tmp_path: Path, write_shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which no note tells of; the others get one, for what changes later."""
+    index = str(tmp_path / "_index")
+    write_shards(tmp_path, [3])
+    write_parquet(tmp_path, aesthetic=[5.0, 6.0, 7.0])
+    shards = list_files(str(tmp_path))
+    (row,) = build_index(shards, index).rows.values()
+    assert row.beside
+    append_rows(index, [replace(row, beside="")])
+    assert (build_index(shards, index).read, read_manifest(index)) == (0, {row.shard: row})
+    append_rows(index, [replace(row, beside="", columns={"url": "mixed"})])
+    assert (build_index(shards, index).read, read_manifest(index)) == (1, {row.shard: row})
+    monkeypatch.setattr(manifest, "_FIELDS", [name for name in manifest._FIELDS if name != "beside"])
+    append_rows(index, [row])  # as an earlier version wrote it
+    assert read_manifest(index)[row.shard] == replace(row, beside="")

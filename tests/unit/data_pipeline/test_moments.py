@@ -13,12 +13,15 @@ import itertools
 import json
 import os
 import tarfile
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -28,9 +31,10 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.errors import DataError, Unreachable, UserError
 from data_pipeline.loader import Part, build_loader, merge_positions, open_dataset
-from data_pipeline.moments.entry import Moments, MomentsCache
+from data_pipeline.moments import writer as moments_writer
+from data_pipeline.moments.entry import Label, Moments, MomentsCache
 from data_pipeline.moments.parts import commit_part
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.pictures.crops import RESAMPLING, crop_pixels, plan_crop
@@ -542,6 +546,23 @@ def test_what_a_first_visit_has_learned_spares_reading_at_the_next(tmp_path: Pat
     assert full["bytes"] < 0.3 * live["bytes"]  # indexes, which are large where pictures are tiny
 
 
+def test_an_opt_out_that_came_after_the_index_is_not_passed_over(tmp_path: Path, write_shards) -> None:
+    """Also where windows are planned from the index, so that the tar is not read."""
+    write_shards(tmp_path / "shards", [24] * 6)
+    (tmp_path / "gone.txt").write_text("0" * 64)
+    config = replace(
+        config_for(tmp_path / "shards"), order="streamed", removal_lists=(str(tmp_path / "gone.txt"),)
+    )
+    build_index(list_files(config.shards), str(tmp_path / "shards" / "_index"))
+    moments = Moments(0, cache_at(tmp_path / "cache"))
+    train(config, 6, moments)
+    for shard in range(6):
+        table = {"key": [f"{shard:05d}{i:04d}" for i in range(24)], "sha256": ["1" * 64] * 24}
+        pq.write_table(pa.table(table), tmp_path / "shards" / f"{shard:05d}.parquet")
+    with pytest.raises(DataError, match=r"sha256 of .* stand in the parquet .*run `ldm data index`"):
+        train(config, 1, moments)
+
+
 @pytest.mark.parametrize("order", ["streamed", "learned"])
 def test_a_shard_replaced_under_a_lane_is_left(tmp_path: Path, write_shards, order: str) -> None:
     """At the next window, as without the cache; then it is served as it is by now."""
@@ -636,3 +657,28 @@ def test_a_part_that_cannot_be_written_is_not_half_there(tmp_path: Path) -> None
     (tmp_path / "parts").write_text("no folder")
     with pytest.raises(UserError, match="cannot be written"):
         commit_part(str(tmp_path), [])
+
+
+@pytest.mark.parametrize("patient", [True, False], ids=["encoder", "training"])
+def test_what_is_not_stored_at_the_end_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patient: bool
+) -> None:
+    """An encoder waits until storage has been tried; training, which does not, counts what is under way."""
+    begun, answered = threading.Event(), threading.Event()
+
+    def slow(folder: str, entries: object) -> None:
+        begun.set()
+        answered.wait(0.5 if patient else 30.0)
+        raise Unreachable("storage is away.")
+
+    monkeypatch.setattr(moments_writer, "commit_part", slow)
+    monkeypatch.setattr(moments_writer, "_END_S", 0.1)
+    writer = MomentsWriter(cache_at(tmp_path), part_bytes=1, patient=patient)
+    for sample in range(3):
+        label = Label(f"{sample:032x}", "s", str(sample), 0, ())
+        writer.put([label], lambda: np.zeros((1, 8, 4, 4), np.int16), 256)
+        begun.wait(10.0)  # the first is under way, the others wait
+    writer.close()
+    assert (writer.counts["failed"], writer.counts["written"]) == (3, 0)
+    assert caplog.text.count("3 samples are not stored at its end") == (not patient)
+    answered.set()

@@ -14,7 +14,9 @@ import pytest
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
+from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.loader import Part, build_loader, merge_positions
+from data_pipeline.shards.selection import make_selection
 
 
 def config_for(url: str, **changes: object) -> DataConfig:
@@ -93,6 +95,31 @@ def test_streams_have_the_samples_of_an_index(tmp_path: Path, write_tar, tiny_pi
     (tmp_path / "0.tar").write_bytes(pack((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes()))
     expected = {"0/k": "one", "0/i.v1": "two"} | {f"0/m.{i:02d}": str(i) for i in range(70)}
     assert first(tmp_path, 50) == expected
+
+
+def test_streams_read_what_is_wanted_and_not_too_large(tmp_path: Path, write_tar, tiny_picture) -> None:
+    """Little in a compressed tar may be much in memory."""
+    write_tar(tmp_path / "a", [
+        ("k.jpg", tiny_picture(1)), ("k.npy", bytes(90_000)), ("k.txt", b"k"),
+        ("k.json", b"{}".ljust(90_000)),
+        ("l.jpg", tiny_picture(2).ljust(90_000, b"\1")), ("l.txt", b"l"),
+        ("m.jpg", tiny_picture(3)), ("m.png", bytes(90_000)), ("m.txt", b"m"),
+        ("n.jpg", tiny_picture(4)), ("n.txt", bytes(90_000)),
+    ])  # fmt: skip
+    (tmp_path / "0.tar").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
+    assert first(tmp_path, 2, max_member_bytes=20_000) == {"0/k": "k", "0/m": "m"}
+    config = config_for(str(tmp_path / "*.tar"), max_member_bytes=20_000)
+    rejected = Counter[str]()
+    with (tmp_path / "0.tar").open("rb") as stream:
+        samples = samples_of(
+            [{"url": "0.tar", "stream": stream}],
+            make_selection(config),
+            broken=pytest.fail,
+            reject=lambda reason: rejected.update([reason]),
+        )
+        found = {sample["__key__"]: {e for e in sample if "__" not in e} for sample in samples}
+    assert found == {"k": {"jpg", "json", "txt"}, "m": {"jpg", "txt"}}
+    assert rejected == {"too_large": 2}
 
 
 def test_streams_refuse_what_they_cannot_join(tmp_path: Path, write_tar, tiny_picture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections import Counter
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,12 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig
-from data_pipeline.errors import DataError, NoShards, NotATar
+from data_pipeline.errors import AccessDenied, DataError, NoShards, NotATar
 from data_pipeline.loader import build_loader, check_layout, open_dataset
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards import recorder
+from data_pipeline.shards.beside import JsonCheck
 from data_pipeline.shards.build_index import build_index
+from data_pipeline.shards.identities import hash_identity
+from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import read_manifest
+from data_pipeline.storage.editions import Edition
 from data_pipeline.storage.listing import list_files
 
 BATCH = 12
@@ -347,13 +353,95 @@ def test_an_opt_out_that_stands_in_the_parquet_alone_is_not_passed_over(
         table = {"key": [k.replace("00000", f"{shard:05d}", 1) for k in keys], "url": ["u"] * 9}
         pq.write_table(pa.table(table), tmp_path / "shards" / f"{shard:05d}.parquet")
     config = config_for(url, removal_lists=(str(tmp_path / "gone.txt"),))
+    (tmp_path / "shards" / "00002.parquet").write_bytes(b"PAR1")
     run(config, 1)  # what the parquet has, the json has
-    table["sha256"] = ["1" * 64] * 9
+    table |= {"key": [k.replace("00000", "00004", 1) for k in keys], "sha256": ["1" * 64] * 9}
     pq.write_table(pa.table(table), tmp_path / "shards" / "00004.parquet")
     with pytest.raises(DataError, match=r"sha256 of .*00004.tar stand in the parquet .*run `ldm data index`"):
         run(config, 1)
     with pytest.raises(DataError, match=r"sha256 of .*00004.tar stand in the parquet"):
         run(config_for(url, filter="missing(sha256)"), 1)
+
+
+def parquet_of(table: dict[str, list[Any]]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table(table), out)
+    return out.getvalue()
+
+
+def window_of(keys: Sequence[str], **columns: list[str | None]) -> ShardIndex:
+    """Index of samples whose json members have these fields."""
+    index = ShardIndex(
+        "s3://b/00000.tar", 1, "e", np.asarray([key.encode() for key in keys], np.bytes_), ("jpg", "json"),
+        *(np.zeros((2, len(keys)), np.uint32) for _ in "so"), np.zeros(len(keys), np.uint8),
+    )  # fmt: skip
+    for name, values in columns.items():
+        index.hashes[name] = np.asarray([0 if v is None else hash_identity(v) for v in values], np.uint64)
+    return index
+
+
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        (b"", "00000.parquet is not readable"),
+        (b"PAR1abcdefgh", "00000.parquet is not readable"),
+        (parquet_of({"id": ["1"], "sha256": ["1"]}), "00000.parquet has no column key"),
+    ],
+    ids=["empty", "cut off", "no keys"],
+)
+def test_a_parquet_of_no_use_is_told_and_ends_nothing(raw: bytes, sentence: str) -> None:
+    told: list[str] = []
+    check = JsonCheck("s3://b/00000.tar", {"score"}, True, lambda url: raw, told.append)
+    for _ in range(2):
+        check(window_of(["0", "1"]))
+    assert [sentence in line for line in told] == [True]
+
+
+def test_a_parquet_that_is_refused_is_not_there() -> None:
+    """As S3 answers for what is absent from a bucket that one may not list."""
+
+    def refused(url: str) -> bytes:
+        raise AccessDenied(f"Access to {url} is denied.")
+
+    JsonCheck("s3://b/00000.tar", {"score"}, True, refused, pytest.fail)(window_of(["0"]))
+
+
+def test_only_what_a_sample_has_in_the_parquet_alone_is_missed() -> None:
+    """A json may leave out a field that is empty; wherever in the shard one is not, the window says so."""
+    table = {"key": ["0", "1", "2", "3"], "url": list("abcd"), "md5": [None, None, "1" * 32, "0" * 32]}
+    asked: list[str] = []
+
+    def read(url: str) -> bytes:
+        asked.append(url)
+        return parquet_of(table)
+
+    check = JsonCheck("s3://b/00000.tar", (), True, read, pytest.fail)
+    check(window_of(["0"], url=["a"]))
+    check(window_of(["1"], url=["b"], md5=[None]))
+    check(window_of(["2"], url=["c"], md5=["1" * 32]))
+    assert asked == ["s3://b/00000.parquet"] * 2  # not for a window whose json tells
+    with pytest.raises(DataError, match=r"md5 of s3://b/00000.tar stand in the parquet beside it alone"):
+        check(window_of(["3"], url=["d"]))
+
+
+def test_a_parquet_that_the_index_has_seen_is_not_read_again() -> None:
+    """A look at its edition is enough, and of none there is nothing to read."""
+    now: list[Edition | None] = [Edition(9, "abc")]
+
+    def check(noted: str) -> None:
+        read = JsonCheck("s3://b/00000.tar", (), True, refuse, refuse, noted, lambda url: now[0])
+        read(window_of(["0"], url=["a"]))
+
+    def refuse(what: str) -> bytes:
+        raise AssertionError(what)
+
+    check("9 abc")
+    for noted in ("9 abd", "8 abc", "none"):
+        with pytest.raises(AssertionError, match=r"00000\.parquet"):
+            check(noted)
+    now[0] = None
+    check("none")
+    check("9 abc")  # what the index has read of it stays
 
 
 @pytest.mark.parametrize(

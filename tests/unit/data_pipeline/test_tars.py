@@ -164,6 +164,17 @@ def test_index_is_incremental_resumable_and_checked(make_shards, tmp_path: Path)
         build_index(shards, folder)
 
 
+def test_names_that_are_no_paths_are_left_out(tmp_path: Path, write_tar, tiny_picture) -> None:
+    """Keys take the room of the longest: one name of a megabyte would make gigabytes of ten thousand."""
+    names = ["a.jpg", f"{'b' * 4093}.jpg", f"{'c' * 4092}.jpg", f"{'ü' * 2047}.jpg"]
+    write_tar(tmp_path / "0.tar", [(n, tiny_picture(1)) for n in names], format=tarfile.PAX_FORMAT)
+    index = read_index(list_files(str(tmp_path))[0])
+    assert [key.decode() for key in index.keys] == ["a", "c" * 4092]
+    assert [problem[:52] for problem in index.problems] == [
+        "name of more than 4,096 bytes is left out: 'bbbbbbbb"[:52]
+    ] + ["name of more than 4,096 bytes is left out: 'üüüüüüüü"[:52]]
+
+
 def test_not_a_tar(tmp_path: Path) -> None:
     for name, body in [
         ("zip.tar", b"PK\3\4" + b"z" * 3000),
