@@ -114,9 +114,7 @@ def prepare(job_dir: Path, repository: Path, arguments: Sequence[str]) -> Config
 
 def snapshot(repository: Path, target: Path) -> None:
     """Copy what a run needs of `repository` to `target`, with its commit, replacing an unfinished copy."""
-    commit = git_commit(
-        repository, mark_changes=True
-    )  # before the copy, itself a change where it is not ignored
+    commit = git_commit(repository, mark_changes=True)  # before the copy, which may be a change itself
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name in _SNAPSHOT:

@@ -167,9 +167,7 @@ def exit_code(status: int, ends: Sequence[TaskEnd], lost: Sequence[str]) -> Exit
 
 def _as_process_status(code: int) -> int:
     """With a signal as `combine` knows it: negative."""
-    if (
-        code in _PREEMPTING
-    ):  # a rank that dies of such a signal was still importing, and had nothing to save yet
+    if code in _PREEMPTING:  # a rank that dies of such a one was still importing, and had nothing to save yet
         return ExitCode.PREEMPTED
     return 128 - code if 128 < code <= 128 + signal.SIGRTMAX else code
 

@@ -96,12 +96,8 @@ def test_ranks_of_nodes_that_are_not_equally_full_decide_alike(
 
 
 def test_one_slurm_task_is_one_process() -> None:
-    assert (
-        DistributedEnv.detect(
-            {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-        ).launcher
-        == "single"
-    )
+    variables = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert DistributedEnv.detect(variables).launcher == "single"
 
 
 @pytest.mark.parametrize(
