@@ -93,14 +93,17 @@ def process_status(pid: int) -> tuple[str, int] | None:
 
 
 def told_rank() -> tuple[int, int]:
-    """Rank and ranks of the job as the environment tells them; 0 and 1 of a process that is no rank's."""
+    """Rank and ranks of the job as the environment tells them; 0 and 1 of a process that is no rank's.
+
+    A batch script finds SLURM_PROCID and the job's SLURM_NTASKS, and is in no step.
+    """
 
     def number(*names: str) -> int:
         return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
 
-    told = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    ranks = number("WORLD_SIZE", "SLURM_NTASKS") if told else 1
-    return number("RANK", "SLURM_PROCID"), max(1, ranks)
+    if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
+        return 0, 1
+    return number("RANK", "SLURM_PROCID"), max(1, number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from data_pipeline.errors import FatalFault
+from data_pipeline.processes import told_rank
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DistributedConfig
 from trainer.distributed.env import DistributedEnv
@@ -384,10 +385,12 @@ def in_slurm(tasks_of_step: int | None, **more: str) -> dict[str, str]:
     ],
 )
 def test_srun_gives_ranks_where_it_has_started_several(
-    environment: dict[str, str], given: bool, ranks: int
+    environment: dict[str, str], given: bool, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ranks_are_given(environment) == given
     assert DistributedEnv.detect(environment).world_size == ranks
+    monkeypatch.setattr(os, "environ", environment)
+    assert told_rank() == (0, ranks)
 
 
 def test_masked_devices_are_counted() -> None:
