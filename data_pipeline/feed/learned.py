@@ -15,6 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import TypeAlias
 
@@ -37,7 +38,11 @@ REST = "*"
 """Key of the visit that stands for what is left of a shard."""
 _OTHER_COUNT = "shard_other_count"
 """Reason that stands for a shard which is served, but does not hold what files beside it promise."""
-_LAST = 1e18
+_AT_ONCE = 1
+"""Threads that learn: their own, since with many lanes those that read are never idle."""
+_MOST_WAITING = 8
+"""Shards of which is kept what they hold until their index is made; each may be some megabytes."""
+_QUESTION, _ANSWER = 0.0, 1.0
 
 
 class LearnedShards:
@@ -47,11 +52,12 @@ class LearnedShards:
         self,
         dataset: Dataset,
         reader: RangeReader,
-        background: Background,
         selections: Sequence[Selection] = (),
     ) -> None:
         """`selections`: of each source, where the index that a visit has left is asked for at later ones."""
-        self._dataset, self._reader, self._background = dataset, reader, background
+        self._dataset, self._reader = dataset, reader
+        self._background = Background(_AT_ONCE)
+        self._waiting: deque[TarPieces] = deque()
         self._selections = selections
         self._recorder = Recorder(dataset.folders, dataset.record_in)
         self.differences: deque[tuple[str, str, str, int]] = deque()
@@ -82,7 +88,7 @@ class LearnedShards:
         keep = byte == 0 and index is None and not self._recorder.refused
         pieces = TarPieces(read, found, first=first, byte=byte, head=head, keep=keep)
         if keep:
-            return pieces, self._background.submit(_LAST, partial(self._is_indexed, shard, pieces))
+            return pieces, self._background.submit(_QUESTION, partial(self._is_indexed, shard, pieces))
         if index is None:
             return pieces, None
         known = Future[bool]()
@@ -90,16 +96,23 @@ class LearnedShards:
         return pieces, known
 
     def learn(self, shard: int, pieces: Pieces, indexed: Future[bool] | None, ordinal: int) -> None:
-        """A shard was passed to its end: after all reading that somebody waits for, keep what it holds, and
-        compare it with what files beside it say, unless somebody has done so before.
+        """A shard was passed to its end: beside the reading, keep what it holds, and compare it with what
+        files beside it say, unless somebody has done so before.
+
+        Where lanes are faster, what is found of the shards that have waited longest is kept at another visit.
 
         ordinal: of the visit behind its last
         """
         if isinstance(pieces, TarPieces):
-            self._background.submit(_LAST, partial(self._learn, shard, pieces, indexed, ordinal))
+            self._waiting.append(pieces)
+            while len(self._waiting) > _MOST_WAITING:
+                with suppress(IndexError):  # the thread may have come to it
+                    self._waiting.popleft().keep_nothing()
+            self._background.submit(_ANSWER, partial(self._learn, shard, pieces, indexed, ordinal))
 
     def close(self) -> None:
         """Write what was kept."""
+        self._background.close()
         self._recorder.flush()
 
     def _index(self, shard: int) -> ShardIndex | None:
@@ -122,6 +135,8 @@ class LearnedShards:
         return known
 
     def _learn(self, shard: int, pieces: TarPieces, indexed: Future[bool] | None, ordinal: int) -> None:
+        with suppress(ValueError, IndexError):  # another thread may have taken it
+            self._waiting.remove(pieces)
         if indexed is not None and indexed.result():
             return
         self._recorder.keep(shard, pieces)

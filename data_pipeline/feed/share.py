@@ -107,9 +107,7 @@ class ShareStream:
         self._learned: LearnedShards | None = None
         self._walker: Walker | TurnWalker
         if isinstance(task.order, Turns):
-            self._learned = LearnedShards(
-                task.dataset, self._reader, self._background, selections if encoded else ()
-            )
+            self._learned = LearnedShards(task.dataset, self._reader, selections if encoded else ())
             self._walker = TurnWalker(task, views, reads, self._learned, self._moments)
         else:
             self._walker = Walker(task, views, reads, self._moments)

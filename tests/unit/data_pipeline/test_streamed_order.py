@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import queue
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig
 from data_pipeline.errors import AccessDenied, DataError, NoShards, NotATar
+from data_pipeline.feed.learned import LearnedShards
 from data_pipeline.loader import build_loader, check_layout, open_dataset
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards import recorder
@@ -29,7 +33,7 @@ from data_pipeline.shards.identities import hash_identity
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import read_manifest
 from data_pipeline.storage.editions import Edition
-from data_pipeline.storage.listing import list_files
+from data_pipeline.storage.listing import ListedFile, list_files
 
 BATCH = 12
 LANES = 6
@@ -237,6 +241,38 @@ def test_the_first_epoch_leaves_the_index_behind(
     serve_until(elsewhere, lambda: "what shards hold is not kept for an index" in caplog.text)
     run(config, 2 * sum(counts) // BATCH)
     assert {path: path.stat().st_mtime_ns for path in index.rglob("*.npz")} == before
+
+
+def test_learning_waits_for_no_lane_and_holds_few_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However busy the threads are that read; what is dropped of a shard is asked for at its next visit."""
+    number, asked = 20, queue.Queue[str]()
+    go_on = threading.Event()
+
+    def exists(url: str) -> bool:
+        go_on.wait(30.0)
+        return False
+
+    monkeypatch.setattr(recorder, "exists", exists)
+    monkeypatch.setattr(
+        recorder.Recorder, "difference", lambda self, url, samples, read: asked.put(url) or ""
+    )
+    urls = [f"s3://b/{i:05d}.tar" for i in range(number)]
+    dataset: Any = SimpleNamespace(urls=urls, index_urls=(), folders=((0, str(tmp_path)),), record_in="")
+    reader: Any = SimpleNamespace(
+        begin=lambda url, num_bytes: (ListedFile(url, 0, "e"), b""), read=pytest.fail, read_if_there=None
+    )
+    shards = LearnedShards(dataset, reader)
+    met = []
+    for shard in range(number):
+        pieces, question = shards.open(shard, None, 1)
+        met.append(pieces)
+        shards.learn(shard, pieces, question, 0)
+    assert [pieces.keeps for pieces in met] == [False] * 12 + [True] * 8
+    go_on.set()
+    assert [asked.get(timeout=30.0) for _ in range(number)] == urls
+    shards.close()
 
 
 def test_where_nothing_may_be_written_the_run_keeps_the_index(
