@@ -24,7 +24,16 @@ from trainer.interop.diffusers_stage import (
     scheduler_to_diffusers,
 )
 from trainer.interop.diffusers_unet import Json, unet_to_diffusers
-from trainer.interop.parts import TOWERS, Groups, cast, convert_part, folded, is_one_number, latent_statistics
+from trainer.interop.parts import (
+    TOWERS,
+    UPSCALER_SCALE,
+    Groups,
+    cast,
+    convert_part,
+    is_one_number,
+    latent_statistics,
+    with_scale,
+)
 from trainer.interop.unet_names import UNetSizes
 
 DIFFUSERS_VERSION = "0.30.0"
@@ -34,8 +43,6 @@ CLIP_END, CLIP_START = 49407, 49406
 START, END, PADDING = "<|startoftext|>", "<|endoftext|>", "<|padding|>"
 """Start and end as transformers writes them; padding with 0 has a name of its own, because that id is also
 the exclamation mark's: as a special token "!" would be cut out of every text."""
-UPSCALER_SCALE = 0.08333
-"""The scale factor that StableDiffusionUpscalePipeline puts in the place of any other."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +167,9 @@ def _first_stage(tensors: Mapping[str, Tensor], config: Config, required: float 
     factor = scale[0] if is_one_number(shift, scale) else 1.0
     if required is not None:
         factor = required
-    if stage.name == "kl" and (any(shift) or any(s != factor for s in scale)):
-        tensors = folded(tensors, shift, [s / factor for s in scale])
-    elif stage.name != "kl" and not is_one_number(shift, scale):
+    if stage.name == "kl":
+        tensors = with_scale(tensors, shift, scale, factor)
+    elif not is_one_number(shift, scale):
         raise ConfigError("diffusers' VQModel has one scaling_factor and no per-channel latent statistics.")
     same = [factor] * stage.latent_channels
     none = [0.0] * stage.latent_channels

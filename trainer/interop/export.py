@@ -21,15 +21,18 @@ from trainer.interop.diffusers_export import write_diffusers
 from trainer.interop.first_stage_names import STATISTICS
 from trainer.interop.links import Link, TransferReport
 from trainer.interop.parts import (
+    SD_SCALE,
+    SDXL_SCALE,
     TOWERS,
+    UPSCALER_SCALE,
     Groups,
     by_role,
     cast,
     convert_part,
-    folded,
     is_clip_l,
     is_one_number,
     latent_statistics,
+    with_scale,
 )
 from trainer.interop.unet_names import unet_links
 from trainer.weights import TORCH_ENDINGS, WEIGHT_ENDINGS, write_weights
@@ -72,7 +75,7 @@ def export_weights(
         case "native":
             files = _write_native(groups, averaged, destination_url.rstrip("/"), config)
         case "compvis":
-            files = _write_compvis(groups, averaged, destination_url, config, dtype)
+            files, notes = _write_compvis(groups, averaged, destination_url, config, dtype)
         case "diffusers":
             if not destination_url.strip() or destination_url.endswith(WEIGHT_ENDINGS):
                 raise ConfigError(
@@ -105,10 +108,12 @@ def _write_native(groups: Groups, averaged: Tensors, url: str, config: Config) -
 
 def _write_compvis(
     groups: Groups, averaged: Tensors, url: str, config: Config, dtype: torch.dtype
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
+    """What was written, and notes about it."""
     if not url.endswith(".safetensors"):
         raise ConfigError(f"the compvis layout is one file; let the destination {url} end in .safetensors.")
     parts = compvis.CompVisParts()
+    notes: list[str] = []
     if "unet" in groups:
         if config.diffusion.process != "discrete":
             raise ConfigError(
@@ -124,6 +129,11 @@ def _write_compvis(
     if "first_stage" in groups:
         parts.first_stage, factor = _first_stage_to_compvis(groups["first_stage"], config)
         parts.scale_factor = torch.tensor(factor)
+        if config.first_stage.name != "kl" and factor != 1:
+            notes.append(
+                f"the scale factor of the first stage is {factor:g}; programs that do not read the file's "
+                "must be told, such as by `scale_factor` in their YAML"
+            )
     for role, section in TOWERS.items():
         if role in groups:
             _place_tower(parts, config, role, section, groups[role])
@@ -132,20 +142,31 @@ def _write_compvis(
     for name in ("unet", "unet_average", "first_stage", "clip", "open_clip"):
         setattr(parts, name, cast(getattr(parts, name), dtype))
     write_weights(url, compvis.join(parts), {"format": "pt"})
-    return [url]
+    return [url], notes
 
 
 def _first_stage_to_compvis(tensors: Tensors, config: Config) -> tuple[dict[str, Tensor], float]:
-    """Weights with one scale factor; statistics per channel become a part of a KL autoencoder's."""
+    """Weights with one scale factor: a KL autoencoder's with the one that readers assume.
+
+    Few look at the factor in the file: they have one of their own for each kind of model.
+    """
     shift, scale = latent_statistics(tensors, config)
-    if is_one_number(shift, scale):
-        return convert_part(config, "first_stage", tensors, "compvis"), scale[0]
-    if config.first_stage.name != "kl":
+    if config.first_stage.name == "kl":
+        factor = _assumed_scale(config)
+        tensors = with_scale(tensors, shift, scale, factor)
+        return convert_part(config, "first_stage", tensors, "compvis"), factor
+    if not is_one_number(shift, scale):
         raise ConfigError(
             "the compvis layout has one scale factor; this first stage has statistics per channel, which "
             "only those of first_stage.name=kl can take into their weights."
         )
-    return convert_part(config, "first_stage", folded(tensors, shift, scale), "compvis"), 1.0
+    return convert_part(config, "first_stage", tensors, "compvis"), scale[0]
+
+
+def _assumed_scale(config: Config) -> float:
+    if config.conditioning.openclip_second is not None:
+        return SDXL_SCALE
+    return SD_SCALE if config.conditioning.low_resolution is None else UPSCALER_SCALE
 
 
 def _place_tower(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config
-from trainer.first_stage.build import build_first_stage, first_stage_tensors
+from trainer.first_stage.build import build_first_stage, first_stage_tensors, load_first_stage
 from trainer.interop.export import export_weights
 from trainer.model import build_model
 from trainer.weights import read_metadata, read_weights, write_weights
 
 SMALL = "model: ViT-B-32, pretrained: random, width: 16, layers: 3, heads: 2"
+CLIP_L = SMALL.replace("ViT-B-32", "ViT-L-14-quickgelu")
 TEXT = f"conditioning.openclip={{{SMALL}}}"
 BASE = [
     "data.image_size=16",
@@ -59,8 +61,50 @@ def test_the_original_layout_holds_the_whole_tower_and_the_average(tmp_path: Pat
     assert f"{tower}attn_mask" not in stored
     mine = "model.diffusion_model.input_blocks.0.0.weight"
     assert torch.equal(stored["model_ema.diffusion_modelinput_blocks00weight"], stored[mine])
-    assert stored["scale_factor"] == 0.5
     assert stored[mine].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [
+        ([], 0.18215),
+        ([TEXT], 0.18215),
+        ([TEXT, "conditioning.low_resolution={factor: 2}"], 0.08333),
+        ([f"conditioning={{openclip: {{{CLIP_L}}}, openclip_second: {{{SMALL}}}}}"], 0.13025),
+    ],
+)
+def test_the_first_stage_of_the_original_layout_has_the_scale_that_readers_assume(
+    settings: list[str], factor: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None of them looks at scale_factor: the latents are ours by the kind of model alone."""
+    source = run_file(tmp_path, *settings)
+    stored = compvis(tmp_path, source)
+    assert float(stored["scale_factor"]) == pytest.approx(factor)
+    config = load_config(None, [*BASE, *settings])
+    (tmp_path / "run.yaml").write_text(json.dumps(config_to_dict(config)))
+    command = ["import", f"{tmp_path}/model.safetensors", f"{tmp_path}/back", "--config"]
+    assert main([*command, f"{tmp_path}/run.yaml"]) == 0
+    picture, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
+    before, after = (
+        load_first_stage(replace(config.first_stage, weights=f"{tmp_path}/{name}.safetensors"))
+        for name in ("first_stage", "back/first_stage")
+    )
+    assert after.latent_scale.tolist() == pytest.approx([factor] * 4)
+    latents = before.latents(picture, noise)
+    torch.testing.assert_close(after.latents(picture, noise), latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after.decode(latents), before.decode(latents), rtol=1e-4, atol=1e-4)
+    other = replace(config, first_stage=replace(config.first_stage, latent_scale=0.5))
+    (tmp_path / "run.yaml").write_text(json.dumps(config_to_dict(other)))
+    assert main([*command, f"{tmp_path}/run.yaml"]) == 2
+    assert f"set first_stage.latent_scale={factor}." in capsys.readouterr().err
+
+
+def test_readers_must_be_told_the_scale_of_a_quantised_first_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = run_file(tmp_path, "unet.attention=plain", "first_stage.name=vq", "first_stage.codebook_size=16")
+    assert compvis(tmp_path, source)["scale_factor"] == 0.5
+    assert "the scale factor of the first stage is 0.5; programs that" in capsys.readouterr().out
 
 
 def test_trained_weights_have_no_average_beside_them_unless_the_run_has(tmp_path: Path) -> None:
