@@ -22,7 +22,7 @@ from trainer.interop.diffusers_export import tokenizer_files
 from trainer.model import build_model, load_model
 from trainer.rng import Purpose, normal
 from trainer.sample import Request, generate
-from trainer.weights import read_weights, write_weights
+from trainer.weights import write_weights
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -208,7 +208,7 @@ def test_inpainting_and_upscaling_have_everything_they_need(tmp_path: Path) -> N
     )
 
 
-def test_statistics_per_channel_are_in_the_weights_of_both_layouts(tmp_path: Path) -> None:
+def test_statistics_per_channel_are_in_the_weights(tmp_path: Path) -> None:
     """Posterior mean, its deviation and the decoder, of an autoencoder that knows nothing of statistics."""
     source = run_file(tmp_path, TEXT)
     stage = load_model(source, device=torch.device("cpu")).model.first_stage
@@ -220,12 +220,30 @@ def test_statistics_per_channel_are_in_the_weights_of_both_layouts(tmp_path: Pat
     torch.testing.assert_close(posterior.mean + posterior.std * noise, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vae.decode(expected).sample, stage.decode(expected), rtol=1e-4, atol=1e-4)
 
-    assert main(["export", source, str(tmp_path / "one.safetensors"), "--layout", "compvis"]) == 0
-    stored = read_weights(str(tmp_path / "one.safetensors"))[0]
-    assert stored["scale_factor"] == 1.0
-    state = vae.state_dict()
-    for name in ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias"):
-        assert torch.equal(stored[f"first_stage_model.{name}"], state[name])
+
+@pytest.mark.parametrize("scale", [None, 0.9])
+def test_the_first_stage_of_a_single_file_has_the_latents_of_the_run(
+    scale: float | None, tmp_path: Path
+) -> None:
+    """Read as Stable Diffusion's, by a program that never looks at the file's scale_factor."""
+    wide = "first_stage={base_channels: 32, channel_multipliers: [1, 2], num_res_blocks: 1, num_groups: 32}"
+    source = run_file(tmp_path, TEXT, wide, f"first_stage.latent_scale={'null' if scale is None else scale}")
+    stage = load_model(source, device=torch.device("cpu")).model.first_stage
+    one = str(tmp_path / "one.safetensors")
+    assert main(["export", source, one, "--layout", "compvis"]) == 0
+    ddconfig = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "in_channels": 3, "out_ch": 3}
+    params = {"first_stage_config": {"params": {"ddconfig": ddconfig | {"z_channels": 4}}}}
+    (tmp_path / "v1.yaml").write_text(json.dumps({"model": {"params": params}}))
+    vae = diffusers.AutoencoderKL.from_single_file(one, original_config=str(tmp_path / "v1.yaml"))
+    factor = vae.config.scaling_factor
+    assert factor == 0.18215
+    picture, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
+    expected = stage.latents(picture, noise)
+    posterior = vae.encode(picture).latent_dist
+    made = (posterior.mean + posterior.std * noise) * factor
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+    decoded = vae.decode(expected / factor).sample
+    torch.testing.assert_close(decoded, stage.decode(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_the_tokenizer_is_ours(tmp_path: Path) -> None:

@@ -24,7 +24,17 @@ from trainer.interop.diffusers_stage import (
     scheduler_to_diffusers,
 )
 from trainer.interop.diffusers_unet import Json, unet_to_diffusers
-from trainer.interop.parts import TOWERS, Groups, cast, convert_part, folded, is_one_number, latent_statistics
+from trainer.interop.parts import (
+    PIXELS,
+    TOWERS,
+    UPSCALER_SCALE,
+    Groups,
+    cast,
+    convert_part,
+    is_one_number,
+    latent_statistics,
+    with_scale,
+)
 from trainer.interop.unet_names import UNetSizes
 
 DIFFUSERS_VERSION = "0.30.0"
@@ -34,8 +44,6 @@ CLIP_END, CLIP_START = 49407, 49406
 START, END, PADDING = "<|startoftext|>", "<|endoftext|>", "<|padding|>"
 """Start and end as transformers writes them; padding with 0 has a name of its own, because that id is also
 the exclamation mark's: as a special token "!" would be cut out of every text."""
-UPSCALER_SCALE = 0.08333
-"""The scale factor that StableDiffusionUpscalePipeline puts in the place of any other."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +168,9 @@ def _first_stage(tensors: Mapping[str, Tensor], config: Config, required: float 
     factor = scale[0] if is_one_number(shift, scale) else 1.0
     if required is not None:
         factor = required
-    if stage.name == "kl" and (any(shift) or any(s != factor for s in scale)):
-        tensors = folded(tensors, shift, [s / factor for s in scale])
-    elif stage.name != "kl" and not is_one_number(shift, scale):
+    if stage.name == "kl":
+        tensors = with_scale(tensors, shift, scale, factor)
+    elif not is_one_number(shift, scale):
         raise ConfigError("diffusers' VQModel has one scaling_factor and no per-channel latent statistics.")
     same = [factor] * stage.latent_channels
     none = [0.0] * stage.latent_channels
@@ -205,6 +213,10 @@ def choose_pipeline(config: Config) -> Pipeline:
     """
     if config.diffusion.process == "flow":  # no flow scheduler has scale_model_input, which all of them call
         raise NoPipeline("no pipeline of diffusers with these networks draws by diffusion.process=flow")
+    if config.first_stage.input_range != PIXELS:
+        raise NoPipeline(
+            f"diffusers' pixels lie in {PIXELS}, not first_stage.input_range={config.first_stage.input_range}"
+        )
     given = _conditions(config.conditioning)
     stage = config.first_stage.name
     if not given:
@@ -280,8 +292,6 @@ def _obstacles(config: Config, pipeline: Pipeline) -> Iterator[str]:
     conditioning, stage = config.conditioning, config.first_stage
     if stage.name != "kl":
         yield f"it decodes with an AutoencoderKL, not first_stage.name={stage.name}"
-    if stage.input_range != "-1..1":
-        yield f"its pixels lie in -1..1, not first_stage.input_range={stage.input_range}"
     towers = {
         name: tower
         for name in ("openclip", "openclip_second")

@@ -11,6 +11,7 @@ is not the nearest any more when channels are scaled differently.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,10 +31,17 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 TOWERS = {"text_encoder": "openclip", "text_encoder_2": "openclip_second"}
 """Prefix of a text tower's tensors -> its section of ConditioningConfig."""
 QUANT, POST_QUANT = "quant_conv", "post_quant_conv"
+PIXELS = "-1..1"
+"""The range that an encoder is shown, and a decoder gives, in other programs."""
+SD_SCALE, SDXL_SCALE, UPSCALER_SCALE = 0.18215, 0.13025, 0.08333
+"""Scale factors that programs put in the place of any other, by the kind of model."""
 
 
 def is_clip_l(tower: OpenCLIPConfig | None) -> bool:
-    """Whether the original layout stores this tower in the names of transformers (SD1, SDXL's first)."""
+    """Whether the original layout stores this tower in the names of transformers (SD1, SDXL's first).
+
+    Its readers build OpenAI's CLIP ViT-L there, with QuickGELU, whatever the file holds.
+    """
     return tower is not None and tower.model.startswith("ViT-L-14")
 
 
@@ -113,6 +121,20 @@ def folded(
     made[f"{POST_QUANT}.bias"] = bias + (weight.flatten(1) @ down)
     changed = [f"{layer}.{kind}" for layer in (QUANT, POST_QUANT) for kind in ("weight", "bias")]
     return made | {name: made[name].to(tensors[name].dtype) for name in changed}
+
+
+def with_scale(
+    tensors: Mapping[str, Tensor], shift: Sequence[float], scale: Sequence[float], factor: float
+) -> dict[str, Tensor]:
+    """A KL autoencoder's weights whose latents, times the factor, are the run's; unchanged where they are."""
+    if not any(shift) and all(is_same_scale(s, factor) for s in scale):
+        return dict(tensors)
+    return folded(tensors, shift, [s / factor for s in scale])
+
+
+def is_same_scale(one: float, other: float) -> bool:
+    """Whether two scale factors are the same number, of which one has been through single precision."""
+    return math.isclose(one, other, rel_tol=1e-6)
 
 
 def is_one_number(shift: Sequence[float], scale: Sequence[float]) -> bool:
