@@ -15,7 +15,7 @@ from trainer.conditioning.low_resolution import LowResolution
 from trainer.conditioning.masked_image import MaskedImage
 from trainer.conditioning.spatial import Depth, SemanticMap
 from trainer.conditioning.transformer import Layout, TextTransformer
-from trainer.config.models import ConditioningConfig, FirstStageConfig, OpenCLIPConfig
+from trainer.config.models import TOWERS, ConditioningConfig, FirstStageConfig, OpenCLIPConfig
 from trainer.config.run import ConfigError
 from trainer.rng import Purpose, uniform
 
@@ -43,6 +43,19 @@ CONDITIONERS: dict[str, Callable[[Any, FirstStageConfig, int], Condition]] = {
 the entry's position here and in ConditioningConfig: random draws and seeded weights are keyed by it."""
 TEXT = ("openclip", "openclip_second", "text_transformer")
 """The conditions that read captions."""
+
+
+def require_activations(config: ConditioningConfig) -> None:
+    """Raise ConfigError where a tower would compute otherwise than its weights were trained (its activation).
+
+    For runs that begin: what was trained so goes on, and is drawn from, as it is.
+    """
+    towers = {name: getattr(config, name) for name in TOWERS if getattr(config, name) is not None}
+    if towers:
+        from trainer.conditioning.open_clip_towers import require_activation
+
+        for name, tower in towers.items():
+            require_activation(name, tower)
 
 
 class FrozenConditions:

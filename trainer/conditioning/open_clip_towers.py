@@ -33,10 +33,15 @@ __all__ = [
     "build_tower",
     "load_tower",
     "pretrained_settings",
+    "require_activation",
     "weights_file",
 ]
 
 logger = logging.getLogger(__name__)
+
+QUICK = "-quickgelu"
+"""Ends the name of a model of which there is another one with GELU."""
+_ACTIVATIONS = {True: "QuickGELU", False: "GELU"}
 
 
 def architecture(config: OpenCLIPConfig) -> dict[str, Any]:
@@ -123,6 +128,24 @@ def pretrained_settings(model: str, pretrained: str) -> dict[str, Any]:
     return dict(open_clip.get_pretrained_cfg(model, pretrained) or {})
 
 
+def require_activation(name: str, config: OpenCLIPConfig) -> None:
+    """Raise ConfigError where a tag's weights were trained with another activation than the model has.
+
+    No shape shows it, and open_clip's own loader says it in a warning. `name`: section of `conditioning`.
+    """
+    if config.pretrained in (None, RANDOM) or _is_file(config.pretrained):
+        return
+    wanted = pretrained_settings(config.model, config.pretrained).get("quick_gelu", False)
+    if wanted == architecture(config).get("quick_gelu", False):
+        return
+    other = f"{config.model}{QUICK}" if wanted else config.model.removesuffix(QUICK)
+    raise ConfigError(
+        f"the weights {config.pretrained} of {config.model} were trained with {_ACTIVATIONS[wanted]}, and "
+        f"the model has {_ACTIVATIONS[not wanted]}; set conditioning.{name}.model={other}, or name the file "
+        "of the weights as pretrained where the other one is meant."
+    )
+
+
 def build_image_tower(name: str, model: Mapping[str, Any], pretrained: str) -> nn.Module:
     """open_clip's image tower without its text tower, with its weights, on the CPU.
 
@@ -169,10 +192,10 @@ def load_tower(tower: TextTransformer, url: str) -> None:
 
 
 def _weights_file(model: str, pretrained: str) -> str:
-    if not is_local(pretrained) or Path(local_path(pretrained)).is_file():
+    if _is_file(pretrained):
         return pretrained
-    if pretrained not in open_clip.list_pretrained_tags_by_model(model):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+    if pretrained not in _tags(model):
+        tags = ", ".join(_tags(model)) or "none"
         raise ConfigError(
             f"pretrained={pretrained!r} is neither a file nor one of open_clip's tags for {model} ({tags}), "
             f"nor the word {RANDOM}."
@@ -185,6 +208,16 @@ def _weights_file(model: str, pretrained: str) -> str:
             "pretrained."
         ) from error
     return str(path)
+
+
+def _is_file(pretrained: str) -> bool:
+    """Whether it is a file or a URL, and no tag."""
+    return not is_local(pretrained) or Path(local_path(pretrained)).is_file()
+
+
+def _tags(model: str) -> list[str]:
+    tags: list[str] = open_clip.list_pretrained_tags_by_model(model)
+    return tags
 
 
 def _load(tower: nn.Module, url: str, *, mark: str, what: str) -> None:

@@ -24,7 +24,7 @@ from trainer.interop.diffusers_unet import unet_from_diffusers
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links, usual_attention
 from trainer.interop.initialise import INPUT
 from trainer.interop.links import Link, TransferReport, import_tensors
-from trainer.interop.parts import is_same_scale
+from trainer.interop.parts import TOWERS, is_same_scale
 from trainer.interop.source import ForeignNetwork, ForeignWeights, open_source
 from trainer.interop.text_tower_names import open_clip_names, text_tower_links
 from trainer.interop.unet_names import UNetSizes, unet_links
@@ -72,6 +72,7 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
         files[WEIGHTS_FILE] = _first_stage(source.parts["first_stage"], config, source)
     for role, file in TEXT_FILES.items():
         if role in source.parts:
+            _require_activation(source.parts[role], config, role, source.url)
             files[file] = _text_tower(source.parts[role], f"{role} of {source.url}")
     if not files:
         raise ConfigError(f"{source.url} holds no network that is recognised; nothing was taken from it.")
@@ -204,6 +205,23 @@ def _other(setting: str, ours: object, theirs: object, origin: str) -> ConfigErr
     return ConfigError(
         f"{origin} was made for {wanted} and the configuration says {setting}={told}; set {setting}={wanted}."
     )
+
+
+def _require_activation(part: ForeignNetwork, config: Config | None, role: str, url: str) -> None:
+    """Raise ConfigError where the source says another activation than the configured tower has."""
+    tower = None if config is None else getattr(config.conditioning, TOWERS[role])
+    if part.config is None or tower is None:
+        return
+    from trainer.conditioning.open_clip_towers import QUICK, architecture  # imports open_clip: seconds
+
+    theirs = part.config.get("hidden_act", "quick_gelu")  # as transformers takes an absent one
+    if theirs != ("quick_gelu" if architecture(tower).get("quick_gelu") else "gelu"):
+        plain = tower.model.removesuffix(QUICK)
+        model = f"{plain}{QUICK}" if theirs == "quick_gelu" else plain
+        raise ConfigError(
+            f"{role} of {url} computes with hidden_act={theirs} and conditioning.{TOWERS[role]}.model="
+            f"{tower.model} does not; set it to a model that does, such as {model}."
+        )
 
 
 def _text_tower(part: ForeignNetwork, origin: str) -> Imported:

@@ -25,6 +25,7 @@ from trainer.interop.diffusers_stage import (
 )
 from trainer.interop.diffusers_unet import Json, unet_to_diffusers
 from trainer.interop.parts import (
+    PIXELS,
     TOWERS,
     UPSCALER_SCALE,
     Groups,
@@ -212,6 +213,10 @@ def choose_pipeline(config: Config) -> Pipeline:
     """
     if config.diffusion.process == "flow":  # no flow scheduler has scale_model_input, which all of them call
         raise NoPipeline("no pipeline of diffusers with these networks draws by diffusion.process=flow")
+    if config.first_stage.input_range != PIXELS:
+        raise NoPipeline(
+            f"diffusers' pixels lie in {PIXELS}, not first_stage.input_range={config.first_stage.input_range}"
+        )
     given = _conditions(config.conditioning)
     stage = config.first_stage.name
     if not given:
@@ -287,8 +292,6 @@ def _obstacles(config: Config, pipeline: Pipeline) -> Iterator[str]:
     conditioning, stage = config.conditioning, config.first_stage
     if stage.name != "kl":
         yield f"it decodes with an AutoencoderKL, not first_stage.name={stage.name}"
-    if stage.input_range != "-1..1":
-        yield f"its pixels lie in -1..1, not first_stage.input_range={stage.input_range}"
     towers = {
         name: tower
         for name in ("openclip", "openclip_second")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.storage.urls import join
-from trainer.config.models import UNetConfig
+from trainer.config.models import OpenCLIPConfig, UNetConfig
 from trainer.config.run import Config, ConfigError
 from trainer.diffusion.schedule import make_schedule
 from trainer.first_stage.build import WEIGHTS_FILE, first_stage_metadata
@@ -21,6 +21,7 @@ from trainer.interop.diffusers_export import write_diffusers
 from trainer.interop.first_stage_names import STATISTICS
 from trainer.interop.links import Link, TransferReport
 from trainer.interop.parts import (
+    PIXELS,
     SD_SCALE,
     SDXL_SCALE,
     TOWERS,
@@ -39,6 +40,11 @@ from trainer.weights import TORCH_ENDINGS, WEIGHT_ENDINGS, write_weights
 
 Layout = Literal["native", "compvis", "diffusers"]
 Tensors = Mapping[str, Tensor]
+_SD1 = {"layer": "last", "padding": "end", "null": "empty"}
+_SD2 = {"layer": "penultimate", "final_norm": True, "padding": "zero", "null": "empty"}
+_SDXL = {"layer": "penultimate", "final_norm": False, "padding": "zero"}
+_SDXL_CLIP = _SDXL | {"padding": "end"}
+"""How readers of the original layout use its towers. Of SDXL some take zeros for no text, and some do not."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -120,7 +126,13 @@ def _write_compvis(
                 "the compvis layout holds the levels of a beta schedule, which diffusion.process="
                 f"{config.diffusion.process} does not have; export in the native or the diffusers layout."
             )
+        if config.first_stage.input_range != PIXELS:
+            raise ConfigError(
+                f"readers of the compvis layout take pixels to lie in {PIXELS}, not first_stage.input_range="
+                f"{config.first_stage.input_range}; export in the native or the diffusers layout."
+            )
         parts.unet = convert_part(config, "unet", groups["unet"], "compvis")
+        notes += _what_readers_take_otherwise(config)
         if averaged:  # of memory of its own, which files want, where it stands in both places
             copies = {name: tensor.clone() for name, tensor in averaged.items()}
             parts.unet_average = convert_part(config, "unet", copies, "compvis")
@@ -143,6 +155,31 @@ def _write_compvis(
         setattr(parts, name, cast(getattr(parts, name), dtype))
     write_weights(url, compvis.join(parts), {"format": "pt"})
     return [url], notes
+
+
+def _what_readers_take_otherwise(config: Config) -> list[str]:
+    """A note of the settings that the file has no place for, where they are not those of Stable Diffusion."""
+    unusual = (
+        []
+        if config.diffusion.prediction == "eps"
+        else [f"diffusion.prediction={config.diffusion.prediction}"]
+    )
+    if config.diffusion.zero_terminal_snr:
+        unusual.append("diffusion.zero_terminal_snr=true")
+    towers = {name: getattr(config.conditioning, name) for name in TOWERS.values()}
+    two = None not in towers.values()
+    for name, tower in towers.items():
+        if tower is None:
+            continue
+        usual = (_SDXL_CLIP if is_clip_l(tower) else _SDXL) if two else _SD1 if is_clip_l(tower) else _SD2
+        for setting, value in usual.items():
+            idle = setting == "final_norm" and tower.layer == "last"
+            if getattr(tower, setting) != value and not idle:
+                told = str(getattr(tower, setting)).lower()
+                unusual.append(f"conditioning.{name}.{setting}={told}")
+    if not unusual:
+        return []
+    return [f"the file does not say {', '.join(unusual)}; programs must be told, such as by their YAML"]
 
 
 def _first_stage_to_compvis(tensors: Tensors, config: Config) -> tuple[dict[str, Tensor], float]:
@@ -180,9 +217,20 @@ def _place_tower(
             f"{config.conditioning.openclip_second and config.conditioning.openclip_second.model}."
         )
     if clip:
+        _require_quick_gelu(section, getattr(config.conditioning, section))
         parts.clip = convert_part(config, role, tensors, "diffusers")
     else:
         parts.open_clip = dict(tensors)
+
+
+def _require_quick_gelu(name: str, tower: OpenCLIPConfig) -> None:
+    from trainer.conditioning.open_clip_towers import architecture  # imports open_clip, which takes seconds
+
+    if not architecture(tower).get("quick_gelu"):
+        raise ConfigError(
+            f"readers of the compvis layout compute its ViT-L-14 with QuickGELU, and conditioning.{name}"
+            f".model={tower.model} has GELU; export in the native or the diffusers layout."
+        )
 
 
 def _is_unsaid(name: str, layout: Layout) -> bool:

@@ -31,12 +31,17 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 TOWERS = {"text_encoder": "openclip", "text_encoder_2": "openclip_second"}
 """Prefix of a text tower's tensors -> its section of ConditioningConfig."""
 QUANT, POST_QUANT = "quant_conv", "post_quant_conv"
+PIXELS = "-1..1"
+"""The range that an encoder is shown, and a decoder gives, in other programs."""
 SD_SCALE, SDXL_SCALE, UPSCALER_SCALE = 0.18215, 0.13025, 0.08333
 """Scale factors that programs put in the place of any other, by the kind of model."""
 
 
 def is_clip_l(tower: OpenCLIPConfig | None) -> bool:
-    """Whether the original layout stores this tower in the names of transformers (SD1, SDXL's first)."""
+    """Whether the original layout stores this tower in the names of transformers (SD1, SDXL's first).
+
+    Its readers build OpenAI's CLIP ViT-L there, with QuickGELU, whatever the file holds.
+    """
     return tower is not None and tower.model.startswith("ViT-L-14")
 
 

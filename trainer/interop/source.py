@@ -14,6 +14,8 @@ from trainer.interop.text_tower_names import NO_WEIGHTS, with_text_model
 from trainer.interop.unet_names import Dialect
 from trainer.weights import WEIGHT_ENDINGS, read_tensors
 
+OPENAI_CLIP: Json = {"hidden_act": "quick_gelu"}
+"""Of the tower that the original layout stores in the names of transformers, which says nothing of it."""
 _SIGNS = (
     ("input_blocks.0.0.weight",),
     ("time_embedding.linear_1.weight", "conv_in.weight"),
@@ -167,7 +169,7 @@ def _from_compvis(url: str, file: dict[str, Tensor]) -> ForeignWeights:
         if part:
             source.parts[role] = ForeignNetwork("compvis", part)
     towers = [
-        ForeignNetwork("diffusers", with_text_model(split.clip)),
+        ForeignNetwork("diffusers", with_text_model(split.clip), OPENAI_CLIP),
         ForeignNetwork("compvis", split.open_clip),
     ]
     for role, tower in zip(

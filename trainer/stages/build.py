@@ -20,6 +20,7 @@ from trainer.checkpoint.export import open_weights, read_state
 from trainer.checkpoint.host_buffer import HostBuffer
 from trainer.checkpoint.layout import FROZEN, MASTER
 from trainer.checkpoint.reader import EngineReader, check_shapes
+from trainer.conditioning.build import require_activations
 from trainer.config.identity import check_optimizer_state
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
@@ -83,6 +84,8 @@ def _build_diffusion(
     start: StartTimer,
     resumes: CheckpointHandle | None,
 ) -> Built:
+    if resumes is None:
+        require_activations(config.conditioning)
     model = build_model(config, env.device)
     # One rank has read the files for all of them.
     contents = collectives.from_main_rank(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from trainer.conditioning.base import Source
+from trainer.conditioning.build import require_activations
 from trainer.conditioning.open_clip_towers import build_tower, load_tower, weights_file
 from trainer.conditioning.openclip import OpenCLIP
-from trainer.config.models import FirstStageConfig, OpenCLIPConfig
+from trainer.config.io import load_config
+from trainer.config.models import ConditioningConfig, FirstStageConfig, OpenCLIPConfig
 from trainer.config.run import ConfigError
+from trainer.stages.build import build_stage
 from trainer.weights import read_alone, read_tensors, read_through, write_weights
 
 T = TypeVar("T")
@@ -205,6 +209,38 @@ def test_impossible_towers_are_refused_with_a_remedy(changes: dict[str, Any], me
 def test_an_unknown_tag_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="laion2b_s32b_b79k"):
         weights_file("ViT-H-14", "laion_3b")
+
+
+@pytest.mark.parametrize("model", ["ViT-L-14", "ViT-B-32"])
+def test_a_new_run_refuses_weights_that_want_another_activation(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tower(name: str, pretrained: str) -> ConditioningConfig:
+        return ConditioningConfig(openclip_second=OpenCLIPConfig(model=name, pretrained=pretrained))
+
+    for tag in ("openai", "metaclip_400m"):
+        with pytest.raises(ConfigError, match=f"QuickGELU.*openclip_second.model={model}-quickgelu,"):
+            require_activations(tower(model, tag))
+        require_activations(tower(f"{model}-quickgelu", tag))
+    require_activations(tower(model, "datacomp_xl_s13b_b90k"))
+    require_activations(tower(model, "random"))
+    require_activations(ConditioningConfig())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").touch()  # a file, which says nothing of it
+    require_activations(tower(model, "openai"))
+
+
+def test_a_run_that_goes_on_keeps_its_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> str:
+        raise ConfigError("what it was trained with is read")
+
+    monkeypatch.setattr("trainer.conditioning.open_clip_towers.weights_file", read)
+    tower = "conditioning.openclip={model: ViT-L-14, pretrained: openai}"
+    config = load_config(None, ["first_stage.name=identity", tower])
+    timers: Any = SimpleNamespace(device=torch.device("cpu"))
+    for resumes, said in ((None, "QuickGELU"), (timers, "is read")):
+        with pytest.raises(ConfigError, match=said):
+            build_stage(config, timers, timers, timers, resumes)
 
 
 def test_whoever_reads_weights_asks_the_hub_and_has_the_file(tmp_path: Path) -> None:

@@ -99,6 +99,49 @@ def test_the_first_stage_of_the_original_layout_has_the_scale_that_readers_assum
     assert f"set first_stage.latent_scale={factor}." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([TEXT], ""),
+        ([f"conditioning.openclip={{{CLIP_L}, layer: last, padding: end}}"], ""),
+        ([TEXT, "diffusion.prediction=x0"], "diffusion.prediction=x0"),
+        (
+            [TEXT, "diffusion={prediction: v, zero_terminal_snr: true}", "sampling.spacing=trailing"],
+            "diffusion.prediction=v, diffusion.zero_terminal_snr=true",
+        ),
+        (
+            [f"conditioning.openclip={{{SMALL}, layer: last, padding: end, null: zeros}}"],
+            "conditioning.openclip.layer=last, conditioning.openclip.padding=end, "
+            "conditioning.openclip.null=zeros",
+        ),
+        (
+            [
+                f"conditioning={{openclip: {{{CLIP_L}, padding: end}}, "
+                f"openclip_second: {{{SMALL}, final_norm: false}}}}"
+            ],
+            "conditioning.openclip.final_norm=true",
+        ),
+    ],
+)
+def test_what_readers_of_the_original_layout_take_otherwise_is_said(
+    settings: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compvis(tmp_path, run_file(tmp_path, *settings))
+    notes = [line for line in capsys.readouterr().out.splitlines() if "the file does not say" in line]
+    assert notes == (
+        [f"the file does not say {said}; programs must be told, such as by their YAML"] if said else []
+    )
+
+
+def test_pixels_that_readers_of_the_original_layout_show_otherwise_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = run_file(tmp_path, TEXT, "first_stage.input_range=0..1"), tmp_path / "model.safetensors"
+    assert main(["export", source, str(target), "--layout", "compvis"]) == 2
+    assert "not first_stage.input_range=0..1" in capsys.readouterr().err
+    assert not target.exists()
+
+
 def test_readers_must_be_told_the_scale_of_a_quantised_first_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +194,7 @@ def test_a_vector_that_no_unet_of_diffusers_takes_is_refused(
         ([TEXT, "conditioning.depth={}"], "is told depth, openclip and nothing else"),
         ([TEXT, "conditioning.masked_image={drop_probability: 0.1}"], "masked_image.drop_probability"),
         (["conditioning.class_label={num_classes: 3, width: 16}"], "is told class_label and nothing else"),
+        (["unet.attention=plain", "first_stage.input_range=0..1"], "input_range=0..1"),
     ],
 )
 def test_without_a_pipeline_that_draws_the_same_there_is_no_index(
@@ -203,6 +247,33 @@ def test_two_towers_that_the_original_layout_cannot_hold_are_refused(
     assert main(["export", run_file(tmp_path, towers), str(target), "--layout", "compvis"]) == 2
     assert "these are ViT-B-32 and ViT-B-32" in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_a_tower_that_readers_compute_otherwise_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands where OpenAI's CLIP ViT-L does is read with QuickGELU."""
+    gelu = run_file(tmp_path, f"conditioning.openclip={{{SMALL.replace('ViT-B-32', 'ViT-L-14')}}}")
+    target = tmp_path / "model.safetensors"
+    assert main(["export", gelu, str(target), "--layout", "compvis"]) == 2
+    assert "conditioning.openclip.model=ViT-L-14 has GELU" in capsys.readouterr().err
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("layout", ["compvis", "diffusers"])
+def test_a_tower_of_another_activation_is_not_imported(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = run_file(tmp_path, f"conditioning.openclip={{{CLIP_L}}}")
+    there = str(tmp_path / ("model.safetensors" if layout == "compvis" else "model"))
+    assert main(["export", source, there, "--layout", layout]) == 0
+    for model, code in (("ViT-L-14-quickgelu", 0), ("ViT-L-14", 2)):
+        config = load_config(None, [*BASE, f"conditioning.openclip={{model: {model}, pretrained: random}}"])
+        (tmp_path / "run.yaml").write_text(json.dumps(config_to_dict(config)))
+        back = str(tmp_path / model)
+        assert main(["import", there, back, "--config", f"{tmp_path}/run.yaml"]) == code
+    assert "hidden_act=quick_gelu and conditioning.openclip.model=ViT-L-14 does" in capsys.readouterr().err
+    assert not (tmp_path / "ViT-L-14").exists()
 
 
 INPAINTING = ["unet.attention=plain", "first_stage.name=vq", "first_stage.codebook_size=16"]
