@@ -157,6 +157,8 @@ def _measure(args: argparse.Namespace, device: torch.device) -> None:
     real, made = stored(args.reference), stored(args.pictures)
     known = [each for each in (real, made) if each is not None]
     if len(known) == 2:
+        for each in known:  # only what was said: how the two differ is a note
+            _adopt(argparse.Namespace(**vars(args)), each.record)
         check_metrics(names(args.metrics), known[1].outputs())
     else:
         measuring = Measuring(args, known, device)

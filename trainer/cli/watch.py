@@ -126,7 +126,9 @@ def _watch(args: argparse.Namespace, out: str, env: DistributedEnv) -> None:
         measured_by={
             "networks": measuring.networks,
             "image_size": args.image_size,
+            "fit": args.fit or "crop",
             "reference": real.record.pictures if real is not None else None,
+            "reference_content": real.content() if real is not None else None,
             "sample": args.sample,
         },
         same_pictures=sample.same_pictures,

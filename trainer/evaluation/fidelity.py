@@ -45,6 +45,8 @@ METRICS = {
     "clip_score": Need("score", alone=True),
 }
 _NEIGHBOURHOODS = ("precision", "recall", "density", "coverage")
+CLIP_SCORE = "clip.score"
+"""The one output that pictures without a caption do not have."""
 _GENERAL = {"fid": "fd", "kid": "kd", "sfid": "sfd"}
 """Names of distances whose I stands for Inception."""
 
@@ -138,6 +140,7 @@ def compare(
                 f"{each.record.source} holds {each.record.pictures} picture(s); it takes at least 2."
             )
     found = Comparison()
+    given: set[str] = set()
     for family in families:
         source = _FeaturePair(made, real, family, device)
         for metric, need in METRICS.items():
@@ -146,14 +149,21 @@ def compare(
             missing = source.missing(need)
             if missing is None:
                 found.figures |= _figures(metric, family, source)
-            elif wanted is not None and source.offers(need.output):
+                given.add(metric)
+            elif wanted is not None and source.offers(need):
                 raise ConfigError(
                     f"{missing} has no features for {metric}; make it anew with --metrics {metric}."
                 )
-    if not found.figures:
+    if not found.figures and wanted is None:
         raise ConfigError(
             f"{made.record.source} and {real.record.source} have no features for any metric in common."
         )
+    for metric in wanted or ():
+        if metric not in given:
+            why = "captions beside its pictures" if metric == "clip_score" else f"features for {metric}"
+            raise ConfigError(
+                f"{made.record.source} has no {why}; measure a set that has, or leave {metric} out."
+            )
     found.notes += list(_notes(made, real, found.figures))
     return found
 
@@ -167,17 +177,20 @@ class _FeaturePair:
     family: str
     device: torch.device
 
-    def offers(self, output: str) -> bool:
-        name = f"{self.family}.{output}"
-        return any(name in each.means or name in each.features for each in (self.made, self.real))
+    def offers(self, need: Need) -> bool:
+        name = f"{self.family}.{need.output}"
+        return any(name in each.means or name in each.features for each in self._sides(need))
 
     def missing(self, need: Need) -> str | None:
         """The set that has not what a metric needs."""
         name = f"{self.family}.{need.output}"
-        for each in (self.made,) if need.alone else (self.made, self.real):
+        for each in self._sides(need):
             if name not in (each.features if need.kept else each.means):
                 return each.record.source
         return None
+
+    def _sides(self, need: Need) -> Sequence[SetStatistics]:
+        return (self.made,) if need.alone else (self.made, self.real)
 
     def features(self, output: str) -> tuple[Tensor, Tensor]:
         name = f"{self.family}.{output}"
@@ -247,6 +260,12 @@ def _notes(made: SetStatistics, real: SetStatistics, figures: Mapping[str, float
                 f"{few[0].source} holds {few[0].pictures} pictures, not more than the {width} dimensions of "
                 f"{name}: its Frechet distance is far too high, and compares only with those of as many"
             )
+    scored = made.counts.get(CLIP_SCORE, 0)
+    if "clip_score" in figures and scored < made.record.pictures:
+        yield (
+            f"the CLIP score is of {scored} of the {made.record.pictures} pictures of {made.record.source}; "
+            "the others have no caption"
+        )
     smallest = min(each.record.pictures or metrics.KID_SUBSET_SIZE for each in (made, real))
     if smallest < metrics.KID_SUBSET_SIZE and any(name.split("_")[0] in ("kid", "kd") for name in figures):
         usual = metrics.KID_SUBSET_SIZE

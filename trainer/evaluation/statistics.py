@@ -7,6 +7,7 @@ The .npz of other programs (mu and sigma; mu_s and sigma_s) are read as well.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
@@ -30,6 +31,7 @@ FORMAT = 1
 KEY = "fidelity_statistics"
 UNKNOWN = "unknown"
 _NPZ_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_NPZ_WIDTHS = {"inception.pool": 2048, "inception.spatial": 2023}
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,15 @@ class SetStatistics:
             family, _, output = name.partition(".")
             found[family].append(output)
         return found
+
+    def content(self) -> str:
+        """Names the pictures, in any order, or the numbers of a file that does not know its pictures."""
+        found = hashlib.sha256(np.sort(self.digests.numpy()).tobytes())
+        if not len(self.digests):
+            for part in (self.means, self.covariances):
+                for name in sorted(part):
+                    found.update(name.encode() + part[name].numpy().tobytes())
+        return found.hexdigest()[:16]
 
 
 def write_statistics(url: str, found: SetStatistics) -> None:
@@ -153,6 +164,13 @@ def _read_npz(url: str) -> SetStatistics:
     for name, (mean, covariance) in found.items():
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ConfigError(f"{url}: mu and sigma of {name} do not belong together.")
+        if len(mean) != _NPZ_WIDTHS[name]:
+            raise ConfigError(
+                f"{url} has {len(mean)} features where {name} has {_NPZ_WIDTHS[name]}: statistics of another "
+                "layer or network, which compare with nothing here; name a file of FID statistics."
+            )
+        if not bool(mean.isfinite().all() and covariance.isfinite().all()):
+            raise ConfigError(f"{url} has NaN or infinity in the statistics of {name}; make it anew.")
     if not found:
         raise ConfigError(
             f"{url} holds neither mu and sigma nor mu_s and sigma_s; name a file of FID statistics."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import operator
 import os
@@ -25,10 +26,14 @@ from trainer.config.run import Config, ConfigError
 from trainer.metrics.jsonl import MEASURED_BY, RECORDS, line_of
 from trainer.metrics.wandb_sink import WandbSink
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "evaluation"
 """Of an evaluator, in that of the run, unless another is named."""
 PREFIX = "eval/"
 """Of figures, as W&B groups them."""
+_SAID_LATER = ("fit", "reference_content")
+"""Of what measures, what the lines of earlier versions do not have."""
 _HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "clip_score")
 _RUNS_OWN = "WANDB_RUN_ID"
 """Where a launcher says the id of the run: two processes must not write to one."""
@@ -88,7 +93,15 @@ class EvaluatorFindings:
         if former is None:
             return
         wanted = json.loads(json.dumps(measured_by))
-        differing = sorted(n for n in former.keys() | wanted.keys() if former.get(n) != wanted.get(n))
+        unsaid = [name for name in _SAID_LATER if name not in former]
+        if unsaid:
+            logger.warning(
+                "%s is of an earlier version, which did not write %s: whether that is the same is not known.",
+                self.url,
+                " and ".join(unsaid),
+            )
+        names = (former.keys() | wanted.keys()).difference(unsaid)
+        differing = sorted(n for n in names if former.get(n) != wanted.get(n))
         if "sample" in differing and same_pictures(str(former.get("sample")), str(wanted.get("sample"))):
             differing.remove("sample")
         if differing:

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.__main__ import main
+from trainer.config.run import ConfigError
 from trainer.evaluation.features import to_size, to_size_unrounded
-from trainer.evaluation.statistics import read_statistics
+from trainer.evaluation.fidelity import Comparison, compare
+from trainer.evaluation.statistics import NetworkRecord, Record, SetStatistics, read_statistics
 
 Measure = Callable[..., dict[str, Any]]
 TAG = "_random"
@@ -143,8 +146,12 @@ def test_only_what_is_asked_for_is_kept(
     assert "make it anew with --metrics kid" in sentence
 
 
-def test_statistics_of_other_programs(tmp_path: Path, measure: Measure, refusal: Callable[..., str]) -> None:
+def test_statistics_of_other_programs(
+    tmp_path: Path, measure: Measure, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = folder_of(tmp_path / "made", range(3))
+    widths = {"inception.pool": 4, "inception.spatial": 3}
+    monkeypatch.setattr("trainer.evaluation.statistics._NPZ_WIDTHS", widths)
     np.savez(tmp_path / "fid.npz", mu=np.zeros(4), sigma=np.eye(4), mu_s=np.ones(3), sigma_s=np.eye(3))
     found = read_statistics(str(tmp_path / "fid.npz"))
     assert found.means["inception.pool"].tolist() == [0.0] * 4
@@ -157,6 +164,69 @@ def test_statistics_of_other_programs(tmp_path: Path, measure: Measure, refusal:
     assert "holds neither mu and sigma" in refusal("fidelity", made, "--reference", tmp_path / "other.npz")
     np.savez(tmp_path / "pickled.npz", mu=np.asarray([{}], dtype=object), sigma=np.eye(1))
     assert "not a .npz file of numbers" in refusal("fidelity", made, "--reference", tmp_path / "pickled.npz")
+
+
+def test_statistics_of_other_networks_are_told_before_anything_is_read(
+    tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    broken = folder_of(tmp_path / "made", range(3))
+    (broken / "0000.png").write_bytes(b"whoever reads this is told so")
+    covariance = np.eye(2048)
+    covariance[3, 4] = np.nan
+    for arrays, said in (
+        ({"mu": np.zeros(768), "sigma": np.eye(768)}, "768 features where inception.pool has 2048"),
+        ({"mu_s": np.zeros(7), "sigma_s": np.eye(7)}, "7 features where inception.spatial has 2023"),
+        ({"mu": np.zeros(2048), "sigma": covariance}, "NaN or infinity in the statistics of inception.pool"),
+    ):
+        np.savez(tmp_path / "other.npz", **arrays)
+        assert said in refusal("fidelity", broken, "--reference", tmp_path / "other.npz")
+
+
+def with_captions(count: int, pictures: int = 20) -> SetStatistics:
+    """Of a set with a caption beside so many of its pictures."""
+    network = NetworkRecord("CLIP", "0" * 64, "crop")
+    means, covariances = torch.full((1,), 0.25, dtype=torch.float64), torch.eye(1, dtype=torch.float64)
+    return SetStatistics(
+        record=Record("made", pictures, {"clip": network}),
+        counts={"clip.score": count} if count else {},
+        means={"clip.score": means} if count else {},
+        covariances={"clip.score": covariances} if count else {},
+        features={"clip.embedding": torch.randn(pictures, 8)},
+        digests=torch.arange(pictures),
+    )
+
+
+def test_captions_that_are_not_there_are_said() -> None:
+    def compared(count: int, *wanted: str) -> Comparison:
+        made = with_captions(count)
+        return compare(made, with_captions(20), ["clip"], wanted or None, torch.device("cpu"))
+
+    (note,) = [note for note in compared(3).notes if "caption" in note]
+    assert note == "the CLIP score is of 3 of the 20 pictures of made; the others have no caption"
+    assert not [note for note in compared(20).notes if "caption" in note]
+    assert "clip_score" not in compared(0).figures
+    with pytest.raises(
+        ConfigError, match=r"made has no captions beside its pictures; .* leave clip_score out"
+    ):
+        compared(0, "cmmd", "clip_score")
+    with pytest.raises(ConfigError, match="made has no features for fid"):
+        compared(20, "cmmd", "fid")
+
+
+def test_stored_sets_are_what_their_pictures_are(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    sets = []
+    for name, start in (("one", 0), ("other", 1)):
+        sets.append(tmp_path / f"{name}.safetensors")
+        pictures = folder_of(tmp_path / name, range(start, start + 5))
+        command = ["evaluate", "statistics", str(pictures), "--out", str(sets[-1]), "--features", "random"]
+        assert main([*command, "--image-size", "24"]) == 0
+    one, other = map(read_statistics, map(str, sets))
+    assert one.content() == replace(one, digests=one.digests.flip(0), means={}).content() != other.content()
+    unknown = replace(one, digests=torch.zeros(0, dtype=torch.int64))
+    assert unknown.content() != replace(unknown, means=other.means).content()
+    for options, said in ((["--image-size", "32"], "--image-size 24"), (["--fit", "squash"], "--fit crop")):
+        for made, real in (sets, sets[::-1]):
+            assert f"was measured with {said}" in refusal("fidelity", made, "--reference", real, *options)
 
 
 class TestTraps:

@@ -76,10 +76,10 @@ class CommittedRun:
         self.manager.close()
 
 
-def reference(folder: Path, count: int = 24) -> str:
+def reference(folder: Path, count: int = 24, seed: int = 0) -> str:
     """Pictures to measure against."""
     folder.mkdir()
-    for seed in range(count):
-        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{seed:03d}.png")
+    for number in range(count):
+        pixels = np.random.default_rng(seed + number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
     return str(folder)

@@ -17,6 +17,7 @@ from tests.unit.metrics.test_meters_and_sinks import offline_runs, wandb_records
 from trainer.__main__ import main
 from trainer.checkpoint.catalogue import Retention, folder_name, open_checkpoint, steps_to_retire
 from trainer.checkpoint.marks import mark, marked_steps
+from trainer.config.run import ConfigError
 from trainer.evaluator.findings import EvaluatorFindings, higher_is_better
 from trainer.evaluator.lookout import Lookout, Sighting
 from trainer.metrics.jsonl import JSONLWriter
@@ -289,8 +290,26 @@ def test_lines_say_what_measured_them_and_others_are_not_mixed_with_them(
     assert "holds figures by other sample, which do not compare" in capsys.readouterr().err
     assert watch(tmp_path, "--once", "--image-size", "4") == 2
     assert "holds figures by other image_size" in capsys.readouterr().err
+    other = ["--reference", reference(tmp_path / "other", seed=100)]  # as many pictures
+    assert watch(tmp_path, "--once", *other) == 2
+    assert "holds figures by other reference_content" in capsys.readouterr().err
     assert watch(tmp_path, "--once", "--sample", "--batch-size 5 --seed 0 --count=20") == 0
     assert [line["step"] for line in lines(tmp_path)] == [100, 200]
+
+
+def test_lines_of_earlier_versions_are_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They say how many pictures the reference has, and not which."""
+    now = {"reference": 24, "reference_content": "1f2e", "fit": None}
+    found = EvaluatorFindings(str(tmp_path))
+    line = {"step": 1, "checkpoint": "a", "samples_seen": 4}
+    found.add(line | {"measured_by": {"reference": 24}})
+    found.require_same(now)
+    assert "did not write fit and reference_content: whether that is the same is not known" in caplog.text
+    found.add(line | {"step": 2, "measured_by": now})
+    with pytest.raises(ConfigError, match="by other reference_content"):
+        found.require_same(now | {"reference_content": "5a5a"})
+    with pytest.raises(ConfigError, match="by other fit"):
+        found.require_same(now | {"fit": "squash"})
 
 
 def test_a_set_that_was_begun_in_other_batches_is_begun_anew(tmp_path: Path, make_run: MakeRun) -> None:
