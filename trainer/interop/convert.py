@@ -14,17 +14,17 @@ from torch import Tensor
 from data_pipeline.storage.files import write_bytes
 from trainer.config.io import config_to_dict
 from trainer.config.models import FirstStageConfig, UNetConfig
-from trainer.config.network_plan import plan_levels
+from trainer.config.network_plan import norm_groups, plan_levels
 from trainer.config.run import Config, ConfigError
 from trainer.first_stage.build import WEIGHTS_FILE, build_first_stage, first_stage_metadata
 from trainer.first_stage.statistics import GIVEN, MARK
 from trainer.interop import compvis
-from trainer.interop.diffusers_stage import first_stage_from_diffusers
+from trainer.interop.diffusers_stage import SCALES, first_stage_from_diffusers, process_from_diffusers
 from trainer.interop.diffusers_unet import unet_from_diffusers
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links, usual_attention
 from trainer.interop.initialise import INPUT
 from trainer.interop.links import Link, TransferReport, import_tensors
-from trainer.interop.parts import TOWERS, is_same_scale
+from trainer.interop.parts import TOWERS, is_one_number, is_same_scale
 from trainer.interop.source import ForeignNetwork, ForeignWeights, open_source
 from trainer.interop.text_tower_names import open_clip_names, text_tower_links
 from trainer.interop.unet_names import UNetSizes, unet_links
@@ -65,6 +65,10 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
     unet = source.parts.get("unet")
     if unet is not None:
         unet_config = _unet_config(unet, config, source.url)
+        if config is not None and source.scheduler is not None:
+            for name, theirs in process_from_diffusers(source.scheduler).items():
+                ours = getattr(config.diffusion, name)
+                _require_same(f"diffusion.{name}", ours, theirs, f"the UNet of {source.url}")
         files[UNET_FILE] = _unet(unet, unet_config, source, config)
         if "unet_ema" in source.parts:
             files[UNET_AVERAGE_FILE] = _unet(source.parts["unet_ema"], unet_config, source, config)
@@ -184,14 +188,18 @@ def _first_stage(part: ForeignNetwork, config: Config | None, source: ForeignWei
         structure = described[0]
     else:
         raise ConfigError(f"{source.url} does not describe its first stage; name a configuration that does.")
-    tensors = convert_first_stage(part, structure, f"the first stage of {source.url}")
+    origin = f"the first stage of {source.url}"
+    if described is not None:
+        _require_same("first_stage.num_groups", norm_groups(structure), norm_groups(described[0]), origin)
+    tensors = convert_first_stage(part, structure, origin)
     statistics = described[1:] if described is not None else None
-    scale, stored = structure.latent_scale, source.latent_scale
-    if scale is not None and stored is not None and not is_same_scale(scale, stored):
-        raise _other("first_stage.latent_scale", scale, stored, f"the first stage of {source.url}")
-    scale = stored if scale is None else scale
-    if scale is not None:
-        statistics = ([0.0] * structure.latent_channels, [scale] * structure.latent_channels)
+    if source.latent_scale is not None:
+        statistics = _one_scale(structure, source.latent_scale)
+    if structure.latent_scale is not None:
+        if source.latent_scale is not None or any(name in (part.config or {}) for name in SCALES):
+            assert statistics is not None
+            _require_scale(structure.latent_scale, *statistics, origin)
+        statistics = _one_scale(structure, structure.latent_scale)
     metadata = first_stage_metadata(structure)
     if statistics is not None:
         tensors |= {name: torch.tensor(values) for name, values in zip(STATISTICS, statistics, strict=True)}
@@ -199,12 +207,29 @@ def _first_stage(part: ForeignNetwork, config: Config | None, source: ForeignWei
     return tensors, metadata
 
 
-def _other(setting: str, ours: object, theirs: object, origin: str) -> ConfigError:
-    """For weights that were made for another value of a setting, which no shape shows."""
-    told, wanted = (f"{value:g}" if isinstance(value, float) else str(value) for value in (ours, theirs))
-    return ConfigError(
-        f"{origin} was made for {wanted} and the configuration says {setting}={told}; set {setting}={wanted}."
-    )
+def _one_scale(config: FirstStageConfig, scale: float) -> tuple[list[float], list[float]]:
+    return [0.0] * config.latent_channels, [scale] * config.latent_channels
+
+
+def _require_scale(given: float, shift: list[float], scale: list[float], origin: str) -> None:
+    """Raise ConfigError where the configuration would scale latents otherwise than the source."""
+    if not is_one_number(shift, scale):
+        raise ConfigError(
+            f"{origin} has latent statistics per channel, which first_stage.latent_scale={given:g} would "
+            "replace; set first_stage.latent_scale=null."
+        )
+    if not is_same_scale(given, scale[0]):
+        _require_same("first_stage.latent_scale", given, scale[0], origin)
+
+
+def _require_same(setting: str, ours: Any, theirs: Any, origin: str) -> None:
+    """Raise ConfigError where weights were made for another value of a setting, which no shape shows."""
+    if ours != theirs:
+        told, wanted = (f"{v:g}" if isinstance(v, float) else str(v).lower() for v in (ours, theirs))
+        raise ConfigError(
+            f"{origin} was made for {wanted} and the configuration says {setting}={told}; set "
+            f"{setting}={wanted}."
+        )
 
 
 def _require_activation(part: ForeignNetwork, config: Config | None, role: str, url: str) -> None:
@@ -267,4 +292,8 @@ def _unet_config(part: ForeignNetwork, config: Config | None, url: str) -> UNetC
                 f"the UNet of {url} has (channels, heads) {theirs} where it attends and the configuration "
                 f"says {ours}; set unet.num_heads or unet.head_dim accordingly."
             )
+        groups, inside = config.unet.num_groups, config.unet.res_block_groups
+        _require_same("unet.num_groups", groups, described.num_groups, f"the UNet of {url}")
+        if inside is not None:
+            _require_same("unet.res_block_groups", inside, described.num_groups, f"the UNet of {url}")
     return config.unet

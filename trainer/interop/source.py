@@ -60,6 +60,8 @@ class ForeignWeights:
     """[classes, width] of the LDM class-conditional models."""
     latent_scale: float | None = None
     """Scale factor stored in the file."""
+    scheduler: Json | None = None
+    """scheduler_config.json of the UNet, where there is one."""
     left: list[str] = field(default_factory=list)
     """Names of tensors that belong to no part."""
 
@@ -81,7 +83,7 @@ def open_source(url: str) -> ForeignWeights:
 
 
 def _from_folder(url: str) -> ForeignWeights:
-    source = ForeignWeights(url)
+    source = ForeignWeights(url, scheduler=diffusers.read_scheduler(url))
     for name, component in diffusers.read_folder(url).items():
         role = "first_stage" if name in ("vae", "vqvae") else name
         stored = with_text_model(component.tensors) if role.startswith("text_encoder") else component.tensors
