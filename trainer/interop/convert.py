@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from data_pipeline.storage.files import write_bytes
+from trainer.conditioning.transformer import TextTransformer
 from trainer.config.io import config_to_dict
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.network_plan import norm_groups, plan_levels
@@ -26,7 +27,12 @@ from trainer.interop.initialise import INPUT
 from trainer.interop.links import Link, TransferReport, import_tensors
 from trainer.interop.parts import TOWERS, is_one_number, is_same_scale
 from trainer.interop.source import ForeignNetwork, ForeignWeights, open_source
-from trainer.interop.text_tower_names import open_clip_names, text_tower_links
+from trainer.interop.text_tower_names import (
+    OUTPUT_HEAD,
+    open_clip_names,
+    text_tower_links,
+    text_transformer_links,
+)
 from trainer.interop.unet_names import UNetSizes, unet_links
 from trainer.weights import write_weights
 
@@ -39,6 +45,8 @@ TEXT_FILES = {"text_encoder": "text_encoder.safetensors", "text_encoder_2": "tex
 CLASS_TOKENS = "conditions.parts.class_label.embedding.weight"
 """Where the trained network keeps the class embedding of the LDM class-conditional models."""
 
+TEXT_TRANSFORMER = "conditions.parts.text_transformer."
+"""The same of the text model of LDM's text-to-image model."""
 Imported = tuple[dict[str, Tensor], dict[str, str]]
 """Tensors and metadata of one file."""
 
@@ -61,6 +69,7 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
         ConfigError: unreadable, unknown, or of another structure; nothing is written then.
     """
     source = open_source(source_url)
+    conditions = _conditions(source, config)
     files: dict[str, Imported] = {}
     unet = source.parts.get("unet")
     if unet is not None:
@@ -69,9 +78,10 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
             for name, theirs in process_from_diffusers(source.scheduler).items():
                 ours = getattr(config.diffusion, name)
                 _require_same(f"diffusion.{name}", ours, theirs, f"the UNet of {source.url}")
-        files[UNET_FILE] = _unet(unet, unet_config, source, config)
+        files[UNET_FILE] = _unet(unet, unet_config, source, config, conditions)
         if "unet_ema" in source.parts:
-            files[UNET_AVERAGE_FILE] = _unet(source.parts["unet_ema"], unet_config, source, config)
+            average = source.parts["unet_ema"]
+            files[UNET_AVERAGE_FILE] = _unet(average, unet_config, source, config, conditions)
     if "first_stage" in source.parts:
         files[WEIGHTS_FILE] = _first_stage(source.parts["first_stage"], config, source)
     for role, file in TEXT_FILES.items():
@@ -167,7 +177,13 @@ def _write_structure(url: str, files: Mapping[str, Imported]) -> None:
     write_bytes(url, yaml.safe_dump(sections, sort_keys=False).encode())
 
 
-def _unet(part: ForeignNetwork, config: UNetConfig, source: ForeignWeights, run: Config | None) -> Imported:
+def _unet(
+    part: ForeignNetwork,
+    config: UNetConfig,
+    source: ForeignWeights,
+    run: Config | None,
+    conditions: dict[str, Tensor],
+) -> Imported:
     converted = convert_unet(part, config, f"the UNet of {source.url}")
     order = compvis.input_order(run) if run is not None and part.dialect == "compvis" else None
     if order is not None:
@@ -175,9 +191,27 @@ def _unet(part: ForeignNetwork, config: UNetConfig, source: ForeignWeights, run:
         ours[:, order] = converted[INPUT]
         converted[INPUT] = ours
     tensors = {f"unet.{name}": tensor for name, tensor in converted.items()}
-    if source.class_embedding is not None:
-        tensors[CLASS_TOKENS] = source.class_embedding
-    return tensors, {"unet": json.dumps(dataclasses.asdict(config))}
+    return tensors | conditions, {"unet": json.dumps(dataclasses.asdict(config))}
+
+
+def _conditions(source: ForeignWeights, config: Config | None) -> dict[str, Tensor]:
+    """What is trained beside the UNet, under our names; what the configuration has no place for is left.
+
+    LDM's layout models read boxes with such a text model, too: the configuration says which it is.
+    """
+    found = {} if source.class_embedding is None else {CLASS_TOKENS: source.class_embedding}
+    section = None if config is None else config.conditioning.text_transformer
+    theirs = {} if section is None else dict(source.text_transformer)
+    unused = [name for name in source.text_transformer if name in OUTPUT_HEAD or name not in theirs]
+    source.left += [f"{compvis.CLIP[0]}{name}" for name in unused]
+    if config is None or section is None or not theirs:
+        return found
+    with torch.device("meta"):
+        expected = TextTransformer(section, config.first_stage, 0).trained.state_dict()
+    links = text_transformer_links(expected)
+    theirs = {name: tensor for name, tensor in theirs.items() if name not in OUTPUT_HEAD}
+    ours = import_tensors(links, expected, theirs, f"the text transformer of {source.url}")
+    return found | {f"{TEXT_TRANSFORMER}{name}": tensor for name, tensor in ours.items()}
 
 
 def _first_stage(part: ForeignNetwork, config: Config | None, source: ForeignWeights) -> Imported:

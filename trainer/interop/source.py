@@ -58,6 +58,8 @@ class ForeignWeights:
     """By role: unet, unet_ema, first_stage, text_encoder, text_encoder_2."""
     class_embedding: Tensor | None = None
     """[classes, width] of the LDM class-conditional models."""
+    text_transformer: dict[str, Tensor] = field(default_factory=dict)
+    """LDM's own text model, in the names of x-transformers."""
     latent_scale: float | None = None
     """Scale factor stored in the file."""
     scheduler: Json | None = None
@@ -160,7 +162,12 @@ def _from_compvis(url: str, file: dict[str, Tensor]) -> ForeignWeights:
             f"{url} holds the UNet as an average alone ({averaged} tensors {compvis.AVERAGE}*, whose names "
             "have lost their dots); take the file that holds the weights beside it."
         )
-    source = ForeignWeights(url, class_embedding=split.class_embedding, left=split.left)
+    source = ForeignWeights(
+        url,
+        class_embedding=split.class_embedding,
+        text_transformer=split.text_transformer,
+        left=split.left,
+    )
     if split.scale_factor is not None:
         source.latent_scale = float(split.scale_factor)
     for role, part in (
