@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -16,8 +17,13 @@ from trainer.conditioning.open_clip_towers import architecture, load_tower
 from trainer.conditioning.openclip import OpenCLIP
 from trainer.conditioning.tokenizers import ClipTokenizer
 from trainer.conditioning.transformer import TextEncoder
+from trainer.config.io import load_config
 from trainer.config.models import FirstStageConfig, OpenCLIPConfig, TextTransformerConfig
-from trainer.weights import write_weights
+from trainer.interop.convert import import_weights
+from trainer.interop.export import export_weights
+from trainer.interop.unet_names import UNetSizes
+from trainer.model import build_trainable
+from trainer.weights import read_weights, write_weights
 
 CAPTIONS = ["a red circle above a blue square", "!", "", "two words " * 60]
 TOWER = OpenCLIPConfig(model="ViT-B-32", pretrained="random", width=32, layers=3, heads=4)
@@ -187,6 +193,81 @@ def test_text_transformer_equals_ldm_bert() -> None:
     tokens = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
     context = ours({"tokens": tokens}, torch.zeros(3, dtype=torch.bool)).context
     torch.testing.assert_close(context, theirs(tokens)[0], **TOLERANCE)
+
+
+class XTransformer(nn.Module):
+    """The names of x-transformers' wrapper around an encoder, as LDM's BERTEmbedder has them."""
+
+    def __init__(self, width: int, depth: int, inner: int, tokens: int, vocabulary: int) -> None:
+        super().__init__()
+        self.token_emb, self.pos_emb = nn.Embedding(vocabulary, width), nn.Module()
+        self.pos_emb.emb = nn.Embedding(tokens, width)
+        self.attn_layers = nn.Module()
+        self.attn_layers.layers = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(width), part, nn.Identity()])
+            for _ in range(depth)
+            for part in (self.attention(width, inner), self.feed_forward(width))
+        )
+        self.norm, self.to_logits = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+
+    @staticmethod
+    def attention(width: int, inner: int) -> nn.Module:
+        made = nn.Module()
+        made.to_q, made.to_k, made.to_v = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        made.to_out = nn.Linear(inner, width)
+        return made
+
+    @staticmethod
+    def feed_forward(width: int) -> nn.Module:
+        made = nn.Module()
+        first = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU())
+        made.net = nn.Sequential(first, nn.Dropout(), nn.Linear(4 * width, width))
+        return made
+
+
+@torch.no_grad()
+def test_the_text_model_of_an_ldm_file_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
+    from diffusers.pipelines.stable_diffusion.convert_from_ckpt import convert_ldm_bert_checkpoint
+
+    small = "width: 32, layers: 3, heads: 2, head_dim: 8, max_tokens: 16"
+    unet = "model_channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, num_groups: 4, head_dim: 8"
+    config = load_config(None, [f"unet={{{unet}}}", f"conditioning.text_transformer={{{small}}}"])
+    original = XTransformer(32, 3, 16, 16, 49408).eval()
+    randomise(original)
+    theirs = convert_ldm_bert_checkpoint(
+        SimpleNamespace(transformer=original),
+        LDMBertConfig(49408, 16, 3, 128, 2, 8, d_model=32, encoder_layerdrop=0.0),
+    )
+    unet_names = UNetSizes(4, 4, 32).build(config.unet).state_dict()
+    network = {name: torch.randn(tensor.shape) for name, tensor in unet_names.items()}
+    export_weights(
+        {f"unet.{n}": t for n, t in network.items()}, f"{tmp_path}/u.safetensors", config, "compvis"
+    )
+    file = {f"cond_stage_model.transformer.{n}": t for n, t in original.state_dict().items()}
+    write_weights(f"{tmp_path}/ldm.safetensors", read_weights(f"{tmp_path}/u.safetensors")[0] | file, {})
+
+    report = import_weights(f"{tmp_path}/ldm.safetensors", f"{tmp_path}/back", config)
+    assert sorted(report.left) == [
+        f"cond_stage_model.transformer.to_logits.{end}" for end in ("bias", "weight")
+    ]
+    prefix = "conditions.parts.text_transformer."
+    stored = read_weights(f"{tmp_path}/back/unet.safetensors")[0]
+    ours = TextEncoder(
+        TextTransformerConfig(width=32, layers=3, heads=2, head_dim=8, max_tokens=16), 49408, None
+    )
+    ours.load_state_dict({n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)})
+    assert set(stored) == set(build_trainable(config)[0].state_dict())
+    tokens = torch.randint(0, 49408, (3, 16), generator=torch.Generator().manual_seed(1))
+    context = ours.eval()({"tokens": tokens}, torch.zeros(3, dtype=torch.bool)).context
+    torch.testing.assert_close(context, theirs(tokens)[0], **TOLERANCE)
+
+    # A configuration without a place for it takes the UNet alone.
+    none = load_config(None, [f"unet={{{unet}}}"])
+    report = import_weights(f"{tmp_path}/ldm.safetensors", f"{tmp_path}/alone", none)
+    assert set(report.left) == set(file)
+    assert set(read_weights(f"{tmp_path}/alone/unet.safetensors")[0]) == {f"unet.{n}" for n in network}
 
 
 def test_text_transformer_has_the_published_size() -> None:

@@ -24,8 +24,9 @@ from data_pipeline.tools.prompts import listed_prompts, prompts_of
 from trainer.__main__ import main
 from trainer.cli import sample_series
 from trainer.config.io import config_to_dict, load_config
+from trainer.config.run import ConfigError
 from trainer.generation.series import AHEAD, Series, make_pictures
-from trainer.generation.store import Form, SetStore
+from trainer.generation.store import Form, SetStore, SmallSet
 from trainer.model import build_model, load_model
 from trainer.sample import Request
 from trainer.weights import write_weights
@@ -101,6 +102,43 @@ def test_what_is_whole_is_not_made_again(tmp_path: Path) -> None:
     assert main(command) == 0
     assert tree(out) == before
     assert kept.stat().st_mtime_ns == stamp
+
+
+def test_what_urls_carry_to_be_let_in_is_in_no_picture(tmp_path: Path) -> None:
+    """Pictures are passed on. A set is the same by whatever signature it is asked for."""
+
+    def record(secret: str) -> dict[str, Any]:
+        return {
+            "source": f"https://me:{secret}@host/run.safetensors",
+            "first_stage": f"https://host/kl.safetensors?X-Amz-Signature={secret}",
+            "image": f"https://host/a.png?X-Amz-Signature={secret}&part=3",
+            "prompts": ["a URL: https://you:1f2e@host"],
+            "files": {"image": "5a5a"},
+            "versions": {},
+        }
+
+    item = {"prompt": "a red circle", "index": 0}
+    small = SmallSet(str(tmp_path / "small"), record("1f2e3d"), [item], overwrite=False)
+    small.begin()
+    small.add(0, torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    large = SetStore(str(tmp_path / "large"), record("1f2e3d"), Form(tars=True))
+    large.begin(overwrite=False)
+    large.put(0, [0], [item], [large.encode(np.zeros((4, 4, 3), np.uint8), item)])
+    for name, content in tree(tmp_path).items():
+        assert b"1f2e3d" not in content, name
+    told = json.loads(Image.open(tmp_path / "small/pictures/00000.png").text["ldm"])
+    assert told["source"] == "https://***@host/run.safetensors"
+    assert told["image"] == "https://host/a.png?X-Amz-Signature=***&part=3"
+    assert json.loads((tmp_path / "small/prompts.json").read_text())["prompts"] == record("")["prompts"]
+    # Gone on with, also where an earlier version has written everything.
+    SmallSet(str(tmp_path / "small"), record("4c5b6a"), [item], overwrite=False)
+    (tmp_path / "large/prompts.json").write_text(json.dumps(record("1f2e3d")))
+    again = SetStore(str(tmp_path / "large"), record("4c5b6a"), Form(tars=True))
+    assert again.begin(overwrite=False) == {0}
+    with pytest.raises(ConfigError, match="holds another set of pictures"):
+        SetStore(str(tmp_path / "large"), {**record("1f2e3d"), "source": "other"}, Form()).begin(
+            overwrite=False
+        )
 
 
 def test_a_set_is_continued_in_its_own_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.storage.urls import join
+from data_pipeline.storage.urls import join, without_secrets
 from data_pipeline.tools.picture_sets import GRID
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.checkpoint.commands import find_checkpoint, fingerprint
@@ -251,7 +251,8 @@ def _prompts_from(url: str, most: int | None) -> tuple[str, ...]:
 def _adopt(args: argparse.Namespace, former: dict[str, Any]) -> None:
     """A set that is continued keeps its checkpoint and batches, unless others are asked for."""
     step, of_run = former.get("checkpoint"), not args.source.endswith(".safetensors")
-    if of_run and args.checkpoint is None and isinstance(step, int) and former.get("source") == args.source:
+    same = without_secrets(str(former.get("source"))) == without_secrets(args.source)
+    if of_run and args.checkpoint is None and isinstance(step, int) and same:
         try:
             find_checkpoint(args.source, step)
         except ConfigError as error:

@@ -42,7 +42,7 @@ from data_pipeline.storage.files import (
     remove_names,
     write_bytes,
 )
-from data_pipeline.storage.urls import join
+from data_pipeline.storage.urls import join, without_secrets
 from data_pipeline.tools.picture_sets import GRID, PROMPTS
 from trainer.config.run import ConfigError
 from trainer.metrics.pictures import MAX_SHEET, contact_sheet
@@ -54,6 +54,8 @@ OURS = re.compile(r"\d{5,}\.(png|jpg|txt|tar|json)")
 """Names of what a set consists of, in its folders."""
 _MAY_DIFFER = ("versions",)
 """Of a set that is continued, or made again."""
+_WRITTEN = ("prompts", "negative_prompt")
+"""Of a record, what are texts to draw by."""
 _REQUESTS = 16
 """At a time, of those that wait for storage."""
 Kind = Literal["png", "jpg"]
@@ -78,8 +80,8 @@ class SmallSet:
             UserError, RetryableFault: it cannot be written to.
         """
         self.url = out.rstrip("/") or out
-        self._record = json.loads(json.dumps(record))
-        self._shared = {name: value for name, value in record.items() if not isinstance(value, list)}
+        self._record = _public(record)
+        self._shared = {name: value for name, value in self._record.items() if not isinstance(value, list)}
         self._items = items
         self._shown: list[Tensor] = []
         former = None if overwrite else what_is_there(self.url)
@@ -124,8 +126,10 @@ class SetStore:
     def __init__(self, out: str, record: dict[str, Any], form: Form) -> None:
         """`record` is JSON-able: what the pictures are a function of."""
         self.url = out.rstrip("/") or out
-        self._record = json.loads(json.dumps(record))
-        self._shared = {k: v for k, v in record.items() if k not in _MAY_DIFFER and not isinstance(v, list)}
+        self._record = _public(record)
+        self._shared = {
+            k: v for k, v in self._record.items() if k not in _MAY_DIFFER and not isinstance(v, list)
+        }
         self._form = form
 
     @property
@@ -267,6 +271,7 @@ def what_is_there(out: str) -> dict[str, Any] | None:
 
 def require_same(out: str, former: dict[str, Any], record: dict[str, Any]) -> None:
     """Raise ConfigError where a folder holds another set than that of a record, which is as JSON gives it."""
+    former = _public(former)  # earlier versions wrote it as it was
     names = sorted(former.keys() | record.keys())
     differing = [n for n in names if n not in _MAY_DIFFER and former.get(n) != record.get(n)]
     if differing:
@@ -290,6 +295,15 @@ def encode_png(picture: NDArray[np.uint8], shared: dict[str, Any], item: dict[st
     text.add_text("ldm", json.dumps(shared | item, ensure_ascii=False))
     Image.fromarray(picture).save(out, "PNG", pnginfo=text)
     return out.getvalue()
+
+
+def _public(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as JSON gives it, without what URLs carry to be let in; what people wrote stays as it is.
+
+    Pictures are passed on, and each carries it. A URL that was signed anew names the same.
+    """
+    hidden = {name: value for name, value in record.items() if name not in _WRITTEN}
+    return {**json.loads(json.dumps(record)), **json.loads(without_secrets(json.dumps(hidden)))}
 
 
 def _ours_in(folder: str) -> list[str]:

@@ -17,6 +17,8 @@ FIRST_STAGE = "first_stage_model."
 OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
 CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 CLASS_EMBEDDING = "cond_stage_model.embedding.weight"
+OF_TRANSFORMER, _OF_CLIP = "token_emb.weight", "embeddings.token_embedding.weight"
+"""Tensors that tell LDM's own text model (BERTEmbedder) from CLIP; both lie under the prefixes of CLIP."""
 SCALE_FACTOR = "scale_factor"
 
 
@@ -32,6 +34,8 @@ class CompVisParts:
     """Text tower in open_clip's names."""
     clip: dict[str, Tensor] = field(default_factory=dict)
     """Text tower in the names of transformers' CLIP."""
+    text_transformer: dict[str, Tensor] = field(default_factory=dict)
+    """LDM's own text model in the names of x-transformers; `join` leaves it out."""
     class_embedding: Tensor | None = None
     """[classes, width] of the LDM class-conditional models."""
     scale_factor: Tensor | None = None
@@ -46,6 +50,7 @@ def split(tensors: Mapping[str, Tensor]) -> CompVisParts:
     """Sort a file's tensors into its parts; prefixes are removed."""
     parts = CompVisParts()
     average: dict[str, Tensor] = {}
+    clip = any(name.startswith(CLIP) and name.endswith(_OF_CLIP) for name in tensors)
     for name, tensor in tensors.items():
         if name.startswith(UNET):
             parts.unet[name.removeprefix(UNET)] = tensor
@@ -57,8 +62,10 @@ def split(tensors: Mapping[str, Tensor]) -> CompVisParts:
             parts.class_embedding = tensor
         elif name == SCALE_FACTOR:
             parts.scale_factor = tensor
-        elif name.startswith(CLIP):
+        elif name.startswith(CLIP) and clip:
             _sort_tower(parts.clip, parts.left, name, CLIP, tensor)
+        elif name.startswith(CLIP[0]) and f"{CLIP[0]}{OF_TRANSFORMER}" in tensors:
+            parts.text_transformer[name.removeprefix(CLIP[0])] = tensor
         elif name.startswith(OPEN_CLIP):
             _sort_tower(parts.open_clip, parts.left, name, OPEN_CLIP, tensor)
         elif "." not in name and tensor.dim() == 1:

@@ -12,21 +12,27 @@ import yaml
 from torch import Tensor
 
 from data_pipeline.storage.files import write_bytes
+from trainer.conditioning.transformer import TextTransformer
 from trainer.config.io import config_to_dict
 from trainer.config.models import FirstStageConfig, UNetConfig
-from trainer.config.network_plan import plan_levels
+from trainer.config.network_plan import norm_groups, plan_levels
 from trainer.config.run import Config, ConfigError
 from trainer.first_stage.build import WEIGHTS_FILE, build_first_stage, first_stage_metadata
 from trainer.first_stage.statistics import GIVEN, MARK
 from trainer.interop import compvis
-from trainer.interop.diffusers_stage import first_stage_from_diffusers
+from trainer.interop.diffusers_stage import SCALES, first_stage_from_diffusers, process_from_diffusers
 from trainer.interop.diffusers_unet import unet_from_diffusers
 from trainer.interop.first_stage_names import STATISTICS, first_stage_links, usual_attention
 from trainer.interop.initialise import INPUT
 from trainer.interop.links import Link, TransferReport, import_tensors
-from trainer.interop.parts import TOWERS, is_same_scale
+from trainer.interop.parts import TOWERS, is_one_number, is_same_scale
 from trainer.interop.source import ForeignNetwork, ForeignWeights, open_source
-from trainer.interop.text_tower_names import open_clip_names, text_tower_links
+from trainer.interop.text_tower_names import (
+    OUTPUT_HEAD,
+    open_clip_names,
+    text_tower_links,
+    text_transformer_links,
+)
 from trainer.interop.unet_names import UNetSizes, unet_links
 from trainer.weights import write_weights
 
@@ -39,6 +45,8 @@ TEXT_FILES = {"text_encoder": "text_encoder.safetensors", "text_encoder_2": "tex
 CLASS_TOKENS = "conditions.parts.class_label.embedding.weight"
 """Where the trained network keeps the class embedding of the LDM class-conditional models."""
 
+TEXT_TRANSFORMER = "conditions.parts.text_transformer."
+"""The same of the text model of LDM's text-to-image model."""
 Imported = tuple[dict[str, Tensor], dict[str, str]]
 """Tensors and metadata of one file."""
 
@@ -61,13 +69,19 @@ def import_weights(source_url: str, destination_url: str, config: Config | None)
         ConfigError: unreadable, unknown, or of another structure; nothing is written then.
     """
     source = open_source(source_url)
+    conditions = _conditions(source, config)
     files: dict[str, Imported] = {}
     unet = source.parts.get("unet")
     if unet is not None:
         unet_config = _unet_config(unet, config, source.url)
-        files[UNET_FILE] = _unet(unet, unet_config, source, config)
+        if config is not None and source.scheduler is not None:
+            for name, theirs in process_from_diffusers(source.scheduler).items():
+                ours = getattr(config.diffusion, name)
+                _require_same(f"diffusion.{name}", ours, theirs, f"the UNet of {source.url}")
+        files[UNET_FILE] = _unet(unet, unet_config, source, config, conditions)
         if "unet_ema" in source.parts:
-            files[UNET_AVERAGE_FILE] = _unet(source.parts["unet_ema"], unet_config, source, config)
+            average = source.parts["unet_ema"]
+            files[UNET_AVERAGE_FILE] = _unet(average, unet_config, source, config, conditions)
     if "first_stage" in source.parts:
         files[WEIGHTS_FILE] = _first_stage(source.parts["first_stage"], config, source)
     for role, file in TEXT_FILES.items():
@@ -163,7 +177,13 @@ def _write_structure(url: str, files: Mapping[str, Imported]) -> None:
     write_bytes(url, yaml.safe_dump(sections, sort_keys=False).encode())
 
 
-def _unet(part: ForeignNetwork, config: UNetConfig, source: ForeignWeights, run: Config | None) -> Imported:
+def _unet(
+    part: ForeignNetwork,
+    config: UNetConfig,
+    source: ForeignWeights,
+    run: Config | None,
+    conditions: dict[str, Tensor],
+) -> Imported:
     converted = convert_unet(part, config, f"the UNet of {source.url}")
     order = compvis.input_order(run) if run is not None and part.dialect == "compvis" else None
     if order is not None:
@@ -171,9 +191,27 @@ def _unet(part: ForeignNetwork, config: UNetConfig, source: ForeignWeights, run:
         ours[:, order] = converted[INPUT]
         converted[INPUT] = ours
     tensors = {f"unet.{name}": tensor for name, tensor in converted.items()}
-    if source.class_embedding is not None:
-        tensors[CLASS_TOKENS] = source.class_embedding
-    return tensors, {"unet": json.dumps(dataclasses.asdict(config))}
+    return tensors | conditions, {"unet": json.dumps(dataclasses.asdict(config))}
+
+
+def _conditions(source: ForeignWeights, config: Config | None) -> dict[str, Tensor]:
+    """What is trained beside the UNet, under our names; what the configuration has no place for is left.
+
+    LDM's layout models read boxes with such a text model, too: the configuration says which it is.
+    """
+    found = {} if source.class_embedding is None else {CLASS_TOKENS: source.class_embedding}
+    section = None if config is None else config.conditioning.text_transformer
+    theirs = {} if section is None else dict(source.text_transformer)
+    unused = [name for name in source.text_transformer if name in OUTPUT_HEAD or name not in theirs]
+    source.left += [f"{compvis.CLIP[0]}{name}" for name in unused]
+    if config is None or section is None or not theirs:
+        return found
+    with torch.device("meta"):
+        expected = TextTransformer(section, config.first_stage, 0).trained.state_dict()
+    links = text_transformer_links(expected)
+    theirs = {name: tensor for name, tensor in theirs.items() if name not in OUTPUT_HEAD}
+    ours = import_tensors(links, expected, theirs, f"the text transformer of {source.url}")
+    return found | {f"{TEXT_TRANSFORMER}{name}": tensor for name, tensor in ours.items()}
 
 
 def _first_stage(part: ForeignNetwork, config: Config | None, source: ForeignWeights) -> Imported:
@@ -184,14 +222,18 @@ def _first_stage(part: ForeignNetwork, config: Config | None, source: ForeignWei
         structure = described[0]
     else:
         raise ConfigError(f"{source.url} does not describe its first stage; name a configuration that does.")
-    tensors = convert_first_stage(part, structure, f"the first stage of {source.url}")
+    origin = f"the first stage of {source.url}"
+    if described is not None:
+        _require_same("first_stage.num_groups", norm_groups(structure), norm_groups(described[0]), origin)
+    tensors = convert_first_stage(part, structure, origin)
     statistics = described[1:] if described is not None else None
-    scale, stored = structure.latent_scale, source.latent_scale
-    if scale is not None and stored is not None and not is_same_scale(scale, stored):
-        raise _other("first_stage.latent_scale", scale, stored, f"the first stage of {source.url}")
-    scale = stored if scale is None else scale
-    if scale is not None:
-        statistics = ([0.0] * structure.latent_channels, [scale] * structure.latent_channels)
+    if source.latent_scale is not None:
+        statistics = _one_scale(structure, source.latent_scale)
+    if structure.latent_scale is not None:
+        if source.latent_scale is not None or any(name in (part.config or {}) for name in SCALES):
+            assert statistics is not None
+            _require_scale(structure.latent_scale, *statistics, origin)
+        statistics = _one_scale(structure, structure.latent_scale)
     metadata = first_stage_metadata(structure)
     if statistics is not None:
         tensors |= {name: torch.tensor(values) for name, values in zip(STATISTICS, statistics, strict=True)}
@@ -199,12 +241,29 @@ def _first_stage(part: ForeignNetwork, config: Config | None, source: ForeignWei
     return tensors, metadata
 
 
-def _other(setting: str, ours: object, theirs: object, origin: str) -> ConfigError:
-    """For weights that were made for another value of a setting, which no shape shows."""
-    told, wanted = (f"{value:g}" if isinstance(value, float) else str(value) for value in (ours, theirs))
-    return ConfigError(
-        f"{origin} was made for {wanted} and the configuration says {setting}={told}; set {setting}={wanted}."
-    )
+def _one_scale(config: FirstStageConfig, scale: float) -> tuple[list[float], list[float]]:
+    return [0.0] * config.latent_channels, [scale] * config.latent_channels
+
+
+def _require_scale(given: float, shift: list[float], scale: list[float], origin: str) -> None:
+    """Raise ConfigError where the configuration would scale latents otherwise than the source."""
+    if not is_one_number(shift, scale):
+        raise ConfigError(
+            f"{origin} has latent statistics per channel, which first_stage.latent_scale={given:g} would "
+            "replace; set first_stage.latent_scale=null."
+        )
+    if not is_same_scale(given, scale[0]):
+        _require_same("first_stage.latent_scale", given, scale[0], origin)
+
+
+def _require_same(setting: str, ours: Any, theirs: Any, origin: str) -> None:
+    """Raise ConfigError where weights were made for another value of a setting, which no shape shows."""
+    if ours != theirs:
+        told, wanted = (f"{v:g}" if isinstance(v, float) else str(v).lower() for v in (ours, theirs))
+        raise ConfigError(
+            f"{origin} was made for {wanted} and the configuration says {setting}={told}; set "
+            f"{setting}={wanted}."
+        )
 
 
 def _require_activation(part: ForeignNetwork, config: Config | None, role: str, url: str) -> None:
@@ -267,4 +326,8 @@ def _unet_config(part: ForeignNetwork, config: Config | None, url: str) -> UNetC
                 f"the UNet of {url} has (channels, heads) {theirs} where it attends and the configuration "
                 f"says {ours}; set unet.num_heads or unet.head_dim accordingly."
             )
+        groups, inside = config.unet.num_groups, config.unet.res_block_groups
+        _require_same("unet.num_groups", groups, described.num_groups, f"the UNet of {url}")
+        if inside is not None:
+            _require_same("unet.res_block_groups", inside, described.num_groups, f"the UNet of {url}")
     return config.unet

@@ -67,6 +67,12 @@ def read_folder(url: str) -> dict[str, Component]:
     return {name: _read_component(folder) for name, folder in found.items()}
 
 
+def read_scheduler(url: str) -> Json | None:
+    """scheduler_config.json of a pipeline's folder, where it has one."""
+    place = f"{url.rstrip('/')}/scheduler/scheduler_config.json"
+    return read_json(place) if exists(place) else None
+
+
 def write_folder(
     url: str,
     components: Mapping[str, Component],

@@ -43,6 +43,17 @@ BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine"
 PREDICTIONS: dict[str, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
+_PROCESSES = {
+    "EDMEulerScheduler": "edm",
+    "EDMDPMSolverMultistepScheduler": "edm",
+    "FlowMatchEulerDiscreteScheduler": "flow",
+    "FlowMatchHeunDiscreteScheduler": "flow",
+    "FlowMatchLCMScheduler": "flow",
+}
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Settings of an autoencoder that say its latent statistics."""
+
+
 def first_stage_to_diffusers(
     config: FirstStageConfig, shift: list[float], scale: list[float], sample_size: int, num_groups: int
 ) -> Json:
@@ -116,7 +127,7 @@ def first_stage_from_diffusers(json: Mapping[str, Any]) -> tuple[FirstStageConfi
     std = json.get("latents_std") or [1.0] * z
     if not (_are_numbers(shift) and _are_numbers(std) and len(shift) == len(std) == z and all(std)):
         raise ConfigError(f"latents_mean and latents_std must have {z} values each, one per latent channel.")
-    return config, list(shift), [scaling / s for s in std]
+    return config, [float(s) for s in shift], [scaling / s for s in std]
 
 
 def noise_level_scheduler(config: LowResolutionConfig) -> Json:
@@ -129,6 +140,28 @@ def noise_level_scheduler(config: LowResolutionConfig) -> Json:
         "beta_schedule": "scaled_linear",
         "clip_sample": False,
     }
+
+
+def process_from_diffusers(json: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of DiffusionConfig that a scheduler_config.json says; what is absent there is not told.
+
+    Absent settings are the defaults of a class of diffusers, of which there are dozens.
+    """
+    process = _PROCESSES.get(str(json.get("_class_name")), "discrete")
+    found: dict[str, Any] = {"process": process}
+    if process != "discrete" or json.get("trained_betas") is not None:
+        return found
+    ours = {theirs: name for name, theirs in PREDICTIONS.items()}
+    if "prediction_type" in json:
+        found["prediction"] = ours.get(json["prediction_type"], json["prediction_type"])
+    if "rescale_betas_zero_snr" in json:
+        found["zero_terminal_snr"] = bool(json["rescale_betas_zero_snr"])
+    ours = {theirs: name for name, theirs in BETA_SCHEDULES.items()}
+    if "beta_schedule" in json:
+        found["beta_schedule"] = ours.get(json["beta_schedule"], json["beta_schedule"])
+    ends = ("beta_start", "beta_end") if found.get("beta_schedule") != "cosine" else ()
+    names = {"num_train_timesteps": "num_timesteps"} | {name: name for name in ends}
+    return found | {name: json[theirs] for theirs, name in names.items() if theirs in json}
 
 
 def scheduler_to_diffusers(config: DiffusionConfig, spacing: Spacing = "leading") -> Json:

@@ -58,8 +58,12 @@ class ForeignWeights:
     """By role: unet, unet_ema, first_stage, text_encoder, text_encoder_2."""
     class_embedding: Tensor | None = None
     """[classes, width] of the LDM class-conditional models."""
+    text_transformer: dict[str, Tensor] = field(default_factory=dict)
+    """LDM's own text model, in the names of x-transformers."""
     latent_scale: float | None = None
     """Scale factor stored in the file."""
+    scheduler: Json | None = None
+    """scheduler_config.json of the UNet, where there is one."""
     left: list[str] = field(default_factory=list)
     """Names of tensors that belong to no part."""
 
@@ -81,7 +85,7 @@ def open_source(url: str) -> ForeignWeights:
 
 
 def _from_folder(url: str) -> ForeignWeights:
-    source = ForeignWeights(url)
+    source = ForeignWeights(url, scheduler=diffusers.read_scheduler(url))
     for name, component in diffusers.read_folder(url).items():
         role = "first_stage" if name in ("vae", "vqvae") else name
         stored = with_text_model(component.tensors) if role.startswith("text_encoder") else component.tensors
@@ -158,7 +162,12 @@ def _from_compvis(url: str, file: dict[str, Tensor]) -> ForeignWeights:
             f"{url} holds the UNet as an average alone ({averaged} tensors {compvis.AVERAGE}*, whose names "
             "have lost their dots); take the file that holds the weights beside it."
         )
-    source = ForeignWeights(url, class_embedding=split.class_embedding, left=split.left)
+    source = ForeignWeights(
+        url,
+        class_embedding=split.class_embedding,
+        text_transformer=split.text_transformer,
+        left=split.left,
+    )
     if split.scale_factor is not None:
         source.latent_scale = float(split.scale_factor)
     for role, part in (

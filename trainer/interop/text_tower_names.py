@@ -1,4 +1,5 @@
-"""Text-tower parameter names: ours are open_clip's, the other dialect is the CLIP of transformers."""
+"""Text-tower parameter names: ours are open_clip's, the other dialect is the CLIP of transformers. And
+those of the text transformer that is trained jointly, which LDM has from x-transformers."""
 
 from __future__ import annotations
 
@@ -22,6 +23,25 @@ ENDS = {
     "ln_final.weight": "text_model.final_layer_norm.weight",
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
+TRANSFORMER = {
+    "embedding.weight": "token_emb.weight",
+    "transformer.positions": "pos_emb.emb.weight",
+    "transformer.norm.weight": "norm.weight",
+    "transformer.norm.bias": "norm.bias",
+}
+BLOCK = {
+    "attention_norm": (0, "0"),
+    "attention.to_q": (0, "1.to_q"),
+    "attention.to_k": (0, "1.to_k"),
+    "attention.to_v": (0, "1.to_v"),
+    "attention.to_out": (0, "1.to_out"),
+    "feed_forward_norm": (1, "0"),
+    "feed_forward.0": (1, "1.net.0.0"),
+    "feed_forward.3": (1, "1.net.2"),
+}
+"""Part of a block -> which of the two layers it is in x-transformers, and its name there."""
+OUTPUT_HEAD = ("to_logits.weight", "to_logits.bias")
+"""Of x-transformers, which LDM never uses."""
 NO_WEIGHTS = ("attn_mask", "logit_scale", "logit_bias", "text_model.embeddings.position_ids")
 """Names in such files that belong to no text tower of ours."""
 
@@ -46,6 +66,18 @@ def open_clip_names(theirs: Mapping[str, Tensor]) -> list[str]:
         names += [f"{block}.attn.in_proj_weight", f"{block}.attn.in_proj_bias"]
         names += [f"{block}.{layer}.{kind}" for layer in LAYER for kind in ("weight", "bias")]
     return [*names, "text_projection"] if "text_projection.weight" in theirs else names
+
+
+def text_transformer_links(names: Iterable[str]) -> list[Link]:
+    """One link per tensor of our text transformer (no prefix) to the names of x-transformers in LDM."""
+    return [Link(name, (TRANSFORMER.get(name) or _block_name(name),)) for name in names]
+
+
+def _block_name(name: str) -> str:
+    match = re.fullmatch(r"transformer\.blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+    assert match is not None, name
+    layer, inner = BLOCK[match[2]]
+    return f"attn_layers.layers.{2 * int(match[1]) + layer}.{inner}.{match[3]}"
 
 
 def _link(name: str) -> Link:

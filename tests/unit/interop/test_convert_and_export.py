@@ -238,6 +238,56 @@ def test_other_heads_have_equal_shapes_and_are_still_refused(tmp_path: Path) -> 
         import_weights(str(tmp_path / "there"), str(tmp_path / "back"), other)
 
 
+@pytest.mark.parametrize(
+    ("file", "told", "said"),
+    [
+        ("unet", {"norm_num_groups": 2}, "the UNet of .* for 2 .* unet.num_groups=4; set unet.num_groups=2"),
+        ("vae", {"norm_num_groups": 2}, "first_stage.num_groups=4; set first_stage.num_groups=2"),
+        (
+            "vae",
+            {"scaling_factor": 0.9},
+            "first_stage.latent_scale=0.18215; set first_stage.latent_scale=0.9",
+        ),
+        ("vae", {"latents_mean": [1, 0, 0, 0]}, "per channel, .* set first_stage.latent_scale=null"),
+        ("text_encoder", {"hidden_act": "quick_gelu"}, "hidden_act=quick_gelu .* such as ViT-B-32-quickgelu"),
+        ("scheduler", {"prediction_type": "v_prediction"}, "diffusion.prediction=eps; set .*=v"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "diffusion.zero_terminal_snr=false; set .*=true"),
+        ("scheduler", {"beta_end": 0.02}, "diffusion.beta_end=0.012; set .*=0.02"),
+        ("scheduler", {"beta_schedule": "linear"}, "diffusion.beta_schedule=scaled_linear; set .*=linear"),
+        ("scheduler", {"num_train_timesteps": 500}, "diffusion.num_timesteps=1000; set .*=500"),
+        ("scheduler", {"_class_name": "EDMEulerScheduler"}, "diffusion.process=discrete; set .*=edm"),
+        ("scheduler", {"trained_betas": [0.1], "beta_end": 0.02}, None),
+    ],
+)
+def test_what_a_folder_says_and_no_shape_shows_is_compared(
+    file: str, told: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    there, back = str(tmp_path / "there"), tmp_path / "back"
+    export_weights(own_weights(), there, CONFIG, "diffusers")
+    place = f"{there}/{file}/{'scheduler_' if file == 'scheduler' else ''}config.json"
+    write_json(place, read_json(place) | told)
+    if said is None:
+        import_weights(there, str(back), CONFIG)
+        return
+    with pytest.raises(ConfigError, match=said):
+        import_weights(there, str(back), CONFIG)
+    assert not back.exists()
+    if "latents_mean" in told:
+        measured = replace(CONFIG, first_stage=replace(FIRST_STAGE, latent_scale=None))
+        import_weights(there, str(back), measured)
+
+
+def test_a_folder_that_says_nothing_of_its_scale_takes_the_configurations(tmp_path: Path) -> None:
+    """As the older ones of Stable Diffusion and LDM."""
+    export_weights(own_weights(), str(tmp_path / "there"), CONFIG, "diffusers")
+    place = str(tmp_path / "there/vae/config.json")
+    write_json(place, {name: v for name, v in read_json(place).items() if name != "scaling_factor"})
+    config = replace(CONFIG, first_stage=replace(FIRST_STAGE, latent_scale=1.0))
+    import_weights(str(tmp_path / "there"), str(tmp_path / "back"), config)
+    stored = read_weights(str(tmp_path / "back/first_stage.safetensors"))[0]
+    assert stored["latent_scale"].tolist() == [1.0] * 4
+
+
 def test_lone_networks_of_every_kind_are_recognised(tmp_path: Path) -> None:
     tensors = own_weights()
     file = str(tmp_path / "model.safetensors")

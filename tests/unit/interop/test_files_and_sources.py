@@ -104,12 +104,16 @@ def test_the_parts_of_stable_diffusion_files() -> None:
         "cond_stage_model.model.ln_final.weight",
         "cond_stage_model.model.logit_scale",
         "betas",
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
     ]
     assert names[1] == "model_ema.diffusion_modelinput_blocks11transformer_blocks0attn1to_qweight"
     parts = split(dict.fromkeys(names, one))
     assert list(parts.unet) == list(parts.unet_average) == [name]
     assert list(parts.first_stage) == ["encoder.conv_in.weight"]
-    assert list(parts.clip) == ["text_model.final_layer_norm.weight"]
+    assert list(parts.clip) == [
+        "text_model.final_layer_norm.weight",
+        "text_model.embeddings.token_embedding.weight",
+    ]
     assert list(parts.open_clip) == ["ln_final.weight"]
     assert list(parts.schedule) == ["betas"]
     assert set(parts.left) == {names[i] for i in (2, 3, 5, 7, 9)}
