@@ -35,7 +35,7 @@ VERBS = {
     "evaluate": "measure what a model can do, against data",
 }
 
-# A file where a folder should be or the other way round: of a command's own words, so a person's mistake.
+# A file where a folder should be or the other way round: what a person has named, where the command is new.
 _MISPLACED = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG})
 
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, Failure):
             print(f"ldm: {error}", file=sys.stderr)
         elif isinstance(error, OSError):
-            misplaced = error.errno in _MISPLACED
+            misplaced = error.errno in _MISPLACED and not is_restart()
             if misplaced:
                 code = ExitCode.USER_ERROR
             elif code is not ExitCode.USER_ERROR:

@@ -60,7 +60,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     words = [
         part for value in (seed, step, rank) for part in (value & MASK, value >> 32)
     ]  # or places would meet
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 def philox(counter: tuple[Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -280,9 +280,13 @@ class TurnWalker(ReadAhead[TurnWalk]):
         finally:
             self._hold(walk, room, visits or [])
 
-    def _check_of(self, shard: int, pieces: Pieces) -> JsonCheck:
-        """What makes sure that no window lacks what the parquet has, as an index does that has seen it."""
+    def _check_of(self, shard: int, pieces: Pieces) -> JsonCheck | None:
+        """What makes sure that no window lacks what the parquet has; None where an index of an earlier
+        version has seen to it, which does not tell which parquet that was.
+        """
         reader, noted = self._reads.reader, pieces.beside if isinstance(pieces, IndexedPieces) else ""
+        if isinstance(pieces, IndexedPieces) and not noted:
+            return None
         columns = self._views.selections[self._dataset.source_of[shard]].columns
         return JsonCheck(
             self._dataset.urls[shard],

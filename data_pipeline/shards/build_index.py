@@ -108,6 +108,8 @@ class IndexReport:
     """Shards that had to be read."""
     failed: dict[str, str]
     """Shards that could not be indexed, with the reason."""
+    other_parquets: int = 0
+    """Shards beside which lies another parquet than their index is of, which was not to be restored."""
 
 
 def build_index(
@@ -131,16 +133,21 @@ def build_index(
         progress: called with the shards that are done and their number, about once a second also while none
             is finished.
         announce: called once, before most of many shards are read, with what they will take.
-        restore: read shards, too, whose index file is gone (a damaged one is deleted to be made anew).
+        restore: read shards, too, whose index file is gone (a damaged one is deleted to be made anew), or
+            beside which another parquet has come. Their index files change, which a run that has begun with
+            them notices; so it is a person's to ask for.
     """
     known, parts = read_parts(folder)
     gone = without_file(folder, known) if restore else set()
     stale = [s for s in shards if not is_current(s, known.get(s.url)) or known[s.url].is_bad or s.url in gone]
-    changed, unsaved = _beside(shards, known, timeout_s)
-    known |= unsaved
-    if changed:
-        changed |= {s.url for s in stale}
-        stale = [s for s in shards if s.url in changed]
+    parquets = _parquets_beside(shards, known, timeout_s)
+    others = {url for url, now in parquets.items() if has_changed(known[url].beside, now)}
+    unsaved: dict[str, ManifestRow] = {}
+    if restore:
+        lacking, unsaved = _note(known, parquets)
+        known |= unsaved
+        again = {s.url for s in stale} | others | lacking
+        stale = [s for s in shards if s.url in again]
     failed: dict[str, str] = {}
     done, saved = len(shards) - len(stale), time.monotonic()
     progress(done, len(shards))
@@ -157,11 +164,11 @@ def build_index(
             unsaved, saved = {}, time.monotonic()
     if unsaved:
         append_rows(folder, unsaved.values())
-    if stale or unsaved or has_many(parts):
+    if stale or unsaved or (restore and has_many(parts)):
         whole, parts = read_parts(folder)  # others have written meanwhile
         merge_parts(folder, whole | unsaved, parts)
     rows = {s.url: known[s.url] for s in shards if not known[s.url].is_bad}
-    return IndexReport(rows, len(stale), failed)
+    return IndexReport(rows, len(stale), failed, 0 if restore else len(others))
 
 
 def is_current(shard: ListedFile, row: ManifestRow | None) -> bool:
@@ -169,28 +176,29 @@ def is_current(shard: ListedFile, row: ManifestRow | None) -> bool:
     return row is not None and row.size == shard.size and row.version == shard.version
 
 
-def _beside(
+def _parquets_beside(
     shards: Sequence[ListedFile], known: Mapping[str, ManifestRow], timeout_s: float
-) -> tuple[set[str], dict[str, ManifestRow]]:
-    """Shards beside which is another parquet than their rows are of; and rows that lack a note of theirs but
-    have all of its columns, with the note.
+) -> dict[str, str]:
+    """`edition_text` of the parquet beside each shard that has a row; "" where it is not known.
 
     One listing of each folder, where that is possible.
     """
-    rows = [known[s.url] for s in shards if s.url in known and not known[s.url].is_bad]
-    folders = {folder: _parquets_in(folder, timeout_s) for folder in {parent(row.shard) for row in rows}}
-    now = {row.shard: _edition_in(folders[parent(row.shard)], row.shard) for row in rows}
-    changed = {row.shard for row in rows if has_changed(row.beside, now[row.shard])}
-    unknown = [row for row in rows if not row.beside and now[row.shard] not in ("", NO_PARQUET)]
+    urls = [s.url for s in shards if s.url in known and not known[s.url].is_bad]
+    folders = {folder: _parquets_in(folder, timeout_s) for folder in {parent(url) for url in urls}}
+    return {url: _edition_in(folders[parent(url)], url) for url in urls}
+
+
+def _note(
+    known: Mapping[str, ManifestRow], parquets: Mapping[str, str]
+) -> tuple[set[str], dict[str, ManifestRow]]:
+    """Of rows that earlier versions have left without a note of their parquet: the shards of those that lack
+    a column of it, and the others with the note.
+    """
+    unknown = [url for url, now in parquets.items() if not known[url].beside and now not in ("", NO_PARQUET)]
     with ThreadPoolExecutor(_READERS) as pool:
-        shown = list(pool.map(_shows_parquet, unknown))
-    noted = {}
-    for row, shows in zip(unknown, shown, strict=True):
-        if shows:
-            noted[row.shard] = replace(row, beside=now[row.shard])
-        else:
-            changed.add(row.shard)
-    return changed, noted
+        shown = dict(zip(unknown, pool.map(lambda url: _shows_parquet(known[url]), unknown), strict=True))
+    lacking = {url for url, shows in shown.items() if shows is False}
+    return lacking, {url: replace(known[url], beside=parquets[url]) for url, shows in shown.items() if shows}
 
 
 def _parquets_in(folder: str, timeout_s: float) -> dict[str, ListedFile] | None:
@@ -209,15 +217,20 @@ def _edition_in(folder: Mapping[str, ListedFile] | None, shard: str) -> str:
     return "" if folder is None else edition_text(folder.get(name_of(parquet_of(shard))))
 
 
-def _shows_parquet(row: ManifestRow) -> bool:
-    """Whether a row has the columns of the parquet beside its shard, so that it has been read."""
-    import pyarrow.parquet as pq  # half a second, for those who need it
+def _shows_parquet(row: ManifestRow) -> bool | None:
+    """Whether a row has the columns of the parquet beside its shard, so that it has been read; None where the
+    parquet is not to be had now.
+    """
+    import pyarrow as pa  # half a second, for those who need it
+    import pyarrow.parquet as pq
 
     try:
         with open_stream(parquet_of(row.shard)) as file:
             names = {str(name) for name in pq.read_schema(file).names}
-    except Exception:  # noqa: BLE001 - pyarrow raises many types; whoever indexes the shard tells which
+    except pa.ArrowInvalid:  # whoever indexes the shard says that it is damaged
         return False
+    except Exception:  # noqa: BLE001 - storage's errors, which say nothing of the file
+        return None
     return {name for name in names if not is_key(name)} <= row.columns.keys()
 
 

@@ -133,7 +133,8 @@ def decode_listed(data: bytes, url: str, checksum: str) -> ShardIndex:
     """The index file at `url`, of the manifest's checksum. Raises DataError for another one."""
     if hashlib.sha256(data).hexdigest() != checksum:
         raise DataError(
-            f"The index {url} does not match its manifest; delete it and run `ldm data index` again."
+            f"The index {url} does not match its manifest; delete it and run `ldm data index` again, or, if "
+            "that has just been done, start the run again: it goes on with the new one."
         )
     return decode_index(data, url)
 
@@ -263,6 +264,7 @@ def _read_rows(url: str) -> dict[str, ManifestRow] | None:
             # Rows name their set of columns by its place in the head: a million shards share a few objects.
             sets = [{str(k): str(v) for k, v in c.items()} for c in head["columns"]]
             members = [tuple(str(e) for e in extensions) for extensions in head["members"]]
+            beside: dict[str, str] = head.get("beside", {})
             rows, digest = {}, hashlib.sha256()
             while some := lines.readlines(_READ_BYTES):
                 text = b"".join(some)
@@ -272,6 +274,7 @@ def _read_rows(url: str) -> dict[str, ManifestRow] | None:
                     row["problems"] = tuple(row["problems"])
                     row["columns"] = sets[row["columns"]]
                     row["members"] = members[row["members"]]
+                    row["beside"] = beside.get(row["shard"], "")
                     rows[row["shard"]] = ManifestRow(**row)
         if digest.hexdigest() != head["checksum"]:
             raise ValueError("checksum")
@@ -291,6 +294,7 @@ def _encode_rows(rows: Iterable[ManifestRow]) -> bytes:
     """
     sets: dict[tuple[tuple[str, str], ...], int] = {}
     members: dict[tuple[str, ...], int] = {}
+    beside: dict[str, str] = {}
     digest, number, out = hashlib.sha256(), 0, io.BytesIO()
     with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=_LEVEL, mtime=0) as body:
         for row in rows:
@@ -299,14 +303,18 @@ def _encode_rows(rows: Iterable[ManifestRow]) -> bytes:
                 "members": members.setdefault(row.members, len(members)),
             }
             fields = {name: getattr(row, name) for name in _FIELDS}
+            if row.beside:
+                beside[row.shard] = row.beside
             # Before each but the first: the checksum is of the lines without the last one's end.
             line = (b"\n" if number else b"") + json.dumps({**fields, **shared}).encode()
             digest.update(line)
             body.write(line)
             number += 1
     head = {"format": VERSION, "shards": number, "checksum": digest.hexdigest()}
-    head |= {"columns": [dict(s) for s in sets], "members": list(members)}
+    head |= {"columns": [dict(s) for s in sets], "members": list(members), "beside": beside}
     return gzip.compress((json.dumps(head) + "\n").encode(), mtime=0) + out.getvalue()
 
 
-_FIELDS = [field.name for field in fields(ManifestRow)]
+# Runs of earlier versions, which go on beside this one, read no row with a field that they do not know; of the
+# head they read what they know.
+_FIELDS = [field.name for field in fields(ManifestRow) if field.name != "beside"]

@@ -310,6 +310,14 @@ def _open_source(
         announce=lambda estimate: logger.info("index: %s", estimate.sentence()),
         timeout_s=config.request_timeout_s,
     )
+    if report.other_parquets:
+        logger.warning(
+            "beside %d of %d shards lies another parquet than their index is of: what was read first counts, "
+            "until `ldm data index %s` reads them again",
+            report.other_parquets,
+            len(shards),
+            source.shards,
+        )
     rows = [report.rows.get(s.url) or bad_row(s.url, s.size, s.version, report.failed[s.url]) for s in shards]
     return folder, _usable(config, source, rows)
 

@@ -135,9 +135,10 @@ def require_activation(name: str, config: OpenCLIPConfig) -> None:
     """
     if config.pretrained in (None, RANDOM) or _is_file(config.pretrained):
         return
-    wanted = pretrained_settings(config.model, config.pretrained).get("quick_gelu", False)
-    if wanted == architecture(config).get("quick_gelu", False):
-        return
+    told = pretrained_settings(config.model, config.pretrained)
+    wanted = told.get("quick_gelu", False)
+    if not told or wanted == architecture(config).get("quick_gelu", False):
+        return  # of what is no tag `weights_file` tells
     other = f"{config.model}{QUICK}" if wanted else config.model.removesuffix(QUICK)
     raise ConfigError(
         f"the weights {config.pretrained} of {config.model} were trained with {_ACTIVATIONS[wanted]}, and "

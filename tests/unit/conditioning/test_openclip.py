@@ -224,6 +224,7 @@ def test_a_new_run_refuses_weights_that_want_another_activation(
         require_activations(tower(f"{model}-quickgelu", tag))
     require_activations(tower(model, "datacomp_xl_s13b_b90k"))
     require_activations(tower(model, "random"))
+    require_activations(tower(f"{model}-quickgelu", "openia"))  # no tag, which is told when it is looked for
     require_activations(ConditioningConfig())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openai").touch()  # a file, which says nothing of it
