@@ -315,6 +315,6 @@ def _encode_rows(rows: Iterable[ManifestRow]) -> bytes:
     return gzip.compress((json.dumps(head) + "\n").encode(), mtime=0) + out.getvalue()
 
 
-# Runs of earlier versions, which go on beside this one, read no row with a field that they do not know; of the
-# head they read what they know.
+# Runs of earlier versions, which go on beside this one, refuse a row with a field that they do not know, and
+# take no notice of one in the head.
 _FIELDS = [field.name for field in fields(ManifestRow) if field.name != "beside"]
