@@ -26,7 +26,9 @@ from trainer.interop.export import export_weights
 from trainer.interop.unet_names import UNetSizes
 from trainer.weights import read_metadata, read_tensors, read_weights
 
-FIRST_STAGE = FirstStageConfig(base_channels=8, channel_multipliers=(1, 2), num_groups=4, latent_scale=0.5)
+FIRST_STAGE = FirstStageConfig(
+    base_channels=8, channel_multipliers=(1, 2), num_groups=4, latent_scale=0.18215
+)
 CONFIG = Config(
     unet=UNetConfig(
         model_channels=16, channel_multipliers=(1, 2), attention_factors=(2,), head_dim=8, num_groups=4
