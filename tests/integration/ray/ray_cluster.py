@@ -36,7 +36,7 @@ class RayCluster:
     def __init__(self, root: Path, environment: dict[str, str]) -> None:
         self.root = root
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._gcs, self._dashboard = _free_ports(2)
+        self._gcs, self._dashboard, self._agent = _free_ports(3)
         self.environment = {
             **os.environ,
             **environment,
@@ -66,6 +66,7 @@ class RayCluster:
             "--node-ip-address=127.0.0.1",
             f"--dashboard-port={self._dashboard}",
             "--dashboard-host=127.0.0.1",
+            f"--dashboard-agent-listen-port={self._agent}",  # Ray's own is another cluster's on this machine
             f"--temp-dir={self.root}",
             "--num-cpus=0",
         )
