@@ -57,9 +57,8 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     Masks differ between ranks, and with their number, as no other draw does: torch counts elements of a
     tensor, not samples.
     """
-    words = [
-        part for value in (seed, step, rank) for part in (value & MASK, value >> 32)
-    ]  # or places would meet
+    # Two words of each, for a sequence does not say where one number ends.
+    words = [word for number in (seed, step, rank) for word in (number & MASK, number >> 32)]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 

@@ -394,8 +394,7 @@ class StreamFindings:
 
     def _check_some_are_accepted(self) -> None:
         if not self._accepted:
-            _, _, reasons = self.tally.sentence().partition("; rejected: ")
+            _, _, why = self.tally.sentence().partition("; rejected: ")
             raise DataError(
-                f"In data.order=resampled every sample was rejected: {reasons}. "
-                f"{remedy(self.tally.rejected)}."
+                f"In data.order=resampled every sample was rejected: {why}. {remedy(self.tally.rejected)}."
             )

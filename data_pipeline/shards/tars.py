@@ -214,10 +214,7 @@ def _walk(
             said.add(kind, window.get(data, data + length))
         else:
             length, name = said.size(length), said.name(header)
-            too_long = is_too_long(name)
-            if too_long:
-                found.problems.append(f"name of more than {_MAX_NAME:,} bytes is left out: {name[:80]!r}")
-            elif until(name):
+            if not (too_long := is_too_long(name)) and until(name):
                 found.rest = begin
                 return None
             if kind == b"1" and _has_data(window, data, length):
@@ -232,7 +229,7 @@ def _walk(
                 found.problems.append(_truncated(name, data + length - window.size))
                 return None
             if too_long:
-                pass
+                found.problems.append(f"name of more than {_MAX_NAME:,} bytes is left out: {name[:80]!r}")
             elif kind == b"S" or said.sparse():
                 found.problems.append(
                     f"sparse member {name[:80]!r} is not supported; write it again without `tar --sparse`"

@@ -73,20 +73,6 @@ def look_at(fs: Any, path: str, *, deadline_s: float) -> Edition:
     return edition_of(info, int(info["size"] or 0))
 
 
-def read_whole(fs: Any, path: str, *, deadline_s: float) -> tuple[bytes, Edition]:
-    """A small object, and which edition it is of; one request to S3."""
-    if hasattr(fs, "call_s3"):
-        read: tuple[bytes, Edition] = await_within(deadline_s, fs, _whole_on_s3, fs, path)
-        return read
-    if "file" in fs.protocol:
-        with open(path, "rb") as file:
-            data = file.read()
-            status = os.fstat(file.fileno())
-        return data, edition_of({"mtime": status.st_mtime}, status.st_size)
-    found = look_at(fs, path, deadline_s=deadline_s)
-    return read_within(deadline_s, fs, path), found
-
-
 class EditionReader:
     """Reads ranges of objects of an expected edition; one per process, for many threads."""
 
@@ -109,7 +95,7 @@ class EditionReader:
         return read_within(deadline_s, fs, path, start=start, end=stop)
 
     def begin(self, fs: Any, path: str, num_bytes: int, *, deadline_s: float) -> tuple[bytes, Edition]:
-        """The first bytes of an object, at most so many, and which edition they are of.
+        """The first bytes of an object, at most so many (-1: all), and which edition they are of.
 
         One request to S3; fewer bytes where the server sends fewer.
         """
@@ -121,10 +107,9 @@ class EditionReader:
                 data = file.read(num_bytes)
                 status = os.fstat(file.fileno())
             return data, edition_of({"mtime": status.st_mtime}, status.st_size)
-        info = _info(fs, path, deadline_s)
+        edition = look_at(fs, path, deadline_s=deadline_s)
         self._asked[path] = time.monotonic()
-        edition = edition_of(info, int(info["size"] or 0))
-        stop = min(num_bytes, edition.size)
+        stop = edition.size if num_bytes < 0 else min(num_bytes, edition.size)
         return read_within(deadline_s, fs, path, start=0, end=stop) if stop else b"", edition
 
     def _ask(self, fs: Any, path: str, expected: Edition, deadline_s: float) -> None:
@@ -153,21 +138,12 @@ def _from_disk(path: str, start: int, stop: int, expected: Edition) -> bytes:
     return data
 
 
-async def _whole_on_s3(fs: Any, path: str) -> tuple[bytes, Edition]:
-    bucket, key, _ = fs.split_path(path)
-    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
-    try:
-        data = bytes(await answer["Body"].read())
-    finally:
-        answer["Body"].close()
-    return data, edition_of(answer, len(data))
-
-
 async def _begun_on_s3(fs: Any, path: str, num_bytes: int) -> tuple[bytes, Edition]:
     bucket, key, _ = fs.split_path(path)
     data = b""
+    some = {} if num_bytes < 0 else {"Range": f"bytes=0-{num_bytes - 1}"}
     try:
-        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=0-{num_bytes - 1}")
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, **some)
     except Exception as error:
         if not _BEHIND_THE_END.search(f"{error} {error.__cause__}"):  # an empty object has no first byte
             raise
@@ -177,8 +153,8 @@ async def _begun_on_s3(fs: Any, path: str, num_bytes: int) -> tuple[bytes, Editi
         finally:
             answer["Body"].close()
         total = str(answer.get("ContentRange", "")).rpartition("/")[2]
-        if total.isdigit():
-            return data, edition_of(answer, int(total))
+        if not some or total.isdigit():
+            return data, edition_of(answer, int(total) if some else len(data))
     info = await fs._info(path)
     return data, edition_of(info, int(info["size"]))
 

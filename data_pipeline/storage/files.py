@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from data_pipeline.errors import DataError, NotFound
 from data_pipeline.storage.client import filesystem
-from data_pipeline.storage.editions import Edition, read_whole
+from data_pipeline.storage.editions import Edition, EditionReader
 from data_pipeline.storage.retry import (
     PATIENT_TRIES,
     QUICK_TRIES,
@@ -57,7 +57,8 @@ def read_bytes(url: str, *, timeout_s: float = 30.0, tries: int = TRIES) -> byte
 def read_with_edition(url: str, *, timeout_s: float = 30.0, tries: int = TRIES) -> tuple[bytes, Edition]:
     """The same, and which edition it is of."""
     fs, path = filesystem(url, timeout_s=timeout_s)
-    return guarded(lambda: read_whole(fs, path, deadline_s=max(timeout_s, _WHOLE_S)), url, tries=tries)
+    reader, deadline_s = EditionReader(), max(timeout_s, _WHOLE_S)
+    return guarded(lambda: reader.begin(fs, path, -1, deadline_s=deadline_s), url, tries=tries)
 
 
 def read_text(url: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from data_pipeline.config import of_source
 from trainer.config.checks_diffusion import check_diffusion, check_guidance, check_sampling
+from trainer.config.checks_engines import check_communication, check_graphs, check_optimizer
 from trainer.config.checks_validation import check_validation
 from trainer.config.derived import check_derived
 from trainer.config.models import FROM_PIXELS, RANDOM, TOWERS, FirstStageConfig, OpenCLIPConfig, UNetConfig
 from trainer.config.network_plan import norm_groups, plan_levels
-from trainer.config.run import Config, ConfigError
-from trainer.config.training import DistributedConfig, OptimizerConfig
+from trainer.config.run import Config, require
 
 
 def check(config: Config) -> None:
@@ -22,15 +22,15 @@ def check(config: Config) -> None:
     _check_stage(config)
     check_derived(config)
     _check_conditioning(config)
-    _check_optimizer(config)
-    _require(
+    check_optimizer(config)
+    require(
         not config.ema.snapshot_every or bool(config.ema.power_stds),
         "ema.snapshot_every stores power-function averages, and ema.power_stds names none; set it, e.g. to "
         "[0.05,0.1], or snapshot_every to 0.",
     )
-    _check_communication(config.distributed)
+    check_communication(config.distributed)
     _check_cache(config)
-    _check_graphs(config)
+    check_graphs(config)
     check_validation(config)
     _check_phases(config)
     if config.stage == "diffusion":
@@ -56,7 +56,7 @@ def check_networks(config: Config) -> None:
 
 def require_first_stage(config: FirstStageConfig) -> None:
     """Raise ConfigError where a second stage has no first stage's weights."""
-    _require(
+    require(
         config.name == "identity" or config.weights is not None,
         "first_stage.weights is not set: a diffusion run needs a trained first stage; name a file that `ldm "
         "export` or `ldm import` wrote, or train one with stage=autoencoder (configs/first_stage) first.",
@@ -65,7 +65,7 @@ def require_first_stage(config: FirstStageConfig) -> None:
 
 def require_tower(name: str, config: OpenCLIPConfig) -> None:
     """Raise ConfigError where the text tower of this section of `conditioning` has no weights."""
-    _require(
+    require(
         config.pretrained is not None,
         f"conditioning.{name}.pretrained is not set, so nothing says which weights the text tower "
         f"{config.model} has; name a tag of open_clip (ViT-H-14 of SD2: "
@@ -74,32 +74,27 @@ def require_tower(name: str, config: OpenCLIPConfig) -> None:
     )
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 def _check_sizes(config: Config) -> None:
     if config.distributed.ranks:
         config.sharing(config.distributed.ranks)
         config.shard_size(config.distributed.ranks, config.distributed.ranks)
-    _require(
+    require(
         config.stage != "autoencoder" or config.global_batch_size % config.micro_batch_size == 0,
         f"global_batch_size={config.global_batch_size} must be a multiple of micro_batch_size="
         f"{config.micro_batch_size}, whose micro-batches stay whole in a first stage.",
     )
     factor = config.first_stage.downsampling
-    _require(
+    require(
         config.data.image_size % factor == 0,
         f"data.image_size={config.data.image_size} must be a multiple of the first stage's downsampling "
         f"factor {factor}.",
     )
-    _require(
+    require(
         not (config.data.shards and config.data.sources),
         "give either data.shards or data.sources, not both.",
     )
     weights, captions = config.data.caption_weights, config.data.captions
-    _require(
+    require(
         not weights or len(weights) == len(captions),
         f"data.caption_weights={list(weights)} must be one number for each of "
         f"data.captions={list(captions)}, or empty.",
@@ -117,7 +112,7 @@ def _check_attention(config: Config) -> None:
     for name, section in sections.items():
         levels = [2**level for level in range(len(section.channel_multipliers))]
         given, odd = section.attention_factors, [f for f in section.attention_factors if f & (f - 1)]
-        _require(
+        require(
             not odd and (not given or bool(set(given) & set(levels))),
             f"{name}.attention_factors={list(given)} has {f'{odd[0]}, which' if odd else 'factors that'} no "
             f"level has: those of {name}.channel_multipliers are "
@@ -126,134 +121,37 @@ def _check_attention(config: Config) -> None:
         )
 
 
-def _check_optimizer(config: Config) -> None:
-    distributed = config.distributed
-    if config.optimizer.conditioner_learning_rate is not None:
-        _require(
-            config.stage == "diffusion",
-            "optimizer.conditioner_learning_rate is for conditioners, which stage=autoencoder does not have; "
-            "remove it.",
-        )
-        _require(
-            config.optimizer.name == "adamw",
-            f"optimizer.name={config.optimizer.name} has one rate for everything; remove "
-            "optimizer.conditioner_learning_rate, or set optimizer.name=adamw.",
-        )
-    _require(
-        config.optimizer.name != "muon" or distributed.engine != "deepspeed" or distributed.zero_stage < 3,
-        "optimizer.name=muon needs whole matrices, which distributed.zero_stage=3 takes apart one by one; "
-        "set distributed.zero_stage to 2 or lower, or optimizer.name=adamw or adafactor.",
-    )
-    usual = OptimizerConfig()
-    of = {"betas": ("adamw", "muon"), "eps": ("adamw", "muon"), "momentum": ("muon",)}
-    of |= dict.fromkeys(("beta2_decay", "adafactor_eps", "update_clip"), ("adafactor",))
-    for setting, names in of.items():
-        common = getattr(usual, setting)
-        _require(
-            config.optimizer.name in names or getattr(config.optimizer, setting) == common,
-            f"optimizer.{setting} has no effect with optimizer.name={config.optimizer.name}; leave it at "
-            f"{common}, or set optimizer.name={' or '.join(names)}.",
-        )
-
-
-def _check_communication(d: DistributedConfig) -> None:
-    """Settings that the engine would take without a word and without effect, or that nobody tried."""
-    if d.engine == "fsdp":
-        _check_fsdp(d)
-        return
-    _require(
-        not d.shard_ranks,
-        f"distributed.shard_ranks has no effect with distributed.engine={d.engine}; remove it, or set "
-        "engine=fsdp.",
-    )
-    whole = d.engine == "torch" or d.zero_stage == 0
-    engine = f"distributed.engine={d.engine}"
-    if d.engine == "deepspeed":
-        engine = f"distributed.zero_stage={d.zero_stage}"
-    _require(
-        not (whole and d.overlap_communication),
-        f"distributed.overlap_communication has no effect with {engine}, which sends gradients after "
-        "backward; remove it, or train with engine=deepspeed and zero_stage=1.",
-    )
-    _require(
-        not (d.cuda_graphs and d.overlap_communication),
-        "distributed.overlap_communication has no effect with distributed.cuda_graphs, whose gradients all "
-        "arrive at once; leave one of them out.",
-    )
-    scatters = d.engine == "deepspeed" and d.zero_stage == 1 and d.precision == "bf16"
-    _require(
-        not (scatters and d.compile and d.overlap_communication),
-        "distributed.overlap_communication was not tried with distributed.compile at zero_stage=1 in bf16; "
-        "leave one of them out.",
-    )
-    buckets = DistributedConfig().reduce_bucket_elements
-    _require(
-        d.engine != "deepspeed" or not whole or d.reduce_bucket_elements == buckets,
-        f"distributed.reduce_bucket_elements has no effect with {engine}, where DeepSpeed's buckets have a "
-        "fixed size; remove it, or set zero_stage to 1 or higher.",
-    )
-    _require(
-        d.reduce_precision == "fp32" or (d.precision == "bf16" and d.engine != "torch"),
-        "distributed.reduce_precision=bf16 has no effect with "
-        f"{engine if d.engine == 'torch' else 'distributed.precision=fp32'}, which sends gradients in fp32; "
-        "remove it.",
-    )
-
-
-def _check_fsdp(d: DistributedConfig) -> None:
-    default = DistributedConfig()
-    without_effect = {
-        f"distributed.zero_stage={d.zero_stage}": d.zero_stage != default.zero_stage,
-        "distributed.reduce_bucket_elements": d.reduce_bucket_elements != default.reduce_bucket_elements,
-        "distributed.overlap_communication": d.overlap_communication,
-        "distributed.reduce_precision=bf16 at precision=fp32": (d.precision, d.reduce_precision)
-        == ("fp32", "bf16"),
-    }
-    present = [name for name, there in without_effect.items() if there]
-    _require(
-        not present,
-        f"{' and '.join(present)} has no effect with distributed.engine=fsdp, which cuts everything, sends "
-        "block by block and always while backward goes on; remove it.",
-    )
-    untried = [name for name in ("compile", "cuda_graphs") if getattr(d, name)]
-    _require(
-        not untried,
-        f"distributed.{' and distributed.'.join(untried)} was not tried with distributed.engine=fsdp; remove "
-        "it, or set engine=deepspeed.",
-    )
-
-
 def _check_cache(config: Config) -> None:
     """What cannot be encoded once, or not be kept."""
     stage, conditioning = config.first_stage, config.conditioning
     if stage.cache_variants:
-        _require(
+        require(
             config.data.order != "resampled",
             "first_stage.cache_variants needs data.order=indexed; set it to 0, since a resampled stream "
             "draws each crop anew.",
         )
     if stage.cache is None:
         return
-    _require(
+    require(
         stage.cache.strip() != "",
         "first_stage.cache is empty; name a folder or URL, or null for no cache.",
     )
-    _require(
+    require(
         config.stage == "diffusion",
         "first_stage.cache keeps what a frozen first stage gives, and stage=autoencoder trains it; remove "
         "first_stage.cache.",
     )
-    _require(
+    require(
         stage.name != "identity",
         "first_stage.cache has nothing to keep where first_stage.name=identity encodes nothing; remove it.",
     )
-    _require(
+    require(
         config.data.order != "resampled",
         "first_stage.cache needs to know where in a shard a picture lies, and a resampled stream does not; "
         "remove first_stage.cache or set data.order=indexed.",
     )
     pixels = [name for name in FROM_PIXELS if getattr(conditioning, name) is not None]
-    _require(
+    require(
         not pixels,
         f"first_stage.cache serves no pixels, from which conditioning.{' and conditioning.'.join(pixels)} is "
         "made at every visit; remove first_stage.cache.",
@@ -267,7 +165,7 @@ def _check_cache(config: Config) -> None:
         }.items()
         if there
     ]
-    _require(
+    require(
         not drawn or stage.cache_variants > 0,
         f"{' and '.join(drawn)} makes other pixels of a picture at every visit, which first_stage.cache "
         "cannot keep; set first_stage.cache_variants, e.g. to 4, for that many crops of each picture, or "
@@ -275,59 +173,34 @@ def _check_cache(config: Config) -> None:
     )
 
 
-def _check_graphs(config: Config) -> None:
-    if not config.distributed.cuda_graphs:
-        return
-    layout = config.conditioning.layout
-    obstacles = {
-        "stage=autoencoder": config.stage == "autoencoder",
-        # The gradients of a graph lie where the next replay writes; engines that add up elsewhere than in
-        # `grad` take them away at once. At zero_stage=0 a sum in place would grow from what was overwritten.
-        "distributed.precision=fp32": config.distributed.precision == "fp32",
-        "distributed.zero_stage=0": config.distributed.engine == "deepspeed"
-        and config.distributed.zero_stage == 0,
-        "distributed.zero_stage=3": config.distributed.zero_stage == 3,
-        "diffusion.learned_uncertainty": config.diffusion.learned_uncertainty,  # a second output
-        "unet.activation_checkpointing": config.unet.activation_checkpointing,
-        "unet.dropout": config.unet.dropout > 0,
-        "conditioning.layout.dropout": layout is not None and layout.dropout > 0,
-        "lora.dropout": config.lora is not None and config.lora.dropout > 0,
-    }
-    present = [name for name, there in obstacles.items() if there]
-    _require(
-        not present,
-        f"distributed.cuda_graphs does not go together with {' and '.join(present)}; leave one of them out.",
-    )
-
-
 def _check_stage(config: Config) -> None:
     if config.stage == "diffusion":
-        _require(
+        require(
             not config.trainable or config.init_from is not None,
             "trainable freezes the other weights, which without init_from are random ones; set init_from to "
             "the weights to start from.",
         )
         _check_lora(config)
         return
-    _require(
+    require(
         config.lora is None,
         "lora puts adapters on the UNet of stage=diffusion; a first stage is trained whole, so remove it.",
     )
-    _require(
+    require(
         not config.trainable,
         "trainable is for stage=diffusion; a first stage is trained whole, so remove it.",
     )
-    _require(
+    require(
         config.first_stage.name != "identity",
         "first_stage.name=identity has nothing to train; choose kl or vq for stage=autoencoder.",
     )
-    _require(
+    require(
         config.first_stage.name == "vq" or not config.autoencoder_loss.revive_codes_every,
         f"autoencoder_loss.revive_codes_every revives entries of a codebook, which first_stage.name="
         f"{config.first_stage.name} does not have; set it to 0, or first_stage.name=vq.",
     )
     layers = config.autoencoder_loss.discriminator_layers
-    _require(
+    require(
         not config.autoencoder_loss.discriminator_weight or config.data.image_size >= 3 * 2**layers,
         f"a discriminator of {layers} strided layers needs at least {3 * 2**layers} pixels; lower "
         "autoencoder_loss.discriminator_layers or raise data.image_size.",
@@ -336,16 +209,16 @@ def _check_stage(config: Config) -> None:
 
 def _check_phases(config: Config) -> None:
     starts = [phase.from_step for phase in config.phases]
-    _require(
+    require(
         starts == sorted(set(starts)),
         f"phases begin at the steps {', '.join(map(str, starts))}; let from_step rise from one to the next.",
     )
-    _require(
+    require(
         not starts or config.data.order == "indexed",
         "phases need data.order=indexed: a resampled stream has no place at which another size could begin; "
         "set data.order=indexed, or remove phases.",
     )
-    _require(
+    require(
         not starts or config.distributed.engine != "deepspeed" or config.distributed.zero_stage < 3,
         "phases do not go together with distributed.zero_stage=3, where DeepSpeed never lets go of the memory"
         " of a phase that is over; set zero_stage to 2 or lower, or engine=fsdp.",
@@ -355,7 +228,7 @@ def _check_phases(config: Config) -> None:
 def _check_lora(config: Config) -> None:
     if config.lora is None:
         return
-    _require(
+    require(
         config.init_from is not None,
         "lora adapts weights that stay frozen, which without init_from are random ones; set init_from to the "
         "weights to adapt.",
@@ -365,12 +238,12 @@ def _check_lora(config: Config) -> None:
         "diffusion.learned_uncertainty": config.diffusion.learned_uncertainty,
     }
     present = [name for name, there in others.items() if there]
-    _require(
+    require(
         not present,
         f"lora trains adapters and nothing else, which {' and '.join(present)} contradicts; remove one of "
         "them.",
     )
-    _require(
+    require(
         bool(config.lora.targets),
         "lora.targets is empty, so that nothing would be trained; name layers, or remove it for those of all "
         "attentions.",
@@ -380,20 +253,20 @@ def _check_lora(config: Config) -> None:
 def _check_conditioning(config: Config) -> None:
     conditioning = config.conditioning
     tau = conditioning.text_transformer
-    _require(
+    require(
         tau is None or tau.tokenizer != "wordpiece" or tau.vocabulary is not None,
         "conditioning.text_transformer.tokenizer=wordpiece needs its vocabulary file; set "
         "conditioning.text_transformer.vocabulary, or tokenizer=clip.",
     )
     low = conditioning.low_resolution
     if low is not None:
-        _require(
+        require(
             config.first_stage.downsampling == low.factor,
             f"conditioning.low_resolution.factor={low.factor} must equal the first stage's downsampling "
             f"factor {config.first_stage.downsampling}, since the image is concatenated to the latents.",
         )
     sizes = conditioning.image_size
-    _require(
+    require(
         sizes is None or sizes.width % 2 == 0,
         "conditioning.image_size.width must be even: half of the features are sines, half cosines.",
     )
@@ -402,7 +275,7 @@ def _check_conditioning(config: Config) -> None:
         shrunk = tower is not None and any(
             value is not None for value in (tower.width, tower.layers, tower.heads, tower.context_length)
         )
-        _require(
+        require(
             not (shrunk and tower.pretrained not in (None, RANDOM)),
             f"conditioning.{name}: width, layers, heads and context_length shrink the tower, so pretrained "
             f"weights cannot fit; remove them, or set pretrained={RANDOM}.",

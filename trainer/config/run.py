@@ -33,6 +33,12 @@ class ConfigError(UserError):
     """A user's mistake in a configuration: one sentence with the key and the remedy."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError where the condition does not hold."""
+    if not condition:
+        raise ConfigError(message)
+
+
 def option_words(option: str, text: str) -> list[str]:
     """The words of an option whose value is a command line, as a shell reads it.
 

@@ -159,11 +159,9 @@ def _write_compvis(
 
 def _what_readers_take_otherwise(config: Config) -> list[str]:
     """A note of the settings that the file has no place for, where they are not those of Stable Diffusion."""
-    unusual = (
-        []
-        if config.diffusion.prediction == "eps"
-        else [f"diffusion.prediction={config.diffusion.prediction}"]
-    )
+    unusual = []
+    if config.diffusion.prediction != "eps":
+        unusual.append(f"diffusion.prediction={config.diffusion.prediction}")
     if config.diffusion.zero_terminal_snr:
         unusual.append("diffusion.zero_terminal_snr=true")
     towers = {name: getattr(config.conditioning, name) for name in TOWERS.values()}
