@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import check_writable, read_text, write_bytes
 from data_pipeline.storage.urls import join
-from trainer.checkpoint.commands import find_checkpoint
+from trainer.checkpoint.commands import find_checkpoint, fingerprint
 from trainer.cli import sample
 from trainer.cli.fidelity import Measuring, add_measuring_arguments, as_json, check, figures, stored
 from trainer.config.run import ConfigError
@@ -28,11 +29,14 @@ from trainer.distributed.env import DistributedEnv
 from trainer.evaluation.survey import pictures_to_measure
 from trainer.report.chart import fidelity_chart, to_png
 
+logger = logging.getLogger(__name__)
 SWEEP_EXAMPLE = (
     "example: ldm evaluate sweep s3://bucket/run --guidance 1:8:1 --steps 10,25,50 "
     "--sample '--prompts-file prompts.txt --sampler dpmpp_2m' --reference val.safetensors --out curve"
 )
 MOST_POINTS = 1000
+_SAID_LATER = ("weights", "reference_content")
+"""Of what tells sweeps apart, what points of earlier versions do not have."""
 _OURS = ("--guidance", "--steps", "--out", "--overwrite", "--share")
 
 
@@ -73,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
     assert real is not None
     settings = {
         "source": args.source,
+        "weights": fingerprint(args.source, step),
         "sample": args.sample,
         "reference": args.reference,
+        "reference_content": real.content(),
         "metrics": args.metrics,
         **_measured_by(measuring.networks, args.image_size, args.fit),
     }
@@ -173,6 +179,12 @@ def _former(url: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
         theirs = None
+    if isinstance(theirs, dict):
+        unknown = {name: settings[name] for name in _SAID_LATER if name not in theirs}
+        if unknown:
+            told = " and ".join(unknown)
+            logger.warning("%s does not say its %s: whether that is the same is not known", url, told)
+        theirs = unknown | theirs
     if isinstance(theirs, dict) and sample.same_pictures(str(theirs.get("sample")), str(settings["sample"])):
         theirs = theirs | {"sample": settings["sample"]}
     if theirs != settings:

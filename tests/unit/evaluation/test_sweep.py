@@ -17,7 +17,7 @@ from tests.unit.evaluator.committed_run import CommittedRun
 from trainer.__main__ import main
 from trainer.config.io import config_to_dict, load_config
 from trainer.model import build_model
-from trainer.weights import write_weights
+from trainer.weights import read_weights, write_weights
 
 SETTINGS = [
     "data.image_size=16",
@@ -78,7 +78,10 @@ def test_every_point_is_sampled_measured_and_kept(tmp_path: Path, command: list[
 
 
 def test_it_goes_on_where_it_stopped_and_never_mixes_sweeps(
-    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert main(command) == 0
     first = rows(tmp_path)
@@ -95,7 +98,21 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_sweeps(
     assert main([*command, "--image-size", "8"]) == 2
     assert "is of another sweep (image_size None instead of 8, crop)" in capsys.readouterr().err
     point = tmp_path / "curve" / "guidance_1_steps_2" / "figures.json"
+    (tmp_path / "real" / "0.png").rename(tmp_path / "0.png")
+    assert main(command) == 2
+    assert "is of another sweep (reference_content " in capsys.readouterr().err
+    (tmp_path / "0.png").rename(tmp_path / "real" / "0.png")
+    tensors, metadata = read_weights(command[2])
+    write_weights(command[2], tensors, metadata | {"step": "2"})
+    assert main(command) == 2
+    assert "is of another sweep (weights " in capsys.readouterr().err
+    write_weights(command[2], tensors, metadata)
     told = json.loads(point.read_text())
+    for name in ("weights", "reference_content"):
+        del told["settings"][name]
+    point.write_text(json.dumps(told))
+    assert main(command) == 0
+    assert "does not say its weights and reference_content" in caplog.text
     told["pictures"]["networks"]["random"]["sha256"] = "of others"
     for name in ("networks", "image_size"):  # as earlier versions wrote it
         del told["settings"][name]
