@@ -71,6 +71,8 @@ def run(config: Config, env: DistributedEnv) -> ExitCode:
                 watchdog.begin_anew()
                 start = StartTimer()
                 start.mark("phases before")
+            if env.is_main and code is ExitCode.DONE:
+                preemption.acknowledge(StopRequest.NONE)
             return code
         except torch.OutOfMemoryError:
             leave_memory(config.run_dir, env.rank, env.device)
@@ -370,11 +372,10 @@ def leave(run: Run, preemption: Preemption, agreed: Agreed) -> ExitCode:
     if agreed.data_lost:
         run.sinks.event(run.state.step, run.state.samples_seen, "storage outage")
         return ExitCode.RETRYABLE
-    if run.env.is_main:
-        preemption.acknowledge()
-    word, since = agreed.request.name.lower(), preemption.since_s
+    request = preemption.acknowledge(agreed.request) if run.env.is_main else agreed.request
+    word, since = request.name.lower(), preemption.since_s
     if run.env.is_main and since is not None:
         logger.info("%s: step %d is committed, %.1f s after it was asked for", word, run.state.step, since)
     details = {} if since is None else {"committed_after_s": since}
     run.sinks.event(run.state.step, run.state.samples_seen, word, **details)
-    return agreed.request.exit_code
+    return request.exit_code

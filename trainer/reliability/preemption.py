@@ -95,14 +95,22 @@ class Preemption:
             # Bounded: a look at remote storage may hang, and the thread is a daemon anyway.
             self._poller.join(timeout=5.0)
 
-    def acknowledge(self) -> None:
-        """The state is saved: remove the stop file, if there is one. Call on the polling rank."""
+    def acknowledge(self, agreed: StopRequest) -> StopRequest:
+        """What ends the run, whose state is saved by now; removes the stop file. Call on the polling rank.
+
+        agreed: what the ranks saved for; NONE: all steps are made, and a request came too late. A person may
+        have asked while they saved for a preemption: the next start must not be one that nobody wants.
+        """
+        request = max(agreed, self._request)
         if self._stop_file is None:
-            return
+            return request
         try:
-            remove_file(self._stop_file, tries=QUICK_TRIES)
+            if exists(self._stop_file):
+                request = StopRequest.STOPPED
+                remove_file(self._stop_file, tries=QUICK_TRIES)
         except Failure as error:  # the state is saved, which matters more
             logger.warning("could not remove the stop file %s: %s", self._stop_file, error)
+        return request
 
     def _ask(self, request: StopRequest, reason: str) -> None:
         if request > self._request:

@@ -61,9 +61,22 @@ def test_stop_file_is_seen_and_removed_once_acknowledged(tmp_path: Path, scheme:
             stream.write("")
         assert wait_for(lambda: preemption.request is not StopRequest.NONE)
         assert preemption.request is StopRequest.STOPPED
-        preemption.acknowledge()
+        assert preemption.acknowledge(StopRequest.STOPPED) is StopRequest.STOPPED
     filesystem, path = fsspec.core.url_to_fs(url)
     assert not filesystem.exists(path)
+
+
+@pytest.mark.parametrize("agreed", [StopRequest.PREEMPTED, StopRequest.NONE])
+def test_a_stop_that_comes_while_the_run_ends_otherwise_is_met(tmp_path: Path, agreed: StopRequest) -> None:
+    """Nobody sees the file before the next start, which would train on (or, all steps made, stop at once)."""
+    stop_file = tmp_path / "STOP"
+    with Preemption(str(stop_file), poll_s=60.0) as preemption:
+        if agreed is StopRequest.PREEMPTED:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert preemption.acknowledge(agreed) is agreed
+        stop_file.touch()
+        assert preemption.acknowledge(agreed) is StopRequest.STOPPED
+    assert not stop_file.exists()
 
 
 def test_outside_the_main_thread_the_stop_file_still_works(tmp_path: Path) -> None:
