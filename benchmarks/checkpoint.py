@@ -7,7 +7,8 @@
 One rank, fp32, ZeRO 1, the same engine for all arms: master weights and two Adam moments. Our arms save an
 average besides, which no other arm has; all arms write to the same folder on the same disk, and take
 turns. Per arm: seconds for which training stood still (median, and all values), seconds until the data was
-stored, bytes, and the slow-down of a fixed piece of training work while the save went on in the background.
+stored, bytes, and the slow-down of a fixed piece of training work, repeated while the save went on in the
+background; where nothing went on, 0.
 The first save of each arm, which allocates buffers and starts processes, is reported apart.
 """
 
@@ -21,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,10 +170,14 @@ def measure(arm: Arm, path: Path) -> None:
     begun = time.perf_counter()
     wait = arm.save(path)
     arm.blocked_s.append(time.perf_counter() - begun)
-    during = [work() for _ in range(3)]
-    wait()
+    with ThreadPoolExecutor(1) as waiting:
+        stored = waiting.submit(wait)
+        during = []
+        while not stored.done():
+            during.append(work())
+        stored.result()
     arm.stored_s.append(time.perf_counter() - begun)
-    arm.slowdown.append(statistics.median(during) / quiet - 1)
+    arm.slowdown.append(statistics.fmean(during) / quiet - 1 if during else 0.0)
     if path.exists():
         arm.num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         shutil.rmtree(path)

@@ -6,7 +6,7 @@
 Rank 0's writer runs for real (`trainer.checkpoint.writer.write_commit`, as the process beside training calls
 it), against a real S3 server behind a proxy that waits before it answers. Other ranks are simulated: of their
 shards there are the names, all that a commit reads of them, and their tables are those of SD2's UNet, cut as
-ZeRO-1 does it (end to end) or ZeRO-3 (each parameter by itself). The last one comes while the writer waits.
+ZeRO-1 does it in bf16 (each bucket) or ZeRO-3 (each parameter). The last one comes while the writer waits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from scale import Storage
@@ -33,6 +34,7 @@ from trainer.checkpoint.manifest import Manifest, StoredFile, tables_text
 from trainer.checkpoint.retirement import Retirement
 from trainer.checkpoint.writer import Commit, Job, shard_name, write_commit, write_shard
 from trainer.config.io import load_config
+from trainer.distributed.scatter import in_buckets
 from trainer.model import build_trainable
 
 CONFIG = "configs/sd/sd2_base_512.yaml"
@@ -51,12 +53,19 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, default=20.0, help="what storage waits before it answers")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    config = load_config(CONFIG)
     with torch.device("meta"):
-        network, _ = build_trainable(load_config(CONFIG))
-    shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if p.requires_grad}
+        network, _ = build_trainable(config)
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    names = {id(p): name for name, p in trained.items()}
+    buckets = [
+        [names[id(p)] for p in bucket]
+        for bucket in in_buckets(trained.values(), config.distributed.reduce_bucket_elements)
+    ]
     print("ZeRO  ranks  spans     manifest MB  last shard to manifest, s             requests of one commit")
     for zero, ranks in itertools.product(*([int(n) for n in t.split(",")] for t in (args.zero, args.ranks))):
-        tables = cut(shapes, ranks, zero)
+        tables = cut(shapes, buckets, ranks, zero)
         with tempfile.TemporaryDirectory() as folder:
             seconds, size, requests = commits(
                 tables, shapes, folder, delay_s=args.delay_ms / 1e3, repeats=args.repeats
@@ -66,22 +75,19 @@ def main() -> None:
         print(f"{zero:4} {ranks:6} {sum(map(len, tables)):6} {size / 1e6:15.2f}  {values:36} {counted}")
 
 
-def cut(shapes: dict[str, tuple[int, ...]], ranks: int, zero: int) -> list[Table]:
-    """The spans of each rank, as DeepSpeed lays out stage 1 or 3."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+def cut(
+    shapes: dict[str, tuple[int, ...]], buckets: Sequence[Sequence[str]], ranks: int, zero: int
+) -> list[Table]:
+    """The spans of each rank: stage 1 in bf16 cuts each bucket over all ranks, stage 3 each parameter."""
     tables: list[list[Span]] = [[] for _ in range(ranks)]
-    if zero == 3:
-        for name, size in sizes.items():
-            part = math.ceil(size / ranks)
-            for rank, start in enumerate(range(0, size, part)):
-                tables[rank].append(Span(name, start, min(part, size - start)))
-        return [tuple(table) for table in tables]
-    part, begin = math.ceil(sum(sizes.values()) / ranks), 0
-    for name, size in sizes.items():
-        for rank in range(begin // part, (begin + size - 1) // part + 1):
-            first, last = max(begin, rank * part), min(begin + size, (rank + 1) * part)
-            tables[rank].append(Span(name, first - begin, last - first))
-        begin += size
+    for bucket in buckets if zero == 1 else [[name] for name in shapes]:
+        sizes = [math.prod(shapes[name]) for name in bucket]
+        part, begin = math.ceil(sum(sizes) / ranks), 0
+        for name, size in zip(bucket, sizes, strict=True):
+            for rank in range(begin // part, (begin + size - 1) // part + 1):
+                first, last = max(begin, rank * part), min(begin + size, (rank + 1) * part)
+                tables[rank].append(Span(name, first - begin, last - first))
+            begin += size
     return [tuple(table) for table in tables]
 
 

@@ -255,7 +255,6 @@ class HeadLook:
     """What `look_at_head` found."""
 
     pictures: int
-    captions: int
     defects: list[str]
 
 
@@ -266,14 +265,13 @@ def look_at_head(shard: ListedFile, config: DataConfig) -> HeadLook:
         head = _unpacked(head)  # webdataset's streams may be compressed
     found = scan(lambda start, stop: head[start:stop], len(head))
     if not found.is_tar:
-        return HeadLook(0, 0, [not_a_tar(shard.url, stored, found)])
+        return HeadLook(0, [not_a_tar(shard.url, stored, found)])
     samples = group(found.members).samples
     if len(samples) > 1 and len(stored) < shard.size:
         samples.pop()  # perhaps cut
-    pictures, captions, defects = 0, 0, []
+    pictures, defects = 0, []
     target = (config.image_size, config.image_size)
     for sample in samples[:_HEAD_SAMPLES]:
-        captions += "txt" in sample.members and sample.members["txt"].size > 0
         member = next((sample.members[e] for e in picture_members(config) if e in sample.members), None)
         if member is None:
             continue
@@ -283,7 +281,7 @@ def look_at_head(shard: ListedFile, config: DataConfig) -> HeadLook:
             pictures += 1
         except Rejected as rejected:
             defects.append(f"{shard.url} {member.name}: {rejected}")
-    return HeadLook(pictures, captions, defects)
+    return HeadLook(pictures, defects)
 
 
 def _unpacked(head: bytes) -> bytes:

@@ -1,6 +1,8 @@
 """The doctor finds what is wrong and passes what is well, one process at a time."""
 
 import dataclasses
+import io
+import json
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 from trainer.config.models import FirstStageConfig, UNetConfig
 from trainer.config.run import Config
@@ -26,7 +28,7 @@ from trainer.doctor import machine as doctor_machine
 from trainer.doctor.check import Check
 from trainer.doctor.examination import format_table, run_doctor
 from trainer.doctor.gradients import check_gradients
-from trainer.doctor.inputs import check_shards, check_storage
+from trainer.doctor.inputs import check_samples, check_shards, check_storage
 from trainer.doctor.machine import (
     check_all_reduce,
     check_clocks,
@@ -157,21 +159,35 @@ def test_no_shards_fail_and_good_ones_are_counted(tmp_path: Path, env: Distribut
     assert "No shard matches" in check.detail
     (check,) = check_shards(config(tmp_path, shards), env)
     assert check.passed
-    assert "decoded 16 pictures, 16 with a caption" in check.detail
+    assert "decoded 16 pictures" in check.detail
 
 
-def test_shards_without_captions_fail_where_captions_are_needed(
+def test_samples_fail_for_want_of_the_captions_that_their_source_names(
     tmp_path: Path, env: DistributedEnv, shards: str
 ) -> None:
+    """Of two sources one has no .txt, and says where its captions are."""
     source = next(Path(shards).parent.glob("*.tar"))
     with tarfile.open(source) as full, tarfile.open(tmp_path / "0.tar", "w") as bare:
         for member in full:
             if member.name.endswith(".jpg"):
                 bare.addfile(member, full.extractfile(member))
+                text = json.dumps({"recaption": member.name}).encode()
+                info = tarfile.TarInfo(member.name.replace(".jpg", ".json"))
+                info.size = len(text)
+                bare.addfile(info, io.BytesIO(text))
     bad = config(tmp_path, str(tmp_path / "*.tar"))
-    assert not check_shards(bad, env)[0].passed
+    assert check_shards(bad, env)[0].passed
+    (check,) = check_samples(bad, env)
+    assert not check.passed
+    assert "no_caption" in check.detail
     optional = dataclasses.replace(bad, data=dataclasses.replace(bad.data, require_caption=False))
-    assert check_shards(optional, env)[0].passed
+    assert check_samples(optional, env)[0].passed
+    sources = (
+        SourceConfig(shards=shards),
+        SourceConfig(shards=str(tmp_path / "*.tar"), captions=("recaption",)),
+    )
+    mixed = dataclasses.replace(bad, data=dataclasses.replace(bad.data, shards="", sources=sources))
+    assert [check.passed for check in (*check_shards(mixed, env), *check_samples(mixed, env))] == [True, True]
 
 
 def test_versions_that_differ_fail(

@@ -103,7 +103,9 @@ def _forward_sums(x, sums, cells, channels, rows_per_slice, slices, ROWS: tl.con
     for start in range(0, rows_per_slice, ROWS):
         row = s * rows_per_slice + start + tl.arange(0, ROWS)
         inside = (row < cells)[:, None] & (c < channels)[None, :]
-        value = tl.load(x + row[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + row[:, None].to(tl.int64) * channels + c[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         value = tl.where(inside, value - pivot[None, :], 0.0)
         first += value
         second += value * value
@@ -165,7 +167,7 @@ def _forward_apply(
     for start in range(0, rows_per_slice, ROWS):
         row = s * rows_per_slice + start + tl.arange(0, ROWS)
         inside = (row < cells)[:, None] & known[None, :]
-        at = base + row[:, None] * channels + c[None, :]
+        at = base + row[:, None].to(tl.int64) * channels + c[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale + offset
         if SILU:
             value = value / (1.0 + tl.exp(-value))
@@ -191,7 +193,7 @@ def _backward_sums(
     for start in range(0, rows_per_slice, ROWS):
         row = s * rows_per_slice + start + tl.arange(0, ROWS)
         inside = (row < cells)[:, None] & known[None, :]
-        at = base + row[:, None] * channels + c[None, :]
+        at = base + row[:, None].to(tl.int64) * channels + c[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         if SILU:
@@ -256,7 +258,7 @@ def _backward_apply(
     for start in range(0, rows_per_slice, ROWS):
         row = s * rows_per_slice + start + tl.arange(0, ROWS)
         inside = (row < cells)[:, None] & known[None, :]
-        at = base + row[:, None] * channels + c[None, :]
+        at = base + row[:, None].to(tl.int64) * channels + c[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         if SILU:

@@ -46,8 +46,8 @@ def plan(config: Config, world_size: int, ranks_per_node: int) -> MemoryPlan:
     d = config.distributed
     compute = 2 if d.precision == "bf16" else FP32
     profiles, moments = len(profile_names(config.ema)), len(config.optimizer.moments)
-    master = FP32 if compute != FP32 or d.engine == "fsdp" or d.zero_stage > 0 else 0
     zero = d.zero_stage if d.engine == "deepspeed" else 0
+    master = FP32 if compute != FP32 or d.engine == "fsdp" or zero > 0 else 0
     cut = world_size if zero >= 1 else 1  # ranks over which the optimizer's state is spread
     if d.engine == "fsdp":
         cut = config.shard_size(world_size, ranks_per_node)

@@ -123,7 +123,7 @@ def test_the_command_shows_the_picture_that_is_named(
     assert "height            min 48, median 48, max 48" in told
     assert "mask.png 6" in told
     look = look_at_head(list_files(str(tmp_path))[0], config_for(tmp_path, picture=("original.jpg",)))
-    assert (look.pictures, look.captions, look.defects) == (6, 6, [])
+    assert (look.pictures, look.defects) == (6, [])
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs the tar program")
