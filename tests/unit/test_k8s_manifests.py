@@ -8,12 +8,15 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from trainer.__main__ import parse, verb_parser
 from trainer.cli import watch
@@ -409,6 +412,14 @@ def test_the_image_installs_only_pinned_versions_and_is_not_root() -> None:
     installs = [line for line in text.replace("\\\n", " ").splitlines() if "pip install" in line]
     assert installs
     assert all("--constraint constraints.txt" in line for line in installs)
+    (extras,) = re.findall(r"[\"']\.\[([\w,]+)\][\"']", text)
+    assert {"ray", "evaluation", "lora"} <= set(extras.split(",")), "all that a pod's commands import"
+    offered = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    pins = {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", constraints, re.MULTILINE)}
+    for extra in extras.split(","):
+        wanted = {canonicalize_name(Requirement(r).name) for r in offered["optional-dependencies"][extra]}
+        assert wanted <= pins
     users = re.findall(r"^USER (\d+):\d+$", text, re.MULTILINE)
     assert users
     assert all(int(user) > 0 for user in users)
@@ -442,6 +453,8 @@ def test_the_evaluator_is_a_command_that_exists() -> None:
     assert verb == "evaluate"
     args = verb_parser(verb).parse_args(words)
     check_series(watch._drawing(args, args.source, "out"))
+    assert args.features is None, "then Inception's, whose weights no image has"
+    assert args.inception_weights
 
 
 def test_the_encoders_are_commands_that_exist_and_share_all_of_the_work() -> None:
