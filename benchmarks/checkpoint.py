@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.run import Config
@@ -159,7 +158,7 @@ def save_with_dcp(
     tensors: dict[str, torch.Tensor], path: Path, kind: AsyncCheckpointerType
 ) -> Callable[[], object]:
     """torch.distributed.checkpoint.async_save."""
-    future: Any = dcp.async_save(tensors, checkpoint_id=str(path), async_checkpointer_type=kind)
+    future: Any = async_save(tensors, checkpoint_id=str(path), async_checkpointer_type=kind)
     waiting = getattr(future, "upload_completion", future)
     return waiting.result
 
@@ -195,8 +194,8 @@ def work() -> float:
 def report(arms: dict[str, Arm], *, as_json: bool) -> None:
     """Table or JSON."""
     if as_json:
-        values = {name: {k: v for k, v in vars(arm).items() if k != "save"} for name, arm in arms.items()}
-        print(json.dumps({"torch": torch.__version__, "arms": values}))
+        found = {name: {k: v for k, v in vars(arm).items() if k != "save"} for name, arm in arms.items()}
+        print(json.dumps({"torch": torch.__version__, "arms": found}))
         return
     print(f"torch {torch.__version__}; {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f}")
     print("arm           blocked s  all but the first                   first  stored s     GB    work")

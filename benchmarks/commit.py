@@ -38,7 +38,7 @@ from trainer.distributed.scatter import in_buckets
 from trainer.model import build_trainable
 
 CONFIG = "configs/sd/sd2_base_512.yaml"
-KINDS = ("master", "exp_avg", "exp_avg_sq", "ema.decay")
+KINDS: tuple[str, ...] = ("master", "exp_avg", "exp_avg_sq", "ema.decay")
 LATE_S = 3.0
 """When the last shard comes: the writer looks most rarely by then."""
 
@@ -118,7 +118,7 @@ def commits(
             last.start()
             write_commit(job, mine, retirement)
             last.join()
-            retirement.cancel()
+            retirement.close()
             requests += Counter(
                 {kind.partition(": ")[2]: n for kind, n in (storage.requests - before).items()}
             )

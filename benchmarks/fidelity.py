@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from data_pipeline.tools.picture_sets import open_pictures
 from trainer.evaluation import metrics
+from trainer.evaluation.features import FeatureNetwork
 from trainer.evaluation.networks import FeatureOptions, build_networks
 from trainer.evaluation.survey import FeatureMoments, SurveyOptions, survey
 
@@ -51,6 +53,10 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     began = time.monotonic()
     result = action()
     return time.monotonic() - began, result
+
+
+def _surveyed(folder: str, options: SurveyOptions, networks: Mapping[str, FeatureNetwork]) -> Any:
+    return survey(open_pictures(folder), networks, options, torch.device("cpu"))
 
 
 def distances(count: int) -> None:
@@ -101,9 +107,7 @@ def one_pass(count: int) -> None:
             options = SurveyOptions(
                 frozenset({"random.pool", "random.spatial"}), frozenset({"random.pool"}), threads=threads
             )
-            seconds, _ = timed(
-                lambda o=options: survey(open_pictures(folder), network, o, torch.device("cpu"))
-            )  # type: ignore[misc]
+            seconds, _ = timed(partial(_surveyed, folder, options, network))
             print(f"| a pass over PNGs of 256 px, {threads} threads | {count / seconds:.0f} pictures/s | - |")
 
 

@@ -212,7 +212,7 @@ def run_section(name: str, args: argparse.Namespace, work: Path, out: Path, left
     if name == "prepare" and status == "done":
         (work / "prepared").touch()
     figures = json.loads(result.read_text()) if result.exists() else {}
-    answer = {"status": status, "seconds": seconds, "figures": figures, "clocks": clocks()}
+    answer: dict[str, Any] = {"status": status, "seconds": seconds, "figures": figures, "clocks": clocks()}
     trained = log_file.with_suffix(".train.log")
     words = "".join(path.read_text(errors="replace") for path in (trained, log_file) if path.exists())
     with (out / "logs.txt").open("a", encoding="utf-8") as logs:

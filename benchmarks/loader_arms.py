@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def cached(url: str, skip: int = 0) -> Iterator[int]:
         for batch in (next(loader) for _ in range(2 * steps)):  # lanes end their epochs one by one
             assert batch.cached is not None
             blank = np.zeros((BATCH, *moments.cache.shape(EDGE, EDGE)), np.int16)
-            writer.put(batch.cached.labels, lambda blank=blank: blank, blank.nbytes)
+            writer.put(batch.cached.labels, partial(np.asarray, blank), blank.nbytes)
     writer.close()
     yield 0
     with build_loader(config, seed=1, global_batch_size=BATCH, moments=moments) as loader:

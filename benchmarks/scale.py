@@ -77,7 +77,7 @@ class Storage(FaultProxy):
     def __init__(self, upstream: int, delay_s: float) -> None:
         super().__init__(upstream)
         self.delay_s = delay_s
-        self.phase = Value("i", PHASES.index("start"))
+        self.phase: Any = Value("i", PHASES.index("start"))
         """Of PHASES; ranks are forked and share it."""
         self.requests: Counter[str] = Counter()
         self.weights_bytes: Counter[str] = Counter()
@@ -226,11 +226,9 @@ def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list
     for method, path, status in storage.failures:
         print(f"not counted: the server answered {method} {path} with {status}", file=sys.stderr)
     resumed = {name: n for name, n in storage.requests.items() if name.startswith("resume")}
-    requests = {
-        name: n / (SAVES if name.startswith("saves") else 1) for name, n in requests.items()
-    } | resumed
+    each = {name: n / (SAVES if name.startswith("saves") else 1) for name, n in requests.items()} | resumed
     clocked = sum(n for name, n in storage.requests.items() if name.endswith(CLOCKED))
-    requests = {name: n for name, n in requests.items() if not name.endswith(CLOCKED)}
+    each = {name: n for name, n in each.items() if not name.endswith(CLOCKED)}
     plain = per_step(told, PLAIN_STEP)
     moved = plain.pop("bytes")
     parameters = count_parameters(load_config(None, settings(ranks, shards, STEPS, overrides)))
@@ -245,7 +243,7 @@ def measure(ranks: int, delay_s: float, shards: str, work: Path, overrides: list
         "file descriptors of a rank": max(t["descriptors"] for t in told[1:]),
         "file descriptors of rank 0, which keeps the store": told[0]["descriptors"],
         "peak memory of a rank, MiB": max(t["peak_mib"] for t in told),
-        **{f"requests {name}": count for name, count in sorted(requests.items())},
+        **{f"requests {name}": count for name, count in sorted(each.items())},
         f"requests {CLOCKED}, in ten seconds": 10 * clocked / all_seconds,
         "bytes of weights at the start": storage.weights_bytes["start"],
         "bytes of weights at the resume": storage.weights_bytes["resume"],

@@ -27,6 +27,9 @@ from trainer.reliability.watchdog import Watchdog
 from trainer.run import Run
 from trainer.validation import cost, validate
 
+STEPS = 4
+"""Of a turn."""
+
 SMALL = [
     "data={image_size: 16, workers: 0, allow_enlarging: true}",
     "first_stage.name=identity",
@@ -68,12 +71,13 @@ def measure(run: Run, turns: int) -> None:
     batches = run.open_loader()
     device = run.env.device
     steps, passes, ratios = [], [], []
-    for turn in range(turns + 1):
 
-        def step() -> None:
+    def steps_of_a_turn() -> None:
+        for _ in range(STEPS):
             run.stage.train_step(next(batches).to(device), run.state.step, 1e-4)
 
-        one = timed(lambda: [step() for _ in range(4)], device) / 4
+    for turn in range(turns + 1):
+        one = timed(steps_of_a_turn, device) / STEPS
         whole = timed(lambda: validate(run, Watchdog(0)), device)
         if turn:
             steps.append(one)

@@ -8,7 +8,7 @@ renewing the kernels costs a step; and the copy of a save.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def kernels(setup: Setup) -> None:
         network.zero_grad(set_to_none=True)
 
 
-def _gradients(setup: Setup, networks: dict[str, nn.Module]) -> None:
+def _gradients(setup: Setup, networks: Mapping[str, nn.Module]) -> None:
     """Milliseconds until the gradients of a micro-batch are in the flat vector: as they lie in memory when
     kernels are flat, and when they are channels-last."""
     parameters = list(networks["flat"].parameters())

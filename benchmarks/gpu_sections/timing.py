@@ -7,12 +7,12 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from trainer.metrics.step_profile import ANNOTATIONS, kind_of
@@ -61,7 +61,7 @@ def _summary(times: list[float]) -> dict[str, float]:
 
 
 def in_turns(
-    arms: dict[str, Callable[[], object]], device: torch.device, *, repeats: int, turns: int = 3
+    arms: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, turns: int = 3
 ) -> dict[str, dict[str, float]]:
     """`measure` each arm in turns (A, B, A, B ...) and keep each arm's median turn."""
     measured: dict[str, list[dict[str, float]]] = defaultdict(list)

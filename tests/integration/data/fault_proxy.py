@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
 
 
 class FaultProxy(ThreadingHTTPServer):
@@ -51,7 +52,7 @@ class FaultProxy(ThreadingHTTPServer):
         """(method, path, status) of what the server behind failed to do by itself, and is asked for again."""
         self.lock = threading.Lock()
 
-    def __enter__(self) -> FaultProxy:
+    def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
