@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from data_pipeline.config import CONDITIONS, DataConfig
 from data_pipeline.errors import DataError, Rejected
 from data_pipeline.pictures.crops import Geometry, crop_map
 
+Box = tuple[float, float, float, float, float]
+"""Label, x0, y0, x1, y1."""
 _MIN_BOX = 0.01
 """Boxes of which less than this share of an edge is left after the crop are dropped."""
 _BEYOND = 1.0
@@ -97,7 +99,7 @@ def layout_rows(record: Mapping[str, Any] | None, geometry: Geometry, limit: int
     boxes = (record or {}).get("layout")
     if not isinstance(boxes, list):
         raise Rejected("no_layout")
-    kept = []
+    kept: list[Box] = []
     for box in boxes[:10_000]:
         if not isinstance(box, list) or len(box) != 5 or not all(_is_number(v) for v in box):
             raise Rejected("no_layout", "a row is not [label, x0, y0, x1, y1]")
@@ -109,12 +111,17 @@ def layout_rows(record: Mapping[str, Any] | None, geometry: Geometry, limit: int
         if geometry.flip:
             x0, x1 = 1.0 - x1, 1.0 - x0
         x0, y0, x1, y1 = (min(1.0, max(0.0, v)) for v in (x0, y0, x1, y1))
-        if x1 - x0 >= _MIN_BOX and y1 - y0 >= _MIN_BOX:
-            kept.append(((x1 - x0) * (y1 - y0), (label, x0, y0, x1, y1)))
-    kept.sort(key=lambda item: -item[0])
-    for i, (_, values) in enumerate(kept[:limit]):
+        kept.append((label, x0, y0, x1, y1))
+    for i, values in enumerate(in_order(kept)[:limit]):
         rows[i] = values
     return rows
+
+
+def in_order(boxes: Sequence[Box]) -> list[Box]:
+    """Boxes as models learn them: largest first, without those that are too thin to be seen."""
+    sizes = [(x1 - x0, y1 - y0) for _, x0, y0, x1, y1 in boxes]
+    seen = [i for i, (width, height) in enumerate(sizes) if width >= _MIN_BOX and height >= _MIN_BOX]
+    return [boxes[i] for i in sorted(seen, key=lambda i: -sizes[i][0] * sizes[i][1])]
 
 
 def _empty_layout(limit: int) -> NDArray[np.float32]:

@@ -16,7 +16,9 @@ from PIL import Image
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
+from data_pipeline.feed.conditions import layout_rows
 from data_pipeline.loader import build_loader
+from data_pipeline.pictures.crops import Geometry
 from trainer.cli.conditions_from_files import read_layout, sampling_inputs
 from trainer.cli.wishes import Wishes, check_wishes
 from trainer.config.io import load_config
@@ -76,6 +78,22 @@ def test_layout_as_in_the_shards(tmp_path: Path) -> None:
     inputs = sampling_inputs(model, Wishes(layout=str(file), per_prompt=3, size=(64, 48)))
     assert inputs.request.conditions["layout"].tolist() == [BOXES] * 3
     assert inputs.request.size == (64, 48)
+
+
+def test_boxes_come_in_the_order_of_training(tmp_path: Path) -> None:
+    """Largest first, without slivers: the places of boxes mean something to the network."""
+    listed = [[2, 0, 0, 0.25, 0.25], [4, 0.5, 0, 0.501, 1], [1, 0, 0, 1, 0.5], [3, 0.5, 0.5, 1, 1]]
+    file = tmp_path / "layout.json"
+    file.write_text(json.dumps(listed))
+    whole = Geometry(
+        height=8, width=8, top=0, left=0, bottom=1, right=1, flip=False, target_height=8, target_width=8
+    )
+    trained = layout_rows({"layout": listed}, whole, 3)
+    assert trained[:, 0].tolist() == [1, 3, 2]
+    assert read_layout(str(file), 30).tolist() == trained.tolist()
+    file.write_text(json.dumps(listed[1:2]))
+    with pytest.raises(ConfigError, match="make one larger"):
+        read_layout(str(file), 30)
 
 
 @pytest.mark.parametrize(

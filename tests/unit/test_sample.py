@@ -322,6 +322,7 @@ def test_mistakes_are_told_before_the_weights_are_read(
         (classes, [*good, "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (classes, [*good, "--first-index", "-1"], "--first-index -1"),
         (classes, [*good, "--seed", "-1"], "--seed -1"),
+        (classes, [*good, "--seed", str(2**63)], "below 2**63"),
         (classes, [*good, "--steps", "0"], "sampling.steps=0"),
         (classes, [*good, "--guidance", "nan"], "sampling.guidance_scale=nan"),
         (classes, [*good, "--guidance-rescale", "2"], "sampling.guidance_rescale=2"),
@@ -376,6 +377,8 @@ def test_the_size_condition_is_told(tmp_path: Path) -> None:
     ):
         assert main(["sample", source, *more, "--steps", "2", "--out", str(tmp_path / name)]) == 0
         made.append(pixels(tmp_path / name / "pictures" / "00000.png"))
+    carried = json.loads(Image.open(tmp_path / "low/pictures/00000.png").text["ldm"])
+    assert carried["original_size"] == [4, 4], "it can be made again"
     assert (made[0] == made[1]).all()
     assert (made[0] != made[2]).any()
 
@@ -386,7 +389,7 @@ def test_long_prompts_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["sample", source, *short, *long, "--steps", "1", "--out", str(tmp_path / "out")]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
     assert len(notes) == 1
-    assert "has 7 tokens and the model reads the first 4" in notes[0]
+    assert "has 7 tokens and the model reads the first 4; shorten it." in notes[0], "chunks are not for it"
 
 
 def test_precision(tmp_path: Path) -> None:

@@ -141,6 +141,24 @@ def test_what_urls_carry_to_be_let_in_is_in_no_picture(tmp_path: Path) -> None:
         )
 
 
+def test_a_restarted_command_replaces_another_set_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher, and SLURM's requeue, give the same words again, --overwrite among them."""
+    source, out = exported(tmp_path, *CLASSES), tmp_path / "out"
+    command = ["sample", source, "--count", "6", "--batch-size", "3", "--out", str(out), "--overwrite"]
+    monkeypatch.setenv("LDM_JOB", "first")
+    for restarts, job, kept in (("0", "first", 0), ("0", "first", 0), ("1", "first", 6), ("1", "other", 0)):
+        monkeypatch.setenv("LDM_RESTARTS", restarts)
+        monkeypatch.setenv("LDM_JOB", job)
+        assert main(command) == 0
+        told = capsys.readouterr().out
+        assert (f"{kept} of them from before" in told) == bool(kept), (restarts, job)
+    carried = json.loads(Image.open(out / "pictures/0000000.png").text["ldm"])
+    assert "begun_by" not in carried
+    assert main(command[:-1]) == 0, "and the set is the same to whoever goes on with it"
+
+
 def test_a_set_is_continued_in_its_own_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = exported(tmp_path, *CLASSES), tmp_path / "out"
     command = ["sample", source, "--count", "9", "--out", str(out)]

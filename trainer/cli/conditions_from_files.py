@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import NotFound
+from data_pipeline.feed.conditions import in_order
 from data_pipeline.storage.files import read_bytes, read_text
 from data_pipeline.tools.given import GivenMap, GivenPicture, read_map, read_picture
 from trainer.cli.wishes import Wishes, check_labels, check_wishes
@@ -129,10 +130,10 @@ def _told_sizes(conditioning: ConditioningConfig, wishes: Wishes, size: tuple[in
 
 
 def read_layout(url: str, max_boxes: int) -> Tensor:
-    """float32 [boxes, 5]: label, x0, y0, x1, y1, as the field `layout` of the shards' json.
+    """float32 [boxes, 5]: label, x0, y0, x1, y1, as the field `layout` of the shards' json is read.
 
     Raises:
-        ConfigError: not such a list.
+        ConfigError: not such a list, or no box of it can be seen.
     """
     try:
         found = json.loads(read_text(url))
@@ -148,7 +149,10 @@ def read_layout(url: str, max_boxes: int) -> Tensor:
         )
     if len(rows) > max_boxes:
         raise ConfigError(f"{url} has {len(rows)} boxes and the model knows {max_boxes}; leave some out.")
-    return torch.tensor(rows, dtype=torch.float32)
+    boxes = in_order(rows)
+    if not boxes:
+        raise ConfigError(f"all boxes of {url} are thinner than training keeps them; make one larger.")
+    return torch.tensor(boxes, dtype=torch.float32)
 
 
 def _is_box(row: Any) -> bool:

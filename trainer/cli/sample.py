@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = asked.inputs
     pictures = SmallSet(args.out, asked.record, _items(args, inputs), overwrite=args.overwrite)
     trained = load_asked(args, asked, device)
-    for note in long_prompts(trained.model, inputs.request):
+    for note in long_prompts(trained, inputs.request):
         print(f"note: {note}", file=sys.stderr)
     how = trained.config.sampling
     print(
@@ -242,8 +242,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ConfigError(f"--batch-size {args.batch_size} must be at least 1.")
     if not 0 <= args.first_index < 1 << 62:
         raise ConfigError(f"--first-index {args.first_index} must be at least 0 and below 2**62.")
-    if not 0 <= args.seed < 1 << 64:
-        raise ConfigError(f"--seed {args.seed} must be at least 0 and below 2**64.")
+    if not 0 <= args.seed < 1 << 63:
+        raise ConfigError(f"--seed {args.seed} must be at least 0 and below 2**63.")
 
 
 def _items(args: argparse.Namespace, inputs: SamplingInputs) -> list[dict[str, Any]]:

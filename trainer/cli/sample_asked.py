@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
 
 from data_pipeline.errors import NotFound
 from data_pipeline.tools.given import read_prompt
 from data_pipeline.tools.prompts import prompts_of
 from trainer.cli.conditions_from_files import SamplingInputs, sampling_inputs
-from trainer.cli.wishes import Wishes
+from trainer.cli.wishes import MAX_CHUNKS, Wishes, reads_chunks
 from trainer.conditioning.build import TEXT
 from trainer.config.checks_diffusion import check_guidance, check_sampling
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import SamplingConfig
-from trainer.model import DiffusionModel, ModelFound, TrainedModel, find_model, load_model
+from trainer.model import ModelFound, TrainedModel, find_model, load_model
 from trainer.provenance import git_commit
 from trainer.sample import Request
 
@@ -189,16 +188,18 @@ def _record(
     }
 
 
-def long_prompts(model: DiffusionModel, request: Request) -> list[str]:
+def long_prompts(trained: TrainedModel, request: Request) -> list[str]:
     """A sentence for each caption that is longer than the model reads; after a few, one for the rest."""
     notes = []
+    in_chunks = reads_chunks(trained.config.conditioning)
     for caption in dict.fromkeys((*request.captions, *request.negative)):
-        for condition in model.conditioner.conditions.values():
+        for condition in trained.model.conditioner.conditions.values():
             count, at_once = condition.text_tokens(caption)
             if count > at_once * request.text_chunks:
                 remedy = "shorten it"
-                if isinstance(condition.frozen, nn.Module):
-                    remedy += f", or give --prompt-chunks {-(-count // at_once)}"
+                chunks = -(-count // at_once)
+                if in_chunks and chunks <= MAX_CHUNKS:
+                    remedy += f", or give --prompt-chunks {chunks}"
                 notes.append(
                     f"{caption[:60]!r} has {count} tokens and the model reads the first "
                     f"{at_once * request.text_chunks}; {remedy}."

@@ -28,9 +28,10 @@ from trainer.distributed import collectives
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.shared_reads import read_together
 from trainer.generation.series import Series, accelerate, make_pictures
-from trainer.generation.store import Form, SetStore, former_record
+from trainer.generation.store import BEGUN_BY, Form, SetStore, former_record
 from trainer.launch.command import run_on_ranks
 from trainer.model import ModelFound, TrainedModel
+from trainer.reliability.job import is_restart, job_identity
 
 MAX_COUNT = 10_000_000
 """Pictures of a set, whose names have seven digits."""
@@ -180,8 +181,10 @@ def _plan(args: argparse.Namespace, device: torch.device) -> SeriesPlan:
     out = args.out.rstrip("/") or args.out
     if _share(args.share)[0]:
         _await_beginning(out, args.share)
-    former = None if args.overwrite else former_record(out)
-    _adopt(args, former or {})
+    former = former_record(out)
+    if args.overwrite and is_restart() and (former or {}).get(BEGUN_BY) == job_identity():
+        args.overwrite = False  # it was done when this command first ran
+    _adopt(args, {} if args.overwrite else former or {})
     wishes = wishes_of(args)
     prompts = wishes.prompts
     if args.prompts_from is not None:
@@ -319,7 +322,7 @@ def _tell(plan: SeriesPlan, trained: TrainedModel, ranks: int) -> None:
     """ranks: those of all shares."""
     how, series = trained.config.sampling, plan.series
     looked_at = min(series.count, len(series.prompts), PROMPTS_LOOKED_AT)
-    for note in long_prompts(trained.model, series.request(range(looked_at))):
+    for note in long_prompts(trained, series.request(range(looked_at))):
         print(f"note: {note}")
     if any(series.prompts) and len(series.prompts) < series.count:
         print(f"note: {len(series.prompts)} prompts for {series.count} pictures; they are taken in turn.")

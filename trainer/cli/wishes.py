@@ -77,7 +77,7 @@ def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
         raise ConfigError("this model was trained without captions; leave out --negative-prompt.")
     if not 1 <= wishes.prompt_chunks <= MAX_CHUNKS:
         raise ConfigError(f"--prompt-chunks {wishes.prompt_chunks} must lie in 1 .. {MAX_CHUNKS}.")
-    if wishes.prompt_chunks > 1 and (conditioning.openclip is None or conditioning.text_transformer):
+    if wishes.prompt_chunks > 1 and not reads_chunks(conditioning):
         raise ConfigError(
             "--prompt-chunks is for models that read captions by frozen OpenCLIP towers alone; leave it out."
         )
@@ -90,6 +90,11 @@ def check_wishes(conditioning: ConditioningConfig, wishes: Wishes) -> None:
     _check_picture_wishes(conditioning, wishes)
     if not 1 <= wishes.per_prompt <= MAX_PER_PROMPT:
         raise ConfigError(f"--per-prompt {wishes.per_prompt} must lie in 1 .. {MAX_PER_PROMPT}.")
+
+
+def reads_chunks(conditioning: ConditioningConfig) -> bool:
+    """Whether captions may be read in several chunks: by frozen OpenCLIP towers alone."""
+    return conditioning.openclip is not None and conditioning.text_transformer is None
 
 
 def check_labels(conditioning: ConditioningConfig, labels: Sequence[int]) -> None:

@@ -70,7 +70,7 @@ class ClipTokenizer:
         return sorted(self._encoder.bpe_ranks, key=self._encoder.bpe_ranks.__getitem__)
 
     def __call__(self, captions: Sequence[str], chunks: int = 1) -> Tensor:
-        """Tokenize a batch; with several chunks a caption has as many rows, [B chunks, max_tokens]."""
+        """Tokenize a batch, on the CPU; of several chunks each is a row, [B chunks, max_tokens]."""
         start, end = self._encoder.sot_token_id, self._encoder.eot_token_id
         rows, step = [], self.max_tokens - 2
         for caption in captions:
@@ -78,7 +78,7 @@ class ClipTokenizer:
             for chunk in range(chunks):
                 row = [start, *ids[chunk * step : (chunk + 1) * step], end]
                 rows.append(row + [self._padding] * (self.max_tokens - len(row)))
-        tokens = torch.tensor(rows)
+        tokens = torch.tensor(rows, device="cpu")
         return tokens.pin_memory() if torch.cuda.is_available() else tokens
 
     def encode(self, caption: str) -> list[int]:
@@ -136,10 +136,10 @@ class WordPiece:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Tokenize a batch, on the CPU."""
-        tokens = torch.full((len(captions), self.max_tokens), self.vocabulary[PADDING])
+        tokens = torch.full((len(captions), self.max_tokens), self.vocabulary[PADDING], device="cpu")
         for i, caption in enumerate(captions):
             ids = [self.vocabulary[START], *self.encode(caption)[: self.max_tokens - 2], self.vocabulary[END]]
-            tokens[i, : len(ids)] = torch.tensor(ids)
+            tokens[i, : len(ids)] = torch.tensor(ids, device="cpu")
         return tokens
 
     def encode(self, caption: str) -> list[int]:

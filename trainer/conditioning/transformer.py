@@ -136,8 +136,8 @@ class TextEncoder(TrainedPart):
         self.transformer = TokenTransformer(
             config.max_tokens, config.width, config.layers, config.heads, config.head_dim
         )
-        tokens = torch.zeros(config.max_tokens, dtype=torch.int64) if empty is None else empty
-        self.register_buffer("empty", tokens, persistent=False)
+        tokens = torch.zeros(config.max_tokens, dtype=torch.int64)  # where the model is built
+        self.register_buffer("empty", tokens if empty is None else tokens.copy_(empty), persistent=False)
 
     def forward(self, inputs: dict[str, Tensor], drop: Tensor) -> Conditioning:
         """See TrainedPart."""

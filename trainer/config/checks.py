@@ -90,6 +90,11 @@ def _check_sizes(config: Config) -> None:
         f"factor {factor}.",
     )
     require(
+        not config.data.buckets or config.data.bucket_step % factor == 0,
+        f"data.bucket_step={config.data.bucket_step} must be a multiple of the first stage's downsampling "
+        f"factor {factor}.",
+    )
+    require(
         not (config.data.shards and config.data.sources),
         "give either data.shards or data.sources, not both.",
     )

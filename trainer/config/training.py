@@ -357,7 +357,7 @@ class SamplingConfig:
     every: int = number(0, least=0, most=10**12)
     """Steps between preview grids; 0: none."""
     prompts: tuple[str, ...] = ()
-    """Preview prompts."""
+    """Preview prompts, beside the other conditions of a batch where there are some; unset: its captions."""
     num_previews: int = number(16, least=1, most=10**5)
     """Pictures per grid (reconstructions for a first stage)."""
     sampler: SamplerName = "ddim"

@@ -46,14 +46,19 @@ from data_pipeline.storage.urls import join, without_secrets
 from data_pipeline.tools.picture_sets import GRID, PROMPTS
 from trainer.config.run import ConfigError
 from trainer.metrics.pictures import MAX_SHEET, contact_sheet
+from trainer.reliability.job import job_identity
 
 logger = logging.getLogger(__name__)
 PICTURES = "pictures"
 PARTS = "parts"
 OURS = re.compile(r"\d{5,}\.(png|jpg|txt|tar|json)")
 """Names of what a set consists of, in its folders."""
-_MAY_DIFFER = ("versions",)
+BEGUN_BY = "begun_by"
+"""Of a record, the job that replaced another set by this one."""
+_MAY_DIFFER = ("versions", BEGUN_BY)
 """Of a set that is continued, or made again."""
+_OF_PICTURES = ("prompts", "class_labels")
+"""Of a record, what differs between the pictures."""
 _WRITTEN = ("prompts", "negative_prompt")
 """Of a record, what are texts to draw by."""
 _REQUESTS = 16
@@ -71,7 +76,7 @@ class SmallSet:
 
         Args:
             out: folder, any URL.
-            record: what the pictures are a function of; lists hold what differs between them.
+            record: what the pictures are a function of.
             items: the same of each picture alone.
             overwrite: whether another set may go.
 
@@ -81,7 +86,7 @@ class SmallSet:
         """
         self.url = out.rstrip("/") or out
         self._record = _public(record)
-        self._shared = {name: value for name, value in self._record.items() if not isinstance(value, list)}
+        self._shared = _shared(self._record)
         self._items = items
         self._shown: list[Tensor] = []
         former = None if overwrite else what_is_there(self.url)
@@ -127,9 +132,7 @@ class SetStore:
         """`record` is JSON-able: what the pictures are a function of."""
         self.url = out.rstrip("/") or out
         self._record = _public(record)
-        self._shared = {
-            k: v for k, v in self._record.items() if k not in _MAY_DIFFER and not isinstance(v, list)
-        }
+        self._shared = {name: v for name, v in _shared(self._record).items() if name not in _MAY_DIFFER}
         self._form = form
 
     @property
@@ -160,7 +163,7 @@ class SetStore:
             self._warn_of_versions(former)
             return self._whole_parts()
         check_writable(self.url)
-        begin_set(self.url, self._record)
+        begin_set(self.url, self._record | ({BEGUN_BY: job_identity()} if overwrite else {}))
         return set()
 
     def encode(self, picture: NDArray[np.uint8], item: dict[str, Any]) -> bytes:
@@ -295,6 +298,11 @@ def encode_png(picture: NDArray[np.uint8], shared: dict[str, Any], item: dict[st
     text.add_text("ldm", json.dumps(shared | item, ensure_ascii=False))
     Image.fromarray(picture).save(out, "PNG", pnginfo=text)
     return out.getvalue()
+
+
+def _shared(record: dict[str, Any]) -> dict[str, Any]:
+    """What a picture carries besides what is its own."""
+    return {name: value for name, value in record.items() if name not in _OF_PICTURES}
 
 
 def _public(record: dict[str, Any]) -> dict[str, Any]:

@@ -186,19 +186,20 @@ class DiffusionStage:
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Preview:
-        """Pictures for the configured prompts, or for the batch's own conditions where prompts do not do."""
+        """Pictures for the configured prompts, or the batch's captions, and the batch's other conditions."""
         config, sampling = self._config, self._config.sampling
-        if sampling.prompts and config.conditioning.text_only:
+        prompts = [read_prompt(prompt, "sampling.prompts") for prompt in sampling.prompts]
+        if prompts and config.conditioning.text_only:
             n = sampling.num_previews
-            prompts = [read_prompt(prompt, "sampling.prompts") for prompt in sampling.prompts]
             request = Request(tuple(prompts[i % len(prompts)] for i in range(n)))
         else:
             (batch,) = batch.micro_batches(self._sharing.largest_share, 1)
             n = min(sampling.num_previews, len(batch))
             request = Request(
-                batch.captions[:n],
+                tuple(prompts[i % len(prompts)] for i in range(n)) if prompts else batch.captions[:n],
                 conditions={name: value[:n] for name, value in batch.conditions.items()},
                 pixels=to_unit_range(batch.pixels[:n]),
+                size=(batch.pixels.shape[2], batch.pixels.shape[3]),
             )
         with self._engine.gathered() as network:
             model = DiffusionModel(network, self._conditioner, self._first_stage)

@@ -33,6 +33,18 @@ def test_corners_are_the_nearest_grid_points() -> None:
     assert corners.tolist() == [[[0, 63], [2 * 8 + 4, 7 * 8 + 7], [64, 64]]]
 
 
+def test_captions_become_tokens_on_the_cpu_whatever_device_a_model_is_built_on(tmp_path: Path) -> None:
+    """Models are built where they train; pinned memory is the host's."""
+    file = tmp_path / "vocabulary.txt"
+    file.write_text("\n".join(VOCABULARY))
+    for settings in ({}, {"vocabulary": str(file), "tokenizer": "wordpiece"}):
+        config = TextTransformerConfig(width=16, layers=1, heads=1, head_dim=8, max_tokens=8, **settings)
+        with torch.device("meta"):
+            condition = TextTransformer(config, FirstStageConfig(), 0)
+            assert condition.tokenize(["a café"]).device.type == "cpu", settings
+        assert condition.trained.empty.device.type == "meta"
+
+
 def test_labels_outside_the_table_are_no_boxes() -> None:
     boxes = torch.tensor([[[5.0, 0.1, 0.1, 0.2, 0.2], [99.0, 0.1, 0.1, 0.2, 0.2]]])
     labels, corners = LayoutEncoder(LAYOUT).tokens(boxes, KEEP)

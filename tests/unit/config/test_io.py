@@ -71,6 +71,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: list[str]) -> N
         ("unet.model_channels=100", "num_groups"),
         ("unet.transformer_depth=[1,2]", "2 entries for 4 levels"),
         ("data.image_size=100", "multiple"),
+        ("data={buckets: true, bucket_step: 12}", "data.bucket_step=12 must be a multiple"),
         ("unet={model_channels: 96, channel_multipliers: [1, 3], attention_factors: []}", "head_dim=64"),
         ("first_stage.base_channels=130", "not a multiple of 32 groups"),
         ("conditioning.image_size.width=7", "even"),

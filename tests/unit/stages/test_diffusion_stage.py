@@ -47,10 +47,11 @@ def make(*settings: str) -> tuple[Config, DiffusionStage]:
     )
 
 
-def make_batch(edge: int = 8) -> Batch:
+def make_batch(height: int = 8, width: int | None = None, **conditions: Tensor) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (N, 3, edge, edge), dtype=torch.uint8, generator=generator)
-    return Batch(pixels, ("",) * N, {}, ("",) * N, torch.arange(N) + 40, torch.arange(N), {})
+    shape = (N, 3, height, width or height)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return Batch(pixels, ("",) * N, conditions, ("",) * N, torch.arange(N) + 40, torch.arange(N), {})
 
 
 def draws(config: Config, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,3 +157,16 @@ def test_the_network_is_told_what_it_was_trained_with() -> None:
     assert made.pixels.shape == (2, 3, 8, 8)
     assert [float(timesteps[0]) for timesteps in asked[1:]] == [1000.0, 750.0, 500.0, 250.0]
     assert {timesteps.dtype for timesteps in asked} == {torch.float32}
+
+
+def test_previews_have_the_size_and_the_conditions_of_their_batch_and_the_prompts_of_the_run() -> None:
+    """Of a bucket of another shape, too; prompts say what they say beside other conditions."""
+    text = "text_transformer: {width: 16, layers: 1, heads: 1, head_dim: 8, max_tokens: 8}"
+    settings = (f"conditioning={{depth: {{}}, {text}}}", "micro_batch_size=8")
+    sampling = "sampling={num_previews: 3, steps: 2, prompts: [red, blue]}"
+    _, stage = make(*settings, sampling)
+    shown = stage.preview(make_batch(4, 12, depth=torch.rand(N, 1, 4, 12)))
+    assert shown.pixels.shape == (3, 3, 4, 12)
+    assert shown.captions == ("red", "blue", "red")
+    _, stage = make(*settings, "sampling={num_previews: 3, steps: 2}")
+    assert stage.preview(make_batch(4, 12, depth=torch.rand(N, 1, 4, 12))).captions == ("", "", "")
