@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.errors import DataError, Rejected
+from data_pipeline.feed.conditions import Box, in_order
 from data_pipeline.pictures.crops import Geometry, crop_pixels, crop_values, plan_crop
 from data_pipeline.pictures.decoding import DecodedPicture, decode, decode_map
 from data_pipeline.shards.records import clean
@@ -106,6 +108,11 @@ def read_prompts(url: str) -> list[str]:
         DataError: no such file, or not a text in UTF-8.
     """
     return [caption for line in read_text(url).split("\n") if (caption := clean(line))]
+
+
+def order_boxes(boxes: Sequence[Box]) -> list[Box]:
+    """Boxes of a whole picture in the order of training, and those alone that it keeps."""
+    return in_order(boxes)
 
 
 def read_prompt(text: str, what: str) -> str:

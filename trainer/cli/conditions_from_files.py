@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import NotFound
-from data_pipeline.feed.conditions import in_order
 from data_pipeline.storage.files import read_bytes, read_text
-from data_pipeline.tools.given import GivenMap, GivenPicture, read_map, read_picture
+from data_pipeline.tools.given import GivenMap, GivenPicture, order_boxes, read_map, read_picture
 from trainer.cli.wishes import Wishes, check_labels, check_wishes
 from trainer.conditioning.low_resolution import SAMPLING_NOISE_LEVEL
 from trainer.conditioning.spatial import UNLABELLED
@@ -149,7 +148,7 @@ def read_layout(url: str, max_boxes: int) -> Tensor:
         )
     if len(rows) > max_boxes:
         raise ConfigError(f"{url} has {len(rows)} boxes and the model knows {max_boxes}; leave some out.")
-    boxes = in_order(rows)
+    boxes = order_boxes(rows)
     if not boxes:
         raise ConfigError(f"all boxes of {url} are thinner than training keeps them; make one larger.")
     return torch.tensor(boxes, dtype=torch.float32)
