@@ -220,3 +220,15 @@ def test_graphs_and_compiled_blocks_draw_the_same_pictures(tmp_path: Path) -> No
     assert drawn["plain"].shape[0] == 10
     assert (drawn["graphs"] == drawn["plain"]).all()
     assert abs(drawn["both"] - drawn["plain"]).max() <= 1
+
+
+def test_a_text_transformer_is_built_where_it_draws(tmp_path: Path) -> None:
+    """Its tokens are the host's, also those of the empty caption."""
+    size = "{width: 16, layers: 1, heads: 1, head_dim: 8, max_tokens: 8}"
+    source = exported(tmp_path, f"conditioning={{text_transformer: {size}, image_size: {{width: 16}}}}")
+    drawn = []
+    for prompt in ("a red circle", "a blue square"):
+        out = tmp_path / prompt
+        assert main(["sample", source, "--prompt", prompt, "--steps", "2", "--out", str(out)]) == 0
+        drawn.append(np.asarray(Image.open(out / "pictures/00000.png")))
+    assert (drawn[0] != drawn[1]).any()
