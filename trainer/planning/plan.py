@@ -97,8 +97,8 @@ class RunPlan:
 
     @property
     def interval_s(self) -> float:
-        """Between checkpoints."""
-        return self.config.checkpoint.every * self.step.seconds
+        """Between checkpoints, the first of which is at the start and the last after the last step."""
+        return min(self.config.checkpoint.every or self.config.steps, self.config.steps) * self.step.seconds
 
     @property
     def stall_s(self) -> float:

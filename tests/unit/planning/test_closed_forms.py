@@ -255,6 +255,17 @@ def test_days_follow_from_steps_and_goodput() -> None:
     assert parts["total"] == pytest.approx(whole)
 
 
+@pytest.mark.parametrize("every", [0, 5000])
+def test_without_a_save_before_the_last_step_all_steps_are_at_stake(every: int) -> None:
+    config = tiny("steps=1000", "distributed.precision=bf16", f"checkpoint.every={every}")
+    planned = make_plan(config, machine("h100", 64))
+    interval, checkpoint = 1000 * planned.step.seconds, planned.figures()["checkpoint"]
+    assert checkpoint["every_s"] == pytest.approx(interval)
+    assert checkpoint["bytes_per_s"] == pytest.approx(planned.memory.checkpoint_bytes / interval)
+    assert planned.goodput == pytest.approx(ettr(interval, 15 + 45, 180, planned.stall_s, mttf_s(64)))
+    assert f"GB every {interval / 60:.1f} min" in describe(planned)
+
+
 @pytest.fixture(scope="module")
 def rows() -> Any:
     with pytest.MonkeyPatch.context() as patch:
