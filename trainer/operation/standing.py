@@ -69,7 +69,8 @@ class Standing:
     faults: int | None = None
     """Starts after an end that nobody asked for, since `events_since`."""
     steps_again: int | None = None
-    """Steps made a second time after restarts and rewinds, since `events_since`."""
+    """Steps made a second time after restarts and rewinds, since `events_since`; a restart's from the last
+    step that was logged."""
     failed_saves: int | None = None
     """Since `events_since`."""
     bad_steps: int = 0
@@ -274,6 +275,9 @@ def _history(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         asked = asked or event in ("stopped", *_LEFT)
         failed += event == "save failed"
         faults += event == "storage outage"  # saved in time, and a fault nevertheless
+        if "back_to" in record:  # a rewind; those of earlier versions do not say it
+            again += record["reached"] - record["back_to"]
+            reached = record["back_to"]
         if event is None or event == "resume":
             again += max(0, (reached or 0) - step)
             reached = step

@@ -194,6 +194,23 @@ def test_a_phase_has_a_speed_of_its_own(tmp_path: Path) -> None:
     assert standing(run_dir).step_s is None
 
 
+@pytest.mark.parametrize("every", [10, 50])
+def test_steps_that_a_rewind_repeats_are_counted_whatever_is_logged(tmp_path: Path, every: int) -> None:
+    run_dir = f"memory://{tmp_path.name}/rewound-{every}"
+    before = [logged(step, 300 - step) for step in range(every, 139, every)]
+    after = [logged(step, 0) for step in range(100 + every, 201, every)]
+    rewind = event(138, "rewind", 160, kind="nan", value="nan", reached=139, back_to=100)
+    write_run(run_dir, [*before, rewind, *after], {})
+    assert (standing(run_dir).steps_again, standing(run_dir).faults) == (39, 0)
+    # A restart later on: from the last step that was logged.
+    write_run(run_dir, [*before, rewind, *after, event(190, "resume", 0, world_size=4)], {})
+    assert (standing(run_dir).steps_again, standing(run_dir).faults) == (39 + 10, 1)
+    # As earlier versions told it.
+    older = event(138, "rewind", 160, kind="nan", value="nan")
+    write_run(run_dir, [*before, older, *after], {})
+    assert standing(run_dir).steps_again == {10: 20, 50: 0}[every]
+
+
 def test_a_process_of_this_machine_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     run_dir = str(tmp_path / "run")
     ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
