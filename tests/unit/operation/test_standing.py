@@ -179,7 +179,9 @@ def test_rank_0_that_lives_and_logs_nothing_is_silent_after_some_intervals(run_d
 def test_a_phase_has_a_speed_of_its_own(tmp_path: Path) -> None:
     """It is none before the phase's first interval is over: what came before says nothing about it."""
     run_dir = f"memory://{tmp_path.name}/phase"
-    first = {name: value for name, value in logged(30, 1000).items() if name not in ("step_s", "images_per_s")}
+    first = {
+        name: value for name, value in logged(30, 1000).items() if name not in ("step_s", "images_per_s")
+    }
     told = [logged(10, 3000), logged(20, 2000), event(20, "phase", 1900, phase=1), first]
     write_run(run_dir, told, {})
     found = standing(run_dir)

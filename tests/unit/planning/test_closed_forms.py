@@ -291,6 +291,18 @@ def test_without_a_save_before_the_last_step_all_steps_are_at_stake(every: int) 
     assert f"GB every {interval / 60:.1f} min" in describe(planned)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "watchdog_s", "detect_s"), [(8, 15, 15), (64, 15, 60), (64, 0, 600), (8, 0, 600)]
+)
+def test_a_hang_is_found_by_the_watchdog_or_the_patience_of_a_collective(
+    gpus: int, watchdog_s: int, detect_s: int
+) -> None:
+    config = tiny("distributed.precision=bf16", f"distributed.watchdog_s={watchdog_s}")
+    planned = make_plan(config, machine("h100", gpus))
+    goodput = ettr(planned.interval_s, detect_s, 180, planned.stall_s, mttf_s(gpus))
+    assert planned.goodput == pytest.approx(goodput, rel=1e-9)
+
+
 @pytest.fixture(scope="module")
 def rows() -> Any:
     with pytest.MonkeyPatch.context() as patch:
