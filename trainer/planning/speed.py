@@ -116,7 +116,7 @@ def collectives(config: Config, parameters: int, accumulation: int, machine: Mac
     if d.engine == "fsdp":
         cut, node = config.shard_size(machine.gpus, machine.gpus_per_node), machine.gpus_per_node
         copies = machine.gpus // cut
-        # Ranks cut with their neighbours: where that does not come out even with nodes, two groups meet in one.
+        # Neighbours cut together: where that does not come out even with nodes, two groups meet in one.
         leaving = 2 if cut % node and min(copies, machine.nodes - 1) > 1 else 1
         inside = {"messages": _BLOCKS, "within_node": node % cut == 0, "ranks": cut, "groups": leaving}
         across = Collective(

@@ -77,7 +77,7 @@ def test_long_curves_are_thinned_evenly() -> None:
 
 
 def test_long_curves_are_broken_at_every_rewind() -> None:
-    """Three of them in 19,000 records, each 1,001 steps back: the breaks fall between the points that stay."""
+    """Three of them in 19,000 records, each 1,001 steps back, between points that stay."""
     steps = [*range(1, 6_003), *range(5_001, 10_004), *range(9_002, 13_005), *range(12_004, 15_996)]
     drawn = figures([record(step, loss=float(step)) for step in steps])["Loss"]
     for curve in drawn.data:
