@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -216,8 +217,8 @@ class Run:
         """Back to the newest good checkpoint, never to see the incident's samples again. Collective."""
         if self.env.is_main:
             write_journal(self.config.run_dir, self.healer.journal())
-        details = {"kind": incident.kind, "value": incident.value, "skipped": list(incident.ordinals)}
-        details["culprits"] = list(incident.culprits)
+        details: dict[str, Any] = {"kind": incident.kind, "value": incident.value}
+        details |= {"skipped": list(incident.ordinals), "culprits": list(incident.culprits)}
         failure = self.checkpoints.settle()
         if failure is not None:
             logger.error("%s", failure)
