@@ -8,18 +8,21 @@ by side: shards of 10,000 samples in runs of 20 of one domain, domains by Zipf's
 are the shards and domains in a global batch, and the domains in 16 batches in a row, which tell whether one
 batch resembles the next; and the samples that all processes hold for it, with their bytes at 50 KB each.
 
-webdataset: 64 ranks with two workers, each with a buffer of `shuffle(N)` over shards of its own; a rank's
-part of a batch comes from one worker, as its DataLoader deals them. Perfect: uniform over the whole set.
+webdataset: 64 ranks with two workers, each with its own `shuffle(N)` over shards of its own, long after it is
+full; a rank's part of a batch comes from one worker, as its DataLoader deals them. Perfect: uniform over all.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import webdataset as wds
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,6 +36,8 @@ RANKS, WORKERS = 64, 2
 BATCHES, BYTES = 16, 50_000
 DEEP = 4_096
 """Samples of a lane or worker that are passed before counting begins."""
+TURNOVERS = 10
+"""The least of a worker's buffer, in its sizes: it begins with the newest, and keeps some for long."""
 Batches = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 """(shards, rows) of each batch."""
 
@@ -75,20 +80,21 @@ def streamed(batch: int, window: int) -> Batches:
     return [(shards, row) for row in rows]
 
 
+def buffered(buffer: int, draws: int, seed: int) -> NDArray[np.int64]:
+    """What webdataset's shuffle(buffer) makes of the stream 0, 1, 2, ..., once it is as it stays."""
+    # Not where shards meet, which few batches see: all workers come there together.
+    passed = TURNOVERS * buffer // SAMPLES * SAMPLES + DEEP
+    drawn = wds.filters.shuffle(buffer, rng=random.Random(seed))(itertools.count())
+    return np.fromiter(itertools.islice(drawn, passed, passed + draws), np.int64, draws)
+
+
 def webdataset(batch: int, buffer: int) -> Batches:
-    """A buffer for each worker, from which one is drawn and replaced by the next of its stream."""
-    random = np.random.default_rng(1)
-    order = random.permutation(SHARDS)
+    """A buffer for each worker, over shards in an order of its own."""
+    order = np.random.default_rng(1).permutation(SHARDS)
     each = batch // RANKS
     streams = []
     for worker in range(RANKS * WORKERS):
-        # A drawn sample has stood in the buffer for a geometric time, so it is that far behind the stream.
-        last = DEEP + buffer + np.arange(each * BATCHES)
-        held = np.arange(last[0] - buffer, last[0])
-        served = np.empty(len(last), np.int64)
-        for i, place in enumerate(last):
-            slot = random.integers(buffer)
-            served[i], held[slot] = held[slot], place
+        served = buffered(buffer, each * BATCHES, worker)
         streams.append((order[worker + RANKS * WORKERS * (served // SAMPLES)], served % SAMPLES))
     batches = []
     for step in range(BATCHES):

@@ -9,8 +9,8 @@ with the colour and the shape of their prompts. Prints steps, images and seconds
 is the demo's and trained before the clock starts; pictures are drawn after it has stopped. Seconds run from
 the start of `ldm train`, so they include what it takes to begin.
 
---record FILE adds a line to a table of records. A recipe may change network, optimizer and batch, but neither
-the data nor what the validation loss measures.
+--record FILE adds a line to a table of records, each with its targets. A recipe may change network, optimizer
+and batch, but neither the data nor what the validation loss measures, nor where it starts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ LOSS, ORACLE = 0.28, 0.6
 PICTURES, EVERY = 108, 100
 """Judged of each checkpoint, and steps between checkpoints."""
 FIXED = ("diffusion", "data", "first_stage", "validation", "checkpoint", "sampling")
-"""Sections that define the targets and how they are measured."""
+"""Sections that define the targets and how they are measured, and that a race sets by itself."""
+OURS = {
+    "seed": "which the race sets; name seeds with --seeds",
+    "run_dir": "which the race sets; name a folder with --out",
+    "init_from": "by which it starts trained; begin with random weights",
+}
+"""Settings that a recipe cannot have at all, and why."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,10 @@ class Record:
     seconds: float
     validation_loss: float
     oracle: float
+    loss_target: float
+    oracle_target: float
+    small: bool
+    """Of --small: other data, and checkpoints at other steps."""
     commit: str
     machine: str
     time: str
@@ -70,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         every = 2 if args.small else EVERY
         check(args.recipe)
+        if args.record is not None:
+            check_table(args.record)
         workshop = Workshop(args.out.resolve(), SMALL if args.small else FULL)
         records = [_race(workshop, seed, args.recipe, every, args) for seed in dict.fromkeys(args.seeds)]
     except (Refused, ConfigError) as problem:
@@ -98,12 +110,27 @@ def _parser() -> argparse.ArgumentParser:
 def check(recipe: Sequence[str]) -> None:
     """Raise Refused for a recipe whose figures would not compare with the others'."""
     ours, theirs = load_config(str(SECOND_STAGE)), load_config(str(SECOND_STAGE), list(recipe))
+    # By name too: a recipe comes last, so one that repeats the file's value undoes the race's own.
+    named = {word.partition("=")[0].partition(".")[0].strip() for word in recipe}
+    for name, why in OURS.items():
+        if name in named:
+            raise Refused(f"a recipe cannot have {name}, {why}.")
     for name in FIXED:
-        if getattr(ours, name) != getattr(theirs, name):
+        if name in named or any(getattr(ours, name) != getattr(phase, name) for phase in theirs.apart()):
             raise Refused(
-                f"a recipe that changes {name} does not compare with the records, whose targets depend on "
-                "it; leave it as in configs/demo_text_to_image.yaml."
+                f"a recipe that changes {name}, in a phase or from the start, does not compare with the "
+                "records, whose targets depend on it; leave it as in configs/demo_text_to_image.yaml."
             )
+
+
+def check_table(path: Path) -> None:
+    """Raise Refused where the table has other columns than a record."""
+    if path.exists() and path.read_text().partition("\n")[0].split(",") != _columns():
+        raise Refused(f"{path} has other columns than records of today; name a new file with --record.")
+
+
+def _columns() -> list[str]:
+    return [field.name for field in fields(Record)]
 
 
 def _race(
@@ -128,7 +155,7 @@ def _race(
         )
         if oracle >= args.oracle:
             print(f"reached after {reached.step} steps, {reached.images} images, {reached.seconds:.0f} s")
-            return _record(recipe, seed, reached, oracle)
+            return _record(recipe, seed, reached, oracle, args)
     print(
         f"[speedrun] seed {seed}: loss {args.loss} and oracle {args.oracle} were not reached in {steps} steps"
     )
@@ -151,7 +178,9 @@ def _oracle(workshop: Workshop, run: Path, seed: int, step: int) -> float:
     return accuracy(out / "pictures")["oracle"]
 
 
-def _record(recipe: Sequence[str], seed: int, reached: Reached, oracle: float) -> Record:
+def _record(
+    recipe: Sequence[str], seed: int, reached: Reached, oracle: float, args: argparse.Namespace
+) -> Record:
     return Record(
         recipe=" ".join(recipe) or "demo",
         seed=seed,
@@ -160,6 +189,9 @@ def _record(recipe: Sequence[str], seed: int, reached: Reached, oracle: float) -
         seconds=round(reached.seconds, 1),
         validation_loss=round(reached.loss, 4),
         oracle=round(oracle, 4),
+        loss_target=args.loss,
+        oracle_target=args.oracle,
+        small=args.small,
         **origin(),
     )
 
@@ -168,7 +200,7 @@ def add(path: Path, records: Iterable[Record]) -> None:
     """Append to the table, which begins with its columns."""
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Record)], lineterminator="\n")
+        writer = csv.DictWriter(file, _columns(), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(asdict(record) for record in records)

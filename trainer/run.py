@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -216,14 +217,18 @@ class Run:
         """Back to the newest good checkpoint, never to see the incident's samples again. Collective."""
         if self.env.is_main:
             write_journal(self.config.run_dir, self.healer.journal())
-        details = {"kind": incident.kind, "value": incident.value, "skipped": list(incident.ordinals)}
-        details["culprits"] = list(incident.culprits)
-        self.sinks.event(incident.step, self.state.samples_seen, "rewind", **details)
+        details: dict[str, Any] = {"kind": incident.kind, "value": incident.value}
+        details |= {"skipped": list(incident.ordinals), "culprits": list(incident.culprits)}
         failure = self.checkpoints.settle()
         if failure is not None:
             logger.error("%s", failure)
-        if self.restore() is None:
+        handle = self.checkpoints.latest_good()
+        if handle is not None:
+            details |= {"reached": self.state.step, "back_to": handle.step}
+        self.sinks.event(incident.step, self.state.samples_seen, "rewind", **details)
+        if handle is None:
             raise FatalFault(f"{incident.kind} at step {incident.step}, and no checkpoint to go back to.")
+        self.restore(handle)
         logger.warning("rewound to step %d", self.state.step)
 
     def averaged_weights(self) -> AbstractContextManager[None]:

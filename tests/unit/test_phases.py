@@ -20,6 +20,7 @@ from trainer.checkpoint.export import open_weights, read_about, read_state
 from trainer.config.io import config_to_dict, load_config
 from trainer.config.run import Config, ConfigError
 from trainer.exit_codes import ExitCode
+from trainer.operation.standing import standing
 from trainer.stages.diffusion import DiffusionStage
 
 PHASES = (
@@ -117,6 +118,9 @@ def test_a_rewind_into_the_phase_before_trains_that_again(
     told = records(run)
     (rewind,) = [each for each in told if each.get("event") == "rewind"]
     assert (rewind["step"], set(rewind["skipped"])) == (3, bad)
+    assert (rewind["reached"], rewind["back_to"]) == (3, 1)
+    found = standing(str(run))
+    assert (found.steps_again, found.faults) == (2, 0)
     assert [each["step"] for each in told if each.get("event") == "phase"] == [2, 2, 4]
     losses = [(each["step"], each["loss"]) for each in told if "loss" in each]
     assert [step for step, _ in losses] == [1, 2, 2, 3, 4, 5]

@@ -33,8 +33,8 @@ READ_BYTES = 4_000_000
 _SILENT_INTERVALS = 3
 _SILENT_S = 120.0
 _RECENT = 50
-_STARTS = ("settings changed", "resume", "resume changed")
-"""Events of a start that has made no step yet."""
+_STARTS = ("settings changed", "resume", "resume changed", "phase")
+"""Events of a start that has made no step yet; a phase begins as a start does, without one."""
 _LEFT = ("preempted", "storage outage")
 
 
@@ -54,7 +54,8 @@ class Standing:
     loss: float | str | None = None
     """Of the newest record; a text where it is not finite."""
     step_s: float | None = None
-    """Seconds per step over the last records, saves and previews included."""
+    """Seconds per step over the last records of this start, or of this phase where that has none yet; saves
+    and previews included."""
     images_per_s: float | None = None
     eta_s: float | None = None
     """Seconds to the last step at this speed; None where the run does not go on."""
@@ -68,7 +69,8 @@ class Standing:
     faults: int | None = None
     """Starts after an end that nobody asked for, since `events_since`."""
     steps_again: int | None = None
-    """Steps made a second time after restarts and rewinds, since `events_since`."""
+    """Steps made a second time after restarts and rewinds, since `events_since`; a restart's from the last
+    step that was logged."""
     failed_saves: int | None = None
     """Since `events_since`."""
     bad_steps: int = 0
@@ -227,9 +229,8 @@ def _speed(records: Sequence[dict[str, Any]]) -> _Speed:
     if not logged:
         return _Speed()
     last = logged[-1]
-    starts = [i for i, record in enumerate(records) if record.get("event") == "resume"]
-    own = records[starts[-1] :] if starts else records
-    rates = [r for r in own if _has_rates(r)] or [r for r in records if _has_rates(r)]
+    own, phase = _since(records, _STARTS), _since(records, ("phase",))  # which has a speed of its own
+    rates = [r for r in own if _has_rates(r)] or [r for r in phase if _has_rates(r)]
     rates = rates[-_RECENT:]
     return _Speed(
         step=last["step"],
@@ -239,6 +240,12 @@ def _speed(records: Sequence[dict[str, Any]]) -> _Speed:
         step_s=sum(r["step_s"] for r in rates) / len(rates) if rates else None,
         images_per_s=sum(r["images_per_s"] for r in rates) / len(rates) if rates else None,
     )
+
+
+def _since(records: Sequence[dict[str, Any]], events: Sequence[str]) -> Sequence[dict[str, Any]]:
+    """From the newest of such events on; all, where there is none."""
+    found = [at for at, record in enumerate(records) if record.get("event") in events]
+    return records[found[-1] :] if found else records
 
 
 def _has_rates(record: dict[str, Any]) -> bool:
@@ -268,6 +275,9 @@ def _history(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         asked = asked or event in ("stopped", *_LEFT)
         failed += event == "save failed"
         faults += event == "storage outage"  # saved in time, and a fault nevertheless
+        if "back_to" in record:  # a rewind; those of earlier versions do not say it
+            again += record["reached"] - record["back_to"]
+            reached = record["back_to"]
         if event is None or event == "resume":
             again += max(0, (reached or 0) - step)
             reached = step

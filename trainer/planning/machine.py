@@ -90,12 +90,15 @@ class Machine:
         """Nodes that the job takes."""
         return -(-self.gpus // self.gpus_per_node)
 
-    def bus_bytes_s(self, *, within_node: bool = False) -> float:
-        """What a ring of all ranks, or of those of a node, moves past each of them."""
+    def bus_bytes_s(self, *, within_node: bool = False, groups: int = 1) -> float:
+        """What a ring of all ranks, or of those of a node, moves past each of them.
+
+        groups: of ranks that leave a node at once, each with rings of its own: they share its network.
+        """
         slowest = self.gpu.link_gb_s
         if self.nodes > 1 and not within_node:
-            # Each ring leaves a node through another network card, so all rings together have all of them.
-            slowest = min(slowest, self.network_gb_s or self.gpu.network_gb_s)
+            # A group has several rings, each through another network card: one alone has all the cards.
+            slowest = min(slowest, (self.network_gb_s or self.gpu.network_gb_s) / groups)
         return slowest * 1e9 * self.reached.link
 
 

@@ -11,6 +11,7 @@ from trainer.planning.machine import GIB, RESTART_S, Machine, ettr, mttf_s
 from trainer.planning.memory import MemoryPlan, plan
 from trainer.planning.speed import Step, step
 from trainer.planning.work import Work, count_work
+from trainer.reliability.watchdog import silence_s
 
 STALL_BYTES_S = 30e9
 """At which the state goes to pinned host memory: 13.9 GB blocked training for 0.45 s on an H100."""
@@ -97,8 +98,8 @@ class RunPlan:
 
     @property
     def interval_s(self) -> float:
-        """Between checkpoints."""
-        return self.config.checkpoint.every * self.step.seconds
+        """Between checkpoints, the first of which is at the start and the last after the last step."""
+        return min(self.config.checkpoint.every or self.config.steps, self.config.steps) * self.step.seconds
 
     @property
     def stall_s(self) -> float:
@@ -109,7 +110,7 @@ class RunPlan:
     def goodput(self) -> float:
         """Share of the time that makes steps that last, by the formula of docs/reliability.md."""
         d = self.config.distributed
-        detect = d.watchdog_s + (d.link_patience_s if self.machine.nodes > 1 else 0.0)
+        detect = silence_s(d, self.machine.nodes) or d.timeout_s  # of the collective that hangs
         return ettr(self.interval_s, detect, RESTART_S, self.stall_s, mttf_s(self.machine.gpus))
 
     @property

@@ -4,8 +4,9 @@ micro-batch    launches x gap + samples x FLOPs / (peak x share), or launches x 
                where that is longer and no graph is replayed
 encoding       the same for the frozen networks, with a constant of their own
 optimizer      bytes of masters, moments, averages and gradients that a rank owns, over the bandwidth
-communication  passes x bytes x (n - 1) / n over the slowest link of a ring, and a latency per message
-               that grows with log2 n; a share is hidden behind backward where it overlaps
+communication  passes x bytes x (n - 1) / n over the slowest link of a ring, a node's network being shared
+               by the groups that leave it at once, and a latency per message that grows with log2 n; a
+               share is hidden behind backward where it overlaps
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Collective:
     within_node: bool = False
     ranks: int = 0
     """That take part; 0: all of the node or of the machine."""
+    groups: int = 1
+    """That do it at once and leave the same node."""
 
     def seconds(self, machine: Machine) -> float:
         """Of a step; nothing where it is among one rank."""
@@ -49,7 +52,7 @@ class Collective:
             return 0.0
         passes = 2 if self.kind == "all-reduce" else 1
         moved = passes * self.num_bytes * (ranks - 1) / ranks
-        bus = machine.bus_bytes_s(within_node=self.within_node)
+        bus = machine.bus_bytes_s(within_node=self.within_node, groups=self.groups)
         latency = passes * self.messages * machine.reached.latency_s * math.ceil(math.log2(ranks))
         return self.times * (moved / bus + latency)
 
@@ -111,12 +114,17 @@ def collectives(config: Config, parameters: int, accumulation: int, machine: Mac
     pieces = max(1, -(-parameters // d.reduce_bucket_elements))
     sent = (2.0 if d.reduce_precision == "bf16" else 4.0) * parameters
     if d.engine == "fsdp":
-        cut = config.shard_size(machine.gpus, machine.gpus_per_node)
-        inside = {"messages": _BLOCKS, "within_node": cut <= machine.gpus_per_node, "ranks": cut}
-        across = Collective("all-reduce", sent / cut, messages=_BLOCKS, ranks=machine.gpus // cut)
+        cut, node = config.shard_size(machine.gpus, machine.gpus_per_node), machine.gpus_per_node
+        copies = machine.gpus // cut
+        # Neighbours cut together: where that does not come out even with nodes, two groups meet in one.
+        leaving = 2 if cut % node and min(copies, machine.nodes - 1) > 1 else 1
+        inside = {"messages": _BLOCKS, "within_node": node % cut == 0, "ranks": cut, "groups": leaving}
+        across = Collective(
+            "all-reduce", sent / cut, messages=_BLOCKS, ranks=copies, groups=min(cut, node)
+        )  # each rank of a node with those of the other nodes that hold its rows, all at once
         return [
             Collective("reduce-scatter", sent, **inside),  # type: ignore[arg-type]
-            *([across] if across.ranks > 1 else []),
+            *([across] if copies > 1 else []),
             Collective("all-gather", whole, **inside),  # type: ignore[arg-type]
         ]
     if d.engine == "torch" or d.zero_stage == 0:

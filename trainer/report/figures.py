@@ -27,7 +27,7 @@ Record = dict[str, Any]
 SMOOTHED = 25
 """Records whose median the thick line of the loss is."""
 MOST_POINTS = 4000
-"""Of one curve: a page of a run of weeks still opens at once."""
+"""Of one curve, ends of its stretches left out: a page of a run of weeks still opens at once."""
 MOST_TOLD = 8
 """Settings that an event on the time axis names; the table of changes has all."""
 VALIDATION = "validation/"
@@ -134,7 +134,11 @@ def changes_of(event: Record) -> list[tuple[str, str, str]]:
     return [(words(each, "key"), words(each, "was"), words(each, "now")) for each in listed]
 
 
-def column(rows: Iterable[Record], name: str) -> tuple[list[int], list[float | None]]:
+Curve = tuple[list[int], list[float | None]]
+"""Samples seen, and values; None where the line is broken."""
+
+
+def column(rows: Iterable[Record], name: str) -> Curve:
     """(samples seen, values) of one column where it has a finite value; None where training went back."""
     xs: list[int] = []
     ys: list[float | None] = []
@@ -147,8 +151,24 @@ def column(rows: Iterable[Record], name: str) -> tuple[list[int], list[float | N
             ys.append(None)
         xs.append(row["samples_seen"])
         ys.append(float(value))
-    stride = -(-len(xs) // MOST_POINTS)
-    return xs[::stride] if stride else xs, ys[::stride] if stride else ys
+    return xs, ys
+
+
+def thinned(xs: Sequence[int], ys: Sequence[float | None]) -> Curve:
+    """A curve to draw: points at equal distances within each stretch, both its ends, and every break."""
+    stride = max(1, -(-len(xs) // MOST_POINTS))
+    kept: list[int] = []
+    place = 0  # in the stretch
+    for at, y in enumerate(ys):
+        ends = at + 1 == len(ys) or ys[at + 1] is None
+        if y is None or ends or place % stride == 0:
+            kept.append(at)
+        place = 0 if y is None else place + 1
+    return [xs[at] for at in kept], [ys[at] for at in kept]
+
+
+def _curve(rows: Iterable[Record], name: str) -> Curve:
+    return thinned(*column(rows, name))
 
 
 def running_median(values: Sequence[float | None], width: int) -> list[float | None]:
@@ -171,14 +191,13 @@ def _loss(rows: Sequence[Record], events: Sequence[Record]) -> go.Figure | None:
         return None
     figure = _figure()
     for name in names:
-        xs, ys = column(rows, name)
+        whole = column(rows, name)
+        xs, ys = thinned(*whole)
         thin = {"width": 1} if name == "loss" else {"width": 1.5}
         figure.add_scatter(x=xs, y=ys, name=name, mode="lines", line=thin, opacity=0.45)
         if name == "loss":
-            smooth = running_median(ys, SMOOTHED)
-            figure.add_scatter(
-                x=xs, y=smooth, name=f"median of {SMOOTHED}", mode="lines", line={"width": 2.5}
-            )
+            xs, ys = thinned(whole[0], running_median(whole[1], SMOOTHED))
+            figure.add_scatter(x=xs, y=ys, name=f"median of {SMOOTHED}", mode="lines", line={"width": 2.5})
     buttons = [
         {"label": kind, "method": "relayout", "args": [{"yaxis.type": kind}]} for kind in ("linear", "log")
     ]
@@ -224,8 +243,8 @@ def _measured(figure: go.Figure | None, rows: Sequence[Record], prefix: str) -> 
 def _with_errors(rows: Sequence[Record], events: Sequence[Record], names: Sequence[str]) -> go.Figure:
     figure = _figure()
     for name in names:
-        xs, ys = column(rows, name)
-        _, errors = column([row for row in rows if name in row], f"{name}_stderr")
+        xs, ys = _curve(rows, name)
+        _, errors = _curve([row for row in rows if name in row], f"{name}_stderr")
         error = {"type": "data", "array": errors, "thickness": 1} if len(errors) == len(ys) else None
         figure.add_scatter(
             x=xs, y=ys, name=name.removeprefix(VALIDATION), mode="lines+markers", error_y=error
@@ -242,7 +261,7 @@ def _group(
         return None
     figure = _figure()
     for name in names:
-        xs, ys = column(rows, name)
+        xs, ys = _curve(rows, name)
         mode = "lines" if total or len(xs) > 40 else "lines+markers"
         figure.add_scatter(x=xs, y=ys, name=name.removeprefix(prefix).removesuffix(suffix), mode=mode)
     return _with_events(figure, events)
@@ -251,7 +270,7 @@ def _group(
 def _lines(
     rows: Sequence[Record], events: Sequence[Record], titles: dict[str, str], *, rows_apart: bool = False
 ) -> go.Figure | None:
-    curves = {title: column(rows, name) for name, title in titles.items()}
+    curves = {title: _curve(rows, name) for name, title in titles.items()}
     curves = {title: curve for title, curve in curves.items() if curve[0]}
     if not curves:
         return None
@@ -274,10 +293,10 @@ def _step_split(rows: Sequence[Record], events: Sequence[Record]) -> go.Figure |
         return None
     figure = _figure()
     for name in names:
-        xs, ys = column(rows, name)
+        xs, ys = _curve(rows, name)
         title = name.removeprefix("time/").removesuffix("_s")
         figure.add_scatter(x=xs, y=ys, name=title, mode="lines", stackgroup="step", line={"width": 0.5})
-    xs, ys = column(rows, "step_s")
+    xs, ys = _curve(rows, "step_s")
     figure.add_scatter(x=xs, y=ys, name="whole step", mode="lines", line={"color": "#222", "width": 1})
     figure.update_yaxes(title="seconds")
     return _with_events(figure, events)

@@ -7,12 +7,16 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import speedrun
 from lab.experiment import run
 from lab.oracle import accuracy
+from lab.workshop import SECOND_STAGE
+
+from trainer.config.io import load_config
 
 ROOT = Path(__file__).parents[3]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
@@ -155,6 +159,7 @@ def test_speedrun_finds_the_first_checkpoint_that_meets_both_targets(
         ("optimizer.learning_rate=1e-3", "2", "64")
     ]
     assert 0 < float(rows[0]["validation_loss"]) < 9
+    assert [rows[0][name] for name in ("loss_target", "oracle_target", "small")] == ["9.0", "0.0", "True"]
     assert "reached after 2 steps, 64 images" in capsys.readouterr().out
     assert speedrun.main([*words, "--loss", "9", "--oracle", "0"]) == 2  # the clock would start in the middle
     assert "name a new folder with --out" in capsys.readouterr().err
@@ -163,9 +168,41 @@ def test_speedrun_finds_the_first_checkpoint_that_meets_both_targets(
 def test_speedrun_refuses_a_recipe_that_moves_its_targets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for recipe in ("diffusion.prediction=x0", "validation.samples=10", "data.image_size=64"):
+    moved = ("diffusion.prediction=x0", "validation.samples=10", "data.image_size=64")
+    grown = "phases=[{from_step: 1, learning_rate: 1e-3}, {from_step: 2, image_size: 16}]"
+    # What the file says, over what the race sets.
+    repeated = f"checkpoint.every={load_config(str(SECOND_STAGE)).checkpoint.every}"
+    for recipe in (*moved, grown, repeated):
         assert speedrun.main(["--out", str(tmp_path), recipe]) == 2
         assert "does not compare with the records" in capsys.readouterr().err
+    for recipe, remedy in (
+        ("seed=0", "--seeds"),
+        (f"run_dir={tmp_path}", "--out"),
+        ("init_from=a", "random"),
+    ):
+        assert speedrun.main(["--out", str(tmp_path), recipe]) == 2
+        assert remedy in capsys.readouterr().err
+    speedrun.check(["phases=[{from_step: 1, learning_rate: 1e-3}]", "steps=700", "unet.model_channels=64"])
     assert speedrun.main(["--out", str(tmp_path), "optimizer.rate=1"]) == 2
     assert "rate" in capsys.readouterr().err
     assert not (tmp_path / "speedrun").exists()
+
+
+def test_a_table_of_other_columns_is_refused_before_the_race(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    targets = {"loss_target": 0.28, "oracle_target": 0.6, "small": False}
+    record = speedrun.Record(
+        "demo", 1, 300, 9600, 81.5, 0.27, 0.65, **targets, commit="c", machine="m, n", time="t"
+    )
+    table = tmp_path / "records.csv"
+    for _ in range(2):
+        speedrun.check_table(table)
+        speedrun.add(table, [record])
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 2
+    assert rows[1] == {name: str(value) for name, value in asdict(record).items()}
+    table.write_text(table.read_text().replace("loss_target,", ""))
+    assert speedrun.main(["--out", str(tmp_path / "out"), "--record", str(table)]) == 2
+    assert "other columns" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

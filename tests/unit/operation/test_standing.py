@@ -171,6 +171,46 @@ def test_rank_0_that_lives_and_logs_nothing_is_silent_after_some_intervals(run_d
     # The first that a start says, where it has no checkpoint to go on from the only thing.
     write_run(run_dir, [logged(10, 5000), event(0, "settings changed", limit + 20, changed=[])], {})
     assert standing(run_dir).state == "starting"
+    # So may a phase, which begins without a restart.
+    write_run(run_dir, [logged(10, 5000), event(10, "phase", limit + 20, phase=1)], {})
+    assert standing(run_dir).state == "starting"
+
+
+def test_a_phase_has_a_speed_of_its_own(tmp_path: Path) -> None:
+    """It is none before the phase's first interval is over: what came before says nothing about it."""
+    run_dir = f"memory://{tmp_path.name}/phase"
+    first = {
+        name: value for name, value in logged(30, 1000).items() if name not in ("step_s", "images_per_s")
+    }
+    told = [logged(10, 3000), logged(20, 2000), event(20, "phase", 1900, phase=1), first]
+    write_run(run_dir, told, {})
+    found = standing(run_dir)
+    assert (found.state, found.step, found.step_s, found.eta_s) == ("running", 30, None, None)
+    write_run(run_dir, [*told, logged(40, 10, step_s=8.0, images_per_s=8.0)], {})
+    found = standing(run_dir)
+    assert (found.step_s, found.images_per_s, found.eta_s) == (8.0, 8.0, 960 * 8.0)
+    # After a restart within it, until that has one: the phase's.
+    write_run(run_dir, [*told, logged(40, 10, step_s=8.0), event(40, "resume", 5, world_size=4)], {})
+    assert standing(run_dir).step_s == 8.0
+    write_run(run_dir, [*told, event(30, "resume", 5, world_size=4)], {})
+    assert standing(run_dir).step_s is None
+
+
+@pytest.mark.parametrize("every", [10, 50])
+def test_steps_that_a_rewind_repeats_are_counted_whatever_is_logged(tmp_path: Path, every: int) -> None:
+    run_dir = f"memory://{tmp_path.name}/rewound-{every}"
+    before = [logged(step, 300 - step) for step in range(every, 139, every)]
+    after = [logged(step, 0) for step in range(100 + every, 201, every)]
+    rewind = event(138, "rewind", 160, kind="nan", value="nan", reached=139, back_to=100)
+    write_run(run_dir, [*before, rewind, *after], {})
+    assert (standing(run_dir).steps_again, standing(run_dir).faults) == (39, 0)
+    # A restart later on: from the last step that was logged.
+    write_run(run_dir, [*before, rewind, *after, event(190, "resume", 0, world_size=4)], {})
+    assert (standing(run_dir).steps_again, standing(run_dir).faults) == (39 + 10, 1)
+    # As earlier versions told it.
+    older = event(138, "rewind", 160, kind="nan", value="nan")
+    write_run(run_dir, [*before, older, *after], {})
+    assert standing(run_dir).steps_again == {10: 20, 50: 0}[every]
 
 
 def test_a_process_of_this_machine_that_is_gone_is_said_to_be(tmp_path: Path) -> None:

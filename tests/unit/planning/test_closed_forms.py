@@ -180,8 +180,33 @@ def test_fsdp_is_planned_by_the_ranks_of_a_node() -> None:
     assert planned.memory.ema == pytest.approx(4 * parameters / 64)
     wide = make_plan(sd2("distributed={engine: fsdp, shard_ranks: 32}"), place)
     assert wide.memory.optimizer == pytest.approx(12 * parameters / 32)
-    assert planned.step.communication_s < wide.step.communication_s
     assert planned.step.exposed_s == pytest.approx(0.5 * planned.step.communication_s)
+
+
+@pytest.mark.parametrize(
+    ("cut", "nodes", "inside", "across"),
+    [
+        (8, 2, 225, 50 / 8),  # eight groups across, one of each rank of a node, share its 50 GB/s
+        (4, 2, 225, 50 / 4),
+        (16, 4, 50, 50 / 8),  # of two nodes each
+        (6, 3, 50 / 2, 50 / 6),  # ranks 6 - 11 and 12 - 17 both leave the second node
+        (16, 2, 50, None),
+    ],
+)
+def test_groups_of_fsdp_share_the_network_of_a_node(
+    cut: int, nodes: int, inside: float, across: float | None
+) -> None:
+    gpus = 8 * nodes
+    place = Machine(GPUS["h100"], gpus, 8, 100.0, reached=Reached(link=0.5, latency_s=0.0))
+    config = tiny(f"distributed={{engine: fsdp, shard_ranks: {cut}}}", f"global_batch_size={gpus}")
+    seconds = {each.kind: each.seconds(place) for each in collectives(config, 10**9, 1, place)}
+    assert seconds["reduce-scatter"] == pytest.approx((cut - 1) / cut * 4 / inside)
+    assert seconds["all-gather"] == pytest.approx((cut - 1) / cut * 2 / inside)
+    if across is None:
+        assert "all-reduce" not in seconds
+    else:
+        copies = gpus // cut
+        assert seconds["all-reduce"] == pytest.approx(2 * (copies - 1) / copies * 4 / cut / across)
 
 
 def test_the_optimizer_moves_its_share_of_bytes() -> None:
@@ -253,6 +278,29 @@ def test_days_follow_from_steps_and_goodput() -> None:
     parts = figures["seconds_per_step"]
     whole = parts["encode"] + parts["network"] + parts["optimizer"] + parts["exposed_communication"]
     assert parts["total"] == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("every", [0, 5000])
+def test_without_a_save_before_the_last_step_all_steps_are_at_stake(every: int) -> None:
+    config = tiny("steps=1000", "distributed.precision=bf16", f"checkpoint.every={every}")
+    planned = make_plan(config, machine("h100", 64))
+    interval, checkpoint = 1000 * planned.step.seconds, planned.figures()["checkpoint"]
+    assert checkpoint["every_s"] == pytest.approx(interval)
+    assert checkpoint["bytes_per_s"] == pytest.approx(planned.memory.checkpoint_bytes / interval)
+    assert planned.goodput == pytest.approx(ettr(interval, 15 + 45, 180, planned.stall_s, mttf_s(64)))
+    assert f"GB every {interval / 60:.1f} min" in describe(planned)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "watchdog_s", "detect_s"), [(8, 15, 15), (64, 15, 60), (64, 0, 600), (8, 0, 600)]
+)
+def test_a_hang_is_found_by_the_watchdog_or_the_patience_of_a_collective(
+    gpus: int, watchdog_s: int, detect_s: int
+) -> None:
+    config = tiny("distributed.precision=bf16", f"distributed.watchdog_s={watchdog_s}")
+    planned = make_plan(config, machine("h100", gpus))
+    goodput = ettr(planned.interval_s, detect_s, 180, planned.stall_s, mttf_s(gpus))
+    assert planned.goodput == pytest.approx(goodput, rel=1e-9)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from trainer.__main__ import main
 from trainer.metrics.jsonl import JSONLWriter, read_records
-from trainer.report.figures import column, figures, running_median
+from trainer.report.figures import column, figures, running_median, thinned
 from trainer.report.page import previews, write_page
 
 RECORDED = (
@@ -70,9 +70,29 @@ def test_a_curve_is_broken_where_training_went_back(run_dir: Path) -> None:
 
 
 def test_long_curves_are_thinned_evenly() -> None:
-    xs, _ = column([record(step, loss=1.0) for step in range(1, 10_001)], "loss")
+    xs, _ = thinned(*column([record(step, loss=1.0) for step in range(1, 10_001)], "loss"))
     assert 2_000 < len(xs) <= 4_000
     assert len({after - before for before, after in pairwise(xs)}) == 1
+    assert thinned([], []) == ([], [])
+
+
+def test_long_curves_are_broken_at_every_rewind() -> None:
+    """Three of them in 19,000 records, each 1,001 steps back, between points that stay."""
+    steps = [*range(1, 6_003), *range(5_001, 10_004), *range(9_002, 13_005), *range(12_004, 15_996)]
+    drawn = figures([record(step, loss=float(step)) for step in steps])["Loss"]
+    for curve in drawn.data:
+        assert 3_000 < len(curve.x) < 4_020
+        assert list(curve.y).count(None) == 3
+        assert [b for a, b in pairwise(curve.x) if b < a] == [8 * first for first in (5_001, 9_002, 12_004)]
+        for at, (before, after) in enumerate(pairwise(curve.x)):
+            if after < before:  # from the end of a stretch over a break to the beginning of the next
+                assert curve.y[at] is None
+    # The median is of 25 records, not of 25 points, and begins anew behind a break.
+    loss, median = drawn.data
+    assert list(loss.y[:4]) == [1.0, 6.0, 11.0, 16.0]
+    assert list(median.y[:8]) == [1.0, 3.5, 6.0, 8.5, 11.0, 14.0, 19.0, 24.0]
+    anew = list(median.y).index(None) + 1
+    assert list(median.y[anew : anew + 3]) == [5_001.0, 5_003.5, 5_006.0]
 
 
 def test_the_median_runs_within_a_stretch() -> None:
