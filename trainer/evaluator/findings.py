@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -76,11 +75,6 @@ class EvaluatorFindings:
         """The one that a measurement names first; None before any."""
         names = (key for record in self._records for key in record if key.startswith(PREFIX))
         return next((name.removeprefix(PREFIX) for name in names), None)
-
-    @property
-    def reached_the_end(self) -> bool:
-        """Whether the last step of the run is among them."""
-        return any(record["step"] >= record.get("run_steps", math.inf) for record in self._records)
 
     def require_same(
         self, measured_by: Mapping[str, Any], same_pictures: Callable[[str, str], bool] = operator.eq

@@ -11,6 +11,7 @@ a run that was rewound commits the same steps once more, with other weights and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Lookout:
     """Remembers what was there before, so that each look is cheap."""
 
     def __init__(self, run_dir: str, *, snapshots: bool = True, every: int = 1) -> None:
-        """`every`: only steps that are multiples of it."""
+        """`every`: only steps that are multiples of it, and the run's last."""
         self._folders = [(checkpoints_url(run_dir), False)]
         if snapshots:
             self._folders.append((snapshots_url(run_dir), True))
@@ -62,15 +63,18 @@ class Lookout:
         self._first_seen: dict[tuple[int, str], int] = {}
         """Number of the look at which each became known."""
 
-    def look(self) -> list[Sighting]:
+    def look(self, last_step: int | None = None) -> list[Sighting]:
         """What is committed now, by step; of a snapshot beside its checkpoint the checkpoint alone.
+
+        last_step: of the run, where it is known.
 
         Raises:
             Failure: storage does not answer.
         """
         found: dict[int, Sighting] = {}
         for folder, snapshot in self._folders:
-            steps = [step for step in steps_found(folder) if step % self._every == 0]
+            last = math.inf if last_step is None else last_step
+            steps = [step for step in steps_found(folder) if step % self._every == 0 or step >= last]
             for place, step in enumerate(steps):
                 url = join(folder, folder_name(step))
                 if place < _MAY_CHANGE or url not in self._checksums:
