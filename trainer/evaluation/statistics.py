@@ -228,4 +228,5 @@ def check_comparable(made: Record, real: Record, families: Mapping[str, Any]) ->
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:12] + "..."
+    """Of a hash its beginning; what a network sees in full."""
+    return text if " " in text else text[:12] + "..."

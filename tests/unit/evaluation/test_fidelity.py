@@ -25,6 +25,7 @@ from trainer.evaluation.statistics import (
     NetworkRecord,
     Record,
     SetStatistics,
+    check_comparable,
     read_statistics,
     write_statistics,
 )
@@ -199,6 +200,20 @@ def test_spatial_statistics_of_earlier_versions_are_read_in_the_order_of_other_p
         assert torch.equal(found.features["inception.spatial"], channels_last.float())
         torch.testing.assert_close(found.covariances["inception.spatial"], channels_last.T.cov())
     assert stored(maps.flatten(1), "0" * 64).record.networks["inception"].details == {"spatial": order}
+
+
+def test_sets_that_a_network_saw_in_other_ways_are_refused_by_both_names() -> None:
+    def record(source: str, sees: str) -> Record:
+        return Record(source, 9, {"dinov2": NetworkRecord("vit", "0" * 64, sees)})
+
+    before, now = (
+        "squashed by Pillow's bicubic to 224",
+        "squashed by Pillow's bicubic to 224, positions as are",
+    )
+    with pytest.raises(
+        ConfigError, match=f"of a and b do not compare .resizing {now} against {before}.; measure"
+    ):
+        check_comparable(record("a", now), record("b", before), {"dinov2": None})
 
 
 def test_statistics_of_other_networks_are_told_before_anything_is_read(
