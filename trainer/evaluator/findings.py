@@ -67,8 +67,11 @@ class EvaluatorFindings:
 
     @property
     def measured(self) -> set[tuple[int, str]]:
-        """Steps and checksums of all that has been measured."""
-        return {(record["step"], record["checkpoint"]) for record in self._records}
+        """Steps and checksums of all that has been measured, snapshots beside checkpoints among it."""
+        names = ("checkpoint", "beside")  # earlier versions did not write the second
+        return {
+            (record["step"], record[name]) for record in self._records for name in names if record.get(name)
+        }
 
     @property
     def first_figure(self) -> str | None:

@@ -59,6 +59,8 @@ class Lookout:
             self._folders.append((snapshots_url(run_dir), True))
         self._every = every
         self._checksums: dict[str, str] = {}
+        self._whole: dict[tuple[int, str], tuple[int, str]] = {}
+        """Of a snapshot that was seen beside it, the checkpoint."""
         self._looks = 0
         self._first_seen: dict[tuple[int, str], int] = {}
         """Number of the look at which each became known."""
@@ -80,7 +82,9 @@ class Lookout:
                 if place < _MAY_CHANGE or url not in self._checksums:
                     self._read(url)
                 if url in self._checksums:
-                    found.setdefault(step, Sighting(step, self._checksums[url], url, snapshot))
+                    this = Sighting(step, self._checksums[url], url, snapshot)
+                    if found.setdefault(step, this) is not this:
+                        self._whole[this.key] = found[step].key
         self._looks += 1
         for each in found.values():
             self._first_seen.setdefault(each.key, self._looks)
@@ -89,8 +93,11 @@ class Lookout:
     def due(
         self, found: list[Sighting], measured: Container[tuple[int, str]], rule: Rule
     ) -> tuple[Sighting | None, list[Sighting]]:
-        """What to measure next, and what is passed over for it (rule newest)."""
-        left = [each for each in found if each.key not in measured]
+        """What to measure next, and what is passed over for it (rule newest).
+
+        A snapshot is not, whose checkpoint was: the run has removed that since.
+        """
+        left = [e for e in found if e.key not in measured and self._whole.get(e.key) not in measured]
         left.sort(key=lambda each: (self._first_seen[each.key], each.step))
         if not left:
             return None, []
@@ -101,6 +108,15 @@ class Lookout:
         if newer and self._first_seen[latest.key] == 1:
             return None, [*left, latest]  # an earlier start of this watcher has passed over them
         return latest, left
+
+    def beside(self, sighting: Sighting) -> str | None:
+        """Checksum of the snapshot of a checkpoint's step, as it is now; None without one."""
+        for folder, snapshot in self._folders:
+            if snapshot and not sighting.snapshot:
+                url = join(folder, folder_name(sighting.step))
+                self._read(url)
+                return self._checksums.get(url)
+        return None
 
     def is_there(self, sighting: Sighting) -> bool:
         """Whether it can still be read, as the same."""
