@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="newest",
         help="newest: pass over what is older when the next one is due; all: catch up (default: %(default)s)",
     )
-    parser.add_argument("--every", type=int, default=1, metavar="STEPS", help="only multiples of it")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="STEPS", help="only multiples of it, and the run's last"
+    )
     parser.add_argument("--no-snapshots", action="store_true", help="checkpoints alone")
     parser.add_argument(
         "--best",
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Watch until the last step of the run is measured."""
+    """Watch until the last step of the run is measured, or found not to be measurable."""
     die_with_launcher()
     out = _checked(args)
     return run_on_ranks(args.command_line, args.ranks, lambda env: _watch(args, out, env))

@@ -5,7 +5,8 @@
                                           spatial [2023]                  pool [2048]   logits [1008]
 
 `spatial` is `mixed_6/conv:0` of the TensorFlow graph, the 1 x 1 branch of Mixed_6d, 17 x 17, of which the
-first 7 channels count: the features of sFID (Nash et al. 2021) as guided diffusion evaluates it.
+first 7 channels count: the features of sFID (Nash et al. 2021) as guided diffusion evaluates it, whose maps
+have channels last.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 EDGE = 299
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 ORIGIN = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
-SPATIAL_CHANNELS = 7
+SPATIAL_EDGE, SPATIAL_CHANNELS = 17, 7
+SPATIAL_ORDER = {"spatial": "height, width, channel"}
+"""In the details of a network's record; statistics of earlier versions, without it, have channels first."""
 _BEFORE_SPATIAL = (
     *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3"),
     *("MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"),
@@ -54,9 +57,13 @@ class Inception:
         self._network = load_inception(weights)
         self.name = "inception-v3-compat of torch-fidelity"
         self.digest = weights_digest(self._network)
-        self.details: Mapping[str, str] = {}
+        self.details: Mapping[str, str] = SPATIAL_ORDER
         self.sees = f"{resizing} at {EDGE}" + (f", {CLIPPED}" if resizing == "clean-fid" else "")
-        self.widths: Mapping[str, int] = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008}
+        self.widths: Mapping[str, int] = {
+            "pool": 2048,
+            "spatial": SPATIAL_EDGE**2 * SPATIAL_CHANNELS,
+            "logits": 1008,
+        }
         self._resizing = resizing
         self._device = device
         self._network.to(device)
@@ -75,7 +82,7 @@ class Inception:
         """From [B, 3, 299, 299] in -1 .. 1."""
         for name in _BEFORE_SPATIAL:
             x = getattr(self._network, name)(x)
-        spatial = self._network.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS]
+        spatial = self._network.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)
         for name in _AFTER_SPATIAL:
             x = getattr(self._network, name)(x)
         pool = x.flatten(1)

@@ -24,6 +24,7 @@ from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import read_bytes
 from data_pipeline.storage.large import write_whole
 from trainer.config.run import ConfigError
+from trainer.evaluation.inception import SPATIAL_CHANNELS, SPATIAL_EDGE, SPATIAL_ORDER
 from trainer.weights import read_weights
 
 ENDINGS = (".safetensors", ".npz")
@@ -31,7 +32,8 @@ FORMAT = 1
 KEY = "fidelity_statistics"
 UNKNOWN = "unknown"
 _NPZ_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-_NPZ_WIDTHS = {"inception.pool": 2048, "inception.spatial": 2023}
+_SPATIAL = "inception.spatial"
+_NPZ_WIDTHS = {"inception.pool": 2048, _SPATIAL: 2023}
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def read_statistics(url: str) -> SetStatistics:
             raise ValueError(f"format {stored['format']}")
         fields = stored["record"]
         networks = {family: NetworkRecord(**record) for family, record in fields["networks"].items()}
-        return SetStatistics(
+        found = SetStatistics(
             record=Record(**(fields | {"networks": networks})),
             counts=stored["counts"],
             means=_ending(tensors, ".mean"),
@@ -140,6 +142,23 @@ def read_statistics(url: str) -> SetStatistics:
             f"{url} holds no statistics of pictures ({error!r}); make them with `ldm evaluate statistics`, "
             "or give `ldm evaluate fidelity` --sample '--count N' to draw from them, if they are a model's."
         ) from error
+    _order_spatial(found)
+    return found
+
+
+def _order_spatial(found: SetStatistics) -> None:
+    """Bring Inception's spatial features of an earlier version into the order of now."""
+    network = found.record.networks.get("inception")
+    if network is None or network.sha256 == UNKNOWN or network.details.items() >= SPATIAL_ORDER.items():
+        return  # what was stored from a .npz has the order of its program
+    network.details.update(SPATIAL_ORDER)
+    index = torch.arange(SPATIAL_CHANNELS * SPATIAL_EDGE**2)
+    index = index.view(SPATIAL_CHANNELS, SPATIAL_EDGE, SPATIAL_EDGE).permute(1, 2, 0).flatten()
+    for part in (found.means, found.covariances, found.features):
+        if _SPATIAL in part:
+            part[_SPATIAL] = part[_SPATIAL][..., index]
+    if _SPATIAL in found.covariances:
+        found.covariances[_SPATIAL] = found.covariances[_SPATIAL][index]
 
 
 def _ending(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
@@ -209,4 +228,5 @@ def check_comparable(made: Record, real: Record, families: Mapping[str, Any]) ->
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:12] + "..."
+    """Of a hash its beginning; what a network sees in full."""
+    return text if " " in text else text[:12] + "..."

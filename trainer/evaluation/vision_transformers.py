@@ -6,6 +6,7 @@ DINOv2    the class token, through timm, of which this is the only importer: FD-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,15 +110,19 @@ class DINOv2:
             )
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), Undrawn():
             network = timm.create_model(model, pretrained=False, num_classes=0, img_size=DINO_EDGE)
-        stored = read_tensors(weights)
-        tensors = checkpoint_filter_fn(dict(stored), network)
+        stored = dict(read_tensors(weights))
+        self.sees = f"squashed by Pillow's bicubic to {DINO_EDGE}"
+        if not network.no_embed_class:  # with registers, Meta interpolates as timm does
+            self.sees += ", positions not antialiased"
+            edge = network.patch_embed.grid_size[0]
+            stored |= {n: positions_by_scale(t, edge) for n, t in stored.items() if n == "pos_embed"}
+        tensors = checkpoint_filter_fn(stored, network)
         check_fit(shapes_of(network.state_dict()), shapes_of(tensors), weights, f"Name the file of {model}.")
         network.load_state_dict(tensors)
         self._network = network.to(device).requires_grad_(False).eval()
         self.name = f"{model} of timm"
         self.digest = weights_digest(network)
         self.details: Mapping[str, str] = {}
-        self.sees = f"squashed by Pillow's bicubic to {DINO_EDGE}"
         self.widths: Mapping[str, int] = {"pool": int(network.num_features)}
         self._device = device
         self._normalise = Normalise(IMAGENET_MEAN, IMAGENET_DEVIATION, device)
@@ -129,6 +134,19 @@ class DINOv2:
     def __call__(self, prepared: Sequence[NDArray[Any]], captions: Sequence[str]) -> dict[str, Tensor]:
         """See FeatureNetwork."""
         return {"pool": self._network(resized_on_device(prepared, self._device, self._normalise))}
+
+
+def positions_by_scale(positions: Tensor, edge: int) -> Tensor:
+    """[1, 1 + n * n, D] -> [1, 1 + edge * edge, D], as Meta's DINOv2 without registers has them.
+
+    A scale a little too large (`interpolate_offset` of its `interpolate_pos_encoding`), and no antialiasing.
+    """
+    grid = math.isqrt(positions.shape[1] - 1) if positions.ndim == 3 else 0
+    if grid in (0, edge) or positions.shape[1] != 1 + grid * grid:
+        return positions  # as they are, or not DINOv2's: told with the other shapes
+    patches = positions[:, 1:].float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, scale_factor=(edge + 0.1) / grid, mode="bicubic")
+    return torch.cat([positions[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)], dim=1)
 
 
 class Normalise:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -68,19 +67,17 @@ class EvaluatorFindings:
 
     @property
     def measured(self) -> set[tuple[int, str]]:
-        """Steps and checksums of all that has been measured."""
-        return {(record["step"], record["checkpoint"]) for record in self._records}
+        """Steps and checksums of all that has been measured, snapshots beside checkpoints among it."""
+        names = ("checkpoint", "beside")  # earlier versions did not write the second
+        return {
+            (record["step"], record[name]) for record in self._records for name in names if record.get(name)
+        }
 
     @property
     def first_figure(self) -> str | None:
         """The one that a measurement names first; None before any."""
         names = (key for record in self._records for key in record if key.startswith(PREFIX))
         return next((name.removeprefix(PREFIX) for name in names), None)
-
-    @property
-    def reached_the_end(self) -> bool:
-        """Whether the last step of the run is among them."""
-        return any(record["step"] >= record.get("run_steps", math.inf) for record in self._records)
 
     def require_same(
         self, measured_by: Mapping[str, Any], same_pictures: Callable[[str, str], bool] = operator.eq

@@ -11,6 +11,7 @@ a run that was rewound commits the same steps once more, with other weights and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container
 from dataclasses import dataclass
@@ -52,31 +53,38 @@ class Lookout:
     """Remembers what was there before, so that each look is cheap."""
 
     def __init__(self, run_dir: str, *, snapshots: bool = True, every: int = 1) -> None:
-        """`every`: only steps that are multiples of it."""
+        """`every`: only steps that are multiples of it, and the run's last."""
         self._folders = [(checkpoints_url(run_dir), False)]
         if snapshots:
             self._folders.append((snapshots_url(run_dir), True))
         self._every = every
         self._checksums: dict[str, str] = {}
+        self._whole: dict[tuple[int, str], tuple[int, str]] = {}
+        """Of a snapshot that was seen beside it, the checkpoint."""
         self._looks = 0
         self._first_seen: dict[tuple[int, str], int] = {}
         """Number of the look at which each became known."""
 
-    def look(self) -> list[Sighting]:
+    def look(self, last_step: int | None = None) -> list[Sighting]:
         """What is committed now, by step; of a snapshot beside its checkpoint the checkpoint alone.
+
+        last_step: of the run, where it is known.
 
         Raises:
             Failure: storage does not answer.
         """
         found: dict[int, Sighting] = {}
         for folder, snapshot in self._folders:
-            steps = [step for step in steps_found(folder) if step % self._every == 0]
+            last = math.inf if last_step is None else last_step
+            steps = [step for step in steps_found(folder) if step % self._every == 0 or step >= last]
             for place, step in enumerate(steps):
                 url = join(folder, folder_name(step))
                 if place < _MAY_CHANGE or url not in self._checksums:
                     self._read(url)
                 if url in self._checksums:
-                    found.setdefault(step, Sighting(step, self._checksums[url], url, snapshot))
+                    this = Sighting(step, self._checksums[url], url, snapshot)
+                    if found.setdefault(step, this) is not this:
+                        self._whole[this.key] = found[step].key
         self._looks += 1
         for each in found.values():
             self._first_seen.setdefault(each.key, self._looks)
@@ -85,8 +93,11 @@ class Lookout:
     def due(
         self, found: list[Sighting], measured: Container[tuple[int, str]], rule: Rule
     ) -> tuple[Sighting | None, list[Sighting]]:
-        """What to measure next, and what is passed over for it (rule newest)."""
-        left = [each for each in found if each.key not in measured]
+        """What to measure next, and what is passed over for it (rule newest).
+
+        A snapshot is not, whose checkpoint was: the run has removed that since.
+        """
+        left = [e for e in found if e.key not in measured and self._whole.get(e.key) not in measured]
         left.sort(key=lambda each: (self._first_seen[each.key], each.step))
         if not left:
             return None, []
@@ -97,6 +108,15 @@ class Lookout:
         if newer and self._first_seen[latest.key] == 1:
             return None, [*left, latest]  # an earlier start of this watcher has passed over them
         return latest, left
+
+    def beside(self, sighting: Sighting) -> str | None:
+        """Checksum of the snapshot of a checkpoint's step, as it is now; None without one."""
+        for folder, snapshot in self._folders:
+            if snapshot and not sighting.snapshot:
+                url = join(folder, folder_name(sighting.step))
+                self._read(url)
+                return self._checksums.get(url)
+        return None
 
     def is_there(self, sighting: Sighting) -> bool:
         """Whether it can still be read, as the same."""

@@ -44,6 +44,7 @@ from trainer.checkpoint.commands import find_checkpoint
 from trainer.checkpoint.export import read_state
 from trainer.checkpoint.manifest import BadManifest
 from trainer.checkpoint.marks import mark
+from trainer.config.identity import SETTINGS, stored_settings
 from trainer.config.io import config_from_dict
 from trainer.config.run import Config, ConfigError
 from trainer.distributed import collectives
@@ -59,6 +60,8 @@ logger = logging.getLogger(__name__)
 SAMPLES = "samples"
 _MAX_FAULTS = 5
 """In a row, of others than storage that is away."""
+_GOES_ON_S = 300.0
+"""For a run that has ended, and may be about to go on, to say so: a start writes its settings late."""
 _REPORT_S = 600.0
 """Between two words about waiting."""
 
@@ -72,7 +75,7 @@ class WatchOptions:
     """Folder of findings and pictures."""
     rule: Rule = "newest"
     every: int = 1
-    """Only steps that are multiples of it."""
+    """Only steps that are multiples of it, and the run's last."""
     snapshots: bool = True
     """Stored averages without a checkpoint, too."""
     best: int = 1
@@ -123,12 +126,16 @@ class Watcher:
         self._findings: EvaluatorFindings | None = None
         self._teller: Teller | None = None
         self._passed_over: set[tuple[int, str]] = set()
+        self._begun = time.monotonic()
+        self._worked = False
+        self._at_the_end = False
+        """Whether the run's last step is committed, as the last look has it."""
         self._kept: set[int] | None = None
         self._reported = -_REPORT_S
         self._said: set[str] = set()
 
     def run(self) -> None:
-        """Until the run's last step is measured. Collective.
+        """Until the run's last step is measured, or passed over. Collective.
 
         Raises:
             RunTaken: another evaluator is at work in the folder.
@@ -176,8 +183,12 @@ class Watcher:
 
     def _next(self) -> Sighting | None:
         """On rank 0: look, decide, and keep what was chosen."""
-        findings = self._held()
-        found = self._lookout.look()
+        findings, run_dir = self._held(), self._options.run_dir
+        steps = (stored_settings(run_dir) or {}).get("steps")
+        found = self._lookout.look(steps)
+        # A snapshot of that step may be there first.
+        whole = (each.step for each in found if not each.snapshot)
+        self._at_the_end = steps is not None and max(whole, default=-1) >= steps
         known = findings.measured | self._passed_over
         chosen, passed_over = self._lookout.due(found, known, self._options.rule)
         for each in passed_over:
@@ -185,17 +196,27 @@ class Watcher:
             self._passed_over.add(each.key)
         if chosen is None:
             if not found:
-                self._report("nothing is committed in %s yet", self._options.run_dir)
+                self._report("nothing is committed in %s yet", run_dir)
+            elif steps is None:
+                self._report("%s does not say how many steps the run has", join(run_dir, SETTINGS))
             self._mark(set())
             return None
         self._mark(set() if chosen.snapshot else {chosen.step})
         return chosen
 
     def _is_over(self) -> bool:
-        return self._options.once or self._held().reached_the_end
+        """On rank 0, when nothing is due: whether nothing will be."""
+        if self._options.once or not self._at_the_end:
+            return self._options.once
+        left = self._begun + _GOES_ON_S - time.monotonic()
+        if not self._worked and left > 0:
+            self._report("all of the run was measured before; it has %.0f s to say that it goes on", left)
+            return False
+        return True
 
     def _evaluate(self, sighting: Sighting) -> None:
         """Draw and measure; what is gone meanwhile is passed over. Collective."""
+        self._worked = True
         folder = join(self._out, PICTURES, f"{folder_name(sighting.step)}-{sighting.checksum[:8]}")
         try:
             committed = collectives.from_main_rank(lambda: _committed(sighting))
@@ -242,8 +263,11 @@ class Watcher:
         named |= {f"evaluator/{name}": value for name, value in times.items()}
         place = {"step": sighting.step, "samples_seen": committed.samples_seen, "time": time.time()}
         about = {"checkpoint": sighting.checksum, "snapshot": sighting.snapshot}
+        about["beside"] = self._lookout.beside(
+            sighting
+        )  # which an evaluator that starts later may find alone
         by = {MEASURED_BY: dict(self._options.measured_by), "notes": found.notes}
-        findings.add({**place, **about, "run_steps": committed.config.steps, **named, **by})
+        findings.add({**place, **about, **named, **by})
         for note in found.notes:
             if note not in self._said:  # most are of the command, and the same each time
                 self._said.add(note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def test_inception_equals_torch_fidelity(theirs: tuple[Any, str]) -> None:
     found = seen(network, given)
     torch.testing.assert_close(found["pool"], pool, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found["spatial"], branch[0][:, :7].flatten(1), rtol=1e-5, atol=1e-6)
+    # as guided diffusion has it of a TensorFlow map, whose channels are last
+    spatial = branch[0].permute(0, 2, 3, 1).numpy()[..., :7].reshape(2, -1)
+    np.testing.assert_allclose(found["spatial"].numpy(), spatial, rtol=1e-5, atol=1e-6)
     # pictures of several sizes in one block are what they are alone
     mixed = seen(network, [given[0], *pictures(1, 33)])
     torch.testing.assert_close(mixed["pool"][0], pool[0], rtol=1e-5, atol=1e-6)
@@ -225,10 +228,46 @@ def test_dinov2_takes_metas_file(tmp_path: Path) -> None:
     found = seen(build_networks(options, CPU)["dinov2"], [given])["pool"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     # Meta's has positions for 518 pixels, 37 x 37 of them, which are brought to 16 x 16
-    positions = torch.cat([model.pos_embed[:, :1], torch.ones(1, 37 * 37, 384)], dim=1)
+    grid = np.random.default_rng(0).normal(size=(37, 37, 384))
+    positions = torch.cat([model.pos_embed[:, :1], torch.from_numpy(grid).float().view(1, -1, 384)], dim=1)
     torch.save(model.state_dict() | mask_token | {"pos_embed": positions}, file)
-    flat = build_networks(options, CPU)["dinov2"]._network.pos_embed  # type: ignore[attr-defined]
-    torch.testing.assert_close(flat[:, 1:], torch.ones(1, 16 * 16, 384), rtol=1e-3, atol=1e-3)
+    network = build_networks(options, CPU)["dinov2"]
+    found = network._network.pos_embed  # type: ignore[attr-defined]
+    along = cubic(37, 16, scale=(16 + 0.1) / 37)
+    wanted = np.einsum("yh,xw,hwd->yxd", along, along, grid).reshape(1, -1, 384)
+    np.testing.assert_allclose(found[:, 1:].numpy(), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[:, :1], model.pos_embed[:, :1])
+    assert network.sees == "squashed by Pillow's bicubic to 224, positions not antialiased"
+
+
+def cubic(old: int, new: int, scale: float) -> NDArray[np.float64]:
+    """[new, old]: Keys's cubic convolution with a = -0.75 from the nearest four, the border repeated."""
+    a, weights = -0.75, np.zeros((new, old))
+    for i in range(new):
+        place = (i + 0.5) / scale - 0.5
+        for j in range(math.floor(place) - 1, math.floor(place) + 3):
+            t = abs(place - j)
+            near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * (t**3 - 5 * t**2 + 8 * t - 4)
+            weights[i, min(max(j, 0), old - 1)] += near if t <= 1 else far
+    return weights
+
+
+def test_dinov2_with_registers_has_antialiased_positions_as_metas_has(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="pip install timm")
+    name, file = "vit_small_patch14_reg4_dinov2", str(tmp_path / "dinov2.pth")
+    model = timm.create_model(name, pretrained=False, num_classes=0, img_size=518)
+    stored = model.state_dict()
+    class_position = torch.randn(1, 1, 384)
+    stored["register_tokens"] = stored.pop("reg_token")  # Meta's names and form
+    stored["pos_embed"] = torch.cat([class_position, torch.randn(1, 37 * 37, 384)], dim=1)
+    torch.save(stored | {"mask_token": torch.zeros(1, 384)}, file)
+    options = FeatureOptions(("dinov2",), dinov2_model=name, dinov2_weights=file)
+    network = build_networks(options, CPU)["dinov2"]
+    found = network._network.pos_embed  # type: ignore[attr-defined]
+    grid = stored["pos_embed"][:, 1:].view(1, 37, 37, 384).permute(0, 3, 1, 2)
+    wanted = F.interpolate(grid, size=(16, 16), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert network.sees == "squashed by Pillow's bicubic to 224"
 
 
 def test_random_features_are_the_same_whoever_draws_before() -> None:

@@ -20,7 +20,15 @@ from trainer.__main__ import main
 from trainer.config.run import ConfigError
 from trainer.evaluation.features import to_size, to_size_unrounded
 from trainer.evaluation.fidelity import Comparison, compare
-from trainer.evaluation.statistics import NetworkRecord, Record, SetStatistics, read_statistics
+from trainer.evaluation.statistics import (
+    UNKNOWN,
+    NetworkRecord,
+    Record,
+    SetStatistics,
+    check_comparable,
+    read_statistics,
+    write_statistics,
+)
 
 Measure = Callable[..., dict[str, Any]]
 TAG = "_random"
@@ -164,6 +172,48 @@ def test_statistics_of_other_programs(
     assert "holds neither mu and sigma" in refusal("fidelity", made, "--reference", tmp_path / "other.npz")
     np.savez(tmp_path / "pickled.npz", mu=np.asarray([{}], dtype=object), sigma=np.eye(1))
     assert "not a .npz file of numbers" in refusal("fidelity", made, "--reference", tmp_path / "pickled.npz")
+
+
+def test_spatial_statistics_of_earlier_versions_are_read_in_the_order_of_other_programs(
+    tmp_path: Path,
+) -> None:
+    """They had channels first, and said nothing of it."""
+    maps = torch.randn(9, 7, 17, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def stored(rows: torch.Tensor, sha256: str, **details: str) -> SetStatistics:
+        network = NetworkRecord("inception", sha256, "torch-fidelity at 299", details)
+        name = "inception.spatial"
+        means, covariances = {name: rows.mean(dim=0)}, {name: rows.T.cov()}
+        record = Record("made", 9, {"inception": network})
+        found = SetStatistics(record, {name: 9}, means, covariances, {name: rows.float()}, torch.arange(9))
+        write_statistics(str(tmp_path / "stored.safetensors"), found)
+        return read_statistics(str(tmp_path / "stored.safetensors"))
+
+    channels_last = maps.permute(0, 2, 3, 1).flatten(1)
+    order = "height, width, channel"
+    for found in (
+        stored(maps.flatten(1), "0" * 64),
+        stored(channels_last, "0" * 64, spatial=order),
+        stored(channels_last, UNKNOWN),  # from a .npz, by --save-reference
+    ):
+        torch.testing.assert_close(found.means["inception.spatial"], channels_last.mean(dim=0))
+        assert torch.equal(found.features["inception.spatial"], channels_last.float())
+        torch.testing.assert_close(found.covariances["inception.spatial"], channels_last.T.cov())
+    assert stored(maps.flatten(1), "0" * 64).record.networks["inception"].details == {"spatial": order}
+
+
+def test_sets_that_a_network_saw_in_other_ways_are_refused_by_both_names() -> None:
+    def record(source: str, sees: str) -> Record:
+        return Record(source, 9, {"dinov2": NetworkRecord("vit", "0" * 64, sees)})
+
+    before, now = (
+        "squashed by Pillow's bicubic to 224",
+        "squashed by Pillow's bicubic to 224, positions as are",
+    )
+    with pytest.raises(
+        ConfigError, match=f"of a and b do not compare .resizing {now} against {before}.; measure"
+    ):
+        check_comparable(record("a", now), record("b", before), {"dinov2": None})
 
 
 def test_statistics_of_other_networks_are_told_before_anything_is_read(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from data_pipeline.storage.files import write_bytes
+from data_pipeline.storage.urls import join
+from trainer.__main__ import main
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.config.io import load_config
+from trainer.config.identity import SETTINGS as FILE
+from trainer.config.io import dump_yaml, load_config
 from trainer.distributed.env import DistributedEnv
 from trainer.distributed.torch_engine import TorchEngine
 from trainer.ema import EMA
@@ -38,6 +45,7 @@ class CommittedRun:
 
     def __init__(self, run_dir: str, *settings: str) -> None:
         self.config = replace(load_config(None, [*SETTINGS, *settings]), run_dir=run_dir)
+        write_bytes(join(run_dir, FILE), dump_yaml(self.config).encode())
         torch.manual_seed(0)
         self.model = build_model(self.config)
         for parameter in self.model.network.parameters():
@@ -83,3 +91,19 @@ def reference(folder: Path, count: int = 24, seed: int = 0) -> str:
         pixels = np.random.default_rng(seed + number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:03d}.png")
     return str(folder)
+
+
+def watch(tmp_path: Path, *words: str) -> int:
+    if not (tmp_path / "real").exists():
+        reference(tmp_path / "real")
+    measuring = ["--reference", str(tmp_path / "real"), "--features", "random", "--metrics", "fid,kid"]
+    drawing = ["--sample", "--count 20 --batch-size 4"]
+    return main(["evaluate", "watch", str(tmp_path / "run"), *measuring, *drawing, "--poll-s", "0.1", *words])
+
+
+def lines(tmp_path: Path) -> list[dict[str, Any]]:
+    text = (tmp_path / "run/evaluation/metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+MakeRun = Callable[..., CommittedRun]

@@ -7,9 +7,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,35 +20,7 @@ from trainer.evaluator.findings import EvaluatorFindings, higher_is_better
 from trainer.evaluator.lookout import Lookout, Sighting
 from trainer.metrics.jsonl import JSONLWriter
 
-from .committed_run import CommittedRun, reference
-
-MakeRun = Callable[..., CommittedRun]
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> Iterator[MakeRun]:
-    made: list[CommittedRun] = []
-
-    def make(*settings: str, run_dir: str | None = None) -> CommittedRun:
-        made.append(CommittedRun(run_dir or str(tmp_path / "run"), "checkpoint.keep_last=9", *settings))
-        return made[-1]
-
-    yield make
-    for run in made:
-        run.close()
-
-
-def watch(tmp_path: Path, *words: str) -> int:
-    if not (tmp_path / "real").exists():
-        reference(tmp_path / "real")
-    measuring = ["--reference", str(tmp_path / "real"), "--features", "random", "--metrics", "fid,kid"]
-    drawing = ["--sample", "--count 20 --batch-size 4"]
-    return main(["evaluate", "watch", str(tmp_path / "run"), *measuring, *drawing, "--poll-s", "0.1", *words])
-
-
-def lines(tmp_path: Path) -> list[dict[str, Any]]:
-    text = (tmp_path / "run/evaluation/metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+from .committed_run import MakeRun, lines, reference, watch
 
 
 def marked(tmp_path: Path) -> set[int]:
