@@ -38,7 +38,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError, Gone, NotATar, ReadFailed, Rejected, Replaced
 from data_pipeline.feed.lane_walk import PlannedVisits
-from data_pipeline.feed.learned import REST, LearnedShards, Pieces
+from data_pipeline.feed.learned import LearnedShards, Pieces
 from data_pipeline.feed.moments import MomentsReads
 from data_pipeline.feed.read_ahead import MIN_PLAN, ReadAhead, Visit
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
@@ -47,7 +47,7 @@ from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards.beside import JsonCheck
 from data_pipeline.shards.pieces import HEADERS, IndexedPieces, TarPiece
-from data_pipeline.shards.view import ShardViews
+from data_pipeline.shards.view import REST, ShardViews
 from data_pipeline.storage.editions import Edition
 
 logger = logging.getLogger(__name__)

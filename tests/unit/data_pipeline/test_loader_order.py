@@ -171,12 +171,13 @@ def test_wrong_positions_are_refused(make_shards) -> None:
     with pytest.raises(DataError, match="set seed=3"):
         build_loader(config_for(url), seed=4, global_batch_size=BATCH, position=position)
     with pytest.raises(DataError, match=r"set data\.lanes=12"):
-        build_loader(config_for(url), seed=3, global_batch_size=24, position=position)
+        build_loader(config_for(url, lanes=6), seed=3, global_batch_size=BATCH, position=position)
     with pytest.raises(DataError, match=r"set data\.shuffle_window=5"):
         build_loader(config_for(url, shuffle_window=6), seed=3, global_batch_size=BATCH, position=position)
     with pytest.raises(DataError, match="class_label, layout"):
         build_loader(config_for(url, conditions=("label",)), seed=3, global_batch_size=BATCH)
-    make_shards([41])
+    make_shards([41], first=7)
+    url = url.replace("*", "00007")
     with pytest.raises(DataError, match="another set of shards"):
         build_loader(config_for(url), seed=3, global_batch_size=BATCH, position=position)
 
