@@ -20,8 +20,9 @@ Where data.buffer_bytes has no room for a window (`read_ahead.py`), its headers 
 and its pictures when their turn comes. Of a window that is planned from the index of an earlier visit nothing
 is read before that, and of what the cache of moments has neither then. The order is the same: a window's.
 
-A shard that is no tar, is not there, was replaced under the lane's feet or does not answer while others do is
-left with one visit that says so (`shard/*` in the reject file), and the lane takes its next turn.
+A shard that is no tar, has members that cannot be joined on the way, is not there, was replaced under the
+lane's feet or does not answer while others do is left with one visit that says so (`shard/*` in the reject
+file), and the lane takes its next turn.
 """
 
 from __future__ import annotations
@@ -371,7 +372,7 @@ class TurnWalker(ReadAhead[TurnWalk]):
     def _left(self, walk: TurnWalk, shard: int, reason: str, why: Exception) -> Visit:
         """The visit that stands for what is left of a shard, of which the lane takes leave.
 
-        Raises NotATar where there are too many that are no tars.
+        Raises NotATar where there are too many `bad_shard`.
         """
         offset = max(walk.first, walk.skip_to)
         with self._noting:
@@ -381,8 +382,8 @@ class TurnWalker(ReadAhead[TurnWalk]):
             logger.warning("left out: %s%s", why, " (further ones are not told)" if told == _MAX_TOLD else "")
         if reason == "bad_shard" and bad > self._config.max_bad_shards * len(self._dataset.urls):
             raise NotATar(
-                f"{why} {bad} of the {len(self._dataset.urls)} shards cannot be used so far; correct "
-                "data.shards, or raise data.max_bad_shards."
+                f"{why} {bad} of the {len(self._dataset.urls)} shards cannot be used so far; correct them, "
+                "or raise data.max_bad_shards."
             ) from why
         visit = Visit(walk.turn, offset, shard, REST, reason, mark=Mark(-1, 0, 0, ""))
         walk.next_turn()
