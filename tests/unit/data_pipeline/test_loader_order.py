@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Part, build_loader, merge_positions
+from data_pipeline.shards.view import ShardView, ShardViews
 
 BATCH = 12
 
@@ -189,6 +190,27 @@ def test_all_rejected_is_an_error_not_a_hang(make_shards) -> None:
         build_loader(config_for(url, filter="score > 5"), seed=0, global_batch_size=4) as loader,
     ):
         next(loader)
+
+
+@pytest.mark.parametrize("window", [10, 100, 400])
+def test_a_window_over_many_shards_reads_each_index_once(
+    make_shards, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    url, keys = make_shards([10] * 40)
+    loads, load = Counter[int](), ShardViews._load
+
+    def counted(self: ShardViews, shard: int) -> ShardView:
+        loads[shard] += 1
+        return load(self, shard)
+
+    monkeypatch.setattr(ShardViews, "_load", counted)
+    config = config_for(url, lanes=1, shuffle_window=window, prefetch=1)
+    with build_loader(config, seed=3, global_batch_size=8) as loader:
+        served = [key for _ in range(50) for key in next(loader).keys]
+    assert Counter(served) == Counter(keys)
+    # Each once, as far ahead as is planned, and again those in which one window ends and another begins.
+    assert len(loads) == 40
+    assert loads.total() <= 40 * (1 if window < 400 else 2) + 16
 
 
 def test_few_samples_reduce_the_lanes(make_shards) -> None:
