@@ -42,7 +42,7 @@ from data_pipeline.order.position import (
 )
 from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset
-from data_pipeline.shards.growth import walks_of
+from data_pipeline.shards.growth import as_begun, walks_of
 from data_pipeline.shards.held_out import HeldOut, open_held_out
 from data_pipeline.shards.opening import open_dataset
 from data_pipeline.shards.removals import read_removals
@@ -164,6 +164,7 @@ def _tasks(
     first_epoch: int,
 ) -> list[ShareTask]:
     """What each worker of this rank does; at least one task, if need be without lanes."""
+    dataset = as_begun(config, dataset, position)
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
     mine = lanes_of(part, order.lanes, global_batch_size)
     dataset, buckets, fingerprint = walks_of(config, dataset, order, position)
@@ -194,6 +195,7 @@ def check_layout(
 ) -> Order | Turns:
     """The order of a run, which is at a position; raises DataError when the data do not fill its lanes or
     buckets."""
+    dataset = as_begun(config, dataset, position)
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=position)
     dataset.buckets(config, order)
     return order
@@ -216,6 +218,7 @@ def position_near(
     index could not tell, lanes stand as if it were the share `1 - served` everywhere. Raises DataError when
     the known position belongs to another order.
     """
+    dataset = as_begun(config, dataset, known)
     order = dataset.walk(config, seed=seed, global_batch_size=global_batch_size, position=known)
     if isinstance(order, Turns):
         return known

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_TOLD = 20
 REINDEX = "run `ldm data index` on the set once, then start the run again"
+"""What takes in shards with as many samples as before; of a run, nothing takes in others."""
 
 
 class ShardEditions:
@@ -60,7 +61,10 @@ class ShardEditions:
                 raise ReadFailed(str(error)) from error
             if found is None:
                 self._replaced[shard] = str(why)
-                self._tell(f"{why}; its samples are left out until it is indexed again: {REINDEX}")
+                self._tell(
+                    f"{why}; its samples are left out. With as many as before they are served from the next "
+                    f"start on ({REINDEX}), else in new runs, or under a new name behind those of the set"
+                )
                 raise why
             self._renewed[shard] = found
             url = self._dataset.urls[shard]

@@ -49,6 +49,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -232,9 +233,11 @@ class Walker(ReadAhead[LaneWalk]):
         """Visits of consecutive offsets from `offset` on."""
         ordinal = walk.order.ordinal(epoch, walk.lane, offset)
         visits = []
-        for slot, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
+        # Shard by shard: a window may lie in more of them than views, or tables of moments, are kept.
+        for slot in np.argsort(shards, kind="stable").tolist():
+            shard = int(shards[slot])
             view = self._views.get(shard)
-            row = view.row(walk.bucket, place)
+            row = view.row(walk.bucket, int(places[slot]))
             reason = view.reason(row)
             if reason is None and ordinal + slot in self._skip_ordinals:
                 reason = "skipped"
@@ -259,7 +262,7 @@ class Walker(ReadAhead[LaneWalk]):
                 target = self.buckets.shapes[walk.bucket]
                 planned = self._moments.plan(shard, view, row, target, ordinal + slot)
             visit.want(view, row, planned)
-        return visits
+        return sorted(visits, key=attrgetter("slot"))
 
     def _start(self, visits: list[Visit], near: int) -> None:
         by_slot = {visit.slot: visit for visit in visits}

@@ -26,6 +26,7 @@ from data_pipeline.shards.index import ShardIndex, decode_index
 from data_pipeline.shards.pieces import IndexedPieces, TarPieces
 from data_pipeline.shards.recorder import Recorder
 from data_pipeline.shards.selection import Selection
+from data_pipeline.shards.view import REST
 from data_pipeline.storage.editions import Edition
 from data_pipeline.storage.listing import ListedFile
 from data_pipeline.storage.ranges import Background, RangeReader
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 Pieces: TypeAlias = TarPieces | IndexedPieces
 
-REST = "*"
-"""Key of the visit that stands for what is left of a shard."""
 _OTHER_COUNT = "shard_other_count"
 """Reason that stands for a shard which is served, but does not hold what files beside it promise."""
 _AT_ONCE = 1

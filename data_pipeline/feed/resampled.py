@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,24 +19,22 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from data_pipeline.batch import FIRST, Batch, Tally, remedy
+from data_pipeline.batch import Batch, Tally
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import (
     AccessDenied,
     DataError,
     Failure,
-    NotATar,
     Rejected,
     StorageOutage,
-    in_a_line,
 )
 from data_pipeline.feed.conditions import check_conditions, condition_arrays
+from data_pipeline.feed.findings import StreamFindings, StreamProgress
 from data_pipeline.feed.sample import Known, draw_crop, fill_sample, sample_arrays
 from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.order.draws import fold
 from data_pipeline.order.lanes import Part, lanes_of
 from data_pipeline.pictures.headers import picture_size
-from data_pipeline.shards.filter_columns import unknown_column
 from data_pipeline.shards.filter_values import as_column, to_numbers
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.identities import hash_text
@@ -53,21 +51,6 @@ from data_pipeline.storage.urls import distinguishing_depth, shard_name
 logger = logging.getLogger(__name__)
 
 _TAKE_S = 1.0
-_FRUITLESS_ROUNDS = 3
-"""Times that as many shards as there are may be opened in a row without a single sample in them."""
-
-
-class _ShardProgress:
-    """Which shard a thread is in, and how many of its samples have come."""
-
-    url = ""
-    samples = 0
-
-    def counted(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The samples as they come."""
-        for sample in samples:
-            self.samples += 1
-            yield sample
 
 
 def original_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -127,8 +110,9 @@ class ResampledLoader(Iterator[Batch]):
         self._findings = StreamFindings(config, self._urls, self._filter.columns)
         self._removals = read_removals(config.removal_lists)
         self._selection = make_selection(config, self._removals)
-        self.tally = self._findings.tally
-        """Samples served and rejected, of this rank, since the loader was opened."""
+        self.tally = Tally()
+        """Samples served and rejected, of this rank, since the loader was opened: what threads have rejected
+        ahead of what is served counts when that is."""
         self.counts: Counter[str] = Counter()
         self.wait_s = 0.0
         self._stop = threading.Event()
@@ -152,22 +136,22 @@ class ResampledLoader(Iterator[Batch]):
             shards = wds.ResampledShards(
                 self._urls, seed=seed, worker_seed=lambda: worker, deterministic=True
             )
-            reading = _ShardProgress()
+            reading = StreamProgress(self._findings)
             samples = samples_of(
                 self._opened(shards, reading),
                 self._selection,
                 broken=partial(self._skip, reading),
-                reject=self._findings.rejected,
+                reject=reading.rejected,
             )
             samples = reading.counted(samples)
             for sample in wds.shuffle(window, initial=min(window, 100), seed=seed)(samples):
                 if self._stop.is_set():
                     return
-                self._put(sample)
+                self._put(sample, reading)
         except BaseException as error:  # noqa: BLE001 - raised by __next__
             self._hand_over(error)
 
-    def _opened(self, shards: Iterable[dict[str, Any]], reading: _ShardProgress) -> Iterator[dict[str, Any]]:
+    def _opened(self, shards: Iterable[dict[str, Any]], reading: StreamProgress) -> Iterator[dict[str, Any]]:
         """Open shards; an outage is tried for `patience_s`."""
         failing_since: float | None = None
         for shard in shards:
@@ -185,18 +169,18 @@ class ResampledLoader(Iterator[Batch]):
                     raise StorageOutage(
                         f"{error} Nothing could be read for {self._config.patience_s:.0f} s."
                     ) from error
-                self._findings.unreadable()
+                reading.unreadable()
                 continue
             failing_since = None
-            reading.url, reading.samples = shard["url"], 0
+            reading.begin(shard["url"])
             with stream:
                 yield {**shard, "stream": stream}
 
-    def _skip(self, reading: _ShardProgress, error: Exception) -> None:
+    def _skip(self, reading: StreamProgress, error: Exception) -> None:
         """Go on with the next shard. Raises DataError where too many are no tars."""
         # Storage that fails in the middle says nothing about what the shard is.
         is_content = isinstance(error, (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError))
-        self._findings.broken(reading.url, reading.samples if is_content else 1, error)
+        reading.broken(error, is_content=is_content)
 
     def _late(self, members: dict[str, bytes], record: Mapping[str, Any]) -> Filter | None:
         """The filter for one sample; raises DataError when records keep coming without one of its columns.
@@ -212,7 +196,8 @@ class ResampledLoader(Iterator[Batch]):
         self._findings.columns({*record, *picture})
         return self._filter.given(picture)
 
-    def _put(self, sample: dict[str, Any]) -> None:
+    def _put(self, sample: dict[str, Any], reading: StreamProgress) -> None:
+        reading.reached(sample)
         members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
         edge = self._config.image_size
         row = {name: np.zeros((1, *shape), kind) for name, (kind, shape) in self._arrays.items()}
@@ -237,10 +222,10 @@ class ResampledLoader(Iterator[Batch]):
                 row=0,
             )
         except Rejected as error:
-            self._findings.rejected(error.reason)
+            reading.passed(error.reason)
             return
         self._findings.accepted()
-        self._hand_over((row, caption, key))
+        self._hand_over((row, caption, key, reading.handed_over()))
 
     def _hand_over(self, item: Any) -> None:
         while not self._stop.is_set():
@@ -255,24 +240,26 @@ class ResampledLoader(Iterator[Batch]):
         rows = [self._take() for _ in range(self._size)]
         self.wait_s += time.monotonic() - began
         tensors = {
-            name: torch.from_numpy(np.concatenate([row[name] for row, _, _ in rows])) for name in rows[0][0]
+            name: torch.from_numpy(np.concatenate([row[name] for row, *_ in rows])) for name in rows[0][0]
         }
         tensors.pop("ordinals")
         slots = torch.arange(self._slots.start, self._slots.stop)
         ordinals = self._step * self._global + slots
         self._step += 1
         self.tally.served += self._size
+        for *_, rejected in rows:
+            self.tally.rejected += rejected
         return Batch(
             pixels=tensors.pop("pixels").permute(0, 3, 1, 2),
-            captions=tuple(caption for _, caption, _ in rows),
+            captions=tuple(caption for _, caption, *_ in rows),
             conditions=tensors,
-            keys=tuple(key for _, _, key in rows),
+            keys=tuple(key for _, _, key, _ in rows),
             ordinals=ordinals,
             slots=slots,
             position={"format": 1, "order": "resampled", "step": self._step},
         )
 
-    def _take(self) -> tuple[dict[str, Any], str, str]:
+    def _take(self) -> tuple[dict[str, Any], str, str, Counter[str]]:
         deadline = time.monotonic() + self._config.patience_s + self._config.request_timeout_s
         while True:
             try:
@@ -302,99 +289,3 @@ class ResampledLoader(Iterator[Batch]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-class StreamFindings:
-    """What a loader without an index finds out about its shards while it reads them.
-
-    With an index the start knows which shards are no tars, which columns there are and what the filter
-    leaves. Here only reading tells, and a loader that met nothing usable would read for ever. So the threads
-    of a rank report here, and what can only mean a mistake of the user's is raised as one: every method may
-    raise DataError, which ends the loader.
-    """
-
-    def __init__(self, config: DataConfig, urls: Sequence[str], columns: Iterable[str]) -> None:
-        """columns: those that the filter names"""
-        self.tally = Tally()
-        self._limit = config.max_bad_shards
-        self._shards = len(set(urls))
-        self._lock = threading.Lock()
-        self._bad: dict[str, None] = {}
-        self._fruitless = 0
-        self._accepted = False
-        self._seen: set[str] = set()
-        self._records = 0
-        self._unseen = set(columns)
-
-    def opening(self, url: str) -> bool:
-        """A shard is about to be read; False: it was found to be no tar before."""
-        with self._lock:
-            self._fruitless += 1
-            if self._fruitless > _FRUITLESS_ROUNDS * self._shards + FIRST:
-                raise DataError(
-                    f"None of the {self._shards} shards of data.shards holds a sample; correct it."
-                )
-            return url not in self._bad
-
-    def unreadable(self) -> None:
-        """A shard could not be opened."""
-        with self._lock:
-            self.tally.rejected["shard_unreadable"] += 1
-
-    def broken(self, url: str, samples: int, error: Exception) -> None:
-        """Reading a shard failed after so many samples."""
-        told = in_a_line(error)
-        with self._lock:
-            if samples:
-                self.tally.rejected["shard_cut_short"] += 1
-                logger.warning("%s is cut short: %s", url, told)
-                return
-            self._bad[url] = None
-            self.tally.rejected["shard_unreadable"] += 1
-            names = ", ".join(self._bad)
-            if len(self._bad) > self._limit * self._shards:
-                raise NotATar(
-                    f"{names}: no tar archive ({told}), {len(self._bad)} of {self._shards} shards; remove "
-                    f"what is none, or raise data.max_bad_shards={self._limit:g}."
-                )
-            logger.warning(
-                "left out, %d of %d shards: %s is no tar archive", len(self._bad), self._shards, url
-            )
-
-    def columns(self, names: Iterable[str]) -> None:
-        """A sample's record has these fields."""
-        if not self._unseen:
-            return
-        with self._lock:
-            self._seen.update(names)
-            self._records += 1
-            self._unseen -= self._seen
-            if self._unseen and self._records >= FIRST:
-                where = f"any of the first {self._records} samples"
-                raise DataError(unknown_column(min(self._unseen), self._seen, where))
-
-    def accepted(self) -> None:
-        """A sample is served."""
-        with self._lock:
-            self._fruitless, self._accepted = 0, True
-
-    def rejected(self, reason: str) -> None:
-        """A sample is not, or a member of one."""
-        with self._lock:
-            self._fruitless = 0
-            self.tally.rejected[reason] += 1
-            if self.tally.lost >= FIRST:
-                self._check_some_are_accepted()
-
-    def waited(self) -> None:
-        """No sample came for as long as there was patience: storage is not to blame where it gave some."""
-        with self._lock:
-            if self.tally.lost:
-                self._check_some_are_accepted()
-
-    def _check_some_are_accepted(self) -> None:
-        if not self._accepted:
-            _, _, why = self.tally.sentence().partition("; rejected: ")
-            raise DataError(
-                f"In data.order=resampled every sample was rejected: {why}. {remedy(self.tally.rejected)}."
-            )

@@ -255,7 +255,10 @@ class ShareStream:
         listed = ", ".join(f"{reason} ({count})" for reason, count in reasons)
         remedy = "loosen data.filter, lower data.lanes or correct the shards"
         if reasons and reasons[0][0] == "shard_replaced":
-            remedy = f"the shards changed after they were indexed: {REINDEX}"
+            remedy = (
+                f"the shards changed after they were indexed: {REINDEX}, or where they have other numbers of "
+                "samples begin a new one (init_from)"
+            )
         if reasons and reasons[0][0] == "too_small":
             remedy = "lower data.image_size to what the pictures have, or set data.allow_enlarging=true"
         return DataError(f"Every sample of {walk} is rejected: {listed}; {remedy}.")

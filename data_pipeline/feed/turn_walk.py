@@ -20,8 +20,9 @@ Where data.buffer_bytes has no room for a window (`read_ahead.py`), its headers 
 and its pictures when their turn comes. Of a window that is planned from the index of an earlier visit nothing
 is read before that, and of what the cache of moments has neither then. The order is the same: a window's.
 
-A shard that is no tar, is not there, was replaced under the lane's feet or does not answer while others do is
-left with one visit that says so (`shard/*` in the reject file), and the lane takes its next turn.
+A shard that is no tar, has members that cannot be joined on the way, is not there, was replaced under the
+lane's feet or does not answer while others do is left with one visit that says so (`shard/*` in the reject
+file), and the lane takes its next turn.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError, Gone, NotATar, ReadFailed, Rejected, Replaced
 from data_pipeline.feed.lane_walk import PlannedVisits
-from data_pipeline.feed.learned import REST, LearnedShards, Pieces
+from data_pipeline.feed.learned import LearnedShards, Pieces
 from data_pipeline.feed.moments import MomentsReads
 from data_pipeline.feed.read_ahead import MIN_PLAN, ReadAhead, Visit
 from data_pipeline.feed.reads import Contents, Extent, MemberReads
@@ -47,7 +48,7 @@ from data_pipeline.order.position import LaneState, Mark
 from data_pipeline.order.turns import MAX_SAMPLES, Turns
 from data_pipeline.shards.beside import JsonCheck
 from data_pipeline.shards.pieces import HEADERS, IndexedPieces, TarPiece
-from data_pipeline.shards.view import ShardViews
+from data_pipeline.shards.view import REST, ShardViews
 from data_pipeline.storage.editions import Edition
 
 logger = logging.getLogger(__name__)
@@ -371,7 +372,7 @@ class TurnWalker(ReadAhead[TurnWalk]):
     def _left(self, walk: TurnWalk, shard: int, reason: str, why: Exception) -> Visit:
         """The visit that stands for what is left of a shard, of which the lane takes leave.
 
-        Raises NotATar where there are too many that are no tars.
+        Raises NotATar where there are too many `bad_shard`.
         """
         offset = max(walk.first, walk.skip_to)
         with self._noting:
@@ -381,8 +382,8 @@ class TurnWalker(ReadAhead[TurnWalk]):
             logger.warning("left out: %s%s", why, " (further ones are not told)" if told == _MAX_TOLD else "")
         if reason == "bad_shard" and bad > self._config.max_bad_shards * len(self._dataset.urls):
             raise NotATar(
-                f"{why} {bad} of the {len(self._dataset.urls)} shards cannot be used so far; correct "
-                "data.shards, or raise data.max_bad_shards."
+                f"{why} {bad} of the {len(self._dataset.urls)} shards cannot be used so far; correct them, "
+                "or raise data.max_bad_shards."
             ) from why
         visit = Visit(walk.turn, offset, shard, REST, reason, mark=Mark(-1, 0, 0, ""))
         walk.next_turn()

@@ -48,6 +48,8 @@ class ShardSet:
     """Of each source."""
     grown: tuple[Earlier, ...] = ()
     """What the set was before it grew, oldest first."""
+    kept: tuple[Kept, ...] = ()
+    """What shards were when the run began, where they were replaced since."""
 
 
 class Earlier(NamedTuple):
@@ -57,6 +59,16 @@ class Earlier(NamedTuple):
     """Of each source, the first of those that it has now."""
     until: tuple[int, ...]
     """Epoch of each source from which on it has more; of one order over all sources, its epoch."""
+
+
+class Kept(NamedTuple):
+    """A shard as a fingerprint has it, which by now is another one."""
+
+    source: int
+    place: int
+    """Among those of its source."""
+    size: int
+    samples: int
 
 
 _FORMAT = 1
@@ -117,6 +129,8 @@ def pack(
         more["windows"] = [each.window for each in buckets.orders]
     if shards.grown:
         more["grown"] = [[list(part) for part in earlier] for earlier in shards.grown]
+    if shards.kept:
+        more["kept"] = [list(kept) for kept in shards.kept]
     fingerprint = shards.fingerprint
     return {
         "format": _FORMAT,
@@ -208,11 +222,6 @@ def takes_turns(position: Position) -> bool | None:
     return None if head.get("order") == "resampled" else head.get("walk") == _TURNS
 
 
-def window_of(position: Position) -> int | None:
-    """The shuffle window that a position was made with."""
-    return int(_head(position)["window"]) if position else None
-
-
 def shards_of(position: Position) -> ShardSet | None:
     """The shards that a position was made with; None where it does not tell how many there were."""
     if not position or "shards" not in (head := _head(position)):
@@ -222,13 +231,14 @@ def shards_of(position: Position) -> ShardSet | None:
         data if isinstance(data, str) else tuple(data),
         tuple(head["shards"]),
         tuple(Earlier(tuple(shards), tuple(until)) for shards, until in head.get("grown", ())),
+        tuple(Kept(*kept) for kept in head.get("kept", ())),
     )
 
 
-def lanes_and_window(position: Position) -> tuple[int, int]:
-    """Those that a position was made with."""
-    assert position
-    head = _head(position)
+def lanes_and_window(position: Position) -> tuple[int, int] | None:
+    """Those that a position was made with; None without one, or of no order."""
+    if not position or "lanes" not in (head := _head(position)):
+        return None
     return int(head["lanes"]), int(head["window"])
 
 

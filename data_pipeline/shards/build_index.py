@@ -43,6 +43,7 @@ from data_pipeline.shards.manifest import (
     merge_parts,
     read_parts,
     store_index,
+    succeeding,
     without_file,
 )
 from data_pipeline.shards.read_index import read_index
@@ -106,8 +107,8 @@ class IndexReport:
     """Manifest rows of the asked shards."""
     read: int
     """Shards that had to be read."""
-    failed: dict[str, str]
-    """Shards that could not be indexed, with the reason."""
+    failed: dict[str, ManifestRow]
+    """Rows of shards that could not be indexed, whose only problem is the reason."""
     other_parquets: int = 0
     """Shards beside which lies another parquet than their index is of, which was not to be restored."""
 
@@ -148,16 +149,17 @@ def build_index(
         known |= unsaved
         again = {s.url for s in stale} | others | lacking
         stale = [s for s in shards if s.url in again]
-    failed: dict[str, str] = {}
-    done, saved = len(shards) - len(stale), time.monotonic()
+    failed: dict[str, ManifestRow] = {}
+    began, done, saved = time.time(), len(shards) - len(stale), time.monotonic()
     progress(done, len(shards))
     for outcome in _index_all(stale, _ScanSettings(folder, timeout_s, tries), workers, announce):
         if outcome is not None:
             shard, row = outcome
+            row = succeeding(row, known.get(shard.url), began)
             known[shard.url] = unsaved[shard.url] = row
             done += 1
             if row.is_bad:
-                failed[shard.url] = row.problems[0]
+                failed[shard.url] = row
         progress(done, len(shards))
         if unsaved and time.monotonic() - saved > _SAVE_EVERY_S:
             append_rows(folder, unsaved.values())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +16,15 @@ from data_pipeline.order.lanes import Order, choose_lanes, choose_window
 from data_pipeline.order.position import (
     Earlier,
     Fingerprint,
+    Kept,
     Position,
     ShardSet,
     lanes_and_window,
-    shards_of,
     takes_turns,
-    window_of,
 )
 from data_pipeline.order.turns import MAX_SAMPLES, Turns, choose_turn_lanes
 from data_pipeline.shards.accepted import Accepted
+from data_pipeline.shards.manifest import Former
 from data_pipeline.shards.selection import target_shapes
 from data_pipeline.storage.urls import name_of, shard_name
 
@@ -70,12 +70,37 @@ class Dataset:
     """How much of the served samples is of each source, which then has walks of its own; (): by `repeat`."""
     grown: tuple[Earlier, ...] = ()
     """What a run has known of the set before it grew."""
+    former: Mapping[int, tuple[Former, ...]] = field(default_factory=dict)
+    """Of distinct shards that were replaced: what they were (`ManifestRow.former`)."""
+    kept: Mapping[int, Former] = field(default_factory=dict)
+    """Of those that were replaced since the run began: as its fingerprint has them."""
+    left_out: frozenset[int] = frozenset()
+    """Those of which the run's order counts other samples than there are: none of theirs is served."""
 
     @property
     def shards(self) -> ShardSet:
         """As a position tells of them."""
         counted = np.bincount(self.source_of, minlength=len(self.shares))
-        return ShardSet(self.fingerprint, tuple(counted.tolist()), self.grown)
+        kept = []
+        for shard, was in sorted(self.kept.items()):
+            source = int(self.source_of[shard])
+            place = shard - int(np.searchsorted(self.source_of, source))
+            kept.append(Kept(source, place, was.size, was.samples))
+        return ShardSet(self.fingerprint, tuple(counted.tolist()), self.grown, tuple(kept))
+
+    def keeping(self, kept: Mapping[int, Former], *, counted: bool) -> Dataset:
+        """The same for a run that began when shards were what is `kept` of them.
+
+        counted: its order is one of raw samples, so that what a shard had decides where others come
+        """
+        if not kept:
+            return self
+        counts, has = self.counts.copy(), dict(zip(self.shard_of.tolist(), self.counts.tolist(), strict=True))
+        other = frozenset(shard for shard, was in kept.items() if was.samples != has[shard] and counted)
+        for shard in other:
+            counts[self.shard_of == shard] = kept[shard].samples
+        some = replace(self, kept=kept, counts=counts, left_out=other)
+        return replace(some, fingerprint=some._printed(some._lines()))
 
     def first(self, shards: Sequence[int]) -> Dataset:
         """The same with the first so many shards of each source as its entries, numbered as ever."""
@@ -94,8 +119,12 @@ class Dataset:
         shards = self.shard_of.tolist()
         if self.unindexed or names_alone:
             return [name_of(self.urls[shard]) for shard in shards]
-        pairs = zip(shards, self.counts.tolist(), strict=True)
-        return [f"{name_of(self.urls[shard])} {count} {self.sizes[shard]}" for shard, count in pairs]
+        lines = []
+        for shard, count in zip(shards, self.counts.tolist(), strict=True):
+            was = self.kept.get(shard)
+            count, size = (was.samples, was.size) if was is not None else (count, self.sizes[shard])
+            lines.append(f"{name_of(self.urls[shard])} {count} {size}")
+        return lines
 
     def _printed(self, lines: Sequence[str]) -> Fingerprint:
         """Fingerprint of a line for each entry: of all, or where sources have weights of those of each."""
@@ -133,12 +162,10 @@ class Dataset:
 
         Raises DataError for lanes that do not fit.
         """
-        known = shards_of(position)
-        if known is not None and (known.grown or known.shards != self.shards.shards):
+        if (known := lanes_and_window(position)) is not None:
             # What follows from the set must not change with it.
-            lanes, window = lanes_and_window(position)
             config = replace(
-                config, lanes=config.lanes or lanes, shuffle_window=config.shuffle_window or window
+                config, lanes=config.lanes or known[0], shuffle_window=config.shuffle_window or known[1]
             )
         before = takes_turns(position)
         if not (self.unindexed or before):
@@ -152,8 +179,7 @@ class Dataset:
         if self.shares:
             fewest = int(np.bincount(self.source_of, minlength=len(self.shares)).min())
         lanes = choose_turn_lanes(config.lanes, global_batch_size, fewest)
-        given = window_of(position) if before and not config.shuffle_window else None
-        window = given or choose_window(config.shuffle_window, lanes, self.mean_bytes)
+        window = choose_window(config.shuffle_window, lanes, self.mean_bytes)
         return Turns(len(self.shard_of), seed, lanes, window, self.shard_of)
 
     def fingerprint_of(self, order: Order | Turns) -> Fingerprint:

@@ -1,4 +1,6 @@
-"""Sets that grow between the starts of a run: what lanes are in ends as it began, and the next epoch has all.
+"""Sets that change between the starts of a run.
+
+Where they grow, what lanes are in ends as it began, and the next epoch has all:
 
     lane 0   epoch 3 of A B C   | epoch 4 of A B C D E      D and E were there when the run was started again,
     lane 1   epoch 3 of A B C   | epoch 4 of A B C D E      lanes 0 and 1 in epoch 3, lane 2 in epoch 2
@@ -8,6 +10,12 @@ The positions say which shards there were, and from which epoch on there are mor
 has the same. Shards that join go behind the others of their source, by which both are known: the first ones
 must have the fingerprint that the position has. Without weights a source that joins is growth as well; with
 weights it has walks of its own, and needs none of this.
+
+A shard that was replaced by one of another size or number of samples keeps its place: the manifest says what
+it was (`ManifestRow.former`), so that the fingerprint of the position is found again, and from then on the
+positions say it (`kept`). With as many samples as before, or with buckets, whose orders go on at the same
+share when what is accepted changes, the new ones are served; else they are left out to the end of the run,
+since where all others come depends on how many they are.
 """
 
 from __future__ import annotations
@@ -16,6 +24,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
@@ -23,16 +33,70 @@ from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import (
     Earlier,
     Fingerprint,
+    Kept,
     Position,
     ShardSet,
     last_epochs,
     shards_of,
+    takes_turns,
     with_windows,
 )
 from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.manifest import Former
 
 logger = logging.getLogger(__name__)
+
+
+def as_begun(config: DataConfig, dataset: Dataset, position: Position) -> Dataset:
+    """The data set as the order of a position counts it, where shards were replaced since the run began."""
+    known = shards_of(position)
+    if known is None or dataset.unindexed or takes_turns(position):  # turns depend on names alone
+        return dataset
+    counted = not config.buckets
+    kept = _numbered(dataset, known.kept)
+    found = dataset.keeping(kept, counted=counted)
+    times = {former.until for some in dataset.former.values() for former in some}
+    for until in sorted(times, reverse=True):
+        if _known_part(found, known) is not None:
+            break
+        then = _before(dataset, known, until)
+        found = dataset.keeping(then | kept, counted=counted)
+    if _known_part(found, known) is None:
+        return dataset
+    if found.kept:
+        first = dataset.urls[min(found.left_out or found.kept)]
+        logger.warning(
+            "%d shards were replaced since the run began, %d of them (first %s) by others with another "
+            "number of samples: these are left out (shard_replaced) to the end of this run; under a new name "
+            "behind the others they join at its next epoch",
+            len(found.kept),
+            len(found.left_out),
+            first,
+        )
+    return found
+
+
+def _numbered(dataset: Dataset, kept: Sequence[Kept]) -> dict[int, Former]:
+    """What a position says of shards that were replaced, by their numbers; without those that are gone."""
+    starts = np.searchsorted(dataset.source_of, np.arange(len(dataset.shards.shards)))
+    found = {}
+    for source, place, size, samples in kept:
+        if source < len(starts) and place < dataset.shards.shards[source]:
+            found[int(starts[source]) + place] = Former(size, samples, 0.0)
+    return found
+
+
+def _before(dataset: Dataset, known: ShardSet, until: float) -> dict[int, Former]:
+    """What shards that a position knows were before a time, where they were something else."""
+    first = np.searchsorted(dataset.source_of, np.arange(len(dataset.shards.shards)))
+    found: dict[int, Former] = {}
+    for shard, some in dataset.former.items():
+        source = dataset.source_of[shard]
+        if source < len(known.shards) and shard - first[source] < known.shards[source]:
+            was = next((former for former in some if former.until >= until), None)
+            found |= {} if was is None else {shard: was}
+    return found
 
 
 def walks_of(
@@ -95,13 +159,20 @@ def _padded(dataset: Dataset, shards: Sequence[int], later: Sequence[int]) -> tu
 def _grown_from(dataset: Dataset, order: Order | Turns, known: ShardSet) -> ShardSet | None:
     """The shards of a position, among the sources of now, if they are the first of those that there are, and
     not all."""
+    found = _known_part(dataset, known, order)
+    return found if found is not None and found.shards != dataset.shards.shards else None
+
+
+def _known_part(dataset: Dataset, known: ShardSet, order: Order | Turns | None = None) -> ShardSet | None:
+    """The shards of a position, among the sources of now, if they are the first of those that there are."""
     now = dataset.shards.shards
     if len(known.shards) > len(now) or isinstance(known.fingerprint, str) == bool(dataset.shares):
         return None
     was = _padded(dataset, known.shards, now)
-    if was == now or any(before > after for before, after in zip(was, now, strict=True)):
+    if any(before > after for before, after in zip(was, now, strict=True)):
         return None
-    found = dataset.first(was).fingerprint_of(order)
+    part = dataset.first(was)
+    found = part.fingerprint if order is None else part.fingerprint_of(order)
     return ShardSet(found, was) if found[: len(known.fingerprint)] == known.fingerprint else None
 
 

@@ -29,7 +29,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,6 +56,15 @@ _REMOVED_AT_ONCE = 1000
 _LEVEL = 3
 """Of compression: level 9 takes ten times as long for a tenth less."""
 _MAX_MEMBERS = 64
+
+
+class Former(NamedTuple):
+    """What a shard was before it was replaced: orders of runs that have begun count it so."""
+
+    size: int
+    samples: int
+    until: float
+    """When the build began that met another, in seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,8 @@ class ManifestRow:
     """Samples whose members lie apart."""
     beside: str = ""
     """The parquet that was beside the tar (`ShardIndex.beside`); "": nobody has noted it."""
+    former: tuple[Former, ...] = ()
+    """What the shard was, where it had another size or number of samples, the oldest first."""
 
     @property
     def is_bad(self) -> bool:
@@ -142,6 +154,17 @@ def decode_listed(data: bytes, url: str, checksum: str) -> ShardIndex:
 def bad_row(shard: str, size: int, version: str, why: str) -> ManifestRow:
     """Manifest row of a shard that is no tar."""
     return ManifestRow(shard, size, version, samples=0, bytes=0, index="", checksum="", problems=(why,))
+
+
+def succeeding(row: ManifestRow, known: ManifestRow | None, now: float) -> ManifestRow:
+    """A new row of a shard that was `known` until `now`, seconds since 1970."""
+    if known is None:
+        return row
+    former = known.former
+    in_orders = bool(known.former) or not known.is_bad
+    if in_orders and (known.size, known.samples) != (row.size, row.samples):
+        former = (*former, Former(known.size, known.samples, now))
+    return replace(row, former=former)
 
 
 def read_manifest(folder: str) -> dict[str, ManifestRow]:
@@ -265,6 +288,7 @@ def _read_rows(url: str) -> dict[str, ManifestRow] | None:
             sets = [{str(k): str(v) for k, v in c.items()} for c in head["columns"]]
             members = [tuple(str(e) for e in extensions) for extensions in head["members"]]
             beside: dict[str, str] = head.get("beside", {})
+            former: dict[str, list[list[float]]] = head.get("former", {})
             rows, digest = {}, hashlib.sha256()
             while some := lines.readlines(_READ_BYTES):
                 text = b"".join(some)
@@ -275,6 +299,10 @@ def _read_rows(url: str) -> dict[str, ManifestRow] | None:
                     row["columns"] = sets[row["columns"]]
                     row["members"] = members[row["members"]]
                     row["beside"] = beside.get(row["shard"], "")
+                    row["former"] = tuple(
+                        Former(int(size), int(samples), until)
+                        for size, samples, until in former.get(row["shard"], ())
+                    )
                     rows[row["shard"]] = ManifestRow(**row)
         if digest.hexdigest() != head["checksum"]:
             raise ValueError("checksum")
@@ -295,6 +323,7 @@ def _encode_rows(rows: Iterable[ManifestRow]) -> bytes:
     sets: dict[tuple[tuple[str, str], ...], int] = {}
     members: dict[tuple[str, ...], int] = {}
     beside: dict[str, str] = {}
+    former: dict[str, tuple[Former, ...]] = {}
     digest, number, out = hashlib.sha256(), 0, io.BytesIO()
     with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=_LEVEL, mtime=0) as body:
         for row in rows:
@@ -305,6 +334,8 @@ def _encode_rows(rows: Iterable[ManifestRow]) -> bytes:
             fields = {name: getattr(row, name) for name in _FIELDS}
             if row.beside:
                 beside[row.shard] = row.beside
+            if row.former:
+                former[row.shard] = row.former
             # Before each but the first: the checksum is of the lines without the last one's end.
             line = (b"\n" if number else b"") + json.dumps({**fields, **shared}).encode()
             digest.update(line)
@@ -312,9 +343,10 @@ def _encode_rows(rows: Iterable[ManifestRow]) -> bytes:
             number += 1
     head = {"format": VERSION, "shards": number, "checksum": digest.hexdigest()}
     head |= {"columns": [dict(s) for s in sets], "members": list(members), "beside": beside}
+    head |= {"former": former} if former else {}
     return gzip.compress((json.dumps(head) + "\n").encode(), mtime=0) + out.getvalue()
 
 
 # Runs of earlier versions, which go on beside this one, refuse a row with a field that they do not know, and
 # take no notice of one in the head.
-_FIELDS = [field.name for field in fields(ManifestRow) if field.name != "beside"]
+_FIELDS = [field.name for field in fields(ManifestRow) if field.name not in ("beside", "former")]

@@ -21,7 +21,7 @@ from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.filter_columns import check_captions, check_columns
 from data_pipeline.shards.filters import Filter
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, group
-from data_pipeline.shards.manifest import ManifestRow, bad_row, has_many, merge_parts, read_parts
+from data_pipeline.shards.manifest import ManifestRow, has_many, index_name, merge_parts, read_parts
 from data_pipeline.shards.selection import picture_members
 from data_pipeline.shards.sources import configs_of, shares_of, sources_of
 from data_pipeline.shards.tars import scan
@@ -100,7 +100,7 @@ def _indexed(config: DataConfig, progress: Progress) -> Dataset:
             source_of.append(number)
         entries += [first + i for _ in range(source.repeat) for i in range(len(found))]
     _check_distinct(urls)
-    index_urls = tuple(join(f, r.index) for f, r in zip(folders, rows, strict=True))
+    index_urls = tuple(join(f, r.index or index_name(r.shard)) for f, r in zip(folders, rows, strict=True))
     alike = _read_alike(configs, source_of)
     for each, mine in alike:
         check_columns(Filter(each.filter), [rows[i] for i in mine])
@@ -126,6 +126,7 @@ def _indexed(config: DataConfig, progress: Progress) -> Dataset:
             fingerprint="",
             name_depth=distinguishing_depth(urls),
             shares=shares_of(config),
+            former={shard: row.former for shard, row in enumerate(rows) if row.former},
         )
     )
 
@@ -150,7 +151,8 @@ def _accepted(
     """What the index accepts of all shards, of which some are read otherwise than others."""
     aspects = np.zeros((len(rows), ASPECTS), np.int64)
     reasons: Counter[str] = Counter()
-    for each, mine in alike:
+    for each, shards in alike:
+        mine = [shard for shard in shards if not rows[shard].is_bad]
         some = count_accepted(each, [rows[i] for i in mine], [index_urls[i] for i in mine], progress)
         aspects[mine] = some.aspects
         reasons.update(some.reasons)
@@ -318,12 +320,15 @@ def _open_source(
             len(shards),
             source.shards,
         )
-    rows = [report.rows.get(s.url) or bad_row(s.url, s.size, s.version, report.failed[s.url]) for s in shards]
-    return folder, _usable(config, source, rows)
+    rows = report.rows | report.failed
+    return folder, _usable(config, source, [rows[shard.url] for shard in shards])
 
 
 def _usable(config: DataConfig, source: SourceConfig, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
-    """Rows of the shards that are tars; the others are named. Raises NotATar when they are too many."""
+    """Rows of the shards that are tars, or were; the others are named. Raises NotATar when too many are none.
+
+    What was a tar keeps its place without a sample: a run that began with it counts it.
+    """
     bad = [row for row in rows if row.is_bad]
     if len(bad) > config.max_bad_shards * len(rows):
         others = f" Nor are {spans([r.shard for r in bad[1:]], [r.shard for r in rows])}." if bad[1:] else ""
@@ -334,7 +339,7 @@ def _usable(config: DataConfig, source: SourceConfig, rows: Sequence[ManifestRow
         )
     for row in bad:
         logger.warning("left out, %d of %d shards: %s", len(bad), len(rows), row.problems[0])
-    return [row for row in rows if not row.is_bad]
+    return [row for row in rows if row.former or not row.is_bad]
 
 
 def _manifest(folder: str, progress: Progress) -> dict[str, ManifestRow]:

@@ -10,7 +10,7 @@ as with an index of the whole. Every byte is read once, in order. To begin at b,
 
 A window ends before a member of another sample. Which members are one sample is seen by names alone, without
 those that are still to come (`grouping.Beginnings`). Members of one sample that lie in different windows
-cannot be joined; they are refused, with the remedy.
+cannot be joined; the shard is refused there as no tar is, with the remedy.
 
 Once the shard has been read to its end its index is there, and says whether it tells the same of every
 window (`ShardIndex.as_streamed`). Then `IndexedPieces` gives the same windows, for which no member is read.
@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data_pipeline.errors import DataError, NotATar
+from data_pipeline.errors import NotATar
 from data_pipeline.shards.grouping import IMAGE_EXTENSIONS, Beginnings, Sample, group, tidy
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.read_index import assemble, index_of, look, not_a_tar
@@ -40,7 +40,7 @@ HEADERS = 65_536
 _HEAD = 512
 _LEVEL = 1
 _ASK_AGAIN_S = 60.0
-_INDEX_IT = "run `ldm data index` once"
+_BY_INDEX = "a run that begins with an index (`ldm data index`) takes it as it is"
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class TarPieces:
         suffice, large members are jumped over, and are for the caller to read when they are wanted.
 
         Raises:
-            NotATar: it is none.
-            DataError: members of one sample lie too far apart, or are links out of their window.
+            NotATar: it is none, or one whose members cannot be joined on the way: those of one sample lie
+                too far apart, or are links out of their window.
         """
         while self._byte is not None:
             begin = self._byte
@@ -114,9 +114,10 @@ class TarPieces:
                 kept.append(zlib.compress(pickle.dumps(found), _LEVEL))
             grouping = group(found.members)
             if found.lost:
-                raise DataError(
+                raise NotATar(
                     f"{self.shard.url} has links to members that lie far from them, which cannot be followed "
-                    f"while it is read for the first time; {_INDEX_IT}."
+                    "while it is streamed; write it again with `tar --dereference --hard-dereference`, or "
+                    f"{_BY_INDEX}."
                 )
             self._check_whole(grouping.samples)
             if grouping.samples:
@@ -161,7 +162,7 @@ class TarPieces:
         return index_of(self.shard, found)
 
     def _check_whole(self, samples: Sequence[Sample]) -> None:
-        """Raises DataError where other members of a sample were in an earlier window."""
+        """Raises NotATar where other members of a sample were in an earlier window."""
         pictured = {
             hash(sample.key): any(name.rpartition(".")[2] in IMAGE_EXTENSIONS for name in sample.members)
             for sample in samples
@@ -170,10 +171,9 @@ class TarPieces:
             key = hash(sample.key)
             # Twice with a picture are two samples.
             if key in self._known and not (self._known[key] and pictured[key]):
-                raise DataError(
+                raise NotATar(
                     f"The members of sample {sample.key[:80]!r} of {self.shard.url} lie apart, which cannot "
-                    f"be joined while it is read for the first time; {_INDEX_IT}, or write the tar again "
-                    "with `tar --sort=name`."
+                    f"be joined while it is streamed; write it again with `tar --sort=name`, or {_BY_INDEX}."
                 )
         self._known |= pictured
 

@@ -22,6 +22,9 @@ from data_pipeline.shards.manifest import decode_listed
 from data_pipeline.shards.selection import Decision, Selection
 from data_pipeline.storage.ranges import RangeReader
 
+REST = "*"
+"""Key that stands for all samples of a shard, or what is left of them."""
+
 
 @dataclass(frozen=True)
 class ShardView:
@@ -91,6 +94,25 @@ class ShardView:
         return self.decided.names[code] if code >= 0 else None
 
 
+def _left_out(samples: int) -> ShardView:
+    """View of so many samples of a shard that was replaced."""
+    nobody, nothing = np.zeros(samples, np.int32), np.zeros((0, samples), np.int64)
+    return ShardView(
+        keys=np.full(samples, REST.encode()),
+        decided=Decision(nobody, ("shard_replaced",), nobody > 0),
+        members=(),
+        offsets=nothing,
+        sizes=nothing,
+        late=None,
+        late_columns={},
+        texts={},
+        originals=np.zeros((2, samples), np.int32),
+        accepted=None,
+        rows=(),
+        identities=nothing.astype(np.uint64),
+    )
+
+
 class ShardViews:
     """Views of the shards in use, each loaded once, the least recently used dropped."""
 
@@ -139,6 +161,10 @@ class ShardViews:
         return future.result()
 
     def _load(self, shard: int) -> ShardView:
+        if shard in self._dataset.left_out:
+            return _left_out(self._dataset.kept[shard].samples)
+        if not self._dataset.checksums[shard]:  # no tar any longer
+            return _left_out(0)
         url = self._dataset.index_urls[shard]
         data = self._reader.read_all(url)
         source = int(self._dataset.source_of[shard])

@@ -13,11 +13,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_pipeline.errors import DataError
@@ -32,13 +34,15 @@ _FOLDER_BLOCKS = 128
 """Blocks of a folder on average, when the cache is full."""
 _MOST_FOLDERS = 4096
 _LOCK = "lock"
+_PAUSE_S = 60.0
+"""Before a disk that took no block is tried again: each MiB that is read would be a try."""
 
 
 class BlockCache:
     """Keeps blocks of 1 MiB under `folder`, at most `limit_bytes` in all; the least recently used go.
 
     Blocks appear by rename, so a reader never sees a torn one; any number of processes may share it. A
-    full or failing disk only means that nothing more is kept.
+    full or failing disk only means that nothing more is kept for a while, which is told once.
     """
 
     def __init__(self, folder: str, limit_bytes: int) -> None:
@@ -51,6 +55,8 @@ class BlockCache:
             raise DataError(f"data.cache_dir={folder} cannot be made ({error}); choose another.") from error
         self._folders = min(_MOST_FOLDERS, max(1, limit_bytes // (_FOLDER_BLOCKS * BLOCK)))
         self._limit = limit_bytes // self._folders
+        self._paused_until = -math.inf
+        self._told = False
 
     def read(
         self, identity: str, size: int, start: int, stop: int, fetch: Callable[[int, int], bytes]
@@ -88,6 +94,8 @@ class BlockCache:
         return data
 
     def _put(self, name: str, block: int, data: bytes) -> None:
+        if time.monotonic() < self._paused_until:
+            return
         path = self._path(name, block)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
         try:
@@ -97,8 +105,20 @@ class BlockCache:
                 temporary.write_bytes(data + _checksum(data))
                 temporary.replace(path)
         except OSError as error:
-            logger.warning("nothing more is cached in %s: %s", self._folder, error)
-            temporary.unlink(missing_ok=True)
+            self._pause(error)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _pause(self, why: OSError) -> None:
+        self._paused_until = time.monotonic() + _PAUSE_S
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "nothing more is cached in %s: %s; it is tried again once a minute, and not told again. On a "
+                "full disk lower data.cache_bytes.",
+                self._folder,
+                why,
+            )
 
     def _make_room(self, folder: Path, size: int) -> None:
         """Remove the oldest files until so many bytes fit, and what a killed process has left unfinished."""

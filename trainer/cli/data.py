@@ -216,8 +216,8 @@ def _index(args: argparse.Namespace) -> int:
     for row in rows:
         for problem in row.problems:
             say(f"problem           {name_of(row.shard)}: {problem}")
-    for reason in report.failed.values():
-        say(f"failed            {reason}")
+    for row in report.failed.values():
+        say(f"failed            {row.problems[0]}")
     return 1 if report.failed else 0
 
 

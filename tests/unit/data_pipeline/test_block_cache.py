@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.storage import cache
 from data_pipeline.storage.cache import BLOCK, BlockCache
 
 LIMIT, SIZE, OBJECTS = 16 * BLOCK, 7 * BLOCK + 12_345, 4
@@ -114,3 +115,30 @@ def test_large_caches_look_at_few_files_and_keep_the_limit(tmp_path: Path) -> No
     assert len(folders) == 3
     newest = BlockCache(str(tmp_path), limit)  # as the next process finds it
     newest.read("d", size, size - BLOCK, size, lambda start, stop: pytest.fail("it was kept"))
+
+
+def test_a_disk_that_takes_nothing_is_told_once_and_left_alone_for_a_while(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, fetched = random.Random(0).randbytes(SIZE), list[tuple[int, int]]()
+    (tmp_path / "000").write_bytes(b"")  # in the place of the only folder of blocks
+
+    def fetch(start: int, stop: int) -> bytes:
+        fetched.append((start, stop))
+        return content[start:stop]
+
+    stored = BlockCache(str(tmp_path), LIMIT)
+    for _ in range(3):
+        assert stored.read("shard", SIZE, 0, SIZE, fetch) == content
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
+        f"nothing more is cached in {tmp_path}"
+    ]
+    (tmp_path / "000").unlink()
+    stored.read("shard", SIZE, 0, SIZE, fetch)
+    assert not files(tmp_path)
+    monkeypatch.setattr(cache, "_PAUSE_S", 0.0)
+    stored._paused_until = 0.0
+    for _ in range(2):
+        assert stored.read("shard", SIZE, 0, SIZE, fetch) == content
+    assert len(fetched) == 5  # all but the last, which found it
+    assert len(caplog.records) == 1

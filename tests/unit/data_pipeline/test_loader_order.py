@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Part, build_loader, merge_positions
+from data_pipeline.shards.view import ShardView, ShardViews
 
 BATCH = 12
 
@@ -171,12 +172,13 @@ def test_wrong_positions_are_refused(make_shards) -> None:
     with pytest.raises(DataError, match="set seed=3"):
         build_loader(config_for(url), seed=4, global_batch_size=BATCH, position=position)
     with pytest.raises(DataError, match=r"set data\.lanes=12"):
-        build_loader(config_for(url), seed=3, global_batch_size=24, position=position)
+        build_loader(config_for(url, lanes=6), seed=3, global_batch_size=BATCH, position=position)
     with pytest.raises(DataError, match=r"set data\.shuffle_window=5"):
         build_loader(config_for(url, shuffle_window=6), seed=3, global_batch_size=BATCH, position=position)
     with pytest.raises(DataError, match="class_label, layout"):
         build_loader(config_for(url, conditions=("label",)), seed=3, global_batch_size=BATCH)
-    make_shards([41])
+    make_shards([41], first=7)
+    url = url.replace("*", "00007")
     with pytest.raises(DataError, match="another set of shards"):
         build_loader(config_for(url), seed=3, global_batch_size=BATCH, position=position)
 
@@ -188,6 +190,27 @@ def test_all_rejected_is_an_error_not_a_hang(make_shards) -> None:
         build_loader(config_for(url, filter="score > 5"), seed=0, global_batch_size=4) as loader,
     ):
         next(loader)
+
+
+@pytest.mark.parametrize("window", [10, 100, 400])
+def test_a_window_over_many_shards_reads_each_index_once(
+    make_shards, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    url, keys = make_shards([10] * 40)
+    loads, load = Counter[int](), ShardViews._load
+
+    def counted(self: ShardViews, shard: int) -> ShardView:
+        loads[shard] += 1
+        return load(self, shard)
+
+    monkeypatch.setattr(ShardViews, "_load", counted)
+    config = config_for(url, lanes=1, shuffle_window=window, prefetch=1)
+    with build_loader(config, seed=3, global_batch_size=8) as loader:
+        served = [key for _ in range(50) for key in next(loader).keys]
+    assert Counter(served) == Counter(keys)
+    # Each once, as far ahead as is planned, and again those in which one window ends and another begins.
+    assert len(loads) == 40
+    assert loads.total() <= 40 * (1 if window < 400 else 2) + 16
 
 
 def test_few_samples_reduce_the_lanes(make_shards) -> None:

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
+from data_pipeline.feed.resampled import ResampledLoader
 from data_pipeline.feed.tar_stream import samples_of
 from data_pipeline.loader import Part, build_loader, merge_positions
 from data_pipeline.shards.selection import make_selection
@@ -142,3 +144,20 @@ def test_a_second_sample_of_a_key_is_counted(tmp_path: Path, write_tar, tiny_pic
     with build_loader(config, seed=1, global_batch_size=2) as loader:
         assert {k for _ in range(40) for k in next(loader).keys} == {"0/a", "0/b"}
         assert loader.rejected["duplicate_key"] > 0
+
+
+def test_rejections_count_with_the_samples_that_come_after_them(make_shards) -> None:
+    """However far the threads have read ahead of what is served."""
+    url, _ = make_shards([50] * 4)
+    config = config_for(url, filter="score < 0.65", prefetch=64)  # 7 of 10
+    with build_loader(config, seed=1, global_batch_size=16) as loader:
+        assert isinstance(loader, ResampledLoader)
+        next(loader)
+        while loader._queue.qsize() < 60 * 16:  # the suite's timeout bounds this
+            time.sleep(0.01)
+        assert loader.tally.served == 16
+        assert loader.tally.lost < 60
+        for _ in range(59):
+            next(loader)
+        assert loader.tally.served == 960
+        assert abs(loader.tally.served_share - 0.7) < 0.05

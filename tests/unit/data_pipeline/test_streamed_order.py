@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import queue
+import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -358,6 +359,33 @@ def test_shards_that_cannot_be_used_are_left_out_and_told(
         run(config_for(url, max_bad_shards=0.1), 8)
     with pytest.raises(NoShards, match=r"None of the first 8 shards, from .*nowhere"):
         open_dataset(config_for(f"{tmp_path}/nowhere/{{00000..00009}}.tar"), at_once=True)
+
+
+@pytest.mark.parametrize("what", ["apart", "link"])
+def test_a_shard_whose_members_cannot_be_joined_is_left_like_one_that_is_no_tar(
+    run: Run, tmp_path: Path, write_shards, what: str
+) -> None:
+    url = shards_with(tmp_path, write_shards, [20] * 8)
+    with tarfile.open(tmp_path / "shards" / "00003.tar", "a") as tar:
+        if what == "apart":
+            info = tarfile.TarInfo("000030000.caption")
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+        else:
+            info = tarfile.TarInfo("zz.jpg")
+            info.type, info.linkname = tarfile.LNKTYPE, "000030000.jpg"
+            tar.addfile(info)
+    config = config_for(url, max_bad_shards=0.125, lanes=4)
+    batches, _, rejected = run(config, 14)
+    assert rejected == {"bad_shard": rejected["bad_shard"]}
+    served = Counter(key for keys, _, _ in batches for key in keys)
+    assert {key for key in served if not key.startswith("00003/")} == {
+        f"{shard:05d}/{shard:05d}{i:04d}" for shard in range(8) if shard != 3 for i in range(20)
+    }
+    assert 0 < sum(key.startswith("00003/") for key in served) <= 20  # up to the window that it ends in
+    assert run(config, 14, ranks=3)[0] == batches
+    with pytest.raises(NotATar, match=r"00003.tar.* 1 of the 8 shards cannot be used.*data.max_bad_shards"):
+        run(config_for(url), 14)
 
 
 def test_a_shard_that_was_replaced_is_not_read_on_at_the_old_place(
