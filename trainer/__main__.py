@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(verb_parser(argv[0]), argv[1:])
     arguments.command_line = argv  # for verbs that start ranks, each with the same words
     try:
-        return int(verb.run(arguments))
+        code = int(verb.run(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE  # as of a program that the signal ends
     except (Failure, OSError, KeyboardInterrupt) as error:
         from trainer.reliability.job import is_restart  # not at the top: most commands end well, and sooner
 
@@ -72,6 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             remedy = "choose another" if misplaced else "free space or choose another"
             print(f"ldm: {error.strerror}: {error.filename or 'while writing'}; {remedy}.", file=sys.stderr)
         return code
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed (`| head`), to which nothing is written then."""
+    looked = select.poll()
+    looked.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in looked.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 def verb_parser(name: str) -> argparse.ArgumentParser:

@@ -44,10 +44,14 @@ class _BesideBars(logging.StreamHandler[Any]):
 
 def configure_logging(prefix: str = "") -> None:
     """One line per record on stderr, `prefix` in front; the level comes from LDM_LOG_LEVEL (INFO)."""
-    level = os.environ.get(LEVEL_VARIABLE, "INFO")
+    level = os.environ.get(LEVEL_VARIABLE, "INFO").upper()
+    known = level in logging.getLevelNamesMapping()
+    level, asked = level if known else "INFO", level
     logging.basicConfig(level=level, format=f"{prefix}%(levelname)s %(message)s", handlers=[_BesideBars()])
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not known:
+        logging.warning("%s=%s is no level; set it to DEBUG, INFO, WARNING or ERROR", LEVEL_VARIABLE, asked)
 
 
 def progress_bar(

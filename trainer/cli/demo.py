@@ -28,6 +28,7 @@ from data_pipeline.storage.urls import join
 from data_pipeline.tools.scenes.judge import evaluation_prompts, judge
 from data_pipeline.tools.scenes.scene import COLORS, SHAPES
 from trainer.config.io import load_config
+from trainer.config.run import ConfigError
 from trainer.evaluator.findings import FOLDER, EvaluatorFindings
 from trainer.metrics.jsonl import read_records
 
@@ -40,6 +41,8 @@ FIRST_STAGE_FILE = f"s3://{BUCKET}/first_stage.safetensors"
 RUN = f"s3://{BUCKET}/runs/text_to_image"
 FIGURE = "eval/fd_random"
 SAMPLES = 6000
+MARK = ".ldm-demo"
+"""In a folder that was empty when a demo began, so that all in it is the demo's."""
 SCENES = ("--objects", "1:1", "--size", "72:96", "--radius", "0.3:0.44", "--workers", "2")
 PROMPTS = 108
 MEASURED = ("--features", "random", "--metrics", "fid", "--rule", "all", "--once")
@@ -49,14 +52,16 @@ MEASURED = ("--features", "random", "--metrics", "fid", "--rule", "all", "--once
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where, and from scratch or not."""
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings for the second stage")
-    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="everything the demo writes")
-    parser.add_argument("--fresh", action="store_true", help="remove the folder first")
+    parser.add_argument("--folder", default=".demo", help="everything the demo writes (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="remove what an earlier demo has written first")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code of the first command that failed, or 0."""
+    if not args.folder.strip():
+        raise ConfigError("--folder is empty (a variable that is not set?); name a folder.")
     try:
-        return run_demo(args.folder.resolve(), fresh=args.fresh, overrides=args.overrides)
+        return run_demo(Path(args.folder).resolve(), fresh=args.fresh, overrides=args.overrides)
     except DemoFailed as failure:
         return failure.code
 
@@ -78,6 +83,22 @@ class Accuracy:
     shape: float
 
 
+def _clear(folder: Path) -> None:
+    """Remove a demo's folder, and no other.
+
+    Raises:
+        ConfigError: something else was there before the demo.
+    """
+    if not folder.exists():
+        return
+    if not (folder / MARK).is_file():
+        raise ConfigError(
+            f"{folder} was not begun by a demo, so --fresh does not remove it; choose another --folder, or "
+            "remove it yourself."
+        )
+    shutil.rmtree(folder)
+
+
 def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
     """Synthesize, train both stages, sample, judge, report. What is there already is kept.
 
@@ -85,9 +106,11 @@ def run_demo(folder: Path, *, fresh: bool, overrides: list[str]) -> int:
         folder: everything the demo writes, the S3 server's files included.
         overrides: `a.b=c` for the second stage, e.g. steps=10 in tests.
     """
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
+    if fresh:
+        _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        (folder / MARK).touch()
     started = time.monotonic()
     with LocalS3(folder / "s3", buckets=(BUCKET,)) as server:
         print(f"S3 server at {server.endpoint}, files under {folder / 's3'}", flush=True)

@@ -220,8 +220,8 @@ def _check_phases(config: Config) -> None:
     )
     require(
         not starts or config.data.order == "indexed",
-        "phases need data.order=indexed: a resampled stream has no place at which another size could begin; "
-        "set data.order=indexed, or remove phases.",
+        f"phases need data.order=indexed, and not {config.data.order}: another size begins at a place of the "
+        "index; set data.order=indexed, or remove phases.",
     )
     require(
         not starts or config.distributed.engine != "deepspeed" or config.distributed.zero_stage < 3,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import get_args
 
+from trainer.config.models import OpenCLIPConfig
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DiffusionConfig, SamplerName, SamplingConfig
+
+logger = logging.getLogger(__name__)
 
 FITTING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "discrete": (("eps", "v", "x0"), ("uniform", "logit_normal", "mode", "cosmap")),
@@ -72,7 +76,8 @@ def check_guidance(config: Config, *, told: Sequence[str] = ()) -> None:
     """Raise ConfigError where guidance would ask for a null form that training never showed.
 
     Weights that a run started from may have learned it before. Of the sections in `told` guidance is told
-    something else instead, a negative prompt.
+    something else instead, a negative prompt. The empty caption through a frozen tower is a caption like
+    others, near which training was: SD 1.1 and MLPerf's models are drawn so. That is said.
     """
     conditioning = config.conditioning
     if (
@@ -83,7 +88,16 @@ def check_guidance(config: Config, *, told: Sequence[str] = ()) -> None:
         return
     for name in GUIDED:
         section = getattr(conditioning, name)
-        if section is not None and name not in told and section.drop_probability == 0.0:
+        if section is None or name in told or section.drop_probability:
+            continue
+        if isinstance(section, OpenCLIPConfig) and section.null == "empty":
+            logger.warning(
+                "guidance %g compares with the empty caption, which training does not show "
+                "(conditioning.%s.drop_probability=0)",
+                config.sampling.guidance_scale,
+                name,
+            )
+        else:
             raise ConfigError(
                 f"guidance {config.sampling.guidance_scale:g} compares with a picture without {name}, which "
                 f"conditioning.{name}.drop_probability=0 never trains; set guidance to 1 "

@@ -6,12 +6,13 @@ import dataclasses
 import difflib
 import types
 import typing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data_pipeline.storage.urls import local_path
+from data_pipeline.storage.urls import local_path, without_secrets
 from trainer.config import yaml_values
 from trainer.config.checks import check, check_networks
 from trainer.config.derived import derive
@@ -41,6 +42,7 @@ def load_config(path: str | None, overrides: typing.Sequence[str] = ()) -> Confi
     tree: _Tree = {}
     if path is not None:
         tree = _read_yaml(path)
+    _refuse_expanded(overrides)
     for override in overrides:
         _apply_override(tree, override)
     config: Config = _build(Config, tree, "")
@@ -141,6 +143,18 @@ def _tree_of(values: dict[str, Any], origin: str) -> _Tree:
         key: _tree_of(value, origin) if isinstance(value, dict) else _Given(value, origin)
         for key, value in values.items()
     }
+
+
+def _refuse_expanded(overrides: typing.Sequence[str]) -> None:
+    """Raise ConfigError where a shell has made many words of one, of which the last alone would count."""
+    words = [override.partition("=") for override in overrides]
+    for (name, _, first), (next_name, _, second) in pairwise(words):
+        if name == next_name and first != second and "/" in first and "/" in second:
+            raise ConfigError(
+                f"{name} is given several times in a row, as {without_secrets(first)} and "
+                f"{without_secrets(second)}, and one alone can count; put braces and wildcards in quotes, "
+                "so that the shell leaves them alone."
+            )
 
 
 def _apply_override(tree: _Tree, override: str) -> None:

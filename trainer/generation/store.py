@@ -267,9 +267,9 @@ def former_record(out: str) -> dict[str, Any] | None:
 
 
 def what_is_there(out: str) -> dict[str, Any] | None:
-    """As `former_record`, and empty for pictures of nobody knows what."""
+    """As `former_record`, and empty for files of nobody knows what that a new set would remove."""
     former = former_record(out)
-    return {} if former is None and _ours_in(join(out, PICTURES)) else former
+    return {} if former is None and any(_ours_in(join(out, name)) for name in (PARTS, PICTURES)) else former
 
 
 def require_same(out: str, former: dict[str, Any], record: dict[str, Any]) -> None:

@@ -311,6 +311,8 @@ def _logs(job: str, rank: int, attempt: int | None, lines: int, *, forever: bool
     folder = jobs_folder() / job
     if not folder.exists():
         raise ConfigError(f"there is no job {job} in {jobs_folder()}.")
+    if lines < 0:
+        raise ConfigError(f"--lines {lines} must be at least 0, which shows all.")
     for line in follow(folder, rank, attempt=attempt, lines=lines, forever=forever):
         sys.stdout.write(line)
         sys.stdout.flush()

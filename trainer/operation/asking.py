@@ -34,6 +34,11 @@ class Patience:
 
     limit_s: float = math.inf
 
+    def __post_init__(self) -> None:
+        """Raise UserError for what is no number of seconds."""
+        if not self.limit_s >= 0:
+            raise UserError(f"--wait {self.limit_s} is no time to wait; give seconds, or no number for ever.")
+
     def until(self, answered: Callable[[], bool], run_dir: str, tell: Tell, waiting: str) -> bool:
         """Look again and again; whether it was answered in time."""
         began = told = time.monotonic()
