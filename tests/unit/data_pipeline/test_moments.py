@@ -488,7 +488,7 @@ def test_a_full_cache_keeps_what_it_has(tmp_path: Path, write_shards, caplog) ->
 def test_variants_are_as_many_as_declared(tmp_path: Path, write_shards) -> None:
     """Each key has that many crops, whatever seed and visit; each is drawn in its turn."""
     write_shards(tmp_path / "shards", [12])
-    config = config_for(tmp_path / "shards", image_size=8, crop="random", horizontal_flip=True)
+    config = config_for(tmp_path / "shards", crop="random", horizontal_flip=True)
     seen: dict[str, set[tuple[int, ...]]] = {}
     for seed in (1, 2):
         for keys, _, _, sizes, _ in train(config, 30, Moments(3), seed=seed)[0]:
