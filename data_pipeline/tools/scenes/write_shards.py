@@ -26,7 +26,7 @@ from data_pipeline.tools.scenes.scene import Scene, SceneOptions, describe, grou
 
 @dataclass(frozen=True)
 class SynthesisOptions:
-    """What `synthesize` writes."""
+    """What `synthesize` writes. Raises DataError for what cannot be."""
 
     samples: int
     """Rows in total, failed ones included."""
@@ -35,9 +35,9 @@ class SynthesisOptions:
     samples_per_shard: int = 1000
     """Rows per shard (at most 10000, the keys have four digits)."""
     failed_share: float = 0.02
-    """Share of rows that are in the parquet as failed downloads, without tar members."""
+    """Share of rows that are in the parquet as failed downloads, without tar members; below 1."""
     jpeg_quality: int = 92
-    """JPEG quality."""
+    """1 to 100."""
     maps: bool = False
     """Also write <key>.seg.png and <key>.depth.png."""
     scene: SceneOptions = field(default_factory=SceneOptions)
@@ -48,12 +48,10 @@ class SynthesisOptions:
             raise DataError(f"--samples is {self.samples}; at least 1 is needed.")
         if not 1 <= self.samples_per_shard <= 10_000:
             raise DataError(f"--samples-per-shard is {self.samples_per_shard}; it must be 1 to 10000.")
-        if self.scene.min_edge > self.scene.max_edge or self.scene.min_edge < 16:
-            raise DataError(
-                "Picture edges must be at least 16 and the smaller one first, e.g. --size 160:320."
-            )
-        if not 1 <= self.scene.min_objects <= self.scene.max_objects <= 8:
-            raise DataError("The number of objects must be 1 to 8, the smaller first.")
+        if not 0 <= self.failed_share < 1:
+            raise DataError(f"--failed-share is {self.failed_share}; it must be at least 0 and below 1.")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise DataError(f"--quality is {self.jpeg_quality}; it must be 1 to 100.")
 
     @property
     def shards(self) -> int:
@@ -80,7 +78,8 @@ def synthesize(url: str, options: SynthesisOptions, *, workers: int = 1) -> Iter
     scheme_of(url)
     tasks = [(url, options, shard) for shard in range(options.shards)]
     if workers <= 1:
-        yield from map(_write_shard, tasks)
+        for task in tasks:  # not `map`, in which a StopIteration would look like the end
+            yield _write_shard(task)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_write_shard, tasks)

@@ -27,6 +27,7 @@ from data_pipeline.tools.scenes.scene import (
     render,
 )
 from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
+from trainer.__main__ import main
 
 SMALL = SceneOptions(1, 1, 64, 64, 0.2, 0.4)
 
@@ -171,5 +172,45 @@ def test_bad_options_are_named() -> None:
         SynthesisOptions(0)
     with pytest.raises(DataError, match="1 to 10000"):
         SynthesisOptions(5, samples_per_shard=20_000)
-    with pytest.raises(DataError, match="at least 16"):
+    with pytest.raises(DataError, match="edges of 90 to 60 pixels; both must be 16 to 8192"):
         SynthesisOptions(5, scene=SceneOptions(min_edge=90, max_edge=60))
+
+
+NONSENSE = {
+    "--radius 50": "radii of 50 to 50 of the edge",
+    "--radius 5:1": "radii of 5 to 1 of the edge",
+    "--radius 0:0.3": "radii of 0 to 0.3 of the edge",
+    "--quality 900": "--quality is 900; it must be 1 to 100",
+    "--quality -5": "--quality is -5; it must be 1 to 100",
+    "--failed-share nan": "--failed-share is nan; it must be at least 0 and below 1",
+    "--failed-share 2": "--failed-share is 2.0; it must be at least 0 and below 1",
+    "--workers -3": "--workers is -3; it must be at least 0",
+    "--max-objects 0": "1 to 0 objects; both must be 1 to 8",
+    "--max-objects 2 --objects 1:3": "not allowed with argument --max-objects",
+    "--objects 2.9": "--objects is '2.9'; write whole numbers",
+    "--objects 3:1": "3 to 1 objects; both must be 1 to 8",
+    "--size 40.5:50": "--size is '40.5:50'; write whole numbers",
+    "--size 1e9": "edges of 1000000000 to 1000000000 pixels; both must be 16 to 8192",
+}
+
+
+@pytest.mark.parametrize("options", NONSENSE)
+def test_nonsense_is_one_sentence_and_writes_nothing(tmp_path: Path, capsys, options: str) -> None:
+    words = ["data", "synthesize", str(tmp_path / "set"), "--samples", "2", *options.split()]
+    try:
+        code = main(words)
+    except SystemExit as end:  # argparse's own
+        code = end.code
+    assert code == 2
+    assert NONSENSE[options] in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.5])
+@pytest.mark.parametrize("objects", [1, 8])
+def test_scenes_at_the_ends_of_their_ranges_are_drawn(radius: float, objects: int) -> None:
+    options = SceneOptions(objects, objects, 16, 24, radius, radius, jitter=255)
+    for i in range(20):
+        scene = make_scene(options, random.Random(i))
+        assert render(scene)[0].shape == (scene.height, scene.width, 3)
+        assert describe(scene, random.Random(i))
