@@ -84,6 +84,7 @@ def _add_synthesize(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("--quality", type=int, default=92, help="JPEG quality")
     parser.add_argument("--maps", action="store_true", help=_MAPS)
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="replace other shards that are there")
     parser.set_defaults(func=_synthesize)
 
 
@@ -115,7 +116,7 @@ def _synthesize(args: argparse.Namespace) -> int:
     )
     rows = successes = size_bytes = 0
     with progress_bar(args.samples, "rows", "synthesize") as bar:
-        for report in synthesize(args.url, options, workers=args.workers):
+        for report in synthesize(args.url, options, workers=args.workers, overwrite=args.overwrite):
             rows += report.rows
             successes += report.successes
             size_bytes += report.bytes

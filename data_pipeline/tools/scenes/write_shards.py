@@ -6,10 +6,11 @@ import hashlib
 import io
 import json
 import random
+import re
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
@@ -17,11 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, NotFound
 from data_pipeline.order.draws import fold
-from data_pipeline.storage.files import write_bytes
-from data_pipeline.storage.urls import join, scheme_of
+from data_pipeline.storage.files import list_names, read_bytes, remove_file, remove_names, write_bytes
+from data_pipeline.storage.urls import join
 from data_pipeline.tools.scenes.scene import Scene, SceneOptions, describe, ground_truth, make_scene, render
+
+RECORD = "synthesis.json"
+"""Beside the shards: what they were made from."""
+_OURS = re.compile(r"(\d{5}|[1-9]\d{5,})(\.tar|\.parquet|_stats\.json)")
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,20 @@ class ShardReport:
     bytes: int
 
 
-def synthesize(url: str, options: SynthesisOptions, *, workers: int = 1) -> Iterator[ShardReport]:
+def synthesize(
+    url: str, options: SynthesisOptions, *, workers: int = 1, overwrite: bool = False
+) -> Iterator[ShardReport]:
     """Write all shards to the folder `url`, yielding a report as each is complete.
 
-    Files: 00000.tar, 00000.parquet, 00000_stats.json. Equal options give equal bytes, with any number
-    of workers. Raises DataError when the folder cannot be written.
+    Files: 00000.tar, 00000.parquet, 00000_stats.json, and what they were made from as synthesis.json. Equal
+    options give equal bytes, with any number of workers, so the same again goes on where it was interrupted.
+
+    overwrite: remove files of these names that were made from something else, or nobody knows from what.
+
+    Raises:
+        DataError: the folder holds other shards, or cannot be written.
     """
-    scheme_of(url)
+    _make_room(url, options, overwrite=overwrite)
     tasks = [(url, options, shard) for shard in range(options.shards)]
     if workers <= 1:
         for task in tasks:  # not `map`, in which a StopIteration would look like the end
@@ -83,6 +95,30 @@ def synthesize(url: str, options: SynthesisOptions, *, workers: int = 1) -> Iter
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_write_shard, tasks)
+
+
+def _make_room(url: str, options: SynthesisOptions, *, overwrite: bool) -> None:
+    """See that a folder holds no shards but those of these options, and record them before the first."""
+    record, place = json.dumps(asdict(options), indent=1).encode(), join(url, RECORD)
+    try:
+        former = read_bytes(place)
+    except NotFound:
+        former = None
+    if former == record:
+        return
+    there = list_names(url)
+    ours = [name for name in there if _OURS.fullmatch(name)]
+    others = [name for name in there if name.endswith(".tar") and name not in ours]
+    if others:
+        raise DataError(f"{url} holds shards of another kind ({others[0]}); choose another folder.")
+    if ours and not overwrite:
+        raise DataError(
+            f"{url} holds other shards ({ours[0]}) than those of this command; choose another folder, "
+            "or give --overwrite to replace them."
+        )
+    remove_file(place)  # first, and written last: it must not vouch for what is left if this is interrupted
+    remove_names(url, ours, keep_folder=True)
+    write_bytes(place, record)
 
 
 def _write_shard(task: tuple[str, SynthesisOptions, int]) -> ShardReport:

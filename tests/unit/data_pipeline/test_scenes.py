@@ -143,7 +143,8 @@ def test_shards_are_complete_and_deterministic(tmp_path: Path) -> None:
     reports = list(synthesize(str(tmp_path / "a"), options))
     list(synthesize(str(tmp_path / "b"), options, workers=2))
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == sorted(f"{i:05d}{e}" for i in range(2) for e in (".tar", ".parquet", "_stats.json"))
+    shards = [f"{i:05d}{e}" for i in range(2) for e in (".tar", ".parquet", "_stats.json")]
+    assert names == sorted([*shards, "synthesis.json"])
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     table = pq.read_table(tmp_path / "a" / "00001.parquet").to_pylist()
@@ -214,3 +215,52 @@ def test_scenes_at_the_ends_of_their_ranges_are_drawn(radius: float, objects: in
         scene = make_scene(options, random.Random(i))
         assert render(scene)[0].shape == (scene.height, scene.width, 3)
         assert describe(scene, random.Random(i))
+
+
+def synthesized(folder: Path, samples: int, *options: str) -> int:
+    words = ["--samples", str(samples), "--samples-per-shard", "2", "--size", "16:24", *options]
+    return main(["data", "synthesize", str(folder), *words])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_command_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    assert synthesized(tmp_path, 6) == 0
+    whole = contents(tmp_path)
+    assert len(whole) == 10
+    (tmp_path / "00001.tar").unlink()
+    (tmp_path / "00002_stats.json").unlink()
+    assert synthesized(tmp_path, 6, "--workers", "0") == 0
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_other_shards_are_replaced_only_when_that_is_asked_for(tmp_path: Path, capsys, known: bool) -> None:
+    """Of other options, or of nobody knows what, such as img2dataset's; the rest of the folder stays."""
+    assert synthesized(tmp_path / "fresh", 2) == 0
+    folder = tmp_path / "set"
+    assert synthesized(folder, 6, "--seed", "1") == 0
+    if not known:
+        (folder / "synthesis.json").unlink()
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    assert synthesized(folder, 2) == 2
+    assert f"{folder} holds other shards (00000.parquet)" in capsys.readouterr().err
+    assert contents(folder) == before
+    assert synthesized(folder, 2, "--overwrite") == 0
+    assert contents(folder) == {**contents(tmp_path / "fresh"), "notes.txt": b"mine"}
+
+
+def test_shards_of_other_names_are_never_mixed_with(tmp_path: Path, capsys) -> None:
+    (tmp_path / "000000.tar").write_bytes(b"of LAION")
+    for options in ((), ("--overwrite",)):
+        assert synthesized(tmp_path, 2, *options) == 2
+        assert "shards of another kind (000000.tar); choose another folder" in capsys.readouterr().err
+        assert contents(tmp_path) == {"000000.tar": b"of LAION"}
+
+
+def test_an_empty_path_is_not_the_root(capsys) -> None:
+    assert main(["data", "synthesize", "", "--samples", "2"]) == 2
+    assert "An empty path names no folder" in capsys.readouterr().err
