@@ -32,6 +32,7 @@ def prepare(setup: Setup) -> None:
         [
             *(sys.executable, "-m", "trainer", "data", "synthesize", str(setup.work / SHARDS)),
             *("--samples", str(samples), "--samples-per-shard", str(per_shard), "--size", "512:640"),
+            "--overwrite",  # the folder is kept, and may hold the other size's
             *("--workers", str(min(16, os.cpu_count() or 1))),
         ],
         cwd=ROOT,

@@ -1,6 +1,6 @@
 """Parts of the cache: ordinary tars of entries, written whole, each with the table that commits it.
 
-    CACHE/<stage>/stage.json                         what the first stage was, for people
+    CACHE/<stage>/stage.json                         what the first stage was, and that all this is ours
     CACHE/<stage>/parts/<part>.tar                   some hundred entries, neighbours of a shard side by side
     CACHE/<stage>/parts/<part>.json                  what it holds: the commit
     CACHE/<stage>/shards/<shard>/<part>.json         the rows of one source shard, which a lane reads at once
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import tarfile
 import time
 import uuid
@@ -25,15 +26,16 @@ from typing import Any
 
 from data_pipeline.errors import DataError, NotFound
 from data_pipeline.moments.entry import SUFFIX, Label, digest
-from data_pipeline.storage.files import list_names, list_sizes, read_bytes, write_bytes
+from data_pipeline.storage.files import exists, list_names, list_sizes, read_bytes, write_bytes
 from data_pipeline.storage.large import write_stream
 from data_pipeline.storage.urls import join
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-PARTS, SHARDS = "parts", "shards"
+STAGE, PARTS, SHARDS = "stage.json", "parts", "shards"
 _TRIES = 5
+_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{12}")
 
 
 class DamagedTable(DataError):
@@ -121,18 +123,28 @@ def new_part() -> str:
     return f"{time.time_ns():016x}-{uuid.uuid4().hex[:12]}"
 
 
+def part_of(name: str) -> str | None:
+    """The part that a file below `parts/` is of, whole or cut short; None for one that is not ours."""
+    part = name.partition(".")[0]
+    return part if _NAME.fullmatch(part) else None
+
+
 def written_s(part: str) -> float:
-    """When a part was named, in seconds since 1970; 0 of other names."""
-    try:
-        return int(part.partition("-")[0], 16) / 1e9
-    except ValueError:
-        return 0.0
+    """When a part was named, in seconds since 1970."""
+    return int(part.partition("-")[0], 16) / 1e9
+
+
+def stage_folders(cache: str) -> list[str]:
+    """URLs of what a cache folder holds for each first stage; anything else in it is not ours."""
+    folders = [join(cache, name) for name in list_names(cache)]
+    return [folder for folder in folders if exists(join(folder, STAGE))]
 
 
 def taken_bytes(cache: str) -> int:
     """Size of the tars of all stages in a cache folder."""
-    listed = [list_sizes(join(cache, stage, PARTS)) for stage in list_names(cache)]
-    return sum(size for sizes in listed for name, size in sizes.items() if name.endswith(".tar"))
+    listed = [list_sizes(join(folder, PARTS)) for folder in stage_folders(cache)]
+    ours = {name: size for sizes in listed for name, size in sizes.items() if part_of(name)}
+    return sum(size for name, size in ours.items() if name.endswith(".tar"))
 
 
 def commit_part(folder: str, entries: Sequence[tuple[Label, bytes]], *, tries: int = _TRIES) -> Table:

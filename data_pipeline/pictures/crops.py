@@ -87,16 +87,19 @@ class Geometry:
     def size_row(self, original: tuple[int, int] | None = None) -> list[int]:
         """(original h, w, crop top, left in the resized picture, target h, w): SDXL's size condition.
 
+        What is cut at the left of the picture as it is shown: of a mirrored one, its own right.
+
         original: height and width of the picture before it was stored; None: it was stored as it was
         """
         scale_y = self.target_height / max(1e-9, (self.bottom - self.top) * self.height)
         scale_x = self.target_width / max(1e-9, (self.right - self.left) * self.width)
         height, width = original or (self.height, self.width)
+        left = 1.0 - self.right if self.flip else self.left
         return [
             height,
             width,
             round(self.top * self.height * scale_y),
-            round(self.left * self.width * scale_x),
+            round(left * self.width * scale_x),
             self.target_height,
             self.target_width,
         ]

@@ -63,7 +63,9 @@ def local_path(url: str) -> str:
 
 
 def join(folder: str, *names: str) -> str:
-    """URL of a name inside a folder URL."""
+    """URL of a name inside a folder URL. Raises DataError for no folder, which would become the root."""
+    if not folder:
+        raise DataError("An empty path names no folder; write . for the one that this runs in.")
     return "/".join([folder.rstrip("/"), *names])
 
 

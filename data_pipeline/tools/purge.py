@@ -16,22 +16,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from data_pipeline.errors import DataError
 from data_pipeline.moments.entry import KeptMember, Label, digest
 from data_pipeline.moments.parts import (
     PARTS,
     SHARDS,
+    STAGE,
     Row,
     Table,
     commit_part,
+    part_of,
     part_url,
     shard_folder,
+    stage_folders,
     whole_table,
     written_s,
 )
 from data_pipeline.shards.removals import RemovalList, read_removals
 from data_pipeline.shards.selection import removed_by
 from data_pipeline.storage.files import list_names, list_tree, read_bytes, remove_file
-from data_pipeline.storage.urls import join
+from data_pipeline.storage.urls import join, name_of
 
 _READERS = 8
 _ABANDONED_S = 3600.0
@@ -68,17 +72,21 @@ def purge(
     """Remove what the lists at these URLs name from all stages of a cache folder.
 
     Raises:
-        DataError: a list that cannot be read with certainty; nothing has been removed.
+        DataError: a list that cannot be read with certainty, or no cache there; nothing has been removed.
         UserError, RetryableFault: storage; what was done is done, and the same again goes on.
     """
     removals = read_removals(removal_lists)
-    stages = [join(cache, name) for name in list_names(cache)]
-    found = [(stage, name) for stage in stages for name in list_names(join(stage, PARTS))]
-    parts = sorted({(stage, name.rpartition(".")[0]) for stage, name in found})
-    tars = {(stage, name) for stage, name in found}
+    stages = stage_folders(cache)
+    if not stages:
+        raise DataError(
+            f"{cache} is no cache of moments (none of its folders holds a {STAGE}), so nothing was removed; "
+            "give the same first_stage.cache as the runs that filled it."
+        )
+    found = {(stage, name) for stage in stages for name in list_names(join(stage, PARTS))}
+    parts = sorted({(stage, part) for stage, name in found if (part := part_of(name))})
     total = Purged()
     with ThreadPoolExecutor(_READERS) as pool:
-        task = partial(_purge_part, tars=tars, removals=removals)
+        task = partial(_purge_part, found=found, removals=removals)
         for done, each in enumerate(pool.map(task, parts), 1):
             total += each
             progress(done, len(parts))
@@ -86,10 +94,10 @@ def purge(
 
 
 def _purge_part(
-    place: tuple[str, str], *, tars: set[tuple[str, str]], removals: Sequence[RemovalList]
+    place: tuple[str, str], *, found: set[tuple[str, str]], removals: Sequence[RemovalList]
 ) -> Purged:
     folder, part = place
-    has_tar, has_table = ((folder, f"{part}.{kind}") in tars for kind in ("tar", "json"))
+    has_tar, has_table = ((folder, f"{part}.{kind}") in found for kind in ("tar", "json"))
     if not has_table and time.time() - written_s(part) < _ABANDONED_S:
         return Purged(unfinished=1)
     table = whole_table(join(folder, PARTS, f"{part}.json")) if has_table and has_tar else None
@@ -124,17 +132,17 @@ def _rewrite(folder: str, table: Table, rows: Sequence[tuple[str, Row]]) -> None
 
 
 def _remove(folder: str, part: str, table: Table | None) -> None:
-    """Remove a part; without its table, its rows are looked for in the folders of all shards."""
+    """Remove a part; without its table, all that bears its name is looked for, files cut short included."""
     if table is not None:
-        rows = [
+        files = [
             join(shard_folder(folder, shard), f"{part}.{kind}")
             for shard in table.rows
             for kind in ("json", "bad")
         ]
     else:
-        listed = list_tree(join(folder, SHARDS))
-        rows = [
-            join(folder, SHARDS, name) for name in listed if name.rpartition("/")[2].startswith(f"{part}.")
+        listed = [
+            join(folder, inner, name) for inner in (SHARDS, PARTS) for name in list_tree(join(folder, inner))
         ]
-    for url in (*rows, part_url(folder, part), join(folder, PARTS, f"{part}.json")):
+        files = [url for url in listed if name_of(url).startswith(f"{part}.")]
+    for url in (*files, part_url(folder, part), join(folder, PARTS, f"{part}.json")):
         remove_file(url)

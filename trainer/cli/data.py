@@ -69,8 +69,11 @@ def _add_synthesize(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("--seed", type=int, default=0, help="everything is a function of it")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="rows per tar (at most 10000)")
     parser.add_argument("--size", default="160:320", metavar="A[:B]", help="range of the edges in pixels")
-    parser.add_argument("--objects", default="1:3", metavar="A[:B]", help="range of the number of objects")
-    parser.add_argument("--max-objects", type=int, help="most objects per scene (same as --objects 1:N)")
+    objects = parser.add_mutually_exclusive_group()
+    objects.add_argument("--objects", default="1:3", metavar="A[:B]", help="range of the number of objects")
+    objects.add_argument(
+        "--max-objects", type=int, metavar="N", help="most objects per scene (same as --objects 1:N)"
+    )
     parser.add_argument(
         "--radius",
         default="0.12:0.34",
@@ -81,6 +84,7 @@ def _add_synthesize(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("--quality", type=int, default=92, help="JPEG quality")
     parser.add_argument("--maps", action="store_true", help=_MAPS)
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="replace other shards that are there")
     parser.set_defaults(func=_synthesize)
 
 
@@ -88,13 +92,16 @@ def _synthesize(args: argparse.Namespace) -> int:
     from data_pipeline.tools.scenes.scene import SceneOptions
     from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
 
-    objects = (1.0, float(args.max_objects)) if args.max_objects else _range(args.objects, "--objects")
-    size, radius = _range(args.size, "--size"), _range(args.radius, "--radius")
+    _at_least(args.workers, 0, "--workers")
+    objects = (
+        _whole_range(args.objects, "--objects") if args.max_objects is None else (1, int(args.max_objects))
+    )
+    size, radius = _whole_range(args.size, "--size"), _range(args.radius, "--radius")
     scene = SceneOptions(
-        min_objects=int(objects[0]),
-        max_objects=int(objects[1]),
-        min_edge=int(size[0]),
-        max_edge=int(size[1]),
+        min_objects=objects[0],
+        max_objects=objects[1],
+        min_edge=size[0],
+        max_edge=size[1],
         min_radius=radius[0],
         max_radius=radius[1],
     )
@@ -109,7 +116,7 @@ def _synthesize(args: argparse.Namespace) -> int:
     )
     rows = successes = size_bytes = 0
     with progress_bar(args.samples, "rows", "synthesize") as bar:
-        for report in synthesize(args.url, options, workers=args.workers):
+        for report in synthesize(args.url, options, workers=args.workers, overwrite=args.overwrite):
             rows += report.rows
             successes += report.successes
             size_bytes += report.bytes
@@ -363,6 +370,13 @@ def _range(text: str, flag: str) -> tuple[float, float]:
     if not all(map(math.isfinite, values)):
         raise DataError(f"{flag} is {text!r}; write A or A:B, e.g. 1:3.")
     return values
+
+
+def _whole_range(text: str, flag: str) -> tuple[int, int]:
+    first, last = _range(text, flag)
+    if not (first.is_integer() and last.is_integer()):
+        raise DataError(f"{flag} is {text!r}; write whole numbers, A or A:B, e.g. 1:3.")
+    return int(first), int(last)
 
 
 def _at_least(value: int, least: int, flag: str) -> None:

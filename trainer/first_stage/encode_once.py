@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.moments.entry import MomentsCache
-from data_pipeline.moments.parts import taken_bytes
+from data_pipeline.moments.parts import STAGE, taken_bytes
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.storage.files import check_writable, write_bytes
 from data_pipeline.storage.urls import join
@@ -104,7 +104,7 @@ def open_cache(config: FirstStageConfig, cache: MomentsCache) -> int | None:
     assert config.cache is not None
     check_writable(config.cache)
     about = {"first_stage": dataclasses.asdict(config), "digest": cache.stage}
-    write_bytes(join(cache.folder, "stage.json"), json.dumps(about, indent=1).encode())
+    write_bytes(join(cache.folder, STAGE), json.dumps(about, indent=1).encode())
     if not config.cache_bytes:
         return None
     return max(0, config.cache_bytes - taken_bytes(config.cache))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.errors import DataError
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),
     "green": (30, 170, 50),
@@ -25,6 +27,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 NUM_CLASSES = len(COLORS) * len(SHAPES)
 _SIZES = ((0.17, "small"), (0.28, ""), (1.0, "large"))
+_MOST_OBJECTS = 8
+_EDGES = (16, 8192)
+"""Larger ones would take gigabytes each."""
 _GRID = (("upper left", "top", "upper right"), ("left", "", "right"), ("lower left", "bottom", "lower right"))
 
 
@@ -40,7 +45,7 @@ def class_name(label: int) -> str:
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """What scenes are drawn."""
+    """What scenes are drawn. Raises DataError for what cannot be."""
 
     min_objects: int = 1
     """Fewest objects per scene."""
@@ -53,9 +58,29 @@ class SceneOptions:
     min_radius: float = 0.12
     """Smallest object radius as a share of the shorter edge."""
     max_radius: float = 0.34
-    """Largest object radius as a share of the shorter edge."""
+    """Largest object radius as a share of the shorter edge, at most 0.5."""
     jitter: int = 12
     """Largest change of an object's colour channels."""
+
+    def __post_init__(self) -> None:
+        least, most = _EDGES
+        if not least <= self.min_edge <= self.max_edge <= most:
+            raise DataError(
+                f"Pictures cannot have edges of {self.min_edge} to {self.max_edge} pixels; "
+                f"both must be {least} to {most} and the smaller one first, e.g. --size 160:320."
+            )
+        if not 1 <= self.min_objects <= self.max_objects <= _MOST_OBJECTS:
+            raise DataError(
+                f"Scenes cannot have {self.min_objects} to {self.max_objects} objects; "
+                f"both must be 1 to {_MOST_OBJECTS} and the smaller one first, e.g. --objects 1:3."
+            )
+        if not 0 < self.min_radius <= self.max_radius <= 0.5:
+            raise DataError(
+                f"Objects cannot have radii of {self.min_radius:g} to {self.max_radius:g} of the edge; "
+                "both must be above 0, at most 0.5, and the smaller one first, e.g. --radius 0.12:0.34."
+            )
+        if not 0 <= self.jitter <= 255:
+            raise DataError(f"Colours cannot change by {self.jitter}; it must be 0 to 255.")
 
 
 @dataclass(frozen=True)

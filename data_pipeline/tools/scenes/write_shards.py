@@ -6,10 +6,11 @@ import hashlib
 import io
 import json
 import random
+import re
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
@@ -17,16 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, NotFound
 from data_pipeline.order.draws import fold
-from data_pipeline.storage.files import write_bytes
-from data_pipeline.storage.urls import join, scheme_of
+from data_pipeline.storage.files import list_names, read_bytes, remove_file, remove_names, write_bytes
+from data_pipeline.storage.urls import join
 from data_pipeline.tools.scenes.scene import Scene, SceneOptions, describe, ground_truth, make_scene, render
+
+RECORD = "synthesis.json"
+"""Beside the shards: what they were made from."""
+_OURS = re.compile(r"(\d{5}|[1-9]\d{5,})(\.tar|\.parquet|_stats\.json)")
 
 
 @dataclass(frozen=True)
 class SynthesisOptions:
-    """What `synthesize` writes."""
+    """What `synthesize` writes. Raises DataError for what cannot be."""
 
     samples: int
     """Rows in total, failed ones included."""
@@ -35,9 +40,9 @@ class SynthesisOptions:
     samples_per_shard: int = 1000
     """Rows per shard (at most 10000, the keys have four digits)."""
     failed_share: float = 0.02
-    """Share of rows that are in the parquet as failed downloads, without tar members."""
+    """Share of rows that are in the parquet as failed downloads, without tar members; below 1."""
     jpeg_quality: int = 92
-    """JPEG quality."""
+    """1 to 100."""
     maps: bool = False
     """Also write <key>.seg.png and <key>.depth.png."""
     scene: SceneOptions = field(default_factory=SceneOptions)
@@ -48,12 +53,10 @@ class SynthesisOptions:
             raise DataError(f"--samples is {self.samples}; at least 1 is needed.")
         if not 1 <= self.samples_per_shard <= 10_000:
             raise DataError(f"--samples-per-shard is {self.samples_per_shard}; it must be 1 to 10000.")
-        if self.scene.min_edge > self.scene.max_edge or self.scene.min_edge < 16:
-            raise DataError(
-                "Picture edges must be at least 16 and the smaller one first, e.g. --size 160:320."
-            )
-        if not 1 <= self.scene.min_objects <= self.scene.max_objects <= 8:
-            raise DataError("The number of objects must be 1 to 8, the smaller first.")
+        if not 0 <= self.failed_share < 1:
+            raise DataError(f"--failed-share is {self.failed_share}; it must be at least 0 and below 1.")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise DataError(f"--quality is {self.jpeg_quality}; it must be 1 to 100.")
 
     @property
     def shards(self) -> int:
@@ -71,19 +74,51 @@ class ShardReport:
     bytes: int
 
 
-def synthesize(url: str, options: SynthesisOptions, *, workers: int = 1) -> Iterator[ShardReport]:
+def synthesize(
+    url: str, options: SynthesisOptions, *, workers: int = 1, overwrite: bool = False
+) -> Iterator[ShardReport]:
     """Write all shards to the folder `url`, yielding a report as each is complete.
 
-    Files: 00000.tar, 00000.parquet, 00000_stats.json. Equal options give equal bytes, with any number
-    of workers. Raises DataError when the folder cannot be written.
+    Files: 00000.tar, 00000.parquet, 00000_stats.json, and what they were made from as synthesis.json. Equal
+    options give equal bytes, with any number of workers, so the same again goes on where it was interrupted.
+
+    overwrite: remove files of these names that were made from something else, or nobody knows from what.
+
+    Raises:
+        DataError: the folder holds other shards, or cannot be written.
     """
-    scheme_of(url)
+    _make_room(url, options, overwrite=overwrite)
     tasks = [(url, options, shard) for shard in range(options.shards)]
     if workers <= 1:
-        yield from map(_write_shard, tasks)
+        for task in tasks:  # not `map`, in which a StopIteration would look like the end
+            yield _write_shard(task)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_write_shard, tasks)
+
+
+def _make_room(url: str, options: SynthesisOptions, *, overwrite: bool) -> None:
+    """See that a folder holds no shards but those of these options, and record them before the first."""
+    record, place = json.dumps(asdict(options), indent=1).encode(), join(url, RECORD)
+    try:
+        former = read_bytes(place)
+    except NotFound:
+        former = None
+    if former == record:
+        return
+    there = list_names(url)
+    ours = [name for name in there if _OURS.fullmatch(name)]
+    others = [name for name in there if name.endswith(".tar") and name not in ours]
+    if others:
+        raise DataError(f"{url} holds shards of another kind ({others[0]}); choose another folder.")
+    if ours and not overwrite:
+        raise DataError(
+            f"{url} holds other shards ({ours[0]}) than those of this command; choose another folder, "
+            "or give --overwrite to replace them."
+        )
+    remove_file(place)  # first, and written last: it must not vouch for what is left if this is interrupted
+    remove_names(url, ours, keep_folder=True)
+    write_bytes(place, record)
 
 
 def _write_shard(task: tuple[str, SynthesisOptions, int]) -> ShardReport:

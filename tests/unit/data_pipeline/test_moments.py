@@ -35,7 +35,7 @@ from data_pipeline.errors import DataError, Unreachable, UserError
 from data_pipeline.loader import Part, build_loader, merge_positions, open_dataset
 from data_pipeline.moments import writer as moments_writer
 from data_pipeline.moments.entry import Label, Moments, MomentsCache
-from data_pipeline.moments.parts import commit_part
+from data_pipeline.moments.parts import STAGE, commit_part
 from data_pipeline.moments.writer import MomentsWriter
 from data_pipeline.pictures.crops import RESAMPLING, crop_pixels, plan_crop
 from data_pipeline.pictures.decoding import DecodedPicture
@@ -380,6 +380,7 @@ def test_purging_reaches_what_the_loader_stored(tmp_path: Path, write_shards, or
     config = in_order(config_for(tmp_path / "shards"), order)
     moments = Moments(0, cache_at(tmp_path / "cache" / "stage"))
     served, _, _ = train(config, 2, moments)
+    (tmp_path / "cache" / "stage" / STAGE).write_text("{}")
     by_url, by_key = served[0][0][0].split("/")[1], served[1][0][5]
     (tmp_path / "removed.txt").write_text(f"http://x.invalid/{by_url}\n{by_key}\n")
     assert purge(str(tmp_path / "cache"), [str(tmp_path / "removed.txt")]).removed == 2
@@ -488,7 +489,7 @@ def test_a_full_cache_keeps_what_it_has(tmp_path: Path, write_shards, caplog) ->
 def test_variants_are_as_many_as_declared(tmp_path: Path, write_shards) -> None:
     """Each key has that many crops, whatever seed and visit; each is drawn in its turn."""
     write_shards(tmp_path / "shards", [12])
-    config = config_for(tmp_path / "shards", image_size=8, crop="random", horizontal_flip=True)
+    config = config_for(tmp_path / "shards", crop="random", horizontal_flip=True)
     seen: dict[str, set[tuple[int, ...]]] = {}
     for seed in (1, 2):
         for keys, _, _, sizes, _ in train(config, 30, Moments(3), seed=seed)[0]:

@@ -22,7 +22,7 @@ from data_pipeline.moments.entry import (
     pack,
     unpack,
 )
-from data_pipeline.moments.parts import commit_part, part_url, read_table, taken_bytes
+from data_pipeline.moments.parts import STAGE, commit_part, part_url, read_table, taken_bytes
 from data_pipeline.shards.identities import hash_identity
 from trainer.__main__ import main
 
@@ -48,6 +48,7 @@ def write_cache(folder: Path, *, parts: int = 3, each: int = 4) -> list[Label]:
             entries.append((label, pack(label, values, "fp32")))
             labels.append(label)
         commit_part(str(folder / "stage"), entries)
+    (folder / "stage" / STAGE).write_text("{}")
     return labels
 
 
@@ -102,7 +103,7 @@ def test_a_part_of_removed_samples_alone_goes_whole(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     labels = write_cache(folder)
     assert purge(folder, tmp_path, *(label.sample for label in labels)) == 0
-    assert [path for path in folder.rglob("*") if path.is_file()] == []
+    assert [path for path in folder.rglob("*") if path.is_file()] == [folder / "stage" / STAGE]
 
 
 def test_a_purge_that_was_killed_goes_on(tmp_path: Path) -> None:
@@ -126,9 +127,13 @@ def test_what_was_interrupted_goes_when_it_is_nobodys(tmp_path: Path, capsys) ->
     for age_s in (0, 7200):
         name = f"{time.time_ns() - age_s * 10**9:016x}-0123456789ab"
         (folder / "stage" / "parts" / f"{name}.tar").write_bytes(b"torn")
+        (folder / "stage" / "parts" / f"{name}.tar.part").write_bytes(
+            b"torn"
+        )  # as a kill leaves it on a disk
     assert purge(folder, tmp_path, "nothing") == 1  # one may be about to be committed
     assert "run this again later" in capsys.readouterr().out
     assert len(list(folder.glob("stage/parts/*.tar"))) == 2
+    assert len(list(folder.glob("stage/parts/*.tar.part"))) == 1
     assert readable(folder, labels) == {0, 1, 2, 3}
 
 
@@ -149,10 +154,28 @@ def test_a_file_beside_the_stages_is_none_of_the_cache(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     labels = write_cache(folder, parts=1)
     (folder / "README").write_text("whose cache this is")
-    assert taken_bytes(str(folder)) == sum(tar.stat().st_size for tar in folder.glob("stage/parts/*.tar"))
+    others = [
+        folder / name for name in ("laion/parts/00000.tar", "sets/parts/000000.json", "stage/parts/my.tar")
+    ]
+    others.append(folder / f"unmarked/parts/{time.time_ns() - 7200 * 10**9:016x}-0123456789ab.tar")
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"of somebody else")
+    assert taken_bytes(str(folder)) == sum(tar.stat().st_size for tar in folder.glob("stage/parts/*-*.tar"))
     assert purge(folder, tmp_path, labels[0].sample) == 0
     assert readable(folder, labels) == {1, 2, 3}
     assert (folder / "README").exists()
+    assert {path.read_bytes() for path in others} == {b"of somebody else"}
+
+
+@pytest.mark.parametrize("place", ["cash", ".", "cache/stage"])
+def test_a_folder_that_is_no_cache_is_a_mistake(tmp_path: Path, capsys, place: str) -> None:
+    """Misspelt, above the cache, or inside it: nothing was removed, which must not look like success."""
+    folder = tmp_path / "cache"
+    labels = write_cache(folder, parts=1)
+    assert purge(tmp_path / place, tmp_path, labels[0].sample) == 2
+    assert f"{tmp_path / place} is no cache of moments" in capsys.readouterr().err
+    assert readable(folder, labels) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("lacking", ["first_stage.cache=null", "data.removal_lists=[]"])

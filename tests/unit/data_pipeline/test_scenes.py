@@ -27,6 +27,7 @@ from data_pipeline.tools.scenes.scene import (
     render,
 )
 from data_pipeline.tools.scenes.write_shards import SynthesisOptions, synthesize
+from trainer.__main__ import main
 
 SMALL = SceneOptions(1, 1, 64, 64, 0.2, 0.4)
 
@@ -142,7 +143,8 @@ def test_shards_are_complete_and_deterministic(tmp_path: Path) -> None:
     reports = list(synthesize(str(tmp_path / "a"), options))
     list(synthesize(str(tmp_path / "b"), options, workers=2))
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == sorted(f"{i:05d}{e}" for i in range(2) for e in (".tar", ".parquet", "_stats.json"))
+    shards = [f"{i:05d}{e}" for i in range(2) for e in (".tar", ".parquet", "_stats.json")]
+    assert names == sorted([*shards, "synthesis.json"])
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     table = pq.read_table(tmp_path / "a" / "00001.parquet").to_pylist()
@@ -171,5 +173,94 @@ def test_bad_options_are_named() -> None:
         SynthesisOptions(0)
     with pytest.raises(DataError, match="1 to 10000"):
         SynthesisOptions(5, samples_per_shard=20_000)
-    with pytest.raises(DataError, match="at least 16"):
+    with pytest.raises(DataError, match="edges of 90 to 60 pixels; both must be 16 to 8192"):
         SynthesisOptions(5, scene=SceneOptions(min_edge=90, max_edge=60))
+
+
+NONSENSE = {
+    "--radius 50": "radii of 50 to 50 of the edge",
+    "--radius 5:1": "radii of 5 to 1 of the edge",
+    "--radius 0:0.3": "radii of 0 to 0.3 of the edge",
+    "--quality 900": "--quality is 900; it must be 1 to 100",
+    "--quality -5": "--quality is -5; it must be 1 to 100",
+    "--failed-share nan": "--failed-share is nan; it must be at least 0 and below 1",
+    "--failed-share 2": "--failed-share is 2.0; it must be at least 0 and below 1",
+    "--workers -3": "--workers is -3; it must be at least 0",
+    "--max-objects 0": "1 to 0 objects; both must be 1 to 8",
+    "--max-objects 2 --objects 1:3": "not allowed with argument --max-objects",
+    "--objects 2.9": "--objects is '2.9'; write whole numbers",
+    "--objects 3:1": "3 to 1 objects; both must be 1 to 8",
+    "--size 40.5:50": "--size is '40.5:50'; write whole numbers",
+    "--size 1e9": "edges of 1000000000 to 1000000000 pixels; both must be 16 to 8192",
+}
+
+
+@pytest.mark.parametrize("options", NONSENSE)
+def test_nonsense_is_one_sentence_and_writes_nothing(tmp_path: Path, capsys, options: str) -> None:
+    words = ["data", "synthesize", str(tmp_path / "set"), "--samples", "2", *options.split()]
+    try:
+        code = main(words)
+    except SystemExit as end:  # argparse's own
+        code = end.code
+    assert code == 2
+    assert NONSENSE[options] in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.5])
+@pytest.mark.parametrize("objects", [1, 8])
+def test_scenes_at_the_ends_of_their_ranges_are_drawn(radius: float, objects: int) -> None:
+    options = SceneOptions(objects, objects, 16, 24, radius, radius, jitter=255)
+    for i in range(20):
+        scene = make_scene(options, random.Random(i))
+        assert render(scene)[0].shape == (scene.height, scene.width, 3)
+        assert describe(scene, random.Random(i))
+
+
+def synthesized(folder: Path, samples: int, *options: str) -> int:
+    words = ["--samples", str(samples), "--samples-per-shard", "2", "--size", "16:24", *options]
+    return main(["data", "synthesize", str(folder), *words])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_command_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    assert synthesized(tmp_path, 6) == 0
+    whole = contents(tmp_path)
+    assert len(whole) == 10
+    (tmp_path / "00001.tar").unlink()
+    (tmp_path / "00002_stats.json").unlink()
+    assert synthesized(tmp_path, 6, "--workers", "0") == 0
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_other_shards_are_replaced_only_when_that_is_asked_for(tmp_path: Path, capsys, known: bool) -> None:
+    """Of other options, or of nobody knows what, such as img2dataset's; the rest of the folder stays."""
+    assert synthesized(tmp_path / "fresh", 2) == 0
+    folder = tmp_path / "set"
+    assert synthesized(folder, 6, "--seed", "1") == 0
+    if not known:
+        (folder / "synthesis.json").unlink()
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    assert synthesized(folder, 2) == 2
+    assert f"{folder} holds other shards (00000.parquet)" in capsys.readouterr().err
+    assert contents(folder) == before
+    assert synthesized(folder, 2, "--overwrite") == 0
+    assert contents(folder) == {**contents(tmp_path / "fresh"), "notes.txt": b"mine"}
+
+
+def test_shards_of_other_names_are_never_mixed_with(tmp_path: Path, capsys) -> None:
+    (tmp_path / "000000.tar").write_bytes(b"of LAION")
+    for options in ((), ("--overwrite",)):
+        assert synthesized(tmp_path, 2, *options) == 2
+        assert "shards of another kind (000000.tar); choose another folder" in capsys.readouterr().err
+        assert contents(tmp_path) == {"000000.tar": b"of LAION"}
+
+
+def test_an_empty_path_is_not_the_root(capsys) -> None:
+    assert main(["data", "synthesize", "", "--samples", "2"]) == 2
+    assert "An empty path names no folder" in capsys.readouterr().err
