@@ -61,7 +61,7 @@ class Earlier(NamedTuple):
     """Epoch of each source from which on it has more; of one order over all sources, its epoch."""
 
 
-class Kept(NamedTuple):
+class KeptShard(NamedTuple):
     """A shard as a fingerprint has it, which by now is another one."""
 
     source: int
