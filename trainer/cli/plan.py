@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         network_gbit_s=args.network,
         launch_us=args.launch_us,
     )
-    feed = Feed(1e3 * args.sample_kb, max(1, args.shard_samples))
+    feed = Feed(1e3 * args.sample_kb, args.shard_samples)
     planned = [make_plan(phase, place, feed) for phase in config.apart()]
     if args.json:
         figures = [{**each.figures(), "steps": each.config.steps} for each in planned]

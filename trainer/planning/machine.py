@@ -6,6 +6,7 @@ every other GPU, which nobody has measured here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from data_pipeline.errors import UserError
@@ -112,8 +113,11 @@ def machine(
     """
     if name not in GPUS:
         raise UserError(f"there is no GPU {name!r} in the table; choose one of {', '.join(GPUS)}.")
-    if gpus < 1 or gpus_per_node < 1 or network_gbit_s < 0 or launch_us < 0:
-        raise UserError("a plan needs at least one GPU, in nodes of at least one, and no negative rates.")
+    if gpus < 1 or gpus_per_node < 1:
+        raise UserError("a plan needs at least one GPU, in nodes of at least one.")
+    for flag, value in (("--network", network_gbit_s), ("--launch-us", launch_us)):
+        if not 0 <= value < math.inf:
+            raise UserError(f"{flag} is {value:g}; it must be a finite number, at least 0.")
     per_node = min(gpus, gpus_per_node)
     return Machine(GPUS[name], gpus, per_node, network_gbit_s / 8, launch_us * 1e-6)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from data_pipeline.errors import UserError
 from trainer.config.run import Config, ConfigError
 from trainer.config.sharing import Sharing
 from trainer.planning.machine import GIB, RESTART_S, Machine, ettr, mttf_s
@@ -22,10 +24,17 @@ _SAVE_S = 10.0
 
 @dataclass(frozen=True)
 class Feed:
-    """What the data set's files are like; nobody looks at them."""
+    """What the data set's files are like; nobody looks at them. Raises UserError for impossible numbers."""
 
     bytes_per_sample: float = 100e3
     samples_per_shard: int = 10_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bytes_per_sample < math.inf:
+            kilobytes = self.bytes_per_sample / 1e3
+            raise UserError(f"--sample-kb is {kilobytes:g}; it must be a finite number above 0.")
+        if self.samples_per_shard < 1:
+            raise UserError(f"--shard-samples is {self.samples_per_shard}; it must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -354,6 +354,16 @@ def test_the_command_prints_a_screen_or_an_object(capsys: pytest.CaptureFixture[
     [
         (["--gpu", "v100"], "there is no GPU 'v100' in the table; choose one of a100-40"),
         (["--gpu", "h100", "--gpus", "0"], "at least one GPU"),
+        (["--gpu", "h100", "--gpus-per-node", "0"], "in nodes of at least one"),
+        (["--gpu", "h100", "--network", "nan"], "--network is nan; it must be a finite number, at least 0"),
+        (["--gpu", "h100", "--network", "-1"], "--network is -1; it must be a finite number, at least 0"),
+        (
+            ["--gpu", "h100", "--launch-us", "inf"],
+            "--launch-us is inf; it must be a finite number, at least 0",
+        ),
+        (["--gpu", "h100", "--sample-kb", "nan"], "--sample-kb is nan; it must be a finite number above 0"),
+        (["--gpu", "h100", "--sample-kb", "0"], "--sample-kb is 0; it must be a finite number above 0"),
+        (["--gpu", "h100", "--shard-samples", "-4"], "--shard-samples is -4; it must be at least 1"),
         (["--gpu", "h100", "--gpus", "4096"], "4096 ranks cannot share global_batch_size=2048"),
         (["--gpu", "h100", "distributed.precision=fp32"], "distributed.precision=bf16"),
     ],
