@@ -23,7 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class StepTimer:
-    """Adds up seconds per phase. On CUDA by events, read only in `take`; on the CPU by the clock."""
+    """Adds up seconds per phase. On CUDA by events, read only in `take`; on the CPU by the clock.
+
+    The host waits for data while the device has work queued. The event before that wait happens when the work
+    is done, the one after it at once, or behind the work: between them the device had nothing to do.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -33,7 +37,7 @@ class StepTimer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time the enclosed work as part of `phase`."""
-        if not self._cuda or phase == "data":  # waiting for data happens on the host
+        if not self._cuda:
             started = time.perf_counter()
             yield
             self._seconds[phase] += time.perf_counter() - started
