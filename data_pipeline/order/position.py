@@ -48,7 +48,7 @@ class ShardSet:
     """Of each source."""
     grown: tuple[Earlier, ...] = ()
     """What the set was before it grew, oldest first."""
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[KeptShard, ...] = ()
     """What shards were when the run began, where they were replaced since."""
 
 
@@ -61,7 +61,7 @@ class Earlier(NamedTuple):
     """Epoch of each source from which on it has more; of one order over all sources, its epoch."""
 
 
-class Kept(NamedTuple):
+class KeptShard(NamedTuple):
     """A shard as a fingerprint has it, which by now is another one."""
 
     source: int
@@ -231,7 +231,7 @@ def shards_of(position: Position) -> ShardSet | None:
         data if isinstance(data, str) else tuple(data),
         tuple(head["shards"]),
         tuple(Earlier(tuple(shards), tuple(until)) for shards, until in head.get("grown", ())),
-        tuple(Kept(*kept) for kept in head.get("kept", ())),
+        tuple(KeptShard(*kept) for kept in head.get("kept", ())),
     )
 
 

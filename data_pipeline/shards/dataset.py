@@ -16,7 +16,7 @@ from data_pipeline.order.lanes import Order, choose_lanes, choose_window
 from data_pipeline.order.position import (
     Earlier,
     Fingerprint,
-    Kept,
+    KeptShard,
     Position,
     ShardSet,
     lanes_and_window,
@@ -85,7 +85,7 @@ class Dataset:
         for shard, was in sorted(self.kept.items()):
             source = int(self.source_of[shard])
             place = shard - int(np.searchsorted(self.source_of, source))
-            kept.append(Kept(source, place, was.size, was.samples))
+            kept.append(KeptShard(source, place, was.size, was.samples))
         return ShardSet(self.fingerprint, tuple(counted.tolist()), self.grown, tuple(kept))
 
     def keeping(self, kept: Mapping[int, Former], *, counted: bool) -> Dataset:

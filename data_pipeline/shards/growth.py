@@ -33,7 +33,7 @@ from data_pipeline.order.lanes import Order
 from data_pipeline.order.position import (
     Earlier,
     Fingerprint,
-    Kept,
+    KeptShard,
     Position,
     ShardSet,
     last_epochs,
@@ -77,7 +77,7 @@ def as_begun(config: DataConfig, dataset: Dataset, position: Position) -> Datase
     return found
 
 
-def _numbered(dataset: Dataset, kept: Sequence[Kept]) -> dict[int, Former]:
+def _numbered(dataset: Dataset, kept: Sequence[KeptShard]) -> dict[int, Former]:
     """What a position says of shards that were replaced, by their numbers; without those that are gone."""
     starts = np.searchsorted(dataset.source_of, np.arange(len(dataset.shards.shards)))
     found = {}
