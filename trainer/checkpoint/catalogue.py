@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from data_pipeline.errors import NotFound
 from data_pipeline.storage.files import exists, list_names, modified_at, read_bytes
@@ -13,6 +14,9 @@ from data_pipeline.storage.urls import join
 from trainer.checkpoint.manifest import MANIFEST_NAME, BadManifest, Manifest, StoredFile
 from trainer.checkpoint.marks import marked_steps
 from trainer.config.checks_validation import TRAINING_LOSS, better_high
+
+_AT_ONCE = 16
+"""Requests to storage."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Retention:
     keep_every: int
     keep_best: int
     best_metric: str = TRAINING_LOSS
+
+    def is_for_ever(self, step: int) -> bool:
+        """Whether a step's checkpoint stays, however many follow and however good it is."""
+        return self.keep_every > 0 and step % self.keep_every == 0
 
 
 def checkpoints_url(run_dir: str) -> str:
@@ -86,8 +94,14 @@ def problems(handle: CheckpointHandle, files: tuple[StoredFile, ...]) -> list[st
     return found
 
 
-Merits = dict[tuple[str, float], float | None]
-"""Value of the metric that the best are kept by, by URL of a checkpoint and when its manifest was written."""
+@dataclass
+class Learned:
+    """What a process knows of a run's checkpoints, so that it asks storage once."""
+
+    merits: dict[tuple[str, float], float | None] = field(default_factory=dict)
+    """Value of the metric that the best are kept by, by URL and when the manifest was written."""
+    stay: dict[str, float] = field(default_factory=dict)
+    """When the manifest was written, by URL of a checkpoint that retention keeps for ever."""
 
 
 def steps_to_keep(merits: Mapping[int, float | None], retention: Retention) -> set[int]:
@@ -98,7 +112,7 @@ def steps_to_keep(merits: Mapping[int, float | None], retention: Retention) -> s
             the newer is the better.
     """
     newest = sorted(merits, reverse=True)[: max(1, retention.keep_last)]
-    for_ever = [step for step in merits if retention.keep_every and step % retention.keep_every == 0]
+    for_ever = [step for step in merits if retention.is_for_ever(step)]
     sign = -1.0 if better_high(retention.best_metric) else 1.0
     ranked = sorted((sign * merit, -step) for step, merit in merits.items() if merit is not None)
     best = [-negative for _, negative in ranked[: retention.keep_best]]
@@ -111,27 +125,43 @@ def token_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def steps_to_retire(folder: str, newest: Manifest, retention: Retention, merits: Merits) -> list[int]:
+def steps_to_retire(folder: str, newest: Manifest, retention: Retention, learned: Learned) -> list[int]:
     """Steps whose checkpoints are not kept, and those that older attempts left half-written; newest first.
 
     Args:
         newest: what has just been committed; folders of later steps are left alone.
-        merits: what is known by now; added is what is learned here.
+        learned: what is known by now; added is what is learned here.
 
     Raises ValueError: what others want to keep is not understood (see `marks`).
     """
     steps = [step for step in steps_found(folder) if step <= newest.step]
     urls = {step: join(folder, folder_name(step)) for step in steps}
-    committed = {step: (urls[step], at) for step in steps if (at := _committed_at(urls[step])) is not None}
+    committed = {step: (urls[step], at) for step, at in _committed(urls, newest, retention, learned.stay)}
+    merits = learned.merits
     if retention.keep_best:
         # Each manifest is a request to storage and may be large: opened once, and only if it matters.
         if newest.step in committed:
             merits[committed[newest.step]] = newest.value(retention.best_metric)
         unknown = [key for key in committed.values() if key not in merits]
-        merits |= {(url, at): _merit(url, retention.best_metric) for url, at in unknown}
+        merits.update({(url, at): _merit(url, retention.best_metric) for url, at in unknown})
     kept = steps_to_keep({step: merits.get(key) for step, key in committed.items()}, retention)
     marked = marked_steps(folder) if len(committed) > 1 else set()
     return [step for step in steps if step not in kept and step not in marked]
+
+
+def _committed(
+    urls: Mapping[int, str], newest: Manifest, retention: Retention, stay: dict[str, float]
+) -> list[tuple[int, float]]:
+    """(step, when its manifest was written) of those that have one, in the order of `urls`.
+
+    Thousands may stay for ever: of these it is asked once, and again where a run that went back writes anew.
+    """
+    asked = [step for step in urls if step == newest.step or urls[step] not in stay]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        times = dict(zip(asked, pool.map(lambda step: _committed_at(urls[step]), asked), strict=True))
+    stay |= {urls[step]: at for step, at in times.items() if at is not None and retention.is_for_ever(step)}
+    found = ((step, times.get(step, stay.get(url))) for step, url in urls.items())
+    return [(step, at) for step, at in found if at is not None]
 
 
 def _committed_at(url: str) -> float | None:

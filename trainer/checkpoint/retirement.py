@@ -23,7 +23,7 @@ from data_pipeline.storage.large import abort_uploads
 from data_pipeline.storage.retry import pause_before
 from data_pipeline.storage.urls import join, name_of
 from trainer.checkpoint.catalogue import (
-    Merits,
+    Learned,
     Retention,
     checkpoints_url,
     folder_name,
@@ -57,7 +57,7 @@ class Retirement:
         self._under_way: list[tuple[threading.Thread, frozenset[str]]] = []
         """Threads, and the folders that each removes; one that was stopped may still wait for an answer."""
         self._stop = threading.Event()
-        self._merits: Merits = {}
+        self._learned = Learned()
 
     def begin(self, folder: str, newest: Manifest, retention: Retention, token: int = 0) -> None:
         """Remove what `newest`, just committed, leaves over; returns within seconds. Never raises.
@@ -66,7 +66,7 @@ class Retirement:
         """
         self._stop.set()
         try:
-            doomed = _doomed(folder, newest, retention, token, self._merits)
+            doomed = _doomed(folder, newest, retention, token, self._learned)
         except (OSError, ValueError, Failure) as error:
             # The new checkpoint counts; old ones that stay cost only space.
             logger.warning("old checkpoints in %s cannot be listed: %s", folder, error)
@@ -109,8 +109,10 @@ def abort_dead_uploads(run_dir: str, token: int) -> None:
             logger.info("%d uploads that were killed with an earlier start are ended in %s", ended, folder)
 
 
-def _doomed(folder: str, newest: Manifest, retention: Retention, token: int, merits: Merits) -> list[Doomed]:
-    steps = steps_to_retire(folder, newest, retention, merits)
+def _doomed(
+    folder: str, newest: Manifest, retention: Retention, token: int, learned: Learned
+) -> list[Doomed]:
+    steps = steps_to_retire(folder, newest, retention, learned)
     urls = [join(folder, folder_name(step)) for step in steps]
     listed = [Doomed(url, tuple(list_tree(url, tries=1))) for url in urls]
     found = [each for each in listed if max(map(token_of, each.names), default=0) <= token]

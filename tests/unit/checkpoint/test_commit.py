@@ -8,7 +8,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
+from data_pipeline.storage.files import modified_at
 from data_pipeline.storage.large import checksum_bytes
+from trainer.checkpoint import catalogue
 from trainer.checkpoint.catalogue import Retention, folder_name, open_checkpoint
 from trainer.checkpoint.layout import ShardPlan, Span
 from trainer.checkpoint.manifest import Manifest, StoredFile, tables_text
@@ -98,3 +102,25 @@ def test_what_is_known_of_older_ones_is_not_read_again(tmp_path: Path) -> None:
     assert commit(tmp_path, of_ranks, step=4, retirement=started_again)["open_checkpoint"] == 3
     assert commit(tmp_path, of_ranks, step=5, retirement=started_again)["open_checkpoint"] == 0
     assert len([*tmp_path.iterdir()]) == 5
+
+
+def test_storage_is_asked_once_about_what_stays_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for the commit, a node that is to go away among them, waits for these requests, too."""
+    asked: Counter[str] = Counter()
+
+    def counted(url: str) -> float:
+        asked[url.split("/")[-2]] += 1
+        return modified_at(url)
+
+    monkeypatch.setattr(catalogue, "modified_at", counted)
+    of_ranks, retirement = plans(1), Retirement()
+    for step in range(1, 8):
+        commit(tmp_path, of_ranks, step=step, retirement=retirement)
+    assert asked == {folder_name(step): 1 for step in range(1, 8)}
+    asked.clear()
+    started_again = Retirement()
+    for step in (8, 9, 5):  # the last one after a rewind
+        commit(tmp_path, of_ranks, step=step, retirement=started_again)
+    assert asked == {folder_name(step): 1 for step in (1, 2, 3, 4, 6, 7, 8, 9)} | {folder_name(5): 2}

@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.metrics.test_meters_and_sinks import offline_runs, wandb_records
 from trainer.__main__ import main
-from trainer.checkpoint.catalogue import Retention, folder_name, open_checkpoint, steps_to_retire
+from trainer.checkpoint.catalogue import Learned, Retention, folder_name, open_checkpoint, steps_to_retire
 from trainer.checkpoint.marks import mark, marked_steps
 from trainer.config.run import ConfigError
 from trainer.evaluator.findings import EvaluatorFindings, higher_is_better
@@ -148,7 +148,7 @@ def test_a_mark_that_is_not_understood_keeps_everything(
     place.unlink()
     folder = tmp_path / "run/checkpoints"
     newest = open_checkpoint(str(folder / folder_name(200))).manifest
-    assert steps_to_retire(str(folder), newest, Retention(1, 0, 0), {}) == [100]
+    assert steps_to_retire(str(folder), newest, Retention(1, 0, 0), Learned()) == [100]
 
 
 def test_one_that_is_removed_or_damaged_is_passed_over(tmp_path: Path, make_run: MakeRun) -> None:
