@@ -253,7 +253,10 @@ class ShareStream:
     def _all_rejected(self, walk: LaneWalk | TurnWalk) -> DataError:
         reasons = Counter(reason for reason, _, _, _ in self._rejects).most_common(3)
         listed = ", ".join(f"{reason} ({count})" for reason, count in reasons)
-        remedy = "loosen data.filter, lower data.lanes or correct the shards"
+        remedy = (
+            "loosen data.filter, correct the shards, or begin a new run (init_from) with fewer data.lanes, "
+            "each of which has more samples"
+        )
         if reasons and reasons[0][0] == "shard_replaced":
             remedy = (
                 f"the shards changed after they were indexed: {REINDEX}, or where they have other numbers of "
