@@ -220,7 +220,9 @@ def test_a_plan_counts_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
     phases = "phases=[{from_step: 400, image_size: 512, global_batch_size: 512}]"
     assert main(["plan", *arguments, phases]) == 0
     first, second = json.loads(capsys.readouterr().out)["phases"]
-    assert first["days"] == pytest.approx(0.4 * small["days"])
+    # A phase ends with a checkpoint, so that a fault costs less.
+    assert first["days"] == pytest.approx(0.4 * small["days"], rel=1e-3)
+    assert first["days"] < 0.4 * small["days"]
     assert (first["steps"], second["steps"]) == (400, 600)
     per_sample = [each["flops_per_sample"]["network"] for each in (first, second)]
     assert per_sample[1] > 4 * per_sample[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.moments.parts import STAGE, taken_bytes
+from data_pipeline.storage.files import write_bytes
 from data_pipeline.storage.local_s3 import LocalS3
 from data_pipeline.tools.purge import purge
 from data_pipeline.tools.scenes.scene import SceneOptions
@@ -70,7 +71,7 @@ def test_purging_and_measuring_on_s3(folder: Path, server: FaultProxy, tmp_path:
     """What is removed is encoded again by a run that has no list, and nothing else is."""
     config, cache = config_for("s3://scenes/*.tar"), cache_at("s3://kept/b/stage")
     first, _ = train(config, cache)
-    (folder / "kept" / "b" / "stage" / STAGE).write_text("{}")
+    write_bytes(f"s3://kept/b/stage/{STAGE}", b"{}")
     held = sum(part.stat().st_size for part in (folder / "kept" / "b").rglob("*.tar"))
     assert taken_bytes("s3://kept/b") == held > 0
     (tmp_path / "list.txt").write_text("\n".join(first[0][0][:3]))

@@ -152,7 +152,8 @@ NEVER = "drop_probability: 0"
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ([f"conditioning.openclip={{{NEVER}}}"], "conditioning.openclip.drop_probability=0"),
+        ([f"conditioning.openclip={{{NEVER}, null: zeros}}"], "conditioning.openclip.drop_probability=0"),
+        ([f"conditioning.openclip={{{NEVER}}}"], None),  # the empty caption of a frozen tower is one of many
         ([f"conditioning.class_label={{{NEVER}}}"], "conditioning.class_label.drop_probability=0"),
         ([f"conditioning={{openclip: {{}}, layout: {{{NEVER}, width: 1024}}}}"], "conditioning.layout"),
         ([f"conditioning.openclip={{{NEVER}}}", "sampling.guidance_scale=1"], None),
