@@ -13,15 +13,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets, WalkOrigin, make_buckets, mix_buckets
 from data_pipeline.order.lanes import Order, choose_lanes, choose_window
-from data_pipeline.order.position import (
-    Earlier,
-    Fingerprint,
-    KeptShard,
-    Position,
-    ShardSet,
-    lanes_and_window,
-    takes_turns,
-)
+from data_pipeline.order.position import Position, lanes_and_window, takes_turns
+from data_pipeline.order.shard_set import Earlier, Fingerprint, KeptShard, ShardSet
 from data_pipeline.order.turns import MAX_SAMPLES, Turns, choose_turn_lanes
 from data_pipeline.shards.accepted import Accepted
 from data_pipeline.shards.manifest import Former
@@ -81,12 +74,15 @@ class Dataset:
     def shards(self) -> ShardSet:
         """As a position tells of them."""
         counted = np.bincount(self.source_of, minlength=len(self.shares))
-        kept = []
-        for shard, was in sorted(self.kept.items()):
-            source = int(self.source_of[shard])
-            place = shard - int(np.searchsorted(self.source_of, source))
-            kept.append(KeptShard(source, place, was.size, was.samples))
+        kept = (
+            KeptShard(*self.place(shard), was.size, was.samples) for shard, was in sorted(self.kept.items())
+        )
         return ShardSet(self.fingerprint, tuple(counted.tolist()), self.grown, tuple(kept))
+
+    def place(self, shard: int) -> tuple[int, int]:
+        """Source of a distinct shard, and which of that source's it is."""
+        source = int(self.source_of[shard])
+        return source, shard - int(np.searchsorted(self.source_of, source))
 
     def keeping(self, kept: Mapping[int, Former], *, counted: bool) -> Dataset:
         """The same for a run that began when shards were what is `kept` of them.

@@ -30,17 +30,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.order.buckets import Buckets
 from data_pipeline.order.lanes import Order
-from data_pipeline.order.position import (
-    Earlier,
-    Fingerprint,
-    KeptShard,
-    Position,
-    ShardSet,
-    last_epochs,
-    shards_of,
-    takes_turns,
-    with_windows,
-)
+from data_pipeline.order.position import Position, last_epochs, shards_of, takes_turns, with_windows
+from data_pipeline.order.shard_set import Earlier, Fingerprint, KeptShard, ShardSet
 from data_pipeline.order.turns import Turns
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.manifest import Former
@@ -53,50 +44,47 @@ def as_begun(config: DataConfig, dataset: Dataset, position: Position) -> Datase
     known = shards_of(position)
     if known is None or dataset.unindexed or takes_turns(position):  # turns depend on names alone
         return dataset
-    counted = not config.buckets
-    kept = _numbered(dataset, known.kept)
-    found = dataset.keeping(kept, counted=counted)
+    if dataset.fingerprint == known.fingerprint and not known.kept:
+        return dataset  # as nearly always: a set of 200,000 shards is not printed again
+    counted, kept = not config.buckets, _numbered(dataset, known.kept)
     times = {former.until for some in dataset.former.values() for former in some}
-    for until in sorted(times, reverse=True):
-        if _known_part(found, known) is not None:
-            break
-        then = _before(dataset, known, until)
+    for then in ({}, *(_before(dataset, known, until) for until in sorted(times, reverse=True))):
         found = dataset.keeping(then | kept, counted=counted)
-    if _known_part(found, known) is None:
-        return dataset
-    if found.kept:
-        first = dataset.urls[min(found.left_out or found.kept)]
-        logger.warning(
-            "%d shards were replaced since the run began, %d of them (first %s) by others with another "
-            "number of samples: these are left out (shard_replaced) to the end of this run; under a new name "
-            "behind the others they join at its next epoch",
-            len(found.kept),
-            len(found.left_out),
-            first,
-        )
-    return found
+        if _known_part(found, known) is not None:
+            return found
+    return dataset
 
 
 def _numbered(dataset: Dataset, kept: Sequence[KeptShard]) -> dict[int, Former]:
     """What a position says of shards that were replaced, by their numbers; without those that are gone."""
-    starts = np.searchsorted(dataset.source_of, np.arange(len(dataset.shards.shards)))
-    found = {}
-    for source, place, size, samples in kept:
-        if source < len(starts) and place < dataset.shards.shards[source]:
-            found[int(starts[source]) + place] = Former(size, samples, 0.0)
-    return found
+    there = dataset.shards.shards
+    return {
+        int(np.searchsorted(dataset.source_of, source)) + place: Former(size, samples, 0.0)
+        for source, place, size, samples in kept
+        if source < len(there) and place < there[source]
+    }
 
 
 def _before(dataset: Dataset, known: ShardSet, until: float) -> dict[int, Former]:
     """What shards that a position knows were before a time, where they were something else."""
-    first = np.searchsorted(dataset.source_of, np.arange(len(dataset.shards.shards)))
     found: dict[int, Former] = {}
     for shard, some in dataset.former.items():
-        source = dataset.source_of[shard]
-        if source < len(known.shards) and shard - first[source] < known.shards[source]:
-            was = next((former for former in some if former.until >= until), None)
-            found |= {} if was is None else {shard: was}
+        source, place = dataset.place(shard)
+        was = next((former for former in some if former.until >= until), None)
+        if was is not None and source < len(known.shards) and place < known.shards[source]:
+            found[shard] = was
     return found
+
+
+def _tell_replaced(dataset: Dataset) -> None:
+    logger.warning(
+        "%d shards were replaced since the run began, %d of them (first %s) by others with another number of "
+        "samples: these are left out (shard_replaced) to the end of this run; under a new name behind the "
+        "others they join at its next epoch",
+        len(dataset.kept),
+        len(dataset.left_out),
+        dataset.urls[min(dataset.left_out or dataset.kept)],
+    )
 
 
 def walks_of(
@@ -107,6 +95,8 @@ def walks_of(
     Returns the data set, which remembers what it was; the walks; and the fingerprint that the position must
     have. Raises DataError for a set with aspect buckets that grew.
     """
+    if dataset.kept:
+        _tell_replaced(dataset)
     dataset = replace(dataset, fingerprint=dataset.fingerprint_of(order))
     known = shards_of(position)
     now, fingerprint = dataset.shards.shards, dataset.fingerprint

@@ -25,7 +25,7 @@ import torch
 
 from trainer.cli import sample_series
 from trainer.cli.conditions_from_files import SamplingInputs
-from trainer.cli.sample_asked import BATCH, ask, find_asked, load_asked, long_prompts, wishes_of, with_choices
+from trainer.cli.sample_asked import BATCH, ask, find_asked, load_asked, notes_on, wishes_of, with_choices
 from trainer.config.ranges import types_of
 from trainer.config.run import ConfigError, option_words
 from trainer.config.training import SamplerName, SamplingConfig
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = asked.inputs
     pictures = SmallSet(args.out, asked.record, _items(args, inputs), overwrite=args.overwrite)
     trained = load_asked(args, asked, device)
-    for note in long_prompts(trained, inputs.request):
+    for note in notes_on(trained, inputs.request):
         print(f"note: {note}", file=sys.stderr)
     how = trained.config.sampling
     print(

@@ -17,7 +17,7 @@ from data_pipeline.tools.prompts import prompts_of
 from trainer.cli.conditions_from_files import SamplingInputs, sampling_inputs
 from trainer.cli.wishes import MAX_CHUNKS, Wishes, reads_chunks
 from trainer.conditioning.build import TEXT
-from trainer.config.checks_diffusion import check_guidance, check_sampling
+from trainer.config.checks_diffusion import check_guidance, check_sampling, guidance_note
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import SamplingConfig
 from trainer.model import ModelFound, TrainedModel, find_model, load_model
@@ -188,7 +188,13 @@ def _record(
     }
 
 
-def long_prompts(trained: TrainedModel, request: Request) -> list[str]:
+def notes_on(trained: TrainedModel, request: Request) -> list[str]:
+    """Sentences for people about what is to be drawn."""
+    about = guidance_note(trained.config, told=TEXT if request.negative else ())
+    return [*([about] if about else []), *_long_prompts(trained, request)]
+
+
+def _long_prompts(trained: TrainedModel, request: Request) -> list[str]:
     """A sentence for each caption that is longer than the model reads; after a few, one for the rest."""
     notes = []
     in_chunks = reads_chunks(trained.config.conditioning)

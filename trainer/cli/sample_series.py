@@ -20,7 +20,7 @@ from data_pipeline.storage.urls import join, without_secrets
 from data_pipeline.tools.picture_sets import GRID
 from data_pipeline.tools.prompts import listed_prompts
 from trainer.checkpoint.commands import find_checkpoint, fingerprint
-from trainer.cli.sample_asked import BATCH, Asked, ask, find_asked, load_asked, long_prompts, wishes_of
+from trainer.cli.sample_asked import BATCH, Asked, ask, find_asked, load_asked, notes_on, wishes_of
 from trainer.cli.wishes import check_labels
 from trainer.config.run import Config, ConfigError
 from trainer.console import say
@@ -322,7 +322,7 @@ def _tell(plan: SeriesPlan, trained: TrainedModel, ranks: int) -> None:
     """ranks: those of all shares."""
     how, series = trained.config.sampling, plan.series
     looked_at = min(series.count, len(series.prompts), PROMPTS_LOOKED_AT)
-    for note in long_prompts(trained, series.request(range(looked_at))):
+    for note in notes_on(trained, series.request(range(looked_at))):
         print(f"note: {note}")
     if any(series.prompts) and len(series.prompts) < series.count:
         print(f"note: {len(series.prompts)} prompts for {series.count} pictures; they are taken in turn.")

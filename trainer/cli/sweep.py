@@ -185,8 +185,8 @@ def _former(url: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
             told = " and ".join(unknown)
             logger.warning("%s does not say its %s: whether that is the same is not known", url, told)
         theirs = unknown | theirs
-    if isinstance(theirs, dict) and sample.same_pictures(str(theirs.get("sample")), str(settings["sample"])):
-        theirs = theirs | {"sample": settings["sample"]}
+        if sample.same_pictures(str(theirs.get("sample")), str(settings["sample"])):
+            theirs = theirs | {"sample": settings["sample"]}
     if theirs != settings:
         told = "not written by one" if theirs is None else _differences(theirs, settings)
         raise ConfigError(f"{url} is of another sweep ({told}); choose another folder with --out.")

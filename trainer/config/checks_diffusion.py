@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import get_args
 
@@ -10,8 +9,6 @@ from trainer.config.models import OpenCLIPConfig
 from trainer.config.ranges import check_ranges
 from trainer.config.run import Config, ConfigError
 from trainer.config.training import DiffusionConfig, SamplerName, SamplingConfig
-
-logger = logging.getLogger(__name__)
 
 FITTING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "discrete": (("eps", "v", "x0"), ("uniform", "logit_normal", "mode", "cosmap")),
@@ -75,34 +72,49 @@ in training, since without them there is nothing to enlarge or to fill."""
 def check_guidance(config: Config, *, told: Sequence[str] = ()) -> None:
     """Raise ConfigError where guidance would ask for a null form that training never showed.
 
-    Weights that a run started from may have learned it before. Of the sections in `told` guidance is told
-    something else instead, a negative prompt. The empty caption through a frozen tower is a caption like
-    others, near which training was: SD 1.1 and MLPerf's models are drawn so. That is said.
+    Of the sections in `told` guidance is told something else instead, a negative prompt. The empty caption
+    through a frozen tower is a caption like others, near which training was (`guidance_note`).
     """
+    for name in _untrained(config, told):
+        if not _is_caption(config, name):
+            raise ConfigError(
+                f"guidance {config.sampling.guidance_scale:g} compares with a picture without {name}, which "
+                f"conditioning.{name}.drop_probability=0 never trains; set guidance to 1 "
+                "(sampling.guidance_scale, --guidance), or train with a drop_probability above 0."
+            )
+
+
+def guidance_note(config: Config, *, told: Sequence[str] = ()) -> str:
+    """What whoever draws with guidance is to know; empty where there is nothing.
+
+    SD 1.1 and MLPerf's models were trained on no empty captions, and are drawn with guidance all the same.
+    """
+    names = [name for name in _untrained(config, told) if _is_caption(config, name)]
+    if not names:
+        return ""
+    return (
+        f"guidance {config.sampling.guidance_scale:g} compares with the empty caption, which training did "
+        f"not show (conditioning.{names[0]}.drop_probability=0)."
+    )
+
+
+def _untrained(config: Config, told: Sequence[str]) -> list[str]:
+    """Sections that guidance drops and training did not; weights that a run began with may know how."""
     conditioning = config.conditioning
     if (
         config.sampling.guidance_scale == 1.0
         or config.init_from is not None
         or conditioning.drop_all_probability
     ):
-        return
-    for name in GUIDED:
-        section = getattr(conditioning, name)
-        if section is None or name in told or section.drop_probability:
-            continue
-        if isinstance(section, OpenCLIPConfig) and section.null == "empty":
-            logger.warning(
-                "guidance %g compares with the empty caption, which training does not show "
-                "(conditioning.%s.drop_probability=0)",
-                config.sampling.guidance_scale,
-                name,
-            )
-        else:
-            raise ConfigError(
-                f"guidance {config.sampling.guidance_scale:g} compares with a picture without {name}, which "
-                f"conditioning.{name}.drop_probability=0 never trains; set guidance to 1 "
-                "(sampling.guidance_scale, --guidance), or train with a drop_probability above 0."
-            )
+        return []
+    sections = {name: getattr(conditioning, name) for name in GUIDED if name not in told}
+    return [n for n, section in sections.items() if section is not None and section.drop_probability == 0.0]
+
+
+def _is_caption(config: Config, name: str) -> bool:
+    """Whether the null form of a section is the empty caption, read by a tower that is not trained."""
+    section = getattr(config.conditioning, name)
+    return isinstance(section, OpenCLIPConfig) and section.null == "empty"
 
 
 def _check_belongs_together(config: DiffusionConfig) -> None:

@@ -263,9 +263,8 @@ class Watcher:
         named |= {f"evaluator/{name}": value for name, value in times.items()}
         place = {"step": sighting.step, "samples_seen": committed.samples_seen, "time": time.time()}
         about = {"checkpoint": sighting.checksum, "snapshot": sighting.snapshot}
-        about["beside"] = self._lookout.beside(
-            sighting
-        )  # which an evaluator that starts later may find alone
+        # An evaluator that starts later may find that alone.
+        about["beside"] = self._lookout.beside(sighting)
         by = {MEASURED_BY: dict(self._options.measured_by), "notes": found.notes}
         findings.add({**place, **about, **named, **by})
         for note in found.notes:

@@ -119,9 +119,8 @@ def collectives(config: Config, parameters: int, accumulation: int, machine: Mac
         # Neighbours cut together: where that does not come out even with nodes, two groups meet in one.
         leaving = 2 if cut % node and min(copies, machine.nodes - 1) > 1 else 1
         inside = {"messages": _BLOCKS, "within_node": node % cut == 0, "ranks": cut, "groups": leaving}
-        across = Collective(
-            "all-reduce", sent / cut, messages=_BLOCKS, ranks=copies, groups=min(cut, node)
-        )  # each rank of a node with those of the other nodes that hold its rows, all at once
+        # Each rank of a node with those of the other nodes that hold its rows, all at once.
+        across = Collective("all-reduce", sent / cut, messages=_BLOCKS, ranks=copies, groups=min(cut, node))
         return [
             Collective("reduce-scatter", sent, **inside),  # type: ignore[arg-type]
             *([across] if copies > 1 else []),
